@@ -1,0 +1,44 @@
+"""The command line: one file a command. Commands parse, call the library and print; the work is done elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from setfit_kd import __version__
+from setfit_kd.cli.doctor import doctor
+from setfit_kd.cli.evaluate import evaluate
+from setfit_kd.cli.predict import predict
+from setfit_kd.cli.run import run
+from setfit_kd.errors import SetFitKDError
+
+
+class _Group(click.Group):
+    """Shows our errors in two lines and ends with their exit codes; an interrupt ends with 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SetFitKDError as error:
+            click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+            click.echo(error.message, err=True)
+            if error.hint:
+                click.echo(error.hint, err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted.", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="setfit-kd")
+def main() -> None:
+    """A few labels and a pile of raw text go in; a tiny, fast, trustworthy text classifier comes out.
+
+    Try `setfit-kd run --preset newswire --output-dir runs/newswire`, which needs no network.
+    """
+
+
+for command in (run, predict, evaluate, doctor):
+    main.add_command(command)

@@ -1,0 +1,60 @@
+"""``setfit-kd doctor``."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from setfit_kd.config import PRESETS
+from setfit_kd.errors import SetFitKDError
+
+
+@click.command()
+def doctor() -> None:
+    """Show versions, devices, whether the hub is reachable, and which presets can run."""
+    import torch
+
+    from setfit_kd import hub
+    from setfit_kd.memory import resolve_device
+    from setfit_kd.runfolder import versions
+
+    click.echo("Versions")
+    for package, version in versions().items():
+        click.echo(f"  {package:<22}{version}")
+    device = resolve_device("auto")
+    click.echo("Device")
+    click.echo(f"  --device auto takes   {device}")
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        click.echo(f"  cuda:{index:<17}{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+    click.echo(f"  CPU                   {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    reachable = hub.is_reachable()
+    why = " (HF_HUB_OFFLINE is set)" if hub.is_offline() else ""
+    click.echo("Hub")
+    click.echo(f"  {hub.endpoint():<22}{'reachable' if reachable else 'not reachable'}{why}")
+    click.echo("Presets")
+    for name in PRESETS:
+        obstacle = _obstacle(name, reachable)
+        click.echo(f"  {name:<22}{'can run' if obstacle is None else f'cannot run: {obstacle}'}")
+
+
+def _obstacle(name: str, reachable: bool) -> str | None:
+    """What keeps a preset from running here; None where nothing does. Downloads nothing."""
+    from setfit_kd import hub
+    from setfit_kd.models import locate
+
+    settings = PRESETS[name]
+    for role in ("teacher", "student", "labeled"):
+        value = settings[role]
+        if value.startswith(("layers:", "bundled:")):
+            continue
+        try:
+            if value.startswith("demo:"):
+                locate(value)
+            elif not reachable and not hub.is_cached(value, "dataset" if role == "labeled" else "model"):
+                return f"{value} is on the hub, which is not reachable, and not in the local cache"
+        except SetFitKDError as error:
+            return error.message
+    return None

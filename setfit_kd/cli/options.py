@@ -1,0 +1,80 @@
+"""Command-line options made from the settings, so that a flag, its type and its help are written once."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from setfit_kd.config import DataConfig, RunConfig, StageConfig, StudentConfig, TeacherConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def setting_options(function: F) -> F:
+    """Add one option for each setting of a run; those not given arrive as None."""
+    for name in reversed(_in_order()):
+        function = _option(name, RunConfig.model_fields[name])(function)
+    return function
+
+
+def verbosity_options(function: F) -> F:
+    """Add -q and -v."""
+    function = click.option("-v", "--verbose", is_flag=True, help="Say more.")(function)
+    return click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and results.")(function)
+
+
+def _in_order() -> list[str]:
+    shared = list(StageConfig.model_fields)
+    stages = [name for stage in (DataConfig, TeacherConfig, StudentConfig) for name in stage.model_fields]
+    own = [name for name in RunConfig.model_fields if name not in stages]
+    ordered = [*DataConfig.model_fields, "teacher", "student", *stages, *own]
+    return list(dict.fromkeys([name for name in ordered if name not in shared] + shared))
+
+
+def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
+    flag = "--" + name.replace("_", "-")
+    kind = _plain(field.annotation)
+    text = field.description or ""
+    has_default = field.default is not None and field.default is not PydanticUndefined
+    if kind is bool:
+        spelling = f"{flag}/--no-{name.replace('_', '-')}" if field.default else flag
+        return click.option(spelling, name, is_flag=True, default=None, help=text)
+    if get_origin(kind) is Literal:
+        parameter_type: Any = click.Choice(get_args(kind))
+    elif kind in (int, float):
+        parameter_type = kind
+    else:
+        parameter_type = click.Path(path_type=Path) if kind is Path else str
+    if has_default:
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        text = f"{text} [{default}]"
+    metavar = None if isinstance(parameter_type, click.Choice) else _METAVARS.get(name, _METAVARS.get(kind, "TEXT"))
+    return click.option(flag, name, type=parameter_type, default=None, metavar=metavar, help=text)
+
+
+_METAVARS: dict[Any, str] = {
+    int: "N",
+    float: "X",
+    Path: "FOLDER",
+    "labeled": "SOURCE",
+    "unlabeled": "SOURCE",
+    "eval": "SOURCE",
+    "teacher": "MODEL",
+    "student": "MODEL",
+    "text_column": "NAME[,NAME...]",
+    "label_column": "NAME",
+    "device": "DEVICE",
+}
+
+
+def _plain(annotation: Any) -> Any:
+    """A setting's type without its ``| None``."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(part for part in get_args(annotation) if part is not type(None))
+    return annotation

@@ -1,0 +1,67 @@
+"""What the commands share in front of the user: progress and messages on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from setfit_kd.progress import shown_on
+
+if TYPE_CHECKING:
+    from setfit_kd.evaluation import Evaluation
+
+
+@contextmanager
+def screen(*, quiet: bool, verbose: bool) -> Iterator[Console]:
+    """Within this block, messages and progress go to stderr. Yields the console for results, on stdout."""
+    console = Console(stderr=True)
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False, highlighter=None)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    logger = logging.getLogger("setfit_kd")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    try:
+        with shown_on(None if quiet else console):
+            yield Console()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
+    """One row a model: quality first, then cost."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("")
+    for heading in ("accuracy", "macro-F1", "agrees with teacher", "parameters", "MB", "texts/s"):
+        table.add_column(heading, justify="right")
+    for name, evaluation in evaluations.items():
+        quality, cost = evaluation.quality, evaluation.cost
+        agreement = "" if quality.agreement is None else f"{quality.agreement:.1%}"
+        table.add_row(
+            name,
+            f"{quality.accuracy:.1%}",
+            f"{quality.macro_f1:.1%}",
+            agreement,
+            f"{cost.parameters / 1e6:.1f} M",
+            f"{cost.megabytes:.1f}",
+            f"{cost.texts_per_second:,.0f}",
+        )
+    return table
+
+
+def rows_table(headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
+    """A plain table; every column but the first is set right."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+    return table

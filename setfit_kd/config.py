@@ -1,0 +1,195 @@
+"""Settings: one frozen model a stage, all of them together as `RunConfig`, and the presets as data.
+
+A setting has one name everywhere: the field here, the keyword in Python, the key in a YAML file and, with dashes, the
+flag on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from setfit_kd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+Columns = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class StageConfig(BaseModel):
+    """What every stage shares: a frozen model that refuses unknown names, a seed and a device."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random choice.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cuda, cuda:N, mps or cpu.")
+    encode_batch_size: int = Field(32, ge=1, description="Texts encoded at once when scoring and evaluating.")
+    num_iterations: int = Field(
+        20, ge=1, description="Pairs drawn for each text by the pairs objectives (twice that for the teacher)."
+    )
+
+    @classmethod
+    def of(cls, **settings: Any) -> Self:
+        """The settings given, defaults for the rest.
+
+        Raises:
+            ConfigError: A setting is unknown or out of range.
+        """
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            raise ConfigError(_explain(error), hint=f"There are: {', '.join(cls.model_fields)}.") from None
+
+
+class DataConfig(StageConfig):
+    """Where the texts come from and how they are sampled."""
+
+    labeled: str | None = Field(
+        None, description="Labeled texts: file (CSV, TSV, JSONL, Parquet), datasets folder, or hub name."
+    )
+    unlabeled: str | None = Field(None, description="Unlabeled pool: the same kinds, or a text file, a text a line.")
+    eval: str | None = Field(None, description="Labeled texts to evaluate on; never trained on.")
+    text_column: Columns = Field(("text",), description="Text column; several, comma-separated, are joined by a space.")
+    label_column: str = Field("label", description="Label column.")
+    shots: int | None = Field(None, ge=2, description="Labels drawn for each class [all].")
+    pool_size: int | None = Field(None, ge=2, description="Pool texts drawn [all].")
+
+
+class TeacherConfig(StageConfig):
+    """How the teacher is fine-tuned on the few labels."""
+
+    teacher_objective: Literal["in-batch", "pairs"] = Field(
+        "in-batch", description="Teacher's objective: contrastive over whole batches, or SetFit's own pairs."
+    )
+    teacher_steps: int = Field(20, ge=1, description="Steps of the in-batch teacher.")
+    teacher_batch_size: int = Field(64, ge=4, description="Texts in a teacher batch, spread evenly over the classes.")
+    teacher_learning_rate: float = Field(2e-5, gt=0, lt=1, description="The teacher's learning rate.")
+
+
+class StudentConfig(StageConfig):
+    """How the student learns from the teacher's signals."""
+
+    objective: Literal["similarity", "pairs"] = Field(
+        "similarity", description="Student's objective: in-batch similarity matrices, or pairs with right targets."
+    )
+    epochs: int = Field(3, ge=1, description="Passes over the pool.")
+    batch_size: int = Field(32, ge=4, description="Texts in a student batch.")
+    learning_rate: float = Field(2e-5, gt=0, lt=1, description="The student's learning rate.")
+    gold_weight: float = Field(
+        3.0, ge=0, description="Weight of a gold label in the student's head, where a pool text counts 1."
+    )
+
+
+class RunConfig(DataConfig, TeacherConfig, StudentConfig):
+    """Every setting of a run."""
+
+    teacher: str = Field(
+        "sentence-transformers/paraphrase-mpnet-base-v2",
+        description="Teacher's body: hub name, folder, or demo:all-MiniLM-L6-v2.",
+    )
+    student: str = Field(
+        "sentence-transformers/paraphrase-MiniLM-L3-v2",
+        description="Student's body: the same, or layers:0,2,5 to cut those layers out of the teacher's body.",
+    )
+    baseline: bool = Field(True, description="Also train the student's body on the labels alone, to compare.")
+    output_dir: Path | None = Field(None, description="Folder that the run is written to.")
+    overwrite: bool = Field(False, description="Replace an earlier run in the output folder.")
+
+    @classmethod
+    def resolve(cls, *layers: Mapping[str, Any]) -> RunConfig:
+        """Lay settings over one another; later layers win.
+
+        The data settings go together: a layer that names its own ``labeled`` texts drops every data setting of the
+        layers beneath, so that nobody's labels ever meet another data set's pool.
+
+        Raises:
+            ConfigError: A setting is unknown or out of range.
+        """
+        data_fields = set(DataConfig.model_fields) - set(StageConfig.model_fields)
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            if layer.get("labeled") is not None:
+                merged = {name: value for name, value in merged.items() if name not in data_fields}
+            merged.update(layer)
+        return cls.of(**merged)
+
+    def to_yaml(self) -> str:
+        """The settings as YAML that `read_config` reads back to an equal `RunConfig`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _explain(error: ValidationError) -> str:
+    problems = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        reason = "is not a setting" if item["type"] == "extra_forbidden" else item["msg"].lower()
+        got = "" if item["type"] == "extra_forbidden" else f" (got {item['input']!r})"
+        problems.append(f"{name}: {reason}{got}" if name else reason)
+    return "Invalid settings: " + "; ".join(problems) + "."
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "ag_news": {
+        "labeled": "ag_news",
+        "unlabeled": "ag_news",
+        "eval": "ag_news",
+        "teacher": "sentence-transformers/paraphrase-mpnet-base-v2",
+        "student": "sentence-transformers/paraphrase-MiniLM-L3-v2",
+        "shots": 16,
+        "pool_size": 1000,
+    },
+    "newswire": {
+        "labeled": "bundled:newswire",
+        "unlabeled": "bundled:newswire",
+        "eval": "bundled:newswire",
+        "teacher": "demo:all-MiniLM-L6-v2",
+        "student": "layers:0,2,5",
+        "shots": 16,
+    },
+}
+DEFAULT_PRESET = "ag_news"
+OFFLINE_COMMAND = "setfit-kd run --preset newswire --output-dir runs/newswire"
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings of a preset.
+
+    Raises:
+        ConfigError: There is no such preset.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"There is no preset {name!r}.", hint=f"There are: {', '.join(PRESETS)}.")
+    return dict(PRESETS[name])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, not yet validated.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read the settings {path}: {error.strerror}.", hint="Check --config.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}).", hint="Save it as UTF-8.") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise ConfigError(f"{path}{line} is not valid YAML.", hint="Write one `name: value` a line.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} does not hold settings.", hint="Write one `name: value` a line.")
+    return {str(name).replace("-", "_"): value for name, value in content.items()}

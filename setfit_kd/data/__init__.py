@@ -1,0 +1,18 @@
+"""Labeled sets and pools: reading, cleaning, sampling, and the leak guard."""
+
+from setfit_kd.data.prepare import DataReport, RunData, load_run_data, prepare
+from setfit_kd.data.sets import LabeledSet, draw_shots, encode_labels
+from setfit_kd.data.sources import Rows, Source, read
+
+__all__ = [
+    "DataReport",
+    "LabeledSet",
+    "Rows",
+    "RunData",
+    "Source",
+    "draw_shots",
+    "encode_labels",
+    "load_run_data",
+    "prepare",
+    "read",
+]

@@ -1,0 +1,194 @@
+"""From sources to what a run trains and evaluates on: clean, sampled, and free of leaks."""
+
+from __future__ import annotations
+
+import logging
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from setfit_kd.config import DataConfig
+from setfit_kd.data.sets import LabeledSet, draw_shots, encode_labels
+from setfit_kd.data.sources import Source, read
+from setfit_kd.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What cleaning took out and what is left, in texts."""
+
+    labeled: int
+    pool: int
+    evaluation: int
+    labeled_duplicates: int
+    labeled_conflicts: int
+    labeled_leaks: int
+    pool_duplicates: int
+    pool_labeled: int
+    pool_leaks: int
+
+    def as_dict(self) -> dict[str, int]:
+        """The counts by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run works on: the shots, the pool, and the evaluation set where there is one."""
+
+    labeled: LabeledSet
+    pool: list[str]
+    evaluation: LabeledSet | None
+    report: DataReport
+
+
+def normalise(text: str) -> str:
+    """The form in which two texts count as the same: NFKC, case folded, runs of white space made one space."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def load_run_data(
+    config: DataConfig,
+    *,
+    labeled: Source | None = None,
+    unlabeled: Source | None = None,
+    eval: Source | None = None,  # noqa: A002 - the setting's name everywhere
+) -> RunData:
+    """Read what the config names, or the given objects in its place, and `prepare` it.
+
+    Raises:
+        ConfigError: No labeled or no unlabeled texts are named.
+        DataError: A source cannot be used.
+        UnavailableError: A hub data set cannot be reached.
+    """
+    labeled = config.labeled if labeled is None else labeled
+    unlabeled = config.unlabeled if unlabeled is None else unlabeled
+    evaluation = config.eval if eval is None else eval
+    if labeled is None:
+        raise ConfigError("No labeled texts are given.", hint="Name them by --labeled, or choose a --preset.")
+    if unlabeled is None:
+        raise ConfigError("No unlabeled texts are given.", hint="Name the pool by --unlabeled.")
+    columns = config.text_column
+    rows = encode_labels(read(labeled, text_column=columns, label_column=config.label_column))
+    held_out = None
+    if evaluation is not None:
+        held_out = encode_labels(
+            read(evaluation, text_column=columns, label_column=config.label_column, role="test"), rows.label_names
+        )
+    pool = read(unlabeled, text_column=columns)
+    return prepare(rows, pool.texts, held_out, config)
+
+
+def prepare(labeled: LabeledSet, pool: Sequence[str], evaluation: LabeledSet | None, config: DataConfig) -> RunData:
+    """Clean and sample.
+
+    The leak guard comes first: no text of the evaluation set, however written (see `normalise`), stays in the labeled
+    set or the pool. Then duplicates go, and labeled texts that occur with different labels. The shots are drawn, their
+    texts leave the pool, and the pool is drawn from what is left.
+
+    Raises:
+        DataError: Too little is left to train on.
+    """
+    held_out = {normalise(text) for text in evaluation.texts} if evaluation else set()
+
+    keys = [normalise(text) for text in labeled.texts]
+    labels_of: dict[str, set[int]] = {}
+    for key, label in zip(keys, labeled.labels.tolist(), strict=True):
+        labels_of.setdefault(key, set()).add(label)
+    kept = []
+    leaks = conflicts = duplicates = 0
+    seen: set[str] = set()
+    for row, key in enumerate(keys):
+        if key in held_out:
+            leaks += 1
+        elif len(labels_of[key]) > 1:
+            conflicts += 1
+        elif key in seen:
+            duplicates += 1
+        else:
+            seen.add(key)
+            kept.append(row)
+    shots = draw_shots(labeled.take(kept), config.shots, seed=config.seed)
+    _warn_of_small_classes(shots, config.shots)
+
+    shot_keys = {normalise(text) for text in shots.texts}
+    candidates, pool_leaks, pool_labeled, pool_duplicates = _clean_pool(pool, held_out, shot_keys)
+    texts = _draw_pool(candidates, config.pool_size, seed=config.seed)
+    report = DataReport(
+        labeled=len(shots),
+        pool=len(texts),
+        evaluation=len(evaluation) if evaluation else 0,
+        labeled_duplicates=duplicates,
+        labeled_conflicts=conflicts,
+        labeled_leaks=leaks,
+        pool_duplicates=pool_duplicates,
+        pool_labeled=pool_labeled,
+        pool_leaks=pool_leaks,
+    )
+    _tell(report)
+    return RunData(shots, texts, evaluation, report)
+
+
+def _clean_pool(pool: Iterable[str], held_out: set[str], shots: set[str]) -> tuple[list[str], int, int, int]:
+    texts: list[str] = []
+    leaks = labeled = duplicates = 0
+    seen: set[str] = set()
+    for text in pool:
+        key = normalise(text)
+        if key in held_out:
+            leaks += 1
+        elif key in shots:
+            labeled += 1
+        elif key in seen:
+            duplicates += 1
+        else:
+            seen.add(key)
+            texts.append(text)
+    if not texts:
+        raise DataError(
+            "No pool text is left after taking out the labeled and the evaluation texts.",
+            hint="Give unlabeled texts that are not among them.",
+        )
+    return texts, leaks, labeled, duplicates
+
+
+def _draw_pool(texts: list[str], pool_size: int | None, *, seed: int) -> list[str]:
+    if pool_size is None or pool_size == len(texts):
+        return texts
+    if pool_size > len(texts):
+        logger.warning("The pool holds %d texts, fewer than the %d asked for: all are used.", len(texts), pool_size)
+        return texts
+    rng = np.random.default_rng([seed, 1])
+    return [texts[i] for i in np.sort(rng.choice(len(texts), pool_size, replace=False))]
+
+
+def _warn_of_small_classes(shots: LabeledSet, wanted: int | None) -> None:
+    if wanted is None:
+        return
+    for name, count in zip(shots.label_names, shots.counts, strict=True):
+        if count < wanted:
+            logger.warning("Class %r has %d labeled texts, fewer than %d: all are used.", name, count, wanted)
+
+
+def _tell(report: DataReport) -> None:
+    leaks = report.labeled_leaks + report.pool_leaks
+    if leaks:
+        logger.warning(
+            "Leak guard: %d labeled and %d pool texts are in the evaluation set and were taken out.",
+            report.labeled_leaks,
+            report.pool_leaks,
+        )
+    if report.labeled_conflicts:
+        logger.warning("%d labeled texts occur with different labels and were taken out.", report.labeled_conflicts)
+    logger.info(
+        "Data: %d labeled, %d pool, %d evaluation texts (%d labeled and %d pool duplicates taken out).",
+        report.labeled,
+        report.pool,
+        report.evaluation,
+        report.labeled_duplicates,
+        report.pool_duplicates,
+    )

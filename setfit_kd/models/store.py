@@ -1,0 +1,123 @@
+"""Whole SetFit models on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from setfit_kd.errors import ModelError, writing
+from setfit_kd.memory import resolve_device
+from setfit_kd.models.bodies import load_body, locate
+from setfit_kd.models.heads import load_head, new_head, save_head
+from setfit_kd.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from setfit import SetFitModel
+
+_PICKLED_HEAD = "model_head.pkl"
+_SETFIT_CONFIG = "config_setfit.json"
+_CARD = """---
+library_name: setfit
+pipeline_tag: text-classification
+tags:
+- setfit
+- sentence-transformers
+- text-classification
+---
+
+# {title}
+
+A [SetFit](https://github.com/huggingface/setfit) model over {n_classes} classes: {classes}.
+
+```python
+from setfit import SetFitModel
+
+model = SetFitModel.from_pretrained("path/to/this/folder")
+model.predict(["..."])
+```
+
+The head is stored twice: as `model_head.pkl`, which SetFit reads, and as `head.safetensors` with `head.json`, which
+`setfit_kd.load` reads without unpickling anything.
+"""
+
+
+def new_model(body: SentenceTransformer, label_names: Sequence[str]) -> SetFitModel:
+    """A SetFit model of a body and an unfitted logistic regression."""
+    with quiet_libraries():
+        from setfit import SetFitModel
+
+        return SetFitModel(model_body=body, model_head=new_head(), labels=list(label_names))
+
+
+def save_model(model: SetFitModel, folder: Path, *, title: str = "Text classifier") -> None:
+    """Write a model so that both `load` and SetFit's ``from_pretrained`` read it; whole or not at all.
+
+    Raises:
+        OutputError: The folder exists already or cannot be written.
+    """
+    import joblib
+
+    part = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
+    labels = list(model.labels or [])
+    try:
+        with writing(folder):
+            part.mkdir(parents=True)
+            model.model_body.save_pretrained(str(part), create_model_card=False)
+            config = {"labels": labels, "normalize_embeddings": model.normalize_embeddings}
+            (part / _SETFIT_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+            joblib.dump(model.model_head, part / _PICKLED_HEAD)
+            save_head(model.model_head, part)
+            card = _CARD.format(title=title, n_classes=len(labels), classes=", ".join(labels))
+            (part / "README.md").write_text(card, encoding="utf-8")
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) -> SetFitModel:
+    """Load a classifier: the student of a run folder, a SetFit folder, or a SetFit model on the hub.
+
+    Args:
+        path: Folder or hub name.
+        device: As in `RunConfig`.
+        trust_pickle: Also load a head that is stored as a pickle only. A pickle runs code of whoever made it.
+
+    Raises:
+        ModelError: There is no classifier, or only a pickled head and ``trust_pickle`` is not set.
+        UnavailableError: The hub cannot be reached.
+    """
+    import joblib
+
+    folder = Path(path)
+    if (folder / "run.json").is_file() and not (folder / "modules.json").is_file():
+        if not (folder / "student").is_dir():
+            raise ModelError(f"The run {folder} has no student yet.", hint="Let the run end first.")
+        folder = folder / "student"
+    else:
+        folder = locate(path)
+    head = load_head(folder)
+    if head is None:
+        if not (folder / _PICKLED_HEAD).is_file():
+            raise ModelError(
+                f"The model in {folder} has no head, so it is no classifier.", hint="Give a run or a SetFit model."
+            )
+        if not trust_pickle:
+            raise ModelError(
+                f"The head in {folder} is a pickle, which runs code of whoever made it.",
+                hint="If you trust its maker, add --trust-pickle (trust_pickle=True).",
+            )
+        head = joblib.load(folder / _PICKLED_HEAD)
+    config = {}
+    if (folder / _SETFIT_CONFIG).is_file():
+        config = json.loads((folder / _SETFIT_CONFIG).read_text(encoding="utf-8"))
+    model = new_model(
+        load_body(folder, resolve_device(device)), config.get("labels") or [str(name) for name in head.classes_]
+    )
+    model.model_head = head
+    model.normalize_embeddings = bool(config.get("normalize_embeddings", False))
+    return model

@@ -1,0 +1,210 @@
+"""A whole run: the stages in order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from setfit_kd.config import RunConfig
+from setfit_kd.data import RunData, Source, load_run_data
+from setfit_kd.evaluation import Evaluation, evaluate
+from setfit_kd.memory import resolve_device
+from setfit_kd.models import locate, save_model
+from setfit_kd.runfolder import METRICS, RUN, SIGNALS, STUDENT, TEACHER, RunFolder, versions
+from setfit_kd.student import check_pool, student_body, train_student
+from setfit_kd.student.bodies import locate_student
+from setfit_kd.teacher import score, train_teacher
+
+if TYPE_CHECKING:
+    from setfit import SetFitModel
+
+    from setfit_kd.signals import TeacherSignals
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made.
+
+    Attributes:
+        student: The distilled classifier.
+        teacher: The classifier it was distilled from.
+        signals: What the teacher said about the pool.
+        evaluations: By ``teacher``, ``baseline`` and ``student``; empty without an evaluation set.
+        config: The settings.
+        seconds: Wall time by stage.
+        output_dir: Where the run is, if it was written.
+    """
+
+    student: SetFitModel
+    teacher: SetFitModel
+    signals: TeacherSignals
+    evaluations: dict[str, Evaluation]
+    config: RunConfig
+    seconds: dict[str, float] = field(default_factory=dict)
+    output_dir: Path | None = None
+
+    @property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """Quality and cost by model, as in ``metrics.json``."""
+        return {name: evaluation.as_dict() for name, evaluation in self.evaluations.items()}
+
+
+def distill(
+    labeled: Source | None = None,
+    unlabeled: Source | None = None,
+    eval: Source | None = None,  # noqa: A002 - the setting's name everywhere
+    *,
+    config: RunConfig | None = None,
+    **settings: Any,
+) -> RunResult:
+    """Fine-tune a teacher on a few labels, let it label a pool softly, and distil it into a student.
+
+    Args:
+        labeled: A few labeled texts: a path, a hub name, a ``datasets.Dataset``, columns, or (text, label) pairs.
+        unlabeled: The pool: the same kinds, or a list of texts.
+        eval: Labeled texts to evaluate on; none of them is trained on.
+        config: The settings; or give them by keyword: every field of `RunConfig` is one.
+
+    Returns:
+        Teacher, student, signals and evaluations; also written to ``output_dir`` where that is set.
+
+    Raises:
+        SetFitKDError: Something given cannot be used; nothing is left half-written.
+
+    Example:
+        >>> from setfit_kd import distill
+        >>> result = distill("few.csv", "pool.txt", "test.csv", teacher="demo:all-MiniLM-L6-v2",
+        ...                  student="layers:0,2,5")  # doctest: +SKIP
+        >>> result.student.predict(["Rain stops play on the third day"])  # doctest: +SKIP
+        ['Sports']
+    """
+    return run(config or RunConfig.of(**settings), labeled=labeled, unlabeled=unlabeled, eval=eval)
+
+
+def run(
+    config: RunConfig,
+    *,
+    labeled: Source | None = None,
+    unlabeled: Source | None = None,
+    eval: Source | None = None,  # noqa: A002
+) -> RunResult:
+    """Run every stage; objects given here take the place of the names in the config.
+
+    Raises:
+        SetFitKDError: See `distill`.
+    """
+    data = prepare_run(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
+    folder = RunFolder.create(config, config.output_dir) if config.output_dir else None
+    with folder.logging() if folder else nullcontext():
+        return _run_stages(config, data, folder)
+
+
+def prepare_run(
+    config: RunConfig,
+    *,
+    labeled: Source | None = None,
+    unlabeled: Source | None = None,
+    eval: Source | None = None,  # noqa: A002
+) -> RunData:
+    """Find and check everything that a run needs before it writes or trains anything.
+
+    Raises:
+        SetFitKDError: Something is missing or cannot be used.
+    """
+    resolve_device(config.device)
+    if config.output_dir:
+        RunFolder.check(config.output_dir, overwrite=config.overwrite)
+    locate(config.teacher)
+    locate_student(config.student)
+    data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
+    check_pool(len(data.pool), config)
+    if data.evaluation is None:
+        logger.warning("There is no evaluation set: nothing will be measured. Name one by --eval.")
+    return data
+
+
+def _run_stages(config: RunConfig, data: RunData, folder: RunFolder | None) -> RunResult:
+    device = resolve_device(config.device)
+    seconds: dict[str, float] = {}
+
+    with _timed("teacher", seconds):
+        teacher = train_teacher(data.labeled, config.teacher, config=config)
+    if folder:
+        save_model(teacher, folder.path / TEACHER, title="Teacher")
+    with _timed("signals", seconds):
+        signals = score(teacher, data.pool, encode_batch_size=config.encode_batch_size, origin=config.teacher)
+    if folder:
+        signals.save(folder.path / SIGNALS)
+    with _timed("student", seconds):
+        body = student_body(config.student, device, teacher=config.teacher)
+        student = train_student(signals, body, labeled=data.labeled, config=config)
+    if folder:
+        save_model(student, folder.path / STUDENT, title="Student")
+    models = {"teacher": teacher, "student": student}
+    if config.baseline and data.evaluation:
+        with _timed("baseline", seconds):
+            body = student_body(config.student, device, teacher=config.teacher)
+            baseline = train_teacher(data.labeled, body, config=config, description="Training baseline")
+        models = {"teacher": teacher, "baseline": baseline, "student": student}
+
+    evaluations: dict[str, Evaluation] = {}
+    with _timed("evaluation", seconds):
+        for name, model in models.items() if data.evaluation else ():
+            saved = folder.path / name if folder and (folder.path / name).is_dir() else None
+            evaluations[name] = evaluate(
+                model,
+                data.evaluation,
+                teacher=evaluations.get("teacher"),
+                encode_batch_size=config.encode_batch_size,
+                folder=saved,
+                description=f"Evaluating {name}",
+            )
+    result = RunResult(student, teacher, signals, evaluations, config, seconds, folder.path if folder else None)
+    if folder:
+        folder.write_json(METRICS, result.metrics)
+        about = {"versions": versions(), "seed": config.seed, "device": str(device)}
+        folder.write_json(RUN, {**about, "data": data.report.as_dict(), "seconds": seconds})
+    return result
+
+
+@contextmanager
+def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - started, 2)
+    logger.debug("Stage %s took %.1f s.", stage, seconds[stage])
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage that a run would go through, with the texts that would pass forward through a model."""
+
+    stage: str
+    texts: int
+    forward_passes: int
+
+
+def plan(config: RunConfig, data: RunData) -> list[PlannedStage]:
+    """The stages of a run with their forward passes, a pass being one text through one model."""
+    from setfit_kd.student.trainer import student_steps
+    from setfit_kd.teacher.trainer import teacher_steps
+
+    report = data.report
+    n_models = 3 if config.baseline else 2
+    stages = [
+        PlannedStage("teacher", report.labeled, teacher_steps(config, report.labeled)[1] + report.labeled),
+        PlannedStage("signals", report.pool, report.pool),
+        PlannedStage("student", report.pool, student_steps(config, report.pool)[1] + report.pool + report.labeled),
+    ]
+    if data.evaluation:
+        if config.baseline:
+            stages.append(PlannedStage("baseline", report.labeled, stages[0].forward_passes))
+        stages.append(PlannedStage("evaluation", report.evaluation, n_models * report.evaluation))
+    return stages

@@ -1,0 +1,164 @@
+"""`TeacherSignals`, the narrow waist: everything a student learns from, and all that it ever sees of a teacher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+
+from setfit_kd.errors import DataError, writing
+
+_FORMAT = 1
+_ARRAYS, _TEXTS, _ABOUT = "signals.safetensors", "texts.jsonl", "signals.json"
+
+
+@dataclass(frozen=True)
+class TeacherSignals:
+    """What a teacher says about n pool texts.
+
+    Attributes:
+        texts: n texts.
+        probabilities: (n, n_classes) float32, rows summing to 1: the soft labels.
+        label_names: Names of the classes.
+        embeddings: (n, d) float32, or None for teachers that have none.
+        origin: Where the signals came from.
+
+    Raises:
+        DataError: The parts do not fit together, or a row is no distribution.
+    """
+
+    texts: list[str]
+    probabilities: npt.NDArray[np.float32]
+    label_names: tuple[str, ...]
+    embeddings: npt.NDArray[np.float32] | None = None
+    origin: str = "a teacher"
+
+    def __post_init__(self) -> None:
+        n, c = len(self.texts), len(self.label_names)
+        if self.probabilities.shape != (n, c):
+            raise DataError(
+                f"Signals of {n} texts and {c} classes need probabilities of shape ({n}, {c}), "
+                f"not {self.probabilities.shape}.",
+                hint="Give one row a text and one column a class.",
+            )
+        if self.embeddings is not None and (self.embeddings.ndim != 2 or len(self.embeddings) != n):
+            raise DataError(
+                f"Signals of {n} texts need embeddings of shape ({n}, d), not {self.embeddings.shape}.",
+                hint="Give one row a text.",
+            )
+        sums = self.probabilities.sum(axis=1, dtype=np.float64)
+        wrong = np.flatnonzero(~(np.abs(sums - 1) < 1e-3) | (self.probabilities < 0).any(axis=1))
+        if len(wrong):
+            raise DataError(
+                f"Signals, row {wrong[0] + 1}: the probabilities {self.probabilities[wrong[0]].tolist()} are no "
+                f"distribution ({len(wrong)} such rows).",
+                hint="Each row must be non-negative and sum to 1.",
+            )
+        if self.embeddings is not None and not np.isfinite(self.embeddings).all():
+            row = int(np.flatnonzero(~np.isfinite(self.embeddings).all(axis=1))[0]) + 1
+            raise DataError(f"Signals, row {row}: the embedding is not finite.", hint="Train the teacher again.")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @classmethod
+    def average(cls, signals: Sequence[TeacherSignals], weights: Sequence[float] | None = None) -> TeacherSignals:
+        """Several teachers' signals on the same texts as one.
+
+        Probabilities are averaged. Embeddings are scaled to unit length, weighted by the root of their teacher's share
+        and laid side by side: the cosine of two such rows is the weighted mean of the teachers' cosines, whatever
+        their dimensions.
+
+        Args:
+            signals: Signals of the same texts and classes, one a teacher.
+            weights: One a teacher, positive; None weighs all alike.
+
+        Raises:
+            DataError: The signals are of different texts or classes.
+        """
+        first = signals[0]
+        for other in signals[1:]:
+            if other.texts != first.texts or other.label_names != first.label_names:
+                raise DataError(
+                    "The signals are of different texts or classes.", hint="Score one pool by all teachers."
+                )
+        shares = np.ones(len(signals)) if weights is None else np.asarray(weights, np.float64)
+        if shares.shape != (len(signals),) or not (shares > 0).all():
+            raise DataError(f"{len(signals)} teachers need as many positive weights.", hint="Check the weights.")
+        shares = shares / shares.sum()
+        probabilities = np.average([s.probabilities for s in signals], axis=0, weights=shares)
+        embeddings = None
+        if all(s.embeddings is not None for s in signals):
+            parts = [s.embeddings for s in signals if s.embeddings is not None]
+            embeddings = np.concatenate(
+                [np.sqrt(share) * _unit(part) for share, part in zip(shares, parts, strict=True)], axis=1
+            ).astype(np.float32)
+        return cls(
+            first.texts,
+            np.asarray(probabilities, np.float32),
+            first.label_names,
+            embeddings,
+            " + ".join(s.origin for s in signals),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the signals to a folder, whole or not at all.
+
+        Raises:
+            OutputError: The folder exists already or cannot be written.
+        """
+        from safetensors.numpy import save_file
+
+        part = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
+        arrays = {"probabilities": self.probabilities}
+        if self.embeddings is not None:
+            arrays["embeddings"] = self.embeddings
+        try:
+            with writing(folder):
+                part.mkdir(parents=True)
+                save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part / _ARRAYS)
+                with (part / _TEXTS).open("w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in self.texts)
+                about = {"format": _FORMAT, "label_names": list(self.label_names), "origin": self.origin}
+                (part / _ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TeacherSignals:
+        """Read signals that `save` wrote.
+
+        Raises:
+            DataError: The folder holds no whole signals.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+            with (folder / _TEXTS).open(encoding="utf-8") as file:
+                texts = [json.loads(line) for line in file]
+            arrays = load_file(folder / _ARRAYS)
+            if about["format"] != _FORMAT:
+                raise DataError(f"The signals in {folder} are of format {about['format']}.", hint="Upgrade setfit-kd.")
+            return cls(
+                texts, arrays["probabilities"], tuple(about["label_names"]), arrays.get("embeddings"), about["origin"]
+            )
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{folder} holds no whole signals ({error}).", hint="Score the pool again.") from None
+
+
+def _unit(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    wide = rows.astype(np.float64)
+    lengths: npt.NDArray[np.float64] = np.linalg.norm(wide, axis=1, keepdims=True)
+    return wide / np.maximum(lengths, 1e-12)

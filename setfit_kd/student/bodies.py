@@ -1,0 +1,52 @@
+"""The bodies a student may have."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from setfit_kd.errors import ConfigError
+from setfit_kd.models import cut_layers, load_body, locate
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+_CUT = "layers:"
+
+
+def locate_student(name: str) -> Path | None:
+    """The folder of a student's body; None for one that is cut out of the teacher's."""
+    if name.startswith(_CUT):
+        parse_layers(name)
+        return None
+    return locate(name)
+
+
+def parse_layers(name: str) -> tuple[int, ...]:
+    """``layers:0,2,5`` to (0, 2, 5).
+
+    Raises:
+        ConfigError: It is written otherwise.
+    """
+    if not re.fullmatch(r"\d+(,\d+)+|\d+,?", name.removeprefix(_CUT)):
+        raise ConfigError(f"{name!r} does not name layers.", hint="Write them as in layers:0,2,5.")
+    return tuple(int(part) for part in name.removeprefix(_CUT).rstrip(",").split(","))
+
+
+def student_body(name: str, device: torch.device, *, teacher: str | Path) -> SentenceTransformer:
+    """Load a student's body, or cut it out of the teacher's as it was before any fine-tuning.
+
+    Args:
+        name: ``layers:`` and indices, or whatever `locate` takes.
+        device: Where to put it.
+        teacher: The teacher's name, for cutting.
+
+    Raises:
+        ConfigError: The layers are written wrongly.
+        ModelError: There are no such layers, or the body does not load.
+    """
+    if name.startswith(_CUT):
+        return cut_layers(load_body(locate(teacher), device), parse_layers(name))
+    return load_body(locate(name), device)

@@ -1,0 +1,99 @@
+"""From signals to a student."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from setfit_kd.config import StudentConfig
+from setfit_kd.data.sets import LabeledSet, encode_labels
+from setfit_kd.data.sources import Source, read
+from setfit_kd.errors import DataError
+from setfit_kd.memory import resolve_device
+from setfit_kd.models import load_body, locate, new_model
+from setfit_kd.progress import track
+from setfit_kd.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from setfit import SetFitModel
+
+    from setfit_kd.signals import TeacherSignals
+
+logger = logging.getLogger(__name__)
+
+
+def check_pool(pool_size: int, config: StudentConfig) -> None:
+    """Refuse a pool that does not fill one batch.
+
+    Raises:
+        DataError: It does not.
+    """
+    if pool_size < config.batch_size:
+        raise DataError(
+            f"The pool holds {pool_size} texts, fewer than one batch of {config.batch_size}.",
+            hint=f"Give more unlabeled texts, or --batch-size {max(pool_size, 4)} or less.",
+        )
+
+
+def train_student(
+    signals: TeacherSignals,
+    student: str | Path | SentenceTransformer,
+    *,
+    labeled: LabeledSet | Source | None = None,
+    config: StudentConfig | None = None,
+    **settings: Any,
+) -> SetFitModel:
+    """Distil a teacher's signals into a student; the teacher itself is not needed.
+
+    Args:
+        signals: The teacher's signals over the pool.
+        student: The body: a hub name, a folder, ``demo:all-MiniLM-L6-v2``, or a loaded body, which is changed in place.
+        labeled: Texts with gold labels, which the head is fitted on too.
+        config: The settings; or give them by keyword, as in ``train_student(..., epochs=5)``.
+
+    Returns:
+        A `setfit.SetFitModel` with a fitted `sklearn.linear_model.LogisticRegression`.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range.
+        DataError: The pool is smaller than a batch, or labels do not match.
+        ModelError: The body does not load.
+        UnavailableError: The hub cannot be reached.
+    """
+    config = config or StudentConfig.of(**settings)
+    check_pool(len(signals), config)
+    if labeled is not None and not isinstance(labeled, LabeledSet):
+        labeled = encode_labels(read(labeled, label_column="label"), signals.label_names)
+    if labeled is not None and labeled.label_names != signals.label_names:
+        raise DataError(
+            f"The labels {', '.join(labeled.label_names)} are not the teacher's: {', '.join(signals.label_names)}.",
+            hint="Give the same classes in the same order.",
+        )
+    device = resolve_device(config.device)
+    body = load_body(locate(student), device) if isinstance(student, str | Path) else student
+
+    started = time.perf_counter()
+    with quiet_libraries(), TemporaryDirectory(prefix="setfit-kd-") as scratch:
+        from setfit_kd.student.trainer import StudentTrainer, student_steps
+        from setfit_kd.training import losses_of, prepare_inner_trainer, settle
+
+        model = new_model(body, signals.label_names)
+        trainer = StudentTrainer(model, signals, labeled, config, device, scratch)
+        with track("Training student", student_steps(config, len(signals))[0]) as advance:
+            prepare_inner_trainer(trainer, advance)
+            trainer.train_embeddings(signals.texts)
+        settle(trainer, device)
+        trainer.train_classifier(signals.texts)
+        losses = losses_of(trainer)
+    logger.debug(
+        "Training student: %d steps in %.1f s, loss %.4f to %.4f.",
+        len(losses),
+        time.perf_counter() - started,
+        losses[0],
+        losses[-1],
+    )
+    return model

@@ -1,0 +1,6 @@
+"""Training a teacher on the few labels, and scoring a pool with it."""
+
+from setfit_kd.teacher.scoring import score
+from setfit_kd.teacher.train import train_teacher
+
+__all__ = ["score", "train_teacher"]

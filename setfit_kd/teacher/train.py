@@ -1,0 +1,79 @@
+"""From a body and a few labels to a teacher."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from setfit_kd.config import TeacherConfig
+from setfit_kd.data.sets import LabeledSet, draw_shots, encode_labels
+from setfit_kd.data.sources import Source, read
+from setfit_kd.memory import resolve_device
+from setfit_kd.models import load_body, locate, new_model
+from setfit_kd.progress import track
+from setfit_kd.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from setfit import SetFitModel
+
+logger = logging.getLogger(__name__)
+
+
+def train_teacher(
+    labeled: LabeledSet | Source,
+    teacher: str | Path | SentenceTransformer,
+    *,
+    config: TeacherConfig | None = None,
+    description: str = "Training teacher",
+    **settings: Any,
+) -> SetFitModel:
+    """Fine-tune a body on a few labels and fit its head.
+
+    Args:
+        labeled: The labels: a `LabeledSet`, or anything that `read` takes, with the columns ``text`` and ``label``.
+        teacher: The body: a hub name, a folder, ``demo:all-MiniLM-L6-v2``, or a loaded body, which is changed in place.
+        config: The settings; or give them by keyword, as in ``train_teacher(..., teacher_steps=40)``.
+        description: What to call the step on the progress bar.
+
+    Returns:
+        A `setfit.SetFitModel` with a fitted `sklearn.linear_model.LogisticRegression`.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range.
+        DataError: The labels cannot be used.
+        ModelError: The body does not load.
+        UnavailableError: The hub cannot be reached.
+    """
+    config = config or TeacherConfig.of(**settings)
+    if not isinstance(labeled, LabeledSet):
+        labeled = encode_labels(read(labeled, label_column="label"))
+    labeled = draw_shots(labeled, None, seed=config.seed)
+    device = resolve_device(config.device)
+    body = load_body(locate(teacher), device) if isinstance(teacher, str | Path) else teacher
+
+    started = time.perf_counter()
+    with quiet_libraries(), TemporaryDirectory(prefix="setfit-kd-") as scratch:
+        from setfit_kd.teacher.trainer import TeacherTrainer, teacher_steps
+        from setfit_kd.training import losses_of, prepare_inner_trainer, settle
+
+        model = new_model(body, labeled.label_names)
+        trainer = TeacherTrainer(model, labeled, config, device, scratch)
+        with track(description, teacher_steps(config, len(labeled))[0]) as advance:
+            prepare_inner_trainer(trainer, advance)
+            trainer.train_embeddings(labeled.texts, labeled.labels.tolist())
+        settle(trainer, device)
+        trainer.train_classifier(labeled.texts, labeled.labels)
+        losses = losses_of(trainer)
+    logger.debug(
+        "%s: %d steps in %.1f s, loss %.4f to %.4f.",
+        description,
+        len(losses),
+        time.perf_counter() - started,
+        losses[0],
+        losses[-1],
+    )
+    return model

@@ -1,0 +1,84 @@
+"""SetFit's trainer with whole-batch contrast beside its pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from setfit import SetFitModel, Trainer, TrainingArguments
+from torch import nn
+
+from setfit_kd.config import TeacherConfig
+from setfit_kd.data.sets import LabeledSet
+from setfit_kd.memory import inner_trainer_on
+from setfit_kd.models import embed, fit_head
+from setfit_kd.objectives import ContrastiveObjective, balanced_batches
+from setfit_kd.training import FixedBatches, training_arguments
+
+
+class TeacherTrainer(Trainer):
+    """Fine-tunes a SetFit model on labeled texts.
+
+    Args:
+        model: The model to train, head unfitted.
+        labeled: The few labels.
+        config: How.
+        device: Where.
+        output_dir: A folder for what the inner trainer may write.
+    """
+
+    def __init__(
+        self, model: SetFitModel, labeled: LabeledSet, config: TeacherConfig, device: torch.device, output_dir: str
+    ) -> None:
+        self.labeled = labeled
+        self.config = config
+        arguments = training_arguments(
+            output_dir,
+            batch_size=config.teacher_batch_size if config.teacher_objective == "in-batch" else 16,
+            epochs=1,
+            learning_rate=config.teacher_learning_rate,
+            num_iterations=config.num_iterations,
+            seed=config.seed,
+        )
+        dataset = Dataset.from_dict({"text": labeled.texts, "label": labeled.labels.tolist()})
+        with inner_trainer_on(device):
+            super().__init__(model=model, args=arguments, train_dataset=dataset, metric=_no_metric)
+
+    def get_dataset(
+        self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
+    ) -> tuple[Dataset, nn.Module]:
+        """The texts with their classes and the contrastive objective, or SetFit's own pairs and loss."""
+        if self.config.teacher_objective == "pairs":
+            dataset, loss = super().get_dataset(x, y, args=args, max_pairs=max_pairs)
+            return dataset, loss
+        batches = balanced_batches(
+            np.asarray(y),
+            batch_size=self.config.teacher_batch_size,
+            steps=self.config.teacher_steps,
+            seed=self.config.seed,
+        )
+        self.st_trainer.args.batch_sampler = lambda *_, **__: FixedBatches(batches)
+        return Dataset.from_dict({"sentence": x, "label": y}), ContrastiveObjective(self.model.model_body, dropout=True)
+
+    def train_classifier(self, x_train: list[str], y_train: Any, args: TrainingArguments | None = None) -> None:
+        """Fit the head on the gold labels."""
+        embeddings = embed(
+            self.model.model_body, x_train, batch_size=self.config.encode_batch_size, description="Fitting head"
+        )
+        one_hot = np.eye(len(self.labeled.label_names), dtype=np.float32)[np.asarray(y_train)]
+        self.model.model_head = fit_head(embeddings, one_hot)
+
+
+def _no_metric(*_: Any) -> dict[str, float]:
+    """SetFit's default metric would be fetched over the network; evaluation has a room of its own."""
+    return {}
+
+
+def teacher_steps(config: TeacherConfig, n_labeled: int) -> tuple[int, int]:
+    """Steps and texts passed forward when training a teacher on ``n_labeled`` texts."""
+    if config.teacher_objective == "in-batch":
+        return config.teacher_steps, config.teacher_steps * config.teacher_batch_size
+    pairs = 2 * config.num_iterations * n_labeled
+    return -(-pairs // 16), 2 * pairs
