@@ -31,6 +31,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def check_device(name: str) -> None:
+    """Raise where `resolve_device` would; loads torch only for an accelerator asked for by name."""
+    if name not in ("auto", "cpu"):
+        resolve_device(name)
+
+
 @contextmanager
 def inner_trainer_on(device: torch.device) -> Iterator[None]:
     """Within this block, SetFit's trainers are built for ``device``.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from setfit_kd.config import RunConfig
 from setfit_kd.data import RunData, Source, load_run_data
 from setfit_kd.evaluation import Evaluation, evaluate
-from setfit_kd.memory import resolve_device
+from setfit_kd.memory import check_device, resolve_device
 from setfit_kd.models import locate, save_model
 from setfit_kd.runfolder import METRICS, RUN, SIGNALS, STUDENT, TEACHER, RunFolder, versions
 from setfit_kd.student import check_pool, student_body, train_student
@@ -118,7 +118,7 @@ def prepare_run(
     Raises:
         SetFitKDError: Something is missing or cannot be used.
     """
-    resolve_device(config.device)
+    check_device(config.device)
     if config.output_dir:
         RunFolder.check(config.output_dir, overwrite=config.overwrite)
     locate(config.teacher)

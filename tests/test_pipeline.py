@@ -2,36 +2,147 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from conftest import FAST
+import yaml
+from conftest import FAST, newswire
+from setfit import SetFitModel
 
-from setfit_kd import distill
+from setfit_kd import RunConfig, TeacherSignals, distill, load
+from setfit_kd.config import read_config
+from setfit_kd.errors import OutputError
+from setfit_kd.models import predict_proba
+
+QUALITY = ("accuracy", "macro_f1", "classes", "confusion", "agreement")
+
+
+def small_run(teacher: Path, student: Path | str, **settings: Any) -> Any:
+    sources = ["bundled:newswire"] * 3
+    return distill(*sources, teacher=str(teacher), student=str(student), **{**FAST, **settings})
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_student: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    distill(
-        "bundled:newswire",
-        "bundled:newswire",
-        "bundled:newswire",
-        teacher=str(tiny_teacher),
-        student=str(tiny_student),
-        output_dir=folder,
-        **FAST,
-    )
+    small_run(tiny_teacher, tiny_student, output_dir=folder)
     return folder
 
 
-def test_a_run_folder_holds_everything(run_folder: Path) -> None:
-    assert {path.name for path in run_folder.iterdir()} == {
-        "config.yaml",
-        "metrics.json",
-        "run.json",
-        "run.log",
-        "signals",
-        "student",
-        "teacher",
-    }
+def test_a_run_folder_holds_everything_and_nothing_else(run_folder: Path) -> None:
+    expected = {"config.yaml", "metrics.json", "run.json", "run.log", "signals", "student", "teacher"}
+    assert {path.name for path in run_folder.iterdir()} == expected
+
+
+def test_metrics_are_complete(run_folder: Path) -> None:
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    assert list(metrics) == ["teacher", "baseline", "student"]
+    for name, measured in metrics.items():
+        assert set(measured) == {*QUALITY, "parameters", "megabytes", "texts_per_second", "device"}
+        assert 0 <= measured["accuracy"] <= 1
+        assert sum(map(sum, measured["confusion"])) == 200
+        assert set(measured["classes"]) == {"World", "Sports", "Business", "Sci/Tech"}
+        assert measured["texts_per_second"] > 0
+        assert (measured["agreement"] is None) == (name == "teacher")
+    assert metrics["student"]["parameters"] < metrics["teacher"]["parameters"]
+    assert metrics["student"]["megabytes"] < metrics["teacher"]["megabytes"]
+
+
+def test_the_config_reads_back(run_folder: Path) -> None:
+    config = RunConfig.resolve(read_config(run_folder / "config.yaml"))
+    assert config.teacher_steps == FAST["teacher_steps"]
+    assert config.to_yaml() == (run_folder / "config.yaml").read_text()
+    assert yaml.safe_load((run_folder / "config.yaml").read_text())["seed"] == 0
+
+
+def test_versions_seed_and_data_are_recorded(run_folder: Path) -> None:
+    about = json.loads((run_folder / "run.json").read_text())
+    assert about["seed"] == 0
+    assert {"python", "torch", "setfit", "setfit-kd"} <= set(about["versions"])
+    assert about["data"]["labeled"] == 32
+    assert about["data"]["pool"] == 568
+    assert about["data"]["evaluation"] == 200
+    assert set(about["seconds"]) == {"teacher", "signals", "student", "baseline", "evaluation"}
+    assert "Stage student took" in (run_folder / "run.log").read_text()
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_the_models_load_with_setfit_alone(run_folder: Path, name: str) -> None:
+    texts = [row["text"] for row in newswire("eval")[:20]]
+    theirs = SetFitModel.from_pretrained(str(run_folder / name), device="cpu")
+    ours = load(run_folder / name, device="cpu")
+    np.testing.assert_allclose(theirs.predict_proba(texts, as_numpy=True), predict_proba(ours, texts), atol=1e-5)
+    assert theirs.predict(texts) == [ours.labels[i] for i in predict_proba(ours, texts).argmax(1)]
+
+
+def test_the_signals_are_the_teachers_word_on_the_pool(run_folder: Path) -> None:
+    signals = TeacherSignals.load(run_folder / "signals")
+    teacher = load(run_folder / "teacher", device="cpu")
+    assert len(signals) == 568
+    np.testing.assert_allclose(signals.probabilities, predict_proba(teacher, signals.texts), atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_metrics(run_folder: Path, tiny_teacher: Path, tiny_student: Path) -> None:
+    again = small_run(tiny_teacher, tiny_student).metrics
+    first = json.loads((run_folder / "metrics.json").read_text())
+    for name in first:
+        assert {key: again[name][key] for key in QUALITY} == {key: first[name][key] for key in QUALITY}
+
+
+def test_nothing_is_written_without_an_output_dir(tiny_teacher: Path, tmp_path: Path) -> None:
+    result = small_run(tiny_teacher, "layers:0,2", baseline=False)
+    assert result.output_dir is None
+    assert list(result.evaluations) == ["teacher", "student"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_objects_take_the_place_of_names(tiny_teacher: Path, tiny_student: Path) -> None:
+    rows = newswire("train")
+    pairs = [(row["text"], row["label"]) for row in rows[:80]]
+    result = distill(
+        pairs,
+        [row["text"] for row in rows],
+        teacher=str(tiny_teacher),
+        student=str(tiny_student),
+        **{**FAST, "shots": None},
+    )
+    assert result.evaluations == {}
+    assert len(result.signals) == 520
+    assert set(result.student.predict(["A new telescope", "The match ended"])) <= {row["label"] for row in rows}
+
+
+@pytest.mark.parametrize("objective", ["similarity", "pairs"])
+@pytest.mark.parametrize("teacher_objective", ["in-batch", "pairs"])
+def test_every_pairing_of_objectives_runs(
+    tiny_teacher: Path, tiny_student: Path, objective: str, teacher_objective: str
+) -> None:
+    settings = {"objective": objective, "teacher_objective": teacher_objective, "num_iterations": 1, "pool_size": 64}
+    result = small_run(tiny_teacher, tiny_student, baseline=False, **settings)
+    assert result.evaluations["student"].quality.agreement is not None
+
+
+def test_a_folder_in_use_is_refused_and_replaced_on_request(
+    tiny_teacher: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    (folder / "student").mkdir(parents=True)
+    (folder / "student" / "stale.bin").write_text("old")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="not empty"):
+        small_run(tiny_teacher, tiny_student, output_dir=folder)
+    small_run(tiny_teacher, tiny_student, output_dir=folder, overwrite=True, baseline=False)
+    assert not (folder / "student" / "stale.bin").exists()
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_the_real_model_distils_on_newswire(demo_model: str) -> None:
+    result = distill(
+        *["bundled:newswire"] * 3, teacher=demo_model, student="layers:0,2,5", shots=16, device="cpu", baseline=False
+    )
+    teacher, student = (result.evaluations[name].quality.accuracy for name in ("teacher", "student"))
+    assert teacher > 0.8
+    assert student >= teacher - 0.02

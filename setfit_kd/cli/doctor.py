@@ -33,7 +33,7 @@ def doctor() -> None:
     reachable = hub.is_reachable()
     why = " (HF_HUB_OFFLINE is set)" if hub.is_offline() else ""
     click.echo("Hub")
-    click.echo(f"  {hub.endpoint():<22}{'reachable' if reachable else 'not reachable'}{why}")
+    click.echo(f"  {hub.endpoint():<21} {'reachable' if reachable else 'not reachable'}{why}")
     click.echo("Presets")
     for name in PRESETS:
         obstacle = _obstacle(name, reachable)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 
 from setfit_kd.progress import shown_on
@@ -17,12 +16,24 @@ if TYPE_CHECKING:
     from setfit_kd.evaluation import Evaluation
 
 
+class _ScreenHandler(logging.Handler):
+    """A message a line, never broken; warnings say that they are."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        prefix = f"{record.levelname.capitalize()}: " if record.levelno >= logging.WARNING else ""
+        self.console.print(prefix + record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def screen(*, quiet: bool, verbose: bool) -> Iterator[Console]:
     """Within this block, messages and progress go to stderr. Yields the console for results, on stdout."""
     console = Console(stderr=True)
-    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False, highlighter=None)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler = _ScreenHandler(console)
     handler.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
     logger = logging.getLogger("setfit_kd")
     before = logger.level

@@ -1,0 +1,5 @@
+"""``python -m setfit_kd``."""
+
+from setfit_kd.cli import main
+
+main(prog_name="setfit-kd")

@@ -1,0 +1,194 @@
+"""The hub path for real, against a stand-in on loopback, and every way it can fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from conftest import FAST, newswire
+from standin_hub import StandInHub
+
+from setfit_kd import hub
+from setfit_kd.config import PRESETS
+from setfit_kd.data import read
+from setfit_kd.errors import InputError, SetFitKDError, UnavailableError
+
+TEACHER, STUDENT = PRESETS["ag_news"]["teacher"], PRESETS["ag_news"]["student"]
+SECONDS = 10.0
+"""No failure may keep a user waiting longer."""
+
+
+@pytest.fixture(scope="module")
+def ag_news_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set repository shaped like AG News: two Parquet files and a card."""
+    folder = tmp_path_factory.mktemp("datasets") / "ag_news"
+    (folder / "data").mkdir(parents=True)
+    names = ["World", "Sports", "Business", "Sci/Tech"]
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    for split, ours in (("train", "train"), ("test", "eval")):
+        rows = newswire(ours)
+        columns = {"text": [row["text"] for row in rows], "label": [names.index(row["label"]) for row in rows]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(
+            folder / "data" / f"{split}-00000-of-00001.parquet"
+        )
+    card = ["---", "configs:", "- config_name: default", "  data_files:"]
+    for split in ("train", "test"):
+        card += [f"  - split: {split}", f"    path: data/{split}-*"]
+    (folder / "README.md").write_text("\n".join([*card, "---", "# A news corpus", ""]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def standin(
+    ag_news_like: Path, tiny_teacher: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[StandInHub]:
+    repos = {
+        f"models/{TEACHER}": tiny_teacher,
+        f"models/{STUDENT}": tiny_student,
+        "datasets/fancyzhx/ag_news": ag_news_like,
+    }
+    with StandInHub(repos, {"datasets/ag_news": "datasets/fancyzhx/ag_news"}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        yield server
+
+
+def run_cli(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process and with a cache of its own."""
+    env = {**os.environ, "HF_HOME": str(home), "PYTHONWARNINGS": "ignore", **environment}
+    env.pop("HF_HUB_CACHE", None)
+    return subprocess.run(
+        [sys.executable, "-m", "setfit_kd", *arguments], env=env, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_a_bare_run_goes_from_download_to_metrics(standin: StandInHub, tmp_path: Path) -> None:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
+    result = run_cli("run", *flags, home=tmp_path / "home", HF_ENDPOINT=standin.endpoint)
+    assert result.returncode == 0, result.stderr
+    written = {path.name for path in (tmp_path / "runs/ag_news").iterdir()}
+    assert {"config.yaml", "metrics.json", "run.json", "student"} <= written
+    assert all(name in result.stdout for name in ("teacher", "baseline", "student"))
+    assert any("fancyzhx/ag_news" in request for request in standin.requests)
+
+
+def test_a_bare_run_without_a_hub_ends_at_once(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        result = run_cli("run", home=tmp_path / "home", HF_ENDPOINT=endpoint)
+    assert result.returncode == 69
+    assert TEACHER in result.stderr
+    assert endpoint in result.stderr
+    assert "setfit-kd run --preset newswire" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "fragments"),
+    [
+        ("unauthorized", InputError, ["HTTP 401", "HF_TOKEN"]),
+        ("not_found", InputError, ["HTTP 404", "Check the name"]),
+        ("unavailable", UnavailableError, ["HTTP 503", "--preset newswire"]),
+        ("stalled", UnavailableError, ["does not answer in time", "--preset newswire"]),
+        ("cut_off", UnavailableError, ["broke off", "Run the same command again"]),
+    ],
+)
+@pytest.mark.parametrize(("kind", "name"), [("model", TEACHER), ("dataset", "ag_news")])
+def test_each_failure_has_its_message_within_seconds(
+    standin: StandInHub, failure: Any, error: type[SetFitKDError], fragments: list[str], kind: hub.Kind, name: str
+) -> None:
+    standin.failure = failure
+    started = time.monotonic()
+    with pytest.raises(error) as caught:
+        hub.snapshot(name, kind)
+    assert time.monotonic() - started < SECONDS
+    message = str(caught.value)
+    assert name in message
+    assert all(fragment in message for fragment in fragments), message
+
+
+def test_a_refused_connection_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UnavailableError, match=r"no hub answers at http://127\.0\.0\.1:9"):
+        hub.snapshot(TEACHER, "model")
+
+
+def test_a_download_cut_off_half_way_is_whole_the_next_time(standin: StandInHub, tiny_teacher: Path) -> None:
+    standin.failure = "cut_off"
+    with pytest.raises(UnavailableError):
+        hub.snapshot(TEACHER, "model")
+    standin.failure = "unavailable"
+    with pytest.raises(UnavailableError, match=r"HTTP 503"):
+        hub.snapshot(TEACHER, "model")
+    standin.failure = "none"
+    folder = hub.snapshot(TEACHER, "model")
+    for file in tiny_teacher.rglob("*.safetensors"):
+        assert (folder / file.relative_to(tiny_teacher)).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("failure", ["unavailable", "not_found", "stalled"])
+def test_a_whole_copy_serves_when_the_hub_does_not(
+    standin: StandInHub, failure: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = hub.snapshot(TEACHER, "model")
+    standin.failure = failure
+    assert hub.snapshot(TEACHER, "model") == first
+    assert "Using the copy in the local cache" in caplog.text
+
+
+def test_offline_takes_the_cache_and_asks_nobody(standin: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UnavailableError, match="HF_HUB_OFFLINE"):
+        hub.snapshot(TEACHER, "model")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    folder = hub.snapshot(TEACHER, "model")
+    asked = len(standin.requests)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.snapshot(TEACHER, "model") == folder
+    assert len(standin.requests) == asked
+
+
+def test_a_hub_data_set_leaves_nothing_but_the_download(
+    standin: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", None)
+    rows = read("ag_news", label_column="label", role="test")
+    assert rows.texts == [row["text"] for row in newswire("eval")]
+    assert rows.labels == [row["label"] for row in newswire("eval")]
+    assert rows.label_names == ("World", "Sports", "Business", "Sci/Tech")
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} <= {"scratch", "hub-cache"}
+
+
+def test_a_split_or_configuration_that_is_not_there_is_named(standin: StandInHub) -> None:
+    with pytest.raises(InputError, match=r"no split 'validation'; it has 'train', 'test'"):
+        read("ag_news[validation]", label_column="label")
+    with pytest.raises(InputError, match="NAME:CONFIG"):
+        read("ag_news:other", label_column="label")
+
+
+def test_weights_that_are_not_there_are_not_made_up(
+    standin: StandInHub, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from setfit_kd.errors import ModelError
+    from setfit_kd.memory import resolve_device
+    from setfit_kd.models import load_body, locate
+
+    hollow = tmp_path / "hollow"
+    shutil.copytree(tiny_teacher, hollow, ignore=shutil.ignore_patterns("*.safetensors"))
+    with StandInHub({"models/org/hollow": hollow}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        with pytest.raises(ModelError, match="does not load"):
+            load_body(locate("org/hollow"), resolve_device("cpu"))
