@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from setfit_kd.errors import ConfigError
 
@@ -23,7 +23,19 @@ def _as_tuple(value: object) -> object:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
-Columns = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+def _not_blank(value: str) -> str:
+    if not value.strip() or "\0" in value:
+        raise ValueError("must not be empty")
+    return value
+
+
+def _path(value: object) -> object:
+    return _not_blank(value) if isinstance(value, str) else value
+
+
+Name = Annotated[str, AfterValidator(_not_blank)]
+Columns = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+OutputDir = Annotated[Path, BeforeValidator(_path)]
 
 
 class StageConfig(BaseModel):
@@ -45,22 +57,39 @@ class StageConfig(BaseModel):
         Raises:
             ConfigError: A setting is unknown or out of range.
         """
+        return cls._valid(settings)
+
+    @classmethod
+    def given(cls, config: Self | None, settings: Mapping[str, Any]) -> Self:
+        """A stage's settings: those of ``config``, if there is one, with ``settings`` over them.
+
+        Raises:
+            ConfigError: A setting is unknown or out of range.
+        """
+        if config is None or not settings:
+            return config or cls._valid(settings)
+        return type(config)._valid({**config.model_dump(), **settings})
+
+    @classmethod
+    def _valid(cls, settings: Mapping[str, Any]) -> Self:
         try:
             return cls(**settings)
         except ValidationError as error:
-            raise ConfigError(_explain(error), hint=f"There are: {', '.join(cls.model_fields)}.") from None
+            unknown = any(item["type"] == "extra_forbidden" for item in error.errors())
+            hint = f"There are: {', '.join(cls.model_fields)}." if unknown else "Check the value."
+            raise ConfigError(_explain(error), hint=hint) from None
 
 
 class DataConfig(StageConfig):
     """Where the texts come from and how they are sampled."""
 
-    labeled: str | None = Field(
+    labeled: Name | None = Field(
         None, description="Labeled texts: file (CSV, TSV, JSONL, Parquet), datasets folder, or hub name."
     )
-    unlabeled: str | None = Field(None, description="Unlabeled pool: the same kinds, or a text file, a text a line.")
-    eval: str | None = Field(None, description="Labeled texts to evaluate on; never trained on.")
+    unlabeled: Name | None = Field(None, description="Unlabeled pool: the same kinds, or a text file, a text a line.")
+    eval: Name | None = Field(None, description="Labeled texts to evaluate on; never trained on.")
     text_column: Columns = Field(("text",), description="Text column; several, comma-separated, are joined by a space.")
-    label_column: str = Field("label", description="Label column.")
+    label_column: Name = Field("label", description="Label column.")
     shots: int | None = Field(None, ge=2, description="Labels drawn for each class [all].")
     pool_size: int | None = Field(None, ge=2, description="Pool texts drawn [all].")
 
@@ -86,40 +115,43 @@ class StudentConfig(StageConfig):
     batch_size: int = Field(32, ge=4, description="Texts in a student batch.")
     learning_rate: float = Field(2e-5, gt=0, lt=1, description="The student's learning rate.")
     gold_weight: float = Field(
-        3.0, ge=0, description="Weight of a gold label in the student's head, where a pool text counts 1."
+        3.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of a gold label in the student's head, where a pool text counts 1.",
     )
 
 
 class RunConfig(DataConfig, TeacherConfig, StudentConfig):
     """Every setting of a run."""
 
-    teacher: str = Field(
+    teacher: Name = Field(
         "sentence-transformers/paraphrase-mpnet-base-v2",
         description="Teacher's body: hub name, folder, or demo:all-MiniLM-L6-v2.",
     )
-    student: str = Field(
+    student: Name = Field(
         "sentence-transformers/paraphrase-MiniLM-L3-v2",
         description="Student's body: the same, or layers:0,2,5 to cut those layers out of the teacher's body.",
     )
     baseline: bool = Field(True, description="Also train the student's body on the labels alone, to compare.")
-    output_dir: Path | None = Field(None, description="Folder that the run is written to.")
+    output_dir: OutputDir | None = Field(None, description="Folder that the run is written to.")
     overwrite: bool = Field(False, description="Replace an earlier run in the output folder.")
 
     @classmethod
-    def resolve(cls, *layers: Mapping[str, Any]) -> RunConfig:
-        """Lay settings over one another; later layers win.
+    def resolve(cls, base: Mapping[str, Any], *layers: Mapping[str, Any]) -> RunConfig:
+        """Lay settings over a preset's; later layers win.
 
-        The data settings go together: a layer that names its own ``labeled`` texts drops every data setting of the
-        layers beneath, so that nobody's labels ever meet another data set's pool.
+        The data settings go together: where a layer names its own ``labeled`` texts, every data setting of the preset
+        is dropped, so that nobody's labels ever meet another data set's pool.
 
         Raises:
             ConfigError: A setting is unknown or out of range.
         """
-        data_fields = set(DataConfig.model_fields) - set(StageConfig.model_fields)
-        merged: dict[str, Any] = {}
+        own = set(DataConfig.model_fields) - set(StageConfig.model_fields)
+        if any(layer.get("labeled") is not None for layer in layers):
+            base = {name: value for name, value in base.items() if name not in own}
+        merged = dict(base)
         for layer in layers:
-            if layer.get("labeled") is not None:
-                merged = {name: value for name, value in merged.items() if name not in data_fields}
             merged.update(layer)
         return cls.of(**merged)
 
@@ -132,7 +164,7 @@ def _explain(error: ValidationError) -> str:
     problems = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
-        reason = "is not a setting" if item["type"] == "extra_forbidden" else item["msg"].lower()
+        reason = "is not a setting" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
         got = "" if item["type"] == "extra_forbidden" else f" (got {item['input']!r})"
         problems.append(f"{name}: {reason}{got}" if name else reason)
     return "Invalid settings: " + "; ".join(problems) + "."
@@ -184,7 +216,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"Cannot read the settings {path}: {error.strerror}.", hint="Check --config.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}).", hint="Save it as UTF-8.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
         raise ConfigError(f"{path}{line} is not valid YAML.", hint="Write one `name: value` a line.") from None

@@ -89,6 +89,19 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def new_folder(path: str | Path) -> Path:
+    """The path, made absolute, of a folder that is still to be made.
+
+    Raises:
+        OutputError: Something is there already.
+    """
+    folder = Path(path).absolute()
+    with writing(folder):
+        if folder.exists():
+            raise OutputError(f"{path} is there already.", hint="Choose another name, or remove it first.")
+    return folder
+
+
 def _errno_of(error: BaseException | None) -> int | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in errno.errorcode:

@@ -168,11 +168,10 @@ def _explain_download(error: Exception, name: str, kind: Kind) -> None:
 def _explain(error: Exception | None, name: str, kind: Kind) -> SetFitKDError:
     """What a failed download means to the user; None means that the network was not to be asked."""
     what = f"The {'data set' if kind == 'dataset' else 'model'} {name!r}"
+    not_here = f"{what} is neither a file or folder here nor in the local cache, and"
     offline = f"Without the hub, this works: {OFFLINE_COMMAND}"
     if error is None:
-        return UnavailableError(
-            f"{what} is not in the local cache, and HF_HUB_OFFLINE keeps off the hub.", hint=offline
-        )
+        return UnavailableError(f"{not_here} HF_HUB_OFFLINE keeps off the hub.", hint=offline)
     status = _status(error)
     if status in (401, 403):
         return InputError(
@@ -184,7 +183,7 @@ def _explain(error: Exception | None, name: str, kind: Kind) -> SetFitKDError:
     if status is not None and status >= 400:
         return UnavailableError(f"{what} cannot be had: the hub at {endpoint()} answers HTTP {status}.", hint=offline)
     if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
-        return UnavailableError(f"{what} cannot be had: no hub answers at {endpoint()}.", hint=offline)
+        return UnavailableError(f"{not_here} no hub answers at {endpoint()}.", hint=offline)
     if "Timeout" in type(error).__name__:
         return UnavailableError(f"{what} cannot be had: the hub at {endpoint()} does not answer in time.", hint=offline)
     return UnavailableError(

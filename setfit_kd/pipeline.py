@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Iterator
@@ -14,13 +15,14 @@ from setfit_kd.config import RunConfig
 from setfit_kd.data import RunData, Source, load_run_data
 from setfit_kd.evaluation import Evaluation, evaluate
 from setfit_kd.memory import check_device, resolve_device
-from setfit_kd.models import locate, save_model
+from setfit_kd.models import load_body, locate, save_model
 from setfit_kd.runfolder import METRICS, RUN, SIGNALS, STUDENT, TEACHER, RunFolder, versions
 from setfit_kd.student import check_pool, student_body, train_student
 from setfit_kd.student.bodies import locate_student
 from setfit_kd.teacher import score, train_teacher
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
     from setfit_kd.signals import TeacherSignals
@@ -70,7 +72,7 @@ def distill(
         labeled: A few labeled texts: a path, a hub name, a ``datasets.Dataset``, columns, or (text, label) pairs.
         unlabeled: The pool: the same kinds, or a list of texts.
         eval: Labeled texts to evaluate on; none of them is trained on.
-        config: The settings; or give them by keyword: every field of `RunConfig` is one.
+        config: The settings; any field of `RunConfig` may also be given by keyword.
 
     Returns:
         Teacher, student, signals and evaluations; also written to ``output_dir`` where that is set.
@@ -85,7 +87,7 @@ def distill(
         >>> result.student.predict(["Rain stops play on the third day"])  # doctest: +SKIP
         ['Sports']
     """
-    return run(config or RunConfig.of(**settings), labeled=labeled, unlabeled=unlabeled, eval=eval)
+    return run(RunConfig.given(config, settings), labeled=labeled, unlabeled=unlabeled, eval=eval)
 
 
 def run(
@@ -100,10 +102,19 @@ def run(
     Raises:
         SetFitKDError: See `distill`.
     """
-    data = prepare_run(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
+    inputs = prepare_run(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
     folder = RunFolder.create(config, config.output_dir) if config.output_dir else None
     with folder.logging() if folder else nullcontext():
-        return _run_stages(config, data, folder)
+        return _run_stages(config, inputs, folder)
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """All that a run starts from: clean data, and the bodies as they come."""
+
+    data: RunData
+    teacher_body: SentenceTransformer
+    student_body: SentenceTransformer
 
 
 def prepare_run(
@@ -112,8 +123,8 @@ def prepare_run(
     labeled: Source | None = None,
     unlabeled: Source | None = None,
     eval: Source | None = None,  # noqa: A002
-) -> RunData:
-    """Find and check everything that a run needs before it writes or trains anything.
+) -> RunInputs:
+    """Find, check and load everything that a run needs before it writes or trains anything.
 
     Raises:
         SetFitKDError: Something is missing or cannot be used.
@@ -121,21 +132,23 @@ def prepare_run(
     check_device(config.device)
     if config.output_dir:
         RunFolder.check(config.output_dir, overwrite=config.overwrite)
-    locate(config.teacher)
+    teacher_folder = locate(config.teacher)
     locate_student(config.student)
     data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
     check_pool(len(data.pool), config)
     if data.evaluation is None:
         logger.warning("There is no evaluation set: nothing will be measured. Name one by --eval.")
-    return data
-
-
-def _run_stages(config: RunConfig, data: RunData, folder: RunFolder | None) -> RunResult:
     device = resolve_device(config.device)
-    seconds: dict[str, float] = {}
+    teacher_body = load_body(teacher_folder, device)
+    return RunInputs(data, teacher_body, student_body(config.student, device, teacher=teacher_body))
+
+
+def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> RunResult:
+    data, seconds = inputs.data, dict[str, float]()
+    baseline_body = copy.deepcopy(inputs.student_body) if config.baseline and data.evaluation else None
 
     with _timed("teacher", seconds):
-        teacher = train_teacher(data.labeled, config.teacher, config=config)
+        teacher = train_teacher(data.labeled, inputs.teacher_body, config=config)
     if folder:
         save_model(teacher, folder.path / TEACHER, title="Teacher")
     with _timed("signals", seconds):
@@ -143,15 +156,13 @@ def _run_stages(config: RunConfig, data: RunData, folder: RunFolder | None) -> R
     if folder:
         signals.save(folder.path / SIGNALS)
     with _timed("student", seconds):
-        body = student_body(config.student, device, teacher=config.teacher)
-        student = train_student(signals, body, labeled=data.labeled, config=config)
+        student = train_student(signals, inputs.student_body, labeled=data.labeled, config=config)
     if folder:
         save_model(student, folder.path / STUDENT, title="Student")
     models = {"teacher": teacher, "student": student}
-    if config.baseline and data.evaluation:
+    if baseline_body is not None:
         with _timed("baseline", seconds):
-            body = student_body(config.student, device, teacher=config.teacher)
-            baseline = train_teacher(data.labeled, body, config=config, description="Training baseline")
+            baseline = train_teacher(data.labeled, baseline_body, config=config, description="Training baseline")
         models = {"teacher": teacher, "baseline": baseline, "student": student}
 
     evaluations: dict[str, Evaluation] = {}
@@ -169,7 +180,7 @@ def _run_stages(config: RunConfig, data: RunData, folder: RunFolder | None) -> R
     result = RunResult(student, teacher, signals, evaluations, config, seconds, folder.path if folder else None)
     if folder:
         folder.write_json(METRICS, result.metrics)
-        about = {"versions": versions(), "seed": config.seed, "device": str(device)}
+        about = {"versions": versions(), "seed": config.seed, "device": str(student.model_body.device)}
         folder.write_json(RUN, {**about, "data": data.report.as_dict(), "seconds": seconds})
     return result
 
@@ -199,7 +210,7 @@ def plan(config: RunConfig, data: RunData) -> list[PlannedStage]:
     report = data.report
     n_models = 3 if config.baseline else 2
     stages = [
-        PlannedStage("teacher", report.labeled, teacher_steps(config, report.labeled)[1] + report.labeled),
+        PlannedStage("teacher", report.labeled, teacher_steps(config, data.labeled)[1] + report.labeled),
         PlannedStage("signals", report.pool, report.pool),
         PlannedStage("student", report.pool, student_steps(config, report.pool)[1] + report.pool + report.labeled),
     ]

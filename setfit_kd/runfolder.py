@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+class _LogFile(logging.FileHandler):
+    """A log that gives up quietly where it cannot be written: the stages' own writes tell of a full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
+        """Drop the record."""
+
+    def close(self) -> None:
+        """Close the file, whether or not its last lines fit."""
+        with suppress(OSError):
+            super().close()
+
+
 class RunFolder:
     """A run's folder. Every file and folder in it is written beside its place and renamed: whole or not there."""
 
@@ -57,6 +69,11 @@ class RunFolder:
         Raises:
             OutputError: It is a file, cannot be written, or is not empty and ``overwrite`` is not set.
         """
+        with writing(path):
+            RunFolder._check(path, overwrite)
+
+    @staticmethod
+    def _check(path: Path, overwrite: bool) -> None:
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file, not a folder.", hint="Choose another --output-dir.")
         if path.is_dir() and any(path.iterdir()) and not overwrite:
@@ -118,7 +135,7 @@ class RunFolder:
     def logging(self) -> Iterator[None]:
         """Within this block, everything that setfit-kd logs also goes to ``run.log``."""
         with writing(self.path / LOG):
-            handler = logging.FileHandler(self.path / LOG, encoding="utf-8", delay=False)
+            handler = _LogFile(self.path / LOG, encoding="utf-8", delay=False)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
         logger = logging.getLogger("setfit_kd")
         level = logger.level

@@ -12,7 +12,7 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.errors import DataError, writing
+from setfit_kd.errors import DataError, new_folder, writing
 
 _FORMAT = 1
 _ARRAYS, _TEXTS, _ABOUT = "signals.safetensors", "texts.jsonl", "signals.json"
@@ -40,6 +40,14 @@ class TeacherSignals:
     origin: str = "a teacher"
 
     def __post_init__(self) -> None:
+        as_given = object.__setattr__  # the class is frozen
+        as_given(self, "texts", list(self.texts))
+        as_given(self, "label_names", tuple(self.label_names))
+        as_given(self, "probabilities", np.asarray(self.probabilities, np.float32))
+        if self.embeddings is not None:
+            as_given(self, "embeddings", np.asarray(self.embeddings, np.float32))
+        if len(set(self.label_names)) < len(self.label_names):
+            raise DataError("A label name stands twice.", hint=f"Got {', '.join(map(str, self.label_names))}.")
         n, c = len(self.texts), len(self.label_names)
         if self.probabilities.shape != (n, c):
             raise DataError(
@@ -52,8 +60,9 @@ class TeacherSignals:
                 f"Signals of {n} texts need embeddings of shape ({n}, d), not {self.embeddings.shape}.",
                 hint="Give one row a text.",
             )
-        sums = self.probabilities.sum(axis=1, dtype=np.float64)
-        wrong = np.flatnonzero(~(np.abs(sums - 1) < 1e-3) | (self.probabilities < 0).any(axis=1))
+        in_range = np.all((self.probabilities >= 0) & (self.probabilities <= 1.001), axis=1, keepdims=True)
+        sums = np.where(in_range, self.probabilities, 0).sum(axis=1, dtype=np.float64)
+        wrong = np.flatnonzero(~in_range[:, 0] | (np.abs(sums - 1) >= 1e-3))
         if len(wrong):
             raise DataError(
                 f"Signals, row {wrong[0] + 1}: the probabilities {self.probabilities[wrong[0]].tolist()} are no "
@@ -82,6 +91,8 @@ class TeacherSignals:
         Raises:
             DataError: The signals are of different texts or classes.
         """
+        if not signals:
+            raise DataError("There are no signals to average.", hint="Give one a teacher.")
         first = signals[0]
         for other in signals[1:]:
             if other.texts != first.texts or other.label_names != first.label_names:
@@ -89,7 +100,7 @@ class TeacherSignals:
                     "The signals are of different texts or classes.", hint="Score one pool by all teachers."
                 )
         shares = np.ones(len(signals)) if weights is None else np.asarray(weights, np.float64)
-        if shares.shape != (len(signals),) or not (shares > 0).all():
+        if shares.shape != (len(signals),) or not ((shares > 0) & np.isfinite(shares)).all():
             raise DataError(f"{len(signals)} teachers need as many positive weights.", hint="Check the weights.")
         shares = shares / shares.sum()
         probabilities = np.average([s.probabilities for s in signals], axis=0, weights=shares)
@@ -107,7 +118,7 @@ class TeacherSignals:
             " + ".join(s.origin for s in signals),
         )
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the signals to a folder, whole or not at all.
 
         Raises:
@@ -115,6 +126,7 @@ class TeacherSignals:
         """
         from safetensors.numpy import save_file
 
+        folder = new_folder(folder)
         part = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
         arrays = {"probabilities": self.probabilities}
         if self.embeddings is not None:
@@ -149,10 +161,12 @@ class TeacherSignals:
             arrays = load_file(folder / _ARRAYS)
             if about["format"] != _FORMAT:
                 raise DataError(f"The signals in {folder} are of format {about['format']}.", hint="Upgrade setfit-kd.")
+            if not all(isinstance(text, str) for text in texts) or not isinstance(about["label_names"], list):
+                raise DataError(f"The signals in {folder} hold no texts or no labels.", hint="Score the pool again.")
             return cls(
                 texts, arrays["probabilities"], tuple(about["label_names"]), arrays.get("embeddings"), about["origin"]
             )
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{folder} holds no whole signals ({error}).", hint="Score the pool again.") from None

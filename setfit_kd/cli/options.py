@@ -50,7 +50,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     elif kind in (int, float):
         parameter_type = kind
     else:
-        parameter_type = click.Path(path_type=Path) if kind is Path else str
+        parameter_type = str
     if has_default:
         default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
         text = f"{text} [{default}]"

@@ -58,8 +58,7 @@ def _print_plan(config: RunConfig, results: Console) -> None:
     from setfit_kd.cli.screen import rows_table
     from setfit_kd.pipeline import plan, prepare_run
 
-    data = prepare_run(config)
-    stages = plan(config, data)
+    stages = plan(config, prepare_run(config).data)
     results.print(config.to_yaml(), highlight=False, markup=False)
     rows = [(stage.stage, stage.texts, stage.forward_passes) for stage in stages]
     total = sum(stage.forward_passes for stage in stages)

@@ -24,10 +24,7 @@ def read_records(path: Path) -> Iterator[Record]:
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(
-            f"{path}: files ending in {path.suffix or 'nothing'!r} cannot be read.",
-            hint=f"Known endings: {', '.join(READERS)}.",
-        )
+        raise unknown_ending(path)
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty.", hint="Give a file with at least a header and two rows.")
@@ -39,6 +36,12 @@ def read_records(path: Path) -> Iterator[Record]:
         ) from None
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror or error}.", hint="Check the path.") from None
+
+
+def unknown_ending(path: Path) -> DataError:
+    """The error for a file whose ending says nothing about how to read it."""
+    ending = f"ending in {path.suffix!r}" if path.suffix else "without an ending"
+    return DataError(f"{path}: files {ending} cannot be read.", hint=f"Known endings: {', '.join(READERS)}.")
 
 
 def _undecodable(path: Path) -> tuple[int, int]:
@@ -57,9 +60,12 @@ def _delimited(delimiter: str) -> Callable[[Path], Iterator[Record]]:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             start = 1
             try:
-                header = next(reader, None)
+                header = next((fields for fields in reader if fields), None)
                 if header is None:
                     raise DataError(f"{path} is empty.", hint="Give a file with a header and at least two rows.")
+                twice = sorted({name for name in header if header.count(name) > 1})
+                if twice:
+                    raise DataError(f"{path}: the header has {twice[0]!r} twice.", hint="Rename one of them.")
                 start = reader.line_num + 1
                 for fields in reader:
                     if fields:
@@ -89,6 +95,10 @@ def _json_lines(path: Path) -> Iterator[Record]:
                 raise DataError(
                     f"{path}, line {number}: not valid JSON ({error.msg} at character {error.pos + 1}).",
                     hint="Write one JSON object a line.",
+                ) from None
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or bottomless nesting
+                raise DataError(
+                    f"{path}, line {number}: JSON that cannot be read ({error}).", hint="Write one JSON object a line."
                 ) from None
             if not isinstance(record, dict):
                 raise DataError(

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from setfit_kd.config import DataConfig
-from setfit_kd.data.sets import LabeledSet, draw_shots, encode_labels
-from setfit_kd.data.sources import Source, read
+from setfit_kd.data.sets import LabeledSet, check_classes, draw_shots, encode_labels
+from setfit_kd.data.sources import INVISIBLE, Source, read
 from setfit_kd.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,13 @@ class RunData:
 
 
 def normalise(text: str) -> str:
-    """The form in which two texts count as the same: NFKC, case folded, runs of white space made one space."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """The form in which two texts count as the same.
+
+    Compatible characters are made one (NFKC), invisible ones dropped, case folded, and runs of white space made one
+    space. Folding can leave characters that compose anew, hence the second normalisation.
+    """
+    folded = unicodedata.normalize("NFKC", text.translate(INVISIBLE)).casefold()
+    return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
 def load_run_data(
@@ -74,6 +79,7 @@ def load_run_data(
         raise ConfigError("No unlabeled texts are given.", hint="Name the pool by --unlabeled.")
     columns = config.text_column
     rows = encode_labels(read(labeled, text_column=columns, label_column=config.label_column))
+    check_classes(rows)
     held_out = None
     if evaluation is not None:
         held_out = encode_labels(

@@ -76,6 +76,23 @@ def draw_shots(data: LabeledSet, shots: int | None, *, seed: int) -> LabeledSet:
     Raises:
         DataError: There is one class only, or a class has a single text.
     """
+    check_classes(data)
+    if shots is None:
+        return data
+    rng = np.random.default_rng([seed, 0])
+    chosen = []
+    for label in range(len(data.label_names)):
+        rows = np.flatnonzero(data.labels == label)
+        chosen.append(rng.permutation(rows)[:shots])
+    return data.take(np.sort(np.concatenate(chosen)))
+
+
+def check_classes(data: LabeledSet) -> None:
+    """Refuse a set that no contrast can be drawn from.
+
+    Raises:
+        DataError: There is one class only, or a class has fewer than two texts.
+    """
     if len(data.label_names) < 2:
         raise DataError(
             f"{data.origin} has one class only: {', '.join(map(repr, data.label_names))}.",
@@ -85,14 +102,6 @@ def draw_shots(data: LabeledSet, shots: int | None, *, seed: int) -> LabeledSet:
         if count < 2:
             times = "once" if count == 1 else "in no text"
             raise DataError(
-                f"{data.origin}: label {name!r} occurs {times} after cleaning.",
+                f"{data.origin}: label {name!r} occurs {times}.",
                 hint="Contrastive fine-tuning needs two texts a class or more: add some, or remove the class.",
             )
-    if shots is None:
-        return data
-    rng = np.random.default_rng([seed, 0])
-    chosen = []
-    for label in range(len(data.label_names)):
-        rows = np.flatnonzero(data.labels == label)
-        chosen.append(rng.permutation(rows)[:shots])
-    return data.take(np.sort(np.concatenate(chosen)))

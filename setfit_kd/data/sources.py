@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from setfit_kd import hub
-from setfit_kd.data.files import LINE_NUMBERED, READERS, Record, read_records
-from setfit_kd.errors import DataError
+from setfit_kd.data.files import LINE_NUMBERED, READERS, Record, read_records, unknown_ending
+from setfit_kd.errors import DataError, SetFitKDError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,7 +22,10 @@ Source: TypeAlias = Union[str, Path, "Dataset", Mapping[str, Sequence[Any]], Seq
 
 BUNDLED = Path(__file__).parent
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>[\w.-]+)\])?")
+_FILE_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet", ".xlsx", ".xls", ".gz", ".zip", ".bz2", ".xz")
 _SHOWN = 3
+INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
+"""Characters without width, for `str.translate`."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,12 @@ def read(
         DataError: Something is missing, broken or empty; with the file and row.
         UnavailableError: The hub cannot be reached.
     """
-    table = _open(source, role, text_column, label_column)
+    try:
+        table = _open(source, role, text_column, label_column)
+    except OSError as error:
+        if isinstance(error, SetFitKDError):
+            raise
+        raise DataError(f"Cannot read {source!r:.200}: {error.strerror or error}.", hint="Check the path.") from None
     texts: list[str] = []
     labels: list[str] = []
     problems: list[str] = []
@@ -90,13 +98,13 @@ def read(
             f"{table.origin}, {'; '.join(problems[:_SHOWN])}{more}.", hint="Mend or remove those rows and try again."
         )
     if not texts:
-        raise DataError(f"{table.origin} holds no rows.", hint="Give at least two rows.")
+        raise DataError(f"There are no rows in {table.origin}.", hint="Give at least two rows.")
     names = table.declared or tuple(sorted(set(labels), key=_numbers_first))
     return Rows(texts, labels if label_column else None, names, table.origin)
 
 
 def _numbers_first(name: str) -> tuple[bool, int, str]:
-    is_number = re.fullmatch(r"[+-]?\d+", name) is not None
+    is_number = re.fullmatch(r"[+-]?[0-9]{1,18}", name) is not None
     return (not is_number, int(name) if is_number else 0, name)
 
 
@@ -119,21 +127,33 @@ def _text(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, str |
         if _is_missing(part):
             return "", "no text (a missing value)"
         if not isinstance(part, str):
-            return "", f"the text is a {type(part).__name__}, not a string"
+            return "", f"the text is of type {type(part).__name__}, not a string"
     text = " ".join(part for part in parts if isinstance(part, str) and part.strip())
-    return text, None if text.strip() else "the text is empty"
+    if not text.translate(INVISIBLE).strip():
+        return text, "the text is empty"
+    return text, _not_unicode(text)
+
+
+def _not_unicode(text: str) -> str | None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"character {error.start + 1} is half a surrogate pair, which is no valid text"
+    return None
 
 
 def _label(value: object, declared: tuple[str, ...]) -> tuple[str, str | None]:
+    if hasattr(value, "item"):  # a scalar of numpy's or torch's
+        value = value.item()
     if _is_missing(value) or value == "":
         return "", "no label"
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str):
         name = value.strip()
-        return name, None if name else "no label"
+        return name, _not_unicode(name) if name else "no label"
     if not isinstance(value, int):
-        return "", f"the label is a {type(value).__name__}, not a string or an integer"
+        return "", f"the label is of type {type(value).__name__}, not a string or an integer"
     if declared:
         if not 0 <= value < len(declared):
             return "", f"the label {value} is not one of 0 to {len(declared) - 1}"
@@ -143,9 +163,9 @@ def _label(value: object, declared: tuple[str, ...]) -> tuple[str, str | None]:
 
 def _open(source: Source, role: str, text_column: Sequence[str], label_column: str | None) -> _Table:
     if isinstance(source, str | Path):
-        return _open_named(str(source), role)
+        return _open_named(str(source), role, label_column)
     if hasattr(source, "column_names"):
-        return _open_dataset(source, role, "the given data set")
+        return _open_dataset(source, role, "the given data set", label_column)
     if isinstance(source, Mapping):
         lengths = {len(values) for values in source.values()}
         if len(lengths) > 1:
@@ -174,14 +194,14 @@ def _items(items: Sequence[Any], text_column: str, label_column: str | None) -> 
             )
 
 
-def _open_named(name: str, role: str) -> _Table:
+def _open_named(name: str, role: str, label_column: str | None) -> _Table:
     if name.startswith("bundled:"):
         path = BUNDLED / name.removeprefix("bundled:") / ("eval.jsonl" if role == "test" else "train.jsonl")
         if not path.is_file():
             raise DataError(f"There is no bundled corpus {name!r}.", hint="There is bundled:newswire.")
         return _Table(read_records(path), name, unit="line")
     path = Path(name)
-    if path.suffix.lower() in READERS:
+    if path.suffix.lower() in READERS and not path.is_dir():
         if not path.is_file():
             raise DataError(f"There is no file {name}.", hint="Check the path.")
         unit = "line" if path.suffix.lower() in LINE_NUMBERED else "row"
@@ -191,19 +211,18 @@ def _open_named(name: str, role: str) -> _Table:
     if not path.exists() and name.endswith("]"):
         head, _, split = name[:-1].rpartition("[")
         folder = Path(head)
+        if folder.is_file():
+            raise DataError(f"{head} is a file, which has no splits.", hint="Leave out the square brackets.")
     if folder.is_dir():
-        return _open_folder(folder, split, role)
+        return _open_folder(folder, split, role, label_column)
     if path.is_file():
-        raise DataError(
-            f"{name}: files ending in {path.suffix or 'nothing'!r} cannot be read.",
-            hint=f"Known endings: {', '.join(READERS)}.",
-        )
-    if match is None or name.startswith((".", "~")) or not match["name"].strip("."):
+        raise unknown_ending(path)
+    if match is None or name.startswith((".", "~")) or name.lower().endswith(_FILE_ENDINGS):
         raise DataError(f"There is no file or folder {name}.", hint="Check the path.")
-    return _open_hub(match["name"], match["config"], match["split"], role)
+    return _open_hub(match["name"], match["config"], match["split"], role, label_column)
 
 
-def _open_folder(folder: Path, split: str | None, role: str) -> _Table:
+def _open_folder(folder: Path, split: str | None, role: str, label_column: str | None) -> _Table:
     import datasets
 
     try:
@@ -213,10 +232,10 @@ def _open_folder(folder: Path, split: str | None, role: str) -> _Table:
             f"{folder} is not a whole data set folder ({type(error).__name__}: {error}).",
             hint="Give a folder that `Dataset.save_to_disk` wrote, or a CSV, TSV, JSONL or Parquet file.",
         ) from None
-    return _open_dataset(loaded, role, str(folder), split)
+    return _open_dataset(loaded, role, str(folder), label_column, split)
 
 
-def _open_hub(name: str, config: str | None, split: str | None, role: str) -> _Table:
+def _open_hub(name: str, config: str | None, split: str | None, role: str, label_column: str | None) -> _Table:
     import datasets
 
     folder = hub.snapshot(name, "dataset")
@@ -229,24 +248,20 @@ def _open_hub(name: str, config: str | None, split: str | None, role: str) -> _T
                 f"The hub's data set {name} cannot be read ({type(error).__name__}: {error}).",
                 hint="Name its configuration as NAME:CONFIG, or download it and give the file.",
             ) from error
-    return _open_dataset(loaded, role, f"hub data set {name}", split)
+    return _open_dataset(loaded, role, f"hub data set {name}", label_column, split)
 
 
-def _open_dataset(data: Any, role: str, origin: str, split: str | None = None) -> _Table:
+def _open_dataset(data: Any, role: str, origin: str, label_column: str | None, split: str | None = None) -> _Table:
     if isinstance(data, Mapping):
         wanted = [split] if split else {"train": ["train"], "test": ["test", "validation"]}[role]
         found = next((name for name in wanted if name in data), None)
         if found is None:
             raise DataError(
                 f"{origin} has no split {' or '.join(map(repr, wanted))}; it has {', '.join(map(repr, data))}.",
-                hint="Name the split in square brackets, as in NAME[validation].",
+                hint="Name a split in square brackets, as in NAME[validation], or give one split of the object.",
             )
         data, origin = data[found], f"{origin} [{found}]"
     elif split:
         raise DataError(f"{origin} has no splits.", hint="Leave out the square brackets.")
-    declared = ()
-    features = getattr(data, "features", None) or {}
-    class_labels = [feature for feature in features.values() if hasattr(feature, "names")]
-    if len(class_labels) == 1:
-        declared = tuple(class_labels[0].names)
-    return _Table(enumerate(data, 1), origin, declared=declared)
+    feature = (getattr(data, "features", None) or {}).get(label_column)
+    return _Table(enumerate(data, 1), origin, declared=tuple(getattr(feature, "names", None) or ()))

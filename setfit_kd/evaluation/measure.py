@@ -78,6 +78,13 @@ def evaluate(
             f"{data.origin} is over the classes {', '.join(data.label_names)}, the model over {', '.join(names)}.",
             hint="Give a set with the model's classes, in its order.",
         )
+    if not len(data):
+        raise DataError(f"There are no texts in {data.origin}.", hint="Give at least one.")
+    if teacher is not None and len(teacher.probabilities) != len(data):
+        raise DataError(
+            f"The teacher was evaluated on {len(teacher.probabilities)} texts, {data.origin} has {len(data)}.",
+            hint="Evaluate both on the same set.",
+        )
     # The first texts pay for allocations and lazy imports that no later one does.
     with shown_on(None):
         predict_proba(model, data.texts[:_WARM_UP], batch_size=encode_batch_size)

@@ -132,9 +132,15 @@ def cut_layers(body: SentenceTransformer, keep: Sequence[int]) -> SentenceTransf
             f"Cannot keep layers {', '.join(map(str, keep))} of a body with {total}.",
             hint=f"Name different layers from 0 to {total - 1}, as in layers:0,2,5.",
         )
+    encoder: Any = body[0]
+    if getattr(encoder.auto_model.config, "layer_types", None):
+        raise ModelError(
+            f"The layers of a {encoder.auto_model.config.model_type} differ in kind and cannot be cut out.",
+            hint="Name a model as the student.",
+        )
     small = copy.deepcopy(body)
     owner, attribute, layers = _layers(small)
     setattr(owner, attribute, nn.ModuleList(layers[index] for index in keep))
-    encoder: Any = small[0]
+    encoder = small[0]
     encoder.auto_model.config.num_hidden_layers = len(keep)
     return small

@@ -61,6 +61,8 @@ def predict_proba(
     model: SetFitModel, texts: Sequence[str], *, batch_size: int = 32, description: str = "Predicting"
 ) -> npt.NDArray[np.float32]:
     """Class probabilities of texts: (n, n_classes) float32, rows summing to 1."""
+    if not len(texts):
+        return np.empty((0, len(model.labels or ())), np.float32)
     embeddings = embed(
         model.model_body,
         texts,

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 HEAD_WEIGHTS = "head.safetensors"
 HEAD_CONFIG = "head.json"
-_FORMAT = 1
+_FORMAT, _KIND = 1, "logistic-regression"
 _NEGLIGIBLE = 1e-3
+_VANISHING = 1e-6
 
 
 def new_head() -> LogisticRegression:
@@ -36,17 +37,22 @@ def fit_head(
 
     A text with soft label p enters once for each class c, with weight p[c]: the sum of the weighted log-losses is the
     cross-entropy against p, so any solver that takes sample weights minimises it. Shares below 0.001 are left out,
-    which keeps the rows near n for confident teachers.
+    which keeps the rows near n for confident teachers. A class without any share keeps its place in the head, by a
+    vanishing weight on the text nearest to it.
 
     Args:
         embeddings: (n, d).
-        probabilities: (n, n_classes), rows summing to 1; every class needs some weight.
+        probabilities: (n, n_classes), rows summing to 1; two classes or more.
         weights: (n,) weight of each text; None weighs all alike.
     """
     rows, classes = np.nonzero(probabilities > _NEGLIGIBLE)
-    sample_weight = probabilities[rows, classes]
+    sample_weight = probabilities[rows, classes].astype(np.float64)
     if weights is not None:
         sample_weight = sample_weight * weights[rows]
+    empty = np.setdiff1d(np.arange(probabilities.shape[1]), classes[sample_weight > 0])
+    rows = np.concatenate([rows, probabilities[:, empty].argmax(axis=0)])
+    classes = np.concatenate([classes, empty])
+    sample_weight = np.concatenate([sample_weight, np.full(len(empty), _VANISHING)])
     head = new_head()
     head.fit(embeddings[rows], classes, sample_weight=sample_weight)
     return head
@@ -61,7 +67,7 @@ def save_head(head: Any, folder: Path) -> bool:
         return False
     weights = {"coef": np.ascontiguousarray(head.coef_), "intercept": np.ascontiguousarray(head.intercept_)}
     save_file(weights, folder / HEAD_WEIGHTS)
-    description = {"format": _FORMAT, "kind": "logistic-regression", "classes": head.classes_.tolist()}
+    description = {"format": _FORMAT, "kind": _KIND, "classes": head.classes_.tolist()}
     (folder / HEAD_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return True
 
@@ -80,13 +86,14 @@ def load_head(folder: Path) -> LogisticRegression | None:
     try:
         description = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
         weights = load_file(folder / HEAD_WEIGHTS)
-        if description["format"] != _FORMAT:
+        if description["format"] != _FORMAT or description["kind"] != _KIND:
             raise ModelError(
-                f"The head in {folder} has format {description['format']}, this version reads {_FORMAT}.",
+                f"The head in {folder} is {description['kind']} of format {description['format']}; this version reads "
+                f"{_KIND} of format {_FORMAT}.",
                 hint="Upgrade setfit-kd.",
             )
         head = new_head()
-        head.classes_ = np.array(description["classes"])
+        head.classes_ = np.array(description["classes"]).reshape(len(description["classes"]))
         head.coef_, head.intercept_ = weights["coef"], weights["intercept"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, ModelError):

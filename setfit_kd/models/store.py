@@ -6,10 +6,10 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from setfit_kd.errors import ModelError, writing
+from setfit_kd.errors import ModelError, new_folder, writing
 from setfit_kd.memory import resolve_device
 from setfit_kd.models.bodies import load_body, locate
 from setfit_kd.models.heads import load_head, new_head, save_head
@@ -54,7 +54,7 @@ def new_model(body: SentenceTransformer, label_names: Sequence[str]) -> SetFitMo
         return SetFitModel(model_body=body, model_head=new_head(), labels=list(label_names))
 
 
-def save_model(model: SetFitModel, folder: Path, *, title: str = "Text classifier") -> None:
+def save_model(model: SetFitModel, folder: str | Path, *, title: str = "Text classifier") -> None:
     """Write a model so that both `load` and SetFit's ``from_pretrained`` read it; whole or not at all.
 
     Raises:
@@ -62,17 +62,18 @@ def save_model(model: SetFitModel, folder: Path, *, title: str = "Text classifie
     """
     import joblib
 
+    folder = new_folder(folder)
     part = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
     labels = list(model.labels or [])
     try:
-        with writing(folder):
+        with writing(folder), quiet_libraries():
             part.mkdir(parents=True)
             model.model_body.save_pretrained(str(part), create_model_card=False)
             config = {"labels": labels, "normalize_embeddings": model.normalize_embeddings}
             (part / _SETFIT_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
             joblib.dump(model.model_head, part / _PICKLED_HEAD)
             save_head(model.model_head, part)
-            card = _CARD.format(title=title, n_classes=len(labels), classes=", ".join(labels))
+            card = _CARD.format(title=title, n_classes=len(labels), classes=", ".join(map(str, labels)))
             (part / "README.md").write_text(card, encoding="utf-8")
             part.rename(folder)
     finally:
@@ -111,13 +112,39 @@ def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) 
                 f"The head in {folder} is a pickle, which runs code of whoever made it.",
                 hint="If you trust its maker, add --trust-pickle (trust_pickle=True).",
             )
-        head = joblib.load(folder / _PICKLED_HEAD)
-    config = {}
-    if (folder / _SETFIT_CONFIG).is_file():
-        config = json.loads((folder / _SETFIT_CONFIG).read_text(encoding="utf-8"))
-    model = new_model(
-        load_body(folder, resolve_device(device)), config.get("labels") or [str(name) for name in head.classes_]
-    )
-    model.model_head = head
-    model.normalize_embeddings = bool(config.get("normalize_embeddings", False))
+        try:
+            head = joblib.load(folder / _PICKLED_HEAD)
+        except Exception as error:
+            raise ModelError(
+                f"The head in {folder} cannot be unpickled ({type(error).__name__}: {error}).", hint="Train it again."
+            ) from error
+    labels, normalize = _read_setfit_config(folder, head)
+    model = new_model(load_body(folder, resolve_device(device)), labels)
+    width, expected = model.model_body.get_embedding_dimension(), getattr(head, "n_features_in_", None)
+    if None not in (width, expected) and width != expected:
+        raise ModelError(
+            f"The head in {folder} takes {expected} features, its body gives {width}.", hint="Train the model again."
+        )
+    model.model_head, model.normalize_embeddings = head, normalize
     return model
+
+
+def _read_setfit_config(folder: Path, head: Any) -> tuple[list[str], bool]:
+    """The names of the classes, and whether embeddings are normalised."""
+    file = folder / _SETFIT_CONFIG
+    config: Any = {}
+    if file.is_file():
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file} cannot be read ({error}).", hint="Train the model again.") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} does not hold settings.", hint="Train the model again.")
+    classes = getattr(head, "classes_", None)
+    labels = config.get("labels") or [str(name) for name in ([] if classes is None else classes)]
+    if not isinstance(labels, list) or (classes is not None and len(labels) != len(classes)):
+        raise ModelError(
+            f"{file} names the labels {labels}, the head has {0 if classes is None else len(classes)} classes.",
+            hint="Train the model again.",
+        )
+    return labels, bool(config.get("normalize_embeddings", False))

@@ -46,8 +46,9 @@ class ContrastiveObjective(Objective):
 def balanced_batches(labels: npt.NDArray[np.int64], *, batch_size: int, steps: int, seed: int) -> list[list[int]]:
     """Batches that hold every class evenly, or as many classes by twos as fit.
 
-    Each class is gone through in random order and reshuffled when used up, so that all its texts come equally often.
-    No text stands twice in a batch: a class with fewer texts than its share gives all of them.
+    Where not all classes fit, they take turns. Each class is gone through in random order and reshuffled when used up,
+    so that all its texts come equally often. No text stands twice in a batch: a class with fewer texts than its share
+    gives all of them.
 
     Args:
         labels: (n,) class of each text; two texts a class or more.
@@ -61,10 +62,11 @@ def balanced_batches(labels: npt.NDArray[np.int64], *, batch_size: int, steps: i
     rng = np.random.default_rng([seed, 2])
     rows_of = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     queues: list[list[int]] = [[] for _ in rows_of]
+    turns: list[int] = []
     n_chosen = min(len(rows_of), batch_size // 2)
     batches = []
     for _ in range(steps):
-        chosen = rng.permutation(len(rows_of))[:n_chosen]
+        chosen = _take(turns, np.arange(len(rows_of)), n_chosen, rng)
         shares = np.full(n_chosen, batch_size // n_chosen)
         shares[: batch_size % n_chosen] += 1
         batch: list[int] = []

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from setfit_kd.objectives.base import Objective
+from setfit_kd.objectives.base import Objective, at_least_float32
 
 
 class PairsObjective(Objective):
@@ -29,7 +29,7 @@ class PairsObjective(Objective):
     def loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """Mean squared difference of the cosines over the pairs."""
         left, right = embeddings
-        cosines = torch.cosine_similarity(left.float(), right.float())
+        cosines = torch.cosine_similarity(at_least_float32(left), at_least_float32(right))
         return nn.functional.mse_loss(cosines, labels.to(cosines))
 
 

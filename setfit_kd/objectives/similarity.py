@@ -58,5 +58,5 @@ class SimilarityObjective(Objective):
         """Mean squared difference of the cosines, over the pairs of different texts."""
         (rows,) = embeddings
         off_diagonal = ~torch.eye(len(labels), dtype=torch.bool, device=rows.device)
-        student = cosine_matrix(rows.float())[off_diagonal]
-        return nn.functional.mse_loss(student, self.targets(labels)[off_diagonal])
+        student = cosine_matrix(rows)[off_diagonal]
+        return nn.functional.mse_loss(student, self.targets(labels).to(student)[off_diagonal])

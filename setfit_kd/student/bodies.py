@@ -30,23 +30,23 @@ def parse_layers(name: str) -> tuple[int, ...]:
     Raises:
         ConfigError: It is written otherwise.
     """
-    if not re.fullmatch(r"\d+(,\d+)+|\d+,?", name.removeprefix(_CUT)):
+    if not re.fullmatch(r"[0-9]{1,4}(,[0-9]{1,4})*", name.removeprefix(_CUT)):
         raise ConfigError(f"{name!r} does not name layers.", hint="Write them as in layers:0,2,5.")
-    return tuple(int(part) for part in name.removeprefix(_CUT).rstrip(",").split(","))
+    return tuple(int(part) for part in name.removeprefix(_CUT).split(","))
 
 
-def student_body(name: str, device: torch.device, *, teacher: str | Path) -> SentenceTransformer:
-    """Load a student's body, or cut it out of the teacher's as it was before any fine-tuning.
+def student_body(name: str, device: torch.device, *, teacher: SentenceTransformer) -> SentenceTransformer:
+    """Load a student's body, or cut it out of the teacher's.
 
     Args:
         name: ``layers:`` and indices, or whatever `locate` takes.
         device: Where to put it.
-        teacher: The teacher's name, for cutting.
+        teacher: The teacher's body, not fine-tuned yet, for cutting.
 
     Raises:
         ConfigError: The layers are written wrongly.
         ModelError: There are no such layers, or the body does not load.
     """
     if name.startswith(_CUT):
-        return cut_layers(load_body(locate(teacher), device), parse_layers(name))
+        return cut_layers(teacher, parse_layers(name))
     return load_body(locate(name), device)

@@ -53,7 +53,7 @@ def train_student(
         signals: The teacher's signals over the pool.
         student: The body: a hub name, a folder, ``demo:all-MiniLM-L6-v2``, or a loaded body, which is changed in place.
         labeled: Texts with gold labels, which the head is fitted on too.
-        config: The settings; or give them by keyword, as in ``train_student(..., epochs=5)``.
+        config: The settings; any of them may also be given by keyword, as in ``train_student(..., epochs=5)``.
 
     Returns:
         A `setfit.SetFitModel` with a fitted `sklearn.linear_model.LogisticRegression`.
@@ -64,7 +64,7 @@ def train_student(
         ModelError: The body does not load.
         UnavailableError: The hub cannot be reached.
     """
-    config = config or StudentConfig.of(**settings)
+    config = StudentConfig.given(config, settings)
     check_pool(len(signals), config)
     if labeled is not None and not isinstance(labeled, LabeledSet):
         labeled = encode_labels(read(labeled, label_column="label"), signals.label_names)

@@ -34,7 +34,10 @@ def score(
     Raises:
         DataError: There are no texts, or the teacher has no labels.
     """
-    if not len(texts):
+    if isinstance(texts, str):
+        raise DataError("A single string is no pool.", hint="Give a list of texts.")
+    texts = [str(text) for text in texts]
+    if not texts:
         raise DataError("There are no texts to score.", hint="Give a pool of at least two.")
     if not teacher.labels:
         raise DataError("The teacher does not name its labels.", hint="Set teacher.labels.")
@@ -45,4 +48,4 @@ def score(
         normalize=teacher.normalize_embeddings,
         description="Scoring pool",
     )
-    return TeacherSignals(list(texts), head_proba(teacher, embeddings), tuple(teacher.labels), embeddings, origin)
+    return TeacherSignals(texts, head_proba(teacher, embeddings), tuple(teacher.labels), embeddings, origin)

@@ -36,7 +36,7 @@ def train_teacher(
     Args:
         labeled: The labels: a `LabeledSet`, or anything that `read` takes, with the columns ``text`` and ``label``.
         teacher: The body: a hub name, a folder, ``demo:all-MiniLM-L6-v2``, or a loaded body, which is changed in place.
-        config: The settings; or give them by keyword, as in ``train_teacher(..., teacher_steps=40)``.
+        config: The settings; any of them may also be given by keyword, as in ``train_teacher(..., teacher_steps=40)``.
         description: What to call the step on the progress bar.
 
     Returns:
@@ -48,7 +48,7 @@ def train_teacher(
         ModelError: The body does not load.
         UnavailableError: The hub cannot be reached.
     """
-    config = config or TeacherConfig.of(**settings)
+    config = TeacherConfig.given(config, settings)
     if not isinstance(labeled, LabeledSet):
         labeled = encode_labels(read(labeled, label_column="label"))
     labeled = draw_shots(labeled, None, seed=config.seed)
@@ -62,7 +62,7 @@ def train_teacher(
 
         model = new_model(body, labeled.label_names)
         trainer = TeacherTrainer(model, labeled, config, device, scratch)
-        with track(description, teacher_steps(config, len(labeled))[0]) as advance:
+        with track(description, teacher_steps(config, labeled)[0]) as advance:
             prepare_inner_trainer(trainer, advance)
             trainer.train_embeddings(labeled.texts, labeled.labels.tolist())
         settle(trainer, device)

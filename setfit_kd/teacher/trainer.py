@@ -53,12 +53,7 @@ class TeacherTrainer(Trainer):
         if self.config.teacher_objective == "pairs":
             dataset, loss = super().get_dataset(x, y, args=args, max_pairs=max_pairs)
             return dataset, loss
-        batches = balanced_batches(
-            np.asarray(y),
-            batch_size=self.config.teacher_batch_size,
-            steps=self.config.teacher_steps,
-            seed=self.config.seed,
-        )
+        batches = _batches(self.config, self.labeled)
         self.st_trainer.args.batch_sampler = lambda *_, **__: FixedBatches(batches)
         return Dataset.from_dict({"sentence": x, "label": y}), ContrastiveObjective(self.model.model_body, dropout=True)
 
@@ -76,9 +71,15 @@ def _no_metric(*_: Any) -> dict[str, float]:
     return {}
 
 
-def teacher_steps(config: TeacherConfig, n_labeled: int) -> tuple[int, int]:
-    """Steps and texts passed forward when training a teacher on ``n_labeled`` texts."""
+def _batches(config: TeacherConfig, labeled: LabeledSet) -> list[list[int]]:
+    return balanced_batches(
+        labeled.labels, batch_size=config.teacher_batch_size, steps=config.teacher_steps, seed=config.seed
+    )
+
+
+def teacher_steps(config: TeacherConfig, labeled: LabeledSet) -> tuple[int, int]:
+    """Steps, and texts passed forward, of training a teacher's body."""
     if config.teacher_objective == "in-batch":
-        return config.teacher_steps, config.teacher_steps * config.teacher_batch_size
-    pairs = 2 * config.num_iterations * n_labeled
+        return config.teacher_steps, sum(map(len, _batches(config, labeled)))
+    pairs = 2 * config.num_iterations * len(labeled)
     return -(-pairs // 16), 2 * pairs
