@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 NEWSWIRE = Path(setfit_kd.__file__).parent / "data" / "newswire"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors are slower by several threads than by one."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Fixed seeds, no network, and an empty folder to work in."""

@@ -1,0 +1,194 @@
+"""Quality against scikit-learn and by hand, and cost against what can be counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from conftest import newswire
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from setfit_kd import evaluate
+from setfit_kd.data.sets import LabeledSet
+from setfit_kd.errors import DataError
+from setfit_kd.evaluation import Evaluation, measure_quality
+from setfit_kd.evaluation.cost import count_parameters, folder_megabytes
+from setfit_kd.models import fit_head, new_model, predict_proba, save_model
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from setfit import SetFitModel
+
+Ints = npt.NDArray[np.int64]
+
+NAMES = ("Business", "Sci/Tech", "Sports", "World")
+ROWS = newswire("eval")[:20]
+DATA = LabeledSet([row["text"] for row in ROWS], np.array([NAMES.index(row["label"]) for row in ROWS]), NAMES)
+
+
+def ints(values: Sequence[int]) -> Ints:
+    return np.array(values, np.int64)
+
+
+@pytest.fixture
+def model(student_body: SentenceTransformer) -> SetFitModel:
+    rng = np.random.default_rng(0)
+    classifier = new_model(student_body, NAMES)
+    classifier.model_head = fit_head(
+        rng.normal(size=(40, 16)).astype(np.float32), rng.dirichlet(np.ones(4), 40).astype(np.float32)
+    )
+    return classifier
+
+
+# Quality
+
+
+def test_quality_by_hand() -> None:
+    quality = measure_quality(ints([0, 0, 1, 1, 1, 0]), ints([0, 1, 1, 1, 0, 0]), ["a", "b"], ints([0, 0, 1, 1, 1, 1]))
+    assert quality.accuracy == pytest.approx(4 / 6)
+    assert quality.macro_f1 == pytest.approx(2 / 3)
+    assert quality.confusion == [[2, 1], [1, 2]]
+    assert quality.classes["a"].precision == quality.classes["b"].recall == pytest.approx(2 / 3)
+    assert quality.agreement == pytest.approx(5 / 6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
+def test_quality_is_what_scikit_learn_says(pairs: list[tuple[int, int]]) -> None:
+    from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+
+    predicted, gold = ints([pair[0] for pair in pairs]), ints([pair[1] for pair in pairs])
+    quality = measure_quality(predicted, gold, NAMES)
+    present = sorted(set(gold.tolist()))
+    assert quality.accuracy == pytest.approx(accuracy_score(gold, predicted))
+    assert quality.macro_f1 == pytest.approx(
+        f1_score(gold, predicted, labels=present, average="macro", zero_division=0)
+    )
+    for i, name in enumerate(NAMES):
+        options: dict[str, Any] = {"labels": [i], "average": "macro", "zero_division": 0}
+        assert quality.classes[name].precision == pytest.approx(precision_score(gold, predicted, **options))
+        assert quality.classes[name].recall == pytest.approx(recall_score(gold, predicted, **options))
+        assert quality.classes[name].f1 == pytest.approx(f1_score(gold, predicted, **options))
+        assert quality.classes[name].support == (gold == i).sum()
+    counts = [[int(((gold == i) & (predicted == j)).sum()) for j in range(4)] for i in range(4)]
+    assert quality.confusion == counts
+    assert quality.agreement is None
+
+
+def test_a_class_without_gold_texts_counts_as_zero_but_not_in_the_mean() -> None:
+    quality = measure_quality(ints([0, 2, 1, 1]), ints([0, 0, 1, 1]), ["a", "b", "absent"])
+    absent = quality.classes["absent"]
+    assert (absent.precision, absent.recall, absent.f1, absent.support) == (0, 0, 0, 0)
+    assert quality.macro_f1 == pytest.approx((2 / 3 + 1) / 2)
+    assert quality.confusion[2] == [0, 0, 0]
+
+
+def test_a_class_that_is_never_predicted_counts_as_zero_and_in_the_mean() -> None:
+    quality = measure_quality(ints([0, 0, 0, 0]), ints([0, 0, 0, 1]), ["a", "missed"])
+    assert (quality.classes["missed"].precision, quality.classes["missed"].f1) == (0, 0)
+    assert quality.macro_f1 == pytest.approx((6 / 7 + 0) / 2)
+
+
+@pytest.mark.parametrize(("reference", "agreement"), [([0, 1, 0, 1], 1.0), ([1, 0, 1, 0], 0.0), ([0, 1, 1, 1], 0.75)])
+def test_agreement_is_with_the_teacher_whoever_is_right(reference: list[int], agreement: float) -> None:
+    quality = measure_quality(ints([0, 1, 0, 1]), ints([1, 1, 1, 1]), ["a", "b"], ints(reference))
+    assert quality.agreement == agreement
+    assert quality.accuracy == 0.5
+
+
+# Cost
+
+
+def test_parameters_are_those_of_body_and_head(model: SetFitModel) -> None:
+    vocabulary = model.model_body[0].auto_model.config.vocab_size
+    width, inner, positions, layers = 16, 32, 64, 2
+    embeddings = (vocabulary + positions + 2) * width + 2 * width
+    attention = 4 * (width * width + width) + 2 * width
+    feed_forward = width * inner + inner + inner * width + width + 2 * width
+    pooler = width * width + width
+    head = 4 * width + 4
+    assert count_parameters(model) == embeddings + layers * (attention + feed_forward) + pooler + head
+
+
+def test_parameters_of_a_torch_head_count(student_body: SentenceTransformer) -> None:
+    from setfit import SetFitHead, SetFitModel
+
+    body = sum(parameter.numel() for parameter in student_body.parameters())
+    head = SetFitHead(in_features=16, out_features=4, device="cpu")
+    assert count_parameters(SetFitModel(student_body, head, labels=list(NAMES))) == body + 16 * 4 + 4
+
+
+def test_megabytes_are_those_of_the_files(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "one").write_bytes(b"x" * 1_000_000)
+    (tmp_path / "deep" / "er" / "two").write_bytes(b"x" * 500_000)
+    assert folder_megabytes(tmp_path) == pytest.approx(1.5)
+
+
+# Both, of a model
+
+
+def test_an_evaluation_measures_the_models_own_predictions(model: SetFitModel, tmp_path: Path) -> None:
+    evaluation = evaluate(model, DATA)
+    expected = predict_proba(model, DATA.texts)
+    np.testing.assert_allclose(evaluation.probabilities, expected, atol=1e-6)
+    np.testing.assert_allclose(evaluation.probabilities.sum(axis=1, dtype=np.float64), 1, atol=1e-6)
+    np.testing.assert_array_equal(evaluation.predicted, expected.argmax(axis=1))
+    assert evaluation.quality == measure_quality(expected.argmax(axis=1), DATA.labels, NAMES)
+    assert evaluation.cost.parameters == count_parameters(model)
+    assert evaluation.cost.texts_per_second > 0
+    assert evaluation.cost.device == "cpu"
+
+    save_model(model, tmp_path / "saved")
+    size = sum(path.stat().st_size for path in (tmp_path / "saved").rglob("*") if path.is_file()) / 1e6
+    assert evaluation.cost.megabytes == pytest.approx(size, abs=0.06)
+    assert evaluate(model, DATA, folder=tmp_path / "saved").cost.megabytes == pytest.approx(size, abs=0.06)
+
+
+def test_plain_rows_are_a_labeled_set_too(model: SetFitModel) -> None:
+    rows = {"text": DATA.texts, "label": [NAMES[label] for label in DATA.labels]}
+    assert evaluate(model, rows).quality == evaluate(model, DATA).quality
+
+
+def test_a_model_agrees_with_itself(model: SetFitModel) -> None:
+    teacher = evaluate(model, DATA)
+    assert teacher.quality.agreement is None
+    assert evaluate(model, DATA, teacher=teacher).quality.agreement == 1
+
+
+def test_agreement_follows_the_teachers_evaluation(model: SetFitModel) -> None:
+    own = evaluate(model, DATA)
+    turned = own.probabilities.copy()
+    turned[:5] = np.roll(turned[:5], 1, axis=1)
+    teacher = Evaluation(own.quality, own.cost, turned)
+    assert evaluate(model, DATA, teacher=teacher).quality.agreement == pytest.approx(0.75)
+
+
+def test_the_plain_values_are_flat_and_complete(model: SetFitModel) -> None:
+    values = evaluate(model, DATA).as_dict()
+    assert {"accuracy", "macro_f1", "classes", "confusion", "agreement", "parameters", "megabytes"} <= values.keys()
+    assert values["classes"]["World"]["support"] == int((DATA.labels == 3).sum())
+
+
+def test_other_classes_are_refused(model: SetFitModel) -> None:
+    turned = LabeledSet(DATA.texts, DATA.labels, NAMES[::-1])
+    strange = {"text": ["a text"], "label": ["Weather"]}
+    for data, message in [(turned, "World, Sports"), (strange, "'Weather'")]:
+        with pytest.raises(DataError, match=message):
+            evaluate(model, data)
+
+
+def test_a_teacher_evaluated_on_another_set_is_refused(model: SetFitModel) -> None:
+    teacher = evaluate(model, DATA.take(range(5)))
+    with pytest.raises(DataError):
+        evaluate(model, DATA, teacher=teacher)
+
+
+def test_an_empty_set_is_refused(model: SetFitModel) -> None:
+    with pytest.raises(DataError):
+        evaluate(model, LabeledSet([], ints([]), NAMES))

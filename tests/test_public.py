@@ -1,0 +1,129 @@
+"""The public face of the package, and which of its parts may know of which."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import setfit_kd
+
+PUBLIC = {
+    "RunConfig",
+    "RunResult",
+    "TeacherSignals",
+    "distill",
+    "evaluate",
+    "load",
+    "score",
+    "train_student",
+    "train_teacher",
+}
+PACKAGE = Path(setfit_kd.__file__).parent
+STAGES = {"data", "teacher", "student", "evaluation", "pipeline"}
+
+
+def test_the_public_names_are_exactly_these() -> None:
+    assert len(setfit_kd.__all__) <= 10
+    assert set(setfit_kd.__all__) == PUBLIC
+    assert set(dir(setfit_kd)) >= PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_each_public_name_can_be_had_and_explains_itself(name: str) -> None:
+    value = getattr(setfit_kd, name)
+    assert value.__name__ == name
+    assert value.__doc__
+    assert value.__module__.startswith("setfit_kd.")
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = setfit_kd.nonsense
+
+
+HEAVY = ["torch", "setfit", "transformers", "sentence_transformers", "datasets", "sklearn", "pandas"]
+
+
+@pytest.mark.parametrize("statement", ["import setfit_kd", "import setfit_kd.cli", "from setfit_kd import RunConfig"])
+def test_importing_is_light(statement: str) -> None:
+    program = f"{statement}\nimport sys\nprint(*(set(sys.modules) & set({HEAVY!r})))"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(PACKAGE.parent)},
+    )
+    assert run.stdout.split() == []
+
+
+def test_the_package_ships_its_types() -> None:
+    assert files("setfit_kd").joinpath("py.typed").is_file()
+
+
+# Directions of import
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module of ours that a file names in an import, however deep inside a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            named = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            named = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from (name for name in named if name.startswith("setfit_kd."))
+
+
+def rooms(module: str) -> set[str]:
+    """The parts of the package, such as ``data``, that a module imports from."""
+    return {name.split(".")[1] for name in imports(modules()[module])} & {
+        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()
+    }
+
+
+def within(*parts: str) -> list[str]:
+    return [name for name in modules() if name.split(".")[1:2] and name.split(".")[1] in parts]
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if name not in within("cli", "__main__")])
+def test_nothing_but_the_command_line_knows_the_command_line(module: str) -> None:
+    assert "cli" not in rooms(module)
+
+
+@pytest.mark.parametrize("module", within("objectives", "signals", "memory", "config", "errors"))
+def test_the_ground_floor_knows_no_stage(module: str) -> None:
+    assert rooms(module) & STAGES == set()
+
+
+@pytest.mark.parametrize("module", within("data", "teacher", "student", "evaluation", "models"))
+def test_stages_do_not_know_the_pipeline(module: str) -> None:
+    assert "pipeline" not in rooms(module)
+
+
+@pytest.mark.parametrize("module", within("student"))
+def test_the_student_knows_no_teacher(module: str) -> None:
+    assert "teacher" not in rooms(module)
+
+
+def test_the_rules_above_look_at_real_modules() -> None:
+    assert "pipeline" in rooms("setfit_kd.cli.run")
+    assert "objectives" in rooms("setfit_kd.student.trainer")
+    assert len(within("objectives", "signals", "memory", "config", "errors")) >= 8
+    assert all(importlib.util.find_spec(name) for name in modules())
