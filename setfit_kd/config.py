@@ -134,7 +134,7 @@ class RunConfig(DataConfig, TeacherConfig, StudentConfig):
         description="Student's body: the same, or layers:0,2,5 to cut those layers out of the teacher's body.",
     )
     baseline: bool = Field(True, description="Also train the student's body on the labels alone, to compare.")
-    output_dir: OutputDir | None = Field(None, description="Folder that the run is written to.")
+    output_dir: OutputDir | None = Field(None, description="Folder that the run is written to [runs/NAME].")
     overwrite: bool = Field(False, description="Replace an earlier run in the output folder.")
 
     @classmethod

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -42,6 +43,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def default_folder(config: RunConfig) -> Path:
+    """Where a run goes that names no folder: ``runs/`` and the name of its labeled texts."""
+    name = Path((config.labeled or "").removeprefix("bundled:")).stem
+    return Path("runs") / (re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run")
 
 
 class _LogFile(logging.FileHandler):

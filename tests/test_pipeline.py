@@ -139,7 +139,7 @@ def test_a_folder_in_use_is_refused_and_replaced_on_request(
 
 
 def test_the_real_model_distils_in_a_few_steps(demo_model: str) -> None:
-    settings = {"shots": 8, "pool_size": 128, "teacher_steps": 6, "teacher_batch_size": 16, "epochs": 1}
+    settings: dict[str, Any] = {"shots": 8, "pool_size": 128, "teacher_steps": 6, "teacher_batch_size": 16, "epochs": 1}
     result = distill(*["bundled:newswire"] * 3, teacher=demo_model, student="layers:0,2,5", device="cpu", **settings)
     accuracy = {name: evaluation.quality.accuracy for name, evaluation in result.evaluations.items()}
     assert accuracy["teacher"] > 0.75

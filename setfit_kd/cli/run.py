@@ -46,10 +46,11 @@ def run(
         if dry_run:
             _print_plan(config, results)
             return
-        if config.output_dir is None:
-            name = Path(config.labeled or "run").stem.removeprefix("bundled:") or "run"
-            config = config.model_copy(update={"output_dir": Path("runs") / name})
         from setfit_kd.pipeline import run as run_pipeline
+        from setfit_kd.runfolder import default_folder
+
+        if config.output_dir is None:
+            config = config.model_copy(update={"output_dir": default_folder(config)})
 
         _print_result(run_pipeline(config), results)
 
