@@ -44,7 +44,9 @@ class StageConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random choice.")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cuda, cuda:N, mps or cpu.")
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field(
+        "auto", description="Where to train and run; of several GPUs, CUDA_VISIBLE_DEVICES picks one."
+    )
     encode_batch_size: int = Field(32, ge=1, description="Texts encoded at once when scoring and evaluating.")
     num_iterations: int = Field(
         20, ge=1, description="Pairs drawn for each text by the pairs objectives (twice that for the teacher)."

@@ -244,7 +244,7 @@ SETTINGS: dict[str, Bad] = {
     "word for a number": flags("--epochs", "many", says=("--epochs", "many")),
     "objective": flags("--objective", "triplet", says=("--objective", "triplet", "similarity", "pairs")),
     "unknown device": flags("--device", "tpu", says=("device", "tpu", "cpu")),
-    "device that is not there": flags("--device", "cuda:99", says=("cuda:99", "--device auto")),
+    "device that is not there": flags("--device", "cuda:99", says=("cuda:99", "auto")),
 }
 
 
