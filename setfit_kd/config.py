@@ -103,7 +103,7 @@ class TeacherConfig(StageConfig):
         "in-batch", description="Teacher's objective: contrastive over whole batches, or SetFit's own pairs."
     )
     teacher_steps: int = Field(20, ge=1, description="Steps of the in-batch teacher.")
-    teacher_batch_size: int = Field(64, ge=4, description="Texts in a teacher batch, spread evenly over the classes.")
+    teacher_batch_size: int = Field(64, ge=4, description="Texts in an in-batch teacher's batch, evenly of each class.")
     teacher_learning_rate: float = Field(2e-5, gt=0, lt=1, description="The teacher's learning rate.")
 
 
@@ -143,14 +143,14 @@ class RunConfig(DataConfig, TeacherConfig, StudentConfig):
     def resolve(cls, base: Mapping[str, Any], *layers: Mapping[str, Any]) -> RunConfig:
         """Lay settings over a preset's; later layers win.
 
-        The data settings go together: where a layer names its own ``labeled`` texts, every data setting of the preset
-        is dropped, so that nobody's labels ever meet another data set's pool.
+        The data settings go together: where a layer names its own labeled or unlabeled texts, every data setting of the
+        preset is dropped, so that nobody's labels ever meet another data set's pool.
 
         Raises:
             ConfigError: A setting is unknown or out of range.
         """
         own = set(DataConfig.model_fields) - set(StageConfig.model_fields)
-        if any(layer.get("labeled") is not None for layer in layers):
+        if any(layer.get(name) is not None for layer in layers for name in ("labeled", "unlabeled")):
             base = {name: value for name, value in base.items() if name not in own}
         merged = dict(base)
         for layer in layers:

@@ -7,12 +7,12 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from setfit_kd.config import OFFLINE_COMMAND
-from setfit_kd.errors import InputError, SetFitKDError, UnavailableError, writing
+from setfit_kd.errors import InputError, SetFitKDError, UnavailableError
+from setfit_kd.files import writing
 
 logger = logging.getLogger(__name__)
 
@@ -66,51 +66,60 @@ def snapshot(name: str, kind: Kind) -> Path:
         InputError: There is no such repository, or it may not be read.
         OutputError: The cache cannot be written.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import HfApi
 
-    download = partial(
-        snapshot_download,
-        name,
-        repo_type=kind,
-        endpoint=endpoint(),
-        cache_dir=os.environ.get("HF_HUB_CACHE", HF_HUB_CACHE),
-        **(_MODEL_FILES if kind == "model" else {}),
-    )
-    with writing(Path(HF_HUB_CACHE)):
-        failure: Exception | None = None
-        if not is_offline():
+    failure: Exception | None = None
+    if not is_offline():
+        with writing(_cache(), elsewhere="let HF_HOME name another folder for the hub's cache"):
             try:
                 # Asked first, since this call alone takes a time limit and is not repeated.
                 HfApi(endpoint=endpoint()).repo_info(name, repo_type=kind, timeout=CONTACT_S)
                 with _bounded_requests():
-                    folder = Path(download())
+                    folder = _fetch(name, kind)
                     if kind == "model" and not any(folder.rglob("*.safetensors")):
-                        folder = Path(download(allow_patterns=[*_MODEL_FILES["allow_patterns"], "pytorch_model.bin"]))
+                        folder = _fetch(
+                            name, kind, allow_patterns=[*_MODEL_FILES["allow_patterns"], "pytorch_model.bin"]
+                        )
                     return folder
             except Exception as error:
-                _explain_download(error, name, kind)
+                _raise_if_not_the_hubs(error, name)
                 failure = error
-        try:
-            folder = Path(download(local_files_only=True))
-        except LocalEntryNotFoundError:
-            raise _explain(failure, name, kind) from failure
+    cached = cached_snapshot(name, kind)
+    if cached is None:
+        raise _explain(failure, name, kind) from failure
     if failure is not None:
-        logger.warning("%s: %s Using the copy in the local cache.", name, _explain(failure, name, kind).message)
-    return folder
+        logger.warning("%s is taken from the local cache: %s.", name, _reason(failure))
+    return cached
 
 
-def is_cached(name: str, kind: Kind) -> bool:
-    """Whether a whole copy of a repository is in the local cache; asks nobody."""
-    from huggingface_hub import snapshot_download
+def cached_snapshot(name: str, kind: Kind) -> Path | None:
+    """The folder of a whole copy of a repository in the local cache, or None; asks nobody."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        snapshot_download(name, repo_type=kind, local_files_only=True, **(_MODEL_FILES if kind == "model" else {}))
+        folder = _fetch(name, kind, local_files_only=True)
     except LocalEntryNotFoundError:
-        return False
-    return True
+        return None
+    # A cache that other programs filled file by file says nothing of what is missing.
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    if kind == "dataset":
+        return folder if any(path.suffix not in (".md", ".json", "") for path in files) else None
+    has_weights = any(path.suffix in (".safetensors", ".bin") for path in files)
+    has_tokenizer = any(path.name.startswith(("tokenizer", "vocab", "sentencepiece")) for path in files)
+    return folder if has_weights and has_tokenizer and (folder / "config.json").is_file() else None
+
+
+def _cache() -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(os.environ.get("HF_HUB_CACHE", HF_HUB_CACHE))
+
+
+def _fetch(name: str, kind: Kind, **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    options = {**(_MODEL_FILES if kind == "model" else {}), **options}
+    return Path(snapshot_download(name, repo_type=kind, endpoint=endpoint(), cache_dir=_cache(), **options))
 
 
 @contextmanager
@@ -155,7 +164,7 @@ def _is_network_error(error: Exception) -> bool:
     return isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] in {"httpx", "httpx2"}
 
 
-def _explain_download(error: Exception, name: str, kind: Kind) -> None:
+def _raise_if_not_the_hubs(error: Exception, name: str) -> None:
     """Raise what needs no look into the cache, and whatever does not come from the hub at all."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -165,13 +174,24 @@ def _explain_download(error: Exception, name: str, kind: Kind) -> None:
         raise error
 
 
-def _explain(error: Exception | None, name: str, kind: Kind) -> SetFitKDError:
-    """What a failed download means to the user; None means that the network was not to be asked."""
-    what = f"The {'data set' if kind == 'dataset' else 'model'} {name!r}"
-    not_here = f"{what} is neither a file or folder here nor in the local cache, and"
-    offline = f"Without the hub, this works: {OFFLINE_COMMAND}"
+def _reason(error: Exception | None) -> str:
+    """What stood in the way, in a clause; None means that the network was not to be asked."""
     if error is None:
-        return UnavailableError(f"{not_here} HF_HUB_OFFLINE keeps off the hub.", hint=offline)
+        return "HF_HUB_OFFLINE keeps off the hub"
+    status = _status(error)
+    if status is not None and status >= 400:
+        return f"the hub at {endpoint()} answers HTTP {status}"
+    kind = type(error).__name__
+    if kind in ("ConnectError", "ConnectTimeout"):
+        return f"no hub answers at {endpoint()} ({error})"
+    if "Timeout" in kind:
+        return f"the hub at {endpoint()} does not answer in time"
+    return f"the download from {endpoint()} broke off ({kind})"
+
+
+def _explain(error: Exception | None, name: str, kind: Kind) -> SetFitKDError:
+    """What a failed download means to the user."""
+    what = f"The {'data set' if kind == 'dataset' else 'model'} {name!r}"
     status = _status(error)
     if status in (401, 403):
         return InputError(
@@ -179,14 +199,9 @@ def _explain(error: Exception | None, name: str, kind: Kind) -> SetFitKDError:
             hint="Check the name; if it is private or gated, log in by `hf auth login` or set HF_TOKEN.",
         )
     if status == 404:
-        return InputError(f"{what} is not on the hub at {endpoint()} (HTTP 404).", hint="Check the name.")
-    if status is not None and status >= 400:
-        return UnavailableError(f"{what} cannot be had: the hub at {endpoint()} answers HTTP {status}.", hint=offline)
-    if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
-        return UnavailableError(f"{not_here} no hub answers at {endpoint()}.", hint=offline)
-    if "Timeout" in type(error).__name__:
-        return UnavailableError(f"{what} cannot be had: the hub at {endpoint()} does not answer in time.", hint=offline)
-    return UnavailableError(
-        f"{what}: the download from {endpoint()} broke off ({type(error).__name__}).",
-        hint="Run the same command again; what was already whole is kept.",
-    )
+        return InputError(f"{what} is neither here nor on the hub at {endpoint()} (HTTP 404).", hint="Check the name.")
+    reason = _reason(error)
+    hint = f"Without the hub, this works: {OFFLINE_COMMAND}"
+    if "broke off" in reason:
+        hint = "Run the same command again; what was already whole is kept."
+    return UnavailableError(f"{what} is neither a file or folder here nor in the local cache, and {reason}.", hint=hint)

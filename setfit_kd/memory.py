@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
     import torch
 
 
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,3})?")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+
+
 def resolve_device(name: str) -> torch.device:
     """The device that a setting names; ``auto`` takes CUDA, then MPS, then the CPU.
 
@@ -21,6 +30,8 @@ def resolve_device(name: str) -> torch.device:
     """
     import torch
 
+    if not _DEVICE.fullmatch(name):
+        raise ConfigError(f"{name!r} is no device.", hint="There are auto, cuda, cuda:N, mps and cpu.")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")

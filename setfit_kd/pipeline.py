@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,9 @@ from setfit_kd.data import RunData, Source, load_run_data
 from setfit_kd.evaluation import Evaluation, evaluate
 from setfit_kd.memory import check_device, resolve_device
 from setfit_kd.models import load_body, locate, save_model
-from setfit_kd.runfolder import METRICS, RUN, SIGNALS, STUDENT, TEACHER, RunFolder, versions
-from setfit_kd.student import check_pool, student_body, train_student
-from setfit_kd.student.bodies import locate_student
-from setfit_kd.teacher import score, train_teacher
+from setfit_kd.runfolder import METRICS, RUN, SIGNALS, STUDENT, TEACHER, RunFolder, recorded, versions
+from setfit_kd.student import check_pool, locate_student, student_body, student_steps, train_student
+from setfit_kd.teacher import score, teacher_steps, train_teacher
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -87,7 +86,14 @@ def distill(
         >>> result.student.predict(["Rain stops play on the third day"])  # doctest: +SKIP
         ['Sports']
     """
-    return run(RunConfig.given(config, settings), labeled=labeled, unlabeled=unlabeled, eval=eval)
+    objects: dict[str, Any] = {}
+    for name, source in (("labeled", labeled), ("unlabeled", unlabeled), ("eval", eval)):
+        # A name belongs to the settings, so that config.yaml tells the whole run.
+        if isinstance(source, str | Path):
+            settings[name] = str(source)
+        elif source is not None:
+            objects[name] = source
+    return run(RunConfig.given(config, settings), **objects)
 
 
 def run(
@@ -102,9 +108,11 @@ def run(
     Raises:
         SetFitKDError: See `distill`.
     """
-    inputs = prepare_run(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
-    folder = RunFolder.create(config, config.output_dir) if config.output_dir else None
-    with folder.logging() if folder else nullcontext():
+    with recorded() as log:
+        inputs = prepare_run(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
+        folder = RunFolder.create(config, config.output_dir) if config.output_dir else None
+        if folder:
+            folder.keep_log(log)
         return _run_stages(config, inputs, folder)
 
 
@@ -204,9 +212,6 @@ class PlannedStage:
 
 def plan(config: RunConfig, data: RunData) -> list[PlannedStage]:
     """The stages of a run with their forward passes, a pass being one text through one model."""
-    from setfit_kd.student.trainer import student_steps
-    from setfit_kd.teacher.trainer import teacher_steps
-
     report = data.report
     n_models = 3 if config.baseline else 2
     stages = [

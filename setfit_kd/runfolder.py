@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import logging.handlers
 import os
 import platform
 import re
@@ -13,11 +14,11 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from setfit_kd import __version__
-from setfit_kd.config import RunConfig
-from setfit_kd.errors import OutputError, writing
+from setfit_kd.config import RunConfig, read_config
+from setfit_kd.errors import OutputError, SetFitKDError
+from setfit_kd.files import write_whole, writing
 
 CONFIG, METRICS, RUN, LOG = "config.yaml", "metrics.json", "run.json", "run.log"
 TEACHER, STUDENT, SIGNALS = "teacher", "student", "signals"
@@ -63,6 +64,15 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
+def _is_run(path: Path) -> bool:
+    """Whether the settings in a folder are those of a run."""
+    try:
+        RunConfig.of(**read_config(path / CONFIG))
+    except SetFitKDError:
+        return False
+    return True
+
+
 class RunFolder:
     """A run's folder. Every file and folder in it is written beside its place and renamed: whole or not there."""
 
@@ -87,6 +97,10 @@ class RunFolder:
             raise OutputError(
                 f"The folder {path} is not empty.", hint="Choose another --output-dir, or add --overwrite."
             )
+        if path.is_dir() and any((path / name).exists() for name in _CONTENTS) and not _is_run(path):
+            raise OutputError(
+                f"The folder {path} holds files with a run's names, but no run.", hint="Choose another --output-dir."
+            )
         existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if not existing.is_dir():
             raise OutputError(f"{existing} is a file, not a folder.", hint="Choose another --output-dir.")
@@ -108,7 +122,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             for name in _CONTENTS:
                 target = path / name
-                if target.is_dir():
+                if target.is_dir() and not target.is_symlink():
                     shutil.rmtree(target)
                 else:
                     target.unlink(missing_ok=True)
@@ -121,14 +135,7 @@ class RunFolder:
         Raises:
             OutputError: It cannot be written.
         """
-        target = self.path / name
-        part = target.with_name(f".{name}.{uuid4().hex[:8]}")
-        try:
-            with writing(target):
-                part.write_text(text, encoding="utf-8")
-                part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(self.path / name, text)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file whole.
@@ -138,23 +145,39 @@ class RunFolder:
         """
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
-    @contextmanager
-    def logging(self) -> Iterator[None]:
-        """Within this block, everything that setfit-kd logs also goes to ``run.log``."""
+    def keep_log(self, recorder: logging.handlers.MemoryHandler) -> None:
+        """Write what `recorded` has so far, and from now on everything, to ``run.log``.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
         with writing(self.path / LOG):
-            handler = _LogFile(self.path / LOG, encoding="utf-8", delay=False)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
-        logger = logging.getLogger("setfit_kd")
-        level = logger.level
-        handler.setLevel(logging.DEBUG)
-        logger.addHandler(handler)
-        logger.setLevel(logging.DEBUG)
-        try:
-            yield
-        except BaseException as error:
-            logger.debug("The run ended by %s: %s", type(error).__name__, error)
-            raise
-        finally:
-            logger.setLevel(level)
-            logger.removeHandler(handler)
-            handler.close()
+            file = _LogFile(self.path / LOG, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+        recorder.setTarget(file)
+        recorder.flushLevel = logging.DEBUG
+        recorder.flush()
+
+
+@contextmanager
+def recorded() -> Iterator[logging.handlers.MemoryHandler]:
+    """Within this block, keep everything that setfit-kd logs, until a run folder takes it; see `RunFolder.keep_log`."""
+    recorder = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    logger = logging.getLogger("setfit_kd")
+    level = logger.level
+    logger.addHandler(recorder)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield recorder
+    except SetFitKDError as error:
+        logger.debug("The run ended: %s", error)
+        raise
+    except BaseException:
+        logger.debug("The run ended.", exc_info=True)
+        raise
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(recorder)
+        if recorder.target is not None:
+            recorder.target.close()
+        recorder.close()

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.errors import DataError, new_folder, writing
+from setfit_kd.errors import DataError
+from setfit_kd.files import whole_folder
 
 _FORMAT = 1
 _ARRAYS, _TEXTS, _ABOUT = "signals.safetensors", "texts.jsonl", "signals.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TeacherSignals:
     """What a teacher says about n pool texts.
 
@@ -126,22 +125,15 @@ class TeacherSignals:
         """
         from safetensors.numpy import save_file
 
-        folder = new_folder(folder)
-        part = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
         arrays = {"probabilities": self.probabilities}
         if self.embeddings is not None:
             arrays["embeddings"] = self.embeddings
-        try:
-            with writing(folder):
-                part.mkdir(parents=True)
-                save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part / _ARRAYS)
-                with (part / _TEXTS).open("w", encoding="utf-8") as file:
-                    file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in self.texts)
-                about = {"format": _FORMAT, "label_names": list(self.label_names), "origin": self.origin}
-                (part / _ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-                part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        with whole_folder(folder) as part:
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part / _ARRAYS)
+            with (part / _TEXTS).open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in self.texts)
+            about = {"format": _FORMAT, "label_names": list(self.label_names), "origin": self.origin}
+            (part / _ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> TeacherSignals:

@@ -148,7 +148,7 @@ def test_predict_from_arguments_stdin_and_files(run_folder: Path, tmp_path: Path
         (["RUN", "--input", "nowhere.csv"], None, 2, "nowhere.csv"),
         (["RUN"], b"caf\xe9\n", 2, "not UTF-8"),
         (["BODY", "x"], None, 2, "no head"),
-        (["RUN", "x", "--device", "cuda:9"], None, 2, "no device"),
+        (["RUN", "x", "--device", "cuda:9"], None, 2, "not one of"),
     ],
 )
 def test_predict_explains_what_it_cannot_use(
@@ -189,14 +189,14 @@ def test_an_interrupt_ends_at_once_with_130(tiny_teacher: Path, tiny_student: Pa
     process = subprocess.Popen(
         [*command, "--output-dir", "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out" / "run.log").exists() and time.monotonic() < deadline:
+    log = tmp_path / "out" / "run.log"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and "Training teacher: 100000 steps begin" in log.read_text()):
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    time.sleep(3)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
-    # CPython dies by the signal where it hits an import; a shell reports 130 for both.
-    assert process.returncode in (130, -signal.SIGINT), stderr
+    assert process.returncode == 130, stderr
     assert "Interrupted." in stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / "out" / "metrics.json").exists()

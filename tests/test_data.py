@@ -303,7 +303,14 @@ def test_case_and_composition_do_not_hide_a_text(text: str, change: Callable[[st
 def test_leak_guard_tells(caplog: pytest.LogCaptureFixture) -> None:
     evaluation = labeled_set(("alpha one", "a"), ("other", "b"))
     prepare(labeled_set(*BASE, ("alpha three", "a")), ["ALPHA ONE", "pool", "other"], evaluation, DataConfig.of())
-    assert "Leak guard: 1 labeled and 2 pool texts are in the evaluation set" in caplog.text
+    assert "Leak guard: 1 labeled texts are in the evaluation set" in caplog.text
+    assert "Leak guard: 2 pool texts are in the evaluation set" in caplog.text
+
+
+def test_leak_guard_tells_even_where_it_leaves_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(DataError, match="occurs in no text"):
+        prepare(labeled_set(*BASE), ["pool"], labeled_set(*BASE), DataConfig.of())
+    assert f"Leak guard: {len(BASE)} labeled texts are in the evaluation set" in caplog.text
 
 
 def test_texts_with_several_labels_and_duplicates_go(caplog: pytest.LogCaptureFixture) -> None:

@@ -143,7 +143,7 @@ def test_a_whole_copy_serves_when_the_hub_does_not(
     first = hub.snapshot(TEACHER, "model")
     standin.failure = failure
     assert hub.snapshot(TEACHER, "model") == first
-    assert "Using the copy in the local cache" in caplog.text
+    assert "is taken from the local cache" in caplog.text
 
 
 def test_offline_takes_the_cache_and_asks_nobody(standin: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -572,14 +572,14 @@ def test_a_body_alone_is_no_classifier(tiny_student: Path) -> None:
 
 
 def test_a_run_without_a_student_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(ModelError, match="no student"):
         load(tmp_path, device="cpu")
 
 
 def test_a_run_folder_stands_for_its_student(model: SetFitModel, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "run" / "config.yaml").write_text("{}")
     save_model(model, tmp_path / "run" / "student")
     again = load(tmp_path / "run", device="cpu")
     np.testing.assert_allclose(predict_proba(again, TEXTS), predict_proba(model, TEXTS), atol=1e-6)

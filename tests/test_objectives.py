@@ -6,7 +6,7 @@ import doctest
 from collections import Counter
 from importlib import import_module
 from itertools import permutations
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from setfit_kd.objectives import (
@@ -362,3 +363,36 @@ def test_the_examples_in_the_docstrings_run(name: str) -> None:
     results = doctest.testmod(import_module(f"setfit_kd.objectives.{name}"))
     assert results.attempted > 0
     assert results.failed == 0
+
+
+LONG_AND_SHORT = [" ".join(["word"] * (1 + 7 * i % 40)) + f" number {i}" for i in range(37)]
+
+
+def plain_forward(body: SentenceTransformer) -> Tensor:
+    return cast("Tensor", body(body.preprocess(LONG_AND_SHORT))["sentence_embedding"])
+
+
+@pytest.mark.parametrize("part", [1, 8, 16, 37, 64])
+def test_embedding_by_parts_changes_neither_embeddings_nor_gradients(
+    teacher_body: SentenceTransformer, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("setfit_kd.objectives.base.CPU_PART", part)
+    teacher_body.eval()
+    objective = PairsObjective(teacher_body)
+    weights = torch.randn(len(LONG_AND_SHORT), 32, generator=torch.Generator().manual_seed(0))
+    outcomes = []
+    for embeddings in (plain_forward(teacher_body), objective.embed(teacher_body.preprocess(LONG_AND_SHORT))):
+        gradients = torch.autograd.grad(
+            (embeddings * weights).sum(), list(teacher_body.parameters()), allow_unused=True
+        )
+        outcomes.append([embeddings.detach(), *(gradient for gradient in gradients if gradient is not None)])
+    for ours, plain in zip(*reversed(outcomes), strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_embedding_by_parts_leaves_left_padding_alone(teacher_body: SentenceTransformer) -> None:
+    teacher_body.eval()
+    teacher_body.tokenizer.padding_side = "left"
+    features = teacher_body.preprocess(LONG_AND_SHORT)
+    assert not features["attention_mask"][:, 0].all()
+    torch.testing.assert_close(PairsObjective(teacher_body).embed(features), plain_forward(teacher_body))

@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import FAST, newswire
 from setfit import SetFitModel
 
-from setfit_kd import RunConfig, TeacherSignals, distill, load
+from setfit_kd import RunConfig, TeacherSignals, distill, evaluate, load, train_teacher
 from setfit_kd.config import read_config
+from setfit_kd.data import encode_labels, prepare, read
 from setfit_kd.errors import OutputError
-from setfit_kd.models import predict_proba
+from setfit_kd.memory import resolve_device
+from setfit_kd.models import load_body, predict_proba
 
 QUALITY = ("accuracy", "macro_f1", "classes", "confusion", "agreement")
 
@@ -92,6 +95,38 @@ def test_the_same_seed_gives_the_same_metrics(run_folder: Path, tiny_teacher: Pa
         assert {key: again[name][key] for key in QUALITY} == {key: first[name][key] for key in QUALITY}
 
 
+def test_the_baseline_knows_the_labels_alone(run_folder: Path, tiny_student: Path) -> None:
+    rows = encode_labels(read("bundled:newswire", label_column="label"))
+    held_out = encode_labels(read("bundled:newswire", label_column="label", role="test"), rows.label_names)
+    data = prepare(rows, rows.texts, held_out, RunConfig.of(**FAST))
+    alone = evaluate(train_teacher(data.labeled, tiny_student, config=RunConfig.of(**FAST)), held_out)
+    recorded = json.loads((run_folder / "metrics.json").read_text())["baseline"]
+    assert recorded["confusion"] == alone.quality.confusion
+
+
+def test_cut_layers_come_from_the_teacher_before_its_fine_tuning(tiny_teacher: Path) -> None:
+    settings = {**FAST, "learning_rate": 1e-9, "teacher_learning_rate": 1e-2}
+    result = small_run(tiny_teacher, "layers:0,2", baseline=False, **settings)
+    before = load_body(tiny_teacher, resolve_device("cpu"))
+    [query] = [name for name, _ in before.named_parameters() if name.endswith("layer.2.attention.self.query.weight")]
+    cut = dict(result.student.model_body.named_parameters())[query.replace("layer.2", "layer.1")]
+    tuned = dict(result.teacher.model_body.named_parameters())[query]
+    original = dict(before.named_parameters())[query]
+    torch.testing.assert_close(cut, original, atol=1e-6, rtol=0)
+    assert (tuned - original).abs().max() > 1e-3
+
+
+def test_names_given_from_python_are_in_the_config(tiny_teacher: Path, tmp_path: Path) -> None:
+    small_run(tiny_teacher, "layers:0", output_dir=tmp_path / "run", baseline=False)
+    config = RunConfig.of(**read_config(tmp_path / "run" / "config.yaml"))
+    assert (config.labeled, config.unlabeled, config.eval) == ("bundled:newswire",) * 3
+
+
+def test_the_log_starts_with_the_data(run_folder: Path) -> None:
+    log = (run_folder / "run.log").read_text()
+    assert log.index("Data: 32 labeled, 568 pool") < log.index("Stage teacher took")
+
+
 def test_nothing_is_written_without_an_output_dir(tiny_teacher: Path, tmp_path: Path) -> None:
     result = small_run(tiny_teacher, "layers:0,2", baseline=False)
     assert result.output_dir is None
@@ -124,6 +159,15 @@ def test_every_pairing_of_objectives_runs(
     assert result.evaluations["student"].quality.agreement is not None
 
 
+def test_only_a_run_is_overwritten(tiny_teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "project" / "student").mkdir(parents=True)
+    (tmp_path / "project" / "student" / "a.py").write_text("mine")
+    (tmp_path / "project" / "config.yaml").write_text("name: mine")
+    with pytest.raises(OutputError, match="but no run"):
+        small_run(tiny_teacher, "layers:0", output_dir=tmp_path / "project", overwrite=True)
+    assert (tmp_path / "project" / "student" / "a.py").read_text() == "mine"
+
+
 def test_a_folder_in_use_is_refused_and_replaced_on_request(
     tiny_teacher: Path, tiny_student: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +175,7 @@ def test_a_folder_in_use_is_refused_and_replaced_on_request(
     (folder / "student").mkdir(parents=True)
     (folder / "student" / "stale.bin").write_text("old")
     (folder / "notes.txt").write_text("mine")
+    (folder / "config.yaml").write_text(RunConfig.of().to_yaml())
     with pytest.raises(OutputError, match="not empty"):
         small_run(tiny_teacher, tiny_student, output_dir=folder)
     small_run(tiny_teacher, tiny_student, output_dir=folder, overwrite=True, baseline=False)

@@ -248,7 +248,7 @@ def test_the_seed_decides_every_weight(tiny_student: Path, objective: str) -> No
 def test_a_last_batch_of_one_text_is_left_out(
     student_body: SentenceTransformer, tmp_path: Path, remainder: int, steps: int
 ) -> None:
-    from setfit_kd.student.trainer import student_steps
+    from setfit_kd.student.steps import student_steps
     from setfit_kd.training import losses_of
 
     signals = pool_signals(2 * BATCH + remainder)
@@ -418,9 +418,8 @@ def test_a_teachers_seed_decides_every_weight(tiny_teacher: Path) -> None:
 def test_the_same_batches_under_another_seed_meet_another_dropout(
     tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from setfit_kd.teacher import trainer
 
-    monkeypatch.setattr(trainer, "balanced_batches", lambda *_, **__: [list(range(8))] * 2)
+    monkeypatch.setattr("setfit_kd.objectives.balanced_batches", lambda *_, **__: [list(range(8))] * 2)
     one, two = (
         train_teacher(few_labels(), tiny_teacher, device="cpu", teacher_steps=2, teacher_learning_rate=1e-3, seed=seed)
         for seed in (1, 2)
@@ -441,7 +440,8 @@ def test_a_loaded_body_is_trained_in_place(teacher_body: SentenceTransformer) ->
 def test_the_number_of_steps_is_known_beforehand(
     teacher_body: SentenceTransformer, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    from setfit_kd.teacher.trainer import TeacherTrainer, teacher_steps
+    from setfit_kd.teacher.steps import teacher_steps
+    from setfit_kd.teacher.trainer import TeacherTrainer
     from setfit_kd.training import losses_of
 
     config, labeled = TeacherConfig.of(device="cpu", **settings), few_labels()

@@ -53,7 +53,7 @@ def _obstacle(name: str, reachable: bool) -> str | None:
         try:
             if value.startswith("demo:"):
                 locate(value)
-            elif not reachable and not hub.is_cached(value, "dataset" if role == "labeled" else "model"):
+            elif not reachable and hub.cached_snapshot(value, "dataset" if role == "labeled" else "model") is None:
                 return f"{value} is on the hub, which is not reachable, and not in the local cache"
         except SetFitKDError as error:
             return error.message

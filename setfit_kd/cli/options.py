@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from pydantic.fields import FieldInfo
@@ -16,11 +16,20 @@ from setfit_kd.config import DataConfig, RunConfig, StageConfig, StudentConfig, 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def setting_options(function: F) -> F:
-    """Add one option for each setting of a run; those not given arrive as None."""
-    for name in reversed(_in_order()):
-        function = _option(name, RunConfig.model_fields[name])(function)
-    return function
+def setting_options(*names: str) -> Callable[[F], F]:
+    """Add one option for each of a run's settings, or for those named; what is not given arrives as None."""
+
+    def decorate(function: F) -> F:
+        for name in reversed(names or _in_order()):
+            function = _option(name, RunConfig.model_fields[name])(function)
+        return function
+
+    return decorate
+
+
+def given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given."""
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def verbosity_options(function: F) -> F:
@@ -74,7 +83,7 @@ _METAVARS: dict[Any, str] = {
 
 
 def _plain(annotation: Any) -> Any:
-    """A setting's type without its ``| None``."""
+    """A setting's type without its ``| None`` and its validators."""
     if get_origin(annotation) in (Union, types.UnionType):
-        return next(part for part in get_args(annotation) if part is not type(None))
-    return annotation
+        return _plain(next(part for part in get_args(annotation) if part is not type(None)))
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation

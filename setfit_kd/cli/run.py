@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from setfit_kd.cli.options import setting_options, verbosity_options
+from setfit_kd.cli.options import given, setting_options, verbosity_options
 from setfit_kd.config import DEFAULT_PRESET, PRESETS, RunConfig, preset, read_config
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
               help=f"Settings to start from. [{DEFAULT_PRESET}]")  # fmt: skip
 @click.option("--config", "config_file", type=click.Path(path_type=Path), default=None, metavar="FILE.yaml",
               help="Settings that override the preset's.")  # fmt: skip
-@setting_options
+@setting_options()
 @click.option("--dry-run", is_flag=True, help="Check everything, print the settings, sizes and forward passes; stop.")
 @verbosity_options
 def run(
@@ -33,45 +33,44 @@ def run(
     name such as ag_news, ag_news[test] or nyu-mll/glue:sst2[validation], or bundled:newswire. MODEL is a hub name, a
     folder, or demo:all-MiniLM-L6-v2.
 
-    Flags override the file, the file overrides the preset. Whoever names --labeled names all the data: the preset's
-    pool and evaluation set are dropped.
+    Flags override the file, the file overrides the preset. Whoever names --labeled or --unlabeled names all the data:
+    the preset's is dropped.
     """
-    given = {name: value for name, value in flags.items() if value is not None}
     from_file = read_config(config_file) if config_file else {}
-    config = RunConfig.resolve(preset(preset_name or DEFAULT_PRESET), from_file, given)
+    config = RunConfig.resolve(preset(preset_name or DEFAULT_PRESET), from_file, given(flags))
 
     from setfit_kd.cli.screen import screen
 
     with screen(quiet=quiet, verbose=verbose) as results:
-        if dry_run:
-            _print_plan(config, results)
-            return
         from setfit_kd.pipeline import run as run_pipeline
         from setfit_kd.runfolder import default_folder
 
         if config.output_dir is None:
             config = config.model_copy(update={"output_dir": default_folder(config)})
+        if dry_run:
+            _print_plan(config, results)
+            return
 
         _print_result(run_pipeline(config), results)
 
 
 def _print_plan(config: RunConfig, results: Console) -> None:
-    from setfit_kd.cli.screen import rows_table
+    from setfit_kd.cli.screen import rows_table, say
     from setfit_kd.pipeline import plan, prepare_run
 
     stages = plan(config, prepare_run(config).data)
-    results.print(config.to_yaml(), highlight=False, markup=False)
+    say(results, config.to_yaml())
     rows = [(stage.stage, stage.texts, stage.forward_passes) for stage in stages]
     total = sum(stage.forward_passes for stage in stages)
     results.print(rows_table(("stage", "texts", "forward passes"), [*rows, ("total", "", total)]))
 
 
 def _print_result(result: RunResult, results: Console) -> None:
-    from setfit_kd.cli.screen import evaluation_table
+    from setfit_kd.cli.screen import evaluation_table, say
 
     if result.evaluations:
         results.print(evaluation_table(result.evaluations))
         results.print()
     seconds = sum(result.seconds.values())
-    results.print(f"Took {seconds:.0f} s. The student is in {result.output_dir}/student; to use it:", highlight=False)
-    results.print(f'  setfit-kd predict {result.output_dir} "..."', highlight=False, markup=False)
+    say(results, f"Took {seconds:.0f} s. The student is in {result.output_dir}/student; to use it:")
+    say(results, f'  setfit-kd predict {result.output_dir} "..."')

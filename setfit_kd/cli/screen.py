@@ -9,11 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from setfit_kd.progress import shown_on
 
 if TYPE_CHECKING:
     from setfit_kd.evaluation import Evaluation
+
+
+@contextmanager
+def _no_download_bars(quiet: bool) -> Iterator[None]:
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silence = quiet and not are_progress_bars_disabled()
+    if silence:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if silence:
+            enable_progress_bars()
 
 
 class _ScreenHandler(logging.Handler):
@@ -40,11 +55,16 @@ def screen(*, quiet: bool, verbose: bool) -> Iterator[Console]:
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
-        with shown_on(None if quiet else console):
+        with shown_on(None if quiet else console), _no_download_bars(quiet):
             yield Console()
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+def say(console: Console, text: str) -> None:
+    """Print text as it is: no markup, no colours, no lines broken."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
@@ -57,7 +77,7 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
         quality, cost = evaluation.quality, evaluation.cost
         agreement = "" if quality.agreement is None else f"{quality.agreement:.1%}"
         table.add_row(
-            name,
+            Text(name),
             f"{quality.accuracy:.1%}",
             f"{quality.macro_f1:.1%}",
             agreement,
@@ -74,5 +94,5 @@ def rows_table(headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left")
     for row in rows:
-        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+        table.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
     return table

@@ -1,7 +1,7 @@
 """Labeled sets and pools: reading, cleaning, sampling, and the leak guard."""
 
 from setfit_kd.data.prepare import DataReport, RunData, load_run_data, prepare
-from setfit_kd.data.sets import LabeledSet, draw_shots, encode_labels
+from setfit_kd.data.sets import LabeledSet, check_classes, draw_shots, encode_labels
 from setfit_kd.data.sources import Rows, Source, read
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Rows",
     "RunData",
     "Source",
+    "check_classes",
     "draw_shots",
     "encode_labels",
     "load_run_data",

@@ -118,6 +118,7 @@ def prepare(labeled: LabeledSet, pool: Sequence[str], evaluation: LabeledSet | N
         else:
             seen.add(key)
             kept.append(row)
+    _warn_of_removals(leaks, conflicts)
     shots = draw_shots(labeled.take(kept), config.shots, seed=config.seed)
     _warn_of_small_classes(shots, config.shots)
 
@@ -154,6 +155,8 @@ def _clean_pool(pool: Iterable[str], held_out: set[str], shots: set[str]) -> tup
         else:
             seen.add(key)
             texts.append(text)
+    if leaks:
+        logger.warning("Leak guard: %d pool texts are in the evaluation set and were taken out.", leaks)
     if not texts:
         raise DataError(
             "No pool text is left after taking out the labeled and the evaluation texts.",
@@ -180,16 +183,14 @@ def _warn_of_small_classes(shots: LabeledSet, wanted: int | None) -> None:
             logger.warning("Class %r has %d labeled texts, fewer than %d: all are used.", name, count, wanted)
 
 
-def _tell(report: DataReport) -> None:
-    leaks = report.labeled_leaks + report.pool_leaks
+def _warn_of_removals(leaks: int, conflicts: int) -> None:
     if leaks:
-        logger.warning(
-            "Leak guard: %d labeled and %d pool texts are in the evaluation set and were taken out.",
-            report.labeled_leaks,
-            report.pool_leaks,
-        )
-    if report.labeled_conflicts:
-        logger.warning("%d labeled texts occur with different labels and were taken out.", report.labeled_conflicts)
+        logger.warning("Leak guard: %d labeled texts are in the evaluation set and were taken out.", leaks)
+    if conflicts:
+        logger.warning("%d labeled texts occur with different labels and were taken out.", conflicts)
+
+
+def _tell(report: DataReport) -> None:
     logger.info(
         "Data: %d labeled, %d pool, %d evaluation texts (%d labeled and %d pool duplicates taken out).",
         report.labeled,

@@ -12,7 +12,7 @@ from setfit_kd.data.sources import Rows
 from setfit_kd.errors import DataError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LabeledSet:
     """n texts with gold labels.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 from setfit_kd import hub
 from setfit_kd.data.files import LINE_NUMBERED, READERS, Record, read_records, unknown_ending
 from setfit_kd.errors import DataError, SetFitKDError
+from setfit_kd.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,6 +51,7 @@ class _Table:
     records: Iterable[Record]
     origin: str
     unit: str = "row"
+    has_columns: bool = True
     declared: tuple[str, ...] = ()
 
 
@@ -74,11 +76,13 @@ def read(
         UnavailableError: The hub cannot be reached.
     """
     try:
-        table = _open(source, role, text_column, label_column)
+        table = _open(source, role, label_column)
     except OSError as error:
         if isinstance(error, SetFitKDError):
             raise
         raise DataError(f"Cannot read {source!r:.200}: {error.strerror or error}.", hint="Check the path.") from None
+    if not table.has_columns:
+        text_column = ("text",)
     texts: list[str] = []
     labels: list[str] = []
     problems: list[str] = []
@@ -161,7 +165,7 @@ def _label(value: object, declared: tuple[str, ...]) -> tuple[str, str | None]:
     return str(value), None
 
 
-def _open(source: Source, role: str, text_column: Sequence[str], label_column: str | None) -> _Table:
+def _open(source: Source, role: str, label_column: str | None) -> _Table:
     if isinstance(source, str | Path):
         return _open_named(str(source), role, label_column)
     if hasattr(source, "column_names"):
@@ -174,19 +178,18 @@ def _open(source: Source, role: str, text_column: Sequence[str], label_column: s
         rows = zip(*source.values(), strict=True)
         records: Iterable[Record] = ((n, dict(zip(columns, row, strict=True))) for n, row in enumerate(rows, 1))
         return _Table(records, "the given columns")
-    if len(text_column) != 1:
-        raise DataError("A plain list has one text column.", hint="Leave text_column as it is.")
-    return _Table(_items(source, text_column[0], label_column), "the given list")
+    has_columns = len(source) > 0 and isinstance(source[0], Mapping)
+    return _Table(_items(source, label_column), "the given list", has_columns=has_columns)
 
 
-def _items(items: Sequence[Any], text_column: str, label_column: str | None) -> Iterator[Record]:
+def _items(items: Sequence[Any], label_column: str | None) -> Iterator[Record]:
     for number, item in enumerate(items, 1):
         if isinstance(item, Mapping):
             yield number, item
         elif label_column is None:
-            yield number, {text_column: item}
+            yield number, {"text": item}
         elif isinstance(item, tuple | list) and len(item) == 2:
-            yield number, {text_column: item[0], label_column: item[1]}
+            yield number, {"text": item[0], label_column: item[1]}
         else:
             raise DataError(
                 f"The given list, row {number}: {item!r:.60} is not a (text, label) pair.",
@@ -205,7 +208,7 @@ def _open_named(name: str, role: str, label_column: str | None) -> _Table:
         if not path.is_file():
             raise DataError(f"There is no file {name}.", hint="Check the path.")
         unit = "line" if path.suffix.lower() in LINE_NUMBERED else "row"
-        return _Table(read_records(path), str(path), unit=unit)
+        return _Table(read_records(path), str(path), unit=unit, has_columns=path.suffix.lower() != ".txt")
     match = _HUB_NAME.fullmatch(name)
     folder, split = (path, None)
     if not path.exists() and name.endswith("]"):
@@ -242,7 +245,8 @@ def _open_hub(name: str, config: str | None, split: str | None, role: str, label
     # The Arrow copy that `datasets` makes lives as long as this call: a cache of its own could be left half-written.
     with TemporaryDirectory(prefix="setfit-kd-") as scratch:
         try:
-            loaded = datasets.load_dataset(str(folder), name=config, cache_dir=scratch, keep_in_memory=True)
+            with quiet_libraries():
+                loaded = datasets.load_dataset(str(folder), name=config, cache_dir=scratch, keep_in_memory=True)
         except Exception as error:
             raise DataError(
                 f"The hub's data set {name} cannot be read ({type(error).__name__}: {error}).",

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.data.sets import LabeledSet, encode_labels
-from setfit_kd.data.sources import Source, read
+from setfit_kd.data import LabeledSet, Source, encode_labels, read
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation.cost import Cost, count_parameters, folder_megabytes, model_megabytes
 from setfit_kd.evaluation.quality import Quality, measure_quality
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 _WARM_UP = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """Quality and cost of one classifier.
 

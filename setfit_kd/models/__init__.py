@@ -1,7 +1,7 @@
 """Bodies, heads and whole SetFit models: finding, loading, running and saving them."""
 
 from setfit_kd.models.bodies import cut_layers, load_body, locate, n_layers
-from setfit_kd.models.encode import embed, predict_proba
+from setfit_kd.models.encode import embed, head_proba, predict_proba
 from setfit_kd.models.heads import fit_head, new_head
 from setfit_kd.models.store import load, new_model, save_model
 
@@ -9,6 +9,7 @@ __all__ = [
     "cut_layers",
     "embed",
     "fit_head",
+    "head_proba",
     "load",
     "load_body",
     "locate",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from setfit_kd import hub
 from setfit_kd.errors import ModelError, UnavailableError
+from setfit_kd.memory import is_out_of_memory
 from setfit_kd.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _locate_demo(name: str) -> Path:
 
 
 def load_body(folder: Path, device: torch.device) -> SentenceTransformer:
-    """Load a body onto a device; code that comes with a model is never run.
+    """Load a body onto a device, in single precision; code that comes with a model is never run.
 
     Raises:
         ModelError: The folder does not load.
@@ -81,9 +82,10 @@ def load_body(folder: Path, device: torch.device) -> SentenceTransformer:
         with quiet_libraries():
             from sentence_transformers import SentenceTransformer
 
-            return SentenceTransformer(str(folder), device=str(device), local_files_only=True)
+            # Weights may be stored in half precision; training in it would lose most updates.
+            return SentenceTransformer(str(folder), device=str(device), local_files_only=True).float()
     except Exception as error:
-        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        if is_out_of_memory(error):
             raise
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ModelError(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
-from setfit_kd.errors import ModelError, new_folder, writing
+from setfit_kd.errors import ModelError
+from setfit_kd.files import whole_folder
 from setfit_kd.memory import resolve_device
 from setfit_kd.models.bodies import load_body, locate
 from setfit_kd.models.heads import load_head, new_head, save_head
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 
 _PICKLED_HEAD = "model_head.pkl"
 _SETFIT_CONFIG = "config_setfit.json"
+# A run writes its settings first and its student as soon as it is trained.
+_RUN_MARKER, _STUDENT = "config.yaml", "student"
 _CARD = """---
 library_name: setfit
 pipeline_tag: text-classification
@@ -62,22 +63,15 @@ def save_model(model: SetFitModel, folder: str | Path, *, title: str = "Text cla
     """
     import joblib
 
-    folder = new_folder(folder)
-    part = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
     labels = list(model.labels or [])
-    try:
-        with writing(folder), quiet_libraries():
-            part.mkdir(parents=True)
-            model.model_body.save_pretrained(str(part), create_model_card=False)
-            config = {"labels": labels, "normalize_embeddings": model.normalize_embeddings}
-            (part / _SETFIT_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
-            joblib.dump(model.model_head, part / _PICKLED_HEAD)
-            save_head(model.model_head, part)
-            card = _CARD.format(title=title, n_classes=len(labels), classes=", ".join(map(str, labels)))
-            (part / "README.md").write_text(card, encoding="utf-8")
-            part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with whole_folder(folder) as part, quiet_libraries():
+        model.model_body.save_pretrained(str(part), create_model_card=False)
+        config = {"labels": labels, "normalize_embeddings": model.normalize_embeddings}
+        (part / _SETFIT_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        joblib.dump(model.model_head, part / _PICKLED_HEAD)
+        save_head(model.model_head, part)
+        card = _CARD.format(title=title, n_classes=len(labels), classes=", ".join(map(str, labels)))
+        (part / "README.md").write_text(card, encoding="utf-8")
 
 
 def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) -> SetFitModel:
@@ -95,10 +89,10 @@ def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) 
     import joblib
 
     folder = Path(path)
-    if (folder / "run.json").is_file() and not (folder / "modules.json").is_file():
-        if not (folder / "student").is_dir():
-            raise ModelError(f"The run {folder} has no student yet.", hint="Let the run end first.")
-        folder = folder / "student"
+    if (folder / _RUN_MARKER).is_file() and not (folder / "config.json").is_file():
+        folder = folder / _STUDENT
+        if not folder.is_dir():
+            raise ModelError(f"The run {path} has no student yet.", hint="Let the run end first.")
     else:
         folder = locate(path)
     head = load_head(folder)

@@ -43,7 +43,8 @@ class Objective(nn.Module, ABC):
         """Embed one column of B texts, padded on the right to T tokens: (B, d).
 
         A batch is padded to its longest text, and on a CPU every padded token costs. There, the texts go through the
-        body sorted by length in parts of `CPU_PART`, each cut to its own longest: the same embeddings and gradients.
+        body sorted by length in parts of `CPU_PART`, each cut to its own longest. Embeddings and gradients are the
+        same as without, but for the draws of dropout where that is on.
         """
         mask = features.get("attention_mask")  # (B, T)
         is_sortable = mask is not None and mask.device.type == "cpu" and bool(mask[:, 0].all())

@@ -9,13 +9,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config import StudentConfig
-from setfit_kd.data.sets import LabeledSet, encode_labels
-from setfit_kd.data.sources import Source, read
+from setfit_kd.data import LabeledSet, Source, encode_labels, read
 from setfit_kd.errors import DataError
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import load_body, locate, new_model
 from setfit_kd.progress import track
 from setfit_kd.quiet import quiet_libraries
+from setfit_kd.student.steps import student_steps
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -78,13 +78,15 @@ def train_student(
 
     started = time.perf_counter()
     with quiet_libraries(), TemporaryDirectory(prefix="setfit-kd-") as scratch:
-        from setfit_kd.student.trainer import StudentTrainer, student_steps
+        from setfit_kd.student.trainer import StudentTrainer
         from setfit_kd.training import losses_of, prepare_inner_trainer, settle
 
         model = new_model(body, signals.label_names)
         trainer = StudentTrainer(model, signals, labeled, config, device, scratch)
-        with track("Training student", student_steps(config, len(signals))[0]) as advance:
+        steps = student_steps(config, len(signals))[0]
+        with track("Training student", steps) as advance:
             prepare_inner_trainer(trainer, advance)
+            logger.debug("%s: %d steps begin.", "Training student", steps)
             trainer.train_embeddings(signals.texts)
         settle(trainer, device)
         trainer.train_classifier(signals.texts)

@@ -11,7 +11,7 @@ from setfit import DistillationTrainer, SetFitModel, TrainingArguments
 from torch import nn
 
 from setfit_kd.config import StudentConfig
-from setfit_kd.data.sets import LabeledSet
+from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.memory import inner_trainer_on
 from setfit_kd.models import embed, fit_head
@@ -90,12 +90,3 @@ class StudentTrainer(DistillationTrainer):
             self.model.model_body, texts, batch_size=self.config.encode_batch_size, description="Fitting head"
         )
         self.model.model_head = fit_head(embeddings, probabilities, weights)
-
-
-def student_steps(config: StudentConfig, pool_size: int) -> tuple[int, int]:
-    """Steps and texts passed forward when training a student on ``pool_size`` texts."""
-    if config.objective == "similarity":
-        full, rest = divmod(pool_size, config.batch_size)
-        return config.epochs * (full + (rest > 1)), config.epochs * pool_size
-    pairs = pool_size * config.num_iterations
-    return config.epochs * -(-pairs // config.batch_size), config.epochs * 2 * pairs

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from setfit_kd.errors import DataError
-from setfit_kd.models.encode import embed, head_proba
+from setfit_kd.models import embed, head_proba
 from setfit_kd.signals import TeacherSignals
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config import TeacherConfig
-from setfit_kd.data.sets import LabeledSet, draw_shots, encode_labels
-from setfit_kd.data.sources import Source, read
+from setfit_kd.data import LabeledSet, Source, check_classes, encode_labels, read
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import load_body, locate, new_model
 from setfit_kd.progress import track
 from setfit_kd.quiet import quiet_libraries
+from setfit_kd.teacher.steps import teacher_steps
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -51,19 +51,21 @@ def train_teacher(
     config = TeacherConfig.given(config, settings)
     if not isinstance(labeled, LabeledSet):
         labeled = encode_labels(read(labeled, label_column="label"))
-    labeled = draw_shots(labeled, None, seed=config.seed)
+    check_classes(labeled)
     device = resolve_device(config.device)
     body = load_body(locate(teacher), device) if isinstance(teacher, str | Path) else teacher
 
     started = time.perf_counter()
     with quiet_libraries(), TemporaryDirectory(prefix="setfit-kd-") as scratch:
-        from setfit_kd.teacher.trainer import TeacherTrainer, teacher_steps
+        from setfit_kd.teacher.trainer import TeacherTrainer
         from setfit_kd.training import losses_of, prepare_inner_trainer, settle
 
         model = new_model(body, labeled.label_names)
         trainer = TeacherTrainer(model, labeled, config, device, scratch)
-        with track(description, teacher_steps(config, labeled)[0]) as advance:
+        steps = teacher_steps(config, labeled)[0]
+        with track(description, steps) as advance:
             prepare_inner_trainer(trainer, advance)
+            logger.debug("%s: %d steps begin.", description, steps)
             trainer.train_embeddings(labeled.texts, labeled.labels.tolist())
         settle(trainer, device)
         trainer.train_classifier(labeled.texts, labeled.labels)

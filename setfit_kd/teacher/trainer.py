@@ -11,10 +11,11 @@ from setfit import SetFitModel, Trainer, TrainingArguments
 from torch import nn
 
 from setfit_kd.config import TeacherConfig
-from setfit_kd.data.sets import LabeledSet
+from setfit_kd.data import LabeledSet
 from setfit_kd.memory import inner_trainer_on
 from setfit_kd.models import embed, fit_head
-from setfit_kd.objectives import ContrastiveObjective, balanced_batches
+from setfit_kd.objectives import ContrastiveObjective
+from setfit_kd.teacher.steps import PAIRS_BATCH, teacher_batches
 from setfit_kd.training import FixedBatches, training_arguments
 
 
@@ -36,7 +37,7 @@ class TeacherTrainer(Trainer):
         self.config = config
         arguments = training_arguments(
             output_dir,
-            batch_size=config.teacher_batch_size if config.teacher_objective == "in-batch" else 16,
+            batch_size=config.teacher_batch_size if config.teacher_objective == "in-batch" else PAIRS_BATCH,
             epochs=1,
             learning_rate=config.teacher_learning_rate,
             num_iterations=config.num_iterations,
@@ -51,9 +52,12 @@ class TeacherTrainer(Trainer):
     ) -> tuple[Dataset, nn.Module]:
         """The texts with their classes and the contrastive objective, or SetFit's own pairs and loss."""
         if self.config.teacher_objective == "pairs":
-            dataset, loss = super().get_dataset(x, y, args=args, max_pairs=max_pairs)
+            # SetFit draws its pairs by a constant seed: the order of the texts is where ours comes in.
+            order = np.random.default_rng([self.config.seed, 4]).permutation(len(x))
+            shuffled = [x[i] for i in order], [y[i] for i in order]
+            dataset, loss = super().get_dataset(*shuffled, args=args, max_pairs=max_pairs)
             return dataset, loss
-        batches = _batches(self.config, self.labeled)
+        batches = teacher_batches(self.config, self.labeled)
         self.st_trainer.args.batch_sampler = lambda *_, **__: FixedBatches(batches)
         return Dataset.from_dict({"sentence": x, "label": y}), ContrastiveObjective(self.model.model_body, dropout=True)
 
@@ -69,17 +73,3 @@ class TeacherTrainer(Trainer):
 def _no_metric(*_: Any) -> dict[str, float]:
     """SetFit's default metric would be fetched over the network; evaluation has a room of its own."""
     return {}
-
-
-def _batches(config: TeacherConfig, labeled: LabeledSet) -> list[list[int]]:
-    return balanced_batches(
-        labeled.labels, batch_size=config.teacher_batch_size, steps=config.teacher_steps, seed=config.seed
-    )
-
-
-def teacher_steps(config: TeacherConfig, labeled: LabeledSet) -> tuple[int, int]:
-    """Steps, and texts passed forward, of training a teacher's body."""
-    if config.teacher_objective == "in-batch":
-        return config.teacher_steps, sum(map(len, _batches(config, labeled)))
-    pairs = 2 * config.num_iterations * len(labeled)
-    return -(-pairs // 16), 2 * pairs

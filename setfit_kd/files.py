@@ -1,0 +1,100 @@
+"""Writing files and folders: whole or not at all, and with an error that says what to do."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from setfit_kd.errors import OutputError, SetFitKDError
+
+_REASONS = {
+    errno.ENOSPC: "The disk is full: free some space, or",
+    errno.EDQUOT: "The disk quota is used up: free some space, or",
+    errno.EROFS: "The file system is read-only",
+    errno.EACCES: "Permission is missing",
+    errno.EPERM: "Permission is missing",
+    errno.ENOTDIR: "A part of the path is a file",
+}
+
+
+@contextmanager
+def writing(path: Path, *, elsewhere: str = "choose another --output-dir") -> Iterator[None]:
+    """Turn any failure to write to ``path`` into an `OutputError` that says what to do.
+
+    ``elsewhere`` says how to have it written to another place.
+
+    The tensor writers below us wrap the system's error in types of their own, so its number is looked for in the
+    chain of causes and, failing that, in the text.
+    """
+    try:
+        yield
+    except SetFitKDError:
+        raise
+    except Exception as error:
+        code = _errno_of(error)
+        if code is None:
+            raise
+        reason = errno.errorcode[code]
+        raise OutputError(
+            f"Cannot write {path}: {error} [{reason}]",
+            hint=_hint(code, elsewhere),
+        ) from error
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path`` that is renamed to it at the end: whole, or not there at all.
+
+    Raises:
+        OutputError: Something is there already, or it cannot be written.
+    """
+    target = Path(path).absolute()
+    part = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
+    try:
+        with writing(Path(path)):
+            if target.exists():
+                raise OutputError(f"{path} is there already.", hint="Choose another name, or remove it first.")
+            part.mkdir(parents=True)
+            yield part
+            part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole, over an earlier one, or not at all.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    try:
+        with writing(path):
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _hint(code: int, elsewhere: str) -> str:
+    reason = _REASONS.get(code, "")
+    if reason.endswith("or"):
+        return f"{reason} {elsewhere}."
+    return f"{reason}: {elsewhere}." if reason else f"{elsewhere[0].upper()}{elsewhere[1:]}."
+
+
+def _errno_of(error: BaseException | None) -> int | None:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in errno.errorcode:
+            return error.errno
+        text = str(error)
+        if "No space left on device" in text or "os error 28" in text:
+            return errno.ENOSPC
+        if "Read-only file system" in text or "os error 30" in text:
+            return errno.EROFS
+        error = error.__cause__ or error.__context__
+    return None
