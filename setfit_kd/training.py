@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +12,12 @@ from setfit import TrainingArguments
 from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, TrainerCallback
 
-from setfit_kd.progress import Advance
+from setfit_kd.progress import Advance, track
 
 if TYPE_CHECKING:
     from setfit import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def training_arguments(
@@ -67,6 +71,20 @@ def prepare_inner_trainer(trainer: Trainer, advance: Advance) -> None:
         # Several GPUs would be wrapped in DataParallel, which the objectives' whole-batch losses cannot use.
         inner.args._n_gpu = 1
     trainer.model.model_body.to(inner.args.device)
+
+
+def fit(trainer: Trainer, device: torch.device, *, description: str, steps: int) -> None:
+    """Train body and head on the trainer's own data, with a progress bar over the body's ``steps``."""
+    started = time.perf_counter()
+    parameters = trainer.dataset_to_parameters(trainer.train_dataset)
+    with track(description, steps) as advance:
+        prepare_inner_trainer(trainer, advance)
+        logger.debug("%s: %d steps begin.", description, steps)
+        trainer.train_embeddings(*parameters)
+    settle(trainer, device)
+    trainer.train_classifier(*parameters)
+    losses, seconds = losses_of(trainer), time.perf_counter() - started
+    logger.debug("%s: %d steps in %.1f s, loss %.4f to %.4f.", description, len(losses), seconds, losses[0], losses[-1])
 
 
 def losses_of(trainer: Trainer) -> list[float]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,6 @@ from setfit_kd.data import LabeledSet, Source, encode_labels, read
 from setfit_kd.errors import DataError
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import load_body, locate, new_model
-from setfit_kd.progress import track
 from setfit_kd.quiet import quiet_libraries
 from setfit_kd.student.steps import student_steps
 
@@ -22,8 +19,6 @@ if TYPE_CHECKING:
     from setfit import SetFitModel
 
     from setfit_kd.signals import TeacherSignals
-
-logger = logging.getLogger(__name__)
 
 
 def check_pool(pool_size: int, config: StudentConfig) -> None:
@@ -76,26 +71,11 @@ def train_student(
     device = resolve_device(config.device)
     body = load_body(locate(student), device) if isinstance(student, str | Path) else student
 
-    started = time.perf_counter()
     with quiet_libraries(), TemporaryDirectory(prefix="setfit-kd-") as scratch:
         from setfit_kd.student.trainer import StudentTrainer
-        from setfit_kd.training import losses_of, prepare_inner_trainer, settle
+        from setfit_kd.training import fit
 
         model = new_model(body, signals.label_names)
         trainer = StudentTrainer(model, signals, labeled, config, device, scratch)
-        steps = student_steps(config, len(signals))[0]
-        with track("Training student", steps) as advance:
-            prepare_inner_trainer(trainer, advance)
-            logger.debug("%s: %d steps begin.", "Training student", steps)
-            trainer.train_embeddings(signals.texts)
-        settle(trainer, device)
-        trainer.train_classifier(signals.texts)
-        losses = losses_of(trainer)
-    logger.debug(
-        "Training student: %d steps in %.1f s, loss %.4f to %.4f.",
-        len(losses),
-        time.perf_counter() - started,
-        losses[0],
-        losses[-1],
-    )
+        fit(trainer, device, description="Training student", steps=student_steps(config, len(signals))[0])
     return model

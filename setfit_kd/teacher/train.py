@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -12,15 +10,12 @@ from setfit_kd.config import TeacherConfig
 from setfit_kd.data import LabeledSet, Source, check_classes, encode_labels, read
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import load_body, locate, new_model
-from setfit_kd.progress import track
 from setfit_kd.quiet import quiet_libraries
 from setfit_kd.teacher.steps import teacher_steps
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
-
-logger = logging.getLogger(__name__)
 
 
 def train_teacher(
@@ -55,27 +50,11 @@ def train_teacher(
     device = resolve_device(config.device)
     body = load_body(locate(teacher), device) if isinstance(teacher, str | Path) else teacher
 
-    started = time.perf_counter()
     with quiet_libraries(), TemporaryDirectory(prefix="setfit-kd-") as scratch:
         from setfit_kd.teacher.trainer import TeacherTrainer
-        from setfit_kd.training import losses_of, prepare_inner_trainer, settle
+        from setfit_kd.training import fit
 
         model = new_model(body, labeled.label_names)
         trainer = TeacherTrainer(model, labeled, config, device, scratch)
-        steps = teacher_steps(config, labeled)[0]
-        with track(description, steps) as advance:
-            prepare_inner_trainer(trainer, advance)
-            logger.debug("%s: %d steps begin.", description, steps)
-            trainer.train_embeddings(labeled.texts, labeled.labels.tolist())
-        settle(trainer, device)
-        trainer.train_classifier(labeled.texts, labeled.labels)
-        losses = losses_of(trainer)
-    logger.debug(
-        "%s: %d steps in %.1f s, loss %.4f to %.4f.",
-        description,
-        len(losses),
-        time.perf_counter() - started,
-        losses[0],
-        losses[-1],
-    )
+        fit(trainer, device, description=description, steps=teacher_steps(config, labeled)[0])
     return model
