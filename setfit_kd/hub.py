@@ -103,7 +103,8 @@ def cached_snapshot(name: str, kind: Kind) -> Path | None:
     # A cache that other programs filled file by file says nothing of what is missing.
     files = [path for path in folder.rglob("*") if path.is_file()]
     if kind == "dataset":
-        return folder if any(path.suffix not in (".md", ".json", "") for path in files) else None
+        about = ("dataset_info.json", "dataset_infos.json")
+        return folder if any(path.suffix not in (".md", "") and path.name not in about for path in files) else None
     has_weights = any(path.suffix in (".safetensors", ".bin") for path in files)
     has_tokenizer = any(path.name.startswith(("tokenizer", "vocab", "sentencepiece")) for path in files)
     return folder if has_weights and has_tokenizer and (folder / "config.json").is_file() else None

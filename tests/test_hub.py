@@ -146,6 +146,21 @@ def test_a_whole_copy_serves_when_the_hub_does_not(
     assert "is taken from the local cache" in caplog.text
 
 
+@pytest.mark.parametrize(("kind", "name", "kept"), [("model", TEACHER, "*.json"), ("dataset", "ag_news", "*.md")])
+def test_a_cache_that_others_filled_in_part_does_not_count(
+    standin: StandInHub, kind: hub.Kind, name: str, kept: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = hub.snapshot(name, kind)
+    shutil.rmtree(folder.parent.parent / "trees")
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.match(kept):
+            path.unlink()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.cached_snapshot(name, kind) is None
+    with pytest.raises(UnavailableError, match="nor in the local cache"):
+        hub.snapshot(name, kind)
+
+
 def test_offline_takes_the_cache_and_asks_nobody(standin: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UnavailableError, match="HF_HUB_OFFLINE"):
