@@ -59,7 +59,12 @@ class StageConfig(BaseModel):
         Raises:
             ConfigError: A setting is unknown or out of range.
         """
-        return cls._valid(settings)
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            unknown = any(item["type"] == "extra_forbidden" for item in error.errors())
+            hint = f"There are: {', '.join(cls.model_fields)}." if unknown else "Check the value."
+            raise ConfigError(_explain(error), hint=hint) from None
 
     @classmethod
     def given(cls, config: Self | None, settings: Mapping[str, Any]) -> Self:
@@ -69,17 +74,8 @@ class StageConfig(BaseModel):
             ConfigError: A setting is unknown or out of range.
         """
         if config is None or not settings:
-            return config or cls._valid(settings)
-        return type(config)._valid({**config.model_dump(), **settings})
-
-    @classmethod
-    def _valid(cls, settings: Mapping[str, Any]) -> Self:
-        try:
-            return cls(**settings)
-        except ValidationError as error:
-            unknown = any(item["type"] == "extra_forbidden" for item in error.errors())
-            hint = f"There are: {', '.join(cls.model_fields)}." if unknown else "Check the value."
-            raise ConfigError(_explain(error), hint=hint) from None
+            return config or cls.of(**settings)
+        return type(config).of(**{**config.model_dump(), **settings})
 
 
 class DataConfig(StageConfig):

@@ -14,10 +14,10 @@ from setfit_kd.errors import OutputError, SetFitKDError
 _REASONS = {
     errno.ENOSPC: "The disk is full: free some space, or",
     errno.EDQUOT: "The disk quota is used up: free some space, or",
-    errno.EROFS: "The file system is read-only",
-    errno.EACCES: "Permission is missing",
-    errno.EPERM: "Permission is missing",
-    errno.ENOTDIR: "A part of the path is a file",
+    errno.EROFS: "The file system is read-only:",
+    errno.EACCES: "Permission is missing:",
+    errno.EPERM: "Permission is missing:",
+    errno.ENOTDIR: "A part of the path is a file:",
 }
 
 
@@ -81,10 +81,9 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _hint(code: int, elsewhere: str) -> str:
-    reason = _REASONS.get(code, "")
-    if reason.endswith("or"):
-        return f"{reason} {elsewhere}."
-    return f"{reason}: {elsewhere}." if reason else f"{elsewhere[0].upper()}{elsewhere[1:]}."
+    if code in _REASONS:
+        return f"{_REASONS[code]} {elsewhere}."
+    return f"{elsewhere[0].upper()}{elsewhere[1:]}."
 
 
 def _errno_of(error: BaseException | None) -> int | None:

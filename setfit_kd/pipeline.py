@@ -17,8 +17,8 @@ from setfit_kd.evaluation import Evaluation, evaluate
 from setfit_kd.memory import check_device, resolve_device
 from setfit_kd.models import load_body, locate, save_model
 from setfit_kd.runfolder import METRICS, RUN, SIGNALS, STUDENT, TEACHER, RunFolder, recorded, versions
-from setfit_kd.student import check_pool, locate_student, student_body, student_steps, train_student
-from setfit_kd.teacher import score, teacher_steps, train_teacher
+from setfit_kd.student import check_pool, locate_student, student_body, student_passes, train_student
+from setfit_kd.teacher import score, teacher_passes, train_teacher
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -141,14 +141,14 @@ def prepare_run(
     if config.output_dir:
         RunFolder.check(config.output_dir, overwrite=config.overwrite)
     teacher_folder = locate(config.teacher)
-    locate_student(config.student)
+    student_source = locate_student(config.student)
     data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
     check_pool(len(data.pool), config)
     if data.evaluation is None:
         logger.warning("There is no evaluation set: nothing will be measured. Name one by --eval.")
     device = resolve_device(config.device)
     teacher_body = load_body(teacher_folder, device)
-    return RunInputs(data, teacher_body, student_body(config.student, device, teacher=teacher_body))
+    return RunInputs(data, teacher_body, student_body(student_source, device, teacher=teacher_body))
 
 
 def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> RunResult:
@@ -215,9 +215,9 @@ def plan(config: RunConfig, data: RunData) -> list[PlannedStage]:
     report = data.report
     n_models = 3 if config.baseline else 2
     stages = [
-        PlannedStage("teacher", report.labeled, teacher_steps(config, data.labeled)[1] + report.labeled),
+        PlannedStage("teacher", report.labeled, teacher_passes(config, data.labeled) + report.labeled),
         PlannedStage("signals", report.pool, report.pool),
-        PlannedStage("student", report.pool, student_steps(config, report.pool)[1] + report.pool + report.labeled),
+        PlannedStage("student", report.pool, student_passes(config, report.pool) + report.pool + report.labeled),
     ]
     if data.evaluation:
         if config.baseline:

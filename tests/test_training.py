@@ -255,7 +255,7 @@ def test_a_last_batch_of_one_text_is_left_out(
     trainer = student_trainer(tmp_path, student_body, signals)
     trainer.train_embeddings(signals.texts)
     losses = losses_of(trainer)
-    assert len(losses) == steps == student_steps(trainer.config, len(signals))[0]
+    assert len(losses) == steps == student_steps(trainer.config, len(signals))
     assert np.isfinite(losses).all()
     assert all(bool(parameter.isfinite().all()) for parameter in student_body.parameters())
 
@@ -447,7 +447,7 @@ def test_the_number_of_steps_is_known_beforehand(
     config, labeled = TeacherConfig.of(device="cpu", **settings), few_labels()
     trainer = TeacherTrainer(new_model(teacher_body, NAMES), labeled, config, CPU, str(tmp_path))
     trainer.train_embeddings(labeled.texts, labeled.labels.tolist())
-    assert len(losses_of(trainer)) == teacher_steps(config, labeled)[0]
+    assert len(losses_of(trainer)) == teacher_steps(config, labeled)
 
 
 def test_nothing_to_score_is_refused(students: dict[str, SetFitModel]) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from setfit_kd.models import save_model
+
 if TYPE_CHECKING:
     from setfit import SetFitModel
 
@@ -44,8 +46,6 @@ def folder_megabytes(folder: Path) -> float:
 
 def model_megabytes(model: SetFitModel) -> float:
     """Size on disk of a model that is not saved yet, in 10^6 bytes."""
-    from setfit_kd.models import save_model
-
     with TemporaryDirectory(prefix="setfit-kd-") as scratch:
         folder = Path(scratch) / "model"
         save_model(model, folder)

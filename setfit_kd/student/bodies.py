@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 _CUT = "layers:"
 
 
-def locate_student(name: str) -> Path | None:
-    """The folder of a student's body; None for one that is cut out of the teacher's."""
-    if name.startswith(_CUT):
-        parse_layers(name)
-        return None
-    return locate(name)
+def locate_student(name: str) -> Path | tuple[int, ...]:
+    """Where a student's body comes from: a folder, or the layers to cut out of the teacher's.
+
+    Raises:
+        ConfigError: Layers are written wrongly.
+        ModelError: The folder holds no model.
+        UnavailableError: The hub cannot be reached.
+    """
+    return parse_layers(name) if name.startswith(_CUT) else locate(name)
 
 
 def parse_layers(name: str) -> tuple[int, ...]:
@@ -35,18 +38,17 @@ def parse_layers(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in name.removeprefix(_CUT).split(","))
 
 
-def student_body(name: str, device: torch.device, *, teacher: SentenceTransformer) -> SentenceTransformer:
+def student_body(
+    located: Path | tuple[int, ...], device: torch.device, *, teacher: SentenceTransformer
+) -> SentenceTransformer:
     """Load a student's body, or cut it out of the teacher's.
 
     Args:
-        name: ``layers:`` and indices, or whatever `locate` takes.
+        located: What `locate_student` says.
         device: Where to put it.
         teacher: The teacher's body, not fine-tuned yet, for cutting.
 
     Raises:
-        ConfigError: The layers are written wrongly.
         ModelError: There are no such layers, or the body does not load.
     """
-    if name.startswith(_CUT):
-        return cut_layers(teacher, parse_layers(name))
-    return load_body(locate(name), device)
+    return load_body(located, device) if isinstance(located, Path) else cut_layers(teacher, located)

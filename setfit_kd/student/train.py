@@ -77,5 +77,5 @@ def train_student(
 
         model = new_model(body, signals.label_names)
         trainer = StudentTrainer(model, signals, labeled, config, device, scratch)
-        fit(trainer, device, description="Training student", steps=student_steps(config, len(signals))[0])
+        fit(trainer, device, description="Training student", steps=student_steps(config, len(signals)))
     return model

@@ -18,9 +18,19 @@ def teacher_batches(config: TeacherConfig, labeled: LabeledSet) -> list[list[int
     )
 
 
-def teacher_steps(config: TeacherConfig, labeled: LabeledSet) -> tuple[int, int]:
-    """Steps, and texts passed forward, of training a teacher's body."""
+def teacher_steps(config: TeacherConfig, labeled: LabeledSet) -> int:
+    """Steps of training a teacher's body."""
+    return (
+        config.teacher_steps if config.teacher_objective == "in-batch" else -(-_pairs(config, labeled) // PAIRS_BATCH)
+    )
+
+
+def teacher_passes(config: TeacherConfig, labeled: LabeledSet) -> int:
+    """Texts passed forward in training a teacher's body."""
     if config.teacher_objective == "in-batch":
-        return config.teacher_steps, sum(map(len, teacher_batches(config, labeled)))
-    pairs = 2 * config.num_iterations * len(labeled)
-    return -(-pairs // PAIRS_BATCH), 2 * pairs
+        return sum(map(len, teacher_batches(config, labeled)))
+    return 2 * _pairs(config, labeled)
+
+
+def _pairs(config: TeacherConfig, labeled: LabeledSet) -> int:
+    return 2 * config.num_iterations * len(labeled)

@@ -56,5 +56,5 @@ def train_teacher(
 
         model = new_model(body, labeled.label_names)
         trainer = TeacherTrainer(model, labeled, config, device, scratch)
-        fit(trainer, device, description=description, steps=teacher_steps(config, labeled)[0])
+        fit(trainer, device, description=description, steps=teacher_steps(config, labeled))
     return model
