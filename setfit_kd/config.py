@@ -38,6 +38,41 @@ Columns = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple), Field(min_leng
 OutputDir = Annotated[Path, BeforeValidator(_path)]
 
 
+IN_BATCH_OBJECTIVES = ("similarity", "embedding", "soft-labels")
+
+
+def parse_objectives(written: str) -> dict[str, float]:
+    """``similarity,soft-labels=0.5`` to ``{"similarity": 1.0, "soft-labels": 0.5}``.
+
+    Raises:
+        ValueError: A name is unknown or stands twice, a weight is not positive, or ``pairs`` has company.
+    """
+    weights: dict[str, float] = {}
+    for part in written.split(","):
+        name, equals, weight = (piece.strip() for piece in part.partition("="))
+        if name not in (*IN_BATCH_OBJECTIVES, "pairs"):
+            raise ValueError(f"there are {', '.join(IN_BATCH_OBJECTIVES)} and pairs, no {name!r}")
+        if name in weights:
+            raise ValueError(f"{name} stands twice")
+        try:
+            weights[name] = float(weight) if equals else 1.0
+        except ValueError:
+            raise ValueError(f"the weight {weight!r} of {name} is no number") from None
+        if not 0 < weights[name] < float("inf"):
+            raise ValueError(f"the weight of {name} must be above 0")
+    if "pairs" in weights and len(weights) > 1:
+        raise ValueError("pairs goes alone: its batches are pairs of texts")
+    return weights
+
+
+def _objectives(written: str) -> str:
+    parse_objectives(written)
+    return written
+
+
+Objectives = Annotated[str, AfterValidator(_objectives)]
+
+
 class StageConfig(BaseModel):
     """What every stage shares: a frozen model that refuses unknown names, a seed and a device."""
 
@@ -47,7 +82,18 @@ class StageConfig(BaseModel):
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
         "auto", description="Where to train and run; of several GPUs, CUDA_VISIBLE_DEVICES picks one."
     )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Numbers to train in; auto takes bf16 where a timed probe finds it faster than fp32."
+    )
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Most texts of a batch held in memory at once; changes memory and time, not the result [all].",
+    )
     encode_batch_size: int = Field(32, ge=1, description="Texts encoded at once when scoring and evaluating.")
+    head_c: float = Field(
+        10.0, gt=0, allow_inf_nan=False, description="Inverse regularisation C of the logistic regressions."
+    )
     num_iterations: int = Field(
         20, ge=1, description="Pairs drawn for each text by the pairs objectives (twice that for the teacher)."
     )
@@ -101,17 +147,36 @@ class TeacherConfig(StageConfig):
     teacher_steps: int = Field(20, ge=1, description="Steps of the in-batch teacher.")
     teacher_batch_size: int = Field(64, ge=4, description="Texts in an in-batch teacher's batch, evenly of each class.")
     teacher_learning_rate: float = Field(2e-5, gt=0, lt=1, description="The teacher's learning rate.")
+    refine: Literal["none", "self-training", "label-spreading"] = Field(
+        "self-training", description="How the teacher's head is fitted anew on the pool before it labels it."
+    )
+    teacher_dropout: bool = Field(False, description="Keep dropout on while the in-batch teacher is fine-tuned.")
 
 
 class StudentConfig(StageConfig):
     """How the student learns from the teacher's signals."""
 
-    objective: Literal["similarity", "pairs"] = Field(
-        "similarity", description="Student's objective: in-batch similarity matrices, or pairs with right targets."
+    objective: Objectives = Field(
+        "similarity",
+        description="Student's objective: similarity, embedding, soft-labels, a weighted sum of them as in "
+        "similarity,soft-labels=0.5, or pairs.",
     )
     epochs: int = Field(3, ge=1, description="Passes over the pool.")
     batch_size: int = Field(32, ge=4, description="Texts in a student batch.")
     learning_rate: float = Field(2e-5, gt=0, lt=1, description="The student's learning rate.")
+    dropout: bool = Field(False, description="Keep the student's dropout on while distilling.")
+    freeze_embeddings: bool = Field(False, description="Leave the student's word embeddings as they are.")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after so many looks without better agreement with the teacher on held-out pool texts [off].",
+    )
+    temperature: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Temperature of the soft-labels objective; 1 at prediction."
+    )
+    alpha: float = Field(
+        0.5, ge=0, le=1, description="Share of the gold label, where a text has one, in the soft-labels objective."
+    )
     gold_weight: float = Field(
         3.0,
         ge=0,
@@ -132,6 +197,9 @@ class RunConfig(DataConfig, TeacherConfig, StudentConfig):
         description="Student's body: the same, or layers:0,2,5 to cut those layers out of the teacher's body.",
     )
     baseline: bool = Field(True, description="Also train the student's body on the labels alone, to compare.")
+    cache: bool = Field(
+        True, description="Keep the teacher's embeddings on disk, and take them from there when nothing has changed."
+    )
     output_dir: OutputDir | None = Field(None, description="Folder that the run is written to [runs/NAME].")
     overwrite: bool = Field(False, description="Replace an earlier run in the output folder.")
 

@@ -49,10 +49,10 @@ def check_device(name: str) -> None:
 
 
 @contextmanager
-def inner_trainer_on(device: torch.device) -> Iterator[None]:
-    """Within this block, SetFit's trainers are built for ``device``.
+def inner_trainer_on(device: torch.device, precision: str = "fp32") -> Iterator[None]:
+    """Within this block, SetFit's trainers are built for ``device`` and ``precision``.
 
-    SetFit builds the arguments of its inner trainer itself and passes no device on, so that trainer would pick the
+    SetFit builds the arguments of its inner trainer itself and passes neither on, so that trainer would pick the
     first accelerator whatever the model is on; its choice is cached when the arguments are made.
     """
     import setfit.trainer as setfit_trainer
@@ -61,6 +61,8 @@ def inner_trainer_on(device: torch.device) -> Iterator[None]:
     setfit_trainer.SentenceTransformerTrainingArguments = partial(
         original,
         use_cpu=device.type == "cpu",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
         disable_tqdm=True,
         save_strategy="no",
         dataloader_pin_memory=device.type == "cuda",

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,10 @@ from setfit_kd.data import RunData, Source, load_run_data
 from setfit_kd.evaluation import Evaluation, evaluate
 from setfit_kd.memory import check_device, resolve_device
 from setfit_kd.models import load_body, locate, save_model
+from setfit_kd.precision import check_precision, resolve_precision
 from setfit_kd.runfolder import METRICS, RUN, SIGNALS, STUDENT, TEACHER, RunFolder, recorded, versions
 from setfit_kd.student import check_pool, locate_student, student_body, student_passes, train_student
-from setfit_kd.teacher import score, teacher_passes, train_teacher
+from setfit_kd.teacher import refine_and_score, teacher_passes, train_teacher
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -147,21 +148,23 @@ def prepare_run(
     if data.evaluation is None:
         logger.warning("There is no evaluation set: nothing will be measured. Name one by --eval.")
     device = resolve_device(config.device)
+    check_precision(config.precision, device)
     teacher_body = load_body(teacher_folder, device)
     return RunInputs(data, teacher_body, student_body(student_source, device, teacher=teacher_body))
 
 
 def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> RunResult:
     data, seconds = inputs.data, dict[str, float]()
+    precision = resolve_precision(config.precision, inputs.teacher_body, data.pool)
+    given, config = config, config.model_copy(update={"precision": precision.name})
     baseline_body = copy.deepcopy(inputs.student_body) if config.baseline and data.evaluation else None
 
     with _timed("teacher", seconds):
         teacher = train_teacher(data.labeled, inputs.teacher_body, config=config)
+    with _timed("signals", seconds):
+        teacher, signals = refine_and_score(teacher, data.labeled, data.pool, config)
     if folder:
         save_model(teacher, folder.path / TEACHER, title="Teacher")
-    with _timed("signals", seconds):
-        signals = score(teacher, data.pool, encode_batch_size=config.encode_batch_size, origin=config.teacher)
-    if folder:
         signals.save(folder.path / SIGNALS)
     with _timed("student", seconds):
         student = train_student(signals, inputs.student_body, labeled=data.labeled, config=config)
@@ -185,10 +188,15 @@ def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) 
                 folder=saved,
                 description=f"Evaluating {name}",
             )
-    result = RunResult(student, teacher, signals, evaluations, config, seconds, folder.path if folder else None)
+    result = RunResult(student, teacher, signals, evaluations, given, seconds, folder.path if folder else None)
     if folder:
         folder.write_json(METRICS, result.metrics)
-        about = {"versions": versions(), "seed": config.seed, "device": str(student.model_body.device)}
+        about = {
+            "versions": versions(),
+            "seed": config.seed,
+            "device": str(student.model_body.device),
+            "precision": asdict(precision),
+        }
         folder.write_json(RUN, {**about, "data": data.report.as_dict(), "seconds": seconds})
     return result
 
@@ -214,10 +222,11 @@ def plan(config: RunConfig, data: RunData) -> list[PlannedStage]:
     """The stages of a run with their forward passes, a pass being one text through one model."""
     report = data.report
     n_models = 3 if config.baseline else 2
+    n_texts = report.pool + report.labeled
     stages = [
         PlannedStage("teacher", report.labeled, teacher_passes(config, data.labeled) + report.labeled),
-        PlannedStage("signals", report.pool, report.pool),
-        PlannedStage("student", report.pool, student_passes(config, report.pool) + report.pool + report.labeled),
+        PlannedStage("signals", n_texts, n_texts),
+        PlannedStage("student", n_texts, student_passes(config, n_texts) + n_texts),
     ]
     if data.evaluation:
         if config.baseline:

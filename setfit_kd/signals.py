@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from setfit_kd.arrays import in_parts, load_rows, save_rows
 from setfit_kd.errors import DataError
 from setfit_kd.files import whole_folder
 
-_FORMAT = 1
-_ARRAYS, _TEXTS, _ABOUT = "signals.safetensors", "texts.jsonl", "signals.json"
+_FORMAT = 2
+_PROBABILITIES, _EMBEDDINGS, _TEXTS, _ABOUT = "probabilities.npy", "embeddings.npy", "texts.jsonl", "signals.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class TeacherSignals:
         texts: n texts.
         probabilities: (n, n_classes) float32, rows summing to 1: the soft labels.
         label_names: Names of the classes.
-        embeddings: (n, d) float32, or None for teachers that have none.
+        embeddings: (n, d), or None for teachers that have none. float32; for large pools float16, mapped from disk.
         origin: Where the signals came from.
 
     Raises:
@@ -35,7 +36,7 @@ class TeacherSignals:
     texts: list[str]
     probabilities: npt.NDArray[np.float32]
     label_names: tuple[str, ...]
-    embeddings: npt.NDArray[np.float32] | None = None
+    embeddings: npt.NDArray[np.floating] | None = None
     origin: str = "a teacher"
 
     def __post_init__(self) -> None:
@@ -43,7 +44,7 @@ class TeacherSignals:
         as_given(self, "texts", list(self.texts))
         as_given(self, "label_names", tuple(self.label_names))
         as_given(self, "probabilities", np.asarray(self.probabilities, np.float32))
-        if self.embeddings is not None:
+        if self.embeddings is not None and getattr(self.embeddings, "dtype", None) != np.float16:
             as_given(self, "embeddings", np.asarray(self.embeddings, np.float32))
         if len(set(self.label_names)) < len(self.label_names):
             raise DataError("A label name stands twice.", hint=f"Got {', '.join(map(str, self.label_names))}.")
@@ -68,9 +69,13 @@ class TeacherSignals:
                 f"distribution ({len(wrong)} such rows).",
                 hint="Each row must be non-negative and sum to 1.",
             )
-        if self.embeddings is not None and not np.isfinite(self.embeddings).all():
-            row = int(np.flatnonzero(~np.isfinite(self.embeddings).all(axis=1))[0]) + 1
-            raise DataError(f"Signals, row {row}: the embedding is not finite.", hint="Train the teacher again.")
+        if self.embeddings is not None:
+            finite = [np.isfinite(part).all(axis=1) for part in in_parts(self.embeddings)]
+            broken = np.flatnonzero(~np.concatenate([*finite, np.empty(0, bool)]))
+            if len(broken):
+                raise DataError(
+                    f"Signals, row {broken[0] + 1}: the embedding is not finite.", hint="Train the teacher again."
+                )
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -123,16 +128,18 @@ class TeacherSignals:
         Raises:
             OutputError: The folder exists already or cannot be written.
         """
-        from safetensors.numpy import save_file
-
-        arrays = {"probabilities": self.probabilities}
-        if self.embeddings is not None:
-            arrays["embeddings"] = self.embeddings
         with whole_folder(folder) as part:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part / _ARRAYS)
+            save_rows(self.probabilities, part / _PROBABILITIES)
+            if self.embeddings is not None:
+                save_rows(self.embeddings, part / _EMBEDDINGS)
             with (part / _TEXTS).open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in self.texts)
-            about = {"format": _FORMAT, "label_names": list(self.label_names), "origin": self.origin}
+            about = {
+                "format": _FORMAT,
+                "label_names": list(self.label_names),
+                "origin": self.origin,
+                "embeddings": self.embeddings is not None,
+            }
             (part / _ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
@@ -142,29 +149,28 @@ class TeacherSignals:
         Raises:
             DataError: The folder holds no whole signals.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
         folder = Path(folder)
         try:
             about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
             with (folder / _TEXTS).open(encoding="utf-8") as file:
                 texts = [json.loads(line) for line in file]
-            arrays = load_file(folder / _ARRAYS)
             if about["format"] != _FORMAT:
-                raise DataError(f"The signals in {folder} are of format {about['format']}.", hint="Upgrade setfit-kd.")
+                raise DataError(
+                    f"The signals in {folder} are of format {about['format']}, this version reads {_FORMAT}.",
+                    hint="Score the pool again, or take the version that wrote them.",
+                )
+            probabilities = load_rows(folder / _PROBABILITIES)
+            embeddings = load_rows(folder / _EMBEDDINGS) if about["embeddings"] else None
             if not all(isinstance(text, str) for text in texts) or not isinstance(about["label_names"], list):
                 raise DataError(f"The signals in {folder} hold no texts or no labels.", hint="Score the pool again.")
-            return cls(
-                texts, arrays["probabilities"], tuple(about["label_names"]), arrays.get("embeddings"), about["origin"]
-            )
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            return cls(texts, probabilities, tuple(about["label_names"]), embeddings, about["origin"])
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{folder} holds no whole signals ({error}).", hint="Score the pool again.") from None
 
 
-def _unit(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def _unit(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     wide = rows.astype(np.float64)
     lengths: npt.NDArray[np.float64] = np.linalg.norm(wide, axis=1, keepdims=True)
     return wide / np.maximum(lengths, 1e-12)

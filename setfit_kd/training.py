@@ -21,7 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 def training_arguments(
-    output_dir: str, *, batch_size: int, epochs: int, learning_rate: float, num_iterations: int, seed: int
+    output_dir: str,
+    *,
+    batch_size: int,
+    epochs: int,
+    learning_rate: float,
+    num_iterations: int,
+    seed: int,
+    precision: str,
 ) -> TrainingArguments:
     """SetFit's arguments for one embedding phase that logs every step and writes and reports nothing."""
     return TrainingArguments(
@@ -31,6 +38,7 @@ def training_arguments(
         body_learning_rate=(learning_rate, learning_rate),
         num_iterations=num_iterations,
         seed=seed,
+        use_amp=precision == "fp16",
         show_progress_bar=False,
         report_to="none",
         save_strategy="no",
@@ -93,8 +101,9 @@ def losses_of(trainer: Trainer) -> list[float]:
 
 
 def settle(trainer: Trainer, device: torch.device) -> None:
-    """Leave the trained model on its device, in evaluation mode and without gradients."""
+    """Leave the trained model on its device, in evaluation mode and single precision, without gradients."""
     body = trainer.model.model_body
+    trainer.st_trainer.accelerator.unwrap_model(body, keep_fp32_wrapper=False)
     body.to(device)
     body.eval()
     body.zero_grad(set_to_none=True)

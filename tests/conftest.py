@@ -27,12 +27,13 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Fixed seeds, no network, and an empty folder to work in."""
     random.seed(0)
     np.random.seed(0)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nothing answers
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setenv("SETFIT_KD_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.chdir(tmp_path)
 
@@ -124,6 +125,7 @@ def demo_model() -> str:
 
 FAST: dict[str, Any] = {
     "device": "cpu",
+    "precision": "fp32",
     "shots": 8,
     "teacher_steps": 4,
     "teacher_batch_size": 16,

@@ -19,6 +19,7 @@ import safetensors.numpy
 import safetensors.torch
 from click.testing import CliRunner, Result
 
+from setfit_kd.arrays import save_rows
 from setfit_kd.cli import main
 from setfit_kd.runfolder import RunFolder
 
@@ -242,7 +243,15 @@ SETTINGS: dict[str, Bad] = {
     "batch of three": flags("--batch-size", "3", says=("batch_size", "greater than or equal to 4")),
     "negative seed": flags("--seed", "-1", says=("seed", "greater than or equal to 0", "-1")),
     "word for a number": flags("--epochs", "many", says=("--epochs", "many")),
-    "objective": flags("--objective", "triplet", says=("--objective", "triplet", "similarity", "pairs")),
+    "objective": flags("--objective", "triplet", says=("objective", "triplet", "similarity", "pairs")),
+    "objective without weight": flags("--objective", "similarity=", says=("objective", "no number")),
+    "objective of no weight": flags("--objective", "similarity=0", says=("objective", "above 0")),
+    "objective twice": flags("--objective", "embedding,embedding=2", says=("objective", "twice")),
+    "pairs in company": flags("--objective", "pairs,similarity", says=("objective", "pairs goes alone")),
+    "fp16 on a cpu": flags("--precision", "fp16", "--device", "cpu", says=("fp16", "CUDA", "--precision")),
+    "micro-batch of none": flags("--micro-batch-size", "0", says=("micro_batch_size", "greater than or equal to 1")),
+    "alpha past one": flags("--alpha", "1.5", says=("alpha", "less than or equal to 1")),
+    "temperature of none": flags("--temperature", "0", says=("temperature", "greater than 0")),
     "unknown device": flags("--device", "tpu", says=("device", "tpu", "cpu")),
     "device that is not there": flags("--device", "cuda:99", says=("cuda:99", "auto")),
 }
@@ -359,7 +368,7 @@ def test_read_only_file_system(models: list[str], mount: Callable[[str], Path]) 
 
 WHOLE = {
     "teacher": {"model.safetensors", "modules.json", "head.safetensors", "head.json", "model_head.pkl"},
-    "signals": {"signals.safetensors", "signals.json", "texts.jsonl"},
+    "signals": {"signals.json", "texts.jsonl", "probabilities.npy", "embeddings.npy"},
 }
 
 
@@ -409,17 +418,24 @@ def test_disk_that_fills_up_while_tensors_are_written(
     stage: str, error: str, done: set[str], models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_good()
-    original = safetensors.serialize_file
+    tensors_before, rows_before = safetensors.serialize_file, save_rows
 
-    def fail_at_stage(tensors: Any, filename: Any, *rest: Any, **named: Any) -> None:
-        if f".{stage}." not in str(filename):
-            original(tensors, filename, *rest, **named)
-            return
-        Path(filename).write_bytes(b"half")
-        raise FULL[error]
+    def fail_at_stage(path: Any) -> None:
+        if f".{stage}." in str(path):
+            Path(path).write_bytes(b"half")
+            raise FULL[error]
+
+    def write_tensors(tensors: Any, filename: Any, *rest: Any, **named: Any) -> None:
+        fail_at_stage(filename)
+        tensors_before(tensors, filename, *rest, **named)
+
+    def write_rows(array: Any, path: Path) -> None:
+        fail_at_stage(path)
+        rows_before(array, path)
 
     for module in (safetensors.torch, safetensors.numpy):
-        monkeypatch.setattr(module, "serialize_file", fail_at_stage)
+        monkeypatch.setattr(module, "serialize_file", write_tensors)
+    monkeypatch.setattr("setfit_kd.signals.save_rows", write_rows)
     result = invoke_run(*models, "--output-dir", str(tmp_path / "out"))
     assert_full_disk(result, tmp_path / "out", done=done)
 

@@ -321,16 +321,17 @@ def test_embed_runs_without_dropout(student_body: SentenceTransformer) -> None:
 # Heads
 
 
+@pytest.mark.parametrize("strength", [0.1, 1.0, 30.0])
 @pytest.mark.parametrize("classes", [2, 3, 5])
-def test_on_hard_labels_a_head_is_a_plain_logistic_regression(classes: int) -> None:
+def test_on_hard_labels_a_head_is_a_plain_logistic_regression(classes: int, strength: float) -> None:
     from sklearn.linear_model import LogisticRegression
 
     rows = vectors(0, 80, 6)
     labels = np.arange(80) % classes
-    ours = fit_head(rows, one_hot(labels, classes))
-    plain = LogisticRegression(max_iter=1000).fit(rows, labels)
-    np.testing.assert_allclose(ours.coef_, plain.coef_, atol=1e-4)
-    np.testing.assert_allclose(ours.intercept_, plain.intercept_, atol=1e-4)
+    ours = fit_head(rows, one_hot(labels, classes), C=strength)
+    plain = LogisticRegression(C=strength, max_iter=5000, tol=1e-8).fit(rows, labels)
+    np.testing.assert_allclose(ours.coef_, plain.coef_, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(ours.intercept_, plain.intercept_, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(ours.classes_, np.arange(classes))
 
 
@@ -352,7 +353,7 @@ def test_a_head_minimises_the_soft_cross_entropy(seed: int, classes: int, weight
     targets = np.where(targets < 0.002, 0, targets)
     targets = (targets / targets.sum(axis=1, keepdims=True)).astype(np.float32)
     weights = np.random.default_rng(seed).uniform(0.2, 3, 40).astype(np.float32) if weighted else None
-    head = fit_head(rows, targets, weights)
+    head = fit_head(rows, targets, weights, C=1.0)
 
     size = 1 if classes == 2 else classes
     coef = torch.zeros(size, 3, dtype=torch.float64, requires_grad=True)
@@ -373,12 +374,6 @@ def test_a_head_minimises_the_soft_cross_entropy(seed: int, classes: int, weight
     found = penalised_cross_entropy(torch.tensor(head.coef_), torch.tensor(head.intercept_), rows, targets, mass)
     assert found.item() == pytest.approx(best, rel=1e-4)
     np.testing.assert_allclose(head.coef_, coef.detach().numpy(), atol=0.02)
-
-
-def test_negligible_shares_barely_move_a_head() -> None:
-    rows, targets = vectors(0, 60, 4), one_hot(np.arange(60) % 3, 3)
-    hazy = (0.9995 * targets + 0.0005 / 3).astype(np.float32)
-    np.testing.assert_allclose(fit_head(rows, hazy).coef_, fit_head(rows, targets).coef_, atol=0.01)
 
 
 def test_a_class_without_weight_is_still_a_class_of_the_head() -> None:

@@ -1,4 +1,4 @@
-"""The losses against plain loops, and the samplers against what they promise."""
+"""The losses against plain loops, passes in parts against whole ones, and the samplers against what they promise."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import doctest
 from collections import Counter
 from importlib import import_module
 from itertools import permutations
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,12 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from setfit_kd.objectives import (
+    NO_GOLD,
     ContrastiveObjective,
+    EmbeddingObjective,
     Objective,
     PairsObjective,
     SimilarityObjective,
+    SoftLabelsObjective,
+    WeightedSum,
     balanced_batches,
     draw_pairs,
 )
@@ -44,8 +50,22 @@ def cosine(a: Floats, b: Floats) -> float:
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
-def similarity(teacher: Floats) -> SimilarityObjective:
-    return SimilarityObjective(NO_BODY, teacher.astype(np.float32))
+def softmax(logits: Floats) -> Floats:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return cast("Floats", powers / powers.sum(axis=1, keepdims=True))
+
+
+def similarity(teacher: Floats, weights: Any = None) -> SimilarityObjective:
+    weights = None if weights is None else np.asarray(weights, np.float32)
+    return SimilarityObjective(NO_BODY, teacher.astype(np.float32), weights=weights)
+
+
+def of_logits(probabilities: Floats, **options: Any) -> SoftLabelsObjective:
+    """Soft labels in double precision whose head takes embeddings for logits."""
+    k = probabilities.shape[1]
+    objective = SoftLabelsObjective(NO_BODY, probabilities.astype(np.float32), dimension=k, **options).double()
+    objective.start_from(np.eye(k), np.zeros(k))
+    return objective
 
 
 def contrastive_loss(rows: Tensor, labels: Tensor) -> Tensor:
@@ -153,6 +173,50 @@ def test_an_embedding_of_zeros_gives_a_finite_loss_and_gradient() -> None:
     assert gradient(loss, rows).isfinite().all()
 
 
+@few
+@given(seeds, batch_sizes, dimensions, dimensions)
+def test_a_pair_weighs_the_product_of_its_texts_weights(seed: int, n: int, d: int, e: int) -> None:
+    student, teacher = gaussian(seed, n, d), gaussian(seed + 1, n + 3, e)
+    rng = np.random.default_rng(seed)
+    weights, labels = rng.uniform(0.1, 3, n + 3), rng.permutation(n + 3)[:n]
+    top = bottom = 0.0
+    for i, j in permutations(range(n), 2):
+        weight = weights[labels[i]] * weights[labels[j]]
+        top += weight * (cosine(student[i], student[j]) - cosine(teacher[labels[i]], teacher[labels[j]])) ** 2
+        bottom += weight
+    loss = similarity(teacher, weights).loss([torch.tensor(student)], torch.tensor(labels))
+    assert loss.item() == pytest.approx(top / bottom, rel=1e-4, abs=1e-6)
+
+
+@few
+@given(seeds, batch_sizes, dimensions, st.floats(1e-6, 1e6))
+def test_equal_weights_are_none(seed: int, n: int, d: int, weight: float) -> None:
+    student, teacher, labels = torch.tensor(gaussian(seed, n, d)).float(), gaussian(seed + 1, n, d), torch.arange(n)
+    weighted, plain = (similarity(teacher, weights).loss([student], labels) for weights in (np.full(n, weight), None))
+    assert weighted.item() == pytest.approx(plain.item(), rel=1e-4)
+
+
+def test_a_text_of_weight_zero_might_as_well_be_away() -> None:
+    teacher, labels = gaussian(0, 6, 3), torch.arange(6)
+    rows = torch.tensor(gaussian(1, 6, 3), requires_grad=True)
+    weights = np.array([1, 2, 0, 3, 0.5, 1])
+    loss, others = similarity(teacher, weights).loss([rows], labels), labels[labels != 2]
+    without = similarity(teacher, weights).loss([rows[others]], others)
+    assert loss.item() == pytest.approx(without.item(), rel=1e-6)
+    slope = gradient(loss, rows)
+    assert not slope[2].any()
+    torch.testing.assert_close(slope[others], gradient(without, rows)[others])
+
+
+@pytest.mark.parametrize("weights", [[0, 0, 0], [0, 2, 0]], ids=["all texts of weight zero", "all but one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_a_pair_that_weighs_there_is_neither_loss_nor_gradient(weights: list[float], dtype: Any) -> None:
+    rows = torch.tensor(gaussian(1, 3, 4), dtype=dtype, requires_grad=True)
+    loss = similarity(gaussian(0, 3, 2), weights).loss([rows], torch.arange(3))
+    assert loss.item() == 0
+    assert (gradient(loss, rows) == 0).all()
+
+
 # Contrast
 
 
@@ -252,6 +316,134 @@ def test_pairs_follow_the_seed() -> None:
     assert first != other
 
 
+# Embeddings
+
+
+@few
+@given(seeds, batch_sizes, dimensions, dimensions)
+def test_embedding_is_the_mean_distance_by_cosine_after_the_projection(seed: int, n: int, d: int, e: int) -> None:
+    student, teacher = gaussian(seed, n, d), gaussian(seed + 1, n + 3, e)
+    labels = np.random.default_rng(seed).permutation(n + 3)[:n]
+    objective = EmbeddingObjective(NO_BODY, teacher, dimension=d).double()
+    matrices = [parameter.detach().numpy() for parameter in objective.parameters()]
+    projected = student @ matrices[0].T if matrices else student
+    expected = np.mean([1 - cosine(projected[i], teacher[labels[i]]) for i in range(n)])
+    loss = objective.loss([torch.tensor(student)], torch.tensor(labels))
+    assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_embedding_is_zero_for_the_same_directions_at_other_lengths() -> None:
+    teacher, lengths = gaussian(0, 6, 4), np.random.default_rng(0).uniform(0.1, 10, size=(6, 1))
+    objective = EmbeddingObjective(NO_BODY, teacher, dimension=4)
+    rows = torch.tensor(lengths * teacher, requires_grad=True)
+    loss = objective.loss([rows], torch.arange(6))
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert gradient(loss, rows).abs().max().item() < 1e-6
+
+
+def test_embedding_projects_only_where_dimensions_differ_and_trains_what_projects() -> None:
+    teacher = gaussian(0, 6, 4)
+    assert not list(EmbeddingObjective(NO_BODY, teacher, dimension=4).parameters())
+    objective = EmbeddingObjective(NO_BODY, teacher, dimension=3).double()
+    ((name, matrix),) = objective.named_parameters()
+    assert (name, tuple(matrix.shape)) == ("projection.weight", (4, 3))
+    torch.autograd.backward(objective.loss([torch.tensor(gaussian(1, 6, 3))], torch.arange(6)))
+    assert matrix.grad is not None
+    assert matrix.grad.abs().max().item() > 1e-3
+
+
+# Soft labels
+
+
+@few
+@given(seeds, st.lists(st.booleans(), min_size=1, max_size=9), st.integers(2, 5), st.floats(0.25, 20), st.floats(0, 1))
+def test_soft_labels_are_divergence_at_a_temperature_and_gold_at_its_share(
+    seed: int, has_gold: list[bool], k: int, temperature: float, alpha: float
+) -> None:
+    n, d = len(has_gold), 4
+    rows, coef, intercept = gaussian(seed, n, d), gaussian(seed + 1, k, d), gaussian(seed + 2, 1, k)[0]
+    probabilities = softmax(2 * gaussian(seed + 3, n + 3, k)).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    labels, gold = rng.permutation(n + 3)[:n], np.full(n + 3, NO_GOLD)
+    gold[labels] = np.where(has_gold, rng.integers(k, size=n), NO_GOLD)
+    objective = SoftLabelsObjective(
+        NO_BODY, probabilities, dimension=d, gold=gold, temperature=temperature, alpha=alpha
+    ).double()
+    objective.start_from(coef, intercept)
+
+    logits, losses = rows @ coef.T + intercept, []
+    teacher = softmax(np.log(probabilities[labels].astype(np.float64)) / temperature)
+    divergence = (teacher * np.log(teacher / softmax(logits / temperature))).sum(axis=1)
+    for i, label in enumerate(gold[labels]):
+        share = 0 if label == NO_GOLD else alpha
+        losses.append((1 - share) * temperature**2 * divergence[i] - share * np.log(softmax(logits)[i, label]))
+    loss = objective.loss([torch.tensor(rows)], torch.tensor(labels))
+    assert loss.item() == pytest.approx(np.mean(losses), rel=1e-5, abs=1e-9)
+
+
+def test_soft_labels_alone_at_temperature_1_are_the_divergence() -> None:
+    probabilities, logits = softmax(gaussian(0, 7, 3)), torch.tensor(gaussian(1, 7, 3))
+    expected = nn.functional.kl_div(logits.log_softmax(dim=1), torch.tensor(probabilities), reduction="batchmean")
+    loss = of_logits(probabilities).loss([logits], torch.arange(7))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_texts_without_gold_take_the_soft_term_whole(alpha: float) -> None:
+    probabilities, logits = softmax(gaussian(0, 4, 3)), torch.tensor(gaussian(1, 4, 3))
+    gold = np.array([0, NO_GOLD, 2, NO_GOLD])
+    some, none = of_logits(probabilities, gold=gold, alpha=alpha), of_logits(probabilities, alpha=alpha)
+    for label, alike in enumerate(gold == NO_GOLD):
+        losses = [objective.loss([logits[[label]]], torch.tensor([label])).item() for objective in (some, none)]
+        assert (losses[0] == pytest.approx(losses[1], rel=1e-6)) is bool(alike)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0, 100.0])
+def test_the_teachers_own_probabilities_have_neither_loss_nor_gradient(temperature: float) -> None:
+    probabilities = softmax(3 * gaussian(0, 6, 4))
+    logits = np.log(probabilities.astype(np.float32).astype(np.float64)) + gaussian(1, 6, 1)
+    rows = torch.tensor(logits, requires_grad=True)
+    loss = of_logits(probabilities, temperature=temperature).loss([rows], torch.arange(6))
+    assert loss.item() == pytest.approx(0, abs=1e-10)
+    assert gradient(loss, rows).abs().max().item() < 1e-10
+
+
+@pytest.mark.parametrize("temperature", [100.0, 1000.0])
+def test_the_gradient_of_soft_labels_keeps_its_scale_at_any_temperature(temperature: float) -> None:
+    n, k = 6, 4
+    student, teacher = (
+        logits - logits.mean(axis=1, keepdims=True) for logits in (gaussian(0, n, k), gaussian(1, n, k))
+    )
+    rows = torch.tensor(student, requires_grad=True)
+    loss = of_logits(softmax(teacher), temperature=temperature).loss([rows], torch.arange(n))
+    slope, limit = n * gradient(loss, rows).numpy(), (student - teacher) / k
+    assert np.linalg.norm(slope - limit) < 0.03 * np.linalg.norm(limit)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_probabilities_of_zero_stay_finite(temperature: float, dtype: torch.dtype) -> None:
+    objective = of_logits(np.eye(3), temperature=temperature).to(dtype)
+    rows = torch.tensor(gaussian(0, 3, 3), dtype=dtype, requires_grad=True)
+    loss = objective.loss([rows], torch.arange(3))
+    assert loss.isfinite()
+    assert gradient(loss, rows).isfinite().all()
+    if temperature == 1:
+        assert loss.item() == pytest.approx(nn.functional.cross_entropy(rows, torch.arange(3)).item(), rel=1e-5)
+
+
+def test_the_head_of_soft_labels_starts_where_it_is_told_and_is_trained() -> None:
+    objective = SoftLabelsObjective(NO_BODY, np.full((5, 3), 1 / 3, np.float32), dimension=2)
+    coef, intercept = gaussian(0, 3, 2), gaussian(1, 1, 3)[0]
+    objective.start_from(coef, intercept)
+    np.testing.assert_allclose(objective.head.weight.detach(), coef, rtol=1e-6)
+    np.testing.assert_allclose(objective.head.bias.detach(), intercept, rtol=1e-6)
+    torch.autograd.backward(objective.loss([torch.tensor(gaussian(2, 5, 2)).float()], torch.arange(5)))
+    for parameter in (objective.head.weight, objective.head.bias):
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max().item() > 1e-3
+
+
 # Balanced batches
 
 CLASS_SIZES = [
@@ -315,25 +507,78 @@ def test_another_seed_gives_other_batches() -> None:
     assert first != other
 
 
-# Dropout, and what the docstrings show
+# What all objectives share
+
+
+POOL = gaussian(0, 12, 5).astype(np.float32)
+WEIGHTS = np.random.default_rng(0).uniform(0.1, 3, 12).astype(np.float32)
+PROBABILITIES = softmax(gaussian(1, 12, 3)).astype(np.float32)
+GOLD = np.where(np.arange(12) % 2, np.arange(12) % 3, NO_GOLD)
+
+
+def sum_of_three(body: Any, **options: Any) -> WeightedSum:
+    parts: list[tuple[float, Objective]] = [
+        (1.0, SimilarityObjective(body, POOL)),
+        (0.5, SoftLabelsObjective(body, PROBABILITIES, dimension=32, gold=GOLD)),
+        (2.0, EmbeddingObjective(body, POOL, dimension=32)),
+    ]
+    return WeightedSum(body, parts, **options)
+
+
+# Each takes embeddings of 32 numbers and labels from 0 to 11.
+OBJECTIVES = [
+    pytest.param(lambda body, **k: SimilarityObjective(body, POOL, **k), 1, id="similarity"),
+    pytest.param(lambda body, **k: SimilarityObjective(body, POOL, weights=WEIGHTS, **k), 1, id="weighted similarity"),
+    pytest.param(lambda body, **k: EmbeddingObjective(body, gaussian(0, 12, 32), dimension=32, **k), 1, id="embedding"),
+    pytest.param(lambda body, **k: EmbeddingObjective(body, POOL, dimension=32, **k), 1, id="projected embedding"),
+    pytest.param(
+        lambda body, **k: SoftLabelsObjective(body, PROBABILITIES, dimension=32, temperature=2, **k),
+        1,
+        id="soft labels",
+    ),
+    pytest.param(
+        lambda body, **k: SoftLabelsObjective(body, PROBABILITIES, dimension=32, gold=GOLD, **k), 1, id="soft and gold"
+    ),
+    pytest.param(ContrastiveObjective, 1, id="contrastive"),
+    pytest.param(PairsObjective, 2, id="pairs"),
+    pytest.param(sum_of_three, 1, id="weighted sum"),
+]
 
 
 class _Dropping(nn.Module):
-    """Stands for a body: drops half of its input and gives the rest back."""
+    """Stands for a body: drops half of its input and leaves the rest beside it, where bodies leave embeddings."""
 
     def __init__(self) -> None:
         super().__init__()
         self.drop = nn.Dropout(0.5)
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"sentence_embedding": self.drop(features["rows"])}
+        features["sentence_embedding"] = self.drop(features["rows"])
+        return features
 
 
-OBJECTIVES = [
-    pytest.param(lambda body, **k: SimilarityObjective(body, np.eye(6, dtype=np.float32), **k), 1, id="similarity"),
-    pytest.param(ContrastiveObjective, 1, id="contrastive"),
-    pytest.param(PairsObjective, 2, id="pairs"),
-]
+class _Encoder(nn.Module):
+    """Stands for a body that is one layer; keeps what it was given."""
+
+    def __init__(self, layer: nn.Module, passes: list[Tensor]) -> None:
+        super().__init__()
+        self.layer, self.passes = layer, passes
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.passes.append(features["rows"])
+        return {"sentence_embedding": self.layer(features["rows"])}
+
+
+class _Watched:
+    """Stands for an array too large to read whole; keeps which rows were asked for."""
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self.array, self.shape = array, array.shape
+        self.read: set[int] = set()
+
+    def __getitem__(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        self.read |= set(rows.tolist())
+        return self.array[rows]
 
 
 @pytest.mark.parametrize(("make", "columns"), OBJECTIVES)
@@ -353,17 +598,101 @@ def test_dropout_is_on_only_when_asked_for(make: Any, columns: int, dropout: boo
 
 @pytest.mark.parametrize(("make", "columns"), OBJECTIVES)
 def test_forward_keeps_the_features_it_was_given(make: Any, columns: int) -> None:
-    features = [{"rows": torch.tensor(gaussian(column, 6, 8)).float()} for column in range(columns)]
+    features = [{"rows": torch.tensor(gaussian(column, 6, 32)).float()} for column in range(columns)]
     make(_Dropping())(features, torch.tensor([0, 1, 0, 1, 2, 2]))
     assert [set(column) for column in features] == [{"rows"}] * columns
 
 
-@pytest.mark.parametrize("name", ["contrastive", "pairs", "similarity"])
+@pytest.mark.parametrize(
+    ("make", "array"),
+    [
+        pytest.param(lambda array: SimilarityObjective(NO_BODY, array), POOL, id="similarity"),
+        pytest.param(lambda array: SimilarityObjective(NO_BODY, POOL, weights=array), WEIGHTS, id="weights"),
+        pytest.param(lambda array: EmbeddingObjective(NO_BODY, array, dimension=5), POOL, id="embedding"),
+        pytest.param(lambda array: SoftLabelsObjective(NO_BODY, array, dimension=5), PROBABILITIES, id="soft labels"),
+        pytest.param(
+            lambda array: SoftLabelsObjective(NO_BODY, PROBABILITIES, dimension=5, gold=array), GOLD, id="gold"
+        ),
+    ],
+)
+def test_only_the_rows_that_the_labels_name_are_read(make: Any, array: npt.NDArray[Any]) -> None:
+    watched = _Watched(array)
+    make(watched).loss([torch.tensor(gaussian(0, 4, 5)).float()], torch.tensor([7, 2, 11, 2]))
+    assert watched.read == {2, 7, 11}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda teacher: SimilarityObjective(NO_BODY, teacher), id="similarity"),
+        pytest.param(lambda teacher: EmbeddingObjective(NO_BODY, teacher, dimension=5), id="embedding"),
+    ],
+)
+def test_teachers_embeddings_may_stay_in_half_precision_on_disk(make: Any, tmp_path: Path) -> None:
+    on_disk: Any = np.memmap(tmp_path / "embeddings", dtype=np.float16, mode="w+", shape=POOL.shape)
+    on_disk[:] = POOL
+    rows, labels = torch.tensor(gaussian(1, 4, 5)).float(), torch.tensor([7, 2, 11, 0])
+    loss = make(on_disk).loss([rows], labels)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(make(POOL.astype(np.float16).astype(np.float32)).loss([rows], labels).item())
+    assert loss.item() == pytest.approx(make(POOL).loss([rows], labels).item(), rel=1e-2)
+
+
+@pytest.mark.parametrize(("make", "columns"), OBJECTIVES)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_embeddings_have_a_single_precision_loss(make: Any, columns: int, half: torch.dtype) -> None:
+    torch.manual_seed(0)
+    objective = make(NO_BODY)
+    rows = [torch.tensor(gaussian(column, 6, 32)).to(half) for column in range(columns)]
+    labels = torch.tensor([0, 1, 0, 1, 2, 2])
+    expected = objective.loss([column.float() for column in rows], labels).item()
+    for made in (objective, objective.to(half)):
+        loss = made.loss(rows, labels)
+        assert loss.dtype == torch.float32
+    # Only what the objective's own layers give out has lost digits.
+    tolerance = 2e-2 if list(objective.parameters()) else 1e-6
+    assert loss.item() == pytest.approx(expected, rel=tolerance)
+
+
+@few
+@given(seeds, st.lists(st.floats(0, 10), min_size=3, max_size=3))
+def test_a_weighted_sum_is_the_sum_of_its_weighted_parts(seed: int, weights: list[float]) -> None:
+    rows, labels = [torch.tensor(gaussian(seed, 6, 32)).float()], torch.arange(6)
+    parts = [cast("Objective", part) for part in sum_of_three(NO_BODY).parts]
+    loss = WeightedSum(NO_BODY, list(zip(weights, parts, strict=True))).loss(rows, labels)
+    expected = sum(weight * part.loss(rows, labels).item() for weight, part in zip(weights, parts, strict=True))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_weighted_sum_passes_the_body_once_and_trains_all_that_its_parts_own() -> None:
+    body, rows = nn.Linear(32, 32), torch.tensor(gaussian(0, 6, 32)).float()
+    passes: list[Tensor] = []
+    encode: Any = _Encoder(body, passes)
+    objective = sum_of_three(encode)
+    objective([{"rows": rows}], torch.arange(6)).backward()
+    assert len(passes) == 1
+    parameters = list(objective.parameters())
+    own = {name.partition("parts.")[2] for name, _ in objective.named_parameters() if name.startswith("parts.")}
+    assert own == {"1.head.weight", "1.head.bias", "2.projection.weight"}
+    assert len(parameters) == len({id(parameter) for parameter in parameters}) == len(own) + 2
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters)
+
+
+def test_the_options_of_a_weighted_sum_stand_above_those_of_its_parts() -> None:
+    body: Any = _Dropping()
+    objective = WeightedSum(body, [(1.0, SimilarityObjective(body, POOL, dropout=True))])
+    features = [{"rows": torch.tensor(gaussian(0, 6, 32)).float()}]
+    assert len({objective(features, torch.arange(6)).item() for _ in range(3)}) == 1
+
+
+@pytest.mark.parametrize("name", ["contrastive", "embedding", "pairs", "similarity", "soft_labels", "weighted_sum"])
 def test_the_examples_in_the_docstrings_run(name: str) -> None:
     results = doctest.testmod(import_module(f"setfit_kd.objectives.{name}"))
     assert results.attempted > 0
     assert results.failed == 0
 
+
+# Passes in parts
 
 LONG_AND_SHORT = [" ".join(["word"] * (1 + 7 * i % 40)) + f" number {i}" for i in range(37)]
 
@@ -390,9 +719,143 @@ def test_embedding_by_parts_changes_neither_embeddings_nor_gradients(
         torch.testing.assert_close(ours, plain, atol=1e-10, rtol=1e-8)
 
 
-def test_embedding_by_parts_leaves_left_padding_alone(teacher_body: SentenceTransformer) -> None:
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 8])
+def test_embedding_by_parts_leaves_left_padding_alone(
+    teacher_body: SentenceTransformer, micro_batch_size: int | None
+) -> None:
     teacher_body.eval()
     teacher_body.tokenizer.padding_side = "left"
     features = teacher_body.preprocess(LONG_AND_SHORT)
     assert not features["attention_mask"][:, 0].all()
-    torch.testing.assert_close(PairsObjective(teacher_body).embed(features), plain_forward(teacher_body))
+    objective = PairsObjective(teacher_body, micro_batch_size=micro_batch_size)
+    torch.testing.assert_close(objective.embed(features), plain_forward(teacher_body))
+
+
+UNEVEN = LONG_AND_SHORT[:19]
+LABELS = torch.arange(19) * 7 % 12
+
+
+def flat_gradient(loss: Tensor, objective: nn.Module) -> Tensor:
+    """The gradient of all parameters in one row, zero where a parameter has none."""
+    parameters = list(objective.parameters())
+    slopes = torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)
+    return torch.cat([slope.flatten() for slope in slopes])
+
+
+def relative_error(ours: Tensor, expected: Tensor) -> float:
+    return float((ours - expected).norm() / expected.norm())
+
+
+def columns_of(body: SentenceTransformer, columns: int) -> list[dict[str, Tensor]]:
+    return [body.preprocess(texts) for texts in (UNEVEN, UNEVEN[::-1])[:columns]]
+
+
+weak_reference: Any = StorageWeakRef
+"""To the numbers of a tensor, which autograd may keep by another tensor's name."""
+
+
+class _Passes:
+    """What the layers of a body give out, pass by pass, and how many passes are held once each has begun."""
+
+    def __init__(self, body: SentenceTransformer) -> None:
+        self.outputs: list[list[Any]] = []
+        self.held: list[int] = []
+        transformer: Any = body[0]
+        for number, layer in enumerate(transformer.auto_model.encoder.layer):
+            layer.register_forward_hook(lambda _, __, output, first=number == 0: self.watch(output, first))
+
+    def watch(self, output: Tensor, first: bool) -> None:
+        if first:
+            self.outputs.append([])
+        self.outputs[-1].append(weak_reference(output.untyped_storage()))
+        if first:
+            self.held.append(self.n_held())
+
+    def n_held(self) -> int:
+        return sum(not all(output.expired() for output in outputs) for outputs in self.outputs)
+
+
+@pytest.mark.parametrize(("make", "columns"), OBJECTIVES)
+def test_micro_batches_change_neither_loss_nor_gradient(
+    teacher_body: SentenceTransformer, make: Any, columns: int
+) -> None:
+    torch.manual_seed(0)
+    objective = make(teacher_body).double().eval()
+    features = columns_of(teacher_body, columns)
+    whole = objective.loss([teacher_body(dict(column))["sentence_embedding"] for column in features], LABELS)
+    expected = flat_gradient(whole, objective)
+    for objective.micro_batch_size in (1, 3, 8, None):
+        loss = objective(features, LABELS)
+        assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+        assert relative_error(flat_gradient(loss, objective), expected) < 1e-6
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+@pytest.mark.parametrize(("make", "columns"), [(PairsObjective, 2), (sum_of_three, 1)], ids=["pairs", "sum"])
+def test_micro_batches_draw_the_same_dropout_again(
+    teacher_body: SentenceTransformer,
+    make: Any,
+    columns: int,
+    micro_batch_size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objective = make(teacher_body, dropout=True, micro_batch_size=micro_batch_size).double()
+    features = columns_of(teacher_body, columns)
+
+    def slope(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return flat_gradient(objective(features, LABELS), objective)
+
+    ours = slope(0)
+    monkeypatch.setattr("setfit_kd.objectives.base.checkpoint", lambda function, *inputs, **_: function(*inputs))
+    kept, other = slope(0), slope(1)
+    assert relative_error(ours, kept) < 1e-6
+    assert relative_error(other, kept) > 1e-2
+
+
+def test_micro_batches_take_gradients_of_a_body_whose_word_embeddings_are_frozen(
+    teacher_body: SentenceTransformer,
+) -> None:
+    transformer: Any = teacher_body[0]
+    table = transformer.auto_model.get_input_embeddings().requires_grad_(False).weight
+    PairsObjective(teacher_body, micro_batch_size=8)(columns_of(teacher_body, 2), LABELS).backward()
+    assert table.grad is None
+    assert transformer.auto_model.encoder.layer[0].attention.self.query.weight.grad.any()
+
+
+@pytest.mark.parametrize(("micro_batch_size", "parts"), [(1, 19), (8, 3), (None, 2)])
+def test_micro_batches_pass_once_where_no_gradient_is_wanted(
+    teacher_body: SentenceTransformer, micro_batch_size: int | None, parts: int
+) -> None:
+    objective = SimilarityObjective(teacher_body, POOL, micro_batch_size=micro_batch_size)
+    features, passes = columns_of(teacher_body, 1), _Passes(teacher_body)
+    with torch.no_grad():
+        loss = objective(features, LABELS)
+    assert len(passes.held) == parts
+    assert not loss.requires_grad
+    assert loss.item() == pytest.approx(objective(features, LABELS).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("make", "columns"), [(PairsObjective, 2), (sum_of_three, 1)], ids=["pairs", "sum"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_activations_of_one_micro_batch_are_held_at_a_time(
+    teacher_body: SentenceTransformer, make: Any, columns: int, dropout: bool
+) -> None:
+    objective = make(teacher_body, dropout=dropout, micro_batch_size=3)
+    passes = _Passes(teacher_body)
+    loss = objective(columns_of(teacher_body, columns), LABELS)
+    assert len(passes.held) == 7 * columns
+    assert passes.n_held() == 0
+    loss.backward()
+    assert len(passes.held) == 2 * 7 * columns
+    assert passes.n_held() == 0
+    assert set(passes.held) == {1}
+
+
+def test_without_micro_batches_all_activations_are_held(teacher_body: SentenceTransformer) -> None:
+    passes = _Passes(teacher_body)
+    loss = SimilarityObjective(teacher_body, POOL)(columns_of(teacher_body, 1), LABELS)
+    assert passes.n_held() == len(passes.held) == 2
+    loss.backward()
+    assert len(passes.held) == 2
+    assert passes.n_held() == 0

@@ -101,8 +101,8 @@ def rooms(module: str) -> set[str]:
     }
 
 
-GROUND = {"errors", "files", "config", "quiet", "progress", "memory"}
-STAGE = GROUND | {"data", "models", "objectives", "signals", "training"}
+GROUND = {"errors", "files", "config", "quiet", "progress", "memory", "arrays"}
+STAGE = GROUND | {"data", "models", "objectives", "signals", "training", "precision"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "quiet": set(),
@@ -110,8 +110,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"errors"},
     "config": {"errors"},
     "memory": {"errors"},
+    "arrays": {"errors", "files"},
+    "precision": {"errors"},
     "objectives": set(),
-    "signals": {"errors", "files"},
+    "signals": {"errors", "files", "arrays"},
     "hub": GROUND,
     "models": GROUND | {"hub"},
     "data": GROUND | {"hub"},

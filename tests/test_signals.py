@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -13,9 +15,8 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save as tensor_bytes
 
-from setfit_kd import TeacherSignals
+from setfit_kd import TeacherSignals, arrays
 from setfit_kd.errors import DataError, OutputError
 
 Floats = npt.NDArray[np.float32]
@@ -136,6 +137,12 @@ def test_arrays_that_are_not_contiguous_survive(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.probabilities, GOOD_P[::-1])
 
 
+def array_bytes(array: npt.NDArray[Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -163,17 +170,19 @@ def _about(**changes: Any) -> Callable[[Path], None]:
     [
         pytest.param("signals.json", Path.unlink, id="no description"),
         pytest.param("texts.jsonl", Path.unlink, id="no texts"),
-        pytest.param("signals.safetensors", Path.unlink, id="no arrays"),
+        pytest.param("probabilities.npy", Path.unlink, id="no probabilities"),
+        pytest.param("embeddings.npy", Path.unlink, id="no embeddings"),
         pytest.param("signals.json", _cut, id="description cut off"),
         pytest.param("texts.jsonl", _cut, id="texts cut off"),
         pytest.param("texts.jsonl", _drop_last_line, id="a text lost"),
-        pytest.param("signals.safetensors", _cut, id="arrays cut off"),
-        pytest.param("signals.safetensors", _write(b""), id="arrays empty"),
-        pytest.param("signals.safetensors", _write(b"PK\x03\x04 something else"), id="arrays foreign"),
-        pytest.param("signals.safetensors", _write(tensor_bytes({"weight": GOOD_P})), id="arrays of another name"),
-        pytest.param(
-            "signals.safetensors", _write(tensor_bytes({"probabilities": GOOD_P[:2]})), id="arrays of another pool"
-        ),
+        pytest.param("probabilities.npy", _cut, id="probabilities cut off"),
+        pytest.param("embeddings.npy", _cut, id="embeddings cut off"),
+        pytest.param("embeddings.npy", _write(b""), id="embeddings empty"),
+        pytest.param("embeddings.npy", _write(b"PK\x03\x04 something else"), id="embeddings foreign"),
+        pytest.param("embeddings.npy", _write(array_bytes(GOOD_E[:2])), id="embeddings of another pool"),
+        pytest.param("embeddings.npy", _write(array_bytes(np.array(["a"] * 4))), id="embeddings not numbers"),
+        pytest.param("embeddings.npy", _write(array_bytes(np.array([{}] * 4))), id="embeddings a pickle"),
+        pytest.param("probabilities.npy", _write(array_bytes(GOOD_P[:2])), id="probabilities of another pool"),
         pytest.param("signals.json", _write("{}"), id="description empty"),
         pytest.param("signals.json", _write("[]"), id="description a list"),
         pytest.param("signals.json", _write("null"), id="description null"),
@@ -227,10 +236,57 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    monkeypatch.setattr("setfit_kd.signals.save_rows", full)
     with pytest.raises(OutputError, match="ENOSPC"):
         GOOD.save(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays of more than 100 bytes count as large."""
+    monkeypatch.setattr(arrays, "MAPPED_BYTES", 100)
+    monkeypatch.setattr(arrays, "_PART_ROWS", 7)
+
+
+@pytest.mark.usefixtures("small_memory")
+def test_large_embeddings_are_kept_in_half_precision_and_mapped(tmp_path: Path) -> None:
+    rows = vectors(0, 40, 3)
+    large = TeacherSignals(["text"] * 40, distributions(0, 40, 2), ("a", "b"), rows)
+    large.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "embeddings.npy").stat().st_size < 40 * 3 * 2 + 200
+    read = TeacherSignals.load(tmp_path / "saved")
+    assert isinstance(read.embeddings, np.memmap)
+    np.testing.assert_array_equal(np.asarray(read.embeddings), rows.astype(np.float16), strict=True)
+    read.save(tmp_path / "again")
+    np.testing.assert_array_equal(
+        np.asarray(read.embeddings), np.asarray(TeacherSignals.load(tmp_path / "again").embeddings)
+    )
+
+
+@pytest.mark.usefixtures("small_memory")
+def test_a_large_array_is_filled_on_disk_and_its_file_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scratch").mkdir()
+    tmp_path = tmp_path / "scratch"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    array = arrays.large_array((40, 3))
+    assert array.dtype == np.float16
+    array[5] = 1
+    view = array[5:]
+    assert len(list(tmp_path.iterdir())) == 1
+    del array
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+    np.testing.assert_array_equal(view[0], [1, 1, 1])
+
+
+@pytest.mark.usefixtures("small_memory")
+def test_a_row_that_is_not_finite_is_found_in_a_large_array() -> None:
+    rows = with_row(vectors(0, 40, 3), 33, [0, NAN, 0]).astype(np.float16)
+    with pytest.raises(DataError, match="row 34"):
+        TeacherSignals(["text"] * 40, distributions(0, 40, 2), ("a", "b"), rows)
 
 
 def test_saved_signals_can_be_moved(tmp_path: Path) -> None:

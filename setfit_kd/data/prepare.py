@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-
-import numpy as np
+from hashlib import blake2b
+from heapq import heappush, heapreplace
+from operator import itemgetter
 
 from setfit_kd.config import DataConfig
 from setfit_kd.data.sets import LabeledSet, check_classes, draw_shots, encode_labels
-from setfit_kd.data.sources import INVISIBLE, Source, read
+from setfit_kd.data.sources import INVISIBLE, Source, read, stream_texts
 from setfit_kd.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ def normalise(text: str) -> str:
     Compatible characters are made one (NFKC), invisible ones dropped, case folded, and runs of white space made one
     space. Folding can leave characters that compose anew, hence the second normalisation.
     """
+    if text.isascii():
+        return " ".join(text.casefold().split())
     folded = unicodedata.normalize("NFKC", text.translate(INVISIBLE)).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
@@ -85,16 +88,18 @@ def load_run_data(
         held_out = encode_labels(
             read(evaluation, text_column=columns, label_column=config.label_column, role="test"), rows.label_names
         )
-    pool = read(unlabeled, text_column=columns)
-    return prepare(rows, pool.texts, held_out, config)
+    return prepare(rows, stream_texts(unlabeled, text_column=columns), held_out, config)
 
 
-def prepare(labeled: LabeledSet, pool: Sequence[str], evaluation: LabeledSet | None, config: DataConfig) -> RunData:
+def prepare(labeled: LabeledSet, pool: Iterable[str], evaluation: LabeledSet | None, config: DataConfig) -> RunData:
     """Clean and sample.
 
     The leak guard comes first: no text of the evaluation set, however written (see `normalise`), stays in the labeled
     set or the pool. Then duplicates go, and labeled texts that occur with different labels. The shots are drawn, their
     texts leave the pool, and the pool is drawn from what is left.
+
+    The pool is gone through once and only what is drawn of it is kept, with 16 bytes for each of its texts to know it
+    again by.
 
     Raises:
         DataError: Too little is left to train on.
@@ -123,8 +128,7 @@ def prepare(labeled: LabeledSet, pool: Sequence[str], evaluation: LabeledSet | N
     _warn_of_small_classes(shots, config.shots)
 
     shot_keys = {normalise(text) for text in shots.texts}
-    candidates, pool_leaks, pool_labeled, pool_duplicates = _clean_pool(pool, held_out, shot_keys)
-    texts = _draw_pool(candidates, config.pool_size, seed=config.seed)
+    texts, pool_leaks, pool_labeled, pool_duplicates = _draw_pool(pool, held_out, shot_keys, config)
     report = DataReport(
         labeled=len(shots),
         pool=len(texts),
@@ -140,39 +144,48 @@ def prepare(labeled: LabeledSet, pool: Sequence[str], evaluation: LabeledSet | N
     return RunData(shots, texts, evaluation, report)
 
 
-def _clean_pool(pool: Iterable[str], held_out: set[str], shots: set[str]) -> tuple[list[str], int, int, int]:
-    texts: list[str] = []
+def _draw_pool(
+    pool: Iterable[str], held_out: set[str], shots: set[str], config: DataConfig
+) -> tuple[list[str], int, int, int]:
+    """The pool's texts, cleaned and drawn, in their order; and how many leaks, labeled texts and duplicates it had.
+
+    The texts drawn are those with the smallest keyed hashes, so that a draw depends on the seed and the texts alone,
+    and a smaller draw is part of a larger one.
+    """
+    wanted = config.pool_size
+    drawn: list[tuple[int, int, str]] = []  # a heap, largest hash first: (-hash, place, text)
     leaks = labeled = duplicates = 0
-    seen: set[str] = set()
-    for text in pool:
+    seen: set[bytes] = set()
+    for place, text in enumerate(pool):
         key = normalise(text)
         if key in held_out:
             leaks += 1
-        elif key in shots:
+            continue
+        if key in shots:
             labeled += 1
-        elif key in seen:
+            continue
+        encoded = key.encode()
+        digest = blake2b(encoded, digest_size=16).digest()
+        if digest in seen:
             duplicates += 1
-        else:
-            seen.add(key)
-            texts.append(text)
+            continue
+        seen.add(digest)
+        rank = int.from_bytes(blake2b(encoded, digest_size=8, key=config.seed.to_bytes(4, "big")).digest(), "big")
+        if wanted is None or len(drawn) < wanted:
+            heappush(drawn, (-rank, place, text))
+        elif -rank > drawn[0][0]:
+            heapreplace(drawn, (-rank, place, text))
     if leaks:
         logger.warning("Leak guard: %d pool texts are in the evaluation set and were taken out.", leaks)
-    if not texts:
+    if not drawn:
         raise DataError(
             "No pool text is left after taking out the labeled and the evaluation texts.",
             hint="Give unlabeled texts that are not among them.",
         )
-    return texts, leaks, labeled, duplicates
-
-
-def _draw_pool(texts: list[str], pool_size: int | None, *, seed: int) -> list[str]:
-    if pool_size is None or pool_size == len(texts):
-        return texts
-    if pool_size > len(texts):
-        logger.warning("The pool holds %d texts, fewer than the %d asked for: all are used.", len(texts), pool_size)
-        return texts
-    rng = np.random.default_rng([seed, 1])
-    return [texts[i] for i in np.sort(rng.choice(len(texts), pool_size, replace=False))]
+    if wanted is not None and len(seen) < wanted:
+        logger.warning("The pool holds %d texts, fewer than the %d asked for: all are used.", len(seen), wanted)
+    drawn.sort(key=itemgetter(1))
+    return [text for _, _, text in drawn], leaks, labeled, duplicates
 
 
 def _warn_of_small_classes(shots: LabeledSet, wanted: int | None) -> None:

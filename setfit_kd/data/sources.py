@@ -75,36 +75,62 @@ def read(
         DataError: Something is missing, broken or empty; with the file and row.
         UnavailableError: The hub cannot be reached.
     """
+    table = _opened(source, role, label_column)
+    texts: list[str] = []
+    labels: list[str] = []
+    for text, label in _checked(table, text_column, label_column):
+        texts.append(text)
+        labels.append(label)
+    names = table.declared or tuple(sorted(set(labels), key=_numbers_first))
+    return Rows(texts, labels if label_column else None, names, table.origin)
+
+
+def stream_texts(source: Source, *, text_column: Sequence[str] = ("text",)) -> Iterator[str]:
+    """The texts of a source, one after the other: a file of any length is never held whole.
+
+    What is wrong with rows is told once all have been read.
+
+    Raises:
+        DataError: As `read`.
+        UnavailableError: The hub cannot be reached.
+    """
+    for text, _ in _checked(_opened(source, "train", None), text_column, None):
+        yield text
+
+
+def _opened(source: Source, role: str, label_column: str | None) -> _Table:
     try:
-        table = _open(source, role, label_column)
+        return _open(source, role, label_column)
     except OSError as error:
         if isinstance(error, SetFitKDError):
             raise
         raise DataError(f"Cannot read {source!r:.200}: {error.strerror or error}.", hint="Check the path.") from None
-    if not table.has_columns:
-        text_column = ("text",)
-    texts: list[str] = []
-    labels: list[str] = []
-    problems: list[str] = []
+
+
+def _checked(table: _Table, text_column: Sequence[str], label_column: str | None) -> Iterator[tuple[str, str]]:
+    """Each row's text and label ("" without a label column)."""
+    columns = text_column if table.has_columns else ("text",)
+    shown: list[str] = []
+    n_rows = n_problems = 0
     for number, record in table.records:
-        if not texts and not problems:
-            _require_columns(record, [*text_column, *([label_column] if label_column else [])], table.origin)
-        text, problem = _text(record, text_column)
+        if not n_rows:
+            _require_columns(record, [*columns, *([label_column] if label_column else [])], table.origin)
+        n_rows += 1
+        label = ""
+        text, problem = _text(record, columns)
         if label_column and problem is None:
             label, problem = _label(record.get(label_column), table.declared)
-            labels.append(label)
-        if problem:
-            problems.append(f"{table.unit} {number}: {problem}")
-        texts.append(text)
-    if problems:
-        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise DataError(
-            f"{table.origin}, {'; '.join(problems[:_SHOWN])}{more}.", hint="Mend or remove those rows and try again."
-        )
-    if not texts:
+        if problem is None:
+            yield text, label
+            continue
+        n_problems += 1
+        if len(shown) < _SHOWN:
+            shown.append(f"{table.unit} {number}: {problem}")
+    if n_problems:
+        more = f" and {n_problems - _SHOWN} more" if n_problems > _SHOWN else ""
+        raise DataError(f"{table.origin}, {'; '.join(shown)}{more}.", hint="Mend or remove those rows and try again.")
+    if not n_rows:
         raise DataError(f"There are no rows in {table.origin}.", hint="Give at least two rows.")
-    names = table.declared or tuple(sorted(set(labels), key=_numbers_first))
-    return Rows(texts, labels if label_column else None, names, table.origin)
 
 
 def _numbers_first(name: str) -> tuple[bool, int, str]:

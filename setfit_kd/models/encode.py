@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from setfit_kd.arrays import in_parts, large_array
 from setfit_kd.progress import track
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def embed(
     batch_size: int = 32,
     normalize: bool = False,
     description: str = "Encoding",
-) -> npt.NDArray[np.float32]:
+) -> npt.NDArray[np.floating]:
     """Embed texts, longest first so that a batch holds texts of like length; order is kept.
 
     Args:
@@ -35,10 +36,10 @@ def embed(
         description: What to call the step on the progress bar.
 
     Returns:
-        (n, d) float32.
+        (n, d) float32; above `MAPPED_BYTES`, float16 mapped from a temporary file.
     """
     order = np.argsort([-len(text) for text in texts], kind="stable")
-    parts = []
+    embeddings: npt.NDArray[np.floating] | None = None
     with track(description, len(texts)) as advance:
         for start in range(0, len(texts), _CHUNK):
             rows = order[start : start + _CHUNK]
@@ -48,21 +49,17 @@ def embed(
                 normalize_embeddings=normalize,
                 show_progress_bar=False,
             )
-            parts.append(np.asarray(part, np.float32))
+            if embeddings is None:
+                embeddings = large_array((len(texts), part.shape[1]))
+            embeddings[rows] = part
             advance(len(rows))
-    if not parts:
-        return np.empty((0, body.get_embedding_dimension() or 0), np.float32)
-    embeddings = np.empty((len(texts), parts[0].shape[1]), np.float32)
-    embeddings[order] = np.concatenate(parts)
-    return embeddings
+    return np.empty((0, body.get_embedding_dimension() or 0), np.float32) if embeddings is None else embeddings
 
 
 def predict_proba(
     model: SetFitModel, texts: Sequence[str], *, batch_size: int = 32, description: str = "Predicting"
 ) -> npt.NDArray[np.float32]:
     """Class probabilities of texts: (n, n_classes) float32, rows summing to 1."""
-    if not len(texts):
-        return np.empty((0, len(model.labels or ())), np.float32)
     embeddings = embed(
         model.model_body,
         texts,
@@ -73,10 +70,17 @@ def predict_proba(
     return head_proba(model, embeddings)
 
 
-def head_proba(model: SetFitModel, embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def head_proba(model: SetFitModel, embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
     """Class probabilities of (n, d) embeddings, as (n, n_classes) float32 summing to 1 in float64."""
+    if not len(embeddings):
+        return np.empty((0, len(model.labels or ())), np.float32)
+    return np.concatenate([_head_proba(model, part) for part in in_parts(embeddings)])
+
+
+def _head_proba(model: SetFitModel, embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
     import torch
 
+    embeddings = np.asarray(embeddings, np.float32)
     if model.has_differentiable_head:
         with torch.no_grad():
             tensor = model.model_head.predict_proba(torch.as_tensor(embeddings, device=model.model_head.device))

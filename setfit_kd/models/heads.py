@@ -17,44 +17,80 @@ if TYPE_CHECKING:
 HEAD_WEIGHTS = "head.safetensors"
 HEAD_CONFIG = "head.json"
 _FORMAT, _KIND = 1, "logistic-regression"
-_NEGLIGIBLE = 1e-3
-_VANISHING = 1e-6
+DEFAULT_C = 10.0
 
 
 def new_head() -> LogisticRegression:
-    """An unfitted head; tight and long enough to converge on any set of a few thousand texts."""
+    """An unfitted head."""
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(max_iter=1000)
+    return LogisticRegression(C=DEFAULT_C, max_iter=1000)
 
 
 def fit_head(
-    embeddings: npt.NDArray[np.float32],
-    probabilities: npt.NDArray[np.float32],
-    weights: npt.NDArray[np.float32] | None = None,
+    embeddings: npt.NDArray[np.floating],
+    probabilities: npt.NDArray[np.floating],
+    weights: npt.NDArray[np.floating] | None = None,
+    *,
+    C: float = DEFAULT_C,  # noqa: N803 - scikit-learn's name
 ) -> LogisticRegression:
-    """Fit a logistic regression to soft labels by weighted cross-entropy.
+    """Fit a logistic regression to soft labels.
 
-    A text with soft label p enters once for each class c, with weight p[c]: the sum of the weighted log-losses is the
-    cross-entropy against p, so any solver that takes sample weights minimises it. Shares below 0.001 are left out,
-    which keeps the rows near n for confident teachers. A class without any share keeps its place in the head, by a
-    vanishing weight on the text nearest to it.
+    Minimises ``C * sum_i w_i CE(p_i, softmax(W x_i + b)) + |W|² / 2`` by L-BFGS: what scikit-learn minimises for hard
+    labels, with distributions in the place of classes. Memory is that of the embeddings in double precision, whatever
+    the number of classes.
 
     Args:
         embeddings: (n, d).
         probabilities: (n, n_classes), rows summing to 1; two classes or more.
         weights: (n,) weight of each text; None weighs all alike.
+        C: Inverse strength of the regularisation, as scikit-learn's.
+
+    Returns:
+        A head over the classes 0 to n_classes - 1.
     """
-    rows, classes = np.nonzero(probabilities > _NEGLIGIBLE)
-    sample_weight = probabilities[rows, classes].astype(np.float64)
-    if weights is not None:
-        sample_weight = sample_weight * weights[rows]
-    empty = np.setdiff1d(np.arange(probabilities.shape[1]), classes[sample_weight > 0])
-    rows = np.concatenate([rows, probabilities[:, empty].argmax(axis=0)])
-    classes = np.concatenate([classes, empty])
-    sample_weight = np.concatenate([sample_weight, np.full(len(empty), _VANISHING)])
-    head = new_head()
-    head.fit(embeddings[rows], classes, sample_weight=sample_weight)
+    from scipy.optimize import minimize
+    from scipy.special import expit, log_expit, logsumexp
+
+    features = np.asarray(embeddings, np.float64)
+    targets = np.asarray(probabilities, np.float64)
+    n, d = features.shape
+    share = np.ones(n) if weights is None else np.asarray(weights, np.float64)
+    total = max(share.sum(), np.finfo(np.float64).tiny)
+    share = share / total
+    penalty = 1 / (C * total)
+    is_binary = targets.shape[1] == 2
+    n_rows = 1 if is_binary else targets.shape[1]
+
+    def objective(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        matrix = flat.reshape(n_rows, d + 1)
+        coef, intercept = matrix[:, :d], matrix[:, d]
+        logits = features @ coef.T + intercept  # (n, n_rows)
+        if is_binary:
+            z, p = logits[:, 0], targets[:, 1]
+            loss = -(share * (p * log_expit(z) + (1 - p) * log_expit(-z))).sum()
+            slope = (share * (expit(z) - p))[:, None]
+        else:
+            log_probabilities = logits - logsumexp(logits, axis=1, keepdims=True)
+            loss = -(share[:, None] * targets * log_probabilities).sum()
+            slope = share[:, None] * (np.exp(log_probabilities) - targets)
+        gradient = np.empty_like(matrix)
+        gradient[:, :d] = slope.T @ features + penalty * coef
+        gradient[:, d] = slope.sum(axis=0)
+        return float(loss + 0.5 * penalty * np.square(coef).sum()), gradient.ravel()
+
+    found = minimize(
+        objective,
+        np.zeros(n_rows * (d + 1)),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 1000, "gtol": 1e-6, "ftol": 1e-12},
+    )
+    matrix = found.x.reshape(n_rows, d + 1)
+    head = new_head().set_params(C=C)
+    head.classes_ = np.arange(targets.shape[1])
+    head.coef_, head.intercept_ = matrix[:, :d].copy(), matrix[:, d].copy()
+    head.n_features_in_, head.n_iter_ = d, np.array([found.nit], np.int32)
     return head
 
 

@@ -34,7 +34,7 @@ class PairsObjective(Objective):
 
 
 def draw_pairs(
-    embeddings: npt.NDArray[np.float32], *, pairs_per_text: int, seed: int
+    embeddings: npt.NDArray[np.floating], *, pairs_per_text: int, seed: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Random pairs of different texts with their cosines; each text opens ``pairs_per_text`` pairs.
 
@@ -51,9 +51,15 @@ def draw_pairs(
     left = np.repeat(np.arange(n), pairs_per_text)
     # A step of 1 to n - 1 around the circle never ends where it began.
     right = (left + rng.integers(1, n, size=len(left))) % n
-    unit = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
     cosines = np.empty(len(left), np.float32)
-    for start in range(0, len(left), 65536):
-        rows = slice(start, start + 65536)
-        cosines[rows] = np.einsum("ij,ij->i", unit[left[rows]], unit[right[rows]])
+    for start in range(0, len(left), 8192):
+        rows = slice(start, start + 8192)
+        cosines[rows] = np.einsum("ij,ij->i", _unit(embeddings[left[rows]]), _unit(embeddings[right[rows]]))
     return left, right, cosines.clip(-1, 1)
+
+
+def _unit(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    wide = np.asarray(rows, np.float32)
+    lengths: npt.NDArray[np.float32] = np.linalg.norm(wide, axis=1, keepdims=True)
+    unit: npt.NDArray[np.float32] = wide / np.maximum(lengths, np.float32(1e-12))
+    return unit

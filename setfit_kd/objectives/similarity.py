@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from setfit_kd.objectives.base import Objective, cosine_matrix
+from setfit_kd.objectives.base import Objective, Options, cosine_matrix, rows_at
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from typing_extensions import Unpack
 
 
 class SimilarityObjective(Objective):
@@ -28,7 +29,8 @@ class SimilarityObjective(Objective):
         model: The student's body.
         teacher_embeddings: (n, d), a row a pool text. Targets are made of the B rows of a batch alone: memory is
             O(n d), never O(n²).
-        dropout: See `Objective`.
+        weights: (n,) weight of each pool text; a pair weighs the product of its two. None weighs all pairs alike.
+        options: As `Objective`.
 
     Example:
         >>> import numpy as np, torch
@@ -42,21 +44,29 @@ class SimilarityObjective(Objective):
     def __init__(
         self,
         model: SentenceTransformer,
-        teacher_embeddings: npt.NDArray[np.float32],
+        teacher_embeddings: npt.NDArray[np.floating],
         *,
-        dropout: bool = False,
+        weights: npt.NDArray[np.float32] | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(model, dropout=dropout)
+        super().__init__(model, **options)
         self.teacher_embeddings = teacher_embeddings
+        self.weights = weights
 
     def targets(self, labels: Tensor) -> Tensor:
         """The teacher's cosines of the pool rows ``labels`` (B,): (B, B), on the same device."""
-        rows = self.teacher_embeddings[labels.cpu().numpy()]
-        return cosine_matrix(torch.as_tensor(rows, dtype=torch.float32, device=labels.device))
+        return cosine_matrix(rows_at(self.teacher_embeddings, labels))
 
     def loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        """Mean squared difference of the cosines, over the pairs of different texts."""
+        """Weighted mean of the squared differences of the cosines, over the pairs of different texts."""
         (rows,) = embeddings
-        off_diagonal = ~torch.eye(len(labels), dtype=torch.bool, device=rows.device)
-        student = cosine_matrix(rows)[off_diagonal]
-        return nn.functional.mse_loss(student, self.targets(labels).to(student)[off_diagonal])
+        student = cosine_matrix(rows)
+        target = self.targets(labels).to(student)
+        weight = 1 - torch.eye(len(labels), dtype=student.dtype, device=student.device)
+        if self.weights is not None:
+            of_text = rows_at(self.weights, labels).to(student)
+            of_text = of_text / of_text.max().clamp_min(torch.finfo(of_text.dtype).tiny)
+            weight = weight * of_text[:, None] * of_text[None, :]
+        total = weight.sum()
+        # Weights of zero throughout leave nothing to learn, rather than 0 / 0.
+        return ((student - target).square() * weight).sum() / total.clamp_min(torch.finfo(weight.dtype).tiny)

@@ -11,6 +11,7 @@ from setfit_kd.data import LabeledSet, Source, encode_labels, read
 from setfit_kd.errors import DataError
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import load_body, locate, new_model
+from setfit_kd.precision import resolve_precision
 from setfit_kd.quiet import quiet_libraries
 from setfit_kd.student.steps import student_steps
 
@@ -70,6 +71,8 @@ def train_student(
         )
     device = resolve_device(config.device)
     body = load_body(locate(student), device) if isinstance(student, str | Path) else student
+    precision = resolve_precision(config.precision, body, signals.texts)
+    config = config.model_copy(update={"precision": precision.name})
 
     with quiet_libraries(), TemporaryDirectory(prefix="setfit-kd-") as scratch:
         from setfit_kd.student.trainer import StudentTrainer

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from datasets import Dataset
 from setfit import DistillationTrainer, SetFitModel, TrainingArguments
@@ -12,12 +15,19 @@ from torch import nn
 
 from setfit_kd.config import StudentConfig
 from setfit_kd.data import LabeledSet
-from setfit_kd.errors import DataError
 from setfit_kd.memory import inner_trainer_on
 from setfit_kd.models import embed, fit_head
-from setfit_kd.objectives import PairsObjective, SimilarityObjective, draw_pairs
+from setfit_kd.objectives import NO_GOLD, Options, PairsObjective, draw_pairs
 from setfit_kd.signals import TeacherSignals
+from setfit_kd.student.early import AgreementStop, hold_out
+from setfit_kd.student.objective import Given, gold_of, in_batch_objective
 from setfit_kd.training import training_arguments
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+HEAD_TEXTS = 20_000
+"""Most pool texts that a head is fitted on; a linear head gains nothing from more, and each must be embedded."""
 
 
 class StudentTrainer(DistillationTrainer):
@@ -25,9 +35,9 @@ class StudentTrainer(DistillationTrainer):
 
     Args:
         model: The student, head unfitted.
-        signals: The teacher's signals over the pool, with embeddings.
-        labeled: Texts with gold labels for the head, where there are any.
-        config: How.
+        signals: The teacher's signals over the pool.
+        labeled: Texts with gold labels, where there are any.
+        config: How, with its precision settled.
         device: Where.
         output_dir: A folder for what the inner trainer may write.
     """
@@ -51,42 +61,97 @@ class StudentTrainer(DistillationTrainer):
             learning_rate=config.learning_rate,
             num_iterations=config.num_iterations,
             seed=config.seed,
+            precision=config.precision,
         )
-        with inner_trainer_on(device):
+        with inner_trainer_on(device, config.precision):
             super().__init__(teacher_model=None, student_model=model, args=arguments, metric=lambda *_: {})
         # Only now: SetFit would map over every text of the pool to fill the tables of its model card.
         self.train_dataset = Dataset.from_dict({"text": signals.texts})
+        self.gold = np.full(len(signals), NO_GOLD)
+        if labeled is not None:
+            self.gold = gold_of(signals, labeled.texts, labeled.labels)
+        self.rows = np.arange(len(signals))
+        self.early_stop: AgreementStop | None = None
+        if config.patience is not None:
+            self.early_stop = self._make_early_stop(config.patience)
+
+    def _make_early_stop(self, patience: int) -> AgreementStop:
+        self.rows, held_out = hold_out(len(self.signals), seed=self.config.seed)
+        stop = AgreementStop(
+            self.model.model_body,
+            self.signals,
+            self.rows,
+            held_out,
+            patience,
+            self.config.head_c,
+            self.config.encode_batch_size,
+        )
+        self.st_trainer.add_callback(stop)
+        return stop
 
     def get_dataset(
         self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
     ) -> tuple[Dataset, nn.Module]:
-        """The pool with the objective that the config names; targets are the teacher's cosines."""
-        teacher = self.signals.embeddings
-        if teacher is None:
-            raise DataError(
-                f"The signals of {self.signals.origin} hold no embeddings, which both objectives need.",
-                hint="Score the pool by a SetFit teacher.",
+        """The texts to train on with the objective that the config names."""
+        given = Given(self.model.model_body, self.signals, self.gold, self.config, self.options)
+        if self.config.objective == "pairs":
+            left, right, cosines = draw_pairs(
+                given.teacher_embeddings[self.rows], pairs_per_text=args.num_iterations, seed=args.seed
             )
-        body = self.model.model_body
-        if self.config.objective == "similarity":
-            # A last batch of one text would have no pair.
-            self.st_trainer.args.dataloader_drop_last = len(x) % args.embedding_batch_size == 1
-            dataset = Dataset.from_dict({"sentence": x, "label": np.arange(len(x))})
-            return dataset, SimilarityObjective(body, teacher)
-        left, right, cosines = draw_pairs(teacher, pairs_per_text=args.num_iterations, seed=args.seed)
-        columns = {"sentence_1": [x[i] for i in left], "sentence_2": [x[i] for i in right], "label": cosines}
-        return Dataset.from_dict(columns), PairsObjective(body)
+            texts = [x[row] for row in self.rows]
+            columns = {"sentence_1": [texts[i] for i in left], "sentence_2": [texts[i] for i in right]}
+            return Dataset.from_dict({**columns, "label": cosines}), PairsObjective(given.body, **given.options)
+        # A last batch of one text would have no pair.
+        self.st_trainer.args.dataloader_drop_last = len(self.rows) % args.embedding_batch_size == 1
+        columns = {"sentence": [x[row] for row in self.rows], "label": self.rows.tolist()}
+        return Dataset.from_dict(columns), in_batch_objective(given)
+
+    @property
+    def options(self) -> Options:
+        """How objectives pass texts through the body."""
+        return {"dropout": self.config.dropout, "micro_batch_size": self.config.micro_batch_size}
+
+    def train_embeddings(self, *args: Any, **kwargs: Any) -> None:
+        """Train the body; with early stopping, its best weights are kept."""
+        with _frozen_embeddings(self.model.model_body, self.config.freeze_embeddings):
+            super().train_embeddings(*args, **kwargs)
+        if self.early_stop is not None:
+            self.early_stop.restore()
 
     def train_classifier(self, x_train: list[str], args: TrainingArguments | None = None) -> None:
         """Fit the head on the teacher's soft labels and, weighing more, the gold labels."""
-        texts, probabilities = list(x_train), self.signals.probabilities
-        weights = np.ones(len(texts), np.float32)
-        if self.labeled is not None and self.config.gold_weight > 0:
+        texts, probabilities, weights = self._head_examples()
+        embeddings = embed(
+            self.model.model_body, texts, batch_size=self.config.encode_batch_size, description="Fitting head"
+        )
+        self.model.model_head = fit_head(embeddings, probabilities, weights, C=self.config.head_c)
+
+    def _head_examples(self) -> tuple[list[str], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """m texts with their (m, n_classes) labels, soft or gold, and (m,) weights."""
+        use_gold = self.labeled is not None and self.config.gold_weight > 0
+        rows = np.flatnonzero(self.gold == NO_GOLD) if use_gold else np.arange(len(self.signals))
+        if len(rows) > HEAD_TEXTS:
+            rows = np.sort(np.random.default_rng([self.config.seed, 7]).choice(rows, HEAD_TEXTS, replace=False))
+        texts = [self.signals.texts[row] for row in rows]
+        probabilities, weights = self.signals.probabilities[rows], np.ones(len(rows), np.float32)
+        if self.labeled is not None and use_gold:
             texts += self.labeled.texts
             one_hot = np.eye(len(self.signals.label_names), dtype=np.float32)[self.labeled.labels]
             probabilities = np.concatenate([probabilities, one_hot])
             weights = np.concatenate([weights, np.full(len(self.labeled), self.config.gold_weight, np.float32)])
-        embeddings = embed(
-            self.model.model_body, texts, batch_size=self.config.encode_batch_size, description="Fitting head"
-        )
-        self.model.model_head = fit_head(embeddings, probabilities, weights)
+        return texts, probabilities, weights
+
+
+@contextmanager
+def _frozen_embeddings(body: SentenceTransformer, frozen: bool) -> Iterator[None]:
+    """Within this block, the word embeddings of a transformer body are not trained, if ``frozen``."""
+    model = getattr(body[0], "auto_model", None)
+    table = model.get_input_embeddings() if frozen and model is not None else None
+    if table is None:
+        yield
+        return
+    table.requires_grad_(False)
+    try:
+        yield
+    finally:
+        table.requires_grad_(True)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from setfit_kd.config import RunConfig
+from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.models import embed, head_proba
 from setfit_kd.signals import TeacherSignals
+from setfit_kd.teacher.cache import cached_embed
+from setfit_kd.teacher.refine import refine
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
@@ -19,6 +24,7 @@ def score(
     *,
     encode_batch_size: int = 32,
     origin: str = "a SetFit teacher",
+    cache: bool = False,
 ) -> TeacherSignals:
     """Embed a pool and label it softly; each text passes through the teacher once.
 
@@ -27,6 +33,8 @@ def score(
         texts: n texts.
         encode_batch_size: Texts a forward pass.
         origin: Where the signals come from, for the record.
+        cache: Take the embeddings from disk where the same teacher has met the same texts before, and keep them there
+            otherwise; the environment's ``SETFIT_KD_CACHE`` names the folder.
 
     Returns:
         Signals with probabilities (n, n_classes) and embeddings (n, d).
@@ -41,7 +49,7 @@ def score(
         raise DataError("There are no texts to score.", hint="Give a pool of at least two.")
     if not teacher.labels:
         raise DataError("The teacher does not name its labels.", hint="Set teacher.labels.")
-    embeddings = embed(
+    embeddings = (cached_embed if cache else embed)(
         teacher.model_body,
         texts,
         batch_size=encode_batch_size,
@@ -49,3 +57,32 @@ def score(
         description="Scoring pool",
     )
     return TeacherSignals(texts, head_proba(teacher, embeddings), tuple(teacher.labels), embeddings, origin)
+
+
+def refine_and_score(
+    teacher: SetFitModel, labeled: LabeledSet, pool: Sequence[str], config: RunConfig
+) -> tuple[SetFitModel, TeacherSignals]:
+    """The teacher with its head refined on the pool as the config says, and its signals on pool and labeled texts.
+
+    Labeled texts are texts like any other to a student, and follow the pool's in the signals.
+    """
+    signals = score(
+        teacher,
+        [*pool, *labeled.texts],
+        encode_batch_size=config.encode_batch_size,
+        origin=config.teacher,
+        cache=config.cache,
+    )
+    if config.refine == "none" or signals.embeddings is None:
+        return teacher, signals
+    rows = signals.embeddings
+    refined = refine(
+        teacher,
+        labeled,
+        rows[len(pool) :],
+        rows[: len(pool)],
+        method=config.refine,
+        head_c=config.head_c,
+        seed=config.seed,
+    )
+    return refined, replace(signals, probabilities=head_proba(refined, rows))

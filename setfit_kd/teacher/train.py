@@ -10,6 +10,7 @@ from setfit_kd.config import TeacherConfig
 from setfit_kd.data import LabeledSet, Source, check_classes, encode_labels, read
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import load_body, locate, new_model
+from setfit_kd.precision import resolve_precision
 from setfit_kd.quiet import quiet_libraries
 from setfit_kd.teacher.steps import teacher_steps
 
@@ -49,6 +50,8 @@ def train_teacher(
     check_classes(labeled)
     device = resolve_device(config.device)
     body = load_body(locate(teacher), device) if isinstance(teacher, str | Path) else teacher
+    precision = resolve_precision(config.precision, body, labeled.texts)
+    config = config.model_copy(update={"precision": precision.name})
 
     with quiet_libraries(), TemporaryDirectory(prefix="setfit-kd-") as scratch:
         from setfit_kd.teacher.trainer import TeacherTrainer

@@ -25,7 +25,7 @@ class TeacherTrainer(Trainer):
     Args:
         model: The model to train, head unfitted.
         labeled: The few labels.
-        config: How.
+        config: How, with its precision settled.
         device: Where.
         output_dir: A folder for what the inner trainer may write.
     """
@@ -42,9 +42,10 @@ class TeacherTrainer(Trainer):
             learning_rate=config.teacher_learning_rate,
             num_iterations=config.num_iterations,
             seed=config.seed,
+            precision=config.precision,
         )
         dataset = Dataset.from_dict({"text": labeled.texts, "label": labeled.labels.tolist()})
-        with inner_trainer_on(device):
+        with inner_trainer_on(device, config.precision):
             super().__init__(model=model, args=arguments, train_dataset=dataset, metric=_no_metric)
 
     def get_dataset(
@@ -59,7 +60,12 @@ class TeacherTrainer(Trainer):
             return dataset, loss
         batches = teacher_batches(self.config, self.labeled)
         self.st_trainer.args.batch_sampler = lambda *_, **__: FixedBatches(batches)
-        return Dataset.from_dict({"sentence": x, "label": y}), ContrastiveObjective(self.model.model_body, dropout=True)
+        objective = ContrastiveObjective(
+            self.model.model_body,
+            dropout=self.config.teacher_dropout,
+            micro_batch_size=self.config.micro_batch_size,
+        )
+        return Dataset.from_dict({"sentence": x, "label": y}), objective
 
     def train_classifier(self, x_train: list[str], y_train: Any, args: TrainingArguments | None = None) -> None:
         """Fit the head on the gold labels."""
@@ -67,7 +73,7 @@ class TeacherTrainer(Trainer):
             self.model.model_body, x_train, batch_size=self.config.encode_batch_size, description="Fitting head"
         )
         one_hot = np.eye(len(self.labeled.label_names), dtype=np.float32)[np.asarray(y_train)]
-        self.model.model_head = fit_head(embeddings, one_hot)
+        self.model.model_head = fit_head(embeddings, one_hot, C=self.config.head_c)
 
 
 def _no_metric(*_: Any) -> dict[str, float]:

@@ -1,0 +1,104 @@
+"""Early stopping on agreement with the teacher, for which no labels are needed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import TrainerCallback
+
+from setfit_kd.models import embed, fit_head
+from setfit_kd.progress import shown_on
+from setfit_kd.signals import TeacherSignals
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_SHARE, MOST_HELD_OUT, LEAST_HELD_OUT = 0.1, 500, 16
+LOOK_STEPS = 500
+"""A look at the held-out texts comes after each pass over the pool, and within a long one after so many steps."""
+
+
+def hold_out(n: int, *, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows to train on and rows to hold out of a pool of n texts, both sorted."""
+    count = int(np.clip(HELD_OUT_SHARE * n, min(LEAST_HELD_OUT, n // 2), MOST_HELD_OUT))
+    order = np.random.default_rng([seed, 6]).permutation(n)
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def soft_agreement(teacher: npt.NDArray[np.floating], student: npt.NDArray[np.floating]) -> float:
+    """Mean probability that two (n, n_classes) distributions share, 0 to 1: one minus their total variation.
+
+    Smoother than the share of equal classes, and so the better guide where few texts are held out.
+    """
+    return float(np.minimum(teacher, student).sum(axis=1).mean())
+
+
+@dataclass
+class AgreementStop(TrainerCallback):
+    """Stops training once the student agrees no better with the teacher, and keeps its best weights.
+
+    At each look a head is fitted on a sample of the training texts and compared with the teacher on held-out ones.
+
+    Attributes:
+        body: The student's body, in training.
+        signals: The teacher's signals.
+        training_rows, held_out_rows: Rows of the signals, see `hold_out`.
+        patience: Looks without a better agreement before training stops.
+        head_c: As in `RunConfig`.
+        encode_batch_size: Texts a forward pass.
+        history: Step and agreement of each look.
+    """
+
+    body: SentenceTransformer
+    signals: TeacherSignals
+    training_rows: npt.NDArray[np.int64]
+    held_out_rows: npt.NDArray[np.int64]
+    patience: int
+    head_c: float
+    encode_batch_size: int
+    history: list[tuple[int, float]] = field(default_factory=list)
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    best: float = -1.0
+    looks_since_best: int = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Look after every `LOOK_STEPS` steps, and at the end of a pass."""
+        steps_per_epoch = max(1, round(state.max_steps / args.num_train_epochs))
+        if state.global_step % LOOK_STEPS == 0 or state.global_step % steps_per_epoch == 0:
+            self.look(state.global_step)
+            control.should_training_stop = control.should_training_stop or self.looks_since_best >= self.patience
+
+    def look(self, step: int) -> None:
+        """Measure the agreement; keep the weights if it is the best so far."""
+        sample = self.training_rows[:: max(1, len(self.training_rows) // MOST_HELD_OUT)][:MOST_HELD_OUT]
+        rows = np.concatenate([sample, self.held_out_rows])
+        was_training = self.body.training
+        with shown_on(None):
+            embeddings = embed(self.body, [self.signals.texts[row] for row in rows], batch_size=self.encode_batch_size)
+        self.body.train(was_training)
+        head = fit_head(embeddings[: len(sample)], self.signals.probabilities[sample], C=self.head_c)
+        student = head.predict_proba(embeddings[len(sample) :])
+        agreement = soft_agreement(self.signals.probabilities[self.held_out_rows], student)
+        self.history.append((step, agreement))
+        logger.debug("Step %d: agreement with the teacher %.4f on held-out texts.", step, agreement)
+        self.looks_since_best += 1
+        if agreement > self.best:
+            self.best, self.looks_since_best = agreement, 0
+            self.best_weights = {name: value.detach().clone() for name, value in self.body.state_dict().items()}
+
+    def restore(self) -> None:
+        """Put the best weights back."""
+        if self.best_weights:
+            self.body.load_state_dict(self.best_weights)
+            logger.info("The student agrees best with the teacher after step %d.", max(self.history, key=_agreement)[0])
+
+
+def _agreement(look: tuple[int, float]) -> float:
+    return look[1]

@@ -1,0 +1,118 @@
+"""From a config and signals to what a student is trained on, and by which objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from setfit_kd.config import StudentConfig, parse_objectives
+from setfit_kd.errors import DataError
+from setfit_kd.models import embed, fit_head
+from setfit_kd.objectives import (
+    NO_GOLD,
+    EmbeddingObjective,
+    Objective,
+    Options,
+    SimilarityObjective,
+    SoftLabelsObjective,
+    WeightedSum,
+)
+from setfit_kd.signals import TeacherSignals
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+HEAD_START_TEXTS = 256
+"""Pool texts that the soft-labels objective's head is fitted on before training; it is trained on from there."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """All that an in-batch objective may be made of; rows are those of the signals."""
+
+    body: SentenceTransformer
+    signals: TeacherSignals
+    gold: npt.NDArray[np.int64]
+    config: StudentConfig
+    options: Options
+
+    @property
+    def teacher_embeddings(self) -> npt.NDArray[np.floating]:
+        """(n, d) of the teacher.
+
+        Raises:
+            DataError: The signals hold none.
+        """
+        if self.signals.embeddings is None:
+            raise DataError(
+                f"The signals of {self.signals.origin} hold no embeddings, which the objective needs.",
+                hint="Take --objective soft-labels, or score the pool by a SetFit teacher.",
+            )
+        return self.signals.embeddings
+
+    @property
+    def dimension(self) -> int:
+        """Length of the student's embeddings."""
+        dimension = self.body.get_embedding_dimension()
+        return dimension or len(self.body.encode("a", show_progress_bar=False))
+
+
+def _similarity(given: Given) -> Objective:
+    return SimilarityObjective(given.body, given.teacher_embeddings, **given.options)
+
+
+def _embedding(given: Given) -> Objective:
+    return EmbeddingObjective(given.body, given.teacher_embeddings, dimension=given.dimension, **given.options)
+
+
+def _soft_labels(given: Given) -> Objective:
+    signals, config = given.signals, given.config
+    objective = SoftLabelsObjective(
+        given.body,
+        signals.probabilities,
+        dimension=given.dimension,
+        gold=given.gold if (given.gold != NO_GOLD).any() else None,
+        temperature=config.temperature,
+        alpha=config.alpha,
+        **given.options,
+    )
+    rng = np.random.default_rng([config.seed, 5])
+    rows = np.sort(rng.permutation(len(signals))[:HEAD_START_TEXTS])
+    embeddings = embed(
+        given.body,
+        [signals.texts[row] for row in rows],
+        batch_size=config.encode_batch_size,
+        description="Starting head",
+    )
+    head = fit_head(embeddings, signals.probabilities[rows], C=config.head_c)
+    coef, intercept = head.coef_, head.intercept_
+    if len(coef) == 1:  # two classes share one row; half of it to each gives the same probabilities
+        coef, intercept = np.concatenate([-coef, coef]) / 2, np.concatenate([-intercept, intercept]) / 2
+    objective.start_from(coef, intercept)
+    return objective
+
+
+_MAKERS: dict[str, Callable[[Given], Objective]] = {
+    "similarity": _similarity,
+    "embedding": _embedding,
+    "soft-labels": _soft_labels,
+}
+
+
+def in_batch_objective(given: Given) -> Objective:
+    """The objective that the config names, on the body's device; labels are rows of the signals."""
+    weights = parse_objectives(given.config.objective)
+    parts = [(weight, _MAKERS[name](given)) for name, weight in weights.items()]
+    (first_weight, first), *others = parts
+    objective = first if first_weight == 1 and not others else WeightedSum(given.body, parts, **given.options)
+    return objective.to(given.body.device)
+
+
+def gold_of(signals: TeacherSignals, texts: list[str], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """(n,) gold class of each of the signals' texts, `NO_GOLD` where it is not among the labeled ``texts``."""
+    label_of = dict(zip(texts, labels.tolist(), strict=True))
+    return np.array([label_of.get(text, NO_GOLD) for text in signals.texts], np.int64)

@@ -1,0 +1,100 @@
+"""Embeddings kept on disk, by the content that they were made from."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from setfit_kd.arrays import load_rows, save_rows
+from setfit_kd.errors import OutputError
+from setfit_kd.files import whole_folder
+from setfit_kd.models import embed
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "SETFIT_KD_CACHE"
+MOST_BYTES = 2 << 30
+"""What the cache may hold; what was not used for longest goes first."""
+_ROWS = "embeddings.npy"
+
+
+def cache_folder() -> Path:
+    """Where embeddings are kept: what the environment's ``SETFIT_KD_CACHE`` says, or the user's cache folder."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setfit-kd"
+
+
+def cached_embed(
+    body: SentenceTransformer, texts: Sequence[str], *, batch_size: int, normalize: bool, description: str
+) -> npt.NDArray[np.floating]:
+    """As `embed`, from the cache where the same body has met the same texts before.
+
+    The cache helps where it can and is silent where it cannot: it never fails a run.
+    """
+    place = cache_folder() / "embeddings" / content_hash(body, texts, normalize=normalize)
+    try:
+        found = load_rows(place / _ROWS)
+        if found.ndim == 2 and len(found) == len(texts):
+            os.utime(place)
+            logger.info("%s: taken from the cache (%s).", description, place)
+            return found
+    except (OSError, ValueError, EOFError):
+        pass
+    embeddings = embed(body, texts, batch_size=batch_size, normalize=normalize, description=description)
+    try:
+        shutil.rmtree(place, ignore_errors=True)  # whatever is there could not be read
+        with whole_folder(place) as part:
+            save_rows(embeddings, part / _ROWS)
+        _prune(place.parent, keep=place)
+    except (OSError, OutputError) as error:
+        logger.debug("The embeddings are not kept: %s", error)
+    return embeddings
+
+
+def content_hash(body: SentenceTransformer, texts: Sequence[str], *, normalize: bool) -> str:
+    """A name for all that decides a body's embeddings of texts: modules, weights, tokenizer, texts."""
+    digest = hashlib.sha256()
+
+    def add(content: bytes) -> None:
+        digest.update(len(content).to_bytes(8, "big"))
+        digest.update(content)
+
+    add(f"1 {normalize} {body.device.type} {body.max_seq_length} {body.prompts} {body.default_prompt_name}".encode())
+    add(repr(body).encode())
+    backend = getattr(body.tokenizer, "backend_tokenizer", None)
+    add((backend.to_str() if backend is not None else repr(body.tokenizer)).encode())
+    for name, value in body.state_dict().items():
+        add(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        add(np.ascontiguousarray(value.detach().cpu().float().numpy()).tobytes())
+    for text in texts:
+        add(text.encode())
+    return digest.hexdigest()[:32]
+
+
+def _prune(folder: Path, *, keep: Path) -> None:
+    """Remove what was used least lately until the rest fits."""
+    entries = []
+    for path in folder.iterdir():
+        rows = path / _ROWS
+        if rows.is_file():
+            entries.append((path.stat().st_mtime, rows.stat().st_size, path))
+    total = sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
+        if total <= MOST_BYTES:
+            return
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+            total -= size
