@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow lint format docs clean
+.PHONY: help install run bench test test-slow lint format docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)$$/  make \1\t\2/' | expand -t 22
@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 run: $(STAMP)  ## distil a teacher into a student on the bundled news corpus, offline
 	$(BIN)/setfit-kd run --preset newswire --output-dir runs/newswire --overwrite
+
+bench: $(STAMP)  ## compare with what one would use instead: make bench DATA="folder ..." ARGS=--quick
+	$(BIN)/python benchmarks/compare.py $(DATA) $(ARGS)
 
 test: $(STAMP)  ## run the tests (offline)
 	$(BIN)/python -m pytest

@@ -205,7 +205,7 @@ class Passes:
                 self.encoding += n
             return original(body, features, **kwargs)
 
-        SentenceTransformer.forward = forward
+        SentenceTransformer.forward = forward  # type: ignore[method-assign, assignment]
 
 
 def compete(name: str, case: Case) -> dict[str, Any]:

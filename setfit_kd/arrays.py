@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from tokenize import TokenError
 from typing import IO
 
 import numpy as np
@@ -60,9 +61,12 @@ def load_rows(path: Path) -> npt.NDArray[np.floating]:
 
     Raises:
         OSError: There is no such file.
-        ValueError: It is not one array of half or single precision.
+        ValueError: It is not one whole array of half or single precision.
     """
-    array = np.lib.format.open_memmap(path, mode="r")
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (SyntaxError, TokenError, TypeError, EOFError) as error:  # numpy parses the header as Python
+        raise ValueError(f"{path.name} has a damaged header ({error})") from None
     if array.dtype not in (np.float16, np.float32):
         raise ValueError(f"{path.name} holds no floating rows")
     return array if is_large(array.shape) else np.array(array)

@@ -66,10 +66,20 @@ def parse_objectives(written: str) -> dict[str, float]:
 
 
 def _objectives(written: str) -> str:
-    parse_objectives(written)
-    return written
+    """The one way in which the same objectives are written."""
+    weights = parse_objectives(written)
+    if "pairs" in weights:
+        return "pairs"
+    return ",".join(name if weight == 1 else f"{name}={weight:g}" for name, weight in weights.items())
 
 
+def _positive(value: float | str) -> float | str:
+    if isinstance(value, float) and not 0 < value < float("inf"):
+        raise ValueError("must be above 0, or auto")
+    return value
+
+
+HeadC = Annotated[float | Literal["auto"], AfterValidator(_positive)]
 Objectives = Annotated[str, AfterValidator(_objectives)]
 
 
@@ -91,9 +101,10 @@ class StageConfig(BaseModel):
         description="Most texts of a batch held in memory at once; changes memory and time, not the result [all].",
     )
     encode_batch_size: int = Field(32, ge=1, description="Texts encoded at once when scoring and evaluating.")
-    head_c: float = Field(
-        10.0, gt=0, allow_inf_nan=False, description="Inverse regularisation C of the logistic regressions."
+    head_c: HeadC = Field(
+        10.0, description="C of the logistic regressions, or auto: by cross-validation on the labeled texts."
     )
+    balance: bool = Field(False, description="Let every class weigh the same in a head, however frequent it is.")
     num_iterations: int = Field(
         20, ge=1, description="Pairs drawn for each text by the pairs objectives (twice that for the teacher)."
     )
@@ -144,9 +155,11 @@ class TeacherConfig(StageConfig):
     teacher_objective: Literal["in-batch", "pairs"] = Field(
         "in-batch", description="Teacher's objective: contrastive over whole batches, or SetFit's own pairs."
     )
-    teacher_steps: int = Field(20, ge=1, description="Steps of the in-batch teacher.")
+    teacher_steps: int | None = Field(
+        None, ge=1, description="Steps of the in-batch teacher [20, or two passes over the labels if that is more]."
+    )
     teacher_batch_size: int = Field(64, ge=4, description="Texts in an in-batch teacher's batch, evenly of each class.")
-    teacher_learning_rate: float = Field(2e-5, gt=0, lt=1, description="The teacher's learning rate.")
+    teacher_learning_rate: float = Field(8e-5, gt=0, lt=1, description="The teacher's learning rate.")
     refine: Literal["none", "self-training", "label-spreading"] = Field(
         "self-training", description="How the teacher's head is fitted anew on the pool before it labels it."
     )
@@ -157,15 +170,15 @@ class StudentConfig(StageConfig):
     """How the student learns from the teacher's signals."""
 
     objective: Objectives = Field(
-        "similarity",
+        "similarity,soft-labels",
         description="Student's objective: similarity, embedding, soft-labels, a weighted sum of them as in "
         "similarity,soft-labels=0.5, or pairs.",
     )
     epochs: int = Field(3, ge=1, description="Passes over the pool.")
     batch_size: int = Field(32, ge=4, description="Texts in a student batch.")
-    learning_rate: float = Field(2e-5, gt=0, lt=1, description="The student's learning rate.")
+    learning_rate: float = Field(2e-4, gt=0, lt=1, description="The student's learning rate.")
     dropout: bool = Field(False, description="Keep the student's dropout on while distilling.")
-    freeze_embeddings: bool = Field(False, description="Leave the student's word embeddings as they are.")
+    freeze_embeddings: bool = Field(True, description="Leave the student's word embeddings as they are.")
     patience: int | None = Field(
         None,
         ge=1,

@@ -96,8 +96,9 @@ def test_a_dry_run_counts_forward_passes(tiny_teacher: Path, tiny_student: Path,
     assert result.exit_code == 0, result.stderr
     rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line and line[0] != "-"}
     assert rows["teacher"] == ["32", str(3 * 16 + 32)]
-    assert rows["signals"] == ["100", "100"]
-    assert rows["student"] == ["100", str(2 * 100 + 100 + 32)]
+    assert rows["signals"] == [str(100 + 32), str(100 + 32)]
+    assert rows["student"] == [str(100 + 32), str(2 * (100 + 32) + 100 + 32)]
+    assert rows["baseline"] == rows["teacher"]
     assert rows["evaluation"] == ["200", "600"]
     assert list(tmp_path.iterdir()) == []
 

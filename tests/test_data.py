@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import random
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from setfit_kd.config import DataConfig
-from setfit_kd.data import LabeledSet, RunData, Source, draw_shots, encode_labels, load_run_data, prepare, read
+from setfit_kd.data import (
+    LabeledSet,
+    RunData,
+    Source,
+    draw_shots,
+    encode_labels,
+    load_run_data,
+    prepare,
+    read,
+    stream_texts,
+)
 from setfit_kd.data.prepare import normalise
 from setfit_kd.errors import ConfigError, DataError
 
@@ -95,6 +107,89 @@ def test_every_source_reads_as_a_pool(name: str) -> None:
     rows = read(SOURCES[name]())
     assert rows.texts == TEXTS
     assert rows.labels is None
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "pairs"])
+def test_every_source_streams_what_it_reads(name: str) -> None:
+    assert list(stream_texts(SOURCES[name]())) == TEXTS
+
+
+class Breaking(Sequence[str]):
+    """A list whose end cannot be had."""
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, place: Any) -> Any:
+        if place >= 3:
+            raise RuntimeError(f"row {place} was asked for")
+        return f"text {place}"
+
+
+class BreakingDataset:
+    """A data set whose end cannot be had."""
+
+    column_names = ("text",)
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        yield from ({"text": text} for text in Breaking())
+
+
+@pytest.mark.parametrize(
+    "source", [Breaking(), {"text": Breaking()}, BreakingDataset()], ids=["list", "columns", "set"]
+)
+def test_a_source_that_breaks_off_has_given_what_came_before(source: Any) -> None:
+    texts = stream_texts(source)
+    assert list(islice(texts, 3)) == ["text 0", "text 1", "text 2"]
+    with pytest.raises(RuntimeError, match="row 3"):
+        next(texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "line"),
+    [
+        ("a.jsonl", "", '{"text": "text"}\n'),
+        ("a.csv", "text,label\n", "text,x\n"),
+        ("a.tsv", "text\tlabel\n", "text\tx\n"),
+        ("a.txt", "", "text\n"),
+    ],
+)
+def test_a_file_is_read_no_further_than_asked(name: str, head: str, line: str) -> None:
+    Path(name).write_bytes((head + line * 100_000).encode() + b"\xff\n")
+    texts = stream_texts(name)
+    assert list(islice(texts, 1000)) == ["text"] * 1000
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(texts)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(["a", "", "b", None, 3, float("nan")], id="list"),
+        pytest.param({"text": ["a", "\ud800", " "]}, id="columns"),
+        pytest.param([""] * 10, id="many"),
+        pytest.param([], id="nothing"),
+        pytest.param({"body": ["a"]}, id="no such column"),
+        pytest.param("a.jsonl", id="line"),
+        pytest.param("nowhere.csv", id="no file"),
+        pytest.param("notes.md", id="ending"),
+    ],
+)
+def test_streaming_says_what_reading_says(source: Source) -> None:
+    Path("a.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": "b"}\n{"text": null}\n')
+    Path("notes.md").write_text("notes")
+    with pytest.raises(DataError) as reading:
+        read(source)
+    with pytest.raises(DataError) as streaming:
+        list(stream_texts(source))
+    assert str(streaming.value) == str(reading.value)
+
+
+def test_rows_that_cannot_be_used_are_told_after_those_that_can() -> None:
+    texts = stream_texts(["a", "", "b", None, "c"])
+    assert list(islice(texts, 3)) == ["a", "b", "c"]
+    with pytest.raises(DataError, match=r"row 2: the text is empty; row 4: no text"):
+        next(texts)
 
 
 def test_text_file_holds_a_text_a_line() -> None:
@@ -350,6 +445,69 @@ def test_same_seed_draws_the_same_and_another_seed_another() -> None:
     assert draw(5).report.pool == len(set(draw(5).pool)) == 20
 
 
+def pool_drawn(pool: Sequence[str], pool_size: int | None, *, seed: int = 0) -> list[str]:
+    return prepare(labeled_set(*BASE), pool, None, DataConfig.of(pool_size=pool_size, seed=seed)).pool
+
+
+MANY = [f"pool {i}" for i in range(60)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
+def test_a_smaller_draw_is_part_of_a_larger_one(seed: int) -> None:
+    draws = [pool_drawn(MANY, size, seed=seed) for size in (2, 7, 30, 59, 60, None)]
+    assert [len(draw) for draw in draws] == [2, 7, 30, 59, 60, 60]
+    for smaller, larger in pairwise(draws):
+        assert set(smaller) <= set(larger)
+        assert smaller == [text for text in larger if text in smaller]
+    assert draws[-1] == MANY
+
+
+def test_the_draw_does_not_depend_on_the_order_of_the_source() -> None:
+    expected = set(pool_drawn(MANY, 20))
+    for seed in range(5):
+        shuffled = random.Random(seed).sample(MANY, len(MANY))
+        draw = pool_drawn(shuffled, 20)
+        assert set(draw) == expected
+        assert draw == [text for text in shuffled if text in expected]
+
+
+def test_texts_that_come_or_go_leave_the_rest_of_the_draw() -> None:
+    draw = set(pool_drawn(MANY, 20))
+    assert set(pool_drawn([text for text in MANY if text in draw], 20)) == draw
+    more = set(pool_drawn([*MANY, *(f"more {i}" for i in range(30))], 20))
+    assert more & set(MANY) <= draw
+
+
+def test_every_text_is_drawn_as_often() -> None:
+    drawn = Counter(text for seed in range(400) for text in pool_drawn(MANY[:20], 5, seed=seed))
+    assert set(drawn) == set(MANY[:20])
+    assert drawn.total() == 2000
+    assert 65 < min(drawn.values()) <= max(drawn.values()) < 135  # four standard deviations about 100
+
+
+def test_texts_are_drawn_independently_of_each_other() -> None:
+    together = sum(set(MANY[:2]) <= set(pool_drawn(MANY[:4], 2, seed=seed)) for seed in range(300))
+    assert 25 < together < 75  # a sixth of all
+
+
+@pytest.mark.parametrize("pool_size", [None, 2])
+def test_a_text_counts_once_however_it_is_written(pool_size: int | None) -> None:
+    pool = ["Caf\u00e9 one", "CAFE\u0301 ONE", " caf\u00e9\u200b  one", "two", "TWO", "two\t", "\uff54wo", "three"]
+    config = DataConfig.of(pool_size=pool_size)
+    data = prepare(labeled_set(*BASE), pool, None, config)
+    assert data.report.pool_duplicates == 5
+    firsts = ["Caf\u00e9 one", "two", "three"]
+    assert data.pool == firsts if pool_size is None else len(data.pool) == 2
+    assert set(data.pool) <= set(firsts)
+    alone = prepare(labeled_set(*BASE), firsts, None, config)
+    assert data.pool == alone.pool
+
+
+def test_a_pool_may_be_gone_through_once_only() -> None:
+    data = prepare(labeled_set(*BASE), iter(MANY), None, DataConfig.of(pool_size=10))
+    assert data.pool == pool_drawn(MANY, 10)
+
+
 def test_small_class_is_named_and_used_whole(caplog: pytest.LogCaptureFixture) -> None:
     data = prepare(numbered({"large": 9, "small": 3}), ["pool"], None, DataConfig.of(shots=5))
     assert data.labeled.counts.tolist() == [5, 3]
@@ -416,6 +574,13 @@ def test_sources_that_are_not_named(given_sources: dict[str, Source], says: str)
 @example("\u0130\u0327")
 def test_normalise_is_idempotent(text: str) -> None:
     assert normalise(normalise(text)) == normalise(text)
+
+
+@PROPERTY
+@given(st.text(st.characters(max_codepoint=127)))
+@example("A\tB\r\n\x1c c\x00 ")
+def test_plain_texts_are_normalised_like_all_others(text: str) -> None:
+    assert normalise(text) == normalise(text + " \u00e9").removesuffix("\u00e9").rstrip(" ")
 
 
 @PROPERTY

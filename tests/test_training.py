@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from synthetic import BATCH, NAMES, POOL, QUICK, few_labels, pool_signals, same, texts_and_labels, weights
 
 from setfit_kd import TeacherSignals, score, train_student, train_teacher
 from setfit_kd.config import StudentConfig, TeacherConfig
@@ -30,44 +31,11 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 
 CPU = resolve_device("cpu")
-NAMES = ("sports", "business", "politics", "computing")
-WORDS = ("match goal team coach", "bank shares market profit", "minister vote talks law", "software phone data chip")
-POOL = 33
-BATCH = 16
 OBJECTIVES = ["similarity", "pairs"]
 LEARNING: dict[str, dict[str, Any]] = {
     "similarity": {"objective": "similarity", "epochs": 8},
     "pairs": {"objective": "pairs", "epochs": 2, "num_iterations": 8},
 }
-QUICK: dict[str, Any] = {"device": "cpu", "batch_size": BATCH, "epochs": 1, "num_iterations": 1, "learning_rate": 1e-2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to waiting for threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def texts_and_labels(n: int) -> tuple[list[str], npt.NDArray[np.int64]]:
-    rng = np.random.default_rng(0)
-    labels = np.arange(n) % len(NAMES)
-    return [f"{' '.join(rng.permutation(WORDS[label].split())[:3])} {i}" for i, label in enumerate(labels)], labels
-
-
-def pool_signals(n: int = POOL) -> TeacherSignals:
-    """Signals of a teacher with a wide-open geometry: a direction a class, and noise in twice the dimensions."""
-    texts, labels = texts_and_labels(n)
-    rng = np.random.default_rng(1)
-    embeddings = np.concatenate([np.eye(4)[labels], np.zeros((n, 4))], axis=1) + 0.3 * rng.normal(size=(n, 8))
-    probabilities = 0.6 * np.eye(4)[labels] + 0.4 * rng.dirichlet(np.ones(4), size=n)
-    return TeacherSignals(texts, probabilities.astype(np.float32), NAMES, embeddings.astype(np.float32))
-
-
-def few_labels() -> LabeledSet:
-    return LabeledSet(*texts_and_labels(16), NAMES)
 
 
 def cosines(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -80,14 +48,6 @@ def cosines(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 def spread(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Cosines of all pairs of different rows, flat."""
     return cosines(rows)[np.triu_indices(len(rows), 1)]
-
-
-def weights(model: SetFitModel) -> list[torch.Tensor]:
-    return [tensor.clone() for tensor in model.model_body.state_dict().values()]
-
-
-def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def student_trainer(
@@ -260,8 +220,9 @@ def test_a_last_batch_of_one_text_is_left_out(
     assert all(bool(parameter.isfinite().all()) for parameter in student_body.parameters())
 
 
-def test_a_student_is_trained_without_dropout_and_a_teacher_with_it(
-    student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dropout", [False, True])
+def test_dropout_is_on_in_training_only_when_asked_for(
+    student_body: SentenceTransformer, dropout: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes: list[bool] = []
     forward = torch.nn.Dropout.forward
@@ -272,13 +233,13 @@ def test_a_student_is_trained_without_dropout_and_a_teacher_with_it(
         return forward(self, rows)
 
     monkeypatch.setattr(torch.nn.Dropout, "forward", record)
-    train_student(pool_signals(), student_body, **QUICK)
-    assert modes
-    assert not any(modes)
+    for_student: dict[str, Any] = {**QUICK, **({"dropout": True} if dropout else {})}
+    for_teacher: dict[str, Any] = {"teacher_steps": 1, **({"teacher_dropout": True} if dropout else {})}
+    train_student(pool_signals(), student_body, **for_student)
+    assert set(modes) == {dropout}
     modes.clear()
-    train_teacher(few_labels(), student_body, device="cpu", teacher_steps=1, teacher_batch_size=8)
-    assert modes
-    assert all(modes)
+    train_teacher(few_labels(), student_body, device="cpu", precision="fp32", **for_teacher)
+    assert set(modes) == {dropout}
 
 
 # The head on soft and gold labels
@@ -415,16 +376,17 @@ def test_a_teachers_seed_decides_every_weight(tiny_teacher: Path) -> None:
     assert not same(trained[0], trained[2])
 
 
+@pytest.mark.parametrize("dropout", [False, True])
 def test_the_same_batches_under_another_seed_meet_another_dropout(
-    tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_teacher: Path, dropout: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     monkeypatch.setattr("setfit_kd.objectives.balanced_batches", lambda *_, **__: [list(range(8))] * 2)
+    settings: dict[str, Any] = {"teacher_steps": 2, "teacher_learning_rate": 1e-3, "teacher_dropout": dropout}
     one, two = (
-        train_teacher(few_labels(), tiny_teacher, device="cpu", teacher_steps=2, teacher_learning_rate=1e-3, seed=seed)
+        train_teacher(few_labels(), tiny_teacher, device="cpu", precision="fp32", seed=seed, **settings)
         for seed in (1, 2)
     )
-    assert not same(weights(one), weights(two))
+    assert same(weights(one), weights(two)) is not dropout
 
 
 def test_a_loaded_body_is_trained_in_place(teacher_body: SentenceTransformer) -> None:

@@ -79,11 +79,16 @@ _METAVARS: dict[Any, str] = {
     "text_column": "NAME[,NAME...]",
     "label_column": "NAME",
     "device": "DEVICE",
+    "objective": "NAME[=X][,...]",
+    "head_c": "X|auto",
 }
 
 
 def _plain(annotation: Any) -> Any:
-    """A setting's type without its ``| None`` and its validators."""
+    """A setting's type without its ``| None`` and its validators; text where there are several."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return _plain(next(part for part in get_args(annotation) if part is not type(None)))
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+        kinds = [part for part in get_args(annotation) if part is not type(None)]
+        return _plain(kinds[0]) if len(kinds) == 1 else str
+    return annotation

@@ -2,7 +2,7 @@
 
 from setfit_kd.models.bodies import cut_layers, load_body, locate, n_layers
 from setfit_kd.models.encode import embed, head_proba, predict_proba
-from setfit_kd.models.heads import fit_head, new_head
+from setfit_kd.models.heads import fit_head, new_head, settled_c
 from setfit_kd.models.store import load, new_model, save_model
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "new_model",
     "predict_proba",
     "save_model",
+    "settled_c",
 ]

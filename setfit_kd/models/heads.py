@@ -33,6 +33,7 @@ def fit_head(
     weights: npt.NDArray[np.floating] | None = None,
     *,
     C: float = DEFAULT_C,  # noqa: N803 - scikit-learn's name
+    balance: bool = False,
 ) -> LogisticRegression:
     """Fit a logistic regression to soft labels.
 
@@ -45,6 +46,7 @@ def fit_head(
         probabilities: (n, n_classes), rows summing to 1; two classes or more.
         weights: (n,) weight of each text; None weighs all alike.
         C: Inverse strength of the regularisation, as scikit-learn's.
+        balance: Let every class weigh the same in all, however many texts it has a share of.
 
     Returns:
         A head over the classes 0 to n_classes - 1.
@@ -56,6 +58,8 @@ def fit_head(
     targets = np.asarray(probabilities, np.float64)
     n, d = features.shape
     share = np.ones(n) if weights is None else np.asarray(weights, np.float64)
+    if balance:
+        targets, share = _balanced(targets, share)
     total = max(share.sum(), np.finfo(np.float64).tiny)
     share = share / total
     penalty = 1 / (C * total)
@@ -84,7 +88,7 @@ def fit_head(
         np.zeros(n_rows * (d + 1)),
         jac=True,
         method="L-BFGS-B",
-        options={"maxiter": 1000, "gtol": 1e-6, "ftol": 1e-12},
+        options={"maxiter": 1000, "gtol": 1e-5, "ftol": 1e-10},
     )
     matrix = found.x.reshape(n_rows, d + 1)
     head = new_head().set_params(C=C)
@@ -92,6 +96,65 @@ def fit_head(
     head.coef_, head.intercept_ = matrix[:, :d].copy(), matrix[:, d].copy()
     head.n_features_in_, head.n_iter_ = d, np.array([found.nit], np.int32)
     return head
+
+
+def _balanced(
+    targets: npt.NDArray[np.float64], share: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Labels and weights under which every class that has any weight has the same, and the sum is what it was."""
+    mass = share @ targets  # (n_classes,)
+    present = mass > 1e-9 * share.sum()
+    factor = np.where(present, share.sum() / present.sum() / np.where(present, mass, 1), 0)
+    scaled = targets * factor
+    of_text = scaled.sum(axis=1)
+    return scaled / np.maximum(of_text, 1e-300)[:, None], share * of_text
+
+
+def settled_c(
+    head_c: float | str,
+    embeddings: npt.NDArray[np.floating] | None = None,
+    labels: npt.NDArray[np.int64] | None = None,
+    *,
+    seed: int = 0,
+) -> float:
+    """The C that a setting names; ``auto`` is `choose_c` on labeled texts, or `DEFAULT_C` where there are none."""
+    if not isinstance(head_c, str):
+        return head_c
+    if embeddings is None or labels is None or not len(labels):
+        return DEFAULT_C
+    return choose_c(embeddings, labels, seed=seed)
+
+
+C_GRID = (1.0, 3.0, 10.0, 30.0, 100.0)
+_FOLDS = 5
+
+
+def choose_c(embeddings: npt.NDArray[np.floating], labels: npt.NDArray[np.int64], *, seed: int = 0) -> float:
+    """The C of `C_GRID` with the lowest log loss on gold labels in stratified cross-validation.
+
+    Where a class has a single text, which cannot be held out, `DEFAULT_C`.
+
+    Args:
+        embeddings: (n, d) of labeled texts.
+        labels: (n,) their classes, from 0.
+        seed: Of the folds.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    folds = min(_FOLDS, int(np.bincount(labels).min()))
+    if folds < 2:
+        return DEFAULT_C
+    one_hot = np.eye(int(labels.max()) + 1)[labels]
+    splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(embeddings, labels))
+
+    def loss(c: float) -> float:
+        losses = []
+        for training, held_out in splits:
+            said = fit_head(embeddings[training], one_hot[training], C=c).predict_proba(embeddings[held_out])
+            losses.append(-np.log(np.maximum(said[np.arange(len(held_out)), labels[held_out]], 1e-12)).mean())
+        return float(np.mean(losses))
+
+    return min(C_GRID, key=loss)
 
 
 def save_head(head: Any, folder: Path) -> bool:

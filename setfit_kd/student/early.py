@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from transformers import TrainerCallback
 
-from setfit_kd.models import embed, fit_head
+from setfit_kd.models import embed, fit_head, settled_c
 from setfit_kd.progress import shown_on
 from setfit_kd.signals import TeacherSignals
 
@@ -51,7 +51,7 @@ class AgreementStop(TrainerCallback):
         signals: The teacher's signals.
         training_rows, held_out_rows: Rows of the signals, see `hold_out`.
         patience: Looks without a better agreement before training stops.
-        head_c: As in `RunConfig`.
+        head_c, balance: As in `RunConfig`.
         encode_batch_size: Texts a forward pass.
         history: Step and agreement of each look.
     """
@@ -61,7 +61,8 @@ class AgreementStop(TrainerCallback):
     training_rows: npt.NDArray[np.int64]
     held_out_rows: npt.NDArray[np.int64]
     patience: int
-    head_c: float
+    head_c: float | str
+    balance: bool
     encode_batch_size: int
     history: list[tuple[int, float]] = field(default_factory=list)
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -83,7 +84,12 @@ class AgreementStop(TrainerCallback):
         with shown_on(None):
             embeddings = embed(self.body, [self.signals.texts[row] for row in rows], batch_size=self.encode_batch_size)
         self.body.train(was_training)
-        head = fit_head(embeddings[: len(sample)], self.signals.probabilities[sample], C=self.head_c)
+        head = fit_head(
+            embeddings[: len(sample)],
+            self.signals.probabilities[sample],
+            C=settled_c(self.head_c),
+            balance=self.balance,
+        )
         student = head.predict_proba(embeddings[len(sample) :])
         agreement = soft_agreement(self.signals.probabilities[self.held_out_rows], student)
         self.history.append((step, agreement))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from setfit_kd.config import StudentConfig, parse_objectives
 from setfit_kd.errors import DataError
-from setfit_kd.models import embed, fit_head
+from setfit_kd.models import embed, fit_head, settled_c
 from setfit_kd.objectives import (
     NO_GOLD,
     EmbeddingObjective,
@@ -32,10 +32,11 @@ HEAD_START_TEXTS = 256
 
 @dataclass(frozen=True)
 class Given:
-    """All that an in-batch objective may be made of; rows are those of the signals."""
+    """All that an in-batch objective may be made of; ``rows`` of the signals are trained on, ``gold`` is of all."""
 
     body: SentenceTransformer
     signals: TeacherSignals
+    rows: npt.NDArray[np.int64]
     gold: npt.NDArray[np.int64]
     config: StudentConfig
     options: Options
@@ -81,14 +82,14 @@ def _soft_labels(given: Given) -> Objective:
         **given.options,
     )
     rng = np.random.default_rng([config.seed, 5])
-    rows = np.sort(rng.permutation(len(signals))[:HEAD_START_TEXTS])
+    rows = np.sort(rng.permutation(given.rows)[:HEAD_START_TEXTS])
     embeddings = embed(
         given.body,
         [signals.texts[row] for row in rows],
         batch_size=config.encode_batch_size,
         description="Starting head",
     )
-    head = fit_head(embeddings, signals.probabilities[rows], C=config.head_c)
+    head = fit_head(embeddings, signals.probabilities[rows], C=settled_c(config.head_c), balance=config.balance)
     coef, intercept = head.coef_, head.intercept_
     if len(coef) == 1:  # two classes share one row; half of it to each gives the same probabilities
         coef, intercept = np.concatenate([-coef, coef]) / 2, np.concatenate([-intercept, intercept]) / 2

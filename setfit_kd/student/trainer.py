@@ -16,7 +16,7 @@ from torch import nn
 from setfit_kd.config import StudentConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.memory import inner_trainer_on
-from setfit_kd.models import embed, fit_head
+from setfit_kd.models import embed, fit_head, settled_c
 from setfit_kd.objectives import NO_GOLD, Options, PairsObjective, draw_pairs
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.student.early import AgreementStop, hold_out
@@ -84,6 +84,7 @@ class StudentTrainer(DistillationTrainer):
             held_out,
             patience,
             self.config.head_c,
+            self.config.balance,
             self.config.encode_batch_size,
         )
         self.st_trainer.add_callback(stop)
@@ -93,7 +94,7 @@ class StudentTrainer(DistillationTrainer):
         self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
     ) -> tuple[Dataset, nn.Module]:
         """The texts to train on with the objective that the config names."""
-        given = Given(self.model.model_body, self.signals, self.gold, self.config, self.options)
+        given = Given(self.model.model_body, self.signals, self.rows, self.gold, self.config, self.options)
         if self.config.objective == "pairs":
             left, right, cosines = draw_pairs(
                 given.teacher_embeddings[self.rows], pairs_per_text=args.num_iterations, seed=args.seed
@@ -124,21 +125,33 @@ class StudentTrainer(DistillationTrainer):
         embeddings = embed(
             self.model.model_body, texts, batch_size=self.config.encode_batch_size, description="Fitting head"
         )
-        self.model.model_head = fit_head(embeddings, probabilities, weights, C=self.config.head_c)
+        gold = self._gold_set
+        strength = settled_c(
+            self.config.head_c,
+            embeddings[-len(gold) :] if gold else None,
+            gold.labels if gold else None,
+            seed=self.config.seed,
+        )
+        self.model.model_head = fit_head(embeddings, probabilities, weights, C=strength, balance=self.config.balance)
+
+    @property
+    def _gold_set(self) -> LabeledSet | None:
+        """The labeled texts, where they count for anything in the head."""
+        return self.labeled if self.labeled and self.config.gold_weight > 0 else None
 
     def _head_examples(self) -> tuple[list[str], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """m texts with their (m, n_classes) labels, soft or gold, and (m,) weights."""
-        use_gold = self.labeled is not None and self.config.gold_weight > 0
-        rows = np.flatnonzero(self.gold == NO_GOLD) if use_gold else np.arange(len(self.signals))
+        """m texts with their (m, n_classes) labels and (m,) weights: soft labels first, gold labels last."""
+        gold = self._gold_set
+        rows = np.flatnonzero(self.gold == NO_GOLD) if gold else np.arange(len(self.signals))
         if len(rows) > HEAD_TEXTS:
             rows = np.sort(np.random.default_rng([self.config.seed, 7]).choice(rows, HEAD_TEXTS, replace=False))
         texts = [self.signals.texts[row] for row in rows]
         probabilities, weights = self.signals.probabilities[rows], np.ones(len(rows), np.float32)
-        if self.labeled is not None and use_gold:
-            texts += self.labeled.texts
-            one_hot = np.eye(len(self.signals.label_names), dtype=np.float32)[self.labeled.labels]
+        if gold:
+            texts += gold.texts
+            one_hot = np.eye(len(gold.label_names), dtype=np.float32)[gold.labels]
             probabilities = np.concatenate([probabilities, one_hot])
-            weights = np.concatenate([weights, np.full(len(self.labeled), self.config.gold_weight, np.float32)])
+            weights = np.concatenate([weights, np.full(len(gold), self.config.gold_weight, np.float32)])
         return texts, probabilities, weights
 
 

@@ -1,6 +1,6 @@
 """Training a teacher on the few labels, and scoring a pool with it."""
 
-from setfit_kd.teacher.refine import refine
+from setfit_kd.teacher.refinement import refine
 from setfit_kd.teacher.scoring import refine_and_score, score
 from setfit_kd.teacher.steps import teacher_passes
 from setfit_kd.teacher.train import train_teacher

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.arrays import load_rows, save_rows
+from setfit_kd.arrays import in_parts, load_rows, save_rows
 from setfit_kd.errors import OutputError
 from setfit_kd.files import whole_folder
 from setfit_kd.models import embed
@@ -45,14 +47,12 @@ def cached_embed(
     The cache helps where it can and is silent where it cannot: it never fails a run.
     """
     place = cache_folder() / "embeddings" / content_hash(body, texts, normalize=normalize)
-    try:
-        found = load_rows(place / _ROWS)
-        if found.ndim == 2 and len(found) == len(texts):
+    found = _found(place / _ROWS, (len(texts), body.get_embedding_dimension()))
+    if found is not None:
+        with suppress(OSError):  # others' caches may only be read
             os.utime(place)
-            logger.info("%s: taken from the cache (%s).", description, place)
-            return found
-    except (OSError, ValueError, EOFError):
-        pass
+        logger.info("%s: taken from the cache (%s).", description, place)
+        return found
     embeddings = embed(body, texts, batch_size=batch_size, normalize=normalize, description=description)
     try:
         shutil.rmtree(place, ignore_errors=True)  # whatever is there could not be read
@@ -62,6 +62,16 @@ def cached_embed(
     except (OSError, OutputError) as error:
         logger.debug("The embeddings are not kept: %s", error)
     return embeddings
+
+
+def _found(path: Path, shape: tuple[int, int | None]) -> npt.NDArray[np.floating] | None:
+    """The embeddings in a file, if there are any, whole and of that shape; a width of None is any."""
+    try:
+        rows = load_rows(path)
+    except (OSError, ValueError):
+        return None
+    fits = rows.ndim == 2 and len(rows) == shape[0] and shape[1] in (None, rows.shape[1])
+    return rows if fits and all(np.isfinite(part).all() for part in in_parts(rows)) else None
 
 
 def content_hash(body: SentenceTransformer, texts: Sequence[str], *, normalize: bool) -> str:
@@ -75,7 +85,10 @@ def content_hash(body: SentenceTransformer, texts: Sequence[str], *, normalize: 
     add(f"1 {normalize} {body.device.type} {body.max_seq_length} {body.prompts} {body.default_prompt_name}".encode())
     add(repr(body).encode())
     backend = getattr(body.tokenizer, "backend_tokenizer", None)
-    add((backend.to_str() if backend is not None else repr(body.tokenizer)).encode())
+    described = json.loads(backend.to_str()) if backend is not None else repr(body.tokenizer)
+    if isinstance(described, dict):  # these two are set by use, as the body's own settings say
+        described = {key: value for key, value in described.items() if key not in ("truncation", "padding")}
+    add(json.dumps(described).encode())
     for name, value in body.state_dict().items():
         add(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         add(np.ascontiguousarray(value.detach().cpu().float().numpy()).tobytes())

@@ -12,7 +12,7 @@ from setfit_kd.errors import DataError
 from setfit_kd.models import embed, head_proba
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.teacher.cache import cached_embed
-from setfit_kd.teacher.refine import refine
+from setfit_kd.teacher.refinement import refine
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
@@ -83,6 +83,7 @@ def refine_and_score(
         rows[: len(pool)],
         method=config.refine,
         head_c=config.head_c,
+        balance=config.balance,
         seed=config.seed,
     )
     return refined, replace(signals, probabilities=head_proba(refined, rows))

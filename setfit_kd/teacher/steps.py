@@ -9,20 +9,27 @@ PAIRS_BATCH = 16
 """Pairs in a batch, as SetFit has it by default."""
 
 
+LEAST_STEPS, LEAST_PASSES = 20, 2
+"""What an in-batch teacher takes unless told otherwise: so many steps, and so many passes over all labels."""
+
+
 def teacher_batches(config: TeacherConfig, labeled: LabeledSet) -> list[list[int]]:
     """The batches of the in-batch objective, as rows of the labeled set."""
     from setfit_kd.objectives import balanced_batches
 
     return balanced_batches(
-        labeled.labels, batch_size=config.teacher_batch_size, steps=config.teacher_steps, seed=config.seed
+        labeled.labels,
+        batch_size=config.teacher_batch_size,
+        steps=teacher_steps(config, labeled),
+        seed=config.seed,
     )
 
 
 def teacher_steps(config: TeacherConfig, labeled: LabeledSet) -> int:
     """Steps of training a teacher's body."""
-    return (
-        config.teacher_steps if config.teacher_objective == "in-batch" else -(-_pairs(config, labeled) // PAIRS_BATCH)
-    )
+    if config.teacher_objective == "pairs":
+        return -(-_pairs(config, labeled) // PAIRS_BATCH)
+    return config.teacher_steps or max(LEAST_STEPS, -(-LEAST_PASSES * len(labeled) // config.teacher_batch_size))
 
 
 def teacher_passes(config: TeacherConfig, labeled: LabeledSet) -> int:

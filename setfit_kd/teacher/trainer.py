@@ -13,7 +13,7 @@ from torch import nn
 from setfit_kd.config import TeacherConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.memory import inner_trainer_on
-from setfit_kd.models import embed, fit_head
+from setfit_kd.models import embed, fit_head, settled_c
 from setfit_kd.objectives import ContrastiveObjective
 from setfit_kd.teacher.steps import PAIRS_BATCH, teacher_batches
 from setfit_kd.training import FixedBatches, training_arguments
@@ -72,8 +72,10 @@ class TeacherTrainer(Trainer):
         embeddings = embed(
             self.model.model_body, x_train, batch_size=self.config.encode_batch_size, description="Fitting head"
         )
-        one_hot = np.eye(len(self.labeled.label_names), dtype=np.float32)[np.asarray(y_train)]
-        self.model.model_head = fit_head(embeddings, one_hot, C=self.config.head_c)
+        labels = np.asarray(y_train)
+        strength = settled_c(self.config.head_c, embeddings, labels, seed=self.config.seed)
+        one_hot = np.eye(len(self.labeled.label_names), dtype=np.float32)[labels]
+        self.model.model_head = fit_head(embeddings, one_hot, C=strength, balance=self.config.balance)
 
 
 def _no_metric(*_: Any) -> dict[str, float]:

@@ -1,0 +1,172 @@
+"""Time and peak memory against the size of the pool, one process each.
+
+Run: python benchmarks/scale.py [--sizes 1000,10000,100000] [--signals-only 1000000]
+The pool is made of twelve words drawn from the bundled news corpus a text, written to Parquet and streamed from there.
+Up to --sizes, all stages run with real models, the student passing over the pool once; for --signals-only, the pool is
+read, sampled, and scored by a random teacher of one layer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import numpy as np
+
+HERE = Path(__file__).parent
+WORDS = 12
+
+
+@click.command()
+@click.option("--sizes", default="1000,10000,100000", help="Pools that go through all stages.")
+@click.option("--signals-only", default="1000000", help="Pools that are only read, sampled and scored.")
+@click.option("--threads", default=2, type=click.IntRange(1))
+@click.option("--output", default=HERE / "results", type=click.Path(path_type=Path))
+def main(sizes: str, signals_only: str, threads: int, output: Path) -> None:
+    """Measure and write a table."""
+    jobs = [("run", int(n)) for n in sizes.split(",") if n] + [
+        ("signals", int(n)) for n in signals_only.split(",") if n
+    ]
+    cells: list[dict[str, Any]] = []
+    for kind, n in jobs:
+        with TemporaryDirectory(prefix="setfit-kd-") as scratch:
+            number = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+            environment = {**os.environ, **number, "TOKENIZERS_PARALLELISM": "false", "TMPDIR": scratch}
+            command = [sys.executable, __file__, "--worker", kind, str(n), scratch]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise click.ClickException(f"{kind} {n} failed:\n{done.stderr[-3000:]}")
+            cells.append(json.loads(done.stdout.splitlines()[-1]))
+            click.echo(cells[-1])
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "scale.json").write_text(json.dumps(cells, indent=1) + "\n")
+    (output / "scale.md").write_text(table(cells, threads))
+
+
+def table(cells: list[dict[str, Any]], threads: int) -> str:
+    """The cells as Markdown."""
+    lines = [
+        "# Time and memory against the size of the pool",
+        "",
+        f"{threads} threads on {os.cpu_count()} cores; texts of {WORDS} words. Whole runs are of all-MiniLM-L6-v2 and",
+        "its layers 0, 2 and 5, the student passing over the pool once; a row without a student is read, sampled and",
+        "scored only, by a random teacher of one layer.",
+        "",
+        "| pool | reading, s | signals, s | student, s | peak memory, MiB | of that before the pool, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        student = f"{cell['student']:.0f}" if "student" in cell else ""
+        lines.append(
+            f"| {cell['pool']:,} | {cell['reading']:.1f} | {cell['signals']:.0f} | {student} | {cell['peak_mb']:,} "
+            f"| {cell['before_mb']:,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write_pool(path: Path, n: int) -> None:
+    """A Parquet file of n texts, written a part at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from setfit_kd.data import read
+
+    vocabulary = np.array(sorted({word for text in read("bundled:newswire").texts for word in text.split()}))
+    rng = np.random.default_rng(0)
+    with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
+        for start in range(0, n, 10_000):
+            words = vocabulary[rng.integers(0, len(vocabulary), (min(10_000, n - start), WORDS))]
+            writer.write_table(pa.table({"text": [" ".join(row) for row in words]}))
+
+
+def tiny_body(folder: Path) -> Any:
+    """The demo model's tokenizer over a random body of one layer, 128 wide."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    from setfit_kd.models import locate
+
+    tokenizer = AutoTokenizer.from_pretrained(locate("demo:all-MiniLM-L6-v2"))
+    shape: dict[str, Any] = {
+        "hidden_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 256,
+    }
+    BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "tiny")
+    tokenizer.save_pretrained(folder / "tiny")
+    return SentenceTransformer(
+        modules=[Transformer(str(folder / "tiny"), max_seq_length=64), Pooling(128)], device="cpu"
+    )
+
+
+def peak_mb() -> int:
+    """The process's largest resident size so far, in MiB; mapped pages that are in memory are counted."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def work(kind: str, n: int, scratch: Path) -> dict[str, Any]:
+    """One measurement."""
+    from setfit_kd import RunConfig, train_student, train_teacher
+    from setfit_kd.data import load_run_data
+    from setfit_kd.memory import resolve_device
+    from setfit_kd.models import cut_layers, load_body, locate
+    from setfit_kd.teacher import refine_and_score
+
+    write_pool(scratch / "pool.parquet", n)
+    config = RunConfig.of(
+        labeled="bundled:newswire",
+        unlabeled=str(scratch / "pool.parquet"),
+        shots=16,
+        pool_size=n,
+        epochs=1,
+        encode_batch_size=64,
+        device="cpu",
+        cache=False,
+    )
+    small = RunConfig.of(**{**config.model_dump(), "unlabeled": "bundled:newswire", "pool_size": 64})
+    labeled = load_run_data(small).labeled
+    body = (
+        tiny_body(scratch) if kind == "signals" else load_body(locate("demo:all-MiniLM-L6-v2"), resolve_device("cpu"))
+    )
+    student = None if kind == "signals" else cut_layers(body, (0, 2, 5))
+    teacher = train_teacher(labeled, body, config=config)
+    cell: dict[str, Any] = {"pool": n, "before_mb": peak_mb()}
+    started = time.perf_counter()
+    data = load_run_data(config)
+    cell["reading"] = round(time.perf_counter() - started, 2)
+    started = time.perf_counter()
+    _, signals = refine_and_score(teacher, data.labeled, data.pool, config)
+    cell["signals"] = round(time.perf_counter() - started, 2)
+    if student is not None:
+        started = time.perf_counter()
+        train_student(signals, student, labeled=data.labeled, config=config)
+        cell["student"] = round(time.perf_counter() - started, 2)
+    else:
+        from setfit_kd.objectives import SimilarityObjective, draw_pairs
+
+        assert signals.embeddings is not None
+        draw_pairs(signals.embeddings, pairs_per_text=1, seed=0)
+        import torch
+
+        objective = SimilarityObjective(torch.nn.Identity(), signals.embeddings)  # type: ignore[arg-type]
+        rng = np.random.default_rng(0)
+        for _ in range(1000):
+            objective.targets(torch.as_tensor(rng.integers(0, n, 32)))
+    return {**cell, "peak_mb": peak_mb()}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        print(json.dumps(work(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))))
+    else:
+        main()

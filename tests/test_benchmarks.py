@@ -1,0 +1,57 @@
+"""The comparison: what it computes of its cells, and one whole round with tiny models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import compare  # noqa: E402
+
+
+def test_the_contestants_are_those_of_the_table() -> None:
+    import contestants
+
+    assert list(contestants.CONTESTANTS) == list(compare.ROWS)
+    assert set(compare.BEFORE) <= set(compare.ROWS)
+    order = list(compare.ROWS)
+    for row, before in compare.BEFORE.items():
+        assert all(order.index(name) < order.index(row) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([0.5], "50.0"), ([0.5, 0.7], "60.0 ± 14.1"), ([0.5, 0.5, 0.5], "50.0 ± 0.0")]
+)
+def test_a_cell_is_a_mean_and_where_there_are_several_its_spread(values: list[float], expected: str) -> None:
+    assert compare.spread([{"accuracy": value} for value in values], "accuracy", 100) == expected
+
+
+@pytest.mark.slow
+def test_a_whole_round_writes_table_figures_and_plot_and_is_not_run_twice(
+    tmp_path: Path, tiny_teacher: Path, tiny_student: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    command: list[Any] = [sys.executable, BENCHMARKS / "compare.py", "--quick", "--shots", 4, "--threads", 1]
+    command += ["--teacher", tiny_teacher, "--student", tiny_student]
+    command += ["--output", tmp_path / "results", "--work", tmp_path / "work"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    assert done.stdout.count("seed 0") == len(compare.ROWS)
+    results = tmp_path / "results" / "quick"
+    assert {path.name for path in results.iterdir()} == {
+        "newswire-4-shots.json",
+        "newswire-4-shots.md",
+        "accuracy-4-shots.png",
+    }
+    rows = json.loads((results / "newswire-4-shots.json").read_text())["rows"]
+    assert rows["stock_student"][0]["training_passes"] == 125 * 16 * 2
+    assert rows["pairs_student"][0]["training_passes"] == 2 * 8 * (250 + 16)
+    assert rows["student"][0]["training_passes"] == 3 * (250 + 16)
+    assert all(0 < rows[row][0]["accuracy"] < 1 and rows[row][0]["peak_mb"] > 0 for row in rows)
+    again = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    assert "seed 0" not in again.stdout
