@@ -19,6 +19,8 @@ WORDS = ("match goal team coach", "bank shares market profit", "minister vote ta
 POOL = 33
 BATCH = 16
 QUICK: dict[str, Any] = {
+    "objective": "similarity",
+    "freeze_embeddings": False,
     "device": "cpu",
     "precision": "fp32",
     "batch_size": BATCH,

@@ -380,7 +380,7 @@ def test_frozen_word_embeddings_stay_and_the_rest_moves(
 
 def test_word_embeddings_can_be_trained_again_after_a_training_that_failed(student_body: SentenceTransformer) -> None:
     with pytest.raises(DataError):
-        train_student(without_embeddings(pool_signals()), student_body, **QUICK, freeze_embeddings=True)
+        train_student(without_embeddings(pool_signals()), student_body, **{**QUICK, "freeze_embeddings": True})
     assert all(parameter.requires_grad for parameter in student_body.parameters())
 
 
@@ -395,7 +395,7 @@ def test_a_body_without_word_embeddings_has_none_to_freeze() -> None:
     static = StaticEmbedding(tokenizer, embedding_dim=6)
     body = SentenceTransformer(modules=[static, Dense(6, 6)], device="cpu")
     before = [value.clone() for value in body.state_dict().values()]
-    model = train_student(pool_signals(), body, **QUICK, freeze_embeddings=True)
+    model = train_student(pool_signals(), body, **{**QUICK, "freeze_embeddings": True})
     assert not same(before, weights(model))
     assert predict_proba(model, ["match goal"]).shape == (1, 4)
 
