@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -64,8 +65,10 @@ def main(folders: tuple[Path, ...], output: Path, work: Path, quick: bool, **set
     output.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, list[Cell]]] = {}
     for name, sources in data_sets(folders).items():
-        results[name] = run_all(name, sources, work, **settings)
-        write(name, results[name], output, settings)
+        for cells in run_seeds(name, sources, work, **settings):
+            results[name] = cells
+            write(name, cells, output, settings)
+        click.echo((output / f"{name}-{settings['shots']}-shots.md").read_text())
     plot(results, output / f"accuracy-{settings['shots']}-shots.png")
 
 
@@ -83,8 +86,11 @@ def data_sets(folders: tuple[Path, ...]) -> dict[str, dict[str, str]]:
     }
 
 
-def run_all(name: str, sources: dict[str, str], work: Path, **settings: Any) -> dict[str, list[Cell]]:
-    """Every row at every seed, each in a process of its own; those that are there already are read."""
+def run_seeds(name: str, sources: dict[str, str], work: Path, **settings: Any) -> Iterator[dict[str, list[Cell]]]:
+    """Every row at every seed, each in a process of its own; those that are there already are read.
+
+    Yields all cells so far after each seed.
+    """
     seeds, threads = settings.pop("seeds"), settings.pop("threads")
     cells: dict[str, list[Cell]] = {row: [] for row in ROWS}
     for seed in range(seeds):
@@ -100,7 +106,7 @@ def run_all(name: str, sources: dict[str, str], work: Path, **settings: Any) -> 
                 cell = json.loads(result.read_text())
                 click.echo(f" {100 * cell['accuracy']:.1f} %, {cell['seconds']:.0f} s")
             cells[row].append(json.loads(result.read_text()))
-    return cells
+        yield cells
 
 
 def run_one(row: str, folder: Path, threads: int) -> None:
@@ -149,7 +155,6 @@ def write(name: str, cells: dict[str, list[Cell]], output: Path, settings: dict[
             f"| {mean(c['peak_mb'] for c in values):,.0f} |"
         )
     (output / f"{stem}.md").write_text("\n".join(lines) + "\n")
-    click.echo("\n".join(lines) + "\n")
 
 
 def spread(cells: list[Cell], key: str, scale: float = 1.0) -> str:

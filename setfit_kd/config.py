@@ -159,7 +159,7 @@ class TeacherConfig(StageConfig):
         None, ge=1, description="Steps of the in-batch teacher [20, or two passes over the labels if that is more]."
     )
     teacher_batch_size: int = Field(64, ge=4, description="Texts in an in-batch teacher's batch, evenly of each class.")
-    teacher_learning_rate: float = Field(8e-5, gt=0, lt=1, description="The teacher's learning rate.")
+    teacher_learning_rate: float = Field(6e-5, gt=0, lt=1, description="The teacher's learning rate.")
     refine: Literal["none", "self-training", "label-spreading"] = Field(
         "self-training", description="How the teacher's head is fitted anew on the pool before it labels it."
     )
@@ -170,13 +170,13 @@ class StudentConfig(StageConfig):
     """How the student learns from the teacher's signals."""
 
     objective: Objectives = Field(
-        "similarity,soft-labels",
+        "similarity,soft-labels=3",
         description="Student's objective: similarity, embedding, soft-labels, a weighted sum of them as in "
         "similarity,soft-labels=0.5, or pairs.",
     )
     epochs: int = Field(3, ge=1, description="Passes over the pool.")
     batch_size: int = Field(32, ge=4, description="Texts in a student batch.")
-    learning_rate: float = Field(2e-4, gt=0, lt=1, description="The student's learning rate.")
+    learning_rate: float = Field(3e-4, gt=0, lt=1, description="The student's learning rate.")
     dropout: bool = Field(False, description="Keep the student's dropout on while distilling.")
     freeze_embeddings: bool = Field(True, description="Leave the student's word embeddings as they are.")
     patience: int | None = Field(

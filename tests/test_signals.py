@@ -275,11 +275,13 @@ def test_a_large_array_is_filled_on_disk_and_its_file_goes_with_it(
     assert array.dtype == np.float16
     array[5] = 1
     view = array[5:]
-    assert len(list(tmp_path.iterdir())) == 1
     del array
     gc.collect()
-    assert list(tmp_path.iterdir()) == []
     np.testing.assert_array_equal(view[0], [1, 1, 1])
+    assert len(list(tmp_path.iterdir())) == 1
+    del view
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("small_memory")
