@@ -182,6 +182,7 @@ def test_doctor_tells_what_can_run() -> None:
     assert "torch" in result.stdout
     assert "ag_news               cannot run" in result.stdout
     assert "newswire" in result.stdout
+    assert "0 MiB of embeddings" in result.stdout
 
 
 def test_an_interrupt_ends_at_once_with_130(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": STAGE,
     "runfolder": GROUND,
     "pipeline": STAGE | {"teacher", "student", "evaluation", "runfolder"},
-    "cli": STAGE | {"hub", "evaluation", "runfolder", "pipeline"},
+    "cli": STAGE | {"hub", "teacher", "evaluation", "runfolder", "pipeline"},
     "__main__": {"cli"},
 }
 """Which rooms a room may import from: data moves one way, and no two rooms know each other."""

@@ -18,6 +18,7 @@ def doctor() -> None:
     from setfit_kd import hub
     from setfit_kd.memory import resolve_device
     from setfit_kd.runfolder import versions
+    from setfit_kd.teacher import cache_bytes, cache_folder
 
     click.echo("Versions")
     for package, version in versions().items():
@@ -34,6 +35,9 @@ def doctor() -> None:
     why = " (HF_HUB_OFFLINE is set)" if hub.is_offline() else ""
     click.echo("Hub")
     click.echo(f"  {hub.endpoint():<21} {'reachable' if reachable else 'not reachable'}{why}")
+    folder, size = cache_folder(), cache_bytes()
+    click.echo("Cache")
+    click.echo(f"  {folder}  {size / 2**20:,.0f} MiB of embeddings")
     click.echo("Presets")
     for name in PRESETS:
         obstacle = _obstacle(name, reachable)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 VARIABLE = "SETFIT_KD_CACHE"
 MOST_BYTES = 2 << 30
 """What the cache may hold; what was not used for longest goes first."""
-_ROWS = "embeddings.npy"
+_EMBEDDINGS, _ROWS = "embeddings", "embeddings.npy"
 
 
 def cache_folder() -> Path:
@@ -39,6 +39,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setfit-kd"
 
 
+def cache_bytes() -> int:
+    """How much is kept."""
+    return sum(path.stat().st_size for path in (cache_folder() / _EMBEDDINGS).glob(f"*/{_ROWS}"))
+
+
 def cached_embed(
     body: SentenceTransformer, texts: Sequence[str], *, batch_size: int, normalize: bool, description: str
 ) -> npt.NDArray[np.floating]:
@@ -46,7 +51,7 @@ def cached_embed(
 
     The cache helps where it can and is silent where it cannot: it never fails a run.
     """
-    place = cache_folder() / "embeddings" / content_hash(body, texts, normalize=normalize)
+    place = cache_folder() / _EMBEDDINGS / content_hash(body, texts, normalize=normalize)
     found = _found(place / _ROWS, (len(texts), body.get_embedding_dimension()))
     if found is not None:
         with suppress(OSError):  # others' caches may only be read
