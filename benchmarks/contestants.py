@@ -176,18 +176,21 @@ def classes_of(model: SetFitModel) -> Predict:
     return lambda texts: predict_proba(model, texts).argmax(axis=1)
 
 
-CONTESTANTS: dict[str, tuple[str, Callable[[Case, RunData], Predict]]] = {
-    "tfidf": ("TF-IDF + logistic regression", tfidf),
-    "frozen": ("frozen encoder + logistic regression", frozen),
-    "stock_teacher": ("teacher: SetFit's Trainer, pairs", stock_teacher),
-    "teacher": ("teacher: in-batch", teacher),
-    "refined_teacher": ("teacher: in-batch, refined by the pool", refined_teacher),
-    "labels_alone": ("student: labels alone", labels_alone),
-    "stock_student": ("student: SetFit's DistillationTrainer", stock_student),
-    "pairs_student": ("student: pairs with right targets", pairs_student),
-    "student": ("student: setfit-kd", student),
+CONTESTANTS: dict[str, Callable[[Case, RunData], Predict]] = {
+    contestant.__name__: contestant
+    for contestant in (
+        tfidf,
+        frozen,
+        stock_teacher,
+        teacher,
+        refined_teacher,
+        labels_alone,
+        stock_student,
+        pairs_student,
+        student,
+    )
 }
-"""Name, what to call it, and how it is trained; later ones may use what earlier ones kept."""
+"""How each is trained; later ones may use what earlier ones kept."""
 
 
 class Passes:
@@ -217,7 +220,7 @@ def compete(name: str, case: Case) -> dict[str, Any]:
         tests = tests.take(np.sort(np.random.default_rng(0).permutation(len(tests))[: case.tests]))
     passes = Passes()
     started = time.perf_counter()
-    predict = CONTESTANTS[name][1](case, data)
+    predict = CONTESTANTS[name](case, data)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     counted = {"training_passes": passes.training, "encoding_passes": passes.encoding}

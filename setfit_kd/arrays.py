@@ -47,6 +47,13 @@ def in_parts(array: npt.NDArray[np.floating]) -> Iterator[npt.NDArray[np.floatin
         yield array[start : start + _PART_ROWS]
 
 
+def at_most(rows: npt.NDArray[np.int64], most: int, *, seed: list[int]) -> npt.NDArray[np.int64]:
+    """The rows, or where there are more than ``most``, so many of them, drawn by the seed and sorted."""
+    if len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
+
+
 def save_rows(array: npt.NDArray[np.floating], path: Path) -> None:
     """Write an array as a ``.npy`` file, in single precision or, if it is large, in half."""
     kind = np.float16 if is_large(array.shape) else np.float32

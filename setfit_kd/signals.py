@@ -164,7 +164,7 @@ class TeacherSignals:
             if not all(isinstance(text, str) for text in texts) or not isinstance(about["label_names"], list):
                 raise DataError(f"The signals in {folder} hold no texts or no labels.", hint="Score the pool again.")
             return cls(texts, probabilities, tuple(about["label_names"]), embeddings, about["origin"])
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{folder} holds no whole signals ({error}).", hint="Score the pool again.") from None

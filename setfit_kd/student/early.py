@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,10 +81,8 @@ class AgreementStop(TrainerCallback):
         """Measure the agreement; keep the weights if it is the best so far."""
         sample = self.training_rows[:: max(1, len(self.training_rows) // MOST_HELD_OUT)][:MOST_HELD_OUT]
         rows = np.concatenate([sample, self.held_out_rows])
-        was_training = self.body.training
         with shown_on(None):
             embeddings = embed(self.body, [self.signals.texts[row] for row in rows], batch_size=self.encode_batch_size)
-        self.body.train(was_training)
         head = fit_head(
             embeddings[: len(sample)],
             self.signals.probabilities[sample],
@@ -103,8 +102,6 @@ class AgreementStop(TrainerCallback):
         """Put the best weights back."""
         if self.best_weights:
             self.body.load_state_dict(self.best_weights)
-            logger.info("The student agrees best with the teacher after step %d.", max(self.history, key=_agreement)[0])
-
-
-def _agreement(look: tuple[int, float]) -> float:
-    return look[1]
+            logger.info(
+                "The student agrees best with the teacher after step %d.", max(self.history, key=itemgetter(1))[0]
+            )

@@ -39,7 +39,11 @@ class Given:
     rows: npt.NDArray[np.int64]
     gold: npt.NDArray[np.int64]
     config: StudentConfig
-    options: Options
+
+    @property
+    def options(self) -> Options:
+        """How objectives pass texts through the body."""
+        return {"dropout": self.config.dropout, "micro_batch_size": self.config.micro_batch_size}
 
     @property
     def teacher_embeddings(self) -> npt.NDArray[np.floating]:

@@ -13,11 +13,12 @@ from datasets import Dataset
 from setfit import DistillationTrainer, SetFitModel, TrainingArguments
 from torch import nn
 
+from setfit_kd.arrays import at_most
 from setfit_kd.config import StudentConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.memory import inner_trainer_on
 from setfit_kd.models import embed, fit_head, settled_c
-from setfit_kd.objectives import NO_GOLD, Options, PairsObjective, draw_pairs
+from setfit_kd.objectives import NO_GOLD, PairsObjective, draw_pairs
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.student.early import AgreementStop, hold_out
 from setfit_kd.student.objective import Given, gold_of, in_batch_objective
@@ -94,7 +95,7 @@ class StudentTrainer(DistillationTrainer):
         self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
     ) -> tuple[Dataset, nn.Module]:
         """The texts to train on with the objective that the config names."""
-        given = Given(self.model.model_body, self.signals, self.rows, self.gold, self.config, self.options)
+        given = Given(self.model.model_body, self.signals, self.rows, self.gold, self.config)
         if self.config.objective == "pairs":
             left, right, cosines = draw_pairs(
                 given.teacher_embeddings[self.rows], pairs_per_text=args.num_iterations, seed=args.seed
@@ -106,11 +107,6 @@ class StudentTrainer(DistillationTrainer):
         self.st_trainer.args.dataloader_drop_last = len(self.rows) % args.embedding_batch_size == 1
         columns = {"sentence": [x[row] for row in self.rows], "label": self.rows.tolist()}
         return Dataset.from_dict(columns), in_batch_objective(given)
-
-    @property
-    def options(self) -> Options:
-        """How objectives pass texts through the body."""
-        return {"dropout": self.config.dropout, "micro_batch_size": self.config.micro_batch_size}
 
     def train_embeddings(self, *args: Any, **kwargs: Any) -> None:
         """Train the body; with early stopping, its best weights are kept."""
@@ -143,8 +139,7 @@ class StudentTrainer(DistillationTrainer):
         """m texts with their (m, n_classes) labels and (m,) weights: soft labels first, gold labels last."""
         gold = self._gold_set
         rows = np.flatnonzero(self.gold == NO_GOLD) if gold else np.arange(len(self.signals))
-        if len(rows) > HEAD_TEXTS:
-            rows = np.sort(np.random.default_rng([self.config.seed, 7]).choice(rows, HEAD_TEXTS, replace=False))
+        rows = at_most(rows, HEAD_TEXTS, seed=[self.config.seed, 7])
         texts = [self.signals.texts[row] for row in rows]
         probabilities, weights = self.signals.probabilities[rows], np.ones(len(rows), np.float32)
         if gold:

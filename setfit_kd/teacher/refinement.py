@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from setfit_kd.arrays import at_most
 from setfit_kd.data import LabeledSet
 from setfit_kd.models import fit_head, new_model, settled_c
 
@@ -57,9 +58,7 @@ def refine(
     """
     if method == "none" or not len(pool_embeddings):
         return teacher
-    rows = np.arange(len(pool_embeddings))
-    if len(rows) > MOST_TEXTS:
-        rows = np.sort(np.random.default_rng([seed, 8]).choice(rows, MOST_TEXTS, replace=False))
+    rows = at_most(np.arange(len(pool_embeddings)), MOST_TEXTS, seed=[seed, 8])
     gold = np.eye(len(labeled.label_names))[labeled.labels]
     pool = np.asarray(pool_embeddings[rows], np.float32)
     refined = new_model(teacher.model_body, labeled.label_names)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from setfit_kd.config import RunConfig
 from setfit_kd.data import LabeledSet
@@ -42,6 +44,14 @@ def score(
     Raises:
         DataError: There are no texts, or the teacher has no labels.
     """
+    texts, embeddings = _embedded(teacher, texts, encode_batch_size, cache)
+    return _signals(teacher, texts, embeddings, origin)
+
+
+def _embedded(
+    teacher: SetFitModel, texts: Sequence[str], encode_batch_size: int, cache: bool
+) -> tuple[list[str], npt.NDArray[np.floating]]:
+    """The n texts and their (n, d) embeddings."""
     if isinstance(texts, str):
         raise DataError("A single string is no pool.", hint="Give a list of texts.")
     texts = [str(text) for text in texts]
@@ -56,7 +66,14 @@ def score(
         normalize=teacher.normalize_embeddings,
         description="Scoring pool",
     )
-    return TeacherSignals(texts, head_proba(teacher, embeddings), tuple(teacher.labels), embeddings, origin)
+    return texts, embeddings
+
+
+def _signals(
+    teacher: SetFitModel, texts: list[str], embeddings: npt.NDArray[np.floating], origin: str
+) -> TeacherSignals:
+    """What the teacher's head says of embedded texts."""
+    return TeacherSignals(texts, head_proba(teacher, embeddings), tuple(teacher.labels or ()), embeddings, origin)
 
 
 def refine_and_score(
@@ -66,24 +83,15 @@ def refine_and_score(
 
     Labeled texts are texts like any other to a student, and follow the pool's in the signals.
     """
-    signals = score(
-        teacher,
-        [*pool, *labeled.texts],
-        encode_batch_size=config.encode_batch_size,
-        origin=config.teacher,
-        cache=config.cache,
-    )
-    if config.refine == "none" or signals.embeddings is None:
-        return teacher, signals
-    rows = signals.embeddings
+    texts, embeddings = _embedded(teacher, [*pool, *labeled.texts], config.encode_batch_size, config.cache)
     refined = refine(
         teacher,
         labeled,
-        rows[len(pool) :],
-        rows[: len(pool)],
+        embeddings[len(pool) :],
+        embeddings[: len(pool)],
         method=config.refine,
         head_c=config.head_c,
         balance=config.balance,
         seed=config.seed,
     )
-    return refined, replace(signals, probabilities=head_proba(refined, rows))
+    return refined, _signals(refined, texts, embeddings, config.teacher)
