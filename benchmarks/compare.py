@@ -19,6 +19,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import click
+from click.core import ParameterSource
+
+from setfit_kd.runfolder import versions
 
 HERE = Path(__file__).parent
 ROWS = {  # in the order in which they must run; see contestants.py
@@ -60,12 +63,14 @@ def main(folders: tuple[Path, ...], output: Path, work: Path, quick: bool, **set
     """Compare and write the results."""
     settings["tests"] = None
     if quick:
-        settings.update(QUICK)
+        context = click.get_current_context()
+        chosen = {name for name in QUICK if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+        settings.update({name: value for name, value in QUICK.items() if name not in chosen})
         output, work = output / "quick", work / "quick"
     output.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, list[Cell]]] = {}
     for name, sources in data_sets(folders).items():
-        for cells in run_seeds(name, sources, work, **settings):
+        for cells in run_seeds(name, sources, work.resolve(), **settings):
             results[name] = cells
             write(name, cells, output, settings)
         click.echo((output / f"{name}-{settings['shots']}-shots.md").read_text())
@@ -76,14 +81,13 @@ def data_sets(folders: tuple[Path, ...]) -> dict[str, dict[str, str]]:
     """Sources by data set."""
     if not folders:
         return {"newswire": dict.fromkeys(("labeled", "unlabeled", "eval"), "bundled:newswire")}
-    return {
-        folder.resolve().name: {
-            "labeled": str(folder / "train.csv"),
-            "unlabeled": str(folder / "train.csv"),
-            "eval": str(folder / "test.csv"),
-        }
-        for folder in folders
-    }
+    sets = {}
+    for folder in map(Path.resolve, folders):
+        if folder.name in sets:
+            raise click.ClickException(f"Two folders are named {folder.name}: compare them one after the other.")
+        train = str(folder / "train.csv")
+        sets[folder.name] = {"labeled": train, "unlabeled": train, "eval": str(folder / "test.csv")}
+    return sets
 
 
 def run_seeds(name: str, sources: dict[str, str], work: Path, **settings: Any) -> Iterator[dict[str, list[Cell]]]:
@@ -91,37 +95,44 @@ def run_seeds(name: str, sources: dict[str, str], work: Path, **settings: Any) -
 
     Yields all cells so far after each seed.
     """
-    seeds, threads = settings.pop("seeds"), settings.pop("threads")
+    seeds = settings.pop("seeds")
     cells: dict[str, list[Cell]] = {row: [] for row in ROWS}
     for seed in range(seeds):
         folder = work / f"{name}-{settings['shots']}-{settings['pool_size']}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         case = {**sources, **settings, "seed": seed, "work": str(folder)}
-        (folder / "case.json").write_text(json.dumps(case))
+        keep_case(folder / "case.json", case)
         for row in ROWS:
             result = folder / f"{row}.json"
             if not result.is_file():
                 click.echo(f"{name}, seed {seed}: {ROWS[row]} ...", nl=False)
-                run_one(row, folder, threads)
+                run_one(row, folder, case["threads"])
                 cell = json.loads(result.read_text())
                 click.echo(f" {100 * cell['accuracy']:.1f} %, {cell['seconds']:.0f} s")
             cells[row].append(json.loads(result.read_text()))
         yield cells
 
 
+def keep_case(file: Path, case: dict[str, Any]) -> None:
+    """Write down what is compared; cells that are there already must be of the same."""
+    if file.is_file() and json.loads(file.read_text()) != case:
+        raise click.ClickException(f"{file.parent} holds cells of other settings: remove it, or give another --work.")
+    file.write_text(json.dumps(case))
+
+
 def run_one(row: str, folder: Path, threads: int) -> None:
     """One row in a fresh process."""
     for kept in {"teacher": ["teacher"], "refined_teacher": ["refined", "signals"]}.get(row, []):
         shutil.rmtree(folder / kept, ignore_errors=True)  # left by a run that was stopped
-    command = [sys.executable, str(HERE / "contestants.py"), row, "case.json", f"{row}.json.part"]
-    paths = [str(folder / argument) if "json" in argument else argument for argument in command]
+    case, part = folder / "case.json", folder / f"{row}.json.part"
+    command = [sys.executable, str(HERE / "contestants.py"), row, str(case), str(part)]
     number = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     done = subprocess.run(
-        paths, env={**os.environ, **number, "TOKENIZERS_PARALLELISM": "false"}, capture_output=True, text=True
+        command, env={**os.environ, **number, "TOKENIZERS_PARALLELISM": "false"}, capture_output=True, text=True
     )
     if done.returncode:
         raise click.ClickException(f"{row} failed:\n{done.stderr[-3000:]}")
-    (folder / f"{row}.json.part").rename(folder / f"{row}.json")
+    part.rename(folder / f"{row}.json")
 
 
 def write(name: str, cells: dict[str, list[Cell]], output: Path, settings: dict[str, Any]) -> None:
@@ -134,6 +145,8 @@ def write(name: str, cells: dict[str, list[Cell]], output: Path, settings: dict[
             key: settings[key] for key in ("seeds", "threads", "shots", "pool_size", "pair_steps", "teacher", "student")
         },
         "tests": n,
+        "precision": cells["student"][0]["precision"],
+        "versions": versions(),
     }
     stem = f"{name}-{settings['shots']}-shots"
     (output / f"{stem}.json").write_text(json.dumps({"about": about, "rows": cells}, indent=1) + "\n")
@@ -141,8 +154,9 @@ def write(name: str, cells: dict[str, list[Cell]], output: Path, settings: dict[
         f"# {name}: {settings['shots']} labels a class, pool of {settings['pool_size']:,}",
         "",
         f"Teacher {settings['teacher']}, student {settings['student']}; {n:,} test texts; mean ± standard deviation "
-        f"over {len(cells['student'])} seeds; {settings['threads']} threads on {os.cpu_count()} cores. Passes are "
-        "texts that gradients flow back through; seconds and peak memory are those of the row's own training.",
+        f"over {len(cells['student'])} seeds; {settings['threads']} threads on {os.cpu_count()} cores, our own "
+        f"trainings in {about['precision']}. Passes are texts that gradients flow back through; seconds and peak "
+        "memory are those of the row's own training.",
         "",
         "| | accuracy | macro-F1 | passes | seconds | peak, MiB |",
         "|---|---|---|---|---|---|",

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from setfit_kd.data import LabeledSet, RunData, load_run_data
 from setfit_kd.evaluation import measure_quality
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import embed, load_body, locate, new_model, predict_proba, save_model
+from setfit_kd.precision import resolve_precision
 from setfit_kd.student import locate_student, student_body
 from setfit_kd.teacher import refine_and_score
 
@@ -44,9 +45,11 @@ class Case:
         shots: Labels a class.
         pool_size: Unlabeled texts.
         pair_steps: Steps of 16 pairs of the students that train on pairs; SetFit's guide has 500.
+        threads: That each row may use.
         tests: Most test texts; None is all.
         teacher, student: Bodies.
         work: Folder for what later contestants take from earlier ones.
+        precision: Of our own trainings.
     """
 
     labeled: str
@@ -56,10 +59,12 @@ class Case:
     shots: int
     pool_size: int
     pair_steps: int
+    threads: int
     tests: int | None
     teacher: str
     student: str
     work: str
+    precision: str = "auto"
 
     @property
     def config(self) -> RunConfig:
@@ -71,6 +76,7 @@ class Case:
             shots=self.shots,
             pool_size=self.pool_size,
             device="cpu",
+            precision=self.precision,
             cache=False,
         )
 
@@ -133,7 +139,7 @@ def teacher(case: Case, data: RunData) -> Predict:
 
 def refined_teacher(case: Case, data: RunData) -> Predict:
     model = load(case.kept("teacher"), device="cpu")
-    refined, signals = refine_and_score(model, data.labeled, data.pool, case.config)
+    refined, signals = refine_and_score(model, data.labeled, data.pool, config=case.config)
     save_model(refined, case.kept("refined"))
     signals.save(case.kept("signals"))
     return classes_of(refined)
@@ -161,8 +167,16 @@ def stock_student(case: Case, data: RunData) -> Predict:
 def pairs_student(case: Case, data: RunData) -> Predict:
     signals = TeacherSignals.load(case.kept("signals"))
     each = max(1, -(-case.pair_steps * 16 // len(signals)))
-    config = case.config.model_copy(
-        update={"objective": "pairs", "batch_size": 16, "num_iterations": each, "epochs": 1, "learning_rate": 2e-5}
+    config = case.config.model_copy(  # as SetFit trains, but for the targets
+        update={
+            "objective": "pairs",
+            "batch_size": 16,
+            "num_iterations": each,
+            "epochs": 1,
+            "learning_rate": 2e-5,
+            "precision": "fp32",
+            "freeze_embeddings": False,
+        }
     )
     return classes_of(train_student(signals, case.body("student"), labeled=data.labeled, config=config))
 
@@ -191,6 +205,8 @@ CONTESTANTS: dict[str, Callable[[Case, RunData], Predict]] = {
     )
 }
 """How each is trained; later ones may use what earlier ones kept."""
+OWN_PRECISION = ("teacher", "labels_alone", "student")
+"""Those that train in the precision that a probe finds faster; all others train in fp32, or not at all."""
 
 
 class Passes:
@@ -218,6 +234,8 @@ def compete(name: str, case: Case) -> dict[str, Any]:
     assert isinstance(tests, LabeledSet)
     if case.tests is not None and len(tests) > case.tests:
         tests = tests.take(np.sort(np.random.default_rng(0).permutation(len(tests))[: case.tests]))
+    probed = resolve_precision("auto", case.body("student"), data.pool)
+    case = replace(case, precision=probed.name)
     passes = Passes()
     started = time.perf_counter()
     predict = CONTESTANTS[name](case, data)
@@ -231,6 +249,7 @@ def compete(name: str, case: Case) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "peak_mb": round(peak),
         **counted,
+        "precision": probed.name if name in OWN_PRECISION else "fp32",
         "tests": len(tests),
         "case": {name: value for name, value in asdict(case).items() if name in ("seed", "shots", "pool_size")},
     }

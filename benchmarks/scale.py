@@ -145,7 +145,7 @@ def work(kind: str, n: int, scratch: Path) -> dict[str, Any]:
     data = load_run_data(config)
     cell["reading"] = round(time.perf_counter() - started, 2)
     started = time.perf_counter()
-    _, signals = refine_and_score(teacher, data.labeled, data.pool, config)
+    _, signals = refine_and_score(teacher, data.labeled, data.pool, config=config)
     cell["signals"] = round(time.perf_counter() - started, 2)
     if student is not None:
         started = time.perf_counter()

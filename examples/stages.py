@@ -7,9 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from setfit_kd import RunConfig, TeacherSignals, evaluate, load, score, train_student, train_teacher
+from setfit_kd import RunConfig, TeacherSignals, evaluate, load, train_student, train_teacher
 from setfit_kd.data import draw_shots, encode_labels, read
 from setfit_kd.models import save_model
+from setfit_kd.teacher import refine_and_score
 
 TEACHER = "demo:all-MiniLM-L6-v2"
 
@@ -25,8 +26,9 @@ def main(teacher: str = TEACHER, student: str = TEACHER, **settings: Any) -> flo
     teacher_model = train_teacher(labeled, teacher, config=config)
 
     with TemporaryDirectory() as folder:
-        # 2. What it says about the pool. Signals can be kept: a student never needs the teacher again.
-        score(teacher_model, rows.texts).save(Path(folder) / "signals")
+        # 2. What it says about the pool, its head refined on it. Signals can be kept: a student needs no teacher.
+        teacher_model, signals = refine_and_score(teacher_model, labeled, rows.texts, config=config)
+        signals.save(Path(folder) / "signals")
         signals = TeacherSignals.load(Path(folder) / "signals")
 
         # 3. A student from the signals.

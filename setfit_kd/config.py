@@ -160,10 +160,18 @@ class TeacherConfig(StageConfig):
     )
     teacher_batch_size: int = Field(64, ge=4, description="Texts in an in-batch teacher's batch, evenly of each class.")
     teacher_learning_rate: float = Field(6e-5, gt=0, lt=1, description="The teacher's learning rate.")
+    teacher_dropout: bool = Field(False, description="Keep dropout on while the in-batch teacher is fine-tuned.")
+
+
+class SignalsConfig(StageConfig):
+    """How the teacher labels the pool."""
+
     refine: Literal["none", "self-training", "label-spreading"] = Field(
         "self-training", description="How the teacher's head is fitted anew on the pool before it labels it."
     )
-    teacher_dropout: bool = Field(False, description="Keep dropout on while the in-batch teacher is fine-tuned.")
+    cache: bool = Field(
+        True, description="Keep the teacher's embeddings on disk, and take them from there when nothing has changed."
+    )
 
 
 class StudentConfig(StageConfig):
@@ -198,7 +206,7 @@ class StudentConfig(StageConfig):
     )
 
 
-class RunConfig(DataConfig, TeacherConfig, StudentConfig):
+class RunConfig(DataConfig, TeacherConfig, SignalsConfig, StudentConfig):
     """Every setting of a run."""
 
     teacher: Name = Field(
@@ -210,9 +218,6 @@ class RunConfig(DataConfig, TeacherConfig, StudentConfig):
         description="Student's body: the same, or layers:0,2,5 to cut those layers out of the teacher's body.",
     )
     baseline: bool = Field(True, description="Also train the student's body on the labels alone, to compare.")
-    cache: bool = Field(
-        True, description="Keep the teacher's embeddings on disk, and take them from there when nothing has changed."
-    )
     output_dir: OutputDir | None = Field(None, description="Folder that the run is written to [runs/NAME].")
     overwrite: bool = Field(False, description="Replace an earlier run in the output folder.")
 

@@ -162,7 +162,7 @@ def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) 
     with _timed("teacher", seconds):
         teacher = train_teacher(data.labeled, inputs.teacher_body, config=config)
     with _timed("signals", seconds):
-        teacher, signals = refine_and_score(teacher, data.labeled, data.pool, config)
+        teacher, signals = refine_and_score(teacher, data.labeled, data.pool, config=config, origin=config.teacher)
     if folder:
         save_model(teacher, folder.path / TEACHER, title="Teacher")
         signals.save(folder.path / SIGNALS)

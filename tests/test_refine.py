@@ -11,7 +11,7 @@ import pytest
 from conftest import newswire
 
 from setfit_kd import arrays
-from setfit_kd.config import RunConfig
+from setfit_kd.config import SignalsConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.models import embed, fit_head, head_proba, new_model, predict_proba
 from setfit_kd.teacher import refine_and_score
@@ -227,8 +227,8 @@ def test_signals_are_the_refined_teachers_on_the_pool_and_then_the_labeled_texts
     if large:
         monkeypatch.setattr(arrays, "MAPPED_BYTES", 100)
     teacher, labeled = teacher_of(teacher_body)
-    config = RunConfig.of(refine=method, teacher="a body", cache=False)
-    refined, signals = refine_and_score(teacher, labeled, POOL, config)
+    config = SignalsConfig.of(refine=method, cache=False)
+    refined, signals = refine_and_score(teacher, labeled, POOL, config=config, origin="a body")
     assert (refined is teacher) is (method == "none")
     assert signals.texts == POOL + labeled.texts
     assert signals.label_names == labeled.label_names
@@ -252,7 +252,7 @@ def test_a_run_passes_its_seed_and_strength_on(
     teacher, labeled = teacher_of(teacher_body)
     monkeypatch.setattr(refining, "MOST_TEXTS", 20)
     heads = [
-        refine_and_score(teacher, labeled, POOL, RunConfig.of(cache=False, **settings))[0].model_head
+        refine_and_score(teacher, labeled, POOL, cache=False, **settings)[0].model_head
         for settings in ({"seed": 1}, {"seed": 2}, {"seed": 1, "head_c": 1e-3})
     ]
     assert not np.allclose(heads[0].coef_, heads[1].coef_)

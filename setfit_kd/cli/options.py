@@ -11,7 +11,7 @@ import click
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from setfit_kd.config import DataConfig, RunConfig, StageConfig, StudentConfig, TeacherConfig
+from setfit_kd.config import DataConfig, RunConfig, SignalsConfig, StageConfig, StudentConfig, TeacherConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,7 +40,9 @@ def verbosity_options(function: F) -> F:
 
 def _in_order() -> list[str]:
     shared = list(StageConfig.model_fields)
-    stages = [name for stage in (DataConfig, TeacherConfig, StudentConfig) for name in stage.model_fields]
+    stages = [
+        name for stage in (DataConfig, TeacherConfig, SignalsConfig, StudentConfig) for name in stage.model_fields
+    ]
     own = [name for name in RunConfig.model_fields if name not in stages]
     ordered = [*DataConfig.model_fields, "teacher", "student", *stages, *own]
     return list(dict.fromkeys([name for name in ordered if name not in shared] + shared))

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from transformers import TrainerCallback
 
+from setfit_kd.arrays import at_most
 from setfit_kd.models import embed, fit_head, settled_c
 from setfit_kd.progress import shown_on
 from setfit_kd.signals import TeacherSignals
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT_SHARE, MOST_HELD_OUT, LEAST_HELD_OUT = 0.1, 500, 16
 LOOK_STEPS = 500
-"""A look at the held-out texts comes after each pass over the pool, and within a long one after so many steps."""
+"""About so many steps lie between two looks at the held-out texts; a look comes at the end of each pass at least."""
 
 
 def hold_out(n: int, *, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -54,6 +55,7 @@ class AgreementStop(TrainerCallback):
         patience: Looks without a better agreement before training stops.
         head_c, balance: As in `RunConfig`.
         encode_batch_size: Texts a forward pass.
+        seed: Of the sample.
         history: Step and agreement of each look.
     """
 
@@ -65,21 +67,23 @@ class AgreementStop(TrainerCallback):
     head_c: float | str
     balance: bool
     encode_batch_size: int
+    seed: int
     history: list[tuple[int, float]] = field(default_factory=list)
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     best: float = -1.0
     looks_since_best: int = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Look after every `LOOK_STEPS` steps, and at the end of a pass."""
-        steps_per_epoch = max(1, round(state.max_steps / args.num_train_epochs))
-        if state.global_step % LOOK_STEPS == 0 or state.global_step % steps_per_epoch == 0:
+        """Look at the end of a pass and, in a long one, at equal distances within it."""
+        steps_per_pass = max(1, round(state.max_steps / args.num_train_epochs))
+        looks = max(1, round(steps_per_pass / LOOK_STEPS))
+        if state.global_step * looks % steps_per_pass < looks:
             self.look(state.global_step)
             control.should_training_stop = control.should_training_stop or self.looks_since_best >= self.patience
 
     def look(self, step: int) -> None:
         """Measure the agreement; keep the weights if it is the best so far."""
-        sample = self.training_rows[:: max(1, len(self.training_rows) // MOST_HELD_OUT)][:MOST_HELD_OUT]
+        sample = at_most(self.training_rows, MOST_HELD_OUT, seed=[self.seed, 9])
         rows = np.concatenate([sample, self.held_out_rows])
         with shown_on(None):
             embeddings = embed(self.body, [self.signals.texts[row] for row in rows], batch_size=self.encode_batch_size)

@@ -70,7 +70,7 @@ def train_student(
             hint="Give the same classes in the same order.",
         )
     device = resolve_device(config.device)
-    body = load_body(locate(student), device) if isinstance(student, str | Path) else student
+    body = load_body(locate(student), device) if isinstance(student, str | Path) else student.to(device)
     precision = resolve_precision(config.precision, body, signals.texts)
     config = config.model_copy(update={"precision": precision.name})
 

@@ -87,6 +87,7 @@ class StudentTrainer(DistillationTrainer):
             self.config.head_c,
             self.config.balance,
             self.config.encode_batch_size,
+            self.config.seed,
         )
         self.st_trainer.add_callback(stop)
         return stop
@@ -158,8 +159,10 @@ def _frozen_embeddings(body: SentenceTransformer, frozen: bool) -> Iterator[None
     if table is None:
         yield
         return
+    trained = [(parameter, parameter.requires_grad) for parameter in table.parameters()]
     table.requires_grad_(False)
     try:
         yield
     finally:
-        table.requires_grad_(True)
+        for parameter, before in trained:
+            parameter.requires_grad_(before)

@@ -1,7 +1,6 @@
 """Training a teacher on the few labels, and scoring a pool with it."""
 
 from setfit_kd.teacher.cache import cache_bytes, cache_folder
-from setfit_kd.teacher.refinement import refine
 from setfit_kd.teacher.scoring import refine_and_score, score
 from setfit_kd.teacher.steps import teacher_passes
 from setfit_kd.teacher.train import train_teacher
@@ -9,7 +8,6 @@ from setfit_kd.teacher.train import train_teacher
 __all__ = [
     "cache_bytes",
     "cache_folder",
-    "refine",
     "refine_and_score",
     "score",
     "teacher_passes",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.config import RunConfig
+from setfit_kd.config import SignalsConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.models import embed, head_proba
@@ -77,12 +77,32 @@ def _signals(
 
 
 def refine_and_score(
-    teacher: SetFitModel, labeled: LabeledSet, pool: Sequence[str], config: RunConfig
+    teacher: SetFitModel,
+    labeled: LabeledSet,
+    pool: Sequence[str],
+    *,
+    config: SignalsConfig | None = None,
+    origin: str = "a SetFit teacher",
+    **settings: Any,
 ) -> tuple[SetFitModel, TeacherSignals]:
-    """The teacher with its head refined on the pool as the config says, and its signals on pool and labeled texts.
+    """Refine a teacher's head on the pool, and take its signals on the pool and the labeled texts.
 
-    Labeled texts are texts like any other to a student, and follow the pool's in the signals.
+    Args:
+        teacher: A trained SetFit model, on the device it shall run on; it is not changed.
+        labeled: The m labels it was trained on.
+        pool: n unlabeled texts.
+        config: The settings; any of them may also be given by keyword, as in ``refine_and_score(..., refine="none")``.
+        origin: Where the signals come from, for the record.
+
+    Returns:
+        The refined teacher, which shares its body with ``teacher``, and n + m signals: labeled texts are texts like any
+        other to a student, and follow the pool's.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range.
+        DataError: There are no texts, or the teacher has no labels.
     """
+    config = SignalsConfig.given(config, settings)
     texts, embeddings = _embedded(teacher, [*pool, *labeled.texts], config.encode_batch_size, config.cache)
     refined = refine(
         teacher,
@@ -94,4 +114,4 @@ def refine_and_score(
         balance=config.balance,
         seed=config.seed,
     )
-    return refined, _signals(refined, texts, embeddings, config.teacher)
+    return refined, _signals(refined, texts, embeddings, origin)

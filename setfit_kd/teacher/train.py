@@ -49,7 +49,7 @@ def train_teacher(
         labeled = encode_labels(read(labeled, label_column="label"))
     check_classes(labeled)
     device = resolve_device(config.device)
-    body = load_body(locate(teacher), device) if isinstance(teacher, str | Path) else teacher
+    body = load_body(locate(teacher), device) if isinstance(teacher, str | Path) else teacher.to(device)
     precision = resolve_precision(config.precision, body, labeled.texts)
     config = config.model_copy(update={"precision": precision.name})
 
