@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from tokenize import TokenError
 from typing import IO
 
@@ -27,9 +27,9 @@ def large_array(shape: tuple[int, int]) -> npt.NDArray[np.floating]:
     """
     if not is_large(shape):
         return np.empty(shape, np.float32)
-    folder = TemporaryDirectory(prefix="setfit-kd-", ignore_cleanup_errors=True)
-    path = Path(folder.name)
-    with writing(path):
+    with writing(Path(gettempdir()), elsewhere="point TMPDIR at a disk with room"):
+        folder = TemporaryDirectory(prefix="setfit-kd-", ignore_cleanup_errors=True)
+        path = Path(folder.name)
         _reserve(path / "rows.npy", shape)
         array = np.lib.format.open_memmap(path / "rows.npy", mode="r+")
     weakref.finalize(array, folder.cleanup)
@@ -47,6 +47,14 @@ def in_parts(array: npt.NDArray[np.floating]) -> Iterator[npt.NDArray[np.floatin
         yield array[start : start + _PART_ROWS]
 
 
+def unit_rows(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    """Rows scaled to length 1, zeros left as they are."""
+    wide = np.asarray(rows, np.float32)
+    lengths: npt.NDArray[np.float32] = np.linalg.norm(wide, axis=1, keepdims=True)
+    unit: npt.NDArray[np.float32] = wide / np.maximum(lengths, np.float32(1e-12))
+    return unit
+
+
 def at_most(rows: npt.NDArray[np.int64], most: int, *, seed: list[int]) -> npt.NDArray[np.int64]:
     """The rows, or where there are more than ``most``, so many of them, drawn by the seed and sorted."""
     if len(rows) <= most:
@@ -54,9 +62,9 @@ def at_most(rows: npt.NDArray[np.int64], most: int, *, seed: list[int]) -> npt.N
     return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
 
 
-def save_rows(array: npt.NDArray[np.floating], path: Path) -> None:
-    """Write an array as a ``.npy`` file, in single precision or, if it is large, in half."""
-    kind = np.float16 if is_large(array.shape) else np.float32
+def save_rows(array: npt.NDArray[np.floating], path: Path, *, half_if_large: bool = True) -> None:
+    """Write an array as a ``.npy`` file, in single precision or, if it is large and may be, in half."""
+    kind = np.float16 if half_if_large and is_large(array.shape) else np.float32
     with path.open("wb") as file:  # numpy's own writer does not tell why it could not write
         _write_header(file, kind, array.shape)
         for part in in_parts(array):

@@ -70,7 +70,7 @@ def _objectives(written: str) -> str:
     weights = parse_objectives(written)
     if "pairs" in weights:
         return "pairs"
-    return ",".join(name if weight == 1 else f"{name}={weight:g}" for name, weight in weights.items())
+    return ",".join(name if weight == 1 else f"{name}={weight:.12g}" for name, weight in weights.items())
 
 
 def _positive(value: float | str) -> float | str:
@@ -98,7 +98,8 @@ class StageConfig(BaseModel):
     micro_batch_size: int | None = Field(
         None,
         ge=1,
-        description="Most texts of a batch held in memory at once; changes memory and time, not the result [all].",
+        description="Most texts of a batch held in memory at once; without dropout, changes memory and time but not "
+        "the result [all].",
     )
     encode_batch_size: int = Field(32, ge=1, description="Texts encoded at once when scoring and evaluating.")
     head_c: HeadC = Field(
@@ -108,6 +109,11 @@ class StageConfig(BaseModel):
     num_iterations: int = Field(
         20, ge=1, description="Pairs drawn for each text by the pairs objectives (twice that for the teacher)."
     )
+
+    def passes(self, texts: int, *, columns: int = 1) -> int:
+        """Forward passes of a training step on ``columns`` times so many texts; micro-batches take two each."""
+        in_memory = self.micro_batch_size is None or columns * texts <= self.micro_batch_size
+        return columns * texts * (1 if in_memory else 2)
 
     @classmethod
     def of(cls, **settings: Any) -> Self:
@@ -160,7 +166,7 @@ class TeacherConfig(StageConfig):
     )
     teacher_batch_size: int = Field(64, ge=4, description="Texts in an in-batch teacher's batch, evenly of each class.")
     teacher_learning_rate: float = Field(6e-5, gt=0, lt=1, description="The teacher's learning rate.")
-    teacher_dropout: bool = Field(False, description="Keep dropout on while the in-batch teacher is fine-tuned.")
+    teacher_dropout: bool = Field(False, description="Keep dropout on while the teacher is fine-tuned.")
 
 
 class SignalsConfig(StageConfig):
@@ -190,10 +196,15 @@ class StudentConfig(StageConfig):
     patience: int | None = Field(
         None,
         ge=1,
-        description="Stop after so many looks without better agreement with the teacher on held-out pool texts [off].",
+        description="Stop when agreement with the teacher on held-out pool texts, measured once a pass or more, has "
+        "not risen so many times in a row [off].",
     )
     temperature: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="Temperature of the soft-labels objective; 1 at prediction."
+        1.0,
+        ge=0.01,
+        le=100,
+        allow_inf_nan=False,
+        description="Temperature of the soft-labels objective; 1 at prediction.",
     )
     alpha: float = Field(
         0.5, ge=0, le=1, description="Share of the gold label, where a text has one, in the soft-labels objective."

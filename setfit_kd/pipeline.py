@@ -224,9 +224,9 @@ def plan(config: RunConfig, data: RunData) -> list[PlannedStage]:
     n_models = 3 if config.baseline else 2
     n_texts = report.pool + report.labeled
     stages = [
-        PlannedStage("teacher", report.labeled, teacher_passes(config, data.labeled) + report.labeled),
+        PlannedStage("teacher", report.labeled, teacher_passes(config, data.labeled)),
         PlannedStage("signals", n_texts, n_texts),
-        PlannedStage("student", n_texts, student_passes(config, n_texts) + n_texts),
+        PlannedStage("student", n_texts, student_passes(config, n_texts, report.labeled)),
     ]
     if data.evaluation:
         if config.baseline:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from setfit_kd.errors import ConfigError
+from setfit_kd.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 _WORTH_IT = 1.1
 """How many times as fast as fp32 bf16 must be, since it costs digits."""
-_PROBE_TEXTS = 8
+_PROBE_TEXTS = {"cpu": 8, "cuda": 64}
+"""A GPU shows its speed on whole batches only."""
 _measured: dict[tuple[str, int], Precision] = {}
 
 
@@ -56,11 +58,21 @@ def resolve_precision(name: str, body: SentenceTransformer, texts: Sequence[str]
         return Precision("fp32")
     key = (str(device), body.get_embedding_dimension() or 0)
     if key not in _measured:
-        fp32, bf16 = _step_seconds(body, texts[:_PROBE_TEXTS])
-        speedup = round(fp32 / bf16, 2)
-        _measured[key] = Precision("bf16" if speedup >= _WORTH_IT else "fp32", speedup)
-        logger.info("Precision: %s (bf16 is %.2f times as fast as fp32 here).", _measured[key].name, speedup)
+        _measured[key] = _probe(body, texts[: _PROBE_TEXTS[device.type]])
     return _measured[key]
+
+
+def _probe(body: SentenceTransformer, texts: Sequence[str]) -> Precision:
+    try:
+        fp32, bf16 = _step_seconds(body, texts)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        logger.debug("Precision: fp32, since bf16 does not run here (%s).", error)
+        return Precision("fp32")
+    found = Precision("bf16" if fp32 / bf16 >= _WORTH_IT else "fp32", round(fp32 / bf16, 2))
+    logger.info("Precision: %s (bf16 is %.2f times as fast as fp32 here).", found.name, found.speedup)
+    return found
 
 
 def check_precision(name: str, device: torch.device) -> None:

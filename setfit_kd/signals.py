@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.arrays import in_parts, load_rows, save_rows
+from setfit_kd.arrays import in_parts, large_array, load_rows, save_rows, unit_rows
 from setfit_kd.errors import DataError
 from setfit_kd.files import whole_folder
 
@@ -110,10 +110,7 @@ class TeacherSignals:
         probabilities = np.average([s.probabilities for s in signals], axis=0, weights=shares)
         embeddings = None
         if all(s.embeddings is not None for s in signals):
-            parts = [s.embeddings for s in signals if s.embeddings is not None]
-            embeddings = np.concatenate(
-                [np.sqrt(share) * _unit(part) for share, part in zip(shares, parts, strict=True)], axis=1
-            ).astype(np.float32)
+            embeddings = _side_by_side([s.embeddings for s in signals if s.embeddings is not None], np.sqrt(shares))
         return cls(
             first.texts,
             np.asarray(probabilities, np.float32),
@@ -129,7 +126,7 @@ class TeacherSignals:
             OutputError: The folder exists already or cannot be written.
         """
         with whole_folder(folder) as part:
-            save_rows(self.probabilities, part / _PROBABILITIES)
+            save_rows(self.probabilities, part / _PROBABILITIES, half_if_large=False)
             if self.embeddings is not None:
                 save_rows(self.embeddings, part / _EMBEDDINGS)
             with (part / _TEXTS).open("w", encoding="utf-8") as file:
@@ -170,7 +167,16 @@ class TeacherSignals:
             raise DataError(f"{folder} holds no whole signals ({error}).", hint="Score the pool again.") from None
 
 
-def _unit(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    wide = rows.astype(np.float64)
-    lengths: npt.NDArray[np.float64] = np.linalg.norm(wide, axis=1, keepdims=True)
-    return wide / np.maximum(lengths, 1e-12)
+def _side_by_side(
+    arrays: Sequence[npt.NDArray[np.floating]], factors: npt.NDArray[np.floating]
+) -> npt.NDArray[np.floating]:
+    """Arrays of n unit rows each, times their factors, as one of n rows."""
+    joined = large_array((len(arrays[0]), sum(array.shape[1] for array in arrays)))
+    column = 0
+    for array, factor in zip(arrays, factors, strict=True):
+        row = 0
+        for part in in_parts(array):
+            joined[row : row + len(part), column : column + part.shape[1]] = factor * unit_rows(part)
+            row += len(part)
+        column += array.shape[1]
+    return joined

@@ -253,7 +253,7 @@ SETTINGS: dict[str, Bad] = {
     "head without strength": flags("--head-c", "0", says=("head_c", "above 0")),
     "head of words": flags("--head-c", "strong", says=("head_c", "auto")),
     "alpha past one": flags("--alpha", "1.5", says=("alpha", "less than or equal to 1")),
-    "temperature of none": flags("--temperature", "0", says=("temperature", "greater than 0")),
+    "temperature of none": flags("--temperature", "0", says=("temperature", "greater than or equal to 0.01")),
     "unknown device": flags("--device", "tpu", says=("device", "tpu", "cpu")),
     "device that is not there": flags("--device", "cuda:99", says=("cuda:99", "auto")),
 }
@@ -431,9 +431,9 @@ def test_disk_that_fills_up_while_tensors_are_written(
         fail_at_stage(filename)
         tensors_before(tensors, filename, *rest, **named)
 
-    def write_rows(array: Any, path: Path) -> None:
+    def write_rows(array: Any, path: Path, **named: Any) -> None:
         fail_at_stage(path)
-        rows_before(array, path)
+        rows_before(array, path, **named)
 
     for module in (safetensors.torch, safetensors.numpy):
         monkeypatch.setattr(module, "serialize_file", write_tensors)

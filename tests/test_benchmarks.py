@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -30,6 +31,21 @@ def test_the_contestants_are_those_of_the_table() -> None:
 )
 def test_a_cell_is_a_mean_and_where_there_are_several_its_spread(values: list[float], expected: str) -> None:
     assert compare.spread([{"accuracy": value} for value in values], "accuracy", 100) == expected
+
+
+def test_cells_of_other_settings_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "case.json"
+    for _ in range(2):
+        compare.keep_case(file, {"shots": 16, "threads": 1})
+    with pytest.raises(click.ClickException, match="other settings"):
+        compare.keep_case(file, {"shots": 16, "threads": 2})
+
+
+def test_data_sets_are_told_apart_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert compare.data_sets((Path("a"), Path("b")))["b"]["eval"] == str(tmp_path.resolve() / "b" / "test.csv")
+    with pytest.raises(click.ClickException, match="are named a"):
+        compare.data_sets((Path("x/a"), Path("y/a")))
 
 
 @pytest.mark.slow

@@ -147,7 +147,15 @@ def tokenizer(model: SetFitModel) -> None:
     backend.backend_tokenizer.normalizer = None  # the vocabulary has no capital letters
 
 
-@pytest.mark.parametrize("change", [weight, length, normalise, prompt, pooling, more_modules, tokenizer])
+def activation(model: SetFitModel) -> None:
+    """As another config of the same weights would have it."""
+    encoder: Any = model.model_body[0]
+    encoder.auto_model.config.hidden_act = "relu"
+    for layer in encoder.auto_model.encoder.layer:
+        layer.intermediate.intermediate_act_fn = torch.nn.ReLU()
+
+
+@pytest.mark.parametrize("change", [weight, length, normalise, prompt, pooling, more_modules, tokenizer, activation])
 def test_another_teacher_embeds_anew(
     teacher: SetFitModel, folder: Path, encoded: list[int], change: Callable[[SetFitModel], None]
 ) -> None:
@@ -361,14 +369,14 @@ def test_what_was_not_used_for_longest_goes_first(
     assert not encoded
 
 
-def test_the_newest_stays_even_where_it_is_too_large(
+def test_what_is_too_large_alone_is_not_kept_and_drives_nothing_out(
     teacher: SetFitModel, folder: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embeddings(teacher, TEXTS[:3])
-    monkeypatch.setattr(cache, "MOST_BYTES", 1)
+    small = embeddings(teacher, TEXTS[:3])
+    monkeypatch.setattr(cache, "MOST_BYTES", small.nbytes)
     embeddings(teacher)
     assert len(kept(folder)) == 1
-    embeddings(teacher)
+    embeddings(teacher, TEXTS[:3])
     assert encoded == [3, len(TEXTS)]
 
 
@@ -379,9 +387,11 @@ def test_pruning_takes_nothing_that_is_not_its_own(
     (folder / "notes" / "a.txt").write_text("mine")
     (folder / "b.txt").write_text("mine")
     (folder.parent / "c.txt").write_text("mine")
-    monkeypatch.setattr(cache, "MOST_BYTES", 1)
-    embeddings(teacher, TEXTS[:3])
-    embeddings(teacher)
+    (folder / "embeddings" / ".part").mkdir(parents=True)  # as another process is just writing it
+    (folder / "embeddings" / ".part" / "embeddings.npy").write_text("half")
+    monkeypatch.setattr(cache, "MOST_BYTES", embeddings(teacher).nbytes + 200)
+    embeddings(teacher, TEXTS[1:])
+    assert len(kept(folder)) == 4
     assert {file.name for file in folder.parent.rglob("*") if file.is_file()} == {
         *("a.txt", "b.txt", "c.txt", "embeddings.npy")
     }
@@ -409,6 +419,31 @@ def test_the_environment_decides_the_folder(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert cache.cache_folder() == Path(expected)
+
+
+def test_another_version_of_a_library_embeds_anew(
+    teacher: SetFitModel, folder: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embeddings(teacher)
+    monkeypatch.setattr(cache, "version", lambda library: "99" if library == "torch" else "1")
+    embeddings(teacher)
+    assert encoded == [len(TEXTS)] * 2
+    assert len(kept(folder)) == 2
+
+
+def test_a_user_without_a_home_has_no_cache(
+    teacher: SetFitModel, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for name in (cache.VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert (cache.cache_folder(), cache.cache_bytes()) == (None, 0)
+    embeddings(teacher)
+    embeddings(teacher)
+    assert encoded == [len(TEXTS)] * 2
 
 
 def test_a_run_keeps_its_teachers_embeddings_unless_told_not_to(tiny_teacher: Path, folder: Path) -> None:

@@ -66,6 +66,7 @@ def test_every_setting_is_a_flag_and_every_flag_of_run_a_setting() -> None:
         ("epochs: 7\n", ["--epochs", "9"], {"epochs": 9}),
         ("shots: 4\n", [], {"shots": 4, "eval": "bundled:newswire"}),
         ("baseline: false\n", ["--baseline"], {"baseline": True}),
+        ("dropout: true\n", ["--no-dropout"], {"dropout": False}),
     ],
 )
 def test_flags_override_the_file_and_the_file_the_preset(
@@ -97,7 +98,7 @@ def test_a_dry_run_counts_forward_passes(tiny_teacher: Path, tiny_student: Path,
     rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line and line[0] != "-"}
     assert rows["teacher"] == ["32", str(3 * 16 + 32)]
     assert rows["signals"] == [str(100 + 32), str(100 + 32)]
-    assert rows["student"] == [str(100 + 32), str(2 * (100 + 32) + 100 + 32)]
+    assert rows["student"] == [str(100 + 32), str(2 * (100 + 32) + (100 + 32) + 100 + 32)]  # passes, start, head
     assert rows["baseline"] == rows["teacher"]
     assert rows["evaluation"] == ["200", "600"]
     assert list(tmp_path.iterdir()) == []

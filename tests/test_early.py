@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from setfit_kd.config import StudentConfig
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import embed, fit_head, new_model
 from setfit_kd.models.heads import DEFAULT_C
-from setfit_kd.student import early
-from setfit_kd.student.early import LEAST_HELD_OUT, MOST_HELD_OUT, hold_out, soft_agreement
+from setfit_kd.student import early, steps
+from setfit_kd.student.early import AgreementStop, hold_out, soft_agreement
+from setfit_kd.student.steps import LEAST_HELD_OUT, MOST_HELD_OUT
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -40,6 +42,32 @@ def test_what_is_held_out_and_what_is_not_make_the_pool(n: int, seed: int) -> No
     again = hold_out(n, seed=seed)
     np.testing.assert_array_equal(training, again[0])
     np.testing.assert_array_equal(held_out, again[1])
+
+
+@few
+@given(st.integers(2, 300), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_texts_with_a_gold_label_are_held_out_last(n: int, share: float, seed: int) -> None:
+    spared = np.random.default_rng(seed).random(n) < share
+    training, held_out = hold_out(n, seed=seed, spared=spared)
+    assert len(held_out) == len(hold_out(n, seed=seed)[1])
+    assert spared[held_out].sum() == max(0, len(held_out) - (~spared).sum())
+    np.testing.assert_array_equal(np.sort(np.concatenate([training, held_out])), np.arange(n))
+
+
+@few
+@given(st.integers(1, 3000), st.integers(1, 4))
+def test_looks_are_evenly_spaced_and_end_every_pass(steps_in_pass: int, passes: int) -> None:
+    looks: list[int] = []
+    stop = SimpleNamespace(look=looks.append, looks_since_best=0, patience=9)
+    control = SimpleNamespace(should_training_stop=False)
+    for step in range(1, passes * steps_in_pass + 1):
+        state = SimpleNamespace(global_step=step, max_steps=passes * steps_in_pass)
+        AgreementStop.on_step_end(stop, SimpleNamespace(num_train_epochs=passes), state, control)  # type: ignore[arg-type]
+    assert set(range(steps_in_pass, passes * steps_in_pass + 1, steps_in_pass)) <= set(looks)
+    gaps = np.diff([0, *looks])
+    assert gaps.max() - gaps.min() <= 1
+    assert gaps.max() <= 750
+    assert gaps.min() >= min(steps_in_pass, 333)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +155,7 @@ def test_training_stops_and_goes_back_to_the_best_look(
 def test_looks_come_within_a_long_pass_too(student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Script(student_body, [0.1, 0.2, 0.3, 0.4])
     monkeypatch.setattr(early, "soft_agreement", script)
-    monkeypatch.setattr(early, "LOOK_STEPS", 2)
+    monkeypatch.setattr(steps, "LOOK_STEPS", 2)
     train_student(pool_signals(POOL), student_body, **{**QUICK, "patience": 9, "batch_size": 8})
     assert len(script.looks) == 3  # after steps 2, 4 and 6 of 6
 
@@ -150,13 +178,33 @@ def test_what_a_look_measures(student_body: SentenceTransformer, monkeypatch: py
     assert len(measured) == 1
 
 
+def test_a_look_samples_the_whole_of_what_is_trained_on(
+    student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(early, "MOST_HELD_OUT", 12)
+    seen: list[str] = []
+
+    def embed_and_record(body: SentenceTransformer, texts: list[str], **settings: Any) -> Any:
+        seen[:] = texts
+        return embed(body, texts, **settings)
+
+    monkeypatch.setattr(early, "embed", embed_and_record)
+    signals = pool_signals(POOL)
+    train_student(signals, student_body, **{**QUICK, "patience": 1})
+    training, held_out = hold_out(POOL, seed=0)
+    sample = [signals.texts.index(text) for text in seen[:12]]
+    assert set(sample) <= set(training.tolist())
+    assert max(sample) > training[36]
+    assert seen[12:] == [signals.texts[row] for row in held_out]
+
+
 def test_a_look_disturbs_no_training(tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout on, every draw of it depends on all that was drawn before."""
     rising = iter(np.linspace(0, 1, 99))
     monkeypatch.setattr(early, "soft_agreement", lambda *_: next(rising))
     trained = []
     for look_steps in (1, 500):
-        monkeypatch.setattr(early, "LOOK_STEPS", look_steps)
+        monkeypatch.setattr(steps, "LOOK_STEPS", look_steps)
         settings = {**QUICK, "patience": 9, "epochs": 2, "dropout": True}
         trained.append(weights(train_student(pool_signals(POOL), tiny_student, **settings)))
     assert same(*trained)
@@ -175,7 +223,7 @@ def test_what_is_held_out_is_never_trained_on(
         new_model(student_body, NAMES), signals, few_labels(), config, resolve_device("cpu"), str(tmp_path)
     )
     dataset, _ = trainer.get_dataset(signals.texts, None, trainer.args)
-    training = hold_out(POOL, seed=0)[0] if patience else np.arange(POOL)
+    training = hold_out(POOL, seed=0, spared=np.arange(POOL) < 16)[0] if patience else np.arange(POOL)
     allowed = [signals.texts[row] for row in training]
     columns = [name for name in dataset.column_names if name.startswith("sentence")]
     assert {text for name in columns for text in dataset[name]} == set(allowed)

@@ -299,6 +299,11 @@ def test_drawn_pairs_are_of_different_texts_with_their_cosines(seed: int, n: int
 
 
 def test_two_texts_pair_with_each_other() -> None:
+    rows = np.array([4, 1, 7])
+    left, right, cosines = draw_pairs(np.eye(9, dtype=np.float32), pairs_per_text=5, seed=0, rows=rows)
+    assert set(left) == set(right) == set(rows)
+    np.testing.assert_array_equal(left != right, True)
+    np.testing.assert_array_equal(cosines, 0)
     left, right, _ = draw_pairs(np.eye(2, dtype=np.float32), pairs_per_text=2, seed=0)
     assert left.tolist() == [0, 0, 1, 1]
     assert right.tolist() == [1, 1, 0, 0]

@@ -75,6 +75,30 @@ def test_a_width_is_probed_once(
     assert set(answers) == {Precision("bf16", 2.0)}
 
 
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (RuntimeError("\"addmm_impl_cpu_\" not implemented for 'BFloat16'"), Precision("fp32")),
+        (torch.OutOfMemoryError("CUDA out of memory."), None),
+    ],
+)
+def test_where_bf16_does_not_run_it_is_not_taken(
+    student_body: SentenceTransformer,
+    failure: Exception,
+    expected: Precision | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(module, "_step_seconds", fail)
+    if expected is None:
+        with pytest.raises(torch.OutOfMemoryError):
+            resolve_precision("auto", student_body, TEXTS)
+    else:
+        assert resolve_precision("auto", student_body, TEXTS) == expected
+
+
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_a_precision_asked_for_is_not_probed(
     student_body: SentenceTransformer, name: str, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import json
@@ -258,6 +259,7 @@ def test_large_embeddings_are_kept_in_half_precision_and_mapped(tmp_path: Path) 
     read = TeacherSignals.load(tmp_path / "saved")
     assert isinstance(read.embeddings, np.memmap)
     np.testing.assert_array_equal(np.asarray(read.embeddings), rows.astype(np.float16), strict=True)
+    np.testing.assert_array_equal(read.probabilities, large.probabilities, strict=True)
     read.save(tmp_path / "again")
     np.testing.assert_array_equal(
         np.asarray(read.embeddings), np.asarray(TeacherSignals.load(tmp_path / "again").embeddings)
@@ -282,6 +284,17 @@ def test_a_large_array_is_filled_on_disk_and_its_file_goes_with_it(
     del view
     gc.collect()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("small_memory")
+def test_a_temporary_folder_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(arrays, "TemporaryDirectory", full)
+    with pytest.raises(OutputError, match="Cannot write") as error:
+        arrays.large_array((40, 3))
+    assert "TMPDIR" in (error.value.hint or "")
 
 
 @pytest.mark.usefixtures("small_memory")
@@ -321,6 +334,15 @@ def test_an_average_has_the_weighted_mean_of_cosines_and_probabilities(
     np.testing.assert_allclose(mean.probabilities, expected, atol=1e-6)
     assert mean.probabilities.dtype == mean.embeddings.dtype == np.float32
     assert (mean.texts, mean.label_names) == (parts[0].texts, parts[0].label_names)
+
+
+@pytest.mark.usefixtures("small_memory")
+def test_an_average_of_large_signals_is_kept_on_disk() -> None:
+    parts = [signals(seed, n=40, d=d) for seed, d in ((0, 3), (2, 4))]
+    mean = TeacherSignals.average(parts)
+    assert isinstance(mean.embeddings, np.memmap)
+    expected = np.mean([cosines(np.asarray(part.embeddings)) for part in parts], axis=0)
+    np.testing.assert_allclose(cosines(np.asarray(mean.embeddings, np.float32)), expected, atol=2e-3)
 
 
 def test_an_average_does_not_depend_on_a_teachers_scale() -> None:

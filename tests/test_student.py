@@ -150,7 +150,7 @@ def test_signals_without_embeddings_will_do_for_soft_labels_alone(tiny_student: 
     settings = {**QUICK, "objective": objective}
     if objective != "soft-labels":
         with pytest.raises(DataError, match="The signals of a rule hold no embeddings") as error:
-            train_student(signals, tiny_student, **settings)
+            train_student(signals, "no/such/body", **settings)  # told before anything is loaded
         assert "--objective soft-labels" in (error.value.hint or "")
         return
     with_them, without = (train_student(s, tiny_student, **settings) for s in (pool_signals(), signals))
@@ -181,7 +181,7 @@ def test_soft_labels_start_from_a_fitted_head(
 ) -> None:
     from setfit_kd.student import objective as objective_module
 
-    monkeypatch.setattr(objective_module, "HEAD_START_TEXTS", 33)
+    monkeypatch.setattr(objective_module, "START_TEXTS", 33)
     signals = pool_signals(n, classes)
     made: Any = in_batch_objective(given(student_body, signals, objective="soft-labels", head_c=2.0))
     rows = embed(student_body, signals.texts)
@@ -196,6 +196,16 @@ def test_soft_labels_start_from_a_fitted_head(
     else:
         difference = (logits[:, 1] - logits[:, 0]).numpy()
         np.testing.assert_allclose(difference, expected.decision_function(rows), atol=1e-3)
+
+
+def test_a_projection_starts_where_it_fits_best(student_body: SentenceTransformer) -> None:
+    """The student has 16 dimensions, the teacher 8."""
+    signals = pool_signals()
+    started: Any = in_batch_objective(given(student_body, signals, objective="embedding"))
+    rows, labels = torch.as_tensor(embed(student_body, signals.texts)), torch.arange(len(signals))
+    random = EmbeddingObjective(student_body, np.asarray(signals.embeddings), dimension=16)
+    with torch.no_grad():
+        assert started.loss([rows], labels) < 0.5 * random.loss([rows], labels)
 
 
 def test_the_settings_reach_the_soft_labels(student_body: SentenceTransformer) -> None:
@@ -378,10 +388,19 @@ def test_frozen_word_embeddings_stay_and_the_rest_moves(
     assert not torch.equal(dict(student_body.named_parameters())[words], before[words])
 
 
-def test_word_embeddings_can_be_trained_again_after_a_training_that_failed(student_body: SentenceTransformer) -> None:
-    with pytest.raises(DataError):
-        train_student(without_embeddings(pool_signals()), student_body, **{**QUICK, "freeze_embeddings": True})
-    assert all(parameter.requires_grad for parameter in student_body.parameters())
+def test_word_embeddings_are_as_free_as_before_after_a_training_that_failed(
+    student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the first step")
+
+    monkeypatch.setattr(SimilarityObjective, "loss", fail)
+    first = next(student_body.parameters())
+    for free in (True, False):
+        first.requires_grad_(free)
+        with pytest.raises(RuntimeError, match="in the first step"):
+            train_student(pool_signals(), student_body, **{**QUICK, "freeze_embeddings": True})
+        assert first.requires_grad is free
 
 
 def test_a_body_without_word_embeddings_has_none_to_freeze() -> None:
@@ -413,8 +432,10 @@ def test_micro_batches_train_the_same_student(tiny_student: Path, objective: str
     np.testing.assert_allclose(here, there, atol=1e-3)
 
 
-def test_micro_batches_train_the_same_teacher(tiny_student: Path) -> None:
+@pytest.mark.parametrize("objective", ["in-batch", "pairs"])
+def test_micro_batches_train_the_same_teacher(tiny_student: Path, objective: str) -> None:
     settings: dict[str, Any] = {"device": "cpu", "precision": "fp32", "teacher_steps": 3, "teacher_batch_size": 16}
+    settings |= {"teacher_objective": objective, "num_iterations": 1}
     whole, by_parts = (
         train_teacher(few_labels(), tiny_student, **settings, teacher_learning_rate=1e-3, micro_batch_size=size)
         for size in (None, 4)

@@ -377,6 +377,21 @@ def test_a_teachers_seed_decides_every_weight(tiny_teacher: Path) -> None:
 
 
 @pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("objective", ["in-batch", "pairs"])
+def test_dropout_in_a_teachers_training_is_as_asked_for(
+    teacher_body: SentenceTransformer, objective: str, dropout: bool
+) -> None:
+    modes = set()
+    hook = teacher_body[0].register_forward_pre_hook(
+        lambda module, _: modes.add((module.training, torch.is_grad_enabled()))
+    )
+    settings: dict[str, Any] = {"teacher_steps": 2, "num_iterations": 1, "teacher_dropout": dropout}
+    train_teacher(few_labels(), teacher_body, device="cpu", precision="fp32", teacher_objective=objective, **settings)
+    hook.remove()
+    assert modes == {(dropout, True), (False, False)}  # in training, and when the head is fitted
+
+
+@pytest.mark.parametrize("dropout", [False, True])
 def test_the_same_batches_under_another_seed_meet_another_dropout(
     tiny_teacher: Path, dropout: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

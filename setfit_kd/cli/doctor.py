@@ -37,7 +37,7 @@ def doctor() -> None:
     click.echo(f"  {hub.endpoint():<21} {'reachable' if reachable else 'not reachable'}{why}")
     folder, size = cache_folder(), cache_bytes()
     click.echo("Cache")
-    click.echo(f"  {folder}  {size / 2**20:,.0f} MiB of embeddings")
+    click.echo(f"  {folder}  {size / 2**20:,.0f} MiB of embeddings" if folder else "  none: there is no home folder")
     click.echo("Presets")
     for name in PRESETS:
         obstacle = _obstacle(name, reachable)

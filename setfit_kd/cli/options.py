@@ -54,8 +54,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     text = field.description or ""
     has_default = field.default is not None and field.default is not PydanticUndefined
     if kind is bool:
-        spelling = f"{flag}/--no-{name.replace('_', '-')}" if field.default else flag
-        return click.option(spelling, name, is_flag=True, default=None, help=text)
+        return click.option(f"{flag}/--no-{flag[2:]}", name, is_flag=True, default=None, help=text)
     if get_origin(kind) is Literal:
         parameter_type: Any = click.Choice(get_args(kind))
     elif kind in (int, float):

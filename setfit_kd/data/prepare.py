@@ -98,8 +98,8 @@ def prepare(labeled: LabeledSet, pool: Iterable[str], evaluation: LabeledSet | N
     set or the pool. Then duplicates go, and labeled texts that occur with different labels. The shots are drawn, their
     texts leave the pool, and the pool is drawn from what is left.
 
-    The pool is gone through once and only what is drawn of it is kept, with 16 bytes for each of its texts to know it
-    again by.
+    The pool is gone through once and only what is drawn of it is kept, with about 100 bytes for each of its texts to
+    know it again by.
 
     Raises:
         DataError: Too little is left to train on.
@@ -171,7 +171,9 @@ def _draw_pool(
             continue
         seen.add(digest)
         rank = int.from_bytes(blake2b(encoded, digest_size=8, key=config.seed.to_bytes(4, "big")).digest(), "big")
-        if wanted is None or len(drawn) < wanted:
+        if wanted is None:
+            drawn.append((-rank, place, text))
+        elif len(drawn) < wanted:
             heappush(drawn, (-rank, place, text))
         elif -rank > drawn[0][0]:
             heapreplace(drawn, (-rank, place, text))

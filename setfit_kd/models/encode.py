@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from setfit import SetFitModel
 
 _CHUNK = 256
+"""Texts handed over at once, or a batch if that is more; between two the progress bar moves."""
 
 
 def embed(
@@ -40,9 +41,10 @@ def embed(
     """
     order = np.argsort([-len(text) for text in texts], kind="stable")
     embeddings: npt.NDArray[np.floating] | None = None
+    chunk = max(_CHUNK, batch_size)
     with track(description, len(texts)) as advance:
-        for start in range(0, len(texts), _CHUNK):
-            rows = order[start : start + _CHUNK]
+        for start in range(0, len(texts), chunk):
+            rows = order[start : start + chunk]
             part = body.encode(
                 [texts[row] for row in rows],
                 batch_size=batch_size,

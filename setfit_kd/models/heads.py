@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from setfit_kd.errors import ModelError
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
+
+logger = logging.getLogger(__name__)
 
 HEAD_WEIGHTS = "head.safetensors"
 HEAD_CONFIG = "head.json"
@@ -90,6 +93,8 @@ def fit_head(
         method="L-BFGS-B",
         options={"maxiter": 1000, "gtol": 1e-5, "ftol": 1e-10},
     )
+    if not found.success:
+        logger.debug("The head is not fully settled: %s", found.message)
     matrix = found.x.reshape(n_rows, d + 1)
     head = new_head().set_params(C=C)
     head.classes_ = np.arange(targets.shape[1])

@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
+from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
+from setfit_kd.arrays import unit_rows
 from setfit_kd.objectives.base import Objective, Options, at_least_float32, rows_at
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from typing_extensions import Unpack
+
+
+_RIDGE = 0.1
+"""Keeps the first map from copying a few texts exactly; rows have length 1."""
 
 
 class EmbeddingObjective(Objective):
@@ -52,6 +58,21 @@ class EmbeddingObjective(Objective):
         self.teacher_embeddings = teacher_embeddings
         width = teacher_embeddings.shape[1]
         self.projection = nn.Identity() if dimension == width else nn.Linear(dimension, width, bias=False)
+
+    def start_from(self, embeddings: npt.NDArray[np.floating], teacher_embeddings: npt.NDArray[np.floating]) -> None:
+        """Begin with the linear map that fits m texts best, by ridge regression.
+
+        A body's learning rate is far too small to bring a random map anywhere.
+
+        Args:
+            embeddings: (m, dimension) of the untrained student.
+            teacher_embeddings: (m, d_teacher).
+        """
+        student, teacher = unit_rows(embeddings), unit_rows(teacher_embeddings)
+        fitted = Ridge(alpha=_RIDGE, fit_intercept=False).fit(student, teacher)
+        assert isinstance(self.projection, nn.Linear)
+        with torch.no_grad():
+            self.projection.weight.copy_(torch.as_tensor(fitted.coef_))
 
     def loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """Mean of 1 - cos over the texts."""

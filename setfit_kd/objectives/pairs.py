@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from setfit_kd.arrays import unit_rows
 from setfit_kd.objectives.base import Objective, at_least_float32
 
 
@@ -34,32 +35,33 @@ class PairsObjective(Objective):
 
 
 def draw_pairs(
-    embeddings: npt.NDArray[np.floating], *, pairs_per_text: int, seed: int
+    embeddings: npt.NDArray[np.floating],
+    *,
+    pairs_per_text: int,
+    seed: int,
+    rows: npt.NDArray[np.int64] | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Random pairs of different texts with their cosines; each text opens ``pairs_per_text`` pairs.
 
     Args:
-        embeddings: (n, d) of the teacher, n at least 2.
+        embeddings: (n, d) of the teacher.
         pairs_per_text: Pairs that each text opens.
         seed: Same seed, same pairs.
+        rows: The m texts to pair, at least 2; None pairs all.
 
     Returns:
-        ``(left, right, cosines)``, each (n * pairs_per_text,); memory is O(n * pairs_per_text + n d).
+        ``(left, right, cosines)``, each (m * pairs_per_text,): rows of the embeddings, and what memory is O of.
     """
-    n = len(embeddings)
+    rows = np.arange(len(embeddings)) if rows is None else rows
+    n = len(rows)
     rng = np.random.default_rng([seed, 3])
     left = np.repeat(np.arange(n), pairs_per_text)
     # A step of 1 to n - 1 around the circle never ends where it began.
     right = (left + rng.integers(1, n, size=len(left))) % n
+    left, right = rows[left], rows[right]
     cosines = np.empty(len(left), np.float32)
     for start in range(0, len(left), 8192):
-        rows = slice(start, start + 8192)
-        cosines[rows] = np.einsum("ij,ij->i", _unit(embeddings[left[rows]]), _unit(embeddings[right[rows]]))
+        part = slice(start, start + 8192)
+        pairs = unit_rows(embeddings[left[part]]), unit_rows(embeddings[right[part]])
+        cosines[part] = np.einsum("ij,ij->i", *pairs)
     return left, right, cosines.clip(-1, 1)
-
-
-def _unit(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-    wide = np.asarray(rows, np.float32)
-    lengths: npt.NDArray[np.float32] = np.linalg.norm(wide, axis=1, keepdims=True)
-    unit: npt.NDArray[np.float32] = wide / np.maximum(lengths, np.float32(1e-12))
-    return unit

@@ -16,21 +16,22 @@ from setfit_kd.arrays import at_most
 from setfit_kd.models import embed, fit_head, settled_c
 from setfit_kd.progress import shown_on
 from setfit_kd.signals import TeacherSignals
+from setfit_kd.student.steps import MOST_HELD_OUT, held_out_texts, looks_in_pass
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_SHARE, MOST_HELD_OUT, LEAST_HELD_OUT = 0.1, 500, 16
-LOOK_STEPS = 500
-"""About so many steps lie between two looks at the held-out texts; a look comes at the end of each pass at least."""
 
-
-def hold_out(n: int, *, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows to train on and rows to hold out of a pool of n texts, both sorted."""
-    count = int(np.clip(HELD_OUT_SHARE * n, min(LEAST_HELD_OUT, n // 2), MOST_HELD_OUT))
+def hold_out(
+    n: int, *, seed: int, spared: npt.NDArray[np.bool_] | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows to train on and rows to hold out of a pool of n texts, both sorted; ``spared`` ones are held out last."""
+    count = held_out_texts(n)
     order = np.random.default_rng([seed, 6]).permutation(n)
+    if spared is not None:
+        order = np.concatenate([order[~spared[order]], order[spared[order]]])
     return np.sort(order[count:]), np.sort(order[:count])
 
 
@@ -76,7 +77,7 @@ class AgreementStop(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look at the end of a pass and, in a long one, at equal distances within it."""
         steps_per_pass = max(1, round(state.max_steps / args.num_train_epochs))
-        looks = max(1, round(steps_per_pass / LOOK_STEPS))
+        looks = looks_in_pass(steps_per_pass)
         if state.global_step * looks % steps_per_pass < looks:
             self.look(state.global_step)
             control.should_training_stop = control.should_training_stop or self.looks_since_best >= self.patience

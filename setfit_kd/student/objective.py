@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.config import StudentConfig, parse_objectives
-from setfit_kd.errors import DataError
 from setfit_kd.models import embed, fit_head, settled_c
 from setfit_kd.objectives import (
     NO_GOLD,
@@ -22,12 +22,11 @@ from setfit_kd.objectives import (
     WeightedSum,
 )
 from setfit_kd.signals import TeacherSignals
+from setfit_kd.student.checks import check_embeddings
+from setfit_kd.student.steps import START_TEXTS
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-HEAD_START_TEXTS = 256
-"""Pool texts that the soft-labels objective's head is fitted on before training; it is trained on from there."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,18 @@ class Given:
         Raises:
             DataError: The signals hold none.
         """
-        if self.signals.embeddings is None:
-            raise DataError(
-                f"The signals of {self.signals.origin} hold no embeddings, which the objective needs.",
-                hint="Take --objective soft-labels, or score the pool by a SetFit teacher.",
-            )
+        check_embeddings(self.signals, self.config)
+        assert self.signals.embeddings is not None
         return self.signals.embeddings
+
+    @cached_property
+    def start(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.floating]]:
+        """Some rows of the signals, and the untrained student's embeddings of their texts."""
+        rng = np.random.default_rng([self.config.seed, 5])
+        rows = np.sort(rng.permutation(self.rows)[:START_TEXTS])
+        texts = [self.signals.texts[row] for row in rows]
+        batch_size = self.config.encode_batch_size
+        return rows, embed(self.body, texts, batch_size=batch_size, description="Starting head")
 
     @property
     def dimension(self) -> int:
@@ -71,7 +76,11 @@ def _similarity(given: Given) -> Objective:
 
 
 def _embedding(given: Given) -> Objective:
-    return EmbeddingObjective(given.body, given.teacher_embeddings, dimension=given.dimension, **given.options)
+    objective = EmbeddingObjective(given.body, given.teacher_embeddings, dimension=given.dimension, **given.options)
+    if given.dimension != given.teacher_embeddings.shape[1]:
+        rows, embeddings = given.start
+        objective.start_from(embeddings, given.teacher_embeddings[rows])
+    return objective
 
 
 def _soft_labels(given: Given) -> Objective:
@@ -85,14 +94,7 @@ def _soft_labels(given: Given) -> Objective:
         alpha=config.alpha,
         **given.options,
     )
-    rng = np.random.default_rng([config.seed, 5])
-    rows = np.sort(rng.permutation(given.rows)[:HEAD_START_TEXTS])
-    embeddings = embed(
-        given.body,
-        [signals.texts[row] for row in rows],
-        batch_size=config.encode_batch_size,
-        description="Starting head",
-    )
+    rows, embeddings = given.start
     head = fit_head(embeddings, signals.probabilities[rows], C=settled_c(config.head_c), balance=config.balance)
     coef, intercept = head.coef_, head.intercept_
     if len(coef) == 1:  # two classes share one row; half of it to each gives the same probabilities

@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
-from setfit_kd.config import StudentConfig
+from setfit_kd.config import StudentConfig, parse_objectives
+
+HEAD_TEXTS = 20_000
+"""Most pool texts that a head is fitted on; a linear head gains nothing from more, and each must be embedded."""
+START_TEXTS = 256
+"""Pool texts that what an objective trains beside the body is fitted on before training; it goes on from there."""
+HELD_OUT_SHARE, MOST_HELD_OUT, LEAST_HELD_OUT = 0.1, 500, 16
+LOOK_STEPS = 500
+"""About so many steps lie between two looks at the held-out texts; a look comes at the end of each pass at least."""
+
+
+def held_out_texts(pool_size: int) -> int:
+    """How many of a pool's texts early stopping holds out."""
+    return int(min(max(HELD_OUT_SHARE * pool_size, min(LEAST_HELD_OUT, pool_size // 2)), MOST_HELD_OUT))
+
+
+def looks_in_pass(steps: int) -> int:
+    """How often a pass of so many steps is interrupted, or ended, by a look at the held-out texts."""
+    return max(1, round(steps / LOOK_STEPS))
 
 
 def student_steps(config: StudentConfig, pool_size: int) -> int:
     """Steps of training a student's body on ``pool_size`` texts."""
+    return config.epochs * len(_batches(config, _trained_on(config, pool_size)))
+
+
+def student_passes(config: StudentConfig, pool_size: int, labeled: int = 0) -> int:
+    """Texts passed forward in making a student from ``pool_size`` texts, of which ``labeled`` have a gold label."""
+    trained_on = _trained_on(config, pool_size)
+    batches = _batches(config, trained_on)
+    columns = 2 if config.objective == "pairs" else 1
+    passes = config.epochs * sum(config.passes(batch, columns=columns) for batch in batches)
+    if {"soft-labels", "embedding"} & set(parse_objectives(config.objective)):
+        passes += min(START_TEXTS, trained_on)
+    if config.patience is not None:
+        looks = config.epochs * looks_in_pass(len(batches))
+        passes += looks * (min(MOST_HELD_OUT, trained_on) + pool_size - trained_on)
+    gold = labeled if config.gold_weight > 0 else 0
+    return passes + min(HEAD_TEXTS, pool_size - gold) + gold
+
+
+def _trained_on(config: StudentConfig, pool_size: int) -> int:
+    return pool_size - (held_out_texts(pool_size) if config.patience is not None else 0)
+
+
+def _batches(config: StudentConfig, texts: int) -> list[int]:
+    """Sizes of the batches of one pass."""
     if config.objective == "pairs":
-        return config.epochs * -(-pool_size * config.num_iterations // config.batch_size)
-    full, rest = divmod(pool_size, config.batch_size)
-    return config.epochs * (full + (rest > 1))
-
-
-def student_passes(config: StudentConfig, pool_size: int) -> int:
-    """Texts passed forward in training a student's body on ``pool_size`` texts."""
-    return config.epochs * pool_size * (2 * config.num_iterations if config.objective == "pairs" else 1)
+        full, rest = divmod(texts * config.num_iterations, config.batch_size)
+        return [config.batch_size] * full + [rest] * (rest > 0)
+    full, rest = divmod(texts, config.batch_size)
+    return [config.batch_size] * full + [rest] * (rest > 1)  # a last text alone has no pair

@@ -13,6 +13,7 @@ from setfit_kd.memory import resolve_device
 from setfit_kd.models import load_body, locate, new_model
 from setfit_kd.precision import resolve_precision
 from setfit_kd.quiet import quiet_libraries
+from setfit_kd.student.checks import check_embeddings, check_pool
 from setfit_kd.student.steps import student_steps
 
 if TYPE_CHECKING:
@@ -20,19 +21,6 @@ if TYPE_CHECKING:
     from setfit import SetFitModel
 
     from setfit_kd.signals import TeacherSignals
-
-
-def check_pool(pool_size: int, config: StudentConfig) -> None:
-    """Refuse a pool that does not fill one batch.
-
-    Raises:
-        DataError: It does not.
-    """
-    if pool_size < config.batch_size:
-        raise DataError(
-            f"The pool holds {pool_size} texts, fewer than one batch of {config.batch_size}.",
-            hint=f"Give more unlabeled texts, or --batch-size {max(pool_size, 4)} or less.",
-        )
 
 
 def train_student(
@@ -69,6 +57,7 @@ def train_student(
             f"The labels {', '.join(labeled.label_names)} are not the teacher's: {', '.join(signals.label_names)}.",
             hint="Give the same classes in the same order.",
         )
+    check_embeddings(signals, config)
     device = resolve_device(config.device)
     body = load_body(locate(student), device) if isinstance(student, str | Path) else student.to(device)
     precision = resolve_precision(config.precision, body, signals.texts)

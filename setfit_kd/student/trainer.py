@@ -22,13 +22,11 @@ from setfit_kd.objectives import NO_GOLD, PairsObjective, draw_pairs
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.student.early import AgreementStop, hold_out
 from setfit_kd.student.objective import Given, gold_of, in_batch_objective
+from setfit_kd.student.steps import HEAD_TEXTS
 from setfit_kd.training import training_arguments
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-HEAD_TEXTS = 20_000
-"""Most pool texts that a head is fitted on; a linear head gains nothing from more, and each must be embedded."""
 
 
 class StudentTrainer(DistillationTrainer):
@@ -66,8 +64,6 @@ class StudentTrainer(DistillationTrainer):
         )
         with inner_trainer_on(device, config.precision):
             super().__init__(teacher_model=None, student_model=model, args=arguments, metric=lambda *_: {})
-        # Only now: SetFit would map over every text of the pool to fill the tables of its model card.
-        self.train_dataset = Dataset.from_dict({"text": signals.texts})
         self.gold = np.full(len(signals), NO_GOLD)
         if labeled is not None:
             self.gold = gold_of(signals, labeled.texts, labeled.labels)
@@ -77,7 +73,7 @@ class StudentTrainer(DistillationTrainer):
             self.early_stop = self._make_early_stop(config.patience)
 
     def _make_early_stop(self, patience: int) -> AgreementStop:
-        self.rows, held_out = hold_out(len(self.signals), seed=self.config.seed)
+        self.rows, held_out = hold_out(len(self.signals), seed=self.config.seed, spared=self.gold != NO_GOLD)
         stop = AgreementStop(
             self.model.model_body,
             self.signals,
@@ -92,6 +88,10 @@ class StudentTrainer(DistillationTrainer):
         self.st_trainer.add_callback(stop)
         return stop
 
+    def dataset_to_parameters(self, dataset: Dataset | None) -> list[Any]:
+        """The pool's texts. They are not SetFit's ``train_dataset``: it would map over every one for its model card."""
+        return [self.signals.texts]
+
     def get_dataset(
         self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
     ) -> tuple[Dataset, nn.Module]:
@@ -99,10 +99,9 @@ class StudentTrainer(DistillationTrainer):
         given = Given(self.model.model_body, self.signals, self.rows, self.gold, self.config)
         if self.config.objective == "pairs":
             left, right, cosines = draw_pairs(
-                given.teacher_embeddings[self.rows], pairs_per_text=args.num_iterations, seed=args.seed
+                given.teacher_embeddings, pairs_per_text=args.num_iterations, seed=args.seed, rows=self.rows
             )
-            texts = [x[row] for row in self.rows]
-            columns = {"sentence_1": [texts[i] for i in left], "sentence_2": [texts[i] for i in right]}
+            columns = {"sentence_1": [x[row] for row in left], "sentence_2": [x[row] for row in right]}
             return Dataset.from_dict({**columns, "label": cosines}), PairsObjective(given.body, **given.options)
         # A last batch of one text would have no pair.
         self.st_trainer.args.dataloader_drop_last = len(self.rows) % args.embedding_batch_size == 1

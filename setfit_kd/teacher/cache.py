@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,20 +29,28 @@ logger = logging.getLogger(__name__)
 VARIABLE = "SETFIT_KD_CACHE"
 MOST_BYTES = 2 << 30
 """What the cache may hold; what was not used for longest goes first."""
+_LIBRARIES = ("torch", "transformers", "sentence-transformers", "tokenizers")
 _EMBEDDINGS, _ROWS = "embeddings", "embeddings.npy"
 
 
-def cache_folder() -> Path:
-    """Where embeddings are kept: what the environment's ``SETFIT_KD_CACHE`` says, or the user's cache folder."""
+def cache_folder() -> Path | None:
+    """Where embeddings are kept: what the environment's ``SETFIT_KD_CACHE`` says, or the user's cache folder.
+
+    None for a user without a home.
+    """
     named = os.environ.get(VARIABLE)
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setfit-kd"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setfit-kd"
+    except RuntimeError:
+        return None
 
 
 def cache_bytes() -> int:
     """How much is kept."""
-    return sum(path.stat().st_size for path in (cache_folder() / _EMBEDDINGS).glob(f"*/{_ROWS}"))
+    folder = cache_folder()
+    return sum(size for _, size, _ in _entries(folder / _EMBEDDINGS)) if folder else 0
 
 
 def cached_embed(
@@ -51,16 +60,22 @@ def cached_embed(
 
     The cache helps where it can and is silent where it cannot: it never fails a run.
     """
-    place = cache_folder() / _EMBEDDINGS / content_hash(body, texts, normalize=normalize)
+    folder = cache_folder()
+    if folder is None:
+        return embed(body, texts, batch_size=batch_size, normalize=normalize, description=description)
+    place = folder / _EMBEDDINGS / content_hash(body, texts, normalize=normalize)
     found = _found(place / _ROWS, (len(texts), body.get_embedding_dimension()))
+    if found is None:
+        shutil.rmtree(place, ignore_errors=True)  # whatever is there cannot be read
     if found is not None:
         with suppress(OSError):  # others' caches may only be read
             os.utime(place)
         logger.info("%s: taken from the cache (%s).", description, place)
         return found
     embeddings = embed(body, texts, batch_size=batch_size, normalize=normalize, description=description)
+    if embeddings.nbytes > MOST_BYTES:
+        return embeddings
     try:
-        shutil.rmtree(place, ignore_errors=True)  # whatever is there could not be read
         with whole_folder(place) as part:
             save_rows(embeddings, part / _ROWS)
         _prune(place.parent, keep=place)
@@ -80,17 +95,21 @@ def _found(path: Path, shape: tuple[int, int | None]) -> npt.NDArray[np.floating
 
 
 def content_hash(body: SentenceTransformer, texts: Sequence[str], *, normalize: bool) -> str:
-    """A name for all that decides a body's embeddings of texts: modules, weights, tokenizer, texts."""
+    """A name for all that decides a body's embeddings of texts: modules, weights, tokenizer, texts, libraries."""
     digest = hashlib.sha256()
 
     def add(content: bytes) -> None:
         digest.update(len(content).to_bytes(8, "big"))
         digest.update(content)
 
-    add(f"1 {normalize} {body.device.type} {body.max_seq_length} {body.prompts} {body.default_prompt_name}".encode())
+    add(f"2 {normalize} {body.device.type} {body.max_seq_length} {body.prompts} {body.default_prompt_name}".encode())
+    add(" ".join(f"{library} {version(library)}" for library in _LIBRARIES).encode())
     add(repr(body).encode())
-    backend = getattr(body.tokenizer, "backend_tokenizer", None)
-    described = json.loads(backend.to_str()) if backend is not None else repr(body.tokenizer)
+    config = getattr(getattr(body[0], "auto_model", None), "config", None)
+    if config is not None:
+        add(json.dumps({**config.to_dict(), "_name_or_path": ""}, sort_keys=True, default=str).encode())
+    backend = getattr(body.tokenizer, "backend_tokenizer", body.tokenizer)
+    described = json.loads(backend.to_str()) if hasattr(backend, "to_str") else repr(body.tokenizer)
     if isinstance(described, dict):  # these two are set by use, as the body's own settings say
         described = {key: value for key, value in described.items() if key not in ("truncation", "padding")}
     add(json.dumps(described).encode())
@@ -102,13 +121,18 @@ def content_hash(body: SentenceTransformer, texts: Sequence[str], *, normalize: 
     return digest.hexdigest()[:32]
 
 
+def _entries(folder: Path) -> list[tuple[float, int, Path]]:
+    """When each was last used, its bytes, and where it is; those being written are left out."""
+    entries = []
+    for path in folder.glob("[!.]*"):
+        with suppress(OSError):  # another process may just have removed it
+            entries.append((path.stat().st_mtime, (path / _ROWS).stat().st_size, path))
+    return entries
+
+
 def _prune(folder: Path, *, keep: Path) -> None:
     """Remove what was used least lately until the rest fits."""
-    entries = []
-    for path in folder.iterdir():
-        rows = path / _ROWS
-        if rows.is_file():
-            entries.append((path.stat().st_mtime, rows.stat().st_size, path))
+    entries = _entries(folder)
     total = sum(size for _, size, _ in entries)
     for _, size, path in sorted(entries):
         if total <= MOST_BYTES:

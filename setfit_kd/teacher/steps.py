@@ -33,10 +33,14 @@ def teacher_steps(config: TeacherConfig, labeled: LabeledSet) -> int:
 
 
 def teacher_passes(config: TeacherConfig, labeled: LabeledSet) -> int:
-    """Texts passed forward in training a teacher's body."""
+    """Texts passed forward in making a teacher."""
     if config.teacher_objective == "in-batch":
-        return sum(map(len, teacher_batches(config, labeled)))
-    return 2 * _pairs(config, labeled)
+        batches, columns = [len(batch) for batch in teacher_batches(config, labeled)], 1
+    else:
+        full, rest = divmod(_pairs(config, labeled), PAIRS_BATCH)
+        batches, columns = [PAIRS_BATCH] * full + [rest], 2
+    passes = sum(config.passes(batch, columns=columns) for batch in batches)
+    return passes + len(labeled)
 
 
 def _pairs(config: TeacherConfig, labeled: LabeledSet) -> int:

@@ -14,7 +14,7 @@ from setfit_kd.config import TeacherConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.memory import inner_trainer_on
 from setfit_kd.models import embed, fit_head, settled_c
-from setfit_kd.objectives import ContrastiveObjective
+from setfit_kd.objectives import ContrastiveObjective, Options, PairsObjective
 from setfit_kd.teacher.steps import PAIRS_BATCH, teacher_batches
 from setfit_kd.training import FixedBatches, training_arguments
 
@@ -51,21 +51,18 @@ class TeacherTrainer(Trainer):
     def get_dataset(
         self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
     ) -> tuple[Dataset, nn.Module]:
-        """The texts with their classes and the contrastive objective, or SetFit's own pairs and loss."""
+        """The texts with their classes and the contrastive objective, or SetFit's own pairs."""
+        body = self.model.model_body
+        options: Options = {"dropout": self.config.teacher_dropout, "micro_batch_size": self.config.micro_batch_size}
         if self.config.teacher_objective == "pairs":
             # SetFit draws its pairs by a constant seed: the order of the texts is where ours comes in.
             order = np.random.default_rng([self.config.seed, 4]).permutation(len(x))
             shuffled = [x[i] for i in order], [y[i] for i in order]
-            dataset, loss = super().get_dataset(*shuffled, args=args, max_pairs=max_pairs)
-            return dataset, loss
+            dataset, _ = super().get_dataset(*shuffled, args=args, max_pairs=max_pairs)
+            return dataset, PairsObjective(body, **options)
         batches = teacher_batches(self.config, self.labeled)
         self.st_trainer.args.batch_sampler = lambda *_, **__: FixedBatches(batches)
-        objective = ContrastiveObjective(
-            self.model.model_body,
-            dropout=self.config.teacher_dropout,
-            micro_batch_size=self.config.micro_batch_size,
-        )
-        return Dataset.from_dict({"sentence": x, "label": y}), objective
+        return Dataset.from_dict({"sentence": x, "label": y}), ContrastiveObjective(body, **options)
 
     def train_classifier(self, x_train: list[str], y_train: Any, args: TrainingArguments | None = None) -> None:
         """Fit the head on the gold labels."""
