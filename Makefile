@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run bench test test-slow lint format docs clean
+.PHONY: help install run bench test test-slow test-gpu lint format docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)$$/  make \1\t\2/' | expand -t 22
@@ -28,6 +28,9 @@ test: $(STAMP)  ## run the tests (offline)
 
 test-slow: $(STAMP)  ## run the slow tests too
 	$(BIN)/python -m pytest -m 'not gpu'
+
+test-gpu: $(STAMP)  ## run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu -s
 
 lint: $(STAMP)  ## check style, formatting, types and the generated docs
 	$(BIN)/ruff check .

@@ -26,7 +26,6 @@ from sklearn.pipeline import make_pipeline
 from setfit_kd import RunConfig, TeacherSignals, load, train_student, train_teacher
 from setfit_kd.data import LabeledSet, RunData, load_run_data
 from setfit_kd.evaluation import measure_quality
-from setfit_kd.memory import resolve_device
 from setfit_kd.models import embed, load_body, locate, new_model, predict_proba, save_model
 from setfit_kd.precision import resolve_precision
 from setfit_kd.student import locate_student, student_body
@@ -86,9 +85,8 @@ class Case:
 
     def body(self, name: str) -> SentenceTransformer:
         """A fresh body: ``teacher`` or ``student``."""
-        device = resolve_device("cpu")
-        teacher = load_body(locate(self.teacher), device)
-        return teacher if name == "teacher" else student_body(locate_student(self.student), device, teacher=teacher)
+        teacher = load_body(locate(self.teacher))
+        return teacher if name == "teacher" else student_body(locate_student(self.student), teacher=teacher)
 
     def kept(self, name: str) -> Path:
         """A folder that a contestant leaves for later ones."""
@@ -237,9 +235,9 @@ def compete(name: str, case: Case) -> dict[str, Any]:
     probed = resolve_precision("auto", case.body("student"), data.pool)
     case = replace(case, precision=probed.name)
     passes = Passes()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     predict = CONTESTANTS[name](case, data)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     counted = {"training_passes": passes.training, "encoding_passes": passes.encoding}
     quality = measure_quality(np.asarray(predict(tests.texts)), tests.labels, tests.label_names)
@@ -247,6 +245,7 @@ def compete(name: str, case: Case) -> dict[str, Any]:
         "accuracy": quality.accuracy,
         "macro_f1": quality.macro_f1,
         "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2),
         "peak_mb": round(peak),
         **counted,
         "precision": probed.name if name in OWN_PRECISION else "fp32",

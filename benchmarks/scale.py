@@ -118,7 +118,6 @@ def work(kind: str, n: int, scratch: Path) -> dict[str, Any]:
     """One measurement."""
     from setfit_kd import RunConfig, train_student, train_teacher
     from setfit_kd.data import load_run_data
-    from setfit_kd.memory import resolve_device
     from setfit_kd.models import cut_layers, load_body, locate
     from setfit_kd.teacher import refine_and_score
 
@@ -135,9 +134,7 @@ def work(kind: str, n: int, scratch: Path) -> dict[str, Any]:
     )
     small = RunConfig.of(**{**config.model_dump(), "unlabeled": "bundled:newswire", "pool_size": 64})
     labeled = load_run_data(small).labeled
-    body = (
-        tiny_body(scratch) if kind == "signals" else load_body(locate("demo:all-MiniLM-L6-v2"), resolve_device("cpu"))
-    )
+    body = tiny_body(scratch) if kind == "signals" else load_body(locate("demo:all-MiniLM-L6-v2"))
     student = None if kind == "signals" else cut_layers(body, (0, 2, 5))
     teacher = train_teacher(labeled, body, config=config)
     cell: dict[str, Any] = {"pool": n, "before_mb": peak_mb()}

@@ -6,6 +6,7 @@ flag on the command line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -79,6 +80,13 @@ def _positive(value: float | str) -> float | str:
     return value
 
 
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", name):
+        raise ValueError("there are auto, cuda, cuda:N, mps and cpu")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_device)]
 HeadC = Annotated[float | Literal["auto"], AfterValidator(_positive)]
 Objectives = Annotated[str, AfterValidator(_objectives)]
 
@@ -89,8 +97,11 @@ class StageConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random choice.")
-    device: Literal["auto", "cuda", "mps", "cpu"] = Field(
-        "auto", description="Where to train and run; of several GPUs, CUDA_VISIBLE_DEVICES picks one."
+    device: Device = Field(
+        "auto", description="Where to train and run: auto, cuda, cuda:N, mps or cpu; auto takes the first that works."
+    )
+    cpu_fallback: bool = Field(
+        True, description="Let the CPU take over where an accelerator's memory is too small for a single text."
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Numbers to train in; auto takes bf16 where a timed probe finds it faster than fp32."
@@ -100,6 +111,12 @@ class StageConfig(BaseModel):
         ge=1,
         description="Most texts of a batch held in memory at once; without dropout, changes memory and time but not "
         "the result [all].",
+    )
+    max_length: int | None = Field(
+        None, ge=8, description="Most tokens of a text that a body reads; the rest is cut off [the body's own]."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Keep no layer's activations in training but compute them twice: less memory, more time."
     )
     encode_batch_size: int = Field(32, ge=1, description="Texts encoded at once when scoring and evaluating.")
     head_c: HeadC = Field(

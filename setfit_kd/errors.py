@@ -40,6 +40,12 @@ class ModelError(InputError):
     """A name or folder does not hold a usable model."""
 
 
+class OutOfMemoryError(SetFitKDError, MemoryError):
+    """Memory ran out, and whatever could be done about it has been tried (sysexits' EX_OSERR)."""
+
+    exit_code = 71
+
+
 class OutputError(SetFitKDError, OSError):
     """A result cannot be written."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from setfit_kd.config import RunConfig
 from setfit_kd.data import RunData, Source, load_run_data
 from setfit_kd.evaluation import Evaluation, evaluate
-from setfit_kd.memory import check_device, resolve_device
+from setfit_kd.memory import check_device, place, remembering, resolve_device
 from setfit_kd.models import load_body, locate, save_model
 from setfit_kd.precision import check_precision, resolve_precision
 from setfit_kd.runfolder import METRICS, RUN, SIGNALS, STUDENT, TEACHER, RunFolder, recorded, versions
@@ -22,6 +22,7 @@ from setfit_kd.student import check_pool, locate_student, student_body, student_
 from setfit_kd.teacher import refine_and_score, teacher_passes, train_teacher
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
@@ -35,8 +36,8 @@ class RunResult:
     """What a run made.
 
     Attributes:
-        student: The distilled classifier.
-        teacher: The classifier it was distilled from.
+        student: The distilled classifier, on the device of the run.
+        teacher: The classifier it was distilled from, on the CPU.
         signals: What the teacher said about the pool.
         evaluations: By ``teacher``, ``baseline`` and ``student``; empty without an evaluation set.
         config: The settings.
@@ -147,47 +148,52 @@ def prepare_run(
     check_pool(len(data.pool), config)
     if data.evaluation is None:
         logger.warning("There is no evaluation set: nothing will be measured. Name one by --eval.")
-    device = resolve_device(config.device)
-    check_precision(config.precision, device)
-    teacher_body = load_body(teacher_folder, device)
-    return RunInputs(data, teacher_body, student_body(student_source, device, teacher=teacher_body))
+    check_precision(config.precision, resolve_device(config.device))
+    teacher_body = load_body(teacher_folder)
+    return RunInputs(data, teacher_body, student_body(student_source, teacher=teacher_body))
 
 
 def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> RunResult:
-    data, seconds = inputs.data, dict[str, float]()
-    precision = resolve_precision(config.precision, inputs.teacher_body, data.pool)
-    given, config = config, config.model_copy(update={"precision": precision.name})
+    data, seconds, device = inputs.data, dict[str, float](), resolve_device(config.device)
+    given = config
     baseline_body = copy.deepcopy(inputs.student_body) if config.baseline and data.evaluation else None
 
-    with _timed("teacher", seconds):
-        teacher = train_teacher(data.labeled, inputs.teacher_body, config=config)
-    with _timed("signals", seconds):
-        teacher, signals = refine_and_score(teacher, data.labeled, data.pool, config=config, origin=config.teacher)
-    if folder:
-        save_model(teacher, folder.path / TEACHER, title="Teacher")
-        signals.save(folder.path / SIGNALS)
-    with _timed("student", seconds):
-        student = train_student(signals, inputs.student_body, labeled=data.labeled, config=config)
-    if folder:
-        save_model(student, folder.path / STUDENT, title="Student")
-    models = {"teacher": teacher, "student": student}
-    if baseline_body is not None:
-        with _timed("baseline", seconds):
-            baseline = train_teacher(data.labeled, baseline_body, config=config, description="Training baseline")
-        models = {"teacher": teacher, "baseline": baseline, "student": student}
+    with remembering(cpu_fallback=config.cpu_fallback) as recoveries:
+        with _timed("teacher", seconds):
+            teacher = train_teacher(data.labeled, inputs.teacher_body, config=config)
+            precision = resolve_precision(config.precision, teacher.model_body, data.pool)
+            config = config.model_copy(update={"precision": precision.name})
+        with _timed("signals", seconds), _placed(teacher, device, "Scoring pool"):
+            teacher, signals = refine_and_score(teacher, data.labeled, data.pool, config=config, origin=config.teacher)
+        if folder:
+            save_model(teacher, folder.path / TEACHER, title="Teacher")
+            signals.save(folder.path / SIGNALS)
+        with _timed("student", seconds):
+            student = train_student(signals, inputs.student_body, labeled=data.labeled, config=config)
+        student.model_body.to("cpu")
+        if folder:
+            save_model(student, folder.path / STUDENT, title="Student")
+        models = {"teacher": teacher, "student": student}
+        if baseline_body is not None:
+            with _timed("baseline", seconds):
+                baseline = train_teacher(data.labeled, baseline_body, config=config, description="Training baseline")
+            baseline.model_body.to("cpu")
+            models = {"teacher": teacher, "baseline": baseline, "student": student}
 
-    evaluations: dict[str, Evaluation] = {}
-    with _timed("evaluation", seconds):
-        for name, model in models.items() if data.evaluation else ():
-            saved = folder.path / name if folder and (folder.path / name).is_dir() else None
-            evaluations[name] = evaluate(
-                model,
-                data.evaluation,
-                teacher=evaluations.get("teacher"),
-                encode_batch_size=config.encode_batch_size,
-                folder=saved,
-                description=f"Evaluating {name}",
-            )
+        evaluations: dict[str, Evaluation] = {}
+        with _timed("evaluation", seconds):
+            for name, model in models.items() if data.evaluation else ():
+                saved = folder.path / name if folder and (folder.path / name).is_dir() else None
+                with _placed(model, device, f"Evaluating {name}"):
+                    evaluations[name] = evaluate(
+                        model,
+                        data.evaluation,
+                        teacher=evaluations.get("teacher"),
+                        encode_batch_size=config.encode_batch_size,
+                        folder=saved,
+                        description=f"Evaluating {name}",
+                    )
+        place(student.model_body, device, phase="Handing over student")
     result = RunResult(student, teacher, signals, evaluations, given, seconds, folder.path if folder else None)
     if folder:
         folder.write_json(METRICS, result.metrics)
@@ -196,9 +202,20 @@ def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) 
             "seed": config.seed,
             "device": str(student.model_body.device),
             "precision": asdict(precision),
+            "out_of_memory": [recovery.as_dict() for recovery in recoveries],
         }
         folder.write_json(RUN, {**about, "data": data.report.as_dict(), "seconds": seconds})
     return result
+
+
+@contextmanager
+def _placed(model: SetFitModel, device: torch.device, phase: str) -> Iterator[None]:
+    """Within this block, a model is on the device; outside it, the device's memory is for others."""
+    place(model.model_body, device, phase=phase)
+    try:
+        yield
+    finally:
+        model.model_body.to("cpu")
 
 
 @contextmanager

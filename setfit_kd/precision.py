@@ -46,14 +46,11 @@ def resolve_precision(name: str, body: SentenceTransformer, texts: Sequence[str]
         name: As in `RunConfig`.
         body: The body that shall be trained, on its device; it is left as it is.
         texts: Some of the texts that it shall be trained on.
-
-    Raises:
-        ConfigError: The device cannot do it.
     """
     device = body.device
-    check_precision(name, device)
     if name != "auto":
-        return Precision(name)
+        # The CPU that takes over from a GPU has no fp16.
+        return Precision("fp32" if (name, device.type) == ("fp16", "cpu") else name)
     if not _has_bf16(device) or not hasattr(body[0], "auto_model"):
         return Precision("fp32")
     key = (str(device), body.get_embedding_dimension() or 0)

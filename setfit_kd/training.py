@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from setfit import TrainingArguments
 from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, TrainerCallback
 
+from setfit_kd.memory import Ladder, Rung, is_out_of_memory
+from setfit_kd.models import checkpointed_layers
+from setfit_kd.precision import resolve_precision
 from setfit_kd.progress import Advance, track
 
 if TYPE_CHECKING:
-    from setfit import Trainer
+    from sentence_transformers import SentenceTransformer
+    from setfit import SetFitModel, Trainer
+
+    from setfit_kd.config import StageConfig
+
+    Config = TypeVar("Config", bound=StageConfig)
 
 logger = logging.getLogger(__name__)
 
@@ -81,18 +92,100 @@ def prepare_inner_trainer(trainer: Trainer, advance: Advance) -> None:
     trainer.model.model_body.to(inner.args.device)
 
 
-def fit(trainer: Trainer, device: torch.device, *, description: str, steps: int) -> None:
+def train(
+    body: SentenceTransformer,
+    make: Callable[[Config, torch.device, str], Trainer],
+    config: Config,
+    *,
+    device: torch.device,
+    texts: Sequence[str],
+    batch_texts: int,
+    steps: int,
+    description: str,
+) -> SetFitModel:
+    """Train body and head, down the ladder where memory runs out.
+
+    A step that fails in its forward or backward pass is done again, in smaller micro-batches. What cannot go on in
+    place, such as a failed optimizer step or a change of device, starts again from the weights that the body came with.
+
+    Args:
+        body: What is trained, in place.
+        make: From the config with its precision and micro-batch size settled, a device, and a folder for its files to a
+            trainer.
+        config: How.
+        device: Where to begin.
+        texts: Some of what is trained on, for the probe of the precision.
+        batch_texts: Texts in a whole batch.
+        steps: Steps of the body's training, for the progress bar.
+        description: What to call it there and in messages.
+
+    Raises:
+        OutOfMemoryError: The last rung failed too.
+    """
+    if config.max_length is not None:
+        body.max_seq_length = min(config.max_length, body.max_seq_length or config.max_length)
+    size = min(config.micro_batch_size or batch_texts, batch_texts)
+    start = {name: value.detach().to("cpu", copy=True) for name, value in body.state_dict().items()}
+    ladder = Ladder(description, kind="training", device=device, size=size, model=body)
+
+    def attempt(rung: Rung) -> SetFitModel:
+        ladder.step = None
+        body.to(rung.device).load_state_dict(start)
+        with TemporaryDirectory(prefix="setfit-kd-") as scratch:
+            trainer = make(_settled(config, rung, body, texts, batch_texts), rung.device, scratch)
+            _fit(trainer, ladder, description=description, steps=steps)
+        return trainer.model
+
+    with checkpointed_layers(body) if config.gradient_checkpointing else nullcontext():
+        return ladder.climb(attempt, clear=lambda: _rest(body))
+
+
+def _settled(config: Config, rung: Rung, body: SentenceTransformer, texts: Sequence[str], batch_texts: int) -> Config:
+    """The config with what a rung decides."""
+    precision = resolve_precision(config.precision, body, texts[: rung.size])
+    whole = config.micro_batch_size is None and rung.size >= batch_texts
+    return config.model_copy(update={"precision": precision.name, "micro_batch_size": None if whole else rung.size})
+
+
+def _fit(trainer: Trainer, ladder: Ladder, *, description: str, steps: int) -> None:
     """Train body and head on the trainer's own data, with a progress bar over the body's ``steps``."""
     started = time.perf_counter()
     parameters = trainer.dataset_to_parameters(trainer.train_dataset)
     with track(description, steps) as advance:
         prepare_inner_trainer(trainer, advance)
+        retry_steps(trainer.st_trainer, ladder)
         logger.debug("%s: %d steps begin.", description, steps)
         trainer.train_embeddings(*parameters)
-    settle(trainer, device)
+    settle(trainer, ladder.rung.device)
     trainer.train_classifier(*parameters)
     losses, seconds = losses_of(trainer), time.perf_counter() - started
     logger.debug("%s: %d steps in %.1f s, loss %.4f to %.4f.", description, len(losses), seconds, losses[0], losses[-1])
+
+
+def retry_steps(inner: Any, ladder: Ladder) -> None:
+    """Have the inner trainer do a step again whose forward or backward pass ran out of memory."""
+    plain = inner.training_step
+
+    def clear() -> None:
+        inner.model.zero_grad(set_to_none=True)
+        inner.loss.zero_grad(set_to_none=True)
+
+    def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        ladder.step = inner.state.global_step + 1
+        while True:
+            try:
+                loss: torch.Tensor = plain(*args, **kwargs)
+            except Exception as error:
+                if not is_out_of_memory(error) or not ladder.can_go_on_in_place:
+                    raise
+                cause = str(error)
+            else:
+                ladder.worked()
+                return loss
+            ladder.step_down(cause, clear=clear)
+            inner.loss.micro_batch_size = ladder.rung.size
+
+    inner.training_step = training_step
 
 
 def losses_of(trainer: Trainer) -> list[float]:
@@ -102,8 +195,46 @@ def losses_of(trainer: Trainer) -> list[float]:
 
 def settle(trainer: Trainer, device: torch.device) -> None:
     """Leave the trained model on its device, in evaluation mode and single precision, without gradients."""
-    body = trainer.model.model_body
-    trainer.st_trainer.accelerator.unwrap_model(body, keep_fp32_wrapper=False)
-    body.to(device)
+    _rest(trainer.model.model_body.to(device))
+
+
+def _rest(body: SentenceTransformer) -> None:
+    """Take from a body what training has put on it: mixed precision, training mode, gradients."""
+    extract_model_from_parallel(body, keep_fp32_wrapper=False)
     body.eval()
     body.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def inner_trainer_on(device: torch.device, precision: str = "fp32") -> Iterator[None]:
+    """Within this block, SetFit's trainers are built for ``device`` and ``precision``.
+
+    SetFit builds the arguments of its inner trainer itself and passes neither on, so that trainer would pick the
+    first accelerator whatever the model is on; its choice is cached when the arguments are made.
+    """
+    import setfit.trainer as setfit_trainer
+
+    original = setfit_trainer.SentenceTransformerTrainingArguments
+
+    def arguments(*args: Any, **kwargs: Any) -> Any:
+        made = original(
+            *args,
+            **kwargs,
+            use_cpu=device.type == "cpu",
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            disable_tqdm=True,
+            save_strategy="no",
+            dataloader_pin_memory=device.type == "cuda",
+        )
+        if device.type == "cuda" and device.index:
+            # The library has settled on the first GPU by now, in its own cache and in accelerate's shared state.
+            torch.cuda.set_device(device)
+            vars(made)["_setup_devices"] = made.distributed_state.device = device
+        return made
+
+    setfit_trainer.SentenceTransformerTrainingArguments = arguments
+    try:
+        yield
+    finally:
+        setfit_trainer.SentenceTransformerTrainingArguments = original

@@ -102,18 +102,16 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def teacher_body(tiny_teacher: Path) -> SentenceTransformer:
-    from setfit_kd.memory import resolve_device
     from setfit_kd.models import load_body
 
-    return load_body(tiny_teacher, resolve_device("cpu"))
+    return load_body(tiny_teacher)
 
 
 @pytest.fixture
 def student_body(tiny_student: Path) -> SentenceTransformer:
-    from setfit_kd.memory import resolve_device
     from setfit_kd.models import load_body
 
-    return load_body(tiny_student, resolve_device("cpu"))
+    return load_body(tiny_student)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from conftest import FAST, newswire
 
 from setfit_kd import arrays, distill, score
 from setfit_kd.arrays import load_rows, save_rows
-from setfit_kd.memory import resolve_device
 from setfit_kd.models import fit_head, load_body, new_model
 from setfit_kd.teacher import cache
 
@@ -94,7 +93,7 @@ def test_a_teacher_loaded_anew_is_the_same_teacher(
     teacher: SetFitModel, tiny_student: Path, encoded: list[int], used_before: bool
 ) -> None:
     embeddings(teacher)
-    twin = new_model(load_body(tiny_student, resolve_device("cpu")), ("a", "b"))
+    twin = new_model(load_body(tiny_student), ("a", "b"))
     twin.model_head = teacher.model_head
     if used_before:
         twin.model_body.encode("a text")

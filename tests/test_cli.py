@@ -150,7 +150,8 @@ def test_predict_from_arguments_stdin_and_files(run_folder: Path, tmp_path: Path
         (["RUN", "--input", "nowhere.csv"], None, 2, "nowhere.csv"),
         (["RUN"], b"caf\xe9\n", 2, "not UTF-8"),
         (["BODY", "x"], None, 2, "no head"),
-        (["RUN", "x", "--device", "cuda:9"], None, 2, "not one of"),
+        (["RUN", "x", "--device", "cuda:9"], None, 2, "no device 'cuda:9' here"),
+        (["RUN", "x", "--device", "tpu"], None, 2, "there are auto, cuda, cuda:N, mps and cpu"),
     ],
 )
 def test_predict_explains_what_it_cannot_use(

@@ -198,7 +198,6 @@ def test_weights_that_are_not_there_are_not_made_up(
     standin: StandInHub, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from setfit_kd.errors import ModelError
-    from setfit_kd.memory import resolve_device
     from setfit_kd.models import load_body, locate
 
     hollow = tmp_path / "hollow"
@@ -206,4 +205,4 @@ def test_weights_that_are_not_there_are_not_made_up(
     with StandInHub({"models/org/hollow": hollow}) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         with pytest.raises(ModelError, match="does not load"):
-            load_body(locate("org/hollow"), resolve_device("cpu"))
+            load_body(locate("org/hollow"))

@@ -76,7 +76,7 @@ def test_a_model_folder_is_its_own_location(tiny_student: Path) -> None:
 
 def test_a_plain_transformers_folder_is_a_body(tiny_student: Path) -> None:
     plain = tiny_student.with_name("student-plain")
-    assert load_body(locate(plain), CPU).encode(TEXTS[:2]).shape == (2, 16)
+    assert load_body(locate(plain)).encode(TEXTS[:2]).shape == (2, 16)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_damaged_body_is_refused(tiny_student: Path, tmp_path: Path, file: str
     if content is not None:
         (folder / file).write_text(content)
     with pytest.raises(ModelError, match="damaged"):
-        load_body(folder, CPU)
+        load_body(folder)
 
 
 SPY = "from pathlib import Path\nPath({path!r}).write_text('ran')\nfrom transformers import BertModel as Spy\n"
@@ -139,7 +139,7 @@ def test_code_in_a_model_folder_is_never_run(tiny_student: Path, tmp_path: Path)
     for folder in (module, model):
         (folder / "spy.py").write_text(SPY.format(path=str(evidence)))
         with pytest.raises(ModelError, match="does not load"):
-            load_body(folder, CPU)
+            load_body(folder)
     assert not evidence.exists()
 
 
@@ -190,7 +190,7 @@ def make(name: str, tokenizer: Path, folder: Path) -> SentenceTransformer:
     make_model(config).save_pretrained(folder)
     from_pretrained: Any = AutoTokenizer.from_pretrained
     from_pretrained(tokenizer).save_pretrained(folder)
-    return load_body(folder, CPU)
+    return load_body(folder)
 
 
 def config_of(body: SentenceTransformer) -> Any:
@@ -226,7 +226,7 @@ def cut_and_compare(body: SentenceTransformer, keep: tuple[int, ...], folder: Pa
     outputs = small.encode(TEXTS[:4])
     assert np.allclose(outputs, before, atol=1e-6) is (keep == (0, 1, 2, 3))
     small.save_pretrained(str(folder), create_model_card=False)
-    again = load_body(folder, CPU)
+    again = load_body(folder)
     assert n_layers(again) == len(keep)
     np.testing.assert_allclose(again.encode(TEXTS[:4]), outputs, atol=1e-6)
 

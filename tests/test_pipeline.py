@@ -17,7 +17,6 @@ from setfit_kd import RunConfig, TeacherSignals, distill, evaluate, load, train_
 from setfit_kd.config import read_config
 from setfit_kd.data import encode_labels, prepare, read
 from setfit_kd.errors import OutputError
-from setfit_kd.memory import resolve_device
 from setfit_kd.models import load_body, predict_proba
 
 QUALITY = ("accuracy", "macro_f1", "classes", "confusion", "agreement")
@@ -107,7 +106,7 @@ def test_the_baseline_knows_the_labels_alone(run_folder: Path, tiny_student: Pat
 def test_cut_layers_come_from_the_teacher_before_its_fine_tuning(tiny_teacher: Path) -> None:
     settings = {**FAST, "learning_rate": 1e-9, "teacher_learning_rate": 1e-2}
     result = small_run(tiny_teacher, "layers:0,2", baseline=False, **settings)
-    before = load_body(tiny_teacher, resolve_device("cpu"))
+    before = load_body(tiny_teacher)
     [query] = [name for name, _ in before.named_parameters() if name.endswith("layer.2.attention.self.query.weight")]
     cut = dict(result.student.model_body.named_parameters())[query.replace("layer.2", "layer.1")]
     tuned = dict(result.teacher.model_body.named_parameters())[query]

@@ -117,7 +117,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": GROUND,
     "models": GROUND | {"hub"},
     "data": GROUND | {"hub"},
-    "training": {"progress"},
+    "training": {"progress", "config", "memory", "models", "precision"},
     "teacher": STAGE,
     "student": STAGE,
     "evaluation": STAGE,

@@ -159,7 +159,7 @@ def test_signals_without_embeddings_will_do_for_soft_labels_alone(tiny_student: 
 
 def test_soft_labels_teach_the_teachers_classes(tiny_student: Path) -> None:
     signals = without_embeddings(pool_signals())
-    before = new_model(load_body(tiny_student, CPU), NAMES)
+    before = new_model(load_body(tiny_student), NAMES)
     before.model_head = fit_head(embed(before.model_body, signals.texts), signals.probabilities, C=DEFAULT_C)
     settings = {**QUICK, "objective": "soft-labels", "epochs": 6}
     after = train_student(signals, tiny_student, **settings)
@@ -425,7 +425,7 @@ def test_micro_batches_train_the_same_student(tiny_student: Path, objective: str
     whole, by_parts = (
         train_student(pool_signals(), tiny_student, **settings, micro_batch_size=size) for size in (None, 4)
     )
-    assert not same(weights(whole), list(load_body(tiny_student, CPU).state_dict().values()))
+    assert not same(weights(whole), list(load_body(tiny_student).state_dict().values()))
     for one, other in zip(weights(whole), weights(by_parts), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
     here, there = (predict_proba(model, pool_signals().texts) for model in (whole, by_parts))
@@ -440,7 +440,7 @@ def test_micro_batches_train_the_same_teacher(tiny_student: Path, objective: str
         train_teacher(few_labels(), tiny_student, **settings, teacher_learning_rate=1e-3, micro_batch_size=size)
         for size in (None, 4)
     )
-    assert not same(weights(whole), list(load_body(tiny_student, CPU).state_dict().values()))
+    assert not same(weights(whole), list(load_body(tiny_student).state_dict().values()))
     for one, other in zip(weights(whole), weights(by_parts), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 

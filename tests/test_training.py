@@ -18,9 +18,10 @@ from setfit_kd import TeacherSignals, score, train_student, train_teacher
 from setfit_kd.config import StudentConfig, TeacherConfig
 from setfit_kd.data.sets import LabeledSet
 from setfit_kd.errors import ConfigError, DataError
-from setfit_kd.memory import inner_trainer_on, resolve_device
+from setfit_kd.memory import resolve_device
 from setfit_kd.models import embed, load_body, new_model, predict_proba
 from setfit_kd.quiet import quiet_libraries
+from setfit_kd.training import inner_trainer_on
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -349,7 +350,7 @@ def test_a_teacher_learns_its_labels(tiny_teacher: Path, settings: dict[str, Any
         flat = spread(embed(body, labeled.texts))
         return float(flat[same_class].mean() - flat[~same_class].mean())
 
-    before = contrast(load_body(tiny_teacher, CPU))
+    before = contrast(load_body(tiny_teacher))
     teacher = train_teacher(labeled, tiny_teacher, device="cpu", teacher_learning_rate=5e-3, **settings)
     assert contrast(teacher.model_body) > before + 0.2
     assert tuple(teacher.labels) == NAMES

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import click
 
 from setfit_kd.config import PRESETS
 from setfit_kd.errors import SetFitKDError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @click.command()
@@ -27,10 +31,11 @@ def doctor() -> None:
     click.echo("Device")
     click.echo(f"  --device auto takes   {device}")
     for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        name = torch.cuda.get_device_name(index)
-        click.echo(f"  cuda:{index:<17}{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
-    click.echo(f"  CPU                   {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+        click.echo(f"  cuda:{index:<17}{torch.cuda.get_device_name(index)}{_free(torch.device('cuda', index))}")
+    if torch.backends.mps.is_available():
+        click.echo(f"  mps                   Apple GPU{_free(torch.device('mps'))}")
+    threads = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    click.echo(f"  cpu                   {threads}{_free(torch.device('cpu'))}")
     reachable = hub.is_reachable()
     why = " (HF_HUB_OFFLINE is set)" if hub.is_offline() else ""
     click.echo("Hub")
@@ -42,6 +47,13 @@ def doctor() -> None:
     for name in PRESETS:
         obstacle = _obstacle(name, reachable)
         click.echo(f"  {name:<22}{'can run' if obstacle is None else f'cannot run: {obstacle}'}")
+
+
+def _free(device: torch.device) -> str:
+    from setfit_kd.memory import free_memory
+
+    found = free_memory(device)
+    return f", {found[0] / 2**30:.1f} of {found[1] / 2**30:.1f} GiB free" if found else ""
 
 
 def _obstacle(name: str, reachable: bool) -> str | None:

@@ -24,7 +24,7 @@ _CHUNK = 1024
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @click.option("--input", "-i", "files", multiple=True, metavar="FILE",
               help="Read texts from a CSV, TSV, JSONL, Parquet or text file; may be repeated.")  # fmt: skip
-@setting_options("text_column", "device", "encode_batch_size")
+@setting_options("text_column", "device", "cpu_fallback", "encode_batch_size")
 @click.option("--trust-pickle", is_flag=True, help="Load a pickled head of somebody else's; it may run any code.")
 @verbosity_options
 def predict(
@@ -42,12 +42,13 @@ def predict(
     {"text": ..., "label": ..., "probabilities": {...}}.
     """
     from setfit_kd.cli.screen import screen
+    from setfit_kd.memory import remembering
     from setfit_kd.models import load, predict_proba
     from setfit_kd.progress import shown_on
 
     config = RunConfig.of(**given(flags))
     output = sys.stdout.buffer
-    with screen(quiet=quiet, verbose=verbose):
+    with screen(quiet=quiet, verbose=verbose), remembering(cpu_fallback=config.cpu_fallback):
         classifier = load(model, device=config.device, trust_pickle=trust_pickle)
         names = classifier.labels
         for chunk in _chunks(_texts(texts, files, config.text_column)):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,6 @@ from setfit_kd.memory import is_out_of_memory
 from setfit_kd.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    import torch
     from sentence_transformers import SentenceTransformer
     from torch import nn
 
@@ -72,8 +73,8 @@ def _locate_demo(name: str) -> Path:
     return folder
 
 
-def load_body(folder: Path, device: torch.device) -> SentenceTransformer:
-    """Load a body onto a device, in single precision; code that comes with a model is never run.
+def load_body(folder: Path) -> SentenceTransformer:
+    """Load a body, in single precision, on the CPU; code that comes with a model is never run.
 
     Raises:
         ModelError: The folder does not load.
@@ -83,7 +84,7 @@ def load_body(folder: Path, device: torch.device) -> SentenceTransformer:
             from sentence_transformers import SentenceTransformer
 
             # Weights may be stored in half precision; training in it would lose most updates.
-            return SentenceTransformer(str(folder), device=str(device), local_files_only=True).float()
+            return SentenceTransformer(str(folder), device="cpu", local_files_only=True).float()
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -109,6 +110,28 @@ def _layers(body: SentenceTransformer) -> tuple[nn.Module, str, nn.ModuleList]:
         if isinstance(parent, nn.Module) and isinstance(layers, nn.ModuleList):
             return parent, attribute, layers
     raise ModelError("Layers can only be cut out of a transformer encoder.", hint="Name a model as the student.")
+
+
+@contextmanager
+def checkpointed_layers(body: SentenceTransformer) -> Iterator[None]:
+    """Within this block, no transformer layer keeps its activations: they are computed again in the backward pass.
+
+    Gradients are the same, dropout's draws included (Chen et al., 2016, "Training Deep Nets with Sublinear Memory
+    Cost"). transformers' own checkpointing knows not every kind of layer, and none in evaluation mode.
+
+    Raises:
+        ModelError: The body has no transformer layers.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    layers = list(_layers(body)[2])
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def n_layers(body: SentenceTransformer) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.arrays import in_parts, large_array
+from setfit_kd.memory import Ladder, Rung
 from setfit_kd.progress import track
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ def embed(
 ) -> npt.NDArray[np.floating]:
     """Embed texts, longest first so that a batch holds texts of like length; order is kept.
 
+    Where memory runs out, it goes on in smaller batches, and at last on the CPU.
+
     Args:
         body: The body, on the device it shall run on.
         texts: n texts.
@@ -38,24 +42,36 @@ def embed(
 
     Returns:
         (n, d) float32; above `MAPPED_BYTES`, float16 mapped from a temporary file.
+
+    Raises:
+        OutOfMemoryError: Not even one text at once fits.
     """
     order = np.argsort([-len(text) for text in texts], kind="stable")
     embeddings: npt.NDArray[np.floating] | None = None
     chunk = max(_CHUNK, batch_size)
-    with track(description, len(texts)) as advance:
-        for start in range(0, len(texts), chunk):
-            rows = order[start : start + chunk]
-            part = body.encode(
-                [texts[row] for row in rows],
-                batch_size=batch_size,
-                normalize_embeddings=normalize,
-                show_progress_bar=False,
-            )
-            if embeddings is None:
-                embeddings = large_array((len(texts), part.shape[1]))
-            embeddings[rows] = part
-            advance(len(rows))
+    home = body.device
+    ladder = Ladder(description, kind="encoding", device=home, size=batch_size, model=body)
+    try:
+        with track(description, len(texts)) as advance:
+            for start in range(0, len(texts), chunk):
+                rows = order[start : start + chunk]
+                ladder.step = start
+                part = ladder.climb(partial(_encode, body, [texts[row] for row in rows], normalize))
+                if embeddings is None:
+                    embeddings = large_array((len(texts), part.shape[1]))
+                embeddings[rows] = part
+                advance(len(rows))
+    finally:
+        body.to(home)
     return np.empty((0, body.get_embedding_dimension() or 0), np.float32) if embeddings is None else embeddings
+
+
+def _encode(body: SentenceTransformer, texts: list[str], normalize: bool, rung: Rung) -> npt.NDArray[np.float32]:
+    body.to(rung.device)
+    found: npt.NDArray[np.float32] = body.encode(
+        texts, batch_size=rung.size, normalize_embeddings=normalize, show_progress_bar=False
+    )
+    return found
 
 
 def predict_proba(

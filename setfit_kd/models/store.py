@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from setfit_kd.errors import ModelError
 from setfit_kd.files import whole_folder
-from setfit_kd.memory import resolve_device
+from setfit_kd.memory import place, resolve_device
 from setfit_kd.models.bodies import load_body, locate
 from setfit_kd.models.heads import load_head, new_head, save_head
 from setfit_kd.quiet import quiet_libraries
@@ -83,6 +83,7 @@ def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) 
         trust_pickle: Also load a head that is stored as a pickle only. A pickle runs code of whoever made it.
 
     Raises:
+        ConfigError: There is no such device.
         ModelError: There is no classifier, or only a pickled head and ``trust_pickle`` is not set.
         UnavailableError: The hub cannot be reached.
     """
@@ -113,7 +114,8 @@ def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) 
                 f"The head in {folder} cannot be unpickled ({type(error).__name__}: {error}).", hint="Train it again."
             ) from error
     labels, normalize = _read_setfit_config(folder, head)
-    model = new_model(load_body(folder, resolve_device(device)), labels)
+    model = new_model(load_body(folder), labels)
+    place(model.model_body, resolve_device(device), phase="Loading model")
     width, expected = model.model_body.get_embedding_dimension(), getattr(head, "n_features_in_", None)
     if None not in (width, expected) and width != expected:
         raise ModelError(

@@ -10,7 +10,6 @@ from setfit_kd.errors import ConfigError
 from setfit_kd.models import cut_layers, load_body, locate
 
 if TYPE_CHECKING:
-    import torch
     from sentence_transformers import SentenceTransformer
 
 _CUT = "layers:"
@@ -38,17 +37,14 @@ def parse_layers(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in name.removeprefix(_CUT).split(","))
 
 
-def student_body(
-    located: Path | tuple[int, ...], device: torch.device, *, teacher: SentenceTransformer
-) -> SentenceTransformer:
-    """Load a student's body, or cut it out of the teacher's.
+def student_body(located: Path | tuple[int, ...], *, teacher: SentenceTransformer) -> SentenceTransformer:
+    """Load a student's body, or cut it out of the teacher's; on the CPU, or where the teacher is.
 
     Args:
         located: What `locate_student` says.
-        device: Where to put it.
         teacher: The teacher's body, not fine-tuned yet, for cutting.
 
     Raises:
         ModelError: There are no such layers, or the body does not load.
     """
-    return load_body(located, device) if isinstance(located, Path) else cut_layers(teacher, located)
+    return load_body(located) if isinstance(located, Path) else cut_layers(teacher, located)

@@ -101,7 +101,9 @@ class AgreementStop(TrainerCallback):
         self.looks_since_best += 1
         if agreement > self.best:
             self.best, self.looks_since_best = agreement, 0
-            self.best_weights = {name: value.detach().clone() for name, value in self.body.state_dict().items()}
+            self.best_weights = {
+                name: value.detach().to("cpu", copy=True) for name, value in self.body.state_dict().items()
+            }
 
     def restore(self) -> None:
         """Put the best weights back."""

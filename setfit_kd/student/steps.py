@@ -23,6 +23,11 @@ def looks_in_pass(steps: int) -> int:
     return max(1, round(steps / LOOK_STEPS))
 
 
+def student_batch_texts(config: StudentConfig) -> int:
+    """Texts in a whole batch."""
+    return config.batch_size * (2 if config.objective == "pairs" else 1)
+
+
 def student_steps(config: StudentConfig, pool_size: int) -> int:
     """Steps of training a student's body on ``pool_size`` texts."""
     return config.epochs * len(_batches(config, _trained_on(config, pool_size)))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config import StudentConfig
 from setfit_kd.data import LabeledSet, Source, encode_labels, read
 from setfit_kd.errors import DataError
-from setfit_kd.memory import resolve_device
+from setfit_kd.memory import remembering, resolve_device
 from setfit_kd.models import load_body, locate, new_model
-from setfit_kd.precision import resolve_precision
+from setfit_kd.precision import check_precision
 from setfit_kd.quiet import quiet_libraries
 from setfit_kd.student.checks import check_embeddings, check_pool
-from setfit_kd.student.steps import student_steps
+from setfit_kd.student.steps import student_batch_texts, student_steps
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
@@ -46,28 +46,38 @@ def train_student(
         ConfigError: A setting is unknown or out of range.
         DataError: The pool is smaller than a batch, or labels do not match.
         ModelError: The body does not load.
+        OutOfMemoryError: Not even one text at once fits, on the CPU neither.
         UnavailableError: The hub cannot be reached.
     """
     config = StudentConfig.given(config, settings)
     check_pool(len(signals), config)
     if labeled is not None and not isinstance(labeled, LabeledSet):
         labeled = encode_labels(read(labeled, label_column="label"), signals.label_names)
-    if labeled is not None and labeled.label_names != signals.label_names:
+    gold = labeled
+    if gold is not None and gold.label_names != signals.label_names:
         raise DataError(
-            f"The labels {', '.join(labeled.label_names)} are not the teacher's: {', '.join(signals.label_names)}.",
+            f"The labels {', '.join(gold.label_names)} are not the teacher's: {', '.join(signals.label_names)}.",
             hint="Give the same classes in the same order.",
         )
     check_embeddings(signals, config)
     device = resolve_device(config.device)
-    body = load_body(locate(student), device) if isinstance(student, str | Path) else student.to(device)
-    precision = resolve_precision(config.precision, body, signals.texts)
-    config = config.model_copy(update={"precision": precision.name})
+    check_precision(config.precision, device)
+    body = load_body(locate(student)) if isinstance(student, str | Path) else student
 
-    with quiet_libraries(), TemporaryDirectory(prefix="setfit-kd-") as scratch:
+    with quiet_libraries(), remembering(cpu_fallback=config.cpu_fallback):
         from setfit_kd.student.trainer import StudentTrainer
-        from setfit_kd.training import fit
+        from setfit_kd.training import train
 
-        model = new_model(body, signals.label_names)
-        trainer = StudentTrainer(model, signals, labeled, config, device, scratch)
-        fit(trainer, device, description="Training student", steps=student_steps(config, len(signals)))
-    return model
+        def make(settled: StudentConfig, device: torch.device, scratch: str) -> StudentTrainer:
+            return StudentTrainer(new_model(body, signals.label_names), signals, gold, settled, device, scratch)
+
+        return train(
+            body,
+            make,
+            config,
+            device=device,
+            texts=signals.texts,
+            batch_texts=student_batch_texts(config),
+            steps=student_steps(config, len(signals)),
+            description="Training student",
+        )

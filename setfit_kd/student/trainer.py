@@ -16,14 +16,13 @@ from torch import nn
 from setfit_kd.arrays import at_most
 from setfit_kd.config import StudentConfig
 from setfit_kd.data import LabeledSet
-from setfit_kd.memory import inner_trainer_on
 from setfit_kd.models import embed, fit_head, settled_c
 from setfit_kd.objectives import NO_GOLD, PairsObjective, draw_pairs
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.student.early import AgreementStop, hold_out
 from setfit_kd.student.objective import Given, gold_of, in_batch_objective
 from setfit_kd.student.steps import HEAD_TEXTS
-from setfit_kd.training import training_arguments
+from setfit_kd.training import inner_trainer_on, training_arguments
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -32,6 +32,13 @@ def teacher_steps(config: TeacherConfig, labeled: LabeledSet) -> int:
     return config.teacher_steps or max(LEAST_STEPS, -(-LEAST_PASSES * len(labeled) // config.teacher_batch_size))
 
 
+def teacher_batch_texts(config: TeacherConfig, labeled: LabeledSet) -> int:
+    """Texts in a whole batch."""
+    if config.teacher_objective == "pairs":
+        return 2 * PAIRS_BATCH
+    return min(config.teacher_batch_size, len(labeled))
+
+
 def teacher_passes(config: TeacherConfig, labeled: LabeledSet) -> int:
     """Texts passed forward in making a teacher."""
     if config.teacher_objective == "in-batch":

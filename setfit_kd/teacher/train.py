@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config import TeacherConfig
 from setfit_kd.data import LabeledSet, Source, check_classes, encode_labels, read
-from setfit_kd.memory import resolve_device
+from setfit_kd.memory import remembering, resolve_device
 from setfit_kd.models import load_body, locate, new_model
-from setfit_kd.precision import resolve_precision
+from setfit_kd.precision import check_precision
 from setfit_kd.quiet import quiet_libraries
-from setfit_kd.teacher.steps import teacher_steps
+from setfit_kd.teacher.steps import teacher_batch_texts, teacher_steps
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
@@ -42,6 +42,7 @@ def train_teacher(
         ConfigError: A setting is unknown or out of range.
         DataError: The labels cannot be used.
         ModelError: The body does not load.
+        OutOfMemoryError: Not even one text at once fits, on the CPU neither.
         UnavailableError: The hub cannot be reached.
     """
     config = TeacherConfig.given(config, settings)
@@ -49,15 +50,23 @@ def train_teacher(
         labeled = encode_labels(read(labeled, label_column="label"))
     check_classes(labeled)
     device = resolve_device(config.device)
-    body = load_body(locate(teacher), device) if isinstance(teacher, str | Path) else teacher.to(device)
-    precision = resolve_precision(config.precision, body, labeled.texts)
-    config = config.model_copy(update={"precision": precision.name})
+    check_precision(config.precision, device)
+    body = load_body(locate(teacher)) if isinstance(teacher, str | Path) else teacher
 
-    with quiet_libraries(), TemporaryDirectory(prefix="setfit-kd-") as scratch:
+    with quiet_libraries(), remembering(cpu_fallback=config.cpu_fallback):
         from setfit_kd.teacher.trainer import TeacherTrainer
-        from setfit_kd.training import fit
+        from setfit_kd.training import train
 
-        model = new_model(body, labeled.label_names)
-        trainer = TeacherTrainer(model, labeled, config, device, scratch)
-        fit(trainer, device, description=description, steps=teacher_steps(config, labeled))
-    return model
+        def make(settled: TeacherConfig, device: torch.device, scratch: str) -> TeacherTrainer:
+            return TeacherTrainer(new_model(body, labeled.label_names), labeled, settled, device, scratch)
+
+        return train(
+            body,
+            make,
+            config,
+            device=device,
+            texts=labeled.texts,
+            batch_texts=teacher_batch_texts(config, labeled),
+            steps=teacher_steps(config, labeled),
+            description=description,
+        )

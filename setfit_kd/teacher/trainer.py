@@ -12,11 +12,10 @@ from torch import nn
 
 from setfit_kd.config import TeacherConfig
 from setfit_kd.data import LabeledSet
-from setfit_kd.memory import inner_trainer_on
 from setfit_kd.models import embed, fit_head, settled_c
 from setfit_kd.objectives import ContrastiveObjective, Options, PairsObjective
 from setfit_kd.teacher.steps import PAIRS_BATCH, teacher_batches
-from setfit_kd.training import FixedBatches, training_arguments
+from setfit_kd.training import FixedBatches, inner_trainer_on, training_arguments
 
 
 class TeacherTrainer(Trainer):

@@ -1,0 +1,50 @@
+"""Telling an out-of-memory error from all others."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+from setfit_kd.errors import SetFitKDError
+
+_SAYS_SO = re.compile(
+    r"(CUDA|HIP|XPU|MPS|NPU)[^\n]*out of memory"
+    r"|error: out of memory"
+    r"|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|CUSOLVER_STATUS_ALLOC_FAILED"
+    r"|CUDNN_STATUS_(ALLOC_FAILED|NOT_SUPPORTED)"
+    r"|DefaultCPUAllocator: (can't allocate|not enough) memory"
+    r"|[Ff]ailed to allocate memory for requested buffer"
+    r"|std::bad_alloc"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from or while handling, says that memory ran out.
+
+    By type where there is one (`torch.OutOfMemoryError`, `MemoryError`, the system's ENOMEM), else by what the
+    libraries write: CUDA, cuBLAS and cuDNN, HIP, MPS, torch's CPU allocator, onnxruntime. Only errors of the kinds that
+    those raise are read, so that a text about memory in, say, a `KeyError` is taken for nothing else.
+    """
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while isinstance(link, Exception) and id(link) not in seen:
+        if _says_so(link):
+            return True
+        seen.add(id(link))
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return False
+
+
+def _says_so(error: Exception) -> bool:
+    if isinstance(error, MemoryError):  # ours is one too
+        return True
+    if isinstance(error, SetFitKDError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    library = type(error).__module__.partition(".")[0]
+    # torch.OutOfMemoryError is a RuntimeError; onnxruntime's own errors derive from Exception.
+    return (isinstance(error, RuntimeError) or library == "onnxruntime") and bool(
+        type(error).__name__ == "OutOfMemoryError" or _SAYS_SO.search(str(error))
+    )

@@ -1,0 +1,112 @@
+"""The ladder on a real GPU: mpnet-base, without its weights, on a card made too small for its batch.
+
+Run by `make test-gpu`; skipped where there is no CUDA device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from conftest import newswire
+from synthetic import weights
+
+from setfit_kd import RunConfig
+from setfit_kd.data import LabeledSet, draw_shots, encode_labels, read
+from setfit_kd.memory import Recovery, remembering
+from setfit_kd.student import train_student
+from setfit_kd.teacher import refine_and_score, train_teacher
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from setfit import SetFitModel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+GIB = 1 << 30
+STEPS = 4
+SETTINGS: dict[str, Any] = {
+    "precision": "fp32",
+    "teacher_steps": STEPS,
+    "teacher_learning_rate": 1e-5,
+    "learning_rate": 1e-5,
+    "epochs": 1,
+    "max_length": 128,
+    "encode_batch_size": 512,
+    "cache": False,
+}
+
+
+def mpnet_base(folder: Path, layers: int = 12) -> SentenceTransformer:
+    """The architecture with random weights, the same at each call, and the demo model's tokenizer."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import AutoTokenizer, MPNetConfig, MPNetModel
+
+    from setfit_kd.models import locate
+
+    torch.manual_seed(0)
+    MPNetModel(MPNetConfig(num_hidden_layers=layers)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(locate("demo:all-MiniLM-L6-v2")).save_pretrained(folder)
+    return SentenceTransformer(modules=[Transformer(str(folder), max_seq_length=128), Pooling(768)], device="cpu")
+
+
+@contextmanager
+def card_of(gib: float) -> Iterator[None]:
+    """Within this block, the process may take so much of the first GPU."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), 0)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
+
+
+def data() -> tuple[LabeledSet, list[str]]:
+    rows = read("bundled:newswire", label_column="label")
+    pool = [" ".join([row["text"]] * 4) for row in newswire("train")[:128]]  # long enough to fill 128 tokens
+    return draw_shots(encode_labels(rows), 16, seed=0), pool
+
+
+def run(folder: Path, gib: float) -> tuple[SetFitModel, SetFitModel, list[Recovery]]:
+    """Teacher and student made on a card of so many GiB, and the steps down that it took."""
+    labeled, pool = data()
+    config = RunConfig.of(device="cuda", **SETTINGS)
+    with card_of(gib), remembering() as recoveries:
+        teacher = train_teacher(labeled, mpnet_base(folder / "teacher"), config=config)
+        teacher, signals = refine_and_score(teacher, labeled, pool, config=config)
+        teacher.model_body.to("cpu")
+        student = train_student(signals, mpnet_base(folder / "student", layers=3), labeled=labeled, config=config)
+    for recovery in recoveries:
+        print(recovery.as_dict())
+    return teacher, student, list(recoveries)
+
+
+def assert_close(one: SetFitModel, other: SetFitModel) -> None:
+    for here, there in zip(weights(one), weights(other), strict=True):
+        torch.testing.assert_close(here.cpu(), there.cpu(), atol=1e-4, rtol=0)
+
+
+def test_a_small_card_takes_micro_batches_and_a_tiny_one_the_cpu(tmp_path: Path) -> None:
+    teacher, student, recoveries = run(tmp_path / "large", 64)
+    assert not recoveries
+    # Weights, gradients and AdamW's state of 109 M parameters are 1.8 GB; a batch's activations do not fit beside them.
+    small_teacher, small_student, recoveries = run(tmp_path / "small", 2.6)
+    assert recoveries
+    assert {recovery.after.device.type for recovery in recoveries} == {"cuda"}
+    assert min(recovery.after.size for recovery in recoveries if recovery.kind == "training") < 64
+    assert_close(small_teacher, teacher)
+    assert_close(small_student, student)
+    # Here not even the weights with their gradients fit.
+    tiny_teacher, _, recoveries = run(tmp_path / "tiny", 0.7)
+    assert any(recovery.after.device.type == "cpu" for recovery in recoveries)
+    assert_close(tiny_teacher, teacher)

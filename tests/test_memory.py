@@ -1,0 +1,638 @@
+"""Out of memory: what it looks like, the way down, and that what comes out is the same."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAST
+from synthetic import QUICK, few_labels, pool_signals, weights
+from torch import Tensor
+
+from setfit_kd import distill, evaluate, load, score, train_student, train_teacher
+from setfit_kd.errors import ConfigError, ModelError, OutOfMemoryError, OutputError
+from setfit_kd.memory import Ladder, Recovery, Rung, devices, is_out_of_memory, ladder, remembering, resolve_device
+from setfit_kd.models import embed, load_body, predict_proba, save_model
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+CPU = torch.device("cpu")
+
+
+def no_memory(size: str = "2.00 GiB") -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size}.\nMore about it.")
+
+
+# What it looks like
+
+
+class OnnxError(Exception):
+    __module__ = "onnxruntime.capi.onnxruntime_pybind11_state"
+
+
+def linked(error: Exception, *, cause: Exception | None = None, context: Exception | None = None) -> Exception:
+    """As ``raise error from cause``, or as raised while handling ``context``."""
+    if context is not None:
+        error.__context__ = context
+    if cause is not None:
+        error.__cause__ = cause
+    return error
+
+
+def hidden(error: Exception, context: Exception) -> Exception:
+    """As ``raise error from None`` while handling ``context``."""
+    try:
+        try:
+            raise context
+        except Exception:
+            raise error from None
+    except Exception as raised:
+        return raised
+
+
+MEMORY = [
+    no_memory(),
+    MemoryError(),
+    MemoryError("Unable to allocate 74.5 GiB for an array with shape (100000, 100000) and data type float64"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    *map(
+        RuntimeError,
+        (
+            "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous one.",
+            "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+            "HIP out of memory. Tried to allocate 20.00 MiB",
+            "MPS backend out of memory (MPS allocated: 17.64 GB, max allowed: 18.13 GB).",
+            "[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8",
+            "[enforce fail at alloc_cpu.cpp:80] DefaultCPUAllocator: not enough memory: you tried to allocate 8",
+            "std::bad_alloc",
+        ),
+    ),
+    OnnxError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer of size 8"),
+    OutOfMemoryError("Training teacher: memory ran out."),
+    linked(RuntimeError("the trainer failed"), cause=no_memory()),
+    linked(ValueError("batch 3"), context=linked(RuntimeError("step 7"), cause=RuntimeError("MPS out of memory"))),
+    linked(ModelError("The model does not load."), cause=no_memory()),
+]
+OTHER = [
+    RuntimeError("CUDA error: device-side assert triggered"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied (32x384 and 768x4)"),
+    RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"),
+    RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed."),
+    RuntimeError("Trying to backward through the graph a second time"),
+    KeyError("CUDA out of memory"),
+    ValueError("row 3: the label 'CUDA out of memory' is not among the teacher's"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    OutputError("Cannot write runs/out of memory: No space left on device"),
+    ConfigError("'error: out of memory' is no device."),
+    IndexError("index out of range in self"),
+    OnnxError("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Unexpected input data type."),
+    hidden(ValueError("no such label"), no_memory()),
+    KeyboardInterrupt(),
+    SystemExit(1),
+]
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=repr)
+def test_out_of_memory_is_recognised(error: Exception) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", OTHER, ids=repr)
+def test_nothing_else_is_taken_for_it(error: BaseException) -> None:
+    assert not is_out_of_memory(error)
+
+
+def test_a_ring_of_causes_is_gone_through_once() -> None:
+    one, two = RuntimeError("one"), RuntimeError("two")
+    one.__context__, two.__context__ = two, one
+    assert not is_out_of_memory(one)
+
+
+# Devices
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU stands in for a device that another one could take over from."""
+    monkeypatch.setattr(ladder, "_is_accelerator", lambda _: True)
+
+
+def test_auto_takes_the_first_device_that_works(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(devices, "_accelerators", lambda: ["cuda", "mps"])
+    monkeypatch.setattr(devices, "_obstacle", lambda device: "it is full" if device.type == "cuda" else None)
+    assert resolve_device("auto") == torch.device("mps")
+    assert "cuda cannot be used: it is full" in caplog.text
+    with pytest.raises(ConfigError, match="'cuda' cannot be used: it is full"):
+        resolve_device("cuda")
+    monkeypatch.setattr(devices, "_obstacle", lambda _: "it is full")
+    assert resolve_device("auto") == CPU
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps"])
+def test_what_is_not_there_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_accelerators", list)
+    with pytest.raises(ConfigError, match=f"There is no device '{name}' here"):
+        resolve_device(name)
+
+
+def test_a_device_is_tried_by_a_real_allocation() -> None:
+    assert devices._obstacle(CPU) is None
+    assert "meta" in (devices._obstacle(torch.device("meta")) or "")
+
+
+def test_free_memory_is_part_of_all() -> None:
+    found = devices.free_memory(CPU)
+    if found is not None:  # not every system tells
+        assert 0 < found[0] < found[1]
+
+
+# The ladder by itself
+
+
+def way_down(*, fails: int, device: str = "cpu", size: int = 4, **settings: Any) -> tuple[list[Rung], list[Recovery]]:
+    """The rungs that were tried by a phase whose first attempts fail, and what it has to tell."""
+    tried: list[Rung] = []
+
+    def attempt(rung: Rung) -> None:
+        tried.append(rung)
+        if len(tried) <= fails:
+            raise no_memory()
+
+    with remembering(**settings) as recoveries:
+        phase = Ladder("Phase", kind="training", device=torch.device(device), size=size, model=torch.nn.Linear(2, 2))
+        phase.climb(attempt)
+    return tried, recoveries
+
+
+@pytest.mark.parametrize("fails", range(7))
+def test_the_rungs_are_the_cache_then_halves_then_the_cpu(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "_empty_cache", lambda _: None)
+    monkeypatch.setattr(ladder, "_free", lambda _: None)
+    gpu = torch.device("cuda:1")
+    whole = [Rung(gpu, 4), Rung(gpu, 4), Rung(gpu, 2), Rung(gpu, 1), Rung(CPU, 4), Rung(CPU, 2), Rung(CPU, 1)]
+    tried, recoveries = way_down(fails=fails, device="cuda:1")
+    assert tried == whole[: fails + 1]
+    assert [recovery.before for recovery in recoveries] == tried[:-1]
+    assert [recovery.after for recovery in recoveries] == tried[1:]
+
+
+def test_odd_sizes_end_at_one() -> None:
+    tried, _ = way_down(fails=4, size=11)
+    assert [rung.size for rung in tried] == [11, 11, 5, 2, 1]
+
+
+@pytest.mark.parametrize(("allowed", "says"), [(True, "4, 2, 1 texts at once on cpu$"), (False, "--cpu-fallback")])
+def test_after_the_last_rung_all_that_was_tried_is_told(
+    allowed: bool, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ladder, "_empty_cache", lambda _: None)
+    monkeypatch.setattr(ladder, "_free", lambda _: None)
+    with pytest.raises(OutOfMemoryError) as raised:
+        way_down(fails=99, device="cuda", cpu_fallback=allowed)
+    assert "4, 2, 1 texts at once on cuda" in raised.value.message
+    assert ("on cpu" in raised.value.message) is allowed
+    assert ("--cpu-fallback" in (raised.value.hint or "")) is not allowed
+    for remedy in ("--max-length", "--gradient-checkpointing"):
+        assert remedy in (raised.value.hint or "")
+    assert raised.value.exit_code == 71
+
+
+@pytest.mark.parametrize("error", [ValueError("CUDA out of memory"), RuntimeError("shapes"), KeyboardInterrupt()])
+def test_another_error_passes_at_once(error: BaseException) -> None:
+    calls = []
+
+    def attempt(rung: Rung) -> None:
+        calls.append(rung)
+        raise error
+
+    with remembering() as recoveries, pytest.raises(type(error)) as raised:
+        Ladder("Phase", kind="training", device=CPU, size=4, model=torch.nn.Linear(2, 2)).climb(attempt)
+    assert raised.value is error
+    assert (len(calls), recoveries) == (1, [])
+
+
+def test_a_failed_attempt_is_dead_before_the_next() -> None:
+    dead: list[weakref.ref[Tensor]] = []
+
+    def attempt(_: Rung) -> str:
+        assert all(tensor() is None for tensor in dead)
+        activations = torch.zeros(3)
+        dead.append(weakref.ref(activations))
+        cycle: list[Any] = [activations]
+        cycle.append(cycle)
+        if len(dead) < 4:
+            raise linked(RuntimeError("the step failed"), cause=no_memory())
+        return "done"
+
+    gc.disable()
+    try:
+        assert (
+            Ladder("Phase", kind="training", device=CPU, size=4, model=torch.nn.Linear(2, 2)).climb(attempt) == "done"
+        )
+    finally:
+        gc.enable()
+
+
+def start_of(model: torch.nn.Module, *, kind: str = "training", size: int = 8) -> int:
+    return Ladder("Phase", kind=kind, device=CPU, size=size, model=model).rung.size
+
+
+def test_what_worked_is_where_later_phases_begin() -> None:
+    small, middle, large = (torch.nn.Linear(n, n) for n in (2, 3, 4))
+
+    def attempt(rung: Rung) -> None:
+        if rung.size > 2:
+            raise no_memory()
+
+    with remembering():
+        Ladder("Phase", kind="training", device=CPU, size=8, model=middle).climb(attempt)
+        assert [start_of(model) for model in (small, middle, large)] == [8, 2, 2]
+        assert start_of(large, kind="encoding") == 8
+        assert start_of(large, size=1) == 1
+        with remembering(cpu_fallback=False):
+            assert start_of(large) == 2
+    assert start_of(large) == 8
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_a_model_that_only_the_cpu_could_hold_begins_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "_empty_cache", lambda _: None)
+    monkeypatch.setattr(ladder, "_free", lambda _: None)
+    tried: list[Rung] = []
+
+    def attempt(rung: Rung) -> None:
+        tried.append(rung)
+        if rung.device.type == "cuda":
+            raise no_memory()
+
+    model = torch.nn.Linear(3, 3)
+    with remembering():
+        for _ in range(2):
+            Ladder("Phase", kind="training", device=torch.device("cuda"), size=2, model=model).climb(attempt)
+    assert [str(rung.device) for rung in tried] == ["cuda", "cuda", "cuda", "cpu", "cpu"]
+    assert tried[-1] == Rung(CPU, 2)
+
+
+def test_a_step_down_is_told_in_one_line(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([100 << 20, 300 << 20] * 2)
+    monkeypatch.setattr(ladder, "_free", lambda _: next(free))
+    _, recoveries = way_down(fails=2)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Phase: out of memory on cpu (100 MiB free, 300 after clearing up); trying again.",
+        "Phase: out of memory on cpu (100 MiB free, 300 after clearing up); "
+        "going on with 2 texts at once instead of 4.",
+    ]
+    assert json.loads(json.dumps(recoveries[1].as_dict())) == {
+        "phase": "Phase",
+        "kind": "training",
+        "step": None,
+        "cause": "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "from": {"device": "cpu", "texts": 4},
+        "to": {"device": "cpu", "texts": 2},
+        "free_mb_before": 100,
+        "free_mb_after": 300,
+    }
+
+
+# Whole phases
+
+
+class Faults:
+    """Raises an out-of-memory error at certain calls of what it wraps, counted from 1."""
+
+    def __init__(self, *at: int) -> None:
+        self.at = set(at)
+        self.calls = 0
+        self.tensors: list[weakref.ref[Tensor]] = []
+
+    def wrap(self, function: Callable[..., Any], *, after: bool = False) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            assert all(tensor() is None for tensor in self.tensors)
+            fails = self.calls in self.at
+            done = function(*args, **kwargs) if after or not fails else None
+            if fails:
+                activations = torch.zeros(5, requires_grad=True) * 2  # belongs to the failed try alone
+                self.tensors.append(weakref.ref(activations))
+                raise no_memory()
+            return done
+
+        return wrapped
+
+
+def student_of(body: Path, **settings: Any) -> Any:
+    every = {**QUICK, "learning_rate": 1e-3, "epochs": 2, "batch_size": 8, **settings}
+    return train_student(pool_signals(), body, labeled=few_labels(), **every)
+
+
+def teacher_of(body: Path, **settings: Any) -> Any:
+    every: dict[str, Any] = {"device": "cpu", "precision": "fp32", "teacher_steps": 8, "teacher_batch_size": 8}
+    return train_teacher(few_labels(), body, **every, teacher_learning_rate=1e-3, **settings)
+
+
+TRAININGS: dict[str, Callable[..., Any]] = {"student": student_of, "teacher": teacher_of}
+STEPS = 8
+FIRST, MIDDLE, LAST, TWICE, ALL_THE_WAY = (1,), (4,), (8,), (3, 4), (2, 3, 4, 5)
+"""The calls that fail. A failed call is made again: the second fault in a row hits the retry."""
+
+
+def close(one: list[Tensor], other: list[Tensor]) -> None:
+    for here, there in zip(one, other, strict=True):
+        torch.testing.assert_close(here, there, atol=1e-5, rtol=0)
+
+
+def inner_trainers(monkeypatch: pytest.MonkeyPatch, name: str, replace: Callable[[Any], Any]) -> None:
+    from transformers import Trainer
+
+    monkeypatch.setattr(Trainer, name, replace(getattr(Trainer, name)))
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize(
+    ("at", "sizes"),
+    [(FIRST, [8]), (MIDDLE, [8]), (LAST, [8]), (TWICE, [8, 4]), (ALL_THE_WAY, [8, 4, 2, 1])],
+    ids=["first", "middle", "last", "twice", "all the way"],
+)
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after the backward pass"])
+def test_a_step_that_fails_is_done_again_and_the_weights_are_the_same(
+    tiny_student: Path,
+    training: str,
+    at: tuple[int, ...],
+    sizes: list[int],
+    after: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = weights(TRAININGS[training](tiny_student))
+    faults = Faults(*at)
+    inner_trainers(monkeypatch, "training_step", lambda step: faults.wrap(step, after=after))
+    with remembering() as recoveries:
+        trained = weights(TRAININGS[training](tiny_student))
+    assert faults.calls > STEPS
+    assert [recovery.after.size for recovery in recoveries] == sizes
+    assert {recovery.step for recovery in recoveries} == {at[0]}
+    close(trained, expected)
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("at", [FIRST, MIDDLE, LAST, TWICE], ids=["first", "middle", "last", "twice"])
+def test_an_optimizer_step_that_fails_starts_the_phase_again(
+    tiny_student: Path, training: str, at: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half the weights may have moved by then."""
+    expected = weights(TRAININGS[training](tiny_student))
+    faults = Faults(*at)
+    monkeypatch.setattr(torch.optim.AdamW, "step", faults.wrap(torch.optim.AdamW.step, after=True))
+    with remembering() as recoveries:
+        trained = weights(TRAININGS[training](tiny_student))
+    assert len(recoveries) == len(at)
+    assert faults.calls > STEPS + at[0] - 1
+    close(trained, expected)
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("training", TRAININGS)
+def test_a_training_too_large_for_its_device_is_done_on_the_cpu(
+    tiny_student: Path, training: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = weights(TRAININGS[training](tiny_student))
+    faults = Faults(3, 4, 5, 6, 7)
+    inner_trainers(monkeypatch, "training_step", faults.wrap)
+    with remembering() as recoveries:
+        trained = TRAININGS[training](tiny_student)
+    assert [recovery.after.size for recovery in recoveries] == [8, 4, 2, 1, 8]
+    assert faults.calls == 7 + STEPS  # two good steps are lost
+    close(weights(trained), expected)
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("training", TRAININGS)
+def test_without_the_cpu_the_error_tells_what_was_tried(
+    tiny_student: Path, training: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner_trainers(monkeypatch, "training_step", Faults(*range(3, 99)).wrap)
+    with pytest.raises(OutOfMemoryError, match=rf"Training {training}, step 3: .* 8, 4, 2, 1 texts at once on cpu"):
+        TRAININGS[training](tiny_student, cpu_fallback=False)
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_a_head_that_cannot_be_fitted_is_no_reason_to_train_again(
+    tiny_student: Path, training: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoding_faults(monkeypatch, Faults(*range(1, 99)))
+    steps = Faults()
+    inner_trainers(monkeypatch, "training_step", steps.wrap)
+    with pytest.raises(OutOfMemoryError, match="Fitting head: memory ran out with 32, 16, 8, 4, 2, 1 texts at once"):
+        TRAININGS[training](tiny_student)
+    assert steps.calls == STEPS
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("error", [ValueError("no such row"), KeyboardInterrupt()])
+def test_another_error_ends_a_training_at_once(
+    tiny_student: Path, training: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        raise error
+
+    inner_trainers(monkeypatch, "training_step", lambda _: fail)
+    with pytest.raises(type(error)):
+        TRAININGS[training](tiny_student)
+    assert len(calls) == 1
+
+
+def test_training_in_half_precision_leaves_nothing_on_the_body_when_it_fails(
+    student_body: SentenceTransformer, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = Faults(*range(2, 99))
+    monkeypatch.setattr(torch.optim.AdamW, "step", faults.wrap(torch.optim.AdamW.step))
+    with pytest.raises(OutOfMemoryError):
+        train_student(pool_signals(), student_body, **{**QUICK, "precision": "bf16"})
+    twin = load_body(tiny_student)
+    twin.load_state_dict(student_body.state_dict())
+    np.testing.assert_array_equal(embed(student_body, ["match goal"]), embed(twin, ["match goal"]))  # not in bf16
+    assert not student_body.training
+    assert all(parameter.grad is None for parameter in student_body.parameters())
+
+
+def encoding_faults(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    monkeypatch.setattr(SentenceTransformer, "encode", faults.wrap(SentenceTransformer.encode))
+
+
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("setfit_kd.models.encode._CHUNK", 7)
+
+
+@pytest.mark.usefixtures("short_chunks", "accelerator")
+@pytest.mark.parametrize(
+    ("at", "sizes"),
+    [(FIRST, [4]), (MIDDLE, [4]), ((5,), [4]), ((2, 3), [4, 2]), ((2, 3, 4, 5), [4, 2, 1, 4])],
+    ids=["first", "middle", "last", "twice", "to the CPU"],
+)
+def test_encoding_goes_on_where_it_was(
+    student_body: SentenceTransformer, at: tuple[int, ...], sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = pool_signals().texts  # 33: five chunks
+    expected = embed(student_body, texts, batch_size=4)
+    faults = Faults(*at)
+    encoding_faults(monkeypatch, faults)
+    with remembering() as recoveries:
+        found = embed(student_body, texts, batch_size=4, description="Scoring pool")
+    assert [recovery.after.size for recovery in recoveries] == sizes
+    assert {(recovery.phase, recovery.step) for recovery in recoveries} == {("Scoring pool", 7 * (at[0] - 1))}
+    assert faults.calls == 5 + len(at)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_look_of_early_stopping_that_fails_is_taken_again(
+    tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"patience": 9, "epochs": 2}
+    expected = weights(student_of(tiny_student, **settings))
+    faults = Faults(1, 2)
+    encoding_faults(monkeypatch, faults)
+    close(weights(student_of(tiny_student, **settings)), expected)
+    assert faults.calls == 2 + 2 + 1  # the faults, the looks, the head
+
+
+@pytest.mark.parametrize("phase", ["scoring", "evaluation", "prediction", "fitting the head"])
+def test_phases_that_encode_end_well(tiny_student: Path, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    labeled, texts = few_labels(), pool_signals().texts
+
+    def work() -> Any:
+        model = teacher_of(tiny_student)
+        if phase == "scoring":
+            return score(model, texts).probabilities
+        if phase == "prediction":
+            return predict_proba(model, texts)
+        if phase == "evaluation":
+            return evaluate(model, labeled).probabilities
+        return model.model_head.coef_
+
+    expected = work()
+    encoding_faults(monkeypatch, Faults({"scoring": 2, "evaluation": 3, "prediction": 2, "fitting the head": 1}[phase]))
+    with remembering() as recoveries:
+        np.testing.assert_allclose(work(), expected, atol=1e-5)
+    assert len(recoveries) == 1
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_a_model_that_does_not_fit_its_device_is_loaded_on_the_cpu(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(teacher_of(tiny_student), tmp_path / "model")
+    body = load_body(tmp_path / "model")
+    monkeypatch.setattr(body, "to", Faults(1, 2).wrap(body.to))
+    monkeypatch.setattr("setfit_kd.models.store.load_body", lambda _: body)
+    with remembering() as recoveries:
+        model = load(tmp_path / "model", device="cpu")
+    assert [recovery.phase for recovery in recoveries] == ["Loading model"] * 2
+    assert model.predict_proba(["match goal"]).shape == (1, 4)
+
+
+# Whole runs
+
+
+@pytest.fixture
+def small_run(tiny_teacher: Path, tmp_path: Path) -> Callable[..., Any]:
+    def run(name: str, **settings: Any) -> Any:
+        every = {**FAST, "learning_rate": 2e-5, "pool_size": 64, "shots": 4, "cache": False, "precision": "fp32"}
+        return distill(
+            *("bundled:newswire", "bundled:newswire", "bundled:newswire"),
+            teacher=str(tiny_teacher),
+            student="layers:0",
+            output_dir=tmp_path / name,
+            **{**every, **settings},
+        )
+
+    return run
+
+
+def test_a_run_with_faults_everywhere_ends_as_one_without(
+    small_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = small_run("calm")
+    assert json.loads((tmp_path / "calm" / "run.json").read_text())["out_of_memory"] == []
+    steps, encodings = Faults(1, 4, 5, 9), Faults(1, 3, 4, 8)
+    inner_trainers(monkeypatch, "training_step", steps.wrap)
+    encoding_faults(monkeypatch, encodings)
+    stormy = small_run("stormy")
+    close(weights(stormy.student), weights(expected.student))
+    assert stormy.metrics["student"]["accuracy"] == expected.metrics["student"]["accuracy"]
+    told = json.loads((tmp_path / "stormy" / "run.json").read_text())["out_of_memory"]
+    assert len(told) == 8
+    assert {"Training teacher", "Training student"} <= {one["phase"] for one in told}
+
+
+def test_max_length_cuts_every_body(small_run: Callable[..., Any]) -> None:
+    result = small_run("short", max_length=9)
+    for model in (result.teacher, result.student):
+        assert model.model_body.max_seq_length == 9
+        long, cut = model.model_body.encode(["one two three four " * 9, "one two three four " * 3])
+        np.testing.assert_allclose(long, cut, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_gradient_checkpointing_changes_nothing_but_memory(
+    tiny_student: Path, training: str, micro_batch_size: int | None
+) -> None:
+    plain, checkpointed = (
+        TRAININGS[training](tiny_student, gradient_checkpointing=on, micro_batch_size=micro_batch_size)
+        for on in (False, True)
+    )
+    close(weights(checkpointed), weights(plain))
+    layers = checkpointed.model_body[0].auto_model.encoder.layer
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_gradient_checkpointing_keeps_no_layers_activations(student_body: SentenceTransformer) -> None:
+    from setfit_kd.models import checkpointed_layers
+
+    def kept() -> int:
+        saved: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        features = student_body.preprocess(["some words of a text"] * 4)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            student_body(features)["sentence_embedding"].sum()
+        return sum(tensor.numel() for tensor in saved)
+
+    plain = kept()
+    with checkpointed_layers(student_body):
+        assert kept() < plain / 2
+
+
+def test_a_static_body_has_no_layers_to_checkpoint(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import BoW
+
+    body = SentenceTransformer(modules=[BoW(vocab=["a", "b"])], device="cpu")
+    with pytest.raises(ModelError, match="Layers can only be cut"):
+        train_student(pool_signals(), body, **{**QUICK, "gradient_checkpointing": True})
