@@ -145,7 +145,7 @@ def write(name: str, cells: dict[str, list[Cell]], output: Path, settings: dict[
             key: settings[key] for key in ("seeds", "threads", "shots", "pool_size", "pair_steps", "teacher", "student")
         },
         "tests": n,
-        "precision": cells["student"][0]["precision"],
+        "precision": " or ".join(sorted({cell["precision"] for cell in cells["student"]})),
         "versions": versions(),
     }
     stem = f"{name}-{settings['shots']}-shots"

@@ -155,14 +155,15 @@ def prepare_run(
 
 def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> RunResult:
     data, seconds, device = inputs.data, dict[str, float](), resolve_device(config.device)
-    given = config
+    given, config = config, config.model_copy(update={"device": str(device)})
     baseline_body = copy.deepcopy(inputs.student_body) if config.baseline and data.evaluation else None
 
     with remembering(cpu_fallback=config.cpu_fallback) as recoveries:
         with _timed("teacher", seconds):
             teacher = train_teacher(data.labeled, inputs.teacher_body, config=config)
             precision = resolve_precision(config.precision, teacher.model_body, data.pool)
-            config = config.model_copy(update={"precision": precision.name})
+            if teacher.model_body.device.type == device.type:
+                config = config.model_copy(update={"precision": precision.name})
         with _timed("signals", seconds), _placed(teacher, device, "Scoring pool"):
             teacher, signals = refine_and_score(teacher, data.labeled, data.pool, config=config, origin=config.teacher)
         if folder:
@@ -193,18 +194,19 @@ def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) 
                         folder=saved,
                         description=f"Evaluating {name}",
                     )
-        place(student.model_body, device, phase="Handing over student")
     result = RunResult(student, teacher, signals, evaluations, given, seconds, folder.path if folder else None)
     if folder:
         folder.write_json(METRICS, result.metrics)
         about = {
             "versions": versions(),
             "seed": config.seed,
-            "device": str(student.model_body.device),
+            "device": str(device),
             "precision": asdict(precision),
             "out_of_memory": [recovery.as_dict() for recovery in recoveries],
         }
         folder.write_json(RUN, {**about, "data": data.report.as_dict(), "seconds": seconds})
+    with remembering(cpu_fallback=config.cpu_fallback):
+        place(student.model_body, device, phase="Handing over student")
     return result
 
 

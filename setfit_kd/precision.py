@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from setfit_kd.errors import ConfigError
-from setfit_kd.memory import is_out_of_memory
+from setfit_kd.memory import clear_cache, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -49,8 +49,7 @@ def resolve_precision(name: str, body: SentenceTransformer, texts: Sequence[str]
     """
     device = body.device
     if name != "auto":
-        # The CPU that takes over from a GPU has no fp16.
-        return Precision("fp32" if (name, device.type) == ("fp16", "cpu") else name)
+        return Precision(name)
     if not _has_bf16(device) or not hasattr(body[0], "auto_model"):
         return Precision("fp32")
     key = (str(device), body.get_embedding_dimension() or 0)
@@ -60,13 +59,20 @@ def resolve_precision(name: str, body: SentenceTransformer, texts: Sequence[str]
 
 
 def _probe(body: SentenceTransformer, texts: Sequence[str]) -> Precision:
-    try:
-        fp32, bf16 = _step_seconds(body, texts)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        logger.debug("Precision: fp32, since bf16 does not run here (%s).", error)
-        return Precision("fp32")
+    """Time fewer texts where so many do not fit."""
+    while True:
+        try:
+            fp32, bf16 = _step_seconds(body, texts)
+            break
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                logger.debug("Precision: fp32, since bf16 does not run here (%s).", str(error))
+                return Precision("fp32")
+            if len(texts) == 1:
+                raise
+        body.zero_grad(set_to_none=True)
+        clear_cache(body.device)
+        texts = texts[: len(texts) // 2]
     found = Precision("bf16" if fp32 / bf16 >= _WORTH_IT else "fp32", round(fp32 / bf16, 2))
     logger.info("Precision: %s (bf16 is %.2f times as fast as fp32 here).", found.name, found.speedup)
     return found

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +17,7 @@ from setfit import TrainingArguments
 from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, TrainerCallback
 
-from setfit_kd.memory import Ladder, Rung, is_out_of_memory
+from setfit_kd.memory import Ladder, Rung, clear_cache, is_out_of_memory
 from setfit_kd.models import checkpointed_layers
 from setfit_kd.precision import resolve_precision
 from setfit_kd.progress import Advance, track
@@ -120,31 +122,36 @@ def train(
         description: What to call it there and in messages.
 
     Raises:
-        OutOfMemoryError: The last rung failed too.
+        OutOfMemoryError: The last rung failed too. The body then has the weights that it came with, as after any error.
     """
-    if config.max_length is not None:
+    if config.max_length is not None and body.max_seq_length != math.inf:  # a static body reads texts of any length
         body.max_seq_length = min(config.max_length, body.max_seq_length or config.max_length)
     size = min(config.micro_batch_size or batch_texts, batch_texts)
     start = {name: value.detach().to("cpu", copy=True) for name, value in body.state_dict().items()}
     ladder = Ladder(description, kind="training", device=device, size=size, model=body)
 
+    def settled(rung: Rung) -> Config:
+        # What was asked of an accelerator is no word on the CPU that takes over.
+        asked = config.precision if rung.device.type == device.type else "auto"
+        precision = resolve_precision(asked, body, texts[: rung.size])
+        whole = config.micro_batch_size is None and rung.size >= batch_texts
+        return config.model_copy(update={"precision": precision.name, "micro_batch_size": None if whole else rung.size})
+
     def attempt(rung: Rung) -> SetFitModel:
         ladder.step = None
         body.to(rung.device).load_state_dict(start)
         with TemporaryDirectory(prefix="setfit-kd-") as scratch:
-            trainer = make(_settled(config, rung, body, texts, batch_texts), rung.device, scratch)
+            trainer = make(settled(rung), rung.device, scratch)
             _fit(trainer, ladder, description=description, steps=steps)
         return trainer.model
 
-    with checkpointed_layers(body) if config.gradient_checkpointing else nullcontext():
-        return ladder.climb(attempt, clear=lambda: _rest(body))
-
-
-def _settled(config: Config, rung: Rung, body: SentenceTransformer, texts: Sequence[str], batch_texts: int) -> Config:
-    """The config with what a rung decides."""
-    precision = resolve_precision(config.precision, body, texts[: rung.size])
-    whole = config.micro_batch_size is None and rung.size >= batch_texts
-    return config.model_copy(update={"precision": precision.name, "micro_batch_size": None if whole else rung.size})
+    try:
+        with checkpointed_layers(body) if config.gradient_checkpointing else nullcontext():
+            return ladder.climb(attempt, clear=lambda: _rest(body))
+    except BaseException:
+        _rest(body)
+        body.load_state_dict(start)
+        raise
 
 
 def _fit(trainer: Trainer, ladder: Ladder, *, description: str, steps: int) -> None:
@@ -156,19 +163,24 @@ def _fit(trainer: Trainer, ladder: Ladder, *, description: str, steps: int) -> N
         retry_steps(trainer.st_trainer, ladder)
         logger.debug("%s: %d steps begin.", description, steps)
         trainer.train_embeddings(*parameters)
+    _drop_optimizer(trainer.st_trainer)
     settle(trainer, ladder.rung.device)
     trainer.train_classifier(*parameters)
     losses, seconds = losses_of(trainer), time.perf_counter() - started
     logger.debug("%s: %d steps in %.1f s, loss %.4f to %.4f.", description, len(losses), seconds, losses[0], losses[-1])
 
 
+def _drop_optimizer(inner: Any) -> None:
+    """Free the optimizer's state, twice the size of the body, which the trainer's many references would keep."""
+    for holder in (inner, inner.callback_handler):
+        holder.optimizer = holder.lr_scheduler = None
+    inner.accelerator.free_memory()
+    clear_cache(inner.args.device)
+
+
 def retry_steps(inner: Any, ladder: Ladder) -> None:
     """Have the inner trainer do a step again whose forward or backward pass ran out of memory."""
     plain = inner.training_step
-
-    def clear() -> None:
-        inner.model.zero_grad(set_to_none=True)
-        inner.loss.zero_grad(set_to_none=True)
 
     def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
         ladder.step = inner.state.global_step + 1
@@ -182,8 +194,10 @@ def retry_steps(inner: Any, ladder: Ladder) -> None:
             else:
                 ladder.worked()
                 return loss
-            ladder.step_down(cause, clear=clear)
-            inner.loss.micro_batch_size = ladder.rung.size
+            size = ladder.rung.size
+            ladder.step_down(cause, clear=partial(inner.loss.zero_grad, set_to_none=True))
+            if ladder.rung.size < size:
+                inner.loss.micro_batch_size = ladder.rung.size
 
     inner.training_step = training_step
 
@@ -229,7 +243,6 @@ def inner_trainer_on(device: torch.device, precision: str = "fp32") -> Iterator[
         )
         if device.type == "cuda" and device.index:
             # The library has settled on the first GPU by now, in its own cache and in accelerate's shared state.
-            torch.cuda.set_device(device)
             vars(made)["_setup_devices"] = made.distributed_state.device = device
         return made
 

@@ -190,16 +190,24 @@ def test_doctor_tells_what_can_run() -> None:
 def test_an_interrupt_ends_at_once_with_130(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "setfit_kd", "run", "--preset", "newswire", "--device", "cpu"]
     command += ["--teacher", str(tiny_teacher), "--student", str(tiny_student), "--teacher-steps", "100000"]
-    process = subprocess.Popen(
-        [*command, "--output-dir", "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    log = tmp_path / "out" / "run.log"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and "Training teacher: 100000 steps begin" in log.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
+    with subprocess.Popen(
+        [*command, "--output-dir", "out"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests themselves run in the background, interrupts are ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        try:
+            log = tmp_path / "out" / "run.log"
+            deadline = time.monotonic() + 120
+            while not (log.exists() and "Training teacher: 100000 steps begin" in log.read_text()):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == 130, stderr
     assert "Interrupted." in stderr
     assert "Traceback" not in stderr

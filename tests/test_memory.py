@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAST
-from synthetic import QUICK, few_labels, pool_signals, weights
+from synthetic import QUICK, few_labels, pool_signals, same, weights
 from torch import Tensor
 
 from setfit_kd import distill, evaluate, load, score, train_student, train_teacher
@@ -137,13 +137,15 @@ def test_auto_takes_the_first_device_that_works(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(devices, "_accelerators", lambda: ["cuda", "mps"])
-    monkeypatch.setattr(devices, "_obstacle", lambda device: "it is full" if device.type == "cuda" else None)
+    too_old = RuntimeError("CUDA error: no kernel image\nMore about it.")
+    monkeypatch.setattr(devices, "_obstacle", lambda device: too_old if device.type == "cuda" else None)
     assert resolve_device("auto") == torch.device("mps")
-    assert "cuda cannot be used: it is full" in caplog.text
-    with pytest.raises(ConfigError, match="'cuda' cannot be used: it is full"):
+    assert caplog.messages == ["The device cuda cannot be used: CUDA error: no kernel image"]
+    with pytest.raises(ConfigError, match="'cuda' cannot be used: CUDA error: no kernel image"):
         resolve_device("cuda")
-    monkeypatch.setattr(devices, "_obstacle", lambda _: "it is full")
+    monkeypatch.setattr(devices, "_obstacle", lambda _: no_memory())
     assert resolve_device("auto") == CPU
+    assert resolve_device("cuda") == torch.device("cuda")  # full, but asked for: that is for the ladder
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps"])
@@ -155,19 +157,20 @@ def test_what_is_not_there_is_refused(name: str, monkeypatch: pytest.MonkeyPatch
 
 def test_a_device_is_tried_by_a_real_allocation() -> None:
     assert devices._obstacle(CPU) is None
-    assert "meta" in (devices._obstacle(torch.device("meta")) or "")
+    assert "meta" in str(devices._obstacle(torch.device("meta")))
 
 
 def test_free_memory_is_part_of_all() -> None:
-    found = devices.free_memory(CPU)
-    if found is not None:  # not every system tells
-        assert 0 < found[0] < found[1]
+    free, total = devices.free_memory(CPU)
+    assert 0 < free < total
 
 
 # The ladder by itself
 
 
-def way_down(*, fails: int, device: str = "cpu", size: int = 4, **settings: Any) -> tuple[list[Rung], list[Recovery]]:
+def way_down(
+    *, fails: int, device: str = "cpu", size: int = 4, step: int | None = 1, **settings: Any
+) -> tuple[list[Rung], list[Recovery]]:
     """The rungs that were tried by a phase whose first attempts fail, and what it has to tell."""
     tried: list[Rung] = []
 
@@ -178,13 +181,14 @@ def way_down(*, fails: int, device: str = "cpu", size: int = 4, **settings: Any)
 
     with remembering(**settings) as recoveries:
         phase = Ladder("Phase", kind="training", device=torch.device(device), size=size, model=torch.nn.Linear(2, 2))
+        phase.step = step
         phase.climb(attempt)
     return tried, recoveries
 
 
 @pytest.mark.parametrize("fails", range(7))
 def test_the_rungs_are_the_cache_then_halves_then_the_cpu(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder, "_empty_cache", lambda _: None)
+    monkeypatch.setattr(ladder, "clear_cache", lambda _: None)
     monkeypatch.setattr(ladder, "_free", lambda _: None)
     gpu = torch.device("cuda:1")
     whole = [Rung(gpu, 4), Rung(gpu, 4), Rung(gpu, 2), Rung(gpu, 1), Rung(CPU, 4), Rung(CPU, 2), Rung(CPU, 1)]
@@ -203,7 +207,7 @@ def test_odd_sizes_end_at_one() -> None:
 def test_after_the_last_rung_all_that_was_tried_is_told(
     allowed: bool, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ladder, "_empty_cache", lambda _: None)
+    monkeypatch.setattr(ladder, "clear_cache", lambda _: None)
     monkeypatch.setattr(ladder, "_free", lambda _: None)
     with pytest.raises(OutOfMemoryError) as raised:
         way_down(fails=99, device="cuda", cpu_fallback=allowed)
@@ -213,6 +217,22 @@ def test_after_the_last_rung_all_that_was_tried_is_told(
     for remedy in ("--max-length", "--gradient-checkpointing"):
         assert remedy in (raised.value.hint or "")
     assert raised.value.exit_code == 71
+
+
+@pytest.mark.parametrize("kind", ["encoding", "loading"])
+def test_remedies_are_those_of_the_phase(kind: str) -> None:
+    with pytest.raises(OutOfMemoryError) as raised, remembering(cpu_fallback=False):
+        Ladder("Phase", kind=kind, device=CPU, size=1, model=torch.nn.Linear(2, 2)).climb(Faults(*range(9)).wrap(print))
+    assert "checkpointing" not in (raised.value.hint or "")
+    assert "--cpu-fallback" not in (raised.value.hint or "")  # it was the CPU already
+    assert ("1 texts at once on cpu" in raised.value.message) is (kind == "encoding")
+
+
+def test_what_failed_before_the_first_step_needs_no_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "clear_cache", lambda _: None)
+    monkeypatch.setattr(ladder, "_free", lambda _: None)
+    tried, _ = way_down(fails=2, device="cuda", step=None)
+    assert [str(rung) for rung in tried] == ["4 texts at once on cuda"] * 2 + ["4 texts at once on cpu"]
 
 
 @pytest.mark.parametrize("error", [ValueError("CUDA out of memory"), RuntimeError("shapes"), KeyboardInterrupt()])
@@ -245,7 +265,7 @@ def test_a_failed_attempt_is_dead_before_the_next() -> None:
     gc.disable()
     try:
         assert (
-            Ladder("Phase", kind="training", device=CPU, size=4, model=torch.nn.Linear(2, 2)).climb(attempt) == "done"
+            Ladder("Phase", kind="encoding", device=CPU, size=4, model=torch.nn.Linear(2, 2)).climb(attempt) == "done"
         )
     finally:
         gc.enable()
@@ -263,7 +283,9 @@ def test_what_worked_is_where_later_phases_begin() -> None:
             raise no_memory()
 
     with remembering():
-        Ladder("Phase", kind="training", device=CPU, size=8, model=middle).climb(attempt)
+        trained = Ladder("Phase", kind="training", device=CPU, size=8, model=middle)
+        trained.step = 1
+        trained.climb(attempt)
         assert [start_of(model) for model in (small, middle, large)] == [8, 2, 2]
         assert start_of(large, kind="encoding") == 8
         assert start_of(large, size=1) == 1
@@ -274,7 +296,7 @@ def test_what_worked_is_where_later_phases_begin() -> None:
 
 @pytest.mark.usefixtures("accelerator")
 def test_a_model_that_only_the_cpu_could_hold_begins_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder, "_empty_cache", lambda _: None)
+    monkeypatch.setattr(ladder, "clear_cache", lambda _: None)
     monkeypatch.setattr(ladder, "_free", lambda _: None)
     tried: list[Rung] = []
 
@@ -286,9 +308,36 @@ def test_a_model_that_only_the_cpu_could_hold_begins_there(monkeypatch: pytest.M
     model = torch.nn.Linear(3, 3)
     with remembering():
         for _ in range(2):
-            Ladder("Phase", kind="training", device=torch.device("cuda"), size=2, model=model).climb(attempt)
+            trained = Ladder("Phase", kind="training", device=torch.device("cuda"), size=2, model=model)
+            trained.step = 1
+            trained.climb(attempt)
     assert [str(rung.device) for rung in tried] == ["cuda", "cuda", "cuda", "cpu", "cpu"]
     assert tried[-1] == Rung(CPU, 2)
+
+
+def test_what_a_small_model_took_does_not_bring_a_large_one_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The large one went to the CPU, then the small one found its size on the device."""
+    monkeypatch.setattr(ladder, "clear_cache", lambda _: None)
+    monkeypatch.setattr(ladder, "_free", lambda _: None)
+    small, large = torch.nn.Linear(2, 2), torch.nn.Linear(9, 9)
+    cuda = torch.device("cuda")
+
+    def fails_above(size: int) -> Callable[[Rung], None]:
+        def attempt(rung: Rung) -> None:
+            if rung.device == cuda and rung.size > size:
+                raise no_memory()
+
+        return attempt
+
+    with remembering():
+        for model, size in ((large, 0), (small, 4)):
+            Ladder("Phase", kind="encoding", device=cuda, size=16, model=model).climb(fails_above(size))
+        begins = [Ladder("Phase", kind="encoding", device=cuda, size=16, model=model).rung for model in (small, large)]
+        assert begins == [Rung(cuda, 4), Rung(CPU, 16)]
+        with remembering(cpu_fallback=False):
+            assert Ladder("Phase", kind="encoding", device=cuda, size=16, model=large).rung == Rung(cuda, 1)
+            with remembering(cpu_fallback=True):
+                assert Ladder("Phase", kind="encoding", device=cuda, size=16, model=large).rung == Rung(cuda, 1)
 
 
 def test_a_step_down_is_told_in_one_line(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,14 +345,14 @@ def test_a_step_down_is_told_in_one_line(caplog: pytest.LogCaptureFixture, monke
     monkeypatch.setattr(ladder, "_free", lambda _: next(free))
     _, recoveries = way_down(fails=2)
     assert [record.getMessage() for record in caplog.records] == [
-        "Phase: out of memory on cpu (100 MiB free, 300 after clearing up); trying again.",
-        "Phase: out of memory on cpu (100 MiB free, 300 after clearing up); "
+        "Phase, step 1: out of memory on cpu (100 MiB free, 300 after clearing up); trying again.",
+        "Phase, step 1: out of memory on cpu (100 MiB free, 300 after clearing up); "
         "going on with 2 texts at once instead of 4.",
     ]
     assert json.loads(json.dumps(recoveries[1].as_dict())) == {
         "phase": "Phase",
         "kind": "training",
-        "step": None,
+        "step": 1,
         "cause": "CUDA out of memory. Tried to allocate 2.00 GiB.",
         "from": {"device": "cpu", "texts": 4},
         "to": {"device": "cpu", "texts": 2},
@@ -475,6 +524,106 @@ def test_training_in_half_precision_leaves_nothing_on_the_body_when_it_fails(
     assert all(parameter.grad is None for parameter in student_body.parameters())
 
 
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize(("most", "ends_with"), [(5, 4), (1, 1)])
+def test_a_batch_that_does_not_fit_is_split_until_it_does(
+    tiny_student: Path, training: str, most: int, ends_with: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault comes from inside the forward pass, and from a recomputation in the backward pass too."""
+    from setfit_kd.objectives import Objective
+
+    expected = weights(TRAININGS[training](tiny_student))
+    encode = Objective._encode
+
+    def limited(self: Objective, features: dict[str, Tensor]) -> Tensor:
+        if len(features["input_ids"]) > most:
+            raise no_memory()
+        return encode(self, features)
+
+    monkeypatch.setattr(Objective, "_encode", limited)
+    with remembering() as recoveries:
+        close(weights(TRAININGS[training](tiny_student)), expected)
+    assert recoveries[-1].after.size == ends_with
+    assert {recovery.step for recovery in recoveries} == {1}
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_a_fault_in_a_recomputation_is_met_like_any_other(
+    tiny_student: Path, training: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from setfit_kd.objectives import Objective
+
+    expected = weights(TRAININGS[training](tiny_student))
+    # A step on 8 texts passes 4 of them twice forward, and each again in the backward pass.
+    faults = Faults(3, 8)
+    monkeypatch.setattr(Objective, "_encode", faults.wrap(Objective._encode))
+    close(weights(TRAININGS[training](tiny_student, micro_batch_size=4)), expected)
+    assert faults.calls > 4 * STEPS
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_a_trainer_is_dead_before_the_next_one_is_made(
+    tiny_student: Path, training: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its optimizer's state is twice the size of the model."""
+    dead: list[weakref.ref[Any]] = []
+    step, calls = torch.optim.AdamW.step, []
+
+    def fail(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            [state, *_] = optimizer.state.values()
+            [parameter, *_] = optimizer.state
+            dead.extend(map(weakref.ref, (optimizer, state["exp_avg"], parameter.grad)))
+            raise no_memory()
+        assert all(reference() is None for reference in dead)
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    gc.disable()
+    try:
+        TRAININGS[training](tiny_student)
+    finally:
+        gc.enable()
+    assert len(calls) == 3 + STEPS
+    assert len(dead) == 3
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_a_finished_training_leaves_no_optimizer(
+    tiny_student: Path, training: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[weakref.ref[Any]] = []
+    step = torch.optim.AdamW.step
+
+    def watch(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        done = step(optimizer, *args, **kwargs)
+        [state, *_] = optimizer.state.values()
+        left[:] = [weakref.ref(state["exp_avg"])]
+        return done
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        assert left[0]() is None
+        return embed(*args, **kwargs)
+
+    monkeypatch.setattr(f"setfit_kd.{training}.trainer.embed", fit)  # what the head is fitted on
+    TRAININGS[training](tiny_student)
+    assert left
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_a_training_that_fails_leaves_the_weights_as_they_were(
+    student_body: SentenceTransformer, training: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [value.clone() for value in student_body.state_dict().values()]
+    inner_trainers(monkeypatch, "training_step", Faults(*range(4, 99)).wrap)
+    with pytest.raises(OutOfMemoryError):
+        TRAININGS[training](student_body)
+    assert same(before, list(student_body.state_dict().values()))
+
+
 def encoding_faults(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -484,6 +633,31 @@ def encoding_faults(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> None:
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("setfit_kd.models.encode._CHUNK", 7)
+
+
+def test_encoding_takes_batches_that_fit(student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    texts = pool_signals().texts
+    expected = embed(student_body, texts)
+    encode: Any = SentenceTransformer.encode
+
+    def limited(self: SentenceTransformer, *args: Any, batch_size: int, **kwargs: Any) -> Any:
+        if batch_size > 3:
+            raise no_memory()
+        return encode(self, *args, batch_size=batch_size, **kwargs)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", limited)
+    np.testing.assert_allclose(embed(student_body, texts), expected, atol=1e-6)
+
+
+def test_a_speed_is_measured_without_the_failed_tries(tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = teacher_of(tiny_student)
+    faults = Faults(2, 3)
+    encoding_faults(monkeypatch, faults)
+    measured = evaluate(model, few_labels())
+    assert faults.calls == 1 + 3 + 1  # the warm-up, the tries, and once more for the time
+    assert measured.cost.device == "cpu"
 
 
 @pytest.mark.usefixtures("short_chunks", "accelerator")
@@ -502,7 +676,7 @@ def test_encoding_goes_on_where_it_was(
     with remembering() as recoveries:
         found = embed(student_body, texts, batch_size=4, description="Scoring pool")
     assert [recovery.after.size for recovery in recoveries] == sizes
-    assert {(recovery.phase, recovery.step) for recovery in recoveries} == {("Scoring pool", 7 * (at[0] - 1))}
+    assert {(recovery.phase, recovery.step) for recovery in recoveries} == {("Scoring pool", 7 * (at[0] - 1) or None)}
     assert faults.calls == 5 + len(at)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -629,10 +803,12 @@ def test_gradient_checkpointing_keeps_no_layers_activations(student_body: Senten
         assert kept() < plain / 2
 
 
-def test_a_static_body_has_no_layers_to_checkpoint(tmp_path: Path) -> None:
+def test_a_body_without_layers_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import BoW
 
-    body = SentenceTransformer(modules=[BoW(vocab=["a", "b"])], device="cpu")
-    with pytest.raises(ModelError, match="Layers can only be cut"):
-        train_student(pool_signals(), body, **{**QUICK, "gradient_checkpointing": True})
+    from setfit_kd.models import checkpointed_layers
+
+    with checkpointed_layers(SentenceTransformer(modules=[BoW(vocab=["a", "b"])], device="cpu")):
+        pass
+    assert "no transformer layers" in caplog.text

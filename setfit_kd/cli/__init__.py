@@ -11,7 +11,8 @@ from setfit_kd.cli.doctor import doctor
 from setfit_kd.cli.evaluate import evaluate
 from setfit_kd.cli.predict import predict
 from setfit_kd.cli.run import run
-from setfit_kd.errors import SetFitKDError
+from setfit_kd.errors import OutOfMemoryError, SetFitKDError
+from setfit_kd.memory import first_line, is_out_of_memory
 
 
 class _Group(click.Group):
@@ -26,6 +27,13 @@ class _Group(click.Group):
             if error.hint:
                 click.echo(error.hint, err=True)
             ctx.exit(error.exit_code)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+            click.echo(f"Memory ran out ({first_line(str(error))}).", err=True)
+            click.echo("Take a smaller model, or fewer texts.", err=True)
+            ctx.exit(OutOfMemoryError.exit_code)
         except KeyboardInterrupt:
             click.echo("\nInterrupted.", err=True)
             ctx.exit(130)

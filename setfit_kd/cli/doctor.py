@@ -50,10 +50,13 @@ def doctor() -> None:
 
 
 def _free(device: torch.device) -> str:
-    from setfit_kd.memory import free_memory
+    from setfit_kd.memory import first_line, free_memory
 
-    found = free_memory(device)
-    return f", {found[0] / 2**30:.1f} of {found[1] / 2**30:.1f} GiB free" if found else ""
+    try:
+        free, total = free_memory(device)
+    except RuntimeError as error:
+        return f", which does not answer: {first_line(str(error))}"
+    return f", {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
 
 
 def _obstacle(name: str, reachable: bool) -> str | None:

@@ -14,6 +14,7 @@ from setfit_kd.data import LabeledSet, Source, encode_labels, read
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation.cost import Cost, count_parameters, folder_megabytes, model_megabytes
 from setfit_kd.evaluation.quality import Quality, measure_quality
+from setfit_kd.memory import Ladder, remembering
 from setfit_kd.models import predict_proba
 from setfit_kd.progress import shown_on
 
@@ -87,15 +88,21 @@ def evaluate(
     # The first texts pay for allocations and lazy imports that no later one does.
     with shown_on(None):
         predict_proba(model, data.texts[:_WARM_UP], batch_size=encode_batch_size)
-    started = time.perf_counter()
-    probabilities = predict_proba(model, data.texts, batch_size=encode_batch_size, description=description)
-    seconds = time.perf_counter() - started
+    with remembering() as recoveries:
+        while True:
+            before, started = len(recoveries), time.perf_counter()
+            probabilities = predict_proba(model, data.texts, batch_size=encode_batch_size, description=description)
+            seconds = time.perf_counter() - started
+            if len(recoveries) == before:  # no failed try is in the time
+                break
+        body = model.model_body
+        ran_on = Ladder(description, kind="encoding", device=body.device, size=1, model=body).rung.device
     predicted = np.asarray(probabilities.argmax(axis=1), np.int64)
     quality = measure_quality(predicted, data.labels, names, None if teacher is None else teacher.predicted)
     cost = Cost(
         parameters=count_parameters(model),
         megabytes=round(folder_megabytes(folder) if folder else model_megabytes(model), 1),
         texts_per_second=round(len(data) / seconds, 1),
-        device=str(model.model_body.device),
+        device=str(ran_on),
     )
     return Evaluation(quality, cost, probabilities)

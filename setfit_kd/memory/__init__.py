@@ -4,14 +4,16 @@ The only room that knows any of the three.
 """
 
 from setfit_kd.memory.devices import check_device, free_memory, resolve_device
-from setfit_kd.memory.ladder import Ladder, Recovery, Rung, place, remembering
-from setfit_kd.memory.recognise import is_out_of_memory
+from setfit_kd.memory.ladder import Ladder, Recovery, Rung, clear_cache, place, remembering
+from setfit_kd.memory.recognise import first_line, is_out_of_memory
 
 __all__ = [
     "Ladder",
     "Recovery",
     "Rung",
     "check_device",
+    "clear_cache",
+    "first_line",
     "free_memory",
     "is_out_of_memory",
     "place",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING
 
 from setfit_kd.errors import ConfigError
+from setfit_kd.memory.recognise import first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -19,11 +19,11 @@ _TRIED_BYTES = 1 << 20
 def resolve_device(name: str) -> torch.device:
     """The device that a setting names; ``auto`` takes CUDA, then MPS, then the CPU.
 
-    A device counts only when a small allocation on it has worked: one that is there may be full, or too new or too old
-    for this torch.
+    ``auto`` takes a device only when a small allocation on it has worked: one that is there may be full, or too new or
+    too old for this torch.
 
     Raises:
-        ConfigError: The device is not there, or nothing can be allocated on it.
+        ConfigError: The device is not there or does not work. One that is merely full is taken at the user's word.
     """
     import torch
 
@@ -32,7 +32,7 @@ def resolve_device(name: str) -> torch.device:
             obstacle = _obstacle(device)
             if obstacle is None:
                 return device
-            logger.warning("The device %s cannot be used: %s", device, obstacle)
+            logger.warning("The device %s cannot be used: %s", device, first_line(str(obstacle)))
         return torch.device("cpu")
     try:
         device = torch.device(name)
@@ -45,8 +45,10 @@ def resolve_device(name: str) -> torch.device:
                 f"There is no device {name!r} here.", hint="Take --device auto, or see `setfit-kd doctor`."
             )
         obstacle = _obstacle(device)
-        if obstacle is not None:
-            raise ConfigError(f"The device {name!r} cannot be used: {obstacle}", hint="Take --device cpu, or free it.")
+        if obstacle is not None and not is_out_of_memory(obstacle):  # a full one is for the ladder
+            raise ConfigError(
+                f"The device {name!r} cannot be used: {first_line(str(obstacle))}", hint="Take --device cpu."
+            )
     return device
 
 
@@ -57,14 +59,14 @@ def _accelerators() -> list[str]:
     return [name for name, is_there in there.items() if is_there]
 
 
-def _obstacle(device: torch.device) -> str | None:
+def _obstacle(device: torch.device) -> RuntimeError | None:
     """Why nothing can be allocated on a device; None where it can."""
     import torch
 
     try:
         torch.ones(_TRIED_BYTES // 4, device=device).sum().item()
     except RuntimeError as error:
-        return str(error).strip().splitlines()[0]
+        return error.with_traceback(None)
     return None
 
 
@@ -74,8 +76,9 @@ def check_device(name: str) -> None:
         resolve_device(name)
 
 
-def free_memory(device: torch.device) -> tuple[int, int] | None:
-    """Bytes free on a device and bytes in all; None where the system does not tell."""
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes free on a device and bytes in all."""
+    import psutil
     import torch
 
     if device.type == "cuda":
@@ -84,8 +87,5 @@ def free_memory(device: torch.device) -> tuple[int, int] | None:
     if device.type == "mps":
         total = torch.mps.recommended_max_memory()
         return total - torch.mps.driver_allocated_memory(), total
-    try:
-        page = os.sysconf("SC_PAGE_SIZE")
-        return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total

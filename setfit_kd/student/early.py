@@ -87,7 +87,12 @@ class AgreementStop(TrainerCallback):
         sample = at_most(self.training_rows, MOST_HELD_OUT, seed=[self.seed, 9])
         rows = np.concatenate([sample, self.held_out_rows])
         with shown_on(None):
-            embeddings = embed(self.body, [self.signals.texts[row] for row in rows], batch_size=self.encode_batch_size)
+            embeddings = embed(
+                self.body,
+                [self.signals.texts[row] for row in rows],
+                batch_size=self.encode_batch_size,
+                description="Comparing with teacher",
+            )
         head = fit_head(
             embeddings[: len(sample)],
             self.signals.probabilities[sample],

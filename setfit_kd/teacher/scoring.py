@@ -11,6 +11,7 @@ import numpy.typing as npt
 from setfit_kd.config import SignalsConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
+from setfit_kd.memory import remembering
 from setfit_kd.models import embed, head_proba
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.teacher.cache import cached_embed
@@ -103,7 +104,8 @@ def refine_and_score(
         DataError: There are no texts, or the teacher has no labels.
     """
     config = SignalsConfig.given(config, settings)
-    texts, embeddings = _embedded(teacher, [*pool, *labeled.texts], config.encode_batch_size, config.cache)
+    with remembering(cpu_fallback=config.cpu_fallback):
+        texts, embeddings = _embedded(teacher, [*pool, *labeled.texts], config.encode_batch_size, config.cache)
     refined = refine(
         teacher,
         labeled,
