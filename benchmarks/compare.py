@@ -154,7 +154,7 @@ def write(name: str, cells: dict[str, list[Cell]], output: Path, settings: dict[
         f"# {name}: {settings['shots']} labels a class, pool of {settings['pool_size']:,}",
         "",
         f"Teacher {settings['teacher']}, student {settings['student']}; {n:,} test texts; mean ± standard deviation "
-        f"over {len(cells['student'])} seeds; {settings['threads']} threads on {os.cpu_count()} cores, our own "
+        f"over {len(cells['student'])} seeds; {settings['threads']} thread(s) on {os.cpu_count()} cores, our own "
         f"trainings in {about['precision']}. Passes are texts that gradients flow back through; seconds and peak "
         "memory are those of the row's own training.",
         "",
@@ -201,9 +201,10 @@ def plot(results: dict[str, dict[str, list[Cell]]], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy, %")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, [label.replace("`", "") for label in labels], loc="lower center", ncols=3, frameon=False)
-    figure.tight_layout(rect=(0, 0.2 if len(results) < 3 else 0.16, 1, 1))
-    figure.savefig(path, dpi=130)
+    figure.tight_layout()
+    labels = [label.replace("`", "") for label in labels]
+    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 if __name__ == "__main__":
