@@ -59,3 +59,8 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
     import torch
 
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """Euclidean distance of two models' weights."""
+    return float(sum((here - there).double().square().sum() for here, there in zip(one, other, strict=True)) ** 0.5)

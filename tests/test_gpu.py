@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from conftest import newswire
-from synthetic import weights
+from synthetic import distance, weights
 
 from setfit_kd import RunConfig, distill
 from setfit_kd.data import LabeledSet, draw_shots, encode_labels, read
@@ -94,10 +94,6 @@ def run(folder: Path, gib: float) -> tuple[SetFitModel, SetFitModel, list[Recove
     for recovery in recoveries:
         print(recovery.as_dict())
     return teacher, student, list(recoveries)
-
-
-def distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    return float(sum((here - there).double().square().sum() for here, there in zip(one, other, strict=True)) ** 0.5)
 
 
 def assert_close(one: SetFitModel, other: SetFitModel, start: SentenceTransformer) -> None:

