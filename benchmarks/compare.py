@@ -72,8 +72,8 @@ def main(folders: tuple[Path, ...], output: Path, work: Path, quick: bool, **set
     for name, sources in data_sets(folders).items():
         for cells in run_seeds(name, sources, work.resolve(), **settings):
             results[name] = cells
-            write(name, cells, output, settings)
-        click.echo((output / f"{name}-{settings['shots']}-shots.md").read_text())
+            table = write(name, cells, output, settings)
+        click.echo(table)
     plot(results, output / f"accuracy-{settings['shots']}-shots.png")
 
 
@@ -135,8 +135,8 @@ def run_one(row: str, folder: Path, threads: int) -> None:
     part.rename(folder / f"{row}.json")
 
 
-def write(name: str, cells: dict[str, list[Cell]], output: Path, settings: dict[str, Any]) -> None:
-    """The JSON file and the Markdown table of a data set."""
+def write(name: str, cells: dict[str, list[Cell]], output: Path, settings: dict[str, Any]) -> str:
+    """Write the JSON file and the Markdown table of a data set; returns the table."""
     n = cells["student"][0]["tests"]
     about = {
         "data": name,
@@ -168,7 +168,9 @@ def write(name: str, cells: dict[str, list[Cell]], output: Path, settings: dict[
             f"| {mean(c['training_passes'] for c in values):,.0f} | {spread(values, 'seconds')} "
             f"| {mean(c['peak_mb'] for c in values):,.0f} |"
         )
-    (output / f"{stem}.md").write_text("\n".join(lines) + "\n")
+    table = "\n".join(lines) + "\n"
+    (output / f"{stem}.md").write_text(table)
+    return table
 
 
 def spread(cells: list[Cell], key: str, scale: float = 1.0) -> str:

@@ -22,21 +22,23 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except SetFitKDError as error:
-            click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-            click.echo(error.message, err=True)
-            if error.hint:
-                click.echo(error.hint, err=True)
-            ctx.exit(error.exit_code)
+            _end_with(error, ctx)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-            click.echo(f"Memory ran out ({first_line(str(error))}).", err=True)
-            click.echo("Take a smaller model, or fewer texts.", err=True)
-            ctx.exit(OutOfMemoryError.exit_code)
+            ran_out = f"Memory ran out ({first_line(str(error))})."
+            _end_with(OutOfMemoryError(ran_out, hint="Take a smaller model, or fewer texts."), ctx)
         except KeyboardInterrupt:
             click.echo("\nInterrupted.", err=True)
             ctx.exit(130)
+
+
+def _end_with(error: SetFitKDError, ctx: click.Context) -> None:
+    click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+    click.echo(error.message, err=True)
+    if error.hint:
+        click.echo(error.hint, err=True)
+    ctx.exit(error.exit_code)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

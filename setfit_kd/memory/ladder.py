@@ -232,15 +232,17 @@ class Ladder:
         sizes: dict[str, list[str]] = {}
         for rung in self._failed:
             sizes.setdefault(str(rung.device), []).append(str(rung.size))
-        units = "" if self._kind == "loading" else " texts at once"
-        tried = " and ".join(
-            f"{'' if not units else ', '.join(texts)}{units} on {device}".strip() for device, texts in sizes.items()
-        )
+        if self._kind == "loading":  # whole models have no sizes to try
+            tried = " and ".join(f"on {device}" for device in sizes)
+        else:
+            tried = "with " + " and ".join(
+                f"{', '.join(texts)} texts at once on {device}" for device, texts in sizes.items()
+            )
         remedies = ["Take a smaller model", *_REMEDIES[self._kind]]
         if _is_accelerator(self._first.device) and not self._memory.cpu_fallback:
             remedies.append("allow the CPU (--cpu-fallback)")
         return OutOfMemoryError(
-            f"{self.phase}{_where(self._kind, self.step)}: memory ran out with {tried} ({first_line(cause)}).",
+            f"{self.phase}{_where(self._kind, self.step)}: memory ran out {tried} ({first_line(cause)}).",
             hint=f"{', or '.join(remedies)}.",
         )
 
