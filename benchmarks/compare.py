@@ -155,27 +155,34 @@ def write(name: str, cells: dict[str, list[Cell]], output: Path, settings: dict[
         "",
         f"Teacher {settings['teacher']}, student {settings['student']}; {n:,} test texts; mean ± standard deviation "
         f"over {len(cells['student'])} seeds; {settings['threads']} thread(s) on {os.cpu_count()} cores, our own "
-        f"trainings in {about['precision']}. Passes are texts that gradients flow back through; seconds and peak "
-        "memory are those of the row's own training.",
+        f"trainings in {about['precision']}. Passes are texts that gradients flow back through; seconds of computing "
+        "and peak memory are those of the row's own training.",
         "",
         "| | accuracy | macro-F1 | passes | seconds | peak, MiB |",
         "|---|---|---|---|---|---|",
     ]
     for row, title in ROWS.items():
         values = cells[row]
-        lines.append(
-            f"| {title} | {spread(values, 'accuracy', 100)} | {spread(values, 'macro_f1', 100)} "
-            f"| {mean(c['training_passes'] for c in values):,.0f} | {spread(values, 'seconds')} "
-            f"| {mean(c['peak_mb'] for c in values):,.0f} |"
-        )
+        figures = [
+            spread([100 * cell["accuracy"] for cell in values]),
+            spread([100 * cell["macro_f1"] for cell in values]),
+            f"{mean(cell['training_passes'] for cell in values):,.0f}",
+            spread([cost(cell) for cell in values]),
+            f"{mean(cell['peak_mb'] for cell in values):,.0f}",
+        ]
+        lines.append(f"| {title} | {' | '.join(figures)} |")
     table = "\n".join(lines) + "\n"
     (output / f"{stem}.md").write_text(table)
     return table
 
 
-def spread(cells: list[Cell], key: str, scale: float = 1.0) -> str:
+def cost(cell: Cell) -> float:
+    """Seconds of computing of all threads, which other work on the machine hardly changes."""
+    return float(cell["cpu_seconds"] if "cpu_seconds" in cell else cell["seconds"])
+
+
+def spread(values: list[float]) -> str:
     """Mean, and standard deviation where there are several."""
-    values = [scale * cell[key] for cell in cells]
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
@@ -191,15 +198,17 @@ def plot(results: dict[str, dict[str, list[Cell]]], path: Path) -> None:
     for axis, (name, cells) in zip(axes[0], results.items(), strict=True):
         for number, (row, title) in enumerate(ROWS.items()):
             parts = (*BEFORE.get(row, ()), row)
-            cost = sum(mean(cell["seconds"] for cell in cells[part]) for part in parts)
+            seconds = sum(mean(map(cost, cells[part])) for part in parts)
             values = [100 * cell["accuracy"] for cell in cells[row]]
             error = stdev(values) if len(values) > 1 else 0
             marker = {"student": "*", "teacher": "s"}.get(title.partition(":")[0], "o")
             size = 16 if row == "student" else 8
-            axis.errorbar(cost, mean(values), error, fmt=marker, ms=size, color=colours[number], label=title, capsize=3)
+            axis.errorbar(
+                seconds, mean(values), error, fmt=marker, ms=size, color=colours[number], label=title, capsize=3
+            )
         axis.set_xscale("log")
         axis.set_title(name)
-        axis.set_xlabel("seconds of training, the teacher's included")
+        axis.set_xlabel("seconds of computing, the teacher's included")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy, %")
     handles, labels = axes[0][0].get_legend_handles_labels()

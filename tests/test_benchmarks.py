@@ -27,10 +27,14 @@ def test_the_contestants_are_those_of_the_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"), [([0.5], "50.0"), ([0.5, 0.7], "60.0 ± 14.1"), ([0.5, 0.5, 0.5], "50.0 ± 0.0")]
+    ("values", "expected"), [([50.0], "50.0"), ([50.0, 70.0], "60.0 ± 14.1"), ([50.0, 50.0, 50.0], "50.0 ± 0.0")]
 )
 def test_a_cell_is_a_mean_and_where_there_are_several_its_spread(values: list[float], expected: str) -> None:
-    assert compare.spread([{"accuracy": value} for value in values], "accuracy", 100) == expected
+    assert compare.spread(values) == expected
+
+
+def test_what_a_cell_costs_is_computing_where_that_was_measured() -> None:
+    assert [compare.cost({"seconds": 9.0, "cpu_seconds": 3.0}), compare.cost({"seconds": 9.0})] == [3.0, 9.0]
 
 
 def test_cells_of_other_settings_are_refused(tmp_path: Path) -> None:
