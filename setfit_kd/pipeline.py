@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,19 @@ from setfit_kd.evaluation import Evaluation, evaluate
 from setfit_kd.memory import check_device, place, remembering, resolve_device
 from setfit_kd.models import load_body, locate, save_model
 from setfit_kd.precision import check_precision, resolve_precision
-from setfit_kd.runfolder import METRICS, RUN, SIGNALS, STUDENT, TEACHER, RunFolder, recorded, versions
-from setfit_kd.student import check_pool, locate_student, student_body, student_passes, train_student
+from setfit_kd.runfolder import (
+    BASELINE,
+    METRICS,
+    RUN,
+    SIGNALS,
+    STUDENT,
+    STUDENTS,
+    TEACHER,
+    RunFolder,
+    recorded,
+    versions,
+)
+from setfit_kd.student import PreparedStudent, check_pool, locate_student, slugs, student_passes, train_student
 from setfit_kd.teacher import refine_and_score, teacher_passes, train_teacher
 
 if TYPE_CHECKING:
@@ -36,22 +47,28 @@ class RunResult:
     """What a run made.
 
     Attributes:
-        student: The distilled classifier, on the device of the run.
-        teacher: The classifier it was distilled from, on the CPU.
+        students: The distilled classifiers by the name that the config gives them, on the device of the run.
+        teacher: The classifier they were distilled from, on the CPU.
         signals: What the teacher said about the pool.
-        evaluations: By ``teacher``, ``baseline`` and ``student``; empty without an evaluation set.
+        evaluations: By ``teacher``, ``baseline`` and ``student``, or of several students ``baselines/NAME`` and
+            ``students/NAME``; empty without an evaluation set.
         config: The settings.
         seconds: Wall time by stage.
         output_dir: Where the run is, if it was written.
     """
 
-    student: SetFitModel
+    students: dict[str, SetFitModel]
     teacher: SetFitModel
     signals: TeacherSignals
     evaluations: dict[str, Evaluation]
     config: RunConfig
     seconds: dict[str, float] = field(default_factory=dict)
     output_dir: Path | None = None
+
+    @property
+    def student(self) -> SetFitModel:
+        """The student; of several, the first."""
+        return next(iter(self.students.values()))
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -124,7 +141,7 @@ class RunInputs:
 
     data: RunData
     teacher_body: SentenceTransformer
-    student_body: SentenceTransformer
+    students: list[PreparedStudent]
 
 
 def prepare_run(
@@ -143,20 +160,21 @@ def prepare_run(
     if config.output_dir:
         RunFolder.check(config.output_dir, overwrite=config.overwrite)
     teacher_folder = locate(config.teacher)
-    student_source = locate_student(config.student)
+    sources = [locate_student(name) for name in config.student]
     data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
     check_pool(len(data.pool), config)
     if data.evaluation is None:
         logger.warning("There is no evaluation set: nothing will be measured. Name one by --eval.")
     check_precision(config.precision, resolve_device(config.device))
     teacher_body = load_body(teacher_folder)
-    return RunInputs(data, teacher_body, student_body(student_source, teacher=teacher_body))
+    return RunInputs(data, teacher_body, [source.prepare(teacher_body) for source in sources])
 
 
 def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> RunResult:
     data, seconds, device = inputs.data, dict[str, float](), resolve_device(config.device)
     given, config = config, config.model_copy(update={"device": str(device)})
-    baseline_body = copy.deepcopy(inputs.student_body) if config.baseline and data.evaluation else None
+    models: dict[str, SetFitModel] = {}
+    students: dict[str, SetFitModel] = {}
 
     with remembering(cpu_fallback=config.cpu_fallback) as recoveries:
         with _timed("teacher", seconds):
@@ -169,17 +187,25 @@ def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) 
         if folder:
             save_model(teacher, folder.path / TEACHER, title="Teacher")
             signals.save(folder.path / SIGNALS)
-        with _timed("student", seconds):
-            student = train_student(signals, inputs.student_body, labeled=data.labeled, config=config)
-        student.model_body.to("cpu")
-        if folder:
-            save_model(student, folder.path / STUDENT, title="Student")
-        models = {"teacher": teacher, "student": student}
-        if baseline_body is not None:
-            with _timed("baseline", seconds):
-                baseline = train_teacher(data.labeled, baseline_body, config=config, description="Training baseline")
-            baseline.model_body.to("cpu")
-            models = {"teacher": teacher, "baseline": baseline, "student": student}
+        models["teacher"] = teacher
+        for name, prepared, (baseline_name, student_name) in zip(
+            config.student, inputs.students, model_names(config), strict=True
+        ):
+            with _timed("student", seconds):
+                with _placed(teacher, device, "Making student") if prepared.passes else nullcontext():
+                    body = prepared.make(teacher.model_body, data.pool)
+                baseline_body = copy.deepcopy(body) if config.baseline and data.evaluation else None
+                students[name] = train_student(signals, body, labeled=data.labeled, config=config)
+            students[name].model_body.to("cpu")
+            if folder:
+                save_model(students[name], folder.path / student_name, title="Student")
+            if baseline_body is not None:
+                with _timed("baseline", seconds):
+                    models[baseline_name] = train_teacher(
+                        data.labeled, baseline_body, config=config, description="Training baseline"
+                    )
+                models[baseline_name].model_body.to("cpu")
+            models[student_name] = students[name]
 
         evaluations: dict[str, Evaluation] = {}
         with _timed("evaluation", seconds):
@@ -194,7 +220,7 @@ def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) 
                         folder=saved,
                         description=f"Evaluating {name}",
                     )
-    result = RunResult(student, teacher, signals, evaluations, given, seconds, folder.path if folder else None)
+    result = RunResult(students, teacher, signals, evaluations, given, seconds, folder.path if folder else None)
     if folder:
         folder.write_json(METRICS, result.metrics)
         about = {
@@ -206,8 +232,16 @@ def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) 
         }
         folder.write_json(RUN, {**about, "data": data.report.as_dict(), "seconds": seconds})
     with remembering(cpu_fallback=config.cpu_fallback):
-        place(student.model_body, device, phase="Handing over student")
+        for student in students.values():
+            place(student.model_body, device, phase="Handing over student")
     return result
+
+
+def model_names(config: RunConfig) -> list[tuple[str, str]]:
+    """What the baseline and the student are called in a run's folder and metrics, for each student."""
+    if len(config.student) == 1:
+        return [(BASELINE, STUDENT)]
+    return [(f"{BASELINE}s/{slug}", f"{STUDENTS}/{slug}") for slug in slugs(config.student)]
 
 
 @contextmanager
@@ -224,8 +258,9 @@ def _placed(model: SetFitModel, device: torch.device, phase: str) -> Iterator[No
 def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    seconds[stage] = round(time.perf_counter() - started, 2)
-    logger.debug("Stage %s took %.1f s.", stage, seconds[stage])
+    took = time.perf_counter() - started
+    seconds[stage] = round(seconds.get(stage, 0) + took, 2)
+    logger.debug("Stage %s took %.1f s.", stage, took)
 
 
 @dataclass(frozen=True)
@@ -237,18 +272,21 @@ class PlannedStage:
     forward_passes: int
 
 
-def plan(config: RunConfig, data: RunData) -> list[PlannedStage]:
+def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
     """The stages of a run with their forward passes, a pass being one text through one model."""
-    report = data.report
-    n_models = 3 if config.baseline else 2
+    data, report = inputs.data, inputs.data.report
+    n_students = len(config.student)
+    n_models = 1 + n_students * (2 if config.baseline else 1)
     n_texts = report.pool + report.labeled
+    split = [config.model_copy(update={"micro_batch_size": None}) if s.is_static else config for s in inputs.students]
+    student = sum(s.passes for s in inputs.students) + sum(student_passes(c, n_texts, report.labeled) for c in split)
     stages = [
         PlannedStage("teacher", report.labeled, teacher_passes(config, data.labeled)),
         PlannedStage("signals", n_texts, n_texts),
-        PlannedStage("student", n_texts, student_passes(config, n_texts, report.labeled)),
+        PlannedStage("student", n_texts, student),
     ]
     if data.evaluation:
         if config.baseline:
-            stages.append(PlannedStage("baseline", report.labeled, stages[0].forward_passes))
+            stages.append(PlannedStage("baseline", report.labeled, sum(teacher_passes(c, data.labeled) for c in split)))
         stages.append(PlannedStage("evaluation", report.evaluation, n_models * report.evaluation))
     return stages

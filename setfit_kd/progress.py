@@ -26,8 +26,11 @@ def shown_on(console: Console | None) -> Iterator[None]:
 
 
 @contextmanager
-def track(description: str, total: int) -> Iterator[Advance]:
-    """A step of ``total`` units; call the yielded function with the units done since the last call."""
+def track(description: str, total: int | None) -> Iterator[Advance]:
+    """A step of ``total`` units, or of an unknown number.
+
+    Call the yielded function with the units done since the last call.
+    """
     console = _console.get()
     if console is None:
         yield lambda _: None

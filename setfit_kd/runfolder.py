@@ -21,8 +21,8 @@ from setfit_kd.errors import OutputError, SetFitKDError
 from setfit_kd.files import write_whole, writing
 
 CONFIG, METRICS, RUN, LOG = "config.yaml", "metrics.json", "run.json", "run.log"
-TEACHER, STUDENT, SIGNALS = "teacher", "student", "signals"
-_CONTENTS = (CONFIG, METRICS, RUN, LOG, TEACHER, STUDENT, SIGNALS)
+TEACHER, BASELINE, STUDENT, STUDENTS, SIGNALS = "teacher", "baseline", "student", "students", "signals"
+_CONTENTS = (CONFIG, METRICS, RUN, LOG, TEACHER, STUDENT, STUDENTS, SIGNALS)
 _PACKAGES = (
     "setfit",
     "sentence-transformers",

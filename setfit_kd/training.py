@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, TrainerCallback
 
 from setfit_kd.memory import Ladder, Rung, clear_cache, is_out_of_memory
-from setfit_kd.models import checkpointed_layers
+from setfit_kd.models import checkpointed_layers, is_static
 from setfit_kd.precision import resolve_precision
 from setfit_kd.progress import Advance, track
 
@@ -57,6 +57,17 @@ def training_arguments(
         save_strategy="no",
         logging_steps=1,
     )
+
+
+STATIC_LEARNING_RATE = 1e-3
+"""A token's vector is moved only by the texts that it stands in, so that it takes larger steps than a network."""
+
+
+def settled_rate(given: float | None, body: SentenceTransformer, *, usual: float) -> float:
+    """The learning rate given, or what is usual for this kind of body."""
+    if given is not None:
+        return given
+    return STATIC_LEARNING_RATE if is_static(body) else usual
 
 
 class ProgressCallback(TrainerCallback):
@@ -133,6 +144,8 @@ def train(
     def settled(rung: Rung) -> Config:
         # What was asked of an accelerator is no word on the CPU that takes over.
         asked = config.precision if rung.device.type == device.type else "auto"
+        if is_static(body):  # a table lookup is no faster in fewer bits
+            asked = "fp32"
         precision = resolve_precision(asked, body, texts[: rung.size])
         whole = config.micro_batch_size is None and rung.size >= batch_texts
         return config.model_copy(update={"precision": precision.name, "micro_batch_size": None if whole else rung.size})

@@ -233,7 +233,7 @@ SETTINGS: dict[str, Bad] = {
     "word in YAML": config("epochs\n", "settings.yaml", "name: value"),
     "config is not UTF-8": config(b"labeled: caf\xe9.csv\n", "settings.yaml", "UTF-8"),
     "word as a number": config("batch_size: many\n", "batch_size", "many"),
-    "null as a number": config("learning_rate:\n", "learning_rate"),
+    "null as a number": config("temperature:\n", "temperature"),
     "list as a name": config("objective: [pairs]\n", "objective"),
     "shots": flags("--shots", "1", says=("shots", "greater than or equal to 2", "1")),
     "epochs": flags("--epochs", "0", says=("epochs", "greater than or equal to 1", "0")),

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
+import json
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from conftest import FAST, newswire
 from standin_hub import StandInHub
 from test_hub import STUDENT, TEACHER, ag_news_like  # noqa: F401 - a fixture
+from test_predict import LABELS, models  # noqa: F401 - a fixture
+
+from setfit_kd.runtime import Classifier
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -24,7 +38,8 @@ def example(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"quickstart", "own_csv", "ag_news", "stages"}
+    tested = {"quickstart", "own_csv", "ag_news", "stages", "deploy_fastapi"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
 def test_quickstart(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,7 +52,7 @@ def test_own_csv(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         lines = [f'"{row["text"]}",{row["label"]}\n' for row in rows]
         (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(lines), encoding="utf-8")
     (tmp_path / "pool.txt").write_text("".join(row["text"] + "\n" for row in newswire("train")), encoding="utf-8")
-    settings = {**FAST, "teacher": str(tiny_teacher), "student": "layers:0"}
+    settings = {**FAST, "teacher": str(tiny_teacher), "student": "layers:1"}
     example("own_csv").main("labeled.csv", "pool.txt", "test.csv", **settings)
     assert "agrees with the teacher" in capsys.readouterr().out
     assert (tmp_path / "runs/own/student").is_dir()
@@ -64,3 +79,180 @@ def test_ag_news(
 def test_stages(tiny_teacher: Path, tiny_student: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example("stages").main(str(tiny_teacher), str(tiny_student), **FAST)
     assert "texts/s" in capsys.readouterr().out
+
+
+# The service
+
+
+@dataclass(frozen=True)
+class Service:
+    """The service of the example, running."""
+
+    module: ModuleType
+    port: int
+
+    def ask(self, body: Any, **headers: str) -> tuple[int, Any]:
+        """Status and answer of a request; bytes are sent as they are, anything else as JSON."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        url = f"http://127.0.0.1:{self.port}/predict"
+        request = urllib.request.Request(url, content, {"content-type": "application/json", **headers})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                is_json = error.headers.get_content_type() == "application/json"
+                return error.code, json.loads(error.read()) if is_json else error.read()
+
+    def send(self, *headers: tuple[str, str], body: bytes = b"") -> tuple[int, bytes]:
+        """Status and answer of a request with these headers and no others."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.putrequest("POST", "/predict")
+            for name, value in headers:
+                connection.putheader(name, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+
+@pytest.fixture(scope="module")
+def bundle(models: dict[str, Path]) -> Path:  # noqa: F811
+    return models["bundle"]
+
+
+@contextmanager
+def serving(bundle: Path) -> Iterator[Service]:
+    """The service on a free port; it has stopped by the end of the block."""
+    for package in ("fastapi", "uvicorn"):
+        pytest.importorskip(package, reason="the extra serve is not installed")
+    import uvicorn
+
+    ready = threading.Event()
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            ready.set()
+
+    module = example("deploy_fastapi")
+    app = module.make_app(str(bundle), threads=1)
+    server = Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert ready.wait(60)
+        yield Service(module, server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def service(bundle: Path) -> Iterator[Service]:
+    with serving(bundle) as running:
+        yield running
+
+
+def assert_answers(answers: list[dict[str, Any]], bundle: Path, texts: list[str]) -> None:
+    expected = Classifier(bundle).predict_proba(texts)
+    for answer, probabilities in zip(answers, expected.tolist(), strict=True):
+        assert answer["probabilities"] == pytest.approx(dict(zip(LABELS, probabilities, strict=True)), abs=1e-6)
+        assert answer["label"] == max(answer["probabilities"], key=answer["probabilities"].get)
+
+
+def test_the_service_is_well(service: Service) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/health", timeout=30) as answer:
+        assert json.loads(answer.read()) == {"status": "ok", "labels": list(LABELS)}
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["the match was lost"],
+        ["the match was lost", "shares rose", "", "the match was lost"],
+        ["Schlüssel", "مرحبا", "😀", "two\nlines", "a\u0000b"],
+        [f"text number {i}" for i in range(256)],
+        ["long " * 2000],
+    ],
+    ids=["one", "several", "not in ASCII", "most", "longest"],
+)
+def test_the_service_answers_as_the_classifier(texts: list[str], service: Service, bundle: Path) -> None:
+    status, answers = service.ask({"texts": texts})
+    assert status == 200
+    assert_answers(answers, bundle, texts)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"texts": []}, "at least 1 item"),
+        ({"texts": ["a"] * 257}, "at most 256 items"),
+        ({"texts": ["a", "b" * 10_001]}, "at most 10000 characters"),
+        ({"texts": "a"}, "valid list"),
+        ({"texts": [None]}, "valid string"),
+        ({"texts": [7]}, "valid string"),
+        ({"text": "a"}, "Field required"),
+        ([], "valid dictionary"),
+        (b"{broken", "JSON decode error"),
+        (b"", "Field required"),
+        (b"texts=a", "JSON decode error"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_the_service_says_what_it_cannot_answer(body: Any, says: str, service: Service) -> None:
+    status, answer = service.ask(body)
+    assert status == 422
+    assert says in json.dumps(answer)
+    assert service.ask({"texts": ["still there"]})[0] == 200
+
+
+@pytest.mark.parametrize("body", [b'{"texts": ["\xff\xfe"]}', b'{"texts": ["half \\ud83d"]}'])
+def test_the_service_refuses_what_is_no_unicode(body: bytes, service: Service) -> None:
+    status, _ = service.ask(body)
+    assert status in (400, 422)
+
+
+def test_the_service_refuses_a_large_request_unread(service: Service) -> None:
+    most = service.module.MOST_BYTES
+    declared = ("content-type", "application/json"), ("content-length", str(most + 1))
+    status, answer = service.send(*declared)  # the answer comes before the body does
+    assert status == 413
+    assert f"{most:,}" in json.loads(answer)["detail"]
+    fits = json.dumps({"texts": ["a"]}).encode()
+    status, _ = service.ask(fits + b" " * (most - len(fits)))
+    assert status == 200
+
+
+def test_the_service_wants_to_know_the_length(service: Service) -> None:
+    content = json.dumps({"texts": ["a"]}).encode()
+    chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content)
+    headers = ("content-type", "application/json"), ("transfer-encoding", "chunked")
+    status, answer = service.send(*headers, body=chunked)
+    assert status == 411
+    assert "content-length" in json.loads(answer)["detail"]
+
+
+@pytest.mark.parametrize("length", ["many", "-1", "1e3", "5, 6"])
+def test_the_service_refuses_a_length_that_is_no_number(length: str, service: Service) -> None:
+    status, _ = service.send(("content-type", "application/json"), ("content-length", length))
+    assert status == 400
+
+
+def test_the_service_answers_several_at_once(service: Service, bundle: Path) -> None:
+    asked = [[f"match {i} goal {j}" for j in range(1 + i % 5)] for i in range(80)]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda texts: service.ask({"texts": texts}), asked))
+    for (status, answers), texts in zip(found, asked, strict=True):
+        assert status == 200
+        assert_answers(answers, bundle, texts)
+
+
+def test_the_service_stops_when_told(bundle: Path) -> None:
+    with serving(bundle) as service:
+        assert service.ask({"texts": ["a"]})[0] == 200
+    with socket.socket() as client, pytest.raises(ConnectionRefusedError):
+        client.connect(("127.0.0.1", service.port))

@@ -737,7 +737,7 @@ def small_run(tiny_teacher: Path, tmp_path: Path) -> Callable[..., Any]:
         return distill(
             *("bundled:newswire", "bundled:newswire", "bundled:newswire"),
             teacher=str(tiny_teacher),
-            student="layers:0",
+            student="layers:1",
             output_dir=tmp_path / name,
             **{**every, **settings},
         )

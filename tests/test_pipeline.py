@@ -116,7 +116,7 @@ def test_cut_layers_come_from_the_teacher_before_its_fine_tuning(tiny_teacher: P
 
 
 def test_names_given_from_python_are_in_the_config(tiny_teacher: Path, tmp_path: Path) -> None:
-    small_run(tiny_teacher, "layers:0", output_dir=tmp_path / "run", baseline=False)
+    small_run(tiny_teacher, "layers:1", output_dir=tmp_path / "run", baseline=False)
     config = RunConfig.of(**read_config(tmp_path / "run" / "config.yaml"))
     assert (config.labeled, config.unlabeled, config.eval) == ("bundled:newswire",) * 3
 
@@ -163,7 +163,7 @@ def test_only_a_run_is_overwritten(tiny_teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "project" / "student" / "a.py").write_text("mine")
     (tmp_path / "project" / "config.yaml").write_text("name: mine")
     with pytest.raises(OutputError, match="but no run"):
-        small_run(tiny_teacher, "layers:0", output_dir=tmp_path / "project", overwrite=True)
+        small_run(tiny_teacher, "layers:1", output_dir=tmp_path / "project", overwrite=True)
     assert (tmp_path / "project" / "student" / "a.py").read_text() == "mine"
 
 

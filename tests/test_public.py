@@ -116,6 +116,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "signals": {"errors", "files", "arrays"},
     "hub": GROUND,
     "models": GROUND | {"hub"},
+    "runtime": set(),
+    "classifiers": {"errors", "progress", "runtime", "models"},
+    "predictions": {"errors", "files", "classifiers"},
+    "speed": {"errors", "classifiers"},
+    "export": GROUND | {"models", "runtime"},
     "data": GROUND | {"hub"},
     "training": {"progress", "config", "memory", "models", "precision"},
     "teacher": STAGE,
@@ -123,7 +128,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": STAGE,
     "runfolder": GROUND,
     "pipeline": STAGE | {"teacher", "student", "evaluation", "runfolder"},
-    "cli": STAGE | {"hub", "teacher", "evaluation", "runfolder", "pipeline"},
+    "cli": STAGE
+    | {"hub", "teacher", "evaluation", "runfolder", "pipeline", "classifiers", "predictions", "speed", "export"},
     "__main__": {"cli"},
 }
 """Which rooms a room may import from: data moves one way, and no two rooms know each other."""

@@ -7,8 +7,10 @@ from typing import Any
 import click
 
 from setfit_kd import __version__
+from setfit_kd.cli.benchmark import benchmark
 from setfit_kd.cli.doctor import doctor
 from setfit_kd.cli.evaluate import evaluate
+from setfit_kd.cli.export import export
 from setfit_kd.cli.predict import predict
 from setfit_kd.cli.run import run
 from setfit_kd.errors import OutOfMemoryError, SetFitKDError
@@ -50,5 +52,5 @@ def main() -> None:
     """
 
 
-for command in (run, predict, evaluate, doctor):
+for command in (run, predict, evaluate, export, benchmark, doctor):
     main.add_command(command)

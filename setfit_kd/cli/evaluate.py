@@ -20,7 +20,7 @@ from setfit_kd.errors import ConfigError
 @verbosity_options
 def evaluate(model: str, as_json: bool, trust_pickle: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
     """Measure a classifier on labeled texts: quality, size and speed."""
-    from setfit_kd.cli.screen import evaluation_table, rows_table, screen
+    from setfit_kd.cli.screen import evaluation_table, rows_table, screen, show
     from setfit_kd.data import encode_labels, read
     from setfit_kd.evaluation import evaluate as evaluate_model
     from setfit_kd.memory import remembering
@@ -38,10 +38,10 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, quiet: bool, verbose
         if as_json:
             click.echo(json.dumps(evaluation.as_dict(), indent=2, ensure_ascii=False))
             return
-        results.print(evaluation_table({model: evaluation}))
+        show(results, evaluation_table({model: evaluation}))
         results.print()
         classes = [
             (name, f"{quality.precision:.1%}", f"{quality.recall:.1%}", f"{quality.f1:.1%}", quality.support)
             for name, quality in evaluation.quality.classes.items()
         ]
-        results.print(rows_table(("class", "precision", "recall", "F1", "texts"), classes))
+        show(results, rows_table(("class", "precision", "recall", "F1", "texts"), classes))

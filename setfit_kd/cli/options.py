@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,19 @@ from pydantic_core import PydanticUndefined
 from setfit_kd.config import DataConfig, RunConfig, SignalsConfig, StageConfig, StudentConfig, TeacherConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Share(click.FloatRange):
+    """A number from 0 to 1; what is no number is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is no number.", param, ctx)
+        return number
+
+
+SHARE = _Share(0, 1)
 
 
 def setting_options(*names: str) -> Callable[[F], F]:
@@ -29,7 +43,13 @@ def setting_options(*names: str) -> Callable[[F], F]:
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given."""
-    return {name: value for name, value in flags.items() if value is not None}
+    return {name: value for name, value in flags.items() if value is not None and value != ()}
+
+
+def threads_option(function: F) -> F:
+    """Add --threads."""
+    return click.option("--threads", type=click.IntRange(1), metavar="N",
+                        help="Most threads of the CPU to take. [the libraries' own choice]")(function)  # fmt: skip
 
 
 def verbosity_options(function: F) -> F:
@@ -65,8 +85,12 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
         text = f"{text} [{default}]"
     metavar = None if isinstance(parameter_type, click.Choice) else _METAVARS.get(name, _METAVARS.get(kind, "TEXT"))
-    return click.option(flag, name, type=parameter_type, default=None, metavar=metavar, help=text)
+    repeated = name in _REPEATED
+    return click.option(flag, name, type=parameter_type, default=None, metavar=metavar, help=text, multiple=repeated)
 
+
+_REPEATED = frozenset({"student"})
+"""Settings with several values, each given by an option of its own."""
 
 _METAVARS: dict[Any, str] = {
     int: "N",

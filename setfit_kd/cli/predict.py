@@ -3,83 +3,100 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
-from setfit_kd.cli.options import given, setting_options, verbosity_options
+from setfit_kd.cli.options import SHARE, given, setting_options, threads_option, verbosity_options
 from setfit_kd.config import RunConfig
-from setfit_kd.errors import DataError
-
-_CHUNK = 1024
+from setfit_kd.errors import ConfigError, DataError
 
 
 @click.command()
-@click.argument("model", metavar="RUN_OR_MODEL")
+@click.argument("model", metavar="MODEL")
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @click.option("--input", "-i", "files", multiple=True, metavar="FILE",
               help="Read texts from a CSV, TSV, JSONL, Parquet or text file; may be repeated.")  # fmt: skip
+@click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE",
+              help="Write a JSONL, CSV, TSV or Parquet file, whole or not at all. [JSON lines on stdout]")  # fmt: skip
+@click.option("--threshold", type=SHARE, default=0.0, metavar="X",
+              help="Least probability of a label; below it, the label is null. [0]")  # fmt: skip
 @setting_options("text_column", "device", "cpu_fallback", "encode_batch_size")
+@threads_option
 @click.option("--trust-pickle", is_flag=True, help="Load a pickled head of somebody else's; it may run any code.")
 @verbosity_options
 def predict(
     model: str,
     texts: tuple[str, ...],
     files: tuple[str, ...],
+    output: Path | None,
+    threshold: float,
+    threads: int | None,
     trust_pickle: bool,
     quiet: bool,
     verbose: bool,
     **flags: Any,
 ) -> None:
-    """Classify texts: the arguments, files, or one a line from stdin.
+    """Classify texts: the arguments, files, or one a line from stdin. Any number of them; memory stays the same.
 
-    RUN_OR_MODEL is a run's folder, a SetFit folder, or a SetFit model on the hub. Prints one JSON object a text:
-    {"text": ..., "label": ..., "probabilities": {...}}.
+    MODEL is a bundle, a run's folder, one of its students, a SetFit folder, or a SetFit model on the hub. Bundles are
+    run without torch.
+
+    There is a row out for each row in, in the same order: {"text": ..., "label": ..., "probabilities": {...}}. A row
+    without text has the label null.
     """
+    from setfit_kd.classifiers import open_classifier
     from setfit_kd.cli.screen import screen
     from setfit_kd.memory import remembering
-    from setfit_kd.models import load, predict_proba
-    from setfit_kd.progress import shown_on
+    from setfit_kd.predictions import check_output, classify, predictions_file, predictions_stream
+    from setfit_kd.progress import shown_on, track
 
     config = RunConfig.of(**given(flags))
-    output = sys.stdout.buffer
+    if output is not None:
+        check_output(output)
+        if any(Path(file).resolve() == output.resolve() for file in files):
+            raise ConfigError(f"{output} is both --input and --output.", hint="Name another --output.")
+    _check_inputs(texts, files)
     with screen(quiet=quiet, verbose=verbose), remembering(cpu_fallback=config.cpu_fallback):
-        classifier = load(model, device=config.device, trust_pickle=trust_pickle)
+        classifier = open_classifier(
+            model,
+            device=config.device,
+            batch_size=config.encode_batch_size,
+            threads=threads,
+            trust_pickle=trust_pickle,
+        )
         names = classifier.labels
-        for chunk in _chunks(_texts(texts, files, config.text_column)):
-            with shown_on(None):
-                probabilities = predict_proba(classifier, chunk, batch_size=config.encode_batch_size)
-            for text, row in zip(chunk, probabilities, strict=True):
-                record: dict[str, Any] = {"text": text, "label": names[int(row.argmax())]}
-                record["probabilities"] = {name: round(float(p), 6) for name, p in zip(names, row, strict=True)}
-                output.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
-            output.flush()
+        destination = predictions_file(output, names) if output else predictions_stream(sys.stdout.buffer, names)
+        # A bar would run through what is printed.
+        shown = shown_on(None) if output is None and sys.stdout.isatty() else nullcontext()
+        with shown, destination as write, track("Classifying", len(texts) if texts and not files else None) as advance:
+            for part in classify(classifier, _texts(texts, files, config.text_column), threshold=threshold):
+                write(part)
+                advance(len(part.texts))
 
 
-def _texts(texts: tuple[str, ...], files: tuple[str, ...], text_column: Sequence[str]) -> Iterator[str]:
-    from setfit_kd.data import read
-
-    yield from texts
+def _check_inputs(texts: tuple[str, ...], files: tuple[str, ...]) -> None:
     for file in files:
         if not Path(file).is_file():
             raise DataError(f"There is no file {file}.", hint="Check the path.")
-        yield from read(file, text_column=text_column).texts
+    if not texts and not files and sys.stdin.isatty():
+        raise DataError("There is nothing to classify.", hint="Give texts, --input FILE, or lines on stdin.")
+
+
+def _texts(texts: tuple[str, ...], files: tuple[str, ...], text_column: tuple[str, ...]) -> Iterator[str | None]:
+    from setfit_kd.data import stream_in_step, texts_in_step
+
+    if texts:
+        yield from texts_in_step(texts, origin="the arguments", unit="text")
+    for file in files:
+        yield from stream_in_step(file, text_column=text_column)
     if not texts and not files:
-        if sys.stdin.isatty():
-            raise DataError("There is nothing to classify.", hint="Give texts, --input FILE, or lines on stdin.")
-        stdin = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8")
+        stdin = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig")
         try:
-            yield from (line.rstrip("\r\n") for line in stdin)
+            yield from texts_in_step((line.rstrip("\r\n") for line in stdin), origin="stdin", unit="line")
         except UnicodeDecodeError as error:
             raise DataError(f"stdin is not UTF-8 (byte {error.start}).", hint="Convert it to UTF-8.") from None
-
-
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    iterator = iter(texts)
-    while chunk := list(islice(iterator, _CHUNK)):
-        yield chunk

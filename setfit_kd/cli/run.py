@@ -55,22 +55,34 @@ def run(
 
 
 def _print_plan(config: RunConfig, results: Console) -> None:
-    from setfit_kd.cli.screen import rows_table, say
+    from setfit_kd.cli.screen import rows_table, say, show
     from setfit_kd.pipeline import plan, prepare_run
 
-    stages = plan(config, prepare_run(config).data)
+    stages = plan(config, prepare_run(config))
     say(results, config.to_yaml())
     rows = [(stage.stage, stage.texts, stage.forward_passes) for stage in stages]
     total = sum(stage.forward_passes for stage in stages)
-    results.print(rows_table(("stage", "texts", "forward passes"), [*rows, ("total", "", total)]))
+    show(results, rows_table(("stage", "texts", "forward passes"), [*rows, ("total", "", total)]))
+
+
+def _shown(name: str) -> str:
+    """A model's name in the table; of several students, their names alone."""
+    group, _, slug = name.partition("/")
+    return {"baselines": f"{slug} (baseline)", "students": slug}.get(group, name)
 
 
 def _print_result(result: RunResult, results: Console) -> None:
-    from setfit_kd.cli.screen import evaluation_table, say
+    from setfit_kd.cli.screen import evaluation_table, say, show
+    from setfit_kd.pipeline import model_names
 
     if result.evaluations:
-        results.print(evaluation_table(result.evaluations))
+        show(results, evaluation_table({_shown(name): found for name, found in result.evaluations.items()}))
         results.print()
     seconds = sum(result.seconds.values())
-    say(results, f"Took {seconds:.0f} s. The student is in {result.output_dir}/student; to use it:")
-    say(results, f'  setfit-kd predict {result.output_dir} "..."')
+    if len(result.students) == 1:
+        say(results, f"Took {seconds:.0f} s. The student is in {result.output_dir}/student; to use it:")
+        say(results, f'  setfit-kd predict {result.output_dir} "..."')
+        return
+    say(results, f"Took {seconds:.0f} s. The students are in {result.output_dir}/students; to use one:")
+    first = model_names(result.config)[0][1]
+    say(results, f'  setfit-kd predict {result.output_dir}/{first} "..."')

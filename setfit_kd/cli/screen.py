@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -65,6 +66,14 @@ def screen(*, quiet: bool, verbose: bool) -> Iterator[Console]:
 def say(console: Console, text: str) -> None:
     """Print text as it is: no markup, no colours, no lines broken."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(console: Console, table: Table) -> None:
+    """Print a table as wide as its rows are, be the screen narrower: headings are broken, figures never."""
+    for column in table.columns:
+        column.min_width = max((cell_len(str(cell)) for cell in column.cells if cell is not column.header), default=0)
+    least = sum((column.min_width or 0) + 2 for column in table.columns)
+    console.print(table, width=max(console.width, least), crop=False, no_wrap=False)
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:

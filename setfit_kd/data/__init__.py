@@ -2,7 +2,7 @@
 
 from setfit_kd.data.prepare import DataReport, RunData, load_run_data, prepare
 from setfit_kd.data.sets import LabeledSet, check_classes, draw_shots, encode_labels
-from setfit_kd.data.sources import Rows, Source, read, stream_texts
+from setfit_kd.data.sources import Rows, Source, read, stream_in_step, stream_texts, texts_in_step
 
 __all__ = [
     "DataReport",
@@ -16,5 +16,7 @@ __all__ = [
     "load_run_data",
     "prepare",
     "read",
+    "stream_in_step",
     "stream_texts",
+    "texts_in_step",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from setfit_kd.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 Source: TypeAlias = Union[str, Path, "Dataset", Mapping[str, Sequence[Any]], Sequence[Any]]
 """A path, a hub name, a ``datasets.Dataset``, a mapping of columns, or a list of texts, pairs or mappings."""
@@ -98,6 +101,40 @@ def stream_texts(source: Source, *, text_column: Sequence[str] = ("text",)) -> I
         yield text
 
 
+def stream_in_step(source: Source, *, text_column: Sequence[str] = ("text",)) -> Iterator[str | None]:
+    """The text of each row of a source, None where a row has none that can be used; a file is never held whole.
+
+    Such rows are told of by a warning at the end.
+
+    Raises:
+        DataError: The source cannot be read, or has no such column.
+        UnavailableError: The hub cannot be reached.
+    """
+    yield from _in_step(_opened(source, "train", None), text_column)
+
+
+def texts_in_step(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[str | None]:
+    """Each of the texts, None where one cannot be used; such ones are told of by a warning at the end.
+
+    Args:
+        texts: However many.
+        origin: What to call them in the warning.
+        unit: What to call one of them.
+    """
+    records: Iterator[Record] = ((number, {"text": text}) for number, text in enumerate(texts, 1))
+    yield from _in_step(_Table(records, origin, unit=unit, has_columns=False), ("text",), may_be_empty=True)
+
+
+def _in_step(table: _Table, text_column: Sequence[str], *, may_be_empty: bool = False) -> Iterator[str | None]:
+    problems = _Problems(table)
+    for number, text, _, problem in _rows(table, text_column, None, may_be_empty=may_be_empty):
+        if problem is not None:
+            problems.add(number, problem)
+        yield text if problem is None else None
+    if problems.total:
+        logger.warning("%s: no label was given.", problems)
+
+
 def _opened(source: Source, role: str, label_column: str | None) -> _Table:
     try:
         return _open(source, role, label_column)
@@ -109,9 +146,22 @@ def _opened(source: Source, role: str, label_column: str | None) -> _Table:
 
 def _checked(table: _Table, text_column: Sequence[str], label_column: str | None) -> Iterator[tuple[str, str]]:
     """Each row's text and label ("" without a label column)."""
+    problems = _Problems(table)
+    for number, text, label, problem in _rows(table, text_column, label_column):
+        if problem is None:
+            yield text, label
+        else:
+            problems.add(number, problem)
+    if problems.total:
+        raise DataError(f"{problems}.", hint="Mend or remove those rows and try again.")
+
+
+def _rows(
+    table: _Table, text_column: Sequence[str], label_column: str | None, *, may_be_empty: bool = False
+) -> Iterator[tuple[int, str, str, str | None]]:
+    """Each row's number, text, label ("" without a label column), and what keeps it from being used."""
     columns = text_column if table.has_columns else ("text",)
-    shown: list[str] = []
-    n_rows = n_problems = 0
+    n_rows = 0
     for number, record in table.records:
         if not n_rows:
             _require_columns(record, [*columns, *([label_column] if label_column else [])], table.origin)
@@ -120,17 +170,27 @@ def _checked(table: _Table, text_column: Sequence[str], label_column: str | None
         text, problem = _text(record, columns)
         if label_column and problem is None:
             label, problem = _label(record.get(label_column), table.declared)
-        if problem is None:
-            yield text, label
-            continue
-        n_problems += 1
-        if len(shown) < _SHOWN:
-            shown.append(f"{table.unit} {number}: {problem}")
-    if n_problems:
-        more = f" and {n_problems - _SHOWN} more" if n_problems > _SHOWN else ""
-        raise DataError(f"{table.origin}, {'; '.join(shown)}{more}.", hint="Mend or remove those rows and try again.")
-    if not n_rows:
+        yield number, text, label, problem
+    if not n_rows and not may_be_empty:
         raise DataError(f"There are no rows in {table.origin}.", hint="Give at least two rows.")
+
+
+class _Problems:
+    """Rows that cannot be used, the first of them in words."""
+
+    def __init__(self, table: _Table) -> None:
+        self.table = table
+        self.shown: list[str] = []
+        self.total = 0
+
+    def add(self, number: int, problem: str) -> None:
+        self.total += 1
+        if len(self.shown) < _SHOWN:
+            self.shown.append(f"{self.table.unit} {number}: {problem}")
+
+    def __str__(self) -> str:
+        more = f" and {self.total - _SHOWN} more" if self.total > _SHOWN else ""
+        return f"{self.table.origin}, {'; '.join(self.shown)}{more}"
 
 
 def _numbers_first(name: str) -> tuple[bool, int, str]:

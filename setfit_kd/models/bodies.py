@@ -139,6 +139,19 @@ def checkpointed_layers(body: SentenceTransformer) -> Iterator[None]:
             del layer.forward
 
 
+def n_tokens(body: SentenceTransformer) -> int:
+    """How many tokens the fast tokenizer of a transformer body knows."""
+    known: dict[str, int] = body.tokenizer.backend_tokenizer.get_vocab()
+    return 1 + max(known.values())
+
+
+def is_static(body: SentenceTransformer) -> bool:
+    """Whether a body is a vector a token."""
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    return isinstance(body[0], StaticEmbedding)
+
+
 def n_layers(body: SentenceTransformer) -> int:
     """How many transformer layers a body has."""
     return len(_layers(body)[2])

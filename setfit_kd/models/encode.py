@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from setfit_kd.arrays import in_parts, large_array
 from setfit_kd.memory import Ladder, Rung, place
+from setfit_kd.models.bodies import n_tokens
 from setfit_kd.progress import track
 
 if TYPE_CHECKING:
@@ -71,6 +72,58 @@ def _encode(body: SentenceTransformer, texts: list[str], normalize: bool, rung: 
         texts, batch_size=rung.size, normalize_embeddings=normalize, show_progress_bar=False
     )
     return found
+
+
+def embed_tokens(
+    body: SentenceTransformer, *, batch_size: int = 1024, description: str = "Reading vocabulary"
+) -> npt.NDArray[np.float32]:
+    """Embed each token of a body's vocabulary as a text of its own: (n_tokens, d).
+
+    Where memory runs out, it goes on in smaller batches, and at last on the CPU.
+
+    Args:
+        body: A transformer body with a fast tokenizer, on the device it shall run on.
+        batch_size: Tokens a forward pass.
+        description: What to call the step on the progress bar.
+
+    Raises:
+        OutOfMemoryError: Not even one token at once fits.
+    """
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(body.tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()  # some pad every text to a fixed length
+    alone = backend.encode("a")
+    is_special = alone.special_tokens_mask
+    first, last = is_special.index(0), len(is_special) - is_special[::-1].index(0)
+    before, after = alone.ids[:first], alone.ids[last:]
+    total = n_tokens(body)
+    rows = np.tile(np.array([*before, 0, *after]), (total, 1))
+    rows[:, len(before)] = np.arange(total)
+    home = body.device
+    ladder = Ladder(description, kind="encoding", device=home, size=batch_size, model=body)
+    parts = []
+    with track(description, total) as advance:
+        for start in range(0, total, batch_size):
+            ladder.step = start
+            parts.append(ladder.climb(partial(_encode_ids, body, rows[start : start + batch_size])))
+            advance(len(parts[-1]))
+    if ladder.rung.device != home:
+        place(body, home, phase=description)
+    return np.concatenate(parts)
+
+
+def _encode_ids(body: SentenceTransformer, rows: npt.NDArray[np.int64], rung: Rung) -> npt.NDArray[np.float32]:
+    """Embed (B, T) token ids without padding: (B, d)."""
+    import torch
+
+    body.to(rung.device).eval()
+    parts = []
+    with torch.inference_mode():
+        for ids in torch.split(torch.as_tensor(rows), rung.size):
+            features = {"input_ids": ids.to(rung.device), "attention_mask": torch.ones_like(ids).to(rung.device)}
+            parts.append(body(features)["sentence_embedding"].float().cpu().numpy())
+    return np.concatenate(parts)
 
 
 def predict_proba(

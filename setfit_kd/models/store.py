@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PICKLED_HEAD = "model_head.pkl"
 _SETFIT_CONFIG = "config_setfit.json"
 # A run writes its settings first and its student as soon as it is trained.
-_RUN_MARKER, _STUDENT = "config.yaml", "student"
+_RUN_MARKER, _STUDENT, _STUDENTS = "config.yaml", "student", "students"
 _CARD = """---
 library_name: setfit
 pipeline_tag: text-classification
@@ -91,7 +91,13 @@ def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) 
 
     folder = Path(path)
     if (folder / _RUN_MARKER).is_file() and not (folder / "config.json").is_file():
+        several = sorted(student.name for student in (folder / _STUDENTS).glob("*") if student.is_dir())
         folder = folder / _STUDENT
+        if several and not folder.is_dir():
+            raise ModelError(
+                f"The run {path} has {len(several)} students: {', '.join(several)}.",
+                hint=f"Name one, as in {path}/{_STUDENTS}/{several[0]}.",
+            )
         if not folder.is_dir():
             raise ModelError(f"The run {path} has no student yet.", hint="Let the run end first.")
     else:

@@ -22,10 +22,12 @@ from setfit_kd.signals import TeacherSignals
 from setfit_kd.student.early import AgreementStop, hold_out
 from setfit_kd.student.objective import Given, gold_of, in_batch_objective
 from setfit_kd.student.steps import HEAD_TEXTS
-from setfit_kd.training import inner_trainer_on, training_arguments
+from setfit_kd.training import inner_trainer_on, settled_rate, training_arguments
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+LEARNING_RATE = 3e-4
 
 
 class StudentTrainer(DistillationTrainer):
@@ -56,7 +58,7 @@ class StudentTrainer(DistillationTrainer):
             output_dir,
             batch_size=config.batch_size,
             epochs=config.epochs,
-            learning_rate=config.learning_rate,
+            learning_rate=settled_rate(config.learning_rate, model.model_body, usual=LEARNING_RATE),
             num_iterations=config.num_iterations,
             seed=config.seed,
             precision=config.precision,

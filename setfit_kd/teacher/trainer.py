@@ -15,7 +15,9 @@ from setfit_kd.data import LabeledSet
 from setfit_kd.models import embed, fit_head, settled_c
 from setfit_kd.objectives import ContrastiveObjective, Options, PairsObjective
 from setfit_kd.teacher.steps import PAIRS_BATCH, teacher_batches
-from setfit_kd.training import FixedBatches, inner_trainer_on, training_arguments
+from setfit_kd.training import FixedBatches, inner_trainer_on, settled_rate, training_arguments
+
+LEARNING_RATE = 6e-5
 
 
 class TeacherTrainer(Trainer):
@@ -38,7 +40,7 @@ class TeacherTrainer(Trainer):
             output_dir,
             batch_size=config.teacher_batch_size if config.teacher_objective == "in-batch" else PAIRS_BATCH,
             epochs=1,
-            learning_rate=config.teacher_learning_rate,
+            learning_rate=settled_rate(config.teacher_learning_rate, model.model_body, usual=LEARNING_RATE),
             num_iterations=config.num_iterations,
             seed=config.seed,
             precision=config.precision,

@@ -1,0 +1,88 @@
+"""``setfit-kd export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from setfit_kd.cli.options import SHARE, given, setting_options, verbosity_options
+from setfit_kd.config import BUNDLE_FORMATS, RunConfig
+from setfit_kd.errors import DataError
+
+_STAND_IN = "bundled:newswire"
+
+
+@click.command()
+@click.argument("model", metavar="RUN_OR_MODEL")
+@click.option("--output-dir", required=True, type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Folder that the bundle is written to.")  # fmt: skip
+@click.option("--format", "format_", type=click.Choice(BUNDLE_FORMATS), default=None,
+              help="ONNX in single precision, ONNX in 8 bits, or token vectors. [static for static students, "
+              "onnx-int8 for others]")  # fmt: skip
+@click.option("--min-agreement", type=SHARE, default=None, metavar="X",
+              help="Least share of texts that the bundle must label as the model does. [0.98 for onnx-int8, 0.999 for "
+              "the others]")  # fmt: skip
+@setting_options("unlabeled", "text_column")
+@click.option("--trust-pickle", is_flag=True, help="Load a pickled head of somebody else's; it may run any code.")
+@verbosity_options
+def export(
+    model: str,
+    output_dir: Path,
+    format_: str | None,
+    min_agreement: float | None,
+    trust_pickle: bool,
+    quiet: bool,
+    verbose: bool,
+    **flags: Any,
+) -> None:
+    """Write a classifier as a bundle: one folder that runs without torch.
+
+    RUN_OR_MODEL is a run's folder, one of its students, or a SetFit model. The bundle is checked on texts of the run's
+    pool, or on those of --unlabeled, against the model that it is made of.
+    """
+    config = RunConfig.of(**given(flags))
+
+    from setfit_kd.cli.screen import say, screen
+
+    with screen(quiet=quiet, verbose=verbose) as results:
+        from setfit_kd.export import export_bundle
+        from setfit_kd.models import load
+
+        texts = _texts(model, config)
+        classifier = load(model, device="cpu", trust_pickle=trust_pickle)
+        title = Path(model).resolve().name
+        bundle = export_bundle(
+            classifier, output_dir, texts=texts, format=format_, min_agreement=min_agreement, title=title
+        )
+        parity = bundle.parity
+        say(results, f"{bundle.format} bundle in {output_dir}: {bundle.megabytes:.1f} MB.")
+        say(
+            results,
+            f"It labels {parity.agreement:.1%} of {parity.texts:,} texts as the model does; probabilities differ by "
+            f"{parity.largest_difference:.2g} at most.",
+        )
+        say(results, f'To use it, there or anywhere: python {output_dir}/classify.py "..."')
+
+
+def _texts(model: str, config: RunConfig) -> list[str]:
+    """Texts to check the bundle on: those named, the pool of the run that the model is of, or a stand-in's."""
+    import logging
+
+    from setfit_kd.data import read
+    from setfit_kd.signals import TeacherSignals
+
+    if config.unlabeled is not None:
+        return read(config.unlabeled, text_column=config.text_column).texts
+    path = Path(model).absolute()
+    for folder in (path, *path.parents[:2]):
+        if (folder / "config.yaml").is_file() and (folder / "signals").is_dir():
+            try:
+                return TeacherSignals.load(folder / "signals").texts
+            except DataError as error:
+                raise DataError(error.message, hint="Name other texts to check the bundle on: --unlabeled.") from None
+    logging.getLogger(__name__).warning(
+        "%s is in no run: the bundle is checked on the texts of %s. Name better ones by --unlabeled.", model, _STAND_IN
+    )
+    return read(_STAND_IN).texts

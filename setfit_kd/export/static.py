@@ -1,0 +1,43 @@
+"""A static classifier as two tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from setfit_kd.errors import ModelError
+from setfit_kd.export.weights import head_weights
+from setfit_kd.models import is_static
+from setfit_kd.runtime import HEAD, VECTORS
+
+if TYPE_CHECKING:
+    from setfit import SetFitModel
+
+
+def write_static(model: SetFitModel, folder: Path) -> bool:
+    """Write token vectors in half precision and the head in single precision; returns whether means are normalised.
+
+    Raises:
+        ModelError: The body is more than a vector a token.
+    """
+    from safetensors.numpy import save
+    from sentence_transformers.sentence_transformer.modules import Normalize
+
+    body = model.model_body
+    if not is_static(body) or not all(isinstance(module, Normalize) for module in list(body)[1:]):
+        raise ModelError(
+            "Only static bodies can be exported as static.", hint="Take --format onnx-int8, or train --student static."
+        )
+    vectors = body[0].embedding.weight.detach().cpu().numpy()
+    largest = float(np.abs(vectors).max(initial=0))
+    # Half precision ends at 65,504; scaled vectors want a head scaled the other way.
+    scale = 1.0 if largest < 1e4 else 1e4 / largest
+    coef, intercept = head_weights(model)
+    normalizes = len(body) > 1 or bool(model.normalize_embeddings)
+    # Bytes, since safetensors' own files can be read by their owner alone.
+    (folder / VECTORS).write_bytes(save({"embeddings": (vectors * scale).astype(np.float16)}))
+    scaled = coef if normalizes else coef / np.float32(scale)
+    (folder / HEAD).write_bytes(save({"coef": scaled, "intercept": intercept}))
+    return normalizes

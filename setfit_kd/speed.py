@@ -1,0 +1,198 @@
+"""How fast a classifier is, measured in a fresh process that holds nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from setfit_kd import errors
+from setfit_kd.classifiers import AnyClassifier, open_classifier
+from setfit_kd.errors import DataError, SetFitKDError
+
+BATCH_SIZES = (8, 32, 128, 512)
+_HOME = Path(__file__).parent.parent
+_WARM_UP = 16
+_SINGLE_SECONDS, _LEAST_SINGLES, _LEAST_SECONDS = 10.0, 30, 1.0
+_CODE = """
+import sys
+sys.path[:] = [folder for folder in sys.path if folder] + sys.argv[2:]  # nothing from the working folder
+from setfit_kd.speed import main
+main()
+"""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a classifier takes.
+
+    Attributes:
+        p50_ms: Milliseconds that a text alone takes: half of the texts take no longer.
+        p95_ms: 95 % of them take no longer.
+        p99_ms: 99 % of them take no longer.
+        texts_per_second: The best throughput, tokenizing included.
+        batch_size: The batch size that it was had at.
+        load_seconds: From the start of Python to a classifier that is ready.
+        memory_mb: Most memory that the process took, in 10^6 bytes.
+        disk_mb: Size of the folder, in 10^6 bytes; None for a model on the hub.
+        threads: That it could take.
+        torch: Whether torch was imported.
+    """
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    texts_per_second: float
+    batch_size: int
+    load_seconds: float
+    memory_mb: float
+    disk_mb: float | None
+    threads: int
+    torch: bool
+
+
+def measure_speed(
+    path: str | Path,
+    texts: Sequence[str],
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    trust_pickle: bool = False,
+) -> Speed:
+    """Measure a run, a SetFit model or a bundle in a process of its own.
+
+    Args:
+        path: As `open_classifier`.
+        texts: n texts of the kind that it is for; all of them are classified at every batch size, and as many of them
+            one by one as ten seconds allow.
+        threads: Most threads of the CPU to take; None takes as many as there are cores.
+        device: As in `RunConfig`.
+        batch_sizes: Texts a forward pass to try.
+        trust_pickle: Also load a head that is stored as a pickle only.
+
+    Raises:
+        DataError: There are no texts.
+        SetFitKDError: The classifier cannot be opened or run.
+    """
+    if not len(texts):
+        raise DataError("There are no texts to measure with.", hint="Give some of the kind that the classifier is for.")
+    threads = threads or os.cpu_count() or 1
+    task = {
+        "path": str(path),
+        "threads": threads,
+        "device": device,
+        "batch_sizes": list(batch_sizes),
+        "trust_pickle": trust_pickle,
+    }
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
+    parallel = {"TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false"}
+    with TemporaryDirectory(prefix="setfit-kd-") as scratch:
+        (Path(scratch) / "task.json").write_text(json.dumps({**task, "texts": list(texts)}), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-c", _CODE, scratch, str(_HOME)],
+            env={**os.environ, **counts, **parallel},
+            capture_output=True,
+        )
+        answer = Path(scratch) / "answer.json"
+        found: dict[str, Any] = json.loads(answer.read_bytes()) if answer.is_file() else {}
+    if "error" in found:
+        raise getattr(errors, found["kind"])(found["error"], hint=found["hint"])
+    if done.returncode or not found:
+        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+        raise SetFitKDError(
+            f"{path} could not be measured: its process ended with {done.returncode} {' '.join(last)}.",
+            hint="See whether `setfit-kd predict` can use it.",
+        )
+    return Speed(**found)
+
+
+def main() -> None:
+    """What the fresh process does: read the task in a folder, measure, write the answer beside it."""
+    folder = Path(sys.argv[1])
+    task = json.loads((folder / "task.json").read_bytes())
+    answer = folder / "answer.json"
+    try:
+        found: dict[str, Any] = asdict(_measure(**task))
+    except SetFitKDError as error:
+        found = {"kind": type(error).__name__, "error": error.message, "hint": error.hint}
+    answer.write_text(json.dumps(found), encoding="utf-8")
+
+
+def _measure(
+    path: str, texts: list[str], threads: int, device: str, batch_sizes: list[int], trust_pickle: bool
+) -> Speed:
+    # This module imports no more than a bundle needs, so that the time and memory are the classifier's own.
+    classifier = open_classifier(path, device=device, threads=threads, trust_pickle=trust_pickle)
+    ready = time.time()
+    import psutil
+
+    load_seconds = ready - psutil.Process().create_time()
+    for text in texts[:_WARM_UP]:
+        classifier.predict_proba([text])
+    singles = _singles(classifier, texts)
+    rates = {size: _rate(classifier, texts, size) for size in batch_sizes}
+    best = max(rates, key=lambda size: rates[size])
+    p50, p95, p99 = (float(value) for value in np.percentile(singles, (50, 95, 99)))
+    folder = Path(path)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else None
+    return Speed(
+        p50_ms=round(1000 * p50, 3),
+        p95_ms=round(1000 * p95, 3),
+        p99_ms=round(1000 * p99, 3),
+        texts_per_second=round(rates[best], 1),
+        batch_size=best,
+        load_seconds=round(load_seconds, 3),
+        memory_mb=round(_peak_memory() / 1e6, 1),
+        disk_mb=None if size is None else round(size / 1e6, 1),
+        threads=threads,
+        torch="torch" in sys.modules,
+    )
+
+
+def _singles(classifier: AnyClassifier, texts: Sequence[str]) -> list[float]:
+    """Seconds that texts take one by one."""
+    found: list[float] = []
+    began = time.perf_counter()
+    for text in texts:
+        if len(found) >= _LEAST_SINGLES and time.perf_counter() - began > _SINGLE_SECONDS:
+            break
+        found.append(_seconds(lambda text=text: classifier.predict_proba([text])))  # type: ignore[misc]
+    return found
+
+
+def _rate(classifier: AnyClassifier, texts: Sequence[str], batch_size: int) -> float:
+    """Texts a second, all of them handed over at once, in batches of this size; for a second at least."""
+    classifier.batch_size = batch_size
+    seconds, passes = 0.0, 0
+    while seconds < _LEAST_SECONDS:
+        seconds += _seconds(lambda: classifier.predict_proba(texts))
+        passes += 1
+    return passes * len(texts) / seconds
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _peak_memory() -> int:
+    """Most bytes of memory that this process has taken."""
+    import psutil
+
+    try:
+        import resource
+    except ImportError:  # Windows keeps the figure elsewhere
+        return int(psutil.Process().memory_info().peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else 1024 * peak)
