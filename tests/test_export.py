@@ -278,10 +278,11 @@ def test_static_bundles_lose_nothing_but_the_precision_of_vectors(
 
 
 @normalisations
+@pytest.mark.parametrize("factor", [3e7, 3e-7])
 def test_vectors_beyond_half_precision_survive(
-    bodies: Bodies, parent: Path, module: bool, flag: bool, classes: int
+    bodies: Bodies, parent: Path, module: bool, flag: bool, classes: int, factor: float
 ) -> None:
-    body = scaled(bodies("static"), 3e7)
+    body = scaled(bodies("static"), factor)
     model = classifier_of(normalizing(body) if module else body, classes, normalize=flag)
     assert_same_answers(exported(model, parent, min_agreement=0).path, model, HALF)
 

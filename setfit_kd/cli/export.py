@@ -50,8 +50,8 @@ def export(
         from setfit_kd.export import export_bundle
         from setfit_kd.models import load
 
-        texts = _texts(model, config)
         classifier = load(model, device="cpu", trust_pickle=trust_pickle)
+        texts = _texts(model, config)
         title = Path(model).resolve().name
         bundle = export_bundle(
             classifier, output_dir, texts=texts, format=format_, min_agreement=min_agreement, title=title

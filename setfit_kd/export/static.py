@@ -32,8 +32,8 @@ def write_static(model: SetFitModel, folder: Path) -> bool:
         )
     vectors = body[0].embedding.weight.detach().cpu().numpy()
     largest = float(np.abs(vectors).max(initial=0))
-    # Half precision ends at 65,504; scaled vectors want a head scaled the other way.
-    scale = 1.0 if largest < 1e4 else 1e4 / largest
+    # Half precision goes from 6e-8 to 65,504; scaled vectors want a head scaled the other way.
+    scale = 1.0 if 0.1 <= largest <= 1e4 or not largest else 1 / largest
     coef, intercept = head_weights(model)
     normalizes = len(body) > 1 or bool(model.normalize_embeddings)
     # Bytes, since safetensors' own files can be read by their owner alone.

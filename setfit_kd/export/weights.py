@@ -49,6 +49,8 @@ def reading_of(body: SentenceTransformer) -> Reading:
     from tokenizers import Tokenizer
 
     prefix = str(body.prompts.get(body.default_prompt_name) or "") if body.default_prompt_name else ""
+    if prefix and not all(getattr(module, "include_prompt", True) for module in body):
+        raise ModelError("A body that leaves its prompt out of its embedding cannot be exported.")
     if is_static(body):
         cut = body.tokenizer.truncation
         return Reading(body.tokenizer.to_str(), cut and int(cut["max_length"]), False, 0, prefix)

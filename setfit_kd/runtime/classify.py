@@ -202,6 +202,7 @@ class _Onnx:
             raise ImportError("This bundle needs onnxruntime: pip install onnxruntime") from None
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         if threads is not None:
             options.intra_op_num_threads = threads
         if _OTHER_FILE in files[ONNX_MODEL]:
@@ -328,8 +329,9 @@ def main() -> None:
     except (ValueError, ImportError) as error:
         sys.exit(f"Error: {error}")
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    given = [text.encode("utf-8", "surrogateescape") for text in arguments.texts] or sys.stdin.buffer
-    texts = (text.decode("utf-8", "replace").rstrip("\r\n") for text in given)
+    given = [text.encode("utf-8", "surrogateescape") for text in arguments.texts]
+    lines = given or (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
+    texts = (text.decode("utf-8", "replace") for text in lines)
     for prediction in classifier.stream(texts, at_once=1 if sys.stdin.isatty() else 256):
         print(json.dumps(prediction._asdict(), ensure_ascii=False))
 
