@@ -144,6 +144,8 @@ def _measure(
     best = max(rates, key=lambda size: rates[size])
     p50, p95, p99 = (float(value) for value in np.percentile(singles, (50, 95, 99)))
     folder = Path(path)
+    if (folder / "config.yaml").is_file() and (folder / "student").is_dir():  # of a run, its student is meant
+        folder = folder / "student"
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else None
     return Speed(
         p50_ms=round(1000 * p50, 3),

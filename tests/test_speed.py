@@ -230,6 +230,15 @@ def test_no_figure_is_cut_off_in_the_table(monkeypatch: pytest.MonkeyPatch) -> N
         assert row.split()[1:] == ["0.12", "0.34", "0.56", "123,457", "1.0x", "1.23", "1234", "345.6"]
 
 
+def test_the_size_of_a_run_is_that_of_its_student(setfit_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(setfit_folder, run / "student")
+    shutil.copytree(setfit_folder, run / "teacher")
+    (run / "config.yaml").write_text("seed: 0\n")
+    size = sum(file.stat().st_size for file in (run / "student").rglob("*") if file.is_file()) / 1e6
+    assert measure_speed(run, TEXTS[:4], threads=1, batch_sizes=[4]).disk_mb == round(size, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
