@@ -54,6 +54,17 @@ def is_bundle(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
+def folder_of(path: str | Path) -> Path | None:
+    """The folder of a bundle or model, or of a run's student; None for a model on the hub."""
+    if not Path(path).is_dir():
+        return None
+    if is_bundle(path):
+        return Path(path)
+    from setfit_kd.models import classifier_folder
+
+    return classifier_folder(path)
+
+
 def open_classifier(
     path: str | Path,
     *,

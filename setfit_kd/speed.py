@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from setfit_kd import errors
-from setfit_kd.classifiers import AnyClassifier, open_classifier
+from setfit_kd.classifiers import AnyClassifier, folder_of, open_classifier
 from setfit_kd.errors import DataError, SetFitKDError
 
 BATCH_SIZES = (8, 32, 128, 512)
@@ -143,10 +143,8 @@ def _measure(
     rates = {size: _rate(classifier, texts, size) for size in batch_sizes}
     best = max(rates, key=lambda size: rates[size])
     p50, p95, p99 = (float(value) for value in np.percentile(singles, (50, 95, 99)))
-    folder = Path(path)
-    if (folder / "config.yaml").is_file() and (folder / "student").is_dir():  # of a run, its student is meant
-        folder = folder / "student"
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else None
+    folder = folder_of(path)
+    size = None if folder is None else sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Speed(
         p50_ms=round(1000 * p50, 3),
         p95_ms=round(1000 * p95, 3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import click
 from setfit_kd.cli.options import SHARE, given, setting_options, verbosity_options
 from setfit_kd.config import BUNDLE_FORMATS, RunConfig
 from setfit_kd.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 _STAND_IN = "bundled:newswire"
 
@@ -68,21 +71,20 @@ def export(
 
 def _texts(model: str, config: RunConfig) -> list[str]:
     """Texts to check the bundle on: those named, the pool of the run that the model is of, or a stand-in's."""
-    import logging
-
     from setfit_kd.data import read
+    from setfit_kd.runfolder import CONFIG, SIGNALS
     from setfit_kd.signals import TeacherSignals
 
     if config.unlabeled is not None:
         return read(config.unlabeled, text_column=config.text_column).texts
     path = Path(model).absolute()
     for folder in (path, *path.parents[:2]):
-        if (folder / "config.yaml").is_file() and (folder / "signals").is_dir():
+        if (folder / CONFIG).is_file() and (folder / SIGNALS).is_dir():
             try:
-                return TeacherSignals.load(folder / "signals").texts
+                return TeacherSignals.load(folder / SIGNALS).texts
             except DataError as error:
                 raise DataError(error.message, hint="Name other texts to check the bundle on: --unlabeled.") from None
-    logging.getLogger(__name__).warning(
+    logger.warning(
         "%s is in no run: the bundle is checked on the texts of %s. Name better ones by --unlabeled.", model, _STAND_IN
     )
     return read(_STAND_IN).texts

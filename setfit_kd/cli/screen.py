@@ -71,9 +71,9 @@ def say(console: Console, text: str) -> None:
 def show(console: Console, table: Table) -> None:
     """Print a table as wide as its rows are, be the screen narrower: headings are broken, figures never."""
     for column in table.columns:
-        column.min_width = max((cell_len(str(cell)) for cell in column.cells if cell is not column.header), default=0)
+        column.min_width = max((cell_len(str(cell)) for cell in column.cells), default=0)
     least = sum((column.min_width or 0) + 2 for column in table.columns)
-    console.print(table, width=max(console.width, least), crop=False, no_wrap=False)
+    console.print(table, width=max(console.width, least), crop=False)
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:

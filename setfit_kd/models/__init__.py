@@ -3,10 +3,11 @@
 from setfit_kd.models.bodies import checkpointed_layers, cut_layers, is_static, load_body, locate, n_layers, n_tokens
 from setfit_kd.models.encode import embed, embed_tokens, head_proba, predict_proba
 from setfit_kd.models.heads import fit_head, new_head, settled_c
-from setfit_kd.models.store import load, new_model, save_model
+from setfit_kd.models.store import classifier_folder, load, new_model, save_model
 
 __all__ = [
     "checkpointed_layers",
+    "classifier_folder",
     "cut_layers",
     "embed",
     "embed_tokens",

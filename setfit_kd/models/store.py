@@ -74,6 +74,28 @@ def save_model(model: SetFitModel, folder: str | Path, *, title: str = "Text cla
         (part / "README.md").write_text(card, encoding="utf-8")
 
 
+def classifier_folder(path: str | Path) -> Path:
+    """The folder that a classifier is read from: of a run, its student's; of the hub, the local copy.
+
+    Raises:
+        ModelError: A run has no student, or several; or the folder holds no model.
+        UnavailableError: The hub cannot be reached.
+    """
+    folder = Path(path)
+    if (folder / _RUN_MARKER).is_file() and not (folder / "config.json").is_file():
+        several = sorted(student.name for student in (folder / _STUDENTS).glob("*") if student.is_dir())
+        student = folder / _STUDENT
+        if several and not student.is_dir():
+            raise ModelError(
+                f"The run {path} has {len(several)} students: {', '.join(several)}.",
+                hint=f"Name one, as in {path}/{_STUDENTS}/{several[0]}.",
+            )
+        if not student.is_dir():
+            raise ModelError(f"The run {path} has no student yet.", hint="Let the run end first.")
+        return student
+    return locate(path)
+
+
 def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) -> SetFitModel:
     """Load a classifier: the student of a run folder, a SetFit folder, or a SetFit model on the hub.
 
@@ -89,19 +111,7 @@ def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) 
     """
     import joblib
 
-    folder = Path(path)
-    if (folder / _RUN_MARKER).is_file() and not (folder / "config.json").is_file():
-        several = sorted(student.name for student in (folder / _STUDENTS).glob("*") if student.is_dir())
-        folder = folder / _STUDENT
-        if several and not folder.is_dir():
-            raise ModelError(
-                f"The run {path} has {len(several)} students: {', '.join(several)}.",
-                hint=f"Name one, as in {path}/{_STUDENTS}/{several[0]}.",
-            )
-        if not folder.is_dir():
-            raise ModelError(f"The run {path} has no student yet.", hint="Let the run end first.")
-    else:
-        folder = locate(path)
+    folder = classifier_folder(path)
     head = load_head(folder)
     if head is None:
         if not (folder / _PICKLED_HEAD).is_file():
