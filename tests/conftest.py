@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,20 +59,26 @@ def newswire(split: str) -> list[dict[str, str]]:
 
 
 def make_body(folder: Path, *, layers: int, width: int = 32, seed: int = 0) -> Path:
-    """A random BERT with a vocabulary of newswire's own, saved as a sentence-transformers folder."""
+    """A random BERT with a vocabulary of newswire's own, saved as a sentence-transformers folder.
+
+    The vocabulary is counted, not trained: tokenizers' trainer breaks ties another way in each process.
+    """
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel
     from transformers import PreTrainedTokenizerFast as _Fast
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=2000, special_tokens=specials, show_progress=False)
-    tokenizer.train_from_iterator((row["text"] for row in newswire("train")), trainer)
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    texts = [normalizer.normalize_str(row["text"]) for row in newswire("train")]
+    counts = Counter(word for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(text))
+    letters = sorted(set("".join(counts)))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+    vocabulary = {piece: index for index, piece in enumerate([*pieces, *words][:2000])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     make_fast: Any = _Fast
     fast = make_fast(

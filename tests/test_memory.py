@@ -758,7 +758,8 @@ def test_a_run_with_faults_everywhere_ends_as_one_without(
     start = list(cut_layers(load_body(tiny_teacher), (0,)).state_dict().values())
     way = distance(weights(expected.student), start)
     assert distance(weights(stormy.student), weights(expected.student)) < 0.01 * way
-    assert stormy.metrics["student"]["accuracy"] == expected.metrics["student"]["accuracy"]
+    # A text on the edge between two classes may fall on its other side.
+    assert stormy.metrics["student"]["accuracy"] == pytest.approx(expected.metrics["student"]["accuracy"], abs=0.011)
     told = json.loads((tmp_path / "stormy" / "run.json").read_text())["out_of_memory"]
     assert len(told) == 8
     assert {"Training teacher", "Training student"} <= {one["phase"] for one in told}
