@@ -114,6 +114,20 @@ HeadC = Annotated[float | Literal["auto"], AfterValidator(_positive)]
 Objectives = Annotated[str, AfterValidator(_objectives)]
 
 
+_NOT_DECIDING = frozenset(
+    {
+        "device",
+        "cpu_fallback",
+        "micro_batch_size",
+        "gradient_checkpointing",
+        "checkpoint_seconds",
+        "encode_batch_size",
+        "cache",
+    }
+)
+"""Settings that change how a stage is gone through, not what comes out of it."""
+
+
 class StageConfig(BaseModel):
     """What every stage shares: a frozen model that refuses unknown names, a seed and a device."""
 
@@ -141,6 +155,9 @@ class StageConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         False, description="Keep no layer's activations in training but compute them twice: less memory, more time."
     )
+    checkpoint_seconds: float = Field(
+        120, gt=0, description="About how many seconds of a training a kill may cost, where its state is kept."
+    )
     encode_batch_size: int = Field(32, ge=1, description="Texts encoded at once when scoring and evaluating.")
     head_c: HeadC = Field(
         10.0, description="C of the logistic regressions, or auto: by cross-validation on the labeled texts."
@@ -149,6 +166,14 @@ class StageConfig(BaseModel):
     num_iterations: int = Field(
         20, ge=1, description="Pairs drawn for each text by the pairs objectives (twice that for the teacher)."
     )
+
+    @classmethod
+    def deciding(cls, config: StageConfig) -> dict[str, Any]:
+        """This stage's settings that decide what comes out of it, taken from a ``config`` that has them all."""
+        found = {name: getattr(config, name) for name in cls.model_fields if name not in _NOT_DECIDING}
+        if not any(value == "pairs" for name, value in found.items() if name.endswith("objective")):
+            del found["num_iterations"]
+        return found
 
     def passes(self, texts: int, *, columns: int = 1) -> int:
         """Forward passes of a training step on ``columns`` times so many texts; micro-batches take two each."""

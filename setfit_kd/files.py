@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -61,9 +62,49 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
                 raise OutputError(f"{path} is there already.", hint="Choose another name, or remove it first.")
             part.mkdir(parents=True)
             yield part
+            _usual_modes(part)
             part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def replaced_files(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder within ``folder``, the files in which take the place of those of the same name.
+
+    Each is whole or the earlier one at any moment; all together they are not.
+
+    Raises:
+        OutputError: They cannot be written.
+    """
+    part = folder / f".new.{uuid4().hex[:8]}"
+    try:
+        with writing(folder):
+            part.mkdir()
+            yield part
+            _usual_modes(part)
+            for file in part.iterdir():
+                file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def folder_megabytes(folder: Path) -> float:
+    """Size of the files in a folder, in 10^6 bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -98,6 +139,17 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):  # what keeps it from being removed has kept it from being written
             part.unlink()
+
+
+def _usual_modes(folder: Path) -> None:
+    """Give files the mode that the user's umask gives to new ones: some writers below us leave them to one user."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def _hint(code: int, elsewhere: str) -> str:

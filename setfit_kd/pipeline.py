@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config import RunConfig
 from setfit_kd.data import RunData, Source, load_run_data
-from setfit_kd.evaluation import Evaluation, evaluate
+from setfit_kd.evaluation import Evaluation
+from setfit_kd.journal import Journal
 from setfit_kd.memory import check_device, place, remembering, resolve_device
-from setfit_kd.models import load_body, locate, save_model
-from setfit_kd.precision import check_precision, resolve_precision
-from setfit_kd.runfolder import (
-    BASELINE,
-    METRICS,
-    RUN,
-    SIGNALS,
-    STUDENT,
-    STUDENTS,
-    TEACHER,
-    RunFolder,
-    recorded,
-    versions,
-)
-from setfit_kd.student import PreparedStudent, check_pool, locate_student, slugs, student_passes, train_student
-from setfit_kd.teacher import refine_and_score, teacher_passes, train_teacher
+from setfit_kd.models import load_body, locate
+from setfit_kd.precision import Precision, check_precision, resolve_precision
+from setfit_kd.runfolder import BASELINE, BASELINES, STUDENT, STUDENTS, TEACHER, RunFolder, recorded, versions
+from setfit_kd.stages import RunStages
+from setfit_kd.student import PreparedStudent, check_pool, locate_student, slugs, student_passes
+from setfit_kd.teacher import teacher_passes
 
 if TYPE_CHECKING:
-    import torch
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
@@ -82,6 +69,7 @@ def distill(
     eval: Source | None = None,  # noqa: A002 - the setting's name everywhere
     *,
     config: RunConfig | None = None,
+    resume: str | Path | None = None,
     **settings: Any,
 ) -> RunResult:
     """Fine-tune a teacher on a few labels, let it label a pool softly, and distil it into a student.
@@ -91,6 +79,8 @@ def distill(
         unlabeled: The pool: the same kinds, or a list of texts.
         eval: Labeled texts to evaluate on; none of them is trained on.
         config: The settings; any field of `RunConfig` may also be given by keyword.
+        resume: Folder of a run to go on with. Its settings hold where no others are given; what it has made from the
+            same data and settings is not made again. Data that was given as objects must be given again.
 
     Returns:
         Teacher, student, signals and evaluations; also written to ``output_dir`` where that is set.
@@ -112,7 +102,22 @@ def distill(
             settings[name] = str(source)
         elif source is not None:
             objects[name] = source
-    return run(RunConfig.given(config, settings), **objects)
+    if resume is None:
+        return run(RunConfig.given(config, settings), **objects)
+    return run(
+        resumed(Path(resume), settings if config is None else {**config.model_dump(), **settings}),
+        resume=True,
+        **objects,
+    )
+
+
+def resumed(folder: Path, *layers: Mapping[str, Any]) -> RunConfig:
+    """The settings of the run in a folder, with others laid over them.
+
+    Raises:
+        ConfigError: There is no run, or a setting is unknown or out of range.
+    """
+    return RunConfig.resolve(RunFolder.settings(folder), *layers, {"output_dir": folder, "overwrite": False})
 
 
 def run(
@@ -121,18 +126,24 @@ def run(
     labeled: Source | None = None,
     unlabeled: Source | None = None,
     eval: Source | None = None,  # noqa: A002
+    resume: bool = False,
 ) -> RunResult:
     """Run every stage; objects given here take the place of the names in the config.
+
+    With ``resume``, go on with the run in the output folder: what it has made from the same data and settings is taken
+    from there.
 
     Raises:
         SetFitKDError: See `distill`.
     """
     with recorded() as log:
-        inputs = prepare_run(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
-        folder = RunFolder.create(config, config.output_dir) if config.output_dir else None
-        if folder:
+        inputs = prepare_run(config, labeled=labeled, unlabeled=unlabeled, eval=eval, resume=resume)
+        if config.output_dir is None:
+            return _run_stages(config, inputs, None)
+        with RunFolder.locked(config.output_dir):
+            folder = (RunFolder.reopen if resume else RunFolder.create)(config, config.output_dir)
             folder.keep_log(log)
-        return _run_stages(config, inputs, folder)
+            return _run_stages(config, inputs, folder)
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,7 @@ def prepare_run(
     labeled: Source | None = None,
     unlabeled: Source | None = None,
     eval: Source | None = None,  # noqa: A002
+    resume: bool = False,
 ) -> RunInputs:
     """Find, check and load everything that a run needs before it writes or trains anything.
 
@@ -158,7 +170,7 @@ def prepare_run(
     """
     check_device(config.device)
     if config.output_dir:
-        RunFolder.check(config.output_dir, overwrite=config.overwrite)
+        RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=resume)
     teacher_folder = locate(config.teacher)
     sources = [locate_student(name) for name in config.student]
     data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
@@ -171,96 +183,63 @@ def prepare_run(
 
 
 def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> RunResult:
-    data, seconds, device = inputs.data, dict[str, float](), resolve_device(config.device)
-    given, config = config, config.model_copy(update={"device": str(device)})
-    models: dict[str, SetFitModel] = {}
-    students: dict[str, SetFitModel] = {}
-
-    with remembering(cpu_fallback=config.cpu_fallback) as recoveries:
-        with _timed("teacher", seconds):
-            teacher = train_teacher(data.labeled, inputs.teacher_body, config=config)
-            precision = resolve_precision(config.precision, teacher.model_body, data.pool)
-            if teacher.model_body.device.type == device.type:
-                config = config.model_copy(update={"precision": precision.name})
-        with _timed("signals", seconds), _placed(teacher, device, "Scoring pool"):
-            teacher, signals = refine_and_score(teacher, data.labeled, data.pool, config=config, origin=config.teacher)
-        if folder:
-            save_model(teacher, folder.path / TEACHER, title="Teacher")
-            signals.save(folder.path / SIGNALS)
-        models["teacher"] = teacher
-        for name, prepared, (baseline_name, student_name) in zip(
+    data, journal = inputs.data, Journal(folder)
+    with remembering(cpu_fallback=config.cpu_fallback):
+        settled = _settled(config, inputs, folder)
+        stages = RunStages(settled, data, inputs.teacher_body, journal)
+        teacher, signals = stages.signals(stages.teacher())
+        students: dict[str, SetFitModel] = {}
+        models = {TEACHER: teacher}
+        for source, prepared, (baseline_name, name) in zip(
             config.student, inputs.students, model_names(config), strict=True
         ):
-            with _timed("student", seconds):
-                with _placed(teacher, device, "Making student") if prepared.passes else nullcontext():
-                    body = prepared.make(teacher.model_body, data.pool)
-                baseline_body = copy.deepcopy(body) if config.baseline and data.evaluation else None
-                students[name] = train_student(signals, body, labeled=data.labeled, config=config)
-            students[name].model_body.to("cpu")
-            if folder:
-                save_model(students[name], folder.path / student_name, title="Student")
-            if baseline_body is not None:
-                with _timed("baseline", seconds):
-                    models[baseline_name] = train_teacher(
-                        data.labeled, baseline_body, config=config, description="Training baseline"
-                    )
-                models[baseline_name].model_body.to("cpu")
-            models[student_name] = students[name]
-
+            names = (name, baseline_name if config.baseline and data.evaluation else None)
+            students[source], baseline = stages.student_and_baseline(names, source, prepared, teacher, signals)
+            if baseline is not None:
+                models[baseline_name] = baseline
+            models[name] = students[source]
         evaluations: dict[str, Evaluation] = {}
-        with _timed("evaluation", seconds):
-            for name, model in models.items() if data.evaluation else ():
-                saved = folder.path / name if folder and (folder.path / name).is_dir() else None
-                with _placed(model, device, f"Evaluating {name}"):
-                    evaluations[name] = evaluate(
-                        model,
-                        data.evaluation,
-                        teacher=evaluations.get("teacher"),
-                        encode_batch_size=config.encode_batch_size,
-                        folder=saved,
-                        description=f"Evaluating {name}",
-                    )
-    result = RunResult(students, teacher, signals, evaluations, given, seconds, folder.path if folder else None)
-    if folder:
-        folder.write_json(METRICS, result.metrics)
-        about = {
-            "versions": versions(),
-            "seed": config.seed,
-            "device": str(device),
-            "precision": asdict(precision),
-            "out_of_memory": [recovery.as_dict() for recovery in recoveries],
-        }
-        folder.write_json(RUN, {**about, "data": data.report.as_dict(), "seconds": seconds})
-    with remembering(cpu_fallback=config.cpu_fallback):
+        if data.evaluation:
+            for name, model in models.items():
+                evaluations[name] = stages.evaluation(name, model, data.evaluation, evaluations.get(TEACHER))
+        output_dir = folder.path if folder else None
+        result = RunResult(students, teacher, signals, evaluations, config, journal.seconds, output_dir)
+        journal.drop_others()
+        if folder:
+            folder.finish(
+                result.metrics,
+                data=data.report.as_dict(),
+                seconds=journal.seconds,
+                out_of_memory=journal.out_of_memory,
+            )
         for student in students.values():
-            place(student.model_body, device, phase="Handing over student")
+            place(student.model_body, resolve_device(config.device), phase="Handing over student")
     return result
+
+
+def _settled(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> RunConfig:
+    """The settings with device and precision named; a run that goes on keeps the precision that it was begun in."""
+    device = resolve_device(config.device)
+    told = {} if folder is None else folder.about
+    if config.precision == "auto" and told.get("device") == str(device) and "precision" in told:
+        precision = Precision(**told["precision"])
+    else:
+        place(inputs.teacher_body, device, phase="Choosing precision")
+        precision = resolve_precision(config.precision, inputs.teacher_body, inputs.data.pool)
+        inputs.teacher_body.to("cpu")
+    if folder:
+        earlier, now = told.get("versions"), versions()
+        if earlier not in (None, now):
+            logger.warning("This run was begun with other versions; what it has made so far is kept.")
+        folder.tell(versions=now, seed=config.seed, device=str(device), precision=asdict(precision))
+    return config.model_copy(update={"device": str(device), "precision": precision.name})
 
 
 def model_names(config: RunConfig) -> list[tuple[str, str]]:
     """What the baseline and the student are called in a run's folder and metrics, for each student."""
     if len(config.student) == 1:
         return [(BASELINE, STUDENT)]
-    return [(f"{BASELINE}s/{slug}", f"{STUDENTS}/{slug}") for slug in slugs(config.student)]
-
-
-@contextmanager
-def _placed(model: SetFitModel, device: torch.device, phase: str) -> Iterator[None]:
-    """Within this block, a model is on the device; outside it, the device's memory is for others."""
-    place(model.model_body, device, phase=phase)
-    try:
-        yield
-    finally:
-        model.model_body.to("cpu")
-
-
-@contextmanager
-def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    took = time.perf_counter() - started
-    seconds[stage] = round(seconds.get(stage, 0) + took, 2)
-    logger.debug("Stage %s took %.1f s.", stage, took)
+    return [(f"{BASELINES}/{slug}", f"{STUDENTS}/{slug}") for slug in slugs(config.student)]
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,25 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
 
 from setfit_kd import __version__
 from setfit_kd.config import RunConfig, read_config
-from setfit_kd.errors import OutputError, SetFitKDError
+from setfit_kd.errors import ConfigError, DataError, OutputError, SetFitKDError
 from setfit_kd.files import write_whole, writing
 
 CONFIG, METRICS, RUN, LOG = "config.yaml", "metrics.json", "run.json", "run.log"
-TEACHER, BASELINE, STUDENT, STUDENTS, SIGNALS = "teacher", "baseline", "student", "students", "signals"
-_CONTENTS = (CONFIG, METRICS, RUN, LOG, TEACHER, STUDENT, STUDENTS, SIGNALS)
+TEACHER, BASELINE, STUDENT, SIGNALS = "teacher", "baseline", "student", "signals"
+BASELINES, STUDENTS = "baselines", "students"
+EVALUATION, CHECKPOINTS = "evaluation", "checkpoints"
+RESULTS = (METRICS,)
+"""What is made of the stages' results at the end."""
+_MODELS = (TEACHER, BASELINE, BASELINES, STUDENT, STUDENTS)
+_CONTENTS = (CONFIG, RUN, LOG, *RESULTS, *_MODELS, SIGNALS, EVALUATION, CHECKPOINTS)
+_LOCK, _FORMAT = ".lock", 1
+_HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{8}")
 _PACKAGES = (
     "setfit",
     "sentence-transformers",
@@ -33,6 +43,9 @@ _PACKAGES = (
     "scikit-learn",
     "numpy",
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 def versions() -> dict[str, str]:
@@ -64,6 +77,29 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
+def _read_about(path: Path) -> dict[str, Any]:
+    """What ``run.json`` holds; an empty account where there is none."""
+    if not path.is_file():
+        return RunFolder(path).about
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}).", hint="Run anew, with --overwrite.") from None
+    if not isinstance(about, dict) or about.get("format") != _FORMAT or not isinstance(about.get("stages"), dict):
+        raise DataError(
+            f"{path} is not of a run that this version can go on with.",
+            hint="Run anew, with --overwrite, or take the version that began it.",
+        )
+    return about
+
+
+def _holder(lock: Path) -> str:
+    try:
+        return f" ({int(lock.read_text(encoding='utf-8'))})"
+    except (OSError, ValueError):
+        return ""
+
+
 def _is_run(path: Path) -> bool:
     """Whether the settings in a folder are those of a run."""
     try:
@@ -74,30 +110,41 @@ def _is_run(path: Path) -> bool:
 
 
 class RunFolder:
-    """A run's folder. Every file and folder in it is written beside its place and renamed: whole or not there."""
+    """A run's folder. Every file and folder in it is written beside its place and renamed: whole or not there.
 
-    def __init__(self, path: Path) -> None:
+    ``run.json`` tells what has been made, and from what; what it does not tell of counts as not there.
+
+    Attributes:
+        path: Where it is.
+        about: What ``run.json`` holds.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any] | None = None) -> None:
         self.path = path
+        self.about: dict[str, Any] = {"format": _FORMAT, "finished": False, "stages": {}} if about is None else about
 
     @staticmethod
-    def check(path: Path, *, overwrite: bool) -> None:
+    def check(path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
         """Refuse a folder that cannot take a run, before any work is done; changes nothing.
 
         Raises:
-            OutputError: It is a file, cannot be written, or is not empty and ``overwrite`` is not set.
+            OutputError: It is a file, cannot be written, is not empty and neither ``overwrite`` nor ``resume`` is set,
+                or holds no run to go on with.
         """
         with writing(path):
-            RunFolder._check(path, overwrite)
+            RunFolder._check(path, overwrite=overwrite, resume=resume)
 
     @staticmethod
-    def _check(path: Path, overwrite: bool) -> None:
+    def _check(path: Path, *, overwrite: bool, resume: bool) -> None:
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file, not a folder.", hint="Choose another --output-dir.")
-        if path.is_dir() and any(path.iterdir()) and not overwrite:
+        holds_files = path.is_dir() and any(file.name != _LOCK for file in path.iterdir())
+        if holds_files and not overwrite and not resume:
+            go_on = f", or go on with the run in it: --resume {path}" if (path / RUN).is_file() else ""
             raise OutputError(
-                f"The folder {path} is not empty.", hint="Choose another --output-dir, or add --overwrite."
+                f"The folder {path} is not empty.", hint=f"Choose another --output-dir, add --overwrite{go_on}."
             )
-        if path.is_dir() and any((path / name).exists() for name in _CONTENTS) and not _is_run(path):
+        if holds_files and any((path / name).exists() for name in _CONTENTS) and not _is_run(path):
             raise OutputError(
                 f"The folder {path} holds files with a run's names, but no run.", hint="Choose another --output-dir."
             )
@@ -109,6 +156,26 @@ class RunFolder:
                 f"The folder {existing} cannot be written to.", hint="Choose an --output-dir that you may write to."
             )
 
+    @staticmethod
+    def settings(path: Path) -> dict[str, Any]:
+        """The settings of the run in a folder.
+
+        Raises:
+            InputError: There is no run.
+        """
+        if not (path / CONFIG).is_file():
+            raise ConfigError(f"There is no run in {path} to go on with.", hint="Name a run's folder.")
+        return read_config(path / CONFIG)
+
+    @staticmethod
+    def has_begun(path: Path) -> bool:
+        """Whether there is an unfinished run in a folder that has made something already."""
+        try:
+            about = _read_about(path / RUN)
+        except DataError:
+            return False
+        return not about["finished"] and bool(about["stages"] or any((path / CHECKPOINTS).glob("*/*")))
+
     @classmethod
     def create(cls, config: RunConfig, path: Path) -> RunFolder:
         """Make the folder, take an earlier run's files out of it, and write the settings.
@@ -118,16 +185,96 @@ class RunFolder:
         """
         cls.check(path, overwrite=config.overwrite)
         folder = cls(path)
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-            for name in _CONTENTS:
-                target = path / name
-                if target.is_dir() and not target.is_symlink():
-                    shutil.rmtree(target)
-                else:
-                    target.unlink(missing_ok=True)
+        for name in _CONTENTS:
+            folder._remove(name)
+        folder.write_text(CONFIG, config.to_yaml())
+        folder.tell()
+        return folder
+
+    @classmethod
+    def reopen(cls, config: RunConfig, path: Path) -> RunFolder:
+        """Go on with the run in a folder, under these settings.
+
+        Raises:
+            DataError: What ``run.json`` says cannot be understood.
+            OutputError: As `check`, or the disk is full.
+        """
+        cls.check(path, resume=True)
+        folder = cls(path, _read_about(path / RUN))
+        for left in (*path.glob(".*"), *path.glob("*/.*")):
+            if _HALF_WRITTEN.fullmatch(left.name):  # by a process that was killed
+                folder._remove(str(left.relative_to(path)))
         folder.write_text(CONFIG, config.to_yaml())
         return folder
+
+    @staticmethod
+    @contextmanager
+    def locked(path: Path) -> Iterator[None]:
+        """Within this block, no other process may work in a folder. The lock of a process that is gone is none.
+
+        Raises:
+            OutputError: Another process works in it.
+        """
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path / _LOCK)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                raise OutputError(
+                    f"Another process{_holder(path / _LOCK)} is working in {path}.",
+                    hint="Wait until it has ended, or choose another --output-dir.",
+                ) from None
+            except NotImplementedError:
+                logger.debug("%s lies on a file system without locks.", path)
+        try:
+            if lock.is_locked:
+                with suppress(OSError):
+                    (path / _LOCK).write_text(str(os.getpid()), encoding="utf-8")
+            yield
+        finally:
+            lock.release()
+
+    def stage(self, name: str, inputs: str) -> dict[str, Any] | None:
+        """What is told of a stage, if it has been made from these inputs."""
+        told: dict[str, Any] | None = self.about["stages"].get(name)
+        return told if told is not None and told.get("inputs") == inputs and (self.path / name).is_dir() else None
+
+    def forget(self, name: str) -> None:
+        """Take out what a stage has made, and what was measured of the run."""
+        self.about["stages"].pop(name, None)
+        self.tell(finished=False)
+        for made in (*RESULTS, name):
+            self._remove(made)
+
+    def tell(self, **what: Any) -> None:
+        """Add to ``run.json``.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        self.about.update(what)
+        self.write_json(RUN, self.about)
+
+    def finish(self, metrics: Mapping[str, Any], **what: Any) -> None:
+        """Write what was measured, and that the run is whole.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        self.write_json(METRICS, metrics)
+        self.tell(finished=True, **what)
+        self._remove(CHECKPOINTS)
+
+    def _remove(self, name: str) -> None:
+        target = self.path / name
+        with writing(target):
+            if not target.is_dir() or target.is_symlink():
+                target.unlink(missing_ok=True)
+                return
+            # Renamed first, so that a kill leaves no folder that looks whole.
+            gone = target if target.name.startswith(".") else target.with_name(f".{target.name}.{uuid4().hex[:8]}")
+            shutil.rmtree(target.rename(gone))
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole.

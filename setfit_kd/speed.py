@@ -19,6 +19,7 @@ import numpy as np
 from setfit_kd import errors
 from setfit_kd.classifiers import AnyClassifier, folder_of, open_classifier
 from setfit_kd.errors import DataError, SetFitKDError
+from setfit_kd.files import folder_megabytes
 
 BATCH_SIZES = (8, 32, 128, 512)
 _HOME = Path(__file__).parent.parent
@@ -144,7 +145,7 @@ def _measure(
     best = max(rates, key=lambda size: rates[size])
     p50, p95, p99 = (float(value) for value in np.percentile(singles, (50, 95, 99)))
     folder = folder_of(path)
-    size = None if folder is None else sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    size = None if folder is None else folder_megabytes(folder)
     return Speed(
         p50_ms=round(1000 * p50, 3),
         p95_ms=round(1000 * p95, 3),
@@ -153,7 +154,7 @@ def _measure(
         batch_size=best,
         load_seconds=round(load_seconds, 3),
         memory_mb=round(memory / 1e6, 1),
-        disk_mb=None if size is None else round(size / 1e6, 1),
+        disk_mb=None if size is None else round(size, 1),
         threads=threads,
         torch="torch" in sys.modules,
     )

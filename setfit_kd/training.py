@@ -7,7 +7,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +19,7 @@ from setfit import TrainingArguments
 from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, TrainerCallback
 
+from setfit_kd.checkpoints import Checkpoints, Stateful
 from setfit_kd.memory import Ladder, Rung, clear_cache, is_out_of_memory
 from setfit_kd.models import checkpointed_layers, is_static
 from setfit_kd.precision import resolve_precision
@@ -70,11 +73,29 @@ def settled_rate(given: float | None, body: SentenceTransformer, *, usual: float
     return STATIC_LEARNING_RATE if is_static(body) else usual
 
 
+_losses: ContextVar[list[float] | None] = ContextVar("losses", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[float]]:
+    """Within this block, the loss of each step of a training that ends well is added to the list yielded."""
+    losses: list[float] = []
+    token = _losses.set(losses)
+    try:
+        yield losses
+    finally:
+        _losses.reset(token)
+
+
 class ProgressCallback(TrainerCallback):
     """Hands each finished step to a progress bar."""
 
     def __init__(self, advance: Advance) -> None:
         self.advance = advance
+
+    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """Begin where a checkpoint has brought the training."""
+        self.advance(state.global_step)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Advance by one step."""
@@ -115,6 +136,7 @@ def train(
     batch_texts: int,
     steps: int,
     description: str,
+    checkpoints: str | Path | None = None,
 ) -> SetFitModel:
     """Train body and head, down the ladder where memory runs out.
 
@@ -131,6 +153,8 @@ def train(
         batch_texts: Texts in a whole batch.
         steps: Steps of the body's training, for the progress bar.
         description: What to call it there and in messages.
+        checkpoints: Folder in which the training's state is kept from time to time; one that holds the state of this
+            training goes on from there.
 
     Raises:
         OutOfMemoryError: The last rung failed too. The body then has the weights that it came with, as after any error.
@@ -140,6 +164,7 @@ def train(
     size = min(config.micro_batch_size or batch_texts, batch_texts)
     start = {name: value.detach().to("cpu", copy=True) for name, value in body.state_dict().items()}
     ladder = Ladder(description, kind="training", device=device, size=size, model=body)
+    kept = None if checkpoints is None else Checkpoints(Path(checkpoints), seconds=config.checkpoint_seconds)
 
     def settled(rung: Rung) -> Config:
         # What was asked of an accelerator is no word on the CPU that takes over.
@@ -155,12 +180,19 @@ def train(
         body.to(rung.device).load_state_dict(start)
         with TemporaryDirectory(prefix="setfit-kd-") as scratch:
             trainer = make(settled(rung), rung.device, scratch)
+            if kept is not None:
+                kept.attach(trainer, *_stateful(trainer))
             _fit(trainer, ladder, description=description, steps=steps)
         return trainer.model
 
+    def clear() -> None:
+        _rest(body)
+        if kept is not None:  # an attempt that begins anew has nothing to do with the one before
+            kept.clear()
+
     try:
         with checkpointed_layers(body) if config.gradient_checkpointing else nullcontext():
-            return ladder.climb(attempt, clear=lambda: _rest(body))
+            return ladder.climb(attempt, clear=clear)
     except BaseException:
         _rest(body)
         body.load_state_dict(start)
@@ -180,7 +212,15 @@ def _fit(trainer: Trainer, ladder: Ladder, *, description: str, steps: int) -> N
     settle(trainer, ladder.rung.device)
     trainer.train_classifier(*parameters)
     losses, seconds = losses_of(trainer), time.perf_counter() - started
+    recorded = _losses.get()
+    if recorded is not None:
+        recorded.extend(losses)
     logger.debug("%s: %d steps in %.1f s, loss %.4f to %.4f.", description, len(losses), seconds, losses[0], losses[-1])
+
+
+def _stateful(trainer: Trainer) -> list[Stateful]:
+    """The callbacks of a trainer that have a state of their own."""
+    return [callback for callback in trainer.st_trainer.callback_handler.callbacks if isinstance(callback, Stateful)]
 
 
 def _drop_optimizer(inner: Any) -> None:

@@ -46,7 +46,7 @@ def test_help_is_instant_and_loads_no_torch() -> None:
 
 
 def test_every_setting_is_a_flag_and_every_flag_of_run_a_setting() -> None:
-    own = {"preset_name", "config_file", "dry_run", "quiet", "verbose"}
+    own = {"preset_name", "config_file", "resume", "dry_run", "quiet", "verbose"}
     run = main.commands["run"]
     names = {parameter.name for parameter in run.params}
     assert names - own == set(RunConfig.model_fields)

@@ -35,7 +35,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tin
 
 
 def test_a_run_folder_holds_everything_and_nothing_else(run_folder: Path) -> None:
-    expected = {"config.yaml", "metrics.json", "run.json", "run.log", "signals", "student", "teacher"}
+    files = {"config.yaml", "metrics.json", "run.json", "run.log", ".lock"}
+    expected = files | {"teacher", "signals", "student", "baseline", "evaluation"}
     assert {path.name for path in run_folder.iterdir()} == expected
 
 

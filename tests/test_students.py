@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 from synthetic import QUICK, few_labels, pool_signals, same, weights
 
 from setfit_kd import RunConfig, RunResult, distill, evaluate, load, train_student, train_teacher
-from setfit_kd import pipeline as pipeline_module
+from setfit_kd import stages as stages_module
 from setfit_kd.cli import main
 from setfit_kd.config import read_config
 from setfit_kd.errors import ConfigError, ModelError, SetFitKDError
@@ -226,7 +226,7 @@ def test_a_wrong_name_is_told_before_anything_is_trained(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pipeline_module, "train_teacher", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(stages_module, "train_teacher", lambda *_, **__: pytest.fail("training began"))
     name = name.replace("STUDENT", str(tiny_student)).replace("STATIC", str(static_folder))
     students = [str(tiny_student), name]
     with pytest.raises(error, match=re.escape(fragment)) as raised:
@@ -494,7 +494,7 @@ def several(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_s
     calls: list[str] = []
 
     def counted(name: str) -> Any:
-        function = getattr(pipeline_module, name)
+        function = getattr(stages_module, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             calls.append(kwargs.get("description", name))
@@ -504,7 +504,7 @@ def several(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_s
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name in ("train_teacher", "refine_and_score", "train_student"):
-            monkeypatch.setattr(pipeline_module, name, counted(name))
+            monkeypatch.setattr(stages_module, name, counted(name))
         result = small_run(tiny_teacher, list(names), output_dir=folder)
     return Several(names, folder, result, tuple(calls))
 

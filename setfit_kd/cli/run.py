@@ -9,6 +9,7 @@ import click
 
 from setfit_kd.cli.options import given, setting_options, verbosity_options
 from setfit_kd.config import DEFAULT_PRESET, PRESETS, RunConfig, preset, read_config
+from setfit_kd.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,11 +22,19 @@ if TYPE_CHECKING:
               help=f"Settings to start from. [{DEFAULT_PRESET}]")  # fmt: skip
 @click.option("--config", "config_file", type=click.Path(path_type=Path), default=None, metavar="FILE.yaml",
               help="Settings that override the preset's.")  # fmt: skip
+@click.option("--resume", type=click.Path(path_type=Path), default=None, metavar="RUN",
+              help="Go on with the run in this folder; its settings hold where no others are given.")  # fmt: skip
 @setting_options()
 @click.option("--dry-run", is_flag=True, help="Check everything, print the settings, sizes and forward passes; stop.")
 @verbosity_options
 def run(
-    preset_name: str | None, config_file: Path | None, dry_run: bool, quiet: bool, verbose: bool, **flags: Any
+    preset_name: str | None,
+    config_file: Path | None,
+    resume: Path | None,
+    dry_run: bool,
+    quiet: bool,
+    verbose: bool,
+    **flags: Any,
 ) -> None:
     """Train a teacher on a few labels and distil it into a small student.
 
@@ -35,30 +44,55 @@ def run(
 
     Flags override the file, the file overrides the preset. Whoever names --labeled or --unlabeled names all the data:
     the preset's is dropped.
+
+    A run that was stopped goes on by --resume RUN, after the last stage that was whole, and within a training from its
+    last checkpoint. Settings that are given with it do anew the stages that they touch, and no other.
     """
     from_file = read_config(config_file) if config_file else {}
-    config = RunConfig.resolve(preset(preset_name or DEFAULT_PRESET), from_file, given(flags))
+    settings = given(flags)
+    if resume is not None and preset_name is not None:
+        raise ConfigError("--resume takes the run's own settings, not a preset's.", hint="Drop --preset.")
+    if resume is not None and settings.keys() & {"output_dir", "overwrite"}:
+        raise ConfigError("--resume goes on in the run's own folder.", hint="Drop --output-dir and --overwrite.")
 
     from setfit_kd.cli.screen import screen
 
     with screen(quiet=quiet, verbose=verbose) as results:
+        from setfit_kd.pipeline import resumed
         from setfit_kd.pipeline import run as run_pipeline
         from setfit_kd.runfolder import default_folder
 
+        if resume is not None:
+            config = resumed(resume, from_file, settings)
+        else:
+            config = RunConfig.resolve(preset(preset_name or DEFAULT_PRESET), from_file, settings)
         if config.output_dir is None:
             config = config.model_copy(update={"output_dir": default_folder(config)})
         if dry_run:
-            _print_plan(config, results)
+            _print_plan(config, results, resume=resume is not None)
             return
 
-        _print_result(run_pipeline(config), results)
+        try:
+            result = run_pipeline(config, resume=resume is not None)
+        except BaseException:
+            _tell_how_to_go_on(config.output_dir)
+            raise
+        _print_result(result, results)
 
 
-def _print_plan(config: RunConfig, results: Console) -> None:
+def _tell_how_to_go_on(folder: Path | None) -> None:
+    """Where a run has come anywhere, say how it goes on; the error itself is told by others."""
+    from setfit_kd.runfolder import RunFolder
+
+    if folder is not None and RunFolder.has_begun(folder):
+        click.echo(f"What is whole is kept. To go on: setfit-kd run --resume {folder}", err=True)
+
+
+def _print_plan(config: RunConfig, results: Console, *, resume: bool) -> None:
     from setfit_kd.cli.screen import rows_table, say, show
     from setfit_kd.pipeline import plan, prepare_run
 
-    stages = plan(config, prepare_run(config))
+    stages = plan(config, prepare_run(config, resume=resume))
     say(results, config.to_yaml())
     rows = [(stage.stage, stage.texts, stage.forward_passes) for stage in stages]
     total = sum(stage.forward_passes for stage in stages)

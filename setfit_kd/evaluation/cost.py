@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from setfit_kd.files import folder_megabytes
 from setfit_kd.models import save_model
 
 if TYPE_CHECKING:
@@ -37,11 +38,6 @@ def count_parameters(model: SetFitModel) -> int:
         return body + int(sum(parameter.numel() for parameter in model.model_head.parameters()))
     head = model.model_head
     return body + sum(int(getattr(head, name).size) for name in ("coef_", "intercept_") if hasattr(head, name))
-
-
-def folder_megabytes(folder: Path) -> float:
-    """Size of the files in a folder, in 10^6 bytes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
 def model_megabytes(model: SetFitModel) -> float:

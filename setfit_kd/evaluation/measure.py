@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from setfit_kd.arrays import load_rows, save_rows
 from setfit_kd.data import LabeledSet, Source, encode_labels, read
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation.cost import Cost, count_parameters, folder_megabytes, model_megabytes
-from setfit_kd.evaluation.quality import Quality, measure_quality
+from setfit_kd.evaluation.cost import Cost, count_parameters, model_megabytes
+from setfit_kd.evaluation.quality import ClassQuality, Quality, measure_quality
+from setfit_kd.files import folder_megabytes, whole_folder
 from setfit_kd.memory import Ladder, remembering
 from setfit_kd.models import predict_proba
 from setfit_kd.progress import shown_on
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from setfit import SetFitModel
 
 _WARM_UP = 32
+_MEASURED, _PROBABILITIES = "measured.json", "probabilities.npy"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +46,32 @@ class Evaluation:
     def predicted(self) -> npt.NDArray[np.int64]:
         """(n,) int64, the most probable class of each text."""
         return np.asarray(self.probabilities.argmax(axis=1), np.int64)
+
+    def save(self, folder: Path) -> None:
+        """Write the evaluation to a folder, whole or not at all.
+
+        Raises:
+            OutputError: The folder exists already or cannot be written.
+        """
+        with whole_folder(folder) as part:
+            save_rows(self.probabilities, part / _PROBABILITIES, half_if_large=False)
+            about = {"quality": asdict(self.quality), "cost": asdict(self.cost)}
+            (part / _MEASURED).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Evaluation:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: The folder holds no whole evaluation.
+        """
+        try:
+            about = json.loads((folder / _MEASURED).read_text(encoding="utf-8"))
+            classes = {name: ClassQuality(**of) for name, of in about["quality"].pop("classes").items()}
+            quality, cost = Quality(**about["quality"], classes=classes), Cost(**about["cost"])
+            return cls(quality, cost, np.array(load_rows(folder / _PROBABILITIES), np.float32))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder} holds no whole evaluation ({error}).", hint="Evaluate again.") from None
 
     def as_dict(self) -> dict[str, Any]:
         """Quality and cost as plain values for JSON."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -21,7 +20,7 @@ from setfit_kd.errors import ConfigError, DataError, ModelError
 from setfit_kd.export.onnx import quantize, write_onnx
 from setfit_kd.export.static import write_static
 from setfit_kd.export.weights import head_weights, labels_json, reading_of
-from setfit_kd.files import whole_folder
+from setfit_kd.files import file_hash, folder_megabytes, whole_folder
 from setfit_kd.models import is_static, predict_proba
 
 if TYPE_CHECKING:
@@ -147,7 +146,7 @@ def export_bundle(
             if format == "onnx-int8":
                 made = draft.in_8_bits(made, floors)
         (part / "README.md").write_text(_readme(model, made, title), encoding="utf-8")
-        size = sum(file.stat().st_size for file in part.iterdir()) / 1e6
+        size = folder_megabytes(part)
     return replace(made, path=Path(folder), megabytes=round(size, 1))
 
 
@@ -214,7 +213,7 @@ class _Draft:
 
     def _write_manifest(self, format: str, parity: Parity | None) -> None:  # noqa: A002
         files = {
-            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            file.name: file_hash(file)
             for file in sorted(self.folder.iterdir())
             if file.name not in (runtime.MANIFEST, "single.onnx")
         }

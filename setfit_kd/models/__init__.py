@@ -2,12 +2,22 @@
 
 from setfit_kd.models.bodies import checkpointed_layers, cut_layers, is_static, load_body, locate, n_layers, n_tokens
 from setfit_kd.models.encode import embed, embed_tokens, head_proba, predict_proba
-from setfit_kd.models.heads import fit_head, new_head, settled_c
-from setfit_kd.models.store import classifier_folder, load, new_model, save_model
+from setfit_kd.models.heads import fit_head, new_head, save_head, settled_c
+from setfit_kd.models.identity import content_hash
+from setfit_kd.models.store import (
+    classifier_folder,
+    load,
+    load_folder,
+    new_model,
+    replace_head,
+    save_model,
+    with_head,
+)
 
 __all__ = [
     "checkpointed_layers",
     "classifier_folder",
+    "content_hash",
     "cut_layers",
     "embed",
     "embed_tokens",
@@ -16,12 +26,16 @@ __all__ = [
     "is_static",
     "load",
     "load_body",
+    "load_folder",
     "locate",
     "n_layers",
     "n_tokens",
     "new_head",
     "new_model",
     "predict_proba",
+    "replace_head",
+    "save_head",
     "save_model",
     "settled_c",
+    "with_head",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.errors import ModelError
-from setfit_kd.files import whole_folder
+from setfit_kd.files import replaced_files, whole_folder
 from setfit_kd.memory import place, resolve_device
 from setfit_kd.models.bodies import load_body, locate
 from setfit_kd.models.heads import load_head, new_head, save_head
@@ -61,15 +61,12 @@ def save_model(model: SetFitModel, folder: str | Path, *, title: str = "Text cla
     Raises:
         OutputError: The folder exists already or cannot be written.
     """
-    import joblib
-
     labels = list(model.labels or [])
     with whole_folder(folder) as part, quiet_libraries():
         model.model_body.save_pretrained(str(part), create_model_card=False)
         config = {"labels": labels, "normalize_embeddings": model.normalize_embeddings}
         (part / _SETFIT_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
-        joblib.dump(model.model_head, part / _PICKLED_HEAD)
-        save_head(model.model_head, part)
+        _write_heads(model, part)
         card = _CARD.format(title=title, n_classes=len(labels), classes=", ".join(map(str, labels)))
         (part / "README.md").write_text(card, encoding="utf-8")
 
@@ -109,9 +106,19 @@ def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) 
         ModelError: There is no classifier, or only a pickled head and ``trust_pickle`` is not set.
         UnavailableError: The hub cannot be reached.
     """
+    model = load_folder(classifier_folder(path), trust_pickle=trust_pickle)
+    place(model.model_body, resolve_device(device), phase="Loading model")
+    return model
+
+
+def load_folder(folder: Path, *, trust_pickle: bool = False) -> SetFitModel:
+    """Load the classifier in exactly this folder, on the CPU.
+
+    Raises:
+        ModelError: As `load`.
+    """
     import joblib
 
-    folder = classifier_folder(path)
     head = load_head(folder)
     if head is None:
         if not (folder / _PICKLED_HEAD).is_file():
@@ -131,7 +138,6 @@ def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) 
             ) from error
     labels, normalize = _read_setfit_config(folder, head)
     model = new_model(load_body(folder), labels)
-    place(model.model_body, resolve_device(device), phase="Loading model")
     width, expected = model.model_body.get_embedding_dimension(), getattr(head, "n_features_in_", None)
     if None not in (width, expected) and width != expected:
         raise ModelError(
@@ -139,6 +145,37 @@ def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) 
         )
     model.model_head, model.normalize_embeddings = head, normalize
     return model
+
+
+def with_head(model: SetFitModel, folder: Path) -> SetFitModel:
+    """A model with the same body, and the head that is kept in a folder.
+
+    Raises:
+        ModelError: There is no such head.
+    """
+    head = load_head(folder)
+    if head is None:
+        raise ModelError(f"There is no head in {folder}.", hint="Train the model again.")
+    other = new_model(model.model_body, model.labels or ())
+    other.model_head, other.normalize_embeddings = head, model.normalize_embeddings
+    return other
+
+
+def replace_head(model: SetFitModel, folder: Path) -> None:
+    """Put a model's head in the place of the one that is saved in a folder with the same body.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    with replaced_files(folder) as part:
+        _write_heads(model, part)
+
+
+def _write_heads(model: SetFitModel, folder: Path) -> None:
+    import joblib
+
+    joblib.dump(model.model_head, folder / _PICKLED_HEAD)
+    save_head(model.model_head, folder)
 
 
 def _read_setfit_config(folder: Path, head: Any) -> tuple[list[str], bool]:

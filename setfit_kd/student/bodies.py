@@ -26,11 +26,13 @@ class PreparedStudent:
     Attributes:
         make: From the fine-tuned teacher's body and the pool's texts to the student's body, untrained.
         passes: Texts that pass through the teacher, or another model, in making it.
+        reads: The body that it is made from; None where that is the fine-tuned teacher's.
         is_static: Whether it is a vector a token: its batches are never split into micro-batches.
     """
 
     make: Callable[[SentenceTransformer, Sequence[str]], SentenceTransformer]
     passes: int = 0
+    reads: SentenceTransformer | None = None
     is_static: bool = False
 
 
@@ -53,7 +55,7 @@ class _Model:
 
     def prepare(self, teacher: SentenceTransformer) -> PreparedStudent:
         body = load_body(self.folder)
-        return PreparedStudent(lambda *_: body, is_static=is_static(body))
+        return PreparedStudent(lambda *_: body, reads=body, is_static=is_static(body))
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class _Layers:
         whole = teacher if self.folder is None else load_body(self.folder)
         layers = self.layers if isinstance(self.layers, tuple) else spread_evenly(self.layers, n_layers(whole))
         body = cut_layers(whole, layers)
-        return PreparedStudent(lambda *_: body)
+        return PreparedStudent(lambda *_: body, reads=body)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class _Static:
                 place(other, fine_tuned.device, phase="Making student")
             return static_body(fine_tuned if other is None else other, texts, dimension=self.dimension)
 
-        return PreparedStudent(make, n_tokens(teacher if other is None else other), is_static=True)
+        return PreparedStudent(make, n_tokens(teacher if other is None else other), reads=other, is_static=True)
 
 
 def _layers(written: str, folder: Path | None) -> StudentSource:

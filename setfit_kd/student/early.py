@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, field
 from operator import itemgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from setfit_kd.arrays import at_most
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
+
+_STATE, _BEST_WEIGHTS = "early-stop.json", "early-stop.safetensors"
 
 
 def hold_out(
@@ -109,6 +114,19 @@ class AgreementStop(TrainerCallback):
             self.best_weights = {
                 name: value.detach().to("cpu", copy=True) for name, value in self.body.state_dict().items()
             }
+
+    def save_state(self, folder: Path) -> None:
+        """Write what has been seen, and the best weights, into a checkpoint's folder."""
+        about = {"history": self.history, "best": self.best, "looks_since_best": self.looks_since_best}
+        (folder / _STATE).write_text(json.dumps(about), encoding="utf-8")
+        save_file(self.best_weights, folder / _BEST_WEIGHTS)
+
+    def load_state(self, folder: Path) -> None:
+        """Take up what `save_state` wrote."""
+        about = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        self.history = [(step, agreement) for step, agreement in about["history"]]
+        self.best, self.looks_since_best = about["best"], about["looks_since_best"]
+        self.best_weights = load_file(folder / _BEST_WEIGHTS)
 
     def restore(self) -> None:
         """Put the best weights back."""

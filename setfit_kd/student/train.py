@@ -29,6 +29,7 @@ def train_student(
     *,
     labeled: LabeledSet | Source | None = None,
     config: StudentConfig | None = None,
+    checkpoints: str | Path | None = None,
     **settings: Any,
 ) -> SetFitModel:
     """Distil a teacher's signals into a student; the teacher itself is not needed.
@@ -38,6 +39,8 @@ def train_student(
         student: The body: a hub name, a folder, ``demo:all-MiniLM-L6-v2``, or a loaded body, which is changed in place.
         labeled: Texts with gold labels, which the head is fitted on too.
         config: The settings; any of them may also be given by keyword, as in ``train_student(..., epochs=5)``.
+        checkpoints: Folder in which the training's state is kept from time to time. A training that finds the state of
+            an earlier one there goes on from it: give a folder to one training alone.
 
     Returns:
         A `setfit.SetFitModel` with a fitted `sklearn.linear_model.LogisticRegression`.
@@ -80,4 +83,5 @@ def train_student(
             batch_texts=student_batch_texts(config),
             steps=student_steps(config, len(signals)),
             description="Training student",
+            checkpoints=checkpoints,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -19,7 +18,7 @@ import numpy.typing as npt
 from setfit_kd.arrays import in_parts, load_rows, save_rows
 from setfit_kd.errors import OutputError
 from setfit_kd.files import whole_folder
-from setfit_kd.models import embed
+from setfit_kd.models import content_hash, embed
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -63,7 +62,7 @@ def cached_embed(
     folder = cache_folder()
     if folder is None:
         return embed(body, texts, batch_size=batch_size, normalize=normalize, description=description)
-    place = folder / _EMBEDDINGS / content_hash(body, texts, normalize=normalize)
+    place = folder / _EMBEDDINGS / _name_of(body, texts, normalize=normalize)
     found = _found(place / _ROWS, (len(texts), body.get_embedding_dimension()))
     if found is None:
         shutil.rmtree(place, ignore_errors=True)  # whatever is there cannot be read
@@ -94,30 +93,14 @@ def _found(path: Path, shape: tuple[int, int | None]) -> npt.NDArray[np.floating
     return rows if fits and all(np.isfinite(part).all() for part in in_parts(rows)) else None
 
 
-def content_hash(body: SentenceTransformer, texts: Sequence[str], *, normalize: bool) -> str:
-    """A name for all that decides a body's embeddings of texts: modules, weights, tokenizer, texts, libraries."""
+def _name_of(body: SentenceTransformer, texts: Sequence[str], *, normalize: bool) -> str:
+    """A name for all that decides the embeddings: the body, the texts, and what computes them."""
     digest = hashlib.sha256()
-
-    def add(content: bytes) -> None:
+    libraries = " ".join(f"{library} {version(library)}" for library in _LIBRARIES)
+    for part in (f"3 {normalize} {body.device.type} {libraries}", content_hash(body), *texts):
+        content = part.encode()
         digest.update(len(content).to_bytes(8, "big"))
         digest.update(content)
-
-    add(f"2 {normalize} {body.device.type} {body.max_seq_length} {body.prompts} {body.default_prompt_name}".encode())
-    add(" ".join(f"{library} {version(library)}" for library in _LIBRARIES).encode())
-    add(repr(body).encode())
-    config = getattr(getattr(body[0], "auto_model", None), "config", None)
-    if config is not None:
-        add(json.dumps({**config.to_dict(), "_name_or_path": ""}, sort_keys=True, default=str).encode())
-    backend = getattr(body.tokenizer, "backend_tokenizer", body.tokenizer)
-    described = json.loads(backend.to_str()) if hasattr(backend, "to_str") else repr(body.tokenizer)
-    if isinstance(described, dict):  # these two are set by use, as the body's own settings say
-        described = {key: value for key, value in described.items() if key not in ("truncation", "padding")}
-    add(json.dumps(described).encode())
-    for name, value in body.state_dict().items():
-        add(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        add(np.ascontiguousarray(value.detach().cpu().float().numpy()).tobytes())
-    for text in texts:
-        add(text.encode())
     return digest.hexdigest()[:32]
 
 

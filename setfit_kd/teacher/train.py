@@ -25,6 +25,7 @@ def train_teacher(
     *,
     config: TeacherConfig | None = None,
     description: str = "Training teacher",
+    checkpoints: str | Path | None = None,
     **settings: Any,
 ) -> SetFitModel:
     """Fine-tune a body on a few labels and fit its head.
@@ -34,6 +35,8 @@ def train_teacher(
         teacher: The body: a hub name, a folder, ``demo:all-MiniLM-L6-v2``, or a loaded body, which is changed in place.
         config: The settings; any of them may also be given by keyword, as in ``train_teacher(..., teacher_steps=40)``.
         description: What to call the step on the progress bar.
+        checkpoints: Folder in which the training's state is kept from time to time. A training that finds the state of
+            an earlier one there goes on from it: give a folder to one training alone.
 
     Returns:
         A `setfit.SetFitModel` with a fitted `sklearn.linear_model.LogisticRegression`.
@@ -69,4 +72,5 @@ def train_teacher(
             batch_texts=teacher_batch_texts(config, labeled),
             steps=teacher_steps(config, labeled),
             description=description,
+            checkpoints=checkpoints,
         )

@@ -1,0 +1,134 @@
+"""The state of a training, kept in a folder from time to time, so that one that was killed goes on from there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from setfit_kd.files import file_hash, writing
+
+if TYPE_CHECKING:
+    import torch
+    from setfit import Trainer
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 120.0
+_MARKER, _BESIDE, _PREFIX = "whole.json", "beside-body.safetensors", "checkpoint-"
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A callback with a state of its own, which the checkpoints of its training hold too."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write the state into a checkpoint's folder."""
+
+    def load_state(self, folder: Path) -> None:
+        """Take up the state that `save_state` wrote."""
+
+
+class Checkpoints:
+    """Checkpoints of one training: body, what its objective trains beside it, optimizer, random states, progress.
+
+    They are transformers' own, with a marker that is written last and holds the hash of every file: what a kill has
+    left unfinished, and what has been damaged since, is never taken up.
+
+    Args:
+        folder: Where they are kept; of this training alone.
+        seconds: About how long lies between two.
+    """
+
+    def __init__(self, folder: Path, *, seconds: float = SECONDS) -> None:
+        self.folder = folder
+        self.seconds = seconds
+
+    def latest(self) -> Path | None:
+        """The folder of the newest whole checkpoint; what is not whole is removed."""
+        for path in self._newest_first():
+            if _is_whole(path):
+                return path
+            logger.warning("The checkpoint %s is not whole; it is left out.", path)
+            shutil.rmtree(path, ignore_errors=True)
+        return None
+
+    def _newest_first(self) -> list[Path]:
+        found = [path for path in self.folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+        return sorted(found, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
+
+    def keep_newest(self) -> None:
+        """Remove all others."""
+        for path in self._newest_first()[1:]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove them all."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def attach(self, trainer: Trainer, *parts: Stateful) -> None:
+        """Have a trainer keep checkpoints, and go on from the newest one there is."""
+        inner = trainer.st_trainer
+        inner.args.output_dir = str(self.folder)
+        inner._train_batch_size = inner.args.train_batch_size  # SetFit sets the one after the other was taken from it
+        # The library's own would pickle all arguments and write a model card.
+        inner._save = lambda output_dir, **_: inner.model.save_pretrained(output_dir, create_model_card=False)
+        latest = self.latest()
+        inner.add_callback(_Keeper(self, inner, latest, parts))
+        if latest is not None:
+            logger.info("Going on from step %s, kept in %s.", latest.name.removeprefix(_PREFIX), self.folder)
+            inner.train = partial(inner.train, resume_from_checkpoint=str(latest))
+
+
+class _Keeper(TrainerCallback):
+    """Asks for a checkpoint every so often, and completes each with what the trainer does not know of."""
+
+    def __init__(self, checkpoints: Checkpoints, inner: Any, latest: Path | None, parts: tuple[Stateful, ...]) -> None:
+        self.checkpoints = checkpoints
+        self.inner = inner
+        self.latest = latest
+        self.parts = parts
+        self.due = time.monotonic() + checkpoints.seconds
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        if self.latest is None:
+            return
+        kept = load_file(self.latest / _BESIDE)
+        for name, parameter in self._beside_body().items():
+            parameter.data.copy_(kept[name])
+        for part in self.parts:
+            part.load_state(self.latest)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if time.monotonic() >= self.due and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = self.checkpoints.folder / f"{_PREFIX}{state.global_step}"
+        with writing(folder):
+            save_file({name: value.detach().cpu() for name, value in self._beside_body().items()}, folder / _BESIDE)
+            for part in self.parts:
+                part.save_state(folder)
+            files = {str(path.relative_to(folder)): file_hash(path) for path in folder.rglob("*") if path.is_file()}
+            (folder / _MARKER).write_text(json.dumps(files), encoding="utf-8")
+        self.checkpoints.keep_newest()
+        self.due = time.monotonic() + self.checkpoints.seconds
+
+    def _beside_body(self) -> dict[str, torch.nn.Parameter]:
+        body = {id(parameter) for parameter in self.inner.model.parameters()}
+        return {name: value for name, value in self.inner.loss.named_parameters() if id(value) not in body}
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        files = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        return all(file_hash(folder / name) == expected for name, expected in files.items())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
