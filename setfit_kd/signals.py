@@ -28,6 +28,7 @@ class TeacherSignals:
         label_names: Names of the classes.
         embeddings: (n, d), or None for teachers that have none. float32; for large pools float16, mapped from disk.
         origin: Where the signals came from.
+        temperature: At which the probabilities mean what they say: softmax(log p / temperature); 1 is as they are.
 
     Raises:
         DataError: The parts do not fit together, or a row is no distribution.
@@ -38,6 +39,7 @@ class TeacherSignals:
     label_names: tuple[str, ...]
     embeddings: npt.NDArray[np.floating] | None = None
     origin: str = "a teacher"
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         as_given = object.__setattr__  # the class is frozen
@@ -46,6 +48,8 @@ class TeacherSignals:
         as_given(self, "probabilities", np.asarray(self.probabilities, np.float32))
         if self.embeddings is not None and getattr(self.embeddings, "dtype", None) != np.float16:
             as_given(self, "embeddings", np.asarray(self.embeddings, np.float32))
+        if not 0 < self.temperature < float("inf"):
+            raise DataError(f"Signals of temperature {self.temperature}.", hint="It must be above 0; 1 is none.")
         if len(set(self.label_names)) < len(self.label_names):
             raise DataError("A label name stands twice.", hint=f"Got {', '.join(map(str, self.label_names))}.")
         n, c = len(self.texts), len(self.label_names)
@@ -117,6 +121,7 @@ class TeacherSignals:
             first.label_names,
             embeddings,
             " + ".join(s.origin for s in signals),
+            float(np.average([s.temperature for s in signals], weights=shares)),
         )
 
     def save(self, folder: str | Path) -> None:
@@ -135,6 +140,7 @@ class TeacherSignals:
                 "format": _FORMAT,
                 "label_names": list(self.label_names),
                 "origin": self.origin,
+                "temperature": self.temperature,
                 "embeddings": self.embeddings is not None,
             }
             (part / _ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -160,7 +166,8 @@ class TeacherSignals:
             embeddings = load_rows(folder / _EMBEDDINGS) if about["embeddings"] else None
             if not all(isinstance(text, str) for text in texts) or not isinstance(about["label_names"], list):
                 raise DataError(f"The signals in {folder} hold no texts or no labels.", hint="Score the pool again.")
-            return cls(texts, probabilities, tuple(about["label_names"]), embeddings, about["origin"])
+            temperature = float(about.get("temperature", 1.0))
+            return cls(texts, probabilities, tuple(about["label_names"]), embeddings, about["origin"], temperature)
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, DataError):
                 raise

@@ -166,7 +166,7 @@ def test_agreement_follows_the_teachers_evaluation(model: SetFitModel) -> None:
     own = evaluate(model, DATA)
     turned = own.probabilities.copy()
     turned[:5] = np.roll(turned[:5], 1, axis=1)
-    teacher = Evaluation(own.quality, own.cost, turned)
+    teacher = Evaluation(own.quality, own.cost, turned, own.gold)
     assert evaluate(model, DATA, teacher=teacher).quality.agreement == pytest.approx(0.75)
 
 

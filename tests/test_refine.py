@@ -13,7 +13,7 @@ from conftest import newswire
 from setfit_kd import arrays
 from setfit_kd.config import SignalsConfig
 from setfit_kd.data import LabeledSet
-from setfit_kd.models import embed, fit_head, head_proba, new_model, predict_proba
+from setfit_kd.models import at_temperature, embed, fit_head, head_proba, new_model, predict_proba
 from setfit_kd.teacher import refine_and_score
 from setfit_kd.teacher.refinement import NEIGHBOURS, refine
 
@@ -237,8 +237,10 @@ def test_signals_are_the_refined_teachers_on_the_pool_and_then_the_labeled_texts
     assert signals.embeddings.dtype == (np.float16 if large else np.float32)
     tolerance = 2e-3 if large else 1e-5
     np.testing.assert_allclose(signals.embeddings, embed(teacher_body, signals.texts), atol=tolerance)
-    np.testing.assert_array_equal(signals.probabilities, head_proba(refined, signals.embeddings))
-    np.testing.assert_allclose(signals.probabilities, predict_proba(refined, signals.texts), atol=10 * tolerance)
+    meant = at_temperature(signals.probabilities, signals.temperature)
+    np.testing.assert_allclose(meant, head_proba(refined, signals.embeddings), atol=1e-5)
+    np.testing.assert_allclose(meant, predict_proba(refined, signals.texts), atol=10 * tolerance)
+    assert (signals.temperature == 1) is (method == "none")
     if method != "none":
         assert np.abs(signals.probabilities - head_proba(teacher, signals.embeddings)).max() > 0.01
         gold, pool = embed(teacher_body, labeled.texts), embed(teacher_body, POOL)

@@ -1,6 +1,30 @@
-"""Quality and cost of classifiers."""
+"""Quality and cost of classifiers, and how far both can be believed."""
 
+from setfit_kd.evaluation.calibration import (
+    Abstaining,
+    Calibration,
+    abstaining_curve,
+    measure_calibration,
+    threshold_for,
+)
+from setfit_kd.evaluation.intervals import Interval, bootstrap
 from setfit_kd.evaluation.measure import Evaluation, evaluate
 from setfit_kd.evaluation.quality import ClassQuality, Quality, measure_quality
+from setfit_kd.evaluation.texts import read_texts, write_texts
 
-__all__ = ["ClassQuality", "Evaluation", "Quality", "evaluate", "measure_quality"]
+__all__ = [
+    "Abstaining",
+    "Calibration",
+    "ClassQuality",
+    "Evaluation",
+    "Interval",
+    "Quality",
+    "abstaining_curve",
+    "bootstrap",
+    "evaluate",
+    "measure_calibration",
+    "measure_quality",
+    "read_texts",
+    "threshold_for",
+    "write_texts",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,11 @@ import numpy.typing as npt
 from setfit_kd.arrays import load_rows, save_rows
 from setfit_kd.data import LabeledSet, Source, encode_labels, read
 from setfit_kd.errors import DataError
+from setfit_kd.evaluation.calibration import Abstaining, Calibration, measure_calibration, threshold_for
 from setfit_kd.evaluation.cost import Cost, count_parameters, model_megabytes
+from setfit_kd.evaluation.intervals import Interval, bootstrap
 from setfit_kd.evaluation.quality import ClassQuality, Quality, measure_quality
+from setfit_kd.evaluation.texts import class_indices
 from setfit_kd.files import folder_megabytes, whole_folder
 from setfit_kd.memory import Ladder, remembering
 from setfit_kd.models import predict_proba
@@ -36,11 +40,13 @@ class Evaluation:
         quality: How right it is.
         cost: What it takes.
         probabilities: (n, n_classes) float32, what it predicted.
+        gold: (n,) int64, the gold classes.
     """
 
     quality: Quality
     cost: Cost
     probabilities: npt.NDArray[np.float32]
+    gold: npt.NDArray[np.int64]
 
     @property
     def predicted(self) -> npt.NDArray[np.int64]:
@@ -55,8 +61,8 @@ class Evaluation:
         """
         with whole_folder(folder) as part:
             save_rows(self.probabilities, part / _PROBABILITIES, half_if_large=False)
-            about = {"quality": asdict(self.quality), "cost": asdict(self.cost)}
-            (part / _MEASURED).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            about = {"quality": asdict(self.quality), "cost": asdict(self.cost), "gold": self.gold.tolist()}
+            (part / _MEASURED).write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Evaluation:
@@ -69,13 +75,39 @@ class Evaluation:
             about = json.loads((folder / _MEASURED).read_text(encoding="utf-8"))
             classes = {name: ClassQuality(**of) for name, of in about["quality"].pop("classes").items()}
             quality, cost = Quality(**about["quality"], classes=classes), Cost(**about["cost"])
-            return cls(quality, cost, np.array(load_rows(folder / _PROBABILITIES), np.float32))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            probabilities = np.array(load_rows(folder / _PROBABILITIES), np.float32)
+            gold = class_indices(about["gold"], len(classes))
+            if probabilities.shape != (len(gold), len(classes)):
+                raise ValueError("its parts do not belong together")
+            return cls(quality, cost, probabilities, gold)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{folder} holds no whole evaluation ({error}).", hint="Evaluate again.") from None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Quality and cost as plain values for JSON."""
-        return {**asdict(self.quality), **asdict(self.cost)}
+    @cached_property
+    def calibration(self) -> Calibration:
+        """How far its probabilities can be believed."""
+        return measure_calibration(self.probabilities, self.gold)
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """``accuracy`` and ``macro_f1`` with their 95 % intervals."""
+        return bootstrap(self.gold, self.predicted, n_classes=self.probabilities.shape[1])
+
+    def against(self, other: Evaluation) -> dict[str, Interval]:
+        """``accuracy`` and ``macro_f1`` less another classifier's on the same texts, with their 95 % intervals."""
+        return bootstrap(self.gold, self.predicted, n_classes=self.probabilities.shape[1], other=other.predicted)
+
+    def answering(self, target: float) -> Abstaining | None:
+        """The lowest threshold at which its answers are as accurate as the target; see `threshold_for`."""
+        return threshold_for(target, self.probabilities, self.gold)
+
+    def as_dict(self, *, target_accuracy: float | None = None) -> dict[str, Any]:
+        """Everything measured as plain values for JSON; with a target, ``answering`` at that accuracy, too."""
+        if target_accuracy is not None:
+            found = self.answering(target_accuracy)
+            return {**self.as_dict(), "answering": found and asdict(found)}
+        intervals = {f"{name}_interval": [found.low, found.high] for name, found in self.intervals.items()}
+        return {**asdict(self.quality), **intervals, **asdict(self.calibration), **asdict(self.cost)}
 
 
 def evaluate(
@@ -135,4 +167,4 @@ def evaluate(
         texts_per_second=round(len(data) / seconds, 1),
         device=str(ran_on),
     )
-    return Evaluation(quality, cost, probabilities)
+    return Evaluation(quality, cost, probabilities, data.labels)

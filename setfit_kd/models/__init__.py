@@ -13,8 +13,10 @@ from setfit_kd.models.store import (
     save_model,
     with_head,
 )
+from setfit_kd.models.temperature import at_temperature, fit_temperature, held_out_logits, logits, tempered
 
 __all__ = [
+    "at_temperature",
     "checkpointed_layers",
     "classifier_folder",
     "content_hash",
@@ -22,12 +24,15 @@ __all__ = [
     "embed",
     "embed_tokens",
     "fit_head",
+    "fit_temperature",
     "head_proba",
+    "held_out_logits",
     "is_static",
     "load",
     "load_body",
     "load_folder",
     "locate",
+    "logits",
     "n_layers",
     "n_tokens",
     "new_head",
@@ -37,5 +42,6 @@ __all__ = [
     "save_head",
     "save_model",
     "settled_c",
+    "tempered",
     "with_head",
 ]

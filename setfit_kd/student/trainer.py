@@ -16,7 +16,7 @@ from torch import nn
 from setfit_kd.arrays import at_most
 from setfit_kd.config import StudentConfig
 from setfit_kd.data import LabeledSet
-from setfit_kd.models import embed, fit_head, settled_c
+from setfit_kd.models import at_temperature, embed, fit_head, fit_temperature, held_out_logits, settled_c, tempered
 from setfit_kd.objectives import NO_GOLD, PairsObjective, draw_pairs
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.student.early import AgreementStop, hold_out
@@ -129,7 +129,23 @@ class StudentTrainer(DistillationTrainer):
             gold.labels if gold else None,
             seed=self.config.seed,
         )
-        self.model.model_head = fit_head(embeddings, probabilities, weights, C=strength, balance=self.config.balance)
+        head = fit_head(embeddings, probabilities, weights, C=strength, balance=self.config.balance)
+        self.model.model_head = tempered(head, self._temperature(embeddings, probabilities, weights, strength))
+
+    def _temperature(
+        self,
+        embeddings: npt.NDArray[np.floating],
+        probabilities: npt.NDArray[np.float32],
+        weights: npt.NDArray[np.float32],
+        strength: float,
+    ) -> float:
+        """What brings the student's probabilities for held-out texts to what the teacher's mean there."""
+        rows, held_out = held_out_logits(
+            embeddings, probabilities, weights, C=strength, balance=self.config.balance, seed=self.config.seed
+        )
+        soft = rows < len(embeddings) - (len(self._gold_set) if self._gold_set else 0)
+        meant = at_temperature(probabilities[rows[soft]], self.signals.temperature)
+        return fit_temperature(held_out[soft], meant)
 
     @property
     def _gold_set(self) -> LabeledSet | None:

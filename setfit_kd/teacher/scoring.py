@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from setfit_kd.arrays import at_most
 from setfit_kd.config import SignalsConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.memory import remembering
-from setfit_kd.models import embed, head_proba
+from setfit_kd.models import embed, fit_temperature, head_proba, logits, tempered
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.teacher.cache import cached_embed
-from setfit_kd.teacher.refinement import refine
+from setfit_kd.teacher.refinement import MOST_TEXTS, refine
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
@@ -97,7 +99,8 @@ def refine_and_score(
 
     Returns:
         The refined teacher, which shares its body with ``teacher``, and n + m signals: labeled texts are texts like any
-        other to a student, and follow the pool's.
+        other to a student, and follow the pool's. The signals are as sharp as the refinement leaves them, with the
+        temperature that they are meant at; the teacher's own probabilities are at that temperature.
 
     Raises:
         ConfigError: A setting is unknown or out of range.
@@ -116,4 +119,12 @@ def refine_and_score(
         balance=config.balance,
         seed=config.seed,
     )
-    return refined, _signals(refined, texts, embeddings, origin)
+    signals = _signals(refined, texts, embeddings, origin)
+    if refined is teacher:
+        return refined, signals
+    # Sharp labels teach well; what they mean is what the head says that has not heard itself.
+    rows = at_most(np.arange(len(pool)), MOST_TEXTS, seed=[config.seed, 8])
+    sample = np.asarray(embeddings[rows], np.float64)
+    temperature = fit_temperature(logits(refined.model_head, sample), head_proba(teacher, sample))
+    refined.model_head = tempered(refined.model_head, temperature)
+    return refined, replace(signals, temperature=temperature)
