@@ -300,6 +300,12 @@ class RunConfig(DataConfig, TeacherConfig, SignalsConfig, StudentConfig):
     )
     baseline: bool = Field(True, description="Also train the student's body on the labels alone, to compare.")
     output_dir: OutputDir | None = Field(None, description="Folder that the run is written to [runs/NAME].")
+    target_accuracy: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Accuracy wanted of the answers: tells the confidence below which to answer nothing.",
+    )
     overwrite: bool = Field(False, description="Replace an earlier run in the output folder.")
 
     @classmethod

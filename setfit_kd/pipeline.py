@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config import RunConfig
 from setfit_kd.data import RunData, Source, load_run_data
-from setfit_kd.evaluation import Evaluation
+from setfit_kd.evaluation import Evaluation, Interval
 from setfit_kd.journal import Journal
 from setfit_kd.memory import check_device, place, remembering, resolve_device
 from setfit_kd.models import load_body, locate
 from setfit_kd.precision import Precision, check_precision, resolve_precision
+from setfit_kd.report import write_report
 from setfit_kd.runfolder import BASELINE, BASELINES, STUDENT, STUDENTS, TEACHER, RunFolder, recorded, versions
 from setfit_kd.stages import RunStages
 from setfit_kd.student import PreparedStudent, check_pool, locate_student, slugs, student_passes
@@ -59,8 +60,20 @@ class RunResult:
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """Quality and cost by model, as in ``metrics.json``."""
-        return {name: evaluation.as_dict() for name, evaluation in self.evaluations.items()}
+        """Everything measured by model, as in ``metrics.json``; of students, ``against`` the others too."""
+        target = self.config.target_accuracy
+        measured = {name: found.as_dict(target_accuracy=target) for name, found in self.evaluations.items()}
+        for baseline, student in model_names(self.config) if self.evaluations else ():
+            others = {"teacher": TEACHER, "baseline": baseline}
+            measured[student]["against"] = {
+                called: {figure: asdict(found) for figure, found in self._difference(student, name).items()}
+                for called, name in others.items()
+                if name in self.evaluations
+            }
+        return measured
+
+    def _difference(self, student: str, other: str) -> dict[str, Interval]:
+        return self.evaluations[student].against(self.evaluations[other])
 
 
 def distill(
@@ -200,6 +213,7 @@ def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) 
             models[name] = students[source]
         evaluations: dict[str, Evaluation] = {}
         if data.evaluation:
+            stages.keep_texts(data.evaluation)
             for name, model in models.items():
                 evaluations[name] = stages.evaluation(name, model, data.evaluation, evaluations.get(TEACHER))
         output_dir = folder.path if folder else None
@@ -208,10 +222,13 @@ def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) 
         if folder:
             folder.finish(
                 result.metrics,
+                students={source: name for source, (_, name) in zip(config.student, model_names(config), strict=True)},
+                evaluated=list(evaluations),
                 data=data.report.as_dict(),
                 seconds=journal.seconds,
                 out_of_memory=journal.out_of_memory,
             )
+            write_report(folder.path)
         for student in students.values():
             place(student.model_body, resolve_device(config.device), phase="Handing over student")
     return result

@@ -27,7 +27,8 @@ CONFIG, METRICS, RUN, LOG = "config.yaml", "metrics.json", "run.json", "run.log"
 TEACHER, BASELINE, STUDENT, SIGNALS = "teacher", "baseline", "student", "signals"
 BASELINES, STUDENTS = "baselines", "students"
 EVALUATION, CHECKPOINTS = "evaluation", "checkpoints"
-RESULTS = (METRICS,)
+REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"
+RESULTS = (METRICS, REPORT_HTML, REPORT_MARKDOWN)
 """What is made of the stages' results at the end."""
 _MODELS = (TEACHER, BASELINE, BASELINES, STUDENT, STUDENTS)
 _CONTENTS = (CONFIG, RUN, LOG, *RESULTS, *_MODELS, SIGNALS, EVALUATION, CHECKPOINTS)

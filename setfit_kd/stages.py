@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from setfit_kd.config import RunConfig, SignalsConfig, StudentConfig, TeacherConfig
 from setfit_kd.data import LabeledSet, RunData
-from setfit_kd.evaluation import Evaluation, evaluate
+from setfit_kd.evaluation import Evaluation, evaluate, write_texts
 from setfit_kd.files import whole_folder
 from setfit_kd.journal import Journal, fingerprint
 from setfit_kd.memory import place, resolve_device
@@ -162,6 +162,11 @@ class RunStages:
             return prepared.make(teacher.model_body, self.data.pool)
         with _placed(teacher, self.device, "Making student"):
             return prepared.make(teacher.model_body, self.data.pool)
+
+    def keep_texts(self, data: LabeledSet) -> None:
+        """Write what is evaluated on into the run's folder, for its report."""
+        if self.journal.folder is not None:
+            write_texts(data, self.journal.folder.path / EVALUATION)
 
     def evaluation(self, name: str, model: SetFitModel, data: LabeledSet, teacher: Evaluation | None) -> Evaluation:
         """How good a model is, and what it costs.

@@ -17,7 +17,7 @@ from setfit_kd import RunConfig, TeacherSignals, distill, evaluate, load, train_
 from setfit_kd.config import read_config
 from setfit_kd.data import encode_labels, prepare, read
 from setfit_kd.errors import OutputError
-from setfit_kd.models import load_body, predict_proba
+from setfit_kd.models import at_temperature, load_body, predict_proba
 
 QUALITY = ("accuracy", "macro_f1", "classes", "confusion", "agreement")
 
@@ -35,7 +35,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tin
 
 
 def test_a_run_folder_holds_everything_and_nothing_else(run_folder: Path) -> None:
-    files = {"config.yaml", "metrics.json", "run.json", "run.log", ".lock"}
+    files = {"config.yaml", "metrics.json", "run.json", "run.log", "report.html", "report.md", ".lock"}
     expected = files | {"teacher", "signals", "student", "baseline", "evaluation"}
     assert {path.name for path in run_folder.iterdir()} == expected
 
@@ -44,7 +44,12 @@ def test_metrics_are_complete(run_folder: Path) -> None:
     metrics = json.loads((run_folder / "metrics.json").read_text())
     assert list(metrics) == ["teacher", "baseline", "student"]
     for name, measured in metrics.items():
-        assert set(measured) == {*QUALITY, "parameters", "megabytes", "texts_per_second", "device"}
+        cost = {"parameters", "megabytes", "texts_per_second", "device"}
+        believed = {"ece", "brier", "reliability", "accuracy_interval", "macro_f1_interval"}
+        against = {"against"} if name == "student" else set()
+        assert set(measured) == {*QUALITY, *cost, *believed, *against}
+        low, high = measured["accuracy_interval"]
+        assert low <= measured["accuracy"] <= high
         assert 0 <= measured["accuracy"] <= 1
         assert sum(map(sum, measured["confusion"])) == 200
         assert set(measured["classes"]) == {"World", "Sports", "Business", "Sci/Tech"}
@@ -85,7 +90,8 @@ def test_the_signals_are_the_teachers_word_on_the_pool(run_folder: Path) -> None
     signals = TeacherSignals.load(run_folder / "signals")
     teacher = load(run_folder / "teacher", device="cpu")
     assert len(signals) == 568 + 32  # the labeled texts follow the pool
-    np.testing.assert_allclose(signals.probabilities, predict_proba(teacher, signals.texts), atol=1e-5)
+    meant = at_temperature(signals.probabilities, signals.temperature)
+    np.testing.assert_allclose(meant, predict_proba(teacher, signals.texts), atol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_metrics(run_folder: Path, tiny_teacher: Path, tiny_student: Path) -> None:

@@ -130,9 +130,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runfolder": GROUND,
     "journal": {"errors", "memory", "runfolder", "training"},
     "stages": STAGE | {"teacher", "student", "evaluation", "runfolder", "journal"},
-    "pipeline": STAGE | {"student", "teacher", "evaluation", "runfolder", "journal", "stages"},
+    "report": GROUND | {"data", "evaluation", "runfolder"},
+    "pipeline": STAGE | {"student", "teacher", "evaluation", "runfolder", "journal", "stages", "report"},
     "cli": STAGE
-    | {"hub", "teacher", "evaluation", "runfolder", "pipeline", "classifiers", "predictions", "speed", "export"},
+    | {
+        "hub",
+        "teacher",
+        "evaluation",
+        "runfolder",
+        "pipeline",
+        "classifiers",
+        "predictions",
+        "speed",
+        "export",
+        "report",
+    },
     "__main__": {"cli"},
 }
 """Which rooms a room may import from: data moves one way, and no two rooms know each other."""

@@ -8,10 +8,12 @@ import click
 
 from setfit_kd import __version__
 from setfit_kd.cli.benchmark import benchmark
+from setfit_kd.cli.compare import compare
 from setfit_kd.cli.doctor import doctor
 from setfit_kd.cli.evaluate import evaluate
 from setfit_kd.cli.export import export
 from setfit_kd.cli.predict import predict
+from setfit_kd.cli.report import report
 from setfit_kd.cli.run import run
 from setfit_kd.errors import OutOfMemoryError, SetFitKDError
 from setfit_kd.memory import first_line, is_out_of_memory
@@ -52,5 +54,5 @@ def main() -> None:
     """
 
 
-for command in (run, predict, evaluate, export, benchmark, doctor):
+for command in (run, predict, evaluate, report, compare, export, benchmark, doctor):
     main.add_command(command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,16 +11,20 @@ from setfit_kd.cli.options import given, setting_options, verbosity_options
 from setfit_kd.config import RunConfig
 from setfit_kd.errors import ConfigError
 
+if TYPE_CHECKING:
+    from setfit_kd.evaluation import Abstaining
+
 
 @click.command()
 @click.argument("model", metavar="RUN_OR_MODEL")
-@setting_options("eval", "text_column", "label_column", "device", "cpu_fallback", "encode_batch_size")
+@setting_options("eval", "text_column", "label_column", "device", "cpu_fallback", "encode_batch_size",
+                 "target_accuracy")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print everything measured as JSON.")
 @click.option("--trust-pickle", is_flag=True, help="Load a pickled head of somebody else's; it may run any code.")
 @verbosity_options
 def evaluate(model: str, as_json: bool, trust_pickle: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
     """Measure a classifier on labeled texts: quality, size and speed."""
-    from setfit_kd.cli.screen import evaluation_table, rows_table, screen, show
+    from setfit_kd.cli.screen import evaluation_table, rows_table, say, screen, show
     from setfit_kd.data import encode_labels, read
     from setfit_kd.evaluation import evaluate as evaluate_model
     from setfit_kd.memory import remembering
@@ -36,7 +40,8 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, quiet: bool, verbose
             classifier, encode_labels(rows, classifier.labels), encode_batch_size=config.encode_batch_size
         )
         if as_json:
-            click.echo(json.dumps(evaluation.as_dict(), indent=2, ensure_ascii=False))
+            told = evaluation.as_dict(target_accuracy=config.target_accuracy)
+            click.echo(json.dumps(told, indent=2, ensure_ascii=False))
             return
         show(results, evaluation_table({model: evaluation}))
         results.print()
@@ -45,3 +50,17 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, quiet: bool, verbose
             for name, quality in evaluation.quality.classes.items()
         ]
         show(results, rows_table(("class", "precision", "recall", "F1", "texts"), classes))
+        results.print()
+        calibration = evaluation.calibration
+        say(results, f"Calibration error {calibration.ece:.1%}, Brier score {calibration.brier:.3f}.")
+        if config.target_accuracy is not None:
+            say(results, _told_of(evaluation.answering(config.target_accuracy), config.target_accuracy))
+
+
+def _told_of(found: Abstaining | None, target: float) -> str:
+    if found is None:
+        return f"No threshold makes the answers {target:.1%} accurate."
+    return (
+        f"{target:.1%} accurate with --threshold {found.threshold:.9g}, which "
+        f"{found.coverage:.1%} of the texts have; 95 % interval {found.low:.1%} to {found.high:.1%}."
+    )

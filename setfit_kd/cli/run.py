@@ -114,9 +114,9 @@ def _print_result(result: RunResult, results: Console) -> None:
         results.print()
     seconds = sum(result.seconds.values())
     if len(result.students) == 1:
-        say(results, f"Took {seconds:.0f} s. The student is in {result.output_dir}/student; to use it:")
+        say(results, f"Took {seconds:.0f} s. The report is {result.output_dir}/report.html. To use the student:")
         say(results, f'  setfit-kd predict {result.output_dir} "..."')
         return
-    say(results, f"Took {seconds:.0f} s. The students are in {result.output_dir}/students; to use one:")
+    say(results, f"Took {seconds:.0f} s. The report is {result.output_dir}/report.html. To use a student:")
     first = model_names(result.config)[0][1]
     say(results, f'  setfit-kd predict {result.output_dir}/{first} "..."')

@@ -69,9 +69,10 @@ def say(console: Console, text: str) -> None:
 
 
 def show(console: Console, table: Table) -> None:
-    """Print a table as wide as its rows are, be the screen narrower: headings are broken, figures never."""
+    """Print a table as wide as its rows are, be the screen narrower: headings break between words, figures never."""
     for column in table.columns:
-        column.min_width = max((cell_len(str(cell)) for cell in column.cells), default=0)
+        kept_whole = [*map(str, column.cells), *str(column.header).split()]
+        column.min_width = max(map(cell_len, kept_whole), default=0)
     least = sum((column.min_width or 0) + 2 for column in table.columns)
     console.print(table, width=max(console.width, least), crop=False)
 
@@ -80,7 +81,7 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
     """One row a model: quality first, then cost."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("")
-    for heading in ("accuracy", "macro-F1", "agrees with teacher", "parameters", "MB", "texts/s"):
+    for heading in ("accuracy", "interval", "macro-F1", "agrees with teacher", "parameters", "MB", "texts/s"):
         table.add_column(heading, justify="right")
     for name, evaluation in evaluations.items():
         quality, cost = evaluation.quality, evaluation.cost
@@ -88,6 +89,7 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
         table.add_row(
             Text(name),
             f"{quality.accuracy:.1%}",
+            f"{100 * evaluation.intervals['accuracy'].low:.1f}-{100 * evaluation.intervals['accuracy'].high:.1f}",
             f"{quality.macro_f1:.1%}",
             agreement,
             f"{cost.parameters / 1e6:.1f} M",

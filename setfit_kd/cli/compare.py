@@ -1,0 +1,45 @@
+"""``setfit-kd compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from setfit_kd.report import ComparedModel
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+def compare(runs: tuple[Path, ...]) -> None:
+    """Show the teachers and students of several runs side by side.
+
+    The difference is to the first run's first student, in points of accuracy with a 95 % interval; it is left out for
+    runs that were evaluated on other texts.
+    """
+    from rich.console import Console
+
+    from setfit_kd.cli.screen import rows_table, show
+    from setfit_kd.report import compare as compare_runs
+
+    headings = ("run", "model", "accuracy", "difference", "macro-F1", "calibration error", "MB", "texts/s")
+    show(Console(), rows_table(headings, [_row(model) for model in compare_runs(runs)]))
+
+
+def _row(model: ComparedModel) -> tuple[Any, ...]:
+    of, difference = model.evaluation, ""
+    if model.difference is not None:
+        value, low, high = (100 * x for x in (model.difference.value, model.difference.low, model.difference.high))
+        difference = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    return (
+        str(model.run),
+        model.name,
+        f"{of.quality.accuracy:.1%}",
+        difference,
+        f"{of.quality.macro_f1:.1%}",
+        f"{of.calibration.ece:.1%}",
+        f"{of.cost.megabytes:.1f}",
+        f"{of.cost.texts_per_second:,.0f}",
+    )

@@ -1,0 +1,56 @@
+"""Several runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from setfit_kd.errors import DataError
+from setfit_kd.evaluation import Evaluation, Interval, read_texts
+from setfit_kd.report.account import read_account
+from setfit_kd.runfolder import EVALUATION, TEACHER
+
+
+@dataclass(frozen=True)
+class ComparedModel:
+    """A teacher or a student of one of the runs.
+
+    Attributes:
+        run: The run's folder.
+        name: What the model is called there.
+        evaluation: How good it is.
+        difference: Accuracy less that of the first run's first student, with its 95 % interval; None for that student
+            itself, and where the two were evaluated on other texts.
+    """
+
+    run: Path
+    name: str
+    evaluation: Evaluation
+    difference: Interval | None
+
+
+def compare(runs: Sequence[str | Path]) -> list[ComparedModel]:
+    """The teachers and students of several runs, in the order given.
+
+    Raises:
+        DataError: One of them is no finished run, or was not evaluated.
+    """
+    compared: list[ComparedModel] = []
+    reference: tuple[Evaluation, list[str]] | None = None
+    for account in map(read_account, runs):
+        if not account.students:
+            raise DataError(
+                f"The run in {account.folder} was not evaluated.", hint="Compare runs that were given --eval."
+            )
+        texts = read_texts(account.folder / EVALUATION).texts
+        if reference is None:
+            reference = account.students[0].evaluation, texts
+        same = texts == reference[1] and np.array_equal(account.students[0].evaluation.gold, reference[0].gold)
+        students = {student.name: student.evaluation for student in account.students}
+        for name, of in {TEACHER: account.evaluations[TEACHER], **students}.items():
+            difference = of.against(reference[0])["accuracy"] if same and of is not reference[0] else None
+            compared.append(ComparedModel(account.folder, name, of, difference))
+    return compared

@@ -1,0 +1,147 @@
+"""Plots as SVG whose colours are the page's own, so that one drawing is right in light, in dark and on paper."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from setfit_kd.evaluation import Evaluation
+
+_MOST_POINTS, _LEAST_SHOWN = 500, 0.02
+"""Points of a curve that are drawn; and the share of answers below which their accuracy tells of nothing but chance."""
+_INK, _FAINT = "#010101", "#020202"
+_SERIES = [f"#0300{number:02x}" for number in range(1, 7)]
+_PAGE_COLOURS = {
+    _INK: "var(--ink)",
+    _FAINT: "var(--line)",
+    **{colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)},
+}
+"""Colours that are drawn with, and what the page calls them."""
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _FAINT,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "lines.linewidth": 1.8,
+}
+
+
+def pareto(evaluations: Mapping[str, Evaluation]) -> str:
+    """Accuracy with its interval against texts a second, a dot a model, its area the size on disk."""
+    with _figure("Accuracy against speed") as (figure, axes):
+        largest = max(of.cost.megabytes for of in evaluations.values())
+        for name, of in evaluations.items():
+            colour, accuracy = _colour(name, list(evaluations)), of.intervals["accuracy"]
+            speed = of.cost.texts_per_second
+            axes.vlines(speed, 100 * accuracy.low, 100 * accuracy.high, color=colour, linewidth=1.2)
+            area = 25 + 400 * of.cost.megabytes / largest
+            axes.scatter(speed, 100 * accuracy.value, s=area, color=colour, alpha=0.75, linewidth=0)
+            axes.plot([], [], "o", color=colour, label=f"{name}, {of.cost.megabytes:.0f} MB")
+        axes.set_xscale("log")
+        axes.margins(x=0.15, y=0.15)
+        axes.set(xlabel="texts a second", ylabel="accuracy, %")
+        return _svg(figure)
+
+
+def reliability(evaluations: Mapping[str, Evaluation], names: Sequence[str]) -> str:
+    """Accuracy against confidence, a line a model; on the diagonal, probabilities mean what they say."""
+    with _figure("Reliability") as (figure, axes):
+        axes.plot([0, 1], [0, 1], color=_FAINT, linestyle="--")
+        for name, of in evaluations.items():
+            # A bin of a few texts tells of nothing but chance.
+            bins = [found for found in of.calibration.reliability if found.texts >= max(5, len(of.gold) / 200)]
+            axes.plot(
+                [found.confidence for found in bins],
+                [found.accuracy for found in bins],
+                color=_colour(name, names),
+                marker="o",
+                markersize=4,
+                label=f"{name}, error {of.calibration.ece:.1%}",
+            )
+        axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
+        return _svg(figure)
+
+
+def abstaining(curves: Mapping[str, npt.NDArray[np.floating]], names: Sequence[str]) -> str:
+    """Accuracy of the answers against the share of texts that are answered: (k, 3) of each model."""
+    with _figure("Accuracy of the answers") as (figure, axes):
+        for name, curve in curves.items():
+            shown = curve[curve[:, 1] >= _LEAST_SHOWN]
+            shown = shown[np.linspace(0, len(shown) - 1, min(len(shown), _MOST_POINTS)).astype(int)]
+            axes.plot(100 * shown[:, 1], 100 * shown[:, 2], color=_colour(name, names), label=name)
+        axes.set(xlabel="texts answered, most confident first, %", ylabel="accuracy of the answers, %", xlim=(0, 101))
+        return _svg(figure)
+
+
+def training(losses: Mapping[str, Sequence[float]]) -> str:
+    """Loss by step, each training relative to its first steps."""
+    with _figure("Training") as (figure, axes):
+        for name, curve in losses.items():
+            steps = np.linspace(1, len(curve), min(len(curve), _MOST_POINTS)).astype(int)
+            axes.plot(steps, np.array(_smoothed(curve))[steps - 1], color=_colour(name, list(losses)), label=name)
+        axes.set(xlabel="step", ylabel="loss")
+        return _svg(figure)
+
+
+def _colour(name: str, names: Sequence[str]) -> str:
+    """A model's colour, the same in every drawing that has been given the same names."""
+    return _SERIES[names.index(name) % len(_SERIES)]
+
+
+def _smoothed(curve: Sequence[float], *, weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its beginning; short curves are left as they are."""
+    if len(curve) < 50:
+        return list(curve)
+    mean, smooth = 0.0, []
+    for step, loss in enumerate(curve, 1):
+        mean = weight * mean + (1 - weight) * loss
+        smooth.append(mean / (1 - weight**step))
+    return smooth
+
+
+@contextmanager
+def _figure(title: str) -> Iterator[tuple[Figure, Axes]]:
+    """A figure outside matplotlib's own list of them, and its axes."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    # Salted by the title: no two drawings on a page share an id, and the same data give the same file.
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure = Figure(figsize=(5.0, 4.2), layout="constrained")
+        yield figure, figure.subplots()
+
+
+def _svg(figure: Figure) -> str:
+    out = StringIO()
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    drawing = out.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    for drawn, named in _PAGE_COLOURS.items():
+        drawing = drawing.replace(drawn, named)
+    # The page's width decides; the height follows.
+    return re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", drawing, count=1)

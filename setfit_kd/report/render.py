@@ -1,0 +1,321 @@
+"""A run's account as HTML, as Markdown and as a model card."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from setfit_kd.report import plots
+from setfit_kd.report.account import Account, StudentAccount, Told, curves
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from setfit_kd.evaluation import Evaluation
+
+MOST_CHARACTERS = 600
+"""Longest piece of a text that is shown."""
+MOST_CLASSES = 20
+"""Above so many, confusions are listed in place of a matrix."""
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~!$&])")
+# Control characters, and those that turn the direction of all that follows.
+_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings, and rows of as many cells."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+def html(account: Account) -> str:
+    """The report as one page that needs nothing else."""
+    drawings = {}
+    if account.evaluations:
+        names = list(account.evaluations)
+        drawings = {
+            "pareto": plots.pareto(account.evaluations),
+            "reliability": plots.reliability(account.compared, names),
+            "abstaining": plots.abstaining(curves(account), names),
+        }
+    if account.losses:
+        drawings["training"] = plots.training(account.losses)
+    return _environment().get_template("report.html").render(**_told(account), plots=drawings)
+
+
+def markdown(account: Account) -> str:
+    """The report as Markdown, without its plots."""
+    return _environment().get_template("report.md").render(**_told(account))
+
+
+def card(account: Account, source: str) -> str:
+    """A model card for one student, by the name that the settings give it."""
+    student = next((one for one in account.students if one.source == source), None)
+    teacher, base = account.config.teacher, _hub_name(source)
+    about = (
+        f"A SetFit model over the classes {', '.join(account.labels)}, distilled by setfit-kd from {teacher}, "
+        f"which was fine-tuned on {account.about['data']['labeled']:,} labeled texts and labeled "
+        f"{account.about['data']['pool']:,} more."
+        if account.labels
+        else f"A SetFit model distilled by setfit-kd from {teacher}."
+    )
+    told: dict[str, Any] = {
+        "title": "Distilled text classifier",
+        "about": about,
+        "base_model": base,
+        "dataset": account.config.eval or "the evaluation set",
+        "metrics": None,
+        "comparison": None,
+    }
+    if student is not None:
+        quality = student.evaluation.quality
+        told["metrics"] = {"accuracy": round(quality.accuracy, 4), "macro_f1": round(quality.macro_f1, 4)}
+        told["comparison"] = _comparison(account)
+        told["comparison_note"] = _comparison_note(account)
+    return _environment().get_template("card.md").render(**told)
+
+
+def _hub_name(source: str) -> str | None:
+    """The hub's name of a student that is a model of its own."""
+    return source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else None
+
+
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("setfit_kd.report"),
+        autoescape=lambda name: (name or "").endswith(".html"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(cell=_cell, text=_cell, yaml=lambda value: json.dumps(value, ensure_ascii=False))
+    return environment
+
+
+def _cell(value: Any) -> str:
+    """Any value as text that Markdown shows as it is, in a table's cell or elsewhere."""
+    return _MARKDOWN.sub(r"\\\1", _shortened(str(value)))
+
+
+def _shortened(text: str) -> str:
+    """A text on one line, cut where it is too long to be read, without characters that disturb others."""
+    line = " ".join(_UNSHOWN.sub(" ", text[: 4 * MOST_CHARACTERS]).split())
+    return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 1] + "…"
+
+
+def _told(account: Account) -> dict[str, Any]:
+    """What the templates tell, as plain values."""
+    config, about = account.config, account.about
+    told: dict[str, Any] = {
+        "title": f"Distilled: {_shortened(account.folder.absolute().name)}",
+        "subtitle": f"Teacher {config.teacher}; {'student' if len(config.student) == 1 else 'students'} "
+        f"{', '.join(config.student)}. setfit-kd {about['versions'].get('setfit-kd', '')}, seed {config.seed}.",
+        "verdict": verdict(account),
+        "comparison": None,
+        "students": [],
+        "matrices": [],
+        "out_of_memory": _out_of_memory(about),
+        "usage": [_usage(account, source) for source in config.student],
+        "data": _data(about),
+        "settings": config.to_yaml().strip(),
+        "versions": Table(("", "version"), list(about["versions"].items())),
+    }
+    if not account.evaluations:
+        return told
+    alone = len(account.students) == 1
+    return {
+        **told,
+        "comparison": _comparison(account),
+        "comparison_note": _comparison_note(account),
+        "calibration": _calibration(account),
+        "students": [_student(student, alone=alone) for student in account.students],
+        "matrices": [_matrix(name, of, account.labels) for name, of in account.evaluations.items()],
+    }
+
+
+def verdict(account: Account) -> str:
+    """What is lost and what is gained, in a sentence or two."""
+    if not account.students:
+        return "Nothing was measured: there was no evaluation set."
+    best = max(account.students, key=lambda student: student.evaluation.quality.accuracy)
+    teacher = account.evaluations["teacher"]
+    of = best.evaluation
+    name = "The student" if len(account.students) == 1 else f"The best student, {best.name},"
+    faster = of.cost.texts_per_second / teacher.cost.texts_per_second
+    smaller = teacher.cost.megabytes / of.cost.megabytes
+    sentence = (
+        f"{name} is right on {of.quality.accuracy:.1%} of the texts, "
+        f"{_compared(best.against['teacher'], 'its teacher')}, at {faster:,.1f} times the speed and "
+        f"{_times(smaller)} the size."
+    )
+    if "baseline" in best.against:
+        sentence += f" It is {_compared(best.against['baseline'], 'the same body trained on the labels alone')}."
+    return sentence
+
+
+def _times(smaller: float) -> str:
+    return f"1/{smaller:,.1f} of" if smaller >= 1 else f"{1 / smaller:,.1f} times"
+
+
+def _compared(against: dict[str, Any], other: str) -> str:
+    found = against["accuracy"]
+    points = 100 * found.value
+    if abs(points) < 0.05:
+        return f"as {other} is"
+    word = "above" if points > 0 else "below"
+    chance = "" if found.low > 0 or found.high < 0 else ", within chance"
+    interval = f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
+    return f"{abs(points):.1f} points {word} {other} (95 % interval {interval}{chance})"
+
+
+def _comparison(account: Account) -> Table:
+    teacher = account.evaluations["teacher"].cost
+    headings = ("", "accuracy", "95 %", "macro F1", "as teacher", "parameters", "MB", "texts/s", "to teacher")
+    rows = []
+    for name, of in account.evaluations.items():
+        accuracy = of.intervals["accuracy"]
+        rows.append(
+            (
+                name,
+                f"{of.quality.accuracy:.1%}",
+                f"{accuracy.low:.1%} to {accuracy.high:.1%}",
+                f"{of.quality.macro_f1:.1%}",
+                "" if of.quality.agreement is None else f"{of.quality.agreement:.1%}",
+                f"{of.cost.parameters / 1e6:.1f} M",
+                f"{of.cost.megabytes:.1f}",
+                f"{of.cost.texts_per_second:,.0f}",
+                f"{of.cost.texts_per_second / teacher.texts_per_second:.1f}",
+            )
+        )
+    return Table(headings, rows)
+
+
+def _comparison_note(account: Account) -> str:
+    teacher = account.evaluations["teacher"]
+    return (
+        f"{len(teacher.gold):,} texts, on {teacher.cost.device}. The baseline is the student's body trained on the "
+        "labels alone; as teacher: texts with the teacher's label. Intervals are of a bootstrap over the texts."
+    )
+
+
+def _calibration(account: Account) -> Table:
+    headings = ("", "calibration error", "Brier score", "mean confidence", "accuracy")
+    rows = [
+        (
+            name,
+            f"{of.calibration.ece:.1%}",
+            f"{of.calibration.brier:.3f}",
+            f"{of.probabilities.max(axis=1).mean():.1%}",
+            f"{of.quality.accuracy:.1%}",
+        )
+        for name, of in account.evaluations.items()
+    ]
+    return Table(headings, rows)
+
+
+def _student(student: StudentAccount, *, alone: bool) -> dict[str, Any]:
+    named = "" if alone else f" ({student.name})"
+    classes = [
+        (name, f"{of.precision:.1%}", f"{of.recall:.1%}", f"{of.f1:.1%}", f"{of.support:,}")
+        for name, of in student.evaluation.quality.classes.items()
+    ]
+    thresholds = [
+        (f"{target:.1%}", f"{found.threshold:.9g}", f"{found.coverage:.1%}", f"{found.low:.1%} to {found.high:.1%}")
+        if found
+        else (f"{target:.1%}", "none reaches it", "", "")
+        for target, found in student.thresholds.items()
+    ]
+    return {
+        "name": student.name,
+        "differences": [
+            f"{student.name if not alone else 'Student'} and {other}: "
+            f"{_signed(of['accuracy'])} points of accuracy, {_signed(of['macro_f1'])} of macro F1."
+            for other, of in student.against.items()
+        ],
+        "classes": Table(("class", "precision", "recall", "F1", "texts"), classes),
+        "thresholds_title": f"Answering only when sure{named}",
+        "thresholds": Table(("accuracy wanted", "threshold", "texts answered", "95 % of the accuracy"), thresholds),
+        "disagreements_title": f"Where student and teacher disagree most{named}",
+        "disagreements": [_shown_text(one) for one in student.disagreements],
+        "errors_title": f"The most confident errors{named}",
+        "errors": [_shown_text(one) for one in student.errors],
+    }
+
+
+def _signed(interval: Any) -> str:
+    return f"{100 * interval.value:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
+
+
+def _shown_text(told: Told) -> dict[str, Any]:
+    return {
+        "text": _shortened(told.text),
+        "gold": told.gold,
+        "student": told.student,
+        "student_confidence": f"{told.confidence:.0%}",
+        "teacher": told.teacher,
+        "teacher_confidence": f"{told.teacher_confidence:.0%}",
+    }
+
+
+def _matrix(name: str, of: Evaluation, labels: Sequence[str]) -> dict[str, Any]:
+    counts = np.array(of.quality.confusion)
+    off = counts.copy()
+    np.fill_diagonal(off, 0)
+    places = [divmod(int(place), len(labels)) for place in np.argsort(-off, axis=None, kind="stable")[:MOST_CLASSES]]
+    confusions = Table(
+        ("gold", "predicted", "texts"), [(labels[g], labels[p], int(off[g, p])) for g, p in places if off[g, p]]
+    )
+    if len(labels) > MOST_CLASSES:
+        return {"name": name, "rows": None, "confusions": confusions, "plain": confusions}
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    rows = [
+        {
+            "label": label,
+            "cells": [(f"{counts[g, p]:,}", f"{0.75 * share[g, p]:.2f}") for p in range(len(labels))],
+        }
+        for g, label in enumerate(labels)
+    ]
+    plain = Table(("gold \\ predicted", *labels), [(label, *counts[g].tolist()) for g, label in enumerate(labels)])
+    return {"name": name, "labels": labels, "rows": rows, "plain": plain}
+
+
+def _out_of_memory(about: dict[str, Any]) -> Table | None:
+    events = about.get("out_of_memory") or []
+    rows = [
+        (
+            event["phase"],
+            "" if event["step"] is None else event["step"],
+            f"{event['from']['texts']} texts on {event['from']['device']}",
+            f"{event['to']['texts']} texts on {event['to']['device']}",
+        )
+        for event in events
+    ]
+    return Table(("phase", "step", "failed with", "went on with"), rows) if rows else None
+
+
+def _data(about: dict[str, Any]) -> Table:
+    data = about.get("data", {})
+    rows: list[tuple[str, str]] = [(f"{name.replace('_', ' ')} texts", f"{count:,}") for name, count in data.items()]
+    rows += [(f"{stage}, seconds", f"{seconds:,.1f}") for stage, seconds in about.get("seconds", {}).items()]
+    rows += [("device", about.get("device", "")), ("precision", about.get("precision", {}).get("name", ""))]
+    return Table(("", ""), rows)
+
+
+def _usage(account: Account, source: str) -> str:
+    student = next((one for one in account.students if one.source == source), None)
+    place = f"{account.folder}/{student.folder}" if student and "/" in student.folder else str(account.folder)
+    return (
+        f'setfit-kd predict {place} "..."\n'
+        f"setfit-kd export {place} --output-dir bundle\n\n"
+        "from setfit_kd import load\n"
+        f'load({place!r}).predict(["..."])'
+    )

@@ -1,0 +1,25 @@
+"""Writing a run's report into its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from setfit_kd.files import write_whole
+from setfit_kd.report.account import Account, read_account
+from setfit_kd.report.render import card, html, markdown
+from setfit_kd.runfolder import REPORT_HTML, REPORT_MARKDOWN
+
+
+def write_report(folder: str | Path) -> Account:
+    """Write ``report.html``, ``report.md`` and each student's model card anew, from what the run's folder holds.
+
+    Raises:
+        DataError: There is no finished run, or it cannot be read.
+        OutputError: They cannot be written.
+    """
+    account = read_account(folder)
+    write_whole(account.folder / REPORT_HTML, html(account))
+    write_whole(account.folder / REPORT_MARKDOWN, markdown(account))
+    for source, place in account.places.items():
+        write_whole(account.folder / place / "README.md", card(account, source))
+    return account
