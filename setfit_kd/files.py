@@ -125,15 +125,15 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             part.unlink()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole, over an earlier one, or not at all.
+def write_whole(path: Path, text: str, *, elsewhere: str = "choose another --output-dir") -> None:
+    """Write a text file whole, over an earlier one, or not at all; ``elsewhere`` as in `writing`.
 
     Raises:
         OutputError: It cannot be written.
     """
     part = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
-        with writing(path):
+        with writing(path, elsewhere=elsewhere):
             part.write_text(text, encoding="utf-8")
             part.replace(path)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -199,6 +201,8 @@ def made_run(
         "evaluated": list(right),
         "data": {"labeled": 6, "pool": 1234, "evaluation": n},
         "seconds": {"teacher": 1.5},
+        "device": "cpu",
+        "precision": {"name": "fp32", "speedup": None},
         "out_of_memory": [],
     }
     (folder / "run.json").write_text(json.dumps(about), "utf-8")
@@ -222,7 +226,7 @@ class Page(HTMLParser):
 
     VOID = frozenset({"meta", "link", "br", "hr", "img", "input", "col", "wbr", "source"})
     HEADINGS: Mapping[str, int] = {"h1": 0, "h2": 1, "h3": 2, "summary": 2}
-    PIECES = (*HEADINGS, "title", "p", "li", "pre", "td", "th", "text")
+    PIECES = (*HEADINGS, "title", "p", "li", "pre", "td", "th", "text", "li")
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -264,8 +268,8 @@ class Page(HTMLParser):
         self.elements.append((tag, given))
 
     def _label(self) -> str:
-        figure = next(attributes for tag, attributes in reversed(self.elements) if tag == "figure")
-        return figure["aria-label"] if "figure" in self.opened and figure.get("role") == "img" else ""
+        around = next(attributes for tag, attributes in reversed(self.elements) if tag == "div")
+        return around["aria-label"] if "figure" in self.opened and around.get("role") == "img" else ""
 
     def handle_data(self, data: str) -> None:
         if self.opened and self.opened[-1] == "style":
@@ -282,7 +286,7 @@ class Page(HTMLParser):
         level = self.HEADINGS.get(tag)
         if tag == "title":
             self.title = text
-        elif tag == "text":
+        elif tag in ("text", "li"):
             self.drawings[-1]["text"] = f"{self.drawings[-1].get('text', '')}\n{text.strip()}"
         elif level is not None:
             self._heading = ("", "") if level == 0 else (text, "") if level == 1 else (self._heading[0], text)
@@ -818,7 +822,8 @@ def test_hostile_names_of_folders_and_models_are_shown_as_they_are(tmp_path: Pat
         title, subtitle, _ = sections["", ""].paragraphs
         assert title == f"Distilled: {called}"
         assert subtitle.startswith(f"Teacher {name}; student static:8.")
-        assert any(f'setfit-kd predict {folder} "..."' in code for code in sections["How to use the student", ""].code)
+        place = shlex.quote(str(folder))
+        assert any(f'setfit-kd predict {place} "..."' in code for code in sections["How to use the student", ""].code)
         assert f"from {name}, which" in plain((folder / "student" / "README.md").read_text("utf-8"))
 
 
@@ -982,6 +987,7 @@ def holding(name: str, content: bytes) -> Change:
 
 NO_RUN = "There is no run in ", "Name the folder of a run."
 DAMAGED = "run.json cannot be read", "Run anew."
+OF_ANOTHER_KIND = ("run.json is not of a run that this version can tell of", "setfit-kd run --resume {}")
 NOT_MEASURED = "holds no whole evaluation", "Evaluate again."
 NO_TEXTS = "texts.jsonl cannot be read", "Evaluate the run again."
 
@@ -996,9 +1002,9 @@ NO_TEXTS = "texts.jsonl cannot be read", "Evaluate the run again."
                      "setfit-kd run --resume {}", id="unfinished"),
         pytest.param(halved("run.json"), *DAMAGED, id="half an account"),
         pytest.param(holding("run.json", b""), *DAMAGED, id="empty account"),
-        pytest.param(holding("run.json", b"[1, 2]"), *DAMAGED, id="account of another kind"),
+        pytest.param(holding("run.json", b"[1, 2]"), *OF_ANOTHER_KIND, id="account of another kind"),
         pytest.param(holding("run.json", b"\xff\xfe\0"), *DAMAGED, id="account that is no text"),
-        pytest.param(lambda folder: tell(folder, stages=None), *DAMAGED, id="account without stages"),
+        pytest.param(lambda folder: tell(folder, stages=None), *OF_ANOTHER_KIND, id="account without stages"),
         pytest.param(holding("config.yaml", b"a: [b"), "is not valid YAML", "Write one",
                      id="settings that are no YAML"),
         pytest.param(holding("config.yaml", b"nonsense: 1"), "nonsense: is not a setting", "There are: ",
@@ -1243,3 +1249,167 @@ def test_on_paper_everything_is_there(browser: Browser, two: Path) -> None:
     shown_there = "h1, h2, h3, p, figure svg, figcaption, table:not(details *), pre:not(details *)"
     assert all(min(box) > 0 for box in browser.ask(BOXES.format(shown_there)))
     assert browser.ask(f"[...document.querySelectorAll('{shown_there}')].every(e => e.checkVisibility())")
+
+
+def made(folder: Path, *students: str, right: int = 40, **settings: Any) -> Path:
+    from setfit_kd.config import RunConfig
+    from setfit_kd.pipeline import model_names
+
+    names = [name for pair in model_names(RunConfig.of(student=list(students))) for name in pair]
+    return made_run(folder, {"teacher": 50, **dict.fromkeys(names, right)}, n=60, student=list(students), **settings)
+
+
+def written(folder: Path) -> Path:
+    result = report(folder)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return folder
+
+
+def test_no_two_elements_of_the_page_share_an_id(two: Path) -> None:
+    ids = Counter(attributes["id"] for _, attributes in read_page(two).elements if "id" in attributes)
+    assert [name for name, n in ids.items() if n > 1] == []
+
+
+def test_on_paper_settings_and_versions_are_shown_too(browser: Browser, two: Path) -> None:
+    browser.open(two / PAGE, width=800, media="print")
+    assert browser.ask("[...document.querySelectorAll('details > *')].every(e => e.checkVisibility())")
+
+
+def test_legends_of_real_models_names_are_not_cut_off(browser: Browser, tmp_path: Path) -> None:
+    names = (
+        "sentence-transformers/paraphrase-MiniLM-L3-v2",
+        "layers:0,2,5@sentence-transformers/paraphrase-mpnet-base-v2",
+    )
+    folder = written(made(tmp_path / "run", *names))
+    browser.open(folder / PAGE)
+    assert browser.ask(CUT_OFF) == []
+
+
+def test_a_long_name_does_not_make_the_page_wider_than_the_screen(browser: Browser, tmp_path: Path) -> None:
+    folder = written(made(tmp_path / ("n" * 80), "static:8"))
+    browser.open(folder / PAGE, width=390)
+    assert browser.ask("[innerWidth, document.documentElement.scrollWidth <= innerWidth]") == [390, True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_called_teacher_does_not_take_the_teachers_place(tmp_path: Path, kind: str) -> None:
+    folder = written(made(tmp_path / "run", "models/teacher", "static:8"))
+    rows = told_in(folder, kind)["Comparison", ""].tables[0][1:]
+    assert len(rows) == 5
+    assert rows[0][1] == "83.3%"  # 50 of 60; the students are right on 40
+
+
+def test_a_student_whose_name_begins_with_an_underscore_is_in_the_legends(tmp_path: Path) -> None:
+    folder = written(made(tmp_path / "run", "models/_mine", "static:8"))
+    for drawing in read_page(folder).drawings[:3]:
+        assert "_mine" in drawing["text"]
+
+
+def test_names_in_other_scripts_give_no_warnings(tmp_path: Path) -> None:
+    written(made(tmp_path / "run", "models/学生", "static:8"))
+
+
+def test_many_students_can_be_drawn(tmp_path: Path) -> None:
+    written(made(tmp_path / "run", *(f"org/a-student-{i}" for i in range(20))))
+
+
+@pytest.mark.parametrize("student", ["./mine", "../mine", "models/mine"])
+def test_a_folder_is_no_base_model(tmp_path: Path, student: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / student).mkdir(parents=True, exist_ok=True)
+    folder = made_run(tmp_path / "run", CARD_OF, n=60, student=student, baseline=False)
+    assert "base_model" not in header(card(read_account(folder), student))
+
+
+@pytest.mark.parametrize("name", ["a\x7fb.csv", "a\x9bb.csv", "a\ufffeb.csv"])
+def test_a_cards_header_holds_odd_characters(tmp_path: Path, name: str) -> None:
+    folder = made_run(tmp_path / "run", CARD_OF, n=60, eval=name, baseline=False)
+    assert header(card(read_account(folder), "static:8"))["model-index"][0]["results"][0]["dataset"]["name"] == name
+
+
+def test_the_lines_to_use_a_student_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "my run", CARD_OF, n=60, baseline=False)
+    [code] = read_markdown(markdown(read_account(folder)))["How to use the student", ""].code
+    predict, export, *_ = code.splitlines()
+    assert shlex.split(predict)[2] == shlex.split(export)[2] == str(folder)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [{"evaluated": None}, {"versions": None}, {"data": None}, {"stages": []}, {"stages": {"teacher": {}}},
+     {"students": []}, {"students": {"static:8": "students/gone"}}, {"versions": []}, {"precision": "fp32"},
+     {"out_of_memory": [{}]}, {"data": []}],
+    ids=str,
+)  # fmt: skip
+def test_an_account_that_is_not_whole_is_told_of_and_nothing_is_written(copied: Path, what: dict[str, Any]) -> None:
+    about = {**read_json(copied / "run.json"), **what}
+    (copied / "run.json").write_text(json.dumps({key: value for key, value in about.items() if value is not None}))
+    before = tree(copied)
+    result = report(copied)
+    assert (result.exit_code, isinstance(result.exception, SystemExit)) == (2, True), repr(result.exception)
+    assert tree(copied) == before
+
+
+def test_texts_that_are_not_those_of_the_evaluations_are_told_of(copied: Path) -> None:
+    path = copied / "evaluation" / "texts.jsonl"
+    about, *rows = path.read_text("utf-8").splitlines(keepends=True)
+    told = json.loads(about)
+    path.write_text("".join([json.dumps({**told, "label_names": [*told["label_names"], "more"]}) + "\n", *rows]))
+    assert isinstance(report(copied).exception, SystemExit)
+
+
+def test_control_characters_of_labels_do_not_reach_the_page(tmp_path: Path) -> None:
+    folder = written(
+        made_run(tmp_path / "run", CARD_OF, n=60, labels=["a\0b", "c\u202ed", "L" * 20_000], baseline=False)
+    )
+    source = (folder / PAGE).read_text("utf-8")
+    assert not re.search("[\0-\x08\x0b-\x1f\u202a-\u202e]", source)
+    assert len(source) < 300_000
+
+
+def test_a_card_names_its_teacher_however_many_classes_there_are(tmp_path: Path) -> None:
+    labels = [f"a class called {i}" for i in range(60)]
+    folder = made_run(tmp_path / "run", CARD_OF, n=60, labels=labels, baseline=False)
+    assert "distilled by setfit-kd from org/teacher" in plain(card(read_account(folder), "static:8"))
+
+
+def test_markdown_tells_version_and_seed_however_many_students_there_are(tmp_path: Path) -> None:
+    folder = made(tmp_path / "run", *(f"sentence-transformers/some-long-name-of-a-model-{i}" for i in range(12)))
+    assert read_markdown(markdown(read_account(folder)))["", ""].paragraphs[1].endswith("seed 0.")
+
+
+@pytest.mark.parametrize("setting", [("legend.fontsize", 30), ("xtick.labelsize", 30), ("savefig.bbox", "tight")])
+def test_a_users_own_style_of_drawing_does_not_change_the_page(two: Path, setting: tuple[str, Any]) -> None:
+    import matplotlib as mpl
+
+    before = (two / PAGE).read_bytes()
+    with mpl.rc_context(dict([setting])):
+        changed = written(two)
+    after = (changed / PAGE).read_bytes()
+    written(two)
+    assert after == before
+
+
+def test_a_model_has_one_colour_in_all_drawings(two: Path) -> None:
+    found: dict[str, set[str]] = {}
+    entries = re.findall(r'<span style="background: (var\(--series-\d+\))"></span>([^<,]+)', read_page(two).source)
+    assert entries
+    for colour, name in entries:
+        found.setdefault(name, set()).add(colour)
+    assert {name: len(colours) for name, colours in found.items()} == dict.fromkeys(found, 1)
+
+
+def test_a_student_of_no_measurable_size_is_told_of(tmp_path: Path) -> None:
+    costs = {"teacher": (0.5, 100.0), "student": (0.0, 100.0)}
+    written(made_run(tmp_path / "run", CARD_OF, n=60, cost=costs, baseline=False))
+
+
+def test_no_option_is_named_that_the_command_does_not_have(copied: Path) -> None:
+    (copied / PAGE).unlink()
+    (copied / PAGE).mkdir()
+    assert "--output-dir" not in report(copied).stderr
+
+
+def test_the_page_tells_calibration_in_figures_as_markdown_does(two: Path) -> None:
+    page, text = (told_in(two, kind)["Can the probabilities be believed?", ""].tables for kind in KINDS)
+    assert page == text

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from setfit_kd.config import RunConfig, read_config
 from setfit_kd.data import LabeledSet
@@ -19,16 +20,66 @@ MOST_TEXTS = 20
 TARGETS = (0.9, 0.95, 0.99)
 
 
+class _Read(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Tried(_Read):
+    """What was tried where memory ran out."""
+
+    texts: int
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.texts} texts on {self.device}"
+
+
+class OutOfMemoryEvent(_Read):
+    """A step down the ladder."""
+
+    phase: str
+    step: int | None
+    before: Tried = Field(alias="from")
+    after: Tried = Field(alias="to")
+
+
+class Stage(_Read):
+    """What is told of a stage."""
+
+    losses: list[float]
+
+
+class Precision(_Read):
+    """What a run was trained in."""
+
+    name: str
+
+
+class About(_Read):
+    """What ``run.json`` tells of a finished run."""
+
+    finished: Literal[True]
+    versions: dict[str, str]
+    device: str
+    precision: Precision
+    data: dict[str, int]
+    seconds: dict[str, float]
+    stages: dict[str, Stage]
+    students: dict[str, str]
+    evaluated: list[str]
+    out_of_memory: list[OutOfMemoryEvent] = []
+
+
 @dataclass(frozen=True)
 class Told:
-    """A text with its gold label and what two classifiers, or one, say of it."""
+    """A text with its gold label and what student and teacher say of it."""
 
     text: str
     gold: str
     student: str
     confidence: float
-    teacher: str | None = None
-    teacher_confidence: float | None = None
+    teacher: str
+    teacher_confidence: float
 
 
 @dataclass(frozen=True)
@@ -73,7 +124,7 @@ class Account:
 
     folder: Path
     config: RunConfig
-    about: dict[str, Any]
+    about: About
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     students: list[StudentAccount] = field(default_factory=list)
@@ -97,21 +148,22 @@ def read_account(folder: str | Path) -> Account:
     if not (folder / CONFIG).is_file() or not (folder / RUN).is_file():
         raise DataError(f"There is no run in {folder}.", hint="Name the folder of a run.")
     config = RunConfig.of(**read_config(folder / CONFIG))
-    try:
-        about = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        stages: dict[str, Any] = about["stages"]
-        finished, places = about["finished"], about.get("students", {})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / RUN} cannot be read ({error!r}).", hint="Run anew.") from None
-    if not finished:
-        raise DataError(f"The run in {folder} has not come to its end.", hint=f"Go on: setfit-kd run --resume {folder}")
-    losses = {shown(name): told["losses"] for name, told in stages.items() if told["losses"]}
-    evaluations = {name: Evaluation.load(folder / EVALUATION / name) for name in about["evaluated"]}
+    about = _read_about(folder)
+    losses = {shown(name): told.losses for name, told in about.stages.items() if told.losses}
+    evaluations = {name: Evaluation.load(folder / EVALUATION / name) for name in about.evaluated}
     if not evaluations:
-        return Account(folder, config, about, losses=losses, places=places)
+        return Account(folder, config, about, losses=losses, places=about.students)
     data = read_texts(folder / EVALUATION)
+    for name, of in evaluations.items():
+        if list(of.quality.classes) != list(data.label_names) or not np.array_equal(of.gold, data.labels):
+            raise DataError(
+                f"{folder / EVALUATION / name} was measured on other texts than those beside it.",
+                hint=f"Evaluate again: setfit-kd run --resume {folder}",
+            )
+    if TEACHER not in evaluations or not set(about.students.values()) <= set(evaluations):
+        raise DataError(f"{folder / RUN} does not tell of every model.", hint="Run anew.")
     targets = sorted({*TARGETS, *([] if config.target_accuracy is None else [config.target_accuracy])})
-    students = [_student(place, source, evaluations, data, targets) for source, place in places.items()]
+    students = [_student(place, source, evaluations, data, targets) for source, place in about.students.items()]
     return Account(
         folder,
         config,
@@ -120,14 +172,36 @@ def read_account(folder: str | Path) -> Account:
         data.label_names,
         students,
         losses,
-        places,
+        about.students,
     )
+
+
+def _read_about(folder: Path) -> About:
+    try:
+        content = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.get("finished") is False:
+            raise DataError(
+                f"The run in {folder} has not come to its end.", hint=f"Go on: setfit-kd run --resume {folder}"
+            )
+        return About.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"{folder / RUN} is not of a run that this version can tell of ({where}: {first['msg']}).",
+            hint=f"Go through it again: setfit-kd run --resume {folder}",
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{folder / RUN} cannot be read ({error}).", hint="Run anew.") from None
 
 
 def shown(name: str) -> str:
     """What the table calls a model or a training; of several students, their names alone."""
     group, _, slug = name.partition("/")
-    return {BASELINES: f"{slug} (baseline)", STUDENTS: slug}.get(group, name)
+    student = f"{slug} (student)" if slug == TEACHER else slug
+    return {BASELINES: f"{slug} (baseline)", STUDENTS: student}.get(group, name)
 
 
 def _student(

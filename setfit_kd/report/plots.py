@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 
     from setfit_kd.evaluation import Evaluation
 
+N_COLOURS = 10
 _MOST_POINTS, _LEAST_SHOWN = 500, 0.02
 """Points of a curve that are drawn; and the share of answers below which their accuracy tells of nothing but chance."""
 _INK, _FAINT = "#010101", "#020202"
-_SERIES = [f"#0300{number:02x}" for number in range(1, 7)]
+_SERIES = [f"#0300{number:02x}" for number in range(1, N_COLOURS + 1)]
 _PAGE_COLOURS = {
     _INK: "var(--ink)",
     _FAINT: "var(--line)",
@@ -43,34 +45,43 @@ _STYLE: dict[str, Any] = {
     "grid.linewidth": 0.6,
     "xtick.color": _INK,
     "ytick.color": _INK,
-    "legend.frameon": False,
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
     "lines.linewidth": 1.8,
 }
 
 
-def pareto(evaluations: Mapping[str, Evaluation]) -> str:
+@dataclass(frozen=True)
+class Drawing:
+    """A drawing, and what its colours stand for: the page's name of each with a label."""
+
+    svg: str
+    legend: Sequence[tuple[str, str]]
+
+
+def pareto(evaluations: Mapping[str, Evaluation]) -> Drawing:
     """Accuracy with its interval against texts a second, a dot a model, its area the size on disk."""
     with _figure("Accuracy against speed") as (figure, axes):
-        largest = max(of.cost.megabytes for of in evaluations.values())
+        largest = max(1e-9, *(of.cost.megabytes for of in evaluations.values()))
+        legend = []
         for name, of in evaluations.items():
             colour, accuracy = _colour(name, list(evaluations)), of.intervals["accuracy"]
-            speed = of.cost.texts_per_second
+            speed = max(of.cost.texts_per_second, 0.1)
             axes.vlines(speed, 100 * accuracy.low, 100 * accuracy.high, color=colour, linewidth=1.2)
             area = 25 + 400 * of.cost.megabytes / largest
             axes.scatter(speed, 100 * accuracy.value, s=area, color=colour, alpha=0.75, linewidth=0)
-            axes.plot([], [], "o", color=colour, label=f"{name}, {of.cost.megabytes:.0f} MB")
+            legend.append((colour, f"{name}, {of.cost.megabytes:.0f} MB"))
         axes.set_xscale("log")
         axes.margins(x=0.15, y=0.15)
         axes.set(xlabel="texts a second", ylabel="accuracy, %")
-        return _svg(figure)
+        return _drawing(figure, legend)
 
 
-def reliability(evaluations: Mapping[str, Evaluation], names: Sequence[str]) -> str:
+def reliability(evaluations: Mapping[str, Evaluation], names: Sequence[str]) -> Drawing:
     """Accuracy against confidence, a line a model; on the diagonal, probabilities mean what they say."""
     with _figure("Reliability") as (figure, axes):
         axes.plot([0, 1], [0, 1], color=_FAINT, linestyle="--")
+        legend = []
         for name, of in evaluations.items():
             # A bin of a few texts tells of nothing but chance.
             bins = [found for found in of.calibration.reliability if found.texts >= max(5, len(of.gold) / 200)]
@@ -80,36 +91,36 @@ def reliability(evaluations: Mapping[str, Evaluation], names: Sequence[str]) -> 
                 color=_colour(name, names),
                 marker="o",
                 markersize=4,
-                label=f"{name}, error {of.calibration.ece:.1%}",
             )
+            legend.append((_colour(name, names), f"{name}, error {of.calibration.ece:.1%}"))
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
-        return _svg(figure)
+        return _drawing(figure, legend)
 
 
-def abstaining(curves: Mapping[str, npt.NDArray[np.floating]], names: Sequence[str]) -> str:
+def abstaining(curves: Mapping[str, npt.NDArray[np.floating]], names: Sequence[str]) -> Drawing:
     """Accuracy of the answers against the share of texts that are answered: (k, 3) of each model."""
     with _figure("Accuracy of the answers") as (figure, axes):
         for name, curve in curves.items():
             shown = curve[curve[:, 1] >= _LEAST_SHOWN]
             shown = shown[np.linspace(0, len(shown) - 1, min(len(shown), _MOST_POINTS)).astype(int)]
-            axes.plot(100 * shown[:, 1], 100 * shown[:, 2], color=_colour(name, names), label=name)
+            axes.plot(100 * shown[:, 1], 100 * shown[:, 2], color=_colour(name, names))
         axes.set(xlabel="texts answered, most confident first, %", ylabel="accuracy of the answers, %", xlim=(0, 101))
-        return _svg(figure)
+        return _drawing(figure, [(_colour(name, names), name) for name in curves])
 
 
-def training(losses: Mapping[str, Sequence[float]]) -> str:
+def training(losses: Mapping[str, Sequence[float]], names: Sequence[str]) -> Drawing:
     """Loss by step, each training relative to its first steps."""
     with _figure("Training") as (figure, axes):
         for name, curve in losses.items():
             steps = np.linspace(1, len(curve), min(len(curve), _MOST_POINTS)).astype(int)
-            axes.plot(steps, np.array(_smoothed(curve))[steps - 1], color=_colour(name, list(losses)), label=name)
+            axes.plot(steps, np.array(_smoothed(curve))[steps - 1], color=_colour(name, names))
         axes.set(xlabel="step", ylabel="loss")
-        return _svg(figure)
+        return _drawing(figure, [(_colour(name, names), name) for name in losses])
 
 
 def _colour(name: str, names: Sequence[str]) -> str:
     """A model's colour, the same in every drawing that has been given the same names."""
-    return _SERIES[names.index(name) % len(_SERIES)]
+    return _SERIES[names.index(name) % N_COLOURS]
 
 
 def _smoothed(curve: Sequence[float], *, weight: float = 0.9) -> list[float]:
@@ -129,19 +140,21 @@ def _figure(title: str) -> Iterator[tuple[Figure, Axes]]:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    # Salted by the title: no two drawings on a page share an id, and the same data give the same file.
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
-        figure = Figure(figsize=(5.0, 4.2), layout="constrained")
+    with mpl.rc_context():
+        mpl.rcdefaults()  # whatever the user draws with elsewhere
+        # Salted by the title: no two drawings on a page share an id, and the same data give the same file.
+        mpl.rcParams.update({**_STYLE, "svg.hashsalt": title})
+        figure = Figure(figsize=(5.0, 3.6), layout="constrained")
         yield figure, figure.subplots()
 
 
-def _svg(figure: Figure) -> str:
+def _drawing(figure: Figure, legend: Sequence[tuple[str, str]]) -> Drawing:
     out = StringIO()
-    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    drawing = out.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    referred_to = set(re.findall(r'"#([^"]+)"', svg)) | set(re.findall(r"url\(#([^)]+)\)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in referred_to else "", svg)
     for drawn, named in _PAGE_COLOURS.items():
-        drawing = drawing.replace(drawn, named)
-    # The page's width decides; the height follows.
-    return re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", drawing, count=1)
+        svg = svg.replace(drawn, named)
+    return Drawing(svg, [(_PAGE_COLOURS[colour], label) for colour, label in legend])

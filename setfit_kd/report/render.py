@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from setfit_kd.report import plots
-from setfit_kd.report.account import Account, StudentAccount, Told, curves
+from setfit_kd.report.account import About, Account, StudentAccount, Told, curves
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 MOST_CHARACTERS = 600
 """Longest piece of a text that is shown."""
+MOST_OF_A_NAME = 80
+"""Longest piece of a class's name."""
 MOST_CLASSES = 20
 """Above so many, confusions are listed in place of a matrix."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~!$&])")
@@ -29,10 +33,13 @@ _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\
 
 @dataclass(frozen=True)
 class Table:
-    """Headings, and rows of as many cells."""
+    """Headings, and rows of as many cells; none is longer than is read there."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[Any]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", [[_shortened(str(cell)) for cell in row] for row in self.rows])
 
 
 def html(account: Account) -> str:
@@ -46,7 +53,8 @@ def html(account: Account) -> str:
             "abstaining": plots.abstaining(curves(account), names),
         }
     if account.losses:
-        drawings["training"] = plots.training(account.losses)
+        names = list(dict.fromkeys([*account.evaluations, *account.losses]))
+        drawings["training"] = plots.training(account.losses, names)
     return _environment().get_template("report.html").render(**_told(account), plots=drawings)
 
 
@@ -60,9 +68,9 @@ def card(account: Account, source: str) -> str:
     student = next((one for one in account.students if one.source == source), None)
     teacher, base = account.config.teacher, _hub_name(source)
     about = (
-        f"A SetFit model over the classes {', '.join(account.labels)}, distilled by setfit-kd from {teacher}, "
-        f"which was fine-tuned on {account.about['data']['labeled']:,} labeled texts and labeled "
-        f"{account.about['data']['pool']:,} more."
+        f"A SetFit model over the classes {', '.join(map(_label, account.labels))}, distilled by setfit-kd from "
+        f"{teacher}, which was fine-tuned on {account.about.data.get('labeled', 0):,} labeled texts and labeled "
+        f"{account.about.data.get('pool', 0):,} more."
         if account.labels
         else f"A SetFit model distilled by setfit-kd from {teacher}."
     )
@@ -84,7 +92,8 @@ def card(account: Account, source: str) -> str:
 
 def _hub_name(source: str) -> str | None:
     """The hub's name of a student that is a model of its own."""
-    return source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else None
+    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source, re.ASCII)
+    return source if is_name and not Path(source).exists() else None
 
 
 def _environment() -> Environment:
@@ -97,19 +106,40 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(cell=_cell, text=_cell, yaml=lambda value: json.dumps(value, ensure_ascii=False))
+    environment.filters.update(cell=_cell, text=_text, yaml=_yaml)
     return environment
 
 
+def _yaml(value: str) -> str:
+    """A text in quotes, on one line."""
+    return yaml.safe_dump(value, default_style='"', width=float("inf")).strip()
+
+
+def _text(value: Any) -> str:
+    """Any value as text that Markdown shows as it is, on one line."""
+    return _MARKDOWN.sub(r"\\\1", _one_line(str(value)))
+
+
 def _cell(value: Any) -> str:
-    """Any value as text that Markdown shows as it is, in a table's cell or elsewhere."""
+    """The same, no longer than is read in a table's cell."""
     return _MARKDOWN.sub(r"\\\1", _shortened(str(value)))
 
 
-def _shortened(text: str) -> str:
-    """A text on one line, cut where it is too long to be read, without characters that disturb others."""
-    line = " ".join(_UNSHOWN.sub(" ", text[: 4 * MOST_CHARACTERS]).split())
-    return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 1] + "…"
+def _one_line(text: str) -> str:
+    """A text on one line, without characters that disturb others."""
+    return " ".join(_UNSHOWN.sub(" ", text).split())
+
+
+def _shortened(text: str, most: int = MOST_CHARACTERS) -> str:
+    """A text on one line, cut where it is too long to be read."""
+    line = _one_line(text[: 100 * MOST_CHARACTERS])
+    is_whole = len(line) <= most and len(text) <= 100 * MOST_CHARACTERS
+    return line if is_whole else line[: most - 1] + "…"
+
+
+def _label(name: str) -> str:
+    """A class's name as a table shows it."""
+    return _shortened(name, MOST_OF_A_NAME)
 
 
 def _told(account: Account) -> dict[str, Any]:
@@ -118,7 +148,7 @@ def _told(account: Account) -> dict[str, Any]:
     told: dict[str, Any] = {
         "title": f"Distilled: {_shortened(account.folder.absolute().name)}",
         "subtitle": f"Teacher {config.teacher}; {'student' if len(config.student) == 1 else 'students'} "
-        f"{', '.join(config.student)}. setfit-kd {about['versions'].get('setfit-kd', '')}, seed {config.seed}.",
+        f"{', '.join(config.student)}. setfit-kd {about.versions.get('setfit-kd', '')}, seed {config.seed}.",
         "verdict": verdict(account),
         "comparison": None,
         "students": [],
@@ -127,7 +157,7 @@ def _told(account: Account) -> dict[str, Any]:
         "usage": [_usage(account, source) for source in config.student],
         "data": _data(about),
         "settings": config.to_yaml().strip(),
-        "versions": Table(("", "version"), list(about["versions"].items())),
+        "versions": Table(("", "version"), list(about.versions.items())),
     }
     if not account.evaluations:
         return told
@@ -150,8 +180,8 @@ def verdict(account: Account) -> str:
     teacher = account.evaluations["teacher"]
     of = best.evaluation
     name = "The student" if len(account.students) == 1 else f"The best student, {best.name},"
-    faster = of.cost.texts_per_second / teacher.cost.texts_per_second
-    smaller = teacher.cost.megabytes / of.cost.megabytes
+    faster = of.cost.texts_per_second / max(teacher.cost.texts_per_second, 0.1)
+    smaller = max(teacher.cost.megabytes, 0.1) / max(of.cost.megabytes, 0.1)
     sentence = (
         f"{name} is right on {of.quality.accuracy:.1%} of the texts, "
         f"{_compared(best.against['teacher'], 'its teacher')}, at {faster:,.1f} times the speed and "
@@ -193,7 +223,7 @@ def _comparison(account: Account) -> Table:
                 f"{of.cost.parameters / 1e6:.1f} M",
                 f"{of.cost.megabytes:.1f}",
                 f"{of.cost.texts_per_second:,.0f}",
-                f"{of.cost.texts_per_second / teacher.texts_per_second:.1f}",
+                f"{of.cost.texts_per_second / max(teacher.texts_per_second, 0.1):.1f}",
             )
         )
     return Table(headings, rows)
@@ -225,7 +255,7 @@ def _calibration(account: Account) -> Table:
 def _student(student: StudentAccount, *, alone: bool) -> dict[str, Any]:
     named = "" if alone else f" ({student.name})"
     classes = [
-        (name, f"{of.precision:.1%}", f"{of.recall:.1%}", f"{of.f1:.1%}", f"{of.support:,}")
+        (_label(name), f"{of.precision:.1%}", f"{of.recall:.1%}", f"{of.f1:.1%}", f"{of.support:,}")
         for name, of in student.evaluation.quality.classes.items()
     ]
     thresholds = [
@@ -258,15 +288,16 @@ def _signed(interval: Any) -> str:
 def _shown_text(told: Told) -> dict[str, Any]:
     return {
         "text": _shortened(told.text),
-        "gold": told.gold,
-        "student": told.student,
+        "gold": _label(told.gold),
+        "student": _label(told.student),
         "student_confidence": f"{told.confidence:.0%}",
-        "teacher": told.teacher,
+        "teacher": _label(told.teacher),
         "teacher_confidence": f"{told.teacher_confidence:.0%}",
     }
 
 
 def _matrix(name: str, of: Evaluation, labels: Sequence[str]) -> dict[str, Any]:
+    labels = [_label(name) for name in labels]
     counts = np.array(of.quality.confusion)
     off = counts.copy()
     np.fill_diagonal(off, 0)
@@ -288,34 +319,28 @@ def _matrix(name: str, of: Evaluation, labels: Sequence[str]) -> dict[str, Any]:
     return {"name": name, "labels": labels, "rows": rows, "plain": plain}
 
 
-def _out_of_memory(about: dict[str, Any]) -> Table | None:
-    events = about.get("out_of_memory") or []
+def _out_of_memory(about: About) -> Table | None:
     rows = [
-        (
-            event["phase"],
-            "" if event["step"] is None else event["step"],
-            f"{event['from']['texts']} texts on {event['from']['device']}",
-            f"{event['to']['texts']} texts on {event['to']['device']}",
-        )
-        for event in events
+        (event.phase, "" if event.step is None else event.step, str(event.before), str(event.after))
+        for event in about.out_of_memory
     ]
     return Table(("phase", "step", "failed with", "went on with"), rows) if rows else None
 
 
-def _data(about: dict[str, Any]) -> Table:
-    data = about.get("data", {})
-    rows: list[tuple[str, str]] = [(f"{name.replace('_', ' ')} texts", f"{count:,}") for name, count in data.items()]
-    rows += [(f"{stage}, seconds", f"{seconds:,.1f}") for stage, seconds in about.get("seconds", {}).items()]
-    rows += [("device", about.get("device", "")), ("precision", about.get("precision", {}).get("name", ""))]
+def _data(about: About) -> Table:
+    rows = [(f"{name.replace('_', ' ')} texts", f"{count:,}") for name, count in about.data.items()]
+    rows += [(f"{stage}, seconds", f"{seconds:,.1f}") for stage, seconds in about.seconds.items()]
+    rows += [("device", about.device), ("precision", about.precision.name)]
     return Table(("", ""), rows)
 
 
 def _usage(account: Account, source: str) -> str:
     student = next((one for one in account.students if one.source == source), None)
     place = f"{account.folder}/{student.folder}" if student and "/" in student.folder else str(account.folder)
+    quoted = shlex.quote(place)
     return (
-        f'setfit-kd predict {place} "..."\n'
-        f"setfit-kd export {place} --output-dir bundle\n\n"
+        f'setfit-kd predict {quoted} "..."\n'
+        f"setfit-kd export {quoted} --output-dir bundle\n\n"
         "from setfit_kd import load\n"
         f'load({place!r}).predict(["..."])'
     )

@@ -9,6 +9,8 @@ from setfit_kd.report.account import Account, read_account
 from setfit_kd.report.render import card, html, markdown
 from setfit_kd.runfolder import REPORT_HTML, REPORT_MARKDOWN
 
+_ELSEWHERE = "copy the run to where you may write"
+
 
 def write_report(folder: str | Path) -> Account:
     """Write ``report.html``, ``report.md`` and each student's model card anew, from what the run's folder holds.
@@ -18,8 +20,8 @@ def write_report(folder: str | Path) -> Account:
         OutputError: They cannot be written.
     """
     account = read_account(folder)
-    write_whole(account.folder / REPORT_HTML, html(account))
-    write_whole(account.folder / REPORT_MARKDOWN, markdown(account))
+    write_whole(account.folder / REPORT_HTML, html(account), elsewhere=_ELSEWHERE)
+    write_whole(account.folder / REPORT_MARKDOWN, markdown(account), elsewhere=_ELSEWHERE)
     for source, place in account.places.items():
-        write_whole(account.folder / place / "README.md", card(account, source))
+        write_whole(account.folder / place / "README.md", card(account, source), elsewhere=_ELSEWHERE)
     return account
