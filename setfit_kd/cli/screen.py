@@ -81,7 +81,7 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
     """One row a model: quality first, then cost."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("")
-    for heading in ("accuracy", "interval", "macro-F1", "agrees with teacher", "parameters", "MB", "texts/s"):
+    for heading in ("accuracy", "interval", "macro-F1", "as teacher", "parameters", "MB", "texts/s"):
         table.add_column(heading, justify="right")
     for name, evaluation in evaluations.items():
         quality, cost = evaluation.quality, evaluation.cost
