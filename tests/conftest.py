@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 import setfit_kd
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+# How long an example takes says more of the machine than of the code; a failure shall come back.
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
 
 NEWSWIRE = Path(setfit_kd.__file__).parent / "data" / "newswire"
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 from conftest import FAST, make_body, newswire
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from synthetic import QUICK, few_labels, pool_signals, same, weights
@@ -584,7 +584,6 @@ PRINTABLE = st.characters(exclude_categories=["Cc", "Cs"])
 NAMES = st.lists(st.text(PRINTABLE, min_size=1).filter(str.strip), min_size=1, unique=True)
 
 
-@settings(deadline=None)
 @given(NAMES)
 def test_any_students_read_back_from_yaml(names: list[str]) -> None:
     config = RunConfig.of(student=names)
