@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 120.0
 _MARKER, _BESIDE, _PREFIX = "whole.json", "beside-body.safetensors", "checkpoint-"
 
 
@@ -47,7 +46,7 @@ class Checkpoints:
         seconds: About how long lies between two.
     """
 
-    def __init__(self, folder: Path, *, seconds: float = SECONDS) -> None:
+    def __init__(self, folder: Path, *, seconds: float) -> None:
         self.folder = folder
         self.seconds = seconds
 

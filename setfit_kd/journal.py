@@ -64,10 +64,6 @@ class Journal:
         """Every step down the ladder, in the order of the stages."""
         return [event for told in self.told.values() for event in told["out_of_memory"]]
 
-    def has(self, name: str, inputs: str) -> bool:
-        """Whether a stage has been gone through from these inputs before."""
-        return self.folder is not None and self.folder.stage(name, inputs) is not None
-
     def checkpoints(self, name: str, inputs: str) -> Path | None:
         """Where the training of a stage may keep its state; another folder for other inputs."""
         return None if self.folder is None else self.folder.path / CHECKPOINTS / f"{name.replace('/', '-')}-{inputs}"

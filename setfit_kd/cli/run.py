@@ -99,18 +99,13 @@ def _print_plan(config: RunConfig, results: Console, *, resume: bool) -> None:
     show(results, rows_table(("stage", "texts", "forward passes"), [*rows, ("total", "", total)]))
 
 
-def _shown(name: str) -> str:
-    """A model's name in the table; of several students, their names alone."""
-    group, _, slug = name.partition("/")
-    return {"baselines": f"{slug} (baseline)", "students": slug}.get(group, name)
-
-
 def _print_result(result: RunResult, results: Console) -> None:
     from setfit_kd.cli.screen import evaluation_table, say, show
     from setfit_kd.pipeline import model_names
+    from setfit_kd.report import shown
 
     if result.evaluations:
-        show(results, evaluation_table({_shown(name): found for name, found in result.evaluations.items()}))
+        show(results, evaluation_table({shown(name): found for name, found in result.evaluations.items()}))
         results.print()
     seconds = sum(result.seconds.values())
     if len(result.students) == 1:

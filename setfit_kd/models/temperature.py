@@ -18,8 +18,8 @@ _FOLDS, _MOST_TEXTS = 5, 5_000
 
 def logits(head: Any, embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     """Logits of a logistic regression: (n, d) to (n, n_classes); of two classes, the first's are 0."""
-    found = np.asarray(embeddings, np.float64) @ head.coef_.T + head.intercept_
-    return found if found.shape[1] > 1 else np.column_stack([np.zeros(len(found)), found])
+    found: npt.NDArray[np.float64] = head.decision_function(np.asarray(embeddings, np.float64))
+    return found if found.ndim == 2 else np.column_stack([np.zeros(len(found)), found])
 
 
 def at_temperature(probabilities: npt.NDArray[np.floating], temperature: float) -> npt.NDArray[np.float64]:

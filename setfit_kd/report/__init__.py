@@ -1,8 +1,8 @@
 """What a run has come to, to be read and to be shown."""
 
-from setfit_kd.report.account import Account, read_account
+from setfit_kd.report.account import Account, read_account, shown
 from setfit_kd.report.comparison import ComparedModel, compare
 from setfit_kd.report.render import verdict
 from setfit_kd.report.write import write_report
 
-__all__ = ["Account", "ComparedModel", "compare", "read_account", "verdict", "write_report"]
+__all__ = ["Account", "ComparedModel", "compare", "read_account", "shown", "verdict", "write_report"]

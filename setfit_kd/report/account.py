@@ -89,7 +89,6 @@ class StudentAccount:
     Attributes:
         name: What the table calls it.
         source: What the settings call it.
-        folder: Where it is, in the run's folder.
         evaluation: How good it is.
         against: Differences to the teacher and the baseline, by name and figure.
         thresholds: For each accuracy of `TARGETS`, the threshold that gives it, where one does.
@@ -99,7 +98,6 @@ class StudentAccount:
 
     name: str
     source: str
-    folder: str
     evaluation: Evaluation
     against: dict[str, dict[str, Any]]
     thresholds: dict[float, Abstaining | None]
@@ -119,7 +117,6 @@ class Account:
         labels: Names of the classes.
         students: One a student that was evaluated.
         losses: Loss by step, of each training.
-        places: Where each student is in the run's folder, by the name that the settings give it.
     """
 
     folder: Path
@@ -129,7 +126,6 @@ class Account:
     labels: tuple[str, ...] = ()
     students: list[StudentAccount] = field(default_factory=list)
     losses: dict[str, list[float]] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)
 
     @property
     def compared(self) -> dict[str, Evaluation]:
@@ -152,7 +148,7 @@ def read_account(folder: str | Path) -> Account:
     losses = {shown(name): told.losses for name, told in about.stages.items() if told.losses}
     evaluations = {name: Evaluation.load(folder / EVALUATION / name) for name in about.evaluated}
     if not evaluations:
-        return Account(folder, config, about, losses=losses, places=about.students)
+        return Account(folder, config, about, losses=losses)
     data = read_texts(folder / EVALUATION)
     for name, of in evaluations.items():
         if list(of.quality.classes) != list(data.label_names) or not np.array_equal(of.gold, data.labels):
@@ -172,7 +168,6 @@ def read_account(folder: str | Path) -> Account:
         data.label_names,
         students,
         losses,
-        about.students,
     )
 
 
@@ -233,7 +228,6 @@ def _student(
     return StudentAccount(
         shown(name),
         source,
-        name,
         student,
         against,
         {target: student.answering(target) for target in targets},

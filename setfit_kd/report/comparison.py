@@ -11,7 +11,7 @@ import numpy as np
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation import Evaluation, Interval, read_texts
 from setfit_kd.report.account import read_account
-from setfit_kd.runfolder import EVALUATION, TEACHER
+from setfit_kd.runfolder import EVALUATION
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ def compare(runs: Sequence[str | Path]) -> list[ComparedModel]:
         if reference is None:
             reference = account.students[0].evaluation, texts
         same = texts == reference[1] and np.array_equal(account.students[0].evaluation.gold, reference[0].gold)
-        students = {student.name: student.evaluation for student in account.students}
-        for name, of in {TEACHER: account.evaluations[TEACHER], **students}.items():
+        for name, of in account.compared.items():
             difference = of.against(reference[0])["accuracy"] if same and of is not reference[0] else None
             compared.append(ComparedModel(account.folder, name, of, difference))
     return compared

@@ -154,7 +154,7 @@ def _told(account: Account) -> dict[str, Any]:
         "students": [],
         "matrices": [],
         "out_of_memory": _out_of_memory(about),
-        "usage": [_usage(account, source) for source in config.student],
+        "usage": [_usage(account, place) for place in about.students.values()],
         "data": _data(about),
         "settings": config.to_yaml().strip(),
         "versions": Table(("", "version"), list(about.versions.items())),
@@ -334,9 +334,9 @@ def _data(about: About) -> Table:
     return Table(("", ""), rows)
 
 
-def _usage(account: Account, source: str) -> str:
-    student = next((one for one in account.students if one.source == source), None)
-    place = f"{account.folder}/{student.folder}" if student and "/" in student.folder else str(account.folder)
+def _usage(account: Account, student: str) -> str:
+    # A run of one student is called by its own name.
+    place = f"{account.folder}/{student}" if "/" in student else str(account.folder)
     quoted = shlex.quote(place)
     return (
         f'setfit-kd predict {quoted} "..."\n'

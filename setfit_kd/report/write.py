@@ -22,6 +22,6 @@ def write_report(folder: str | Path) -> Account:
     account = read_account(folder)
     write_whole(account.folder / REPORT_HTML, html(account), elsewhere=_ELSEWHERE)
     write_whole(account.folder / REPORT_MARKDOWN, markdown(account), elsewhere=_ELSEWHERE)
-    for source, place in account.places.items():
+    for source, place in account.about.students.items():
         write_whole(account.folder / place / "README.md", card(account, source), elsewhere=_ELSEWHERE)
     return account
