@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from setfit_kd.errors import InputError
+from setfit_kd.hashing import content_name
 from setfit_kd.memory import remembering
 from setfit_kd.runfolder import BASELINE, BASELINES, CHECKPOINTS, STUDENT, STUDENTS, RunFolder
 from setfit_kd.training import recording
@@ -25,15 +25,15 @@ _KINDS = {STUDENTS: STUDENT, BASELINES: BASELINE}
 
 def fingerprint(*parts: Any) -> str:
     """A name for everything that something is made from: 32 hexadecimal digits, equal for equal parts."""
-    digest = hashlib.sha256()
-    for part in parts:
-        is_list = isinstance(part, list)
-        pieces = part if is_list else [part]  # a large pool is not written out a second time
-        digest.update(f"{is_list} {len(pieces)} ".encode())
-        for piece in pieces:
-            content = json.dumps(piece, sort_keys=True)
-            digest.update(f"{len(content)} {content}".encode())
-    return digest.hexdigest()[:32]
+
+    def pieces() -> Iterator[str]:
+        for part in parts:
+            is_list = isinstance(part, list)
+            yield f"{is_list} {len(part) if is_list else 1}"
+            for piece in part if is_list else [part]:  # a large pool is not written out a second time
+                yield json.dumps(piece, sort_keys=True)
+
+    return content_name(piece.encode() for piece in pieces())
 
 
 class Journal:

@@ -52,6 +52,7 @@ class RunStages:
         self._teacher_key = fingerprint(labeled, content_hash(teacher_body), TeacherConfig.deciding(config))
         self._signals_key = fingerprint(self._teacher_key, self._pool_key, SignalsConfig.deciding(config))
         self._labeled_key = labeled
+        self._evaluation_key = _key_of(data.evaluation) if data.evaluation else ""
         self._keys = {TEACHER: self._signals_key}
 
     def teacher(self) -> SetFitModel:
@@ -190,7 +191,7 @@ class RunStages:
                     description=f"Evaluating {name}",
                 )
 
-        key = fingerprint(self._keys[TEACHER], self._keys[name], _key_of(data))
+        key = fingerprint(self._keys[TEACHER], self._keys[name], self._evaluation_key)
         return self.journal.go_through(
             f"{EVALUATION}/{name}", key, make=make, save=Evaluation.save, load=Evaluation.load
         )

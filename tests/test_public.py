@@ -101,13 +101,14 @@ def rooms(module: str) -> set[str]:
     }
 
 
-GROUND = {"errors", "files", "config", "quiet", "progress", "memory", "arrays"}
+GROUND = {"errors", "files", "hashing", "config", "quiet", "progress", "memory", "arrays"}
 STAGE = GROUND | {"data", "models", "objectives", "signals", "training", "precision"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "quiet": set(),
     "progress": set(),
     "files": {"errors"},
+    "hashing": set(),
     "config": {"errors"},
     "memory": {"errors"},
     "arrays": {"errors", "files"},
@@ -128,7 +129,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "student": STAGE,
     "evaluation": STAGE,
     "runfolder": GROUND,
-    "journal": {"errors", "memory", "runfolder", "training"},
+    "journal": {"errors", "hashing", "memory", "runfolder", "training"},
     "stages": STAGE | {"teacher", "student", "evaluation", "runfolder", "journal"},
     "report": GROUND | {"data", "evaluation", "runfolder"},
     "pipeline": STAGE | {"student", "teacher", "evaluation", "runfolder", "journal", "stages", "report"},

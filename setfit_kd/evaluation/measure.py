@@ -103,11 +103,12 @@ class Evaluation:
 
     def as_dict(self, *, target_accuracy: float | None = None) -> dict[str, Any]:
         """Everything measured as plain values for JSON; with a target, ``answering`` at that accuracy, too."""
+        intervals = {f"{name}_interval": [found.low, found.high] for name, found in self.intervals.items()}
+        measured = {**asdict(self.quality), **intervals, **asdict(self.calibration), **asdict(self.cost)}
         if target_accuracy is not None:
             found = self.answering(target_accuracy)
-            return {**self.as_dict(), "answering": found and asdict(found)}
-        intervals = {f"{name}_interval": [found.low, found.high] for name, found in self.intervals.items()}
-        return {**asdict(self.quality), **intervals, **asdict(self.calibration), **asdict(self.cost)}
+            measured["answering"] = found and asdict(found)
+        return measured
 
 
 def evaluate(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from setfit_kd.arrays import in_parts, load_rows, save_rows
 from setfit_kd.errors import OutputError
 from setfit_kd.files import whole_folder
+from setfit_kd.hashing import content_name
 from setfit_kd.models import content_hash, embed
 
 if TYPE_CHECKING:
@@ -95,13 +96,9 @@ def _found(path: Path, shape: tuple[int, int | None]) -> npt.NDArray[np.floating
 
 def _name_of(body: SentenceTransformer, texts: Sequence[str], *, normalize: bool) -> str:
     """A name for all that decides the embeddings: the body, the texts, and what computes them."""
-    digest = hashlib.sha256()
     libraries = " ".join(f"{library} {version(library)}" for library in _LIBRARIES)
-    for part in (f"3 {normalize} {body.device.type} {libraries}", content_hash(body), *texts):
-        content = part.encode()
-        digest.update(len(content).to_bytes(8, "big"))
-        digest.update(content)
-    return digest.hexdigest()[:32]
+    parts = chain((f"3 {normalize} {body.device.type} {libraries}", content_hash(body)), texts)
+    return content_name(part.encode() for part in parts)
 
 
 def _entries(folder: Path) -> list[tuple[float, int, Path]]:
