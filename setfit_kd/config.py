@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from setfit_kd.errors import ConfigError
 
@@ -61,6 +70,7 @@ Names = Annotated[
 OutputDir = Annotated[Path, BeforeValidator(_path)]
 
 
+_MOST_SEEDS = 2**32
 BUNDLE_FORMATS = ("onnx", "onnx-int8", "static")
 IN_BATCH_OBJECTIVES = ("similarity", "embedding", "soft-labels")
 
@@ -133,7 +143,7 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random choice.")
+    seed: int = Field(0, ge=0, lt=_MOST_SEEDS, description="Seed of every random choice.")
     device: Device = Field(
         "auto", description="Where to train and run: auto, cuda, cuda:N, mps or cpu; auto takes the first that works."
     )
@@ -306,7 +316,20 @@ class RunConfig(DataConfig, TeacherConfig, SignalsConfig, StudentConfig):
         le=1,
         description="Accuracy wanted of the answers: tells the confidence below which to answer nothing.",
     )
+    seeds: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="Go through the run so many times, from --seed upwards, each with other draws, and tell mean and "
+        "deviation; the first is the run itself.",
+    )
     overwrite: bool = Field(False, description="Replace an earlier run in the output folder.")
+
+    @model_validator(mode="after")
+    def _seeds_exist(self) -> Self:
+        if self.seed + self.seeds > _MOST_SEEDS:
+            raise ValueError(f"seeds: there is no seed {self.seed + self.seeds - 1}")
+        return self
 
     @classmethod
     def resolve(cls, base: Mapping[str, Any], *layers: Mapping[str, Any]) -> RunConfig:

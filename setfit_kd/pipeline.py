@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config import RunConfig
 from setfit_kd.data import RunData, Source, load_run_data
-from setfit_kd.evaluation import Evaluation, Interval
+from setfit_kd.errors import ConfigError
+from setfit_kd.evaluation import Evaluation, OverSeeds, over_seeds
 from setfit_kd.journal import Journal
 from setfit_kd.memory import check_device, place, remembering, resolve_device
 from setfit_kd.models import load_body, locate
 from setfit_kd.precision import Precision, check_precision, resolve_precision
 from setfit_kd.report import write_report
-from setfit_kd.runfolder import BASELINE, BASELINES, STUDENT, STUDENTS, TEACHER, RunFolder, recorded, versions
+from setfit_kd.runfolder import (
+    BASELINE,
+    CONFIG,
+    SEEDS,
+    STUDENT,
+    STUDENTS,
+    TEACHER,
+    RunFolder,
+    compared_with,
+    recorded,
+    versions,
+)
 from setfit_kd.stages import RunStages
 from setfit_kd.student import PreparedStudent, check_pool, locate_student, slugs, student_passes
 from setfit_kd.teacher import teacher_passes
@@ -41,6 +53,7 @@ class RunResult:
         evaluations: By ``teacher``, ``baseline`` and ``student``, or of several students ``baselines/NAME`` and
             ``students/NAME``; empty without an evaluation set.
         config: The settings.
+        by_seed: Where it was gone through with several seeds, the evaluations of each seed, its own among them.
         seconds: Wall time by stage.
         output_dir: Where the run is, if it was written.
     """
@@ -50,6 +63,7 @@ class RunResult:
     signals: TeacherSignals
     evaluations: dict[str, Evaluation]
     config: RunConfig
+    by_seed: dict[int, dict[str, Evaluation]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     output_dir: Path | None = None
 
@@ -60,20 +74,40 @@ class RunResult:
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """Everything measured by model, as in ``metrics.json``; of students, ``against`` the others too."""
+        """Everything measured by model, as in ``metrics.json``.
+
+        A student's are also told ``against`` the teacher's and the baseline's, and with several seeds each model's
+        ``over_seeds``.
+        """
         target = self.config.target_accuracy
         measured = {name: found.as_dict(target_accuracy=target) for name, found in self.evaluations.items()}
-        for baseline, student in model_names(self.config) if self.evaluations else ():
-            others = {"teacher": TEACHER, "baseline": baseline}
+        for student, others in _compared(self.config, self.evaluations).items():
             measured[student]["against"] = {
-                called: {figure: asdict(found) for figure, found in self._difference(student, name).items()}
-                for called, name in others.items()
-                if name in self.evaluations
+                called: {
+                    figure: asdict(found)
+                    for figure, found in self.evaluations[student].against(self.evaluations[other]).items()
+                }
+                for called, other in others.items()
             }
+        for name, spread in self.over_seeds.items():
+            measured[name]["over_seeds"] = asdict(spread)
         return measured
 
-    def _difference(self, student: str, other: str) -> dict[str, Interval]:
-        return self.evaluations[student].against(self.evaluations[other])
+    @property
+    def over_seeds(self) -> dict[str, OverSeeds]:
+        """What each model comes to over the seeds; nothing for a single one."""
+        if not self.by_seed:
+            return {}
+        return over_seeds(list(self.by_seed.values()), _compared(self.config, self.evaluations))
+
+
+def _compared(config: RunConfig, evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, str]]:
+    """What each evaluated student is compared with: the models' names, by what they are to it."""
+    return {
+        student: {called: other for called, other in compared_with(student).items() if other in evaluations}
+        for student in student_names(config).values()
+        if student in evaluations
+    }
 
 
 def distill(
@@ -149,14 +183,15 @@ def run(
     Raises:
         SetFitKDError: See `distill`.
     """
-    with recorded() as log:
-        inputs = prepare_run(config, labeled=labeled, unlabeled=unlabeled, eval=eval, resume=resume)
+    objects = {"labeled": labeled, "unlabeled": unlabeled, "eval": eval}
+    with recorded() as log, remembering(cpu_fallback=config.cpu_fallback):
+        inputs = prepare_run(config, **objects, resume=resume)
         if config.output_dir is None:
-            return _run_stages(config, inputs, None)
+            return _run_whole(config, objects, inputs, None)
         with RunFolder.locked(config.output_dir):
             folder = (RunFolder.reopen if resume else RunFolder.create)(config, config.output_dir)
             folder.keep_log(log)
-            return _run_stages(config, inputs, folder)
+            return _run_whole(config, objects, inputs, folder)
 
 
 @dataclass(frozen=True)
@@ -189,49 +224,79 @@ def prepare_run(
     data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
     check_pool(len(data.pool), config)
     if data.evaluation is None:
+        if config.seeds > 1:
+            raise ConfigError(
+                f"{config.seeds} seeds tell how much the figures vary, and there is nothing to measure them on.",
+                hint="Name an evaluation set by --eval.",
+            )
         logger.warning("There is no evaluation set: nothing will be measured. Name one by --eval.")
     check_precision(config.precision, resolve_device(config.device))
     teacher_body = load_body(teacher_folder)
     return RunInputs(data, teacher_body, [source.prepare(teacher_body) for source in sources])
 
 
-def _run_stages(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> RunResult:
-    data, journal = inputs.data, Journal(folder)
-    with remembering(cpu_fallback=config.cpu_fallback):
-        settled = _settled(config, inputs, folder)
-        stages = RunStages(settled, data, inputs.teacher_body, journal)
-        teacher, signals = stages.signals(stages.teacher())
-        students: dict[str, SetFitModel] = {}
-        models = {TEACHER: teacher}
-        for source, prepared, (baseline_name, name) in zip(
-            config.student, inputs.students, model_names(config), strict=True
-        ):
-            names = (name, baseline_name if config.baseline and data.evaluation else None)
-            students[source], baseline = stages.student_and_baseline(names, source, prepared, teacher, signals)
-            if baseline is not None:
-                models[baseline_name] = baseline
-            models[name] = students[source]
-        evaluations: dict[str, Evaluation] = {}
-        if data.evaluation:
-            stages.keep_texts(data.evaluation)
-            for name, model in models.items():
-                evaluations[name] = stages.evaluation(name, model, data.evaluation, evaluations.get(TEACHER))
-        output_dir = folder.path if folder else None
-        result = RunResult(students, teacher, signals, evaluations, config, journal.seconds, output_dir)
-        journal.drop_others()
+def _run_whole(
+    config: RunConfig, objects: Mapping[str, Source | None], inputs: RunInputs, folder: RunFolder | None
+) -> RunResult:
+    """The stages, the same with the other seeds, and what is told of them all."""
+    settled, journal = _settled(config, inputs, folder), Journal(folder)
+    result = _run_stages(config, settled, inputs, journal)
+    if config.seeds > 1:
         if folder:
-            folder.finish(
-                result.metrics,
-                students={source: name for source, (_, name) in zip(config.student, model_names(config), strict=True)},
-                evaluated=list(evaluations),
-                data=data.report.as_dict(),
-                seconds=journal.seconds,
-                out_of_memory=journal.out_of_memory,
-            )
-            write_report(folder.path)
-        for student in students.values():
-            place(student.model_body, resolve_device(config.device), phase="Handing over student")
+            folder.reopen_results()
+        result = _with_other_seeds(result, settled, objects)
+    journal.drop_others()
+    if folder:
+        folder.finish(
+            result.metrics,
+            students=student_names(config),
+            evaluated=list(result.evaluations),
+            data=inputs.data.report.as_dict(),
+            seconds=result.seconds,
+            out_of_memory=journal.out_of_memory,
+            seeds=list(result.by_seed),
+        )
+        write_report(folder.path)
+    for student in result.students.values():
+        place(student.model_body, resolve_device(config.device), phase="Handing over student")
     return result
+
+
+def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journal: Journal) -> RunResult:
+    data = inputs.data
+    stages = RunStages(settled, data, inputs.teacher_body, journal)
+    teacher, signals = stages.signals(stages.teacher())
+    students: dict[str, SetFitModel] = {}
+    models = {TEACHER: teacher}
+    for (source, name), prepared in zip(student_names(config).items(), inputs.students, strict=True):
+        baseline_name = compared_with(name)[BASELINE] if config.baseline and data.evaluation else None
+        names = (name, baseline_name)
+        students[source], baseline = stages.student_and_baseline(names, source, prepared, teacher, signals)
+        if baseline_name is not None and baseline is not None:
+            models[baseline_name] = baseline
+        models[name] = students[source]
+    evaluations: dict[str, Evaluation] = {}
+    if data.evaluation:
+        stages.keep_texts(data.evaluation)
+        for name, model in models.items():
+            evaluations[name] = stages.evaluation(name, model, data.evaluation, evaluations.get(TEACHER))
+    output_dir = journal.folder.path if journal.folder else None
+    return RunResult(students, teacher, signals, evaluations, config, seconds=journal.seconds, output_dir=output_dir)
+
+
+def _with_other_seeds(result: RunResult, settled: RunConfig, objects: Mapping[str, Source | None]) -> RunResult:
+    """The result with the evaluations of the same run with the other seeds, each in a folder of its own."""
+    by_seed = {settled.seed: result.evaluations}
+    seconds = 0.0
+    for seed in range(settled.seed + 1, settled.seed + settled.seeds):
+        logger.info("The same with seed %d (%d of %d).", seed, len(by_seed) + 1, settled.seeds)
+        folder = result.output_dir and result.output_dir / SEEDS / str(seed)
+        config = settled.model_copy(update={"seed": seed, "seeds": 1, "output_dir": folder, "overwrite": True})
+        begun = folder is not None and (folder / CONFIG).is_file()
+        other = run(config, **objects, resume=begun)
+        by_seed[seed] = other.evaluations
+        seconds += sum(other.seconds.values())
+    return replace(result, by_seed=by_seed, seconds={**result.seconds, "other seeds": round(seconds, 2)})
 
 
 def _settled(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> RunConfig:
@@ -252,11 +317,11 @@ def _settled(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> 
     return config.model_copy(update={"device": str(device), "precision": precision.name})
 
 
-def model_names(config: RunConfig) -> list[tuple[str, str]]:
-    """What the baseline and the student are called in a run's folder and metrics, for each student."""
+def student_names(config: RunConfig) -> dict[str, str]:
+    """What each student is called in a run's folder and metrics, by its name in the settings."""
     if len(config.student) == 1:
-        return [(BASELINE, STUDENT)]
-    return [(f"{BASELINES}/{slug}", f"{STUDENTS}/{slug}") for slug in slugs(config.student)]
+        return {config.student[0]: STUDENT}
+    return {source: f"{STUDENTS}/{slug}" for source, slug in zip(config.student, slugs(config.student), strict=True)}
 
 
 @dataclass(frozen=True)

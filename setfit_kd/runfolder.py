@@ -26,12 +26,13 @@ from setfit_kd.files import write_whole, writing
 CONFIG, METRICS, RUN, LOG = "config.yaml", "metrics.json", "run.json", "run.log"
 TEACHER, BASELINE, STUDENT, SIGNALS = "teacher", "baseline", "student", "signals"
 BASELINES, STUDENTS = "baselines", "students"
+SEEDS = "seeds"
 EVALUATION, CHECKPOINTS = "evaluation", "checkpoints"
 REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"
 RESULTS = (METRICS, REPORT_HTML, REPORT_MARKDOWN)
 """What is made of the stages' results at the end."""
 _MODELS = (TEACHER, BASELINE, BASELINES, STUDENT, STUDENTS)
-_CONTENTS = (CONFIG, RUN, LOG, *RESULTS, *_MODELS, SIGNALS, EVALUATION, CHECKPOINTS)
+_CONTENTS = (CONFIG, RUN, LOG, *RESULTS, *_MODELS, SIGNALS, EVALUATION, CHECKPOINTS, SEEDS)
 _LOCK, _FORMAT = ".lock", 1
 _HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{8}")
 _PACKAGES = (
@@ -58,6 +59,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def compared_with(student: str) -> dict[str, str]:
+    """What a student is compared with: the models' names in the run's folder, by what they are to it."""
+    group, _, slug = student.partition("/")
+    return {TEACHER: TEACHER, BASELINE: f"{BASELINES}/{slug}" if group == STUDENTS else BASELINE}
 
 
 def default_folder(config: RunConfig) -> Path:
@@ -244,9 +251,8 @@ class RunFolder:
     def forget(self, name: str) -> None:
         """Take out what a stage has made, and what was measured of the run."""
         self.about["stages"].pop(name, None)
-        self.tell(finished=False)
-        for made in (*RESULTS, name):
-            self._remove(made)
+        self.reopen_results()
+        self._remove(name)
 
     def tell(self, **what: Any) -> None:
         """Add to ``run.json``.
@@ -256,6 +262,12 @@ class RunFolder:
         """
         self.about.update(what)
         self.write_json(RUN, self.about)
+
+    def reopen_results(self) -> None:
+        """Take out what was measured of the run: there is more to come."""
+        self.tell(finished=False)
+        for made in RESULTS:
+            self._remove(made)
 
     def finish(self, metrics: Mapping[str, Any], **what: Any) -> None:
         """Write what was measured, and that the run is whole.

@@ -34,10 +34,10 @@ from setfit_kd.config import RunConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.evaluation import Evaluation, measure_quality, read_texts, write_texts
 from setfit_kd.evaluation.cost import Cost
-from setfit_kd.pipeline import model_names
+from setfit_kd.pipeline import student_names
 from setfit_kd.report import read_account, verdict
 from setfit_kd.report.render import card, markdown
-from setfit_kd.runfolder import versions
+from setfit_kd.runfolder import compared_with, versions
 
 PAGE, MARKDOWN = "report.html", "report.md"
 KINDS = (PAGE, MARKDOWN)
@@ -178,7 +178,7 @@ def made_run(
     config = RunConfig.of(**{**sources, "student": "static:8", "teacher": "org/teacher", **settings})
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config.to_yaml(), "utf-8")
-    places = {source: name for source, (_, name) in zip(config.student, model_names(config), strict=True)}
+    places = student_names(config)
     for place in places.values():
         (folder / place).mkdir(parents=True)
     gold = np.arange(n) % len(labels)
@@ -1252,10 +1252,11 @@ def test_on_paper_everything_is_there(browser: Browser, two: Path) -> None:
 
 
 def made(folder: Path, *students: str, right: int = 40, **settings: Any) -> Path:
-    from setfit_kd.config import RunConfig
-    from setfit_kd.pipeline import model_names
-
-    names = [name for pair in model_names(RunConfig.of(student=list(students))) for name in pair]
+    names = [
+        called
+        for name in student_names(RunConfig.of(student=list(students))).values()
+        for called in (compared_with(name)["baseline"], name)
+    ]
     return made_run(folder, {"teacher": 50, **dict.fromkeys(names, right)}, n=60, student=list(students), **settings)
 
 

@@ -96,16 +96,23 @@ def _print_plan(config: RunConfig, results: Console, *, resume: bool) -> None:
     say(results, config.to_yaml())
     rows = [(stage.stage, stage.texts, stage.forward_passes) for stage in stages]
     total = sum(stage.forward_passes for stage in stages)
-    show(results, rows_table(("stage", "texts", "forward passes"), [*rows, ("total", "", total)]))
+    totals = [("total", "", total)]
+    if config.seeds > 1:
+        totals.append((f"over {config.seeds} seeds", "", config.seeds * total))
+    show(results, rows_table(("stage", "texts", "forward passes"), [*rows, *totals]))
 
 
 def _print_result(result: RunResult, results: Console) -> None:
-    from setfit_kd.cli.screen import evaluation_table, say, show
-    from setfit_kd.pipeline import model_names
-    from setfit_kd.report import shown
+    from setfit_kd.cli.screen import evaluation_table, rows_table, say, show
+    from setfit_kd.pipeline import student_names
+    from setfit_kd.report import SPREAD_HEADINGS, shown, spread_cells
 
     if result.evaluations:
         show(results, evaluation_table({shown(name): found for name, found in result.evaluations.items()}))
+        results.print()
+    if result.by_seed:
+        rows = [(shown(name), *spread_cells(found)) for name, found in result.over_seeds.items()]
+        show(results, rows_table((f"{len(result.by_seed)} seeds", *SPREAD_HEADINGS), rows))
         results.print()
     seconds = sum(result.seconds.values())
     if len(result.students) == 1:
@@ -113,5 +120,5 @@ def _print_result(result: RunResult, results: Console) -> None:
         say(results, f'  setfit-kd predict {result.output_dir} "..."')
         return
     say(results, f"Took {seconds:.0f} s. The report is {result.output_dir}/report.html. To use a student:")
-    first = model_names(result.config)[0][1]
+    first = next(iter(student_names(result.config).values()))
     say(results, f'  setfit-kd predict {result.output_dir}/{first} "..."')

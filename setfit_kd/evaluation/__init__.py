@@ -10,6 +10,7 @@ from setfit_kd.evaluation.calibration import (
 from setfit_kd.evaluation.intervals import Interval, bootstrap
 from setfit_kd.evaluation.measure import Evaluation, evaluate
 from setfit_kd.evaluation.quality import ClassQuality, Quality, measure_quality
+from setfit_kd.evaluation.seeds import OverSeeds, Spread, over_seeds
 from setfit_kd.evaluation.texts import read_texts, write_texts
 
 __all__ = [
@@ -18,12 +19,15 @@ __all__ = [
     "ClassQuality",
     "Evaluation",
     "Interval",
+    "OverSeeds",
     "Quality",
+    "Spread",
     "abstaining_curve",
     "bootstrap",
     "evaluate",
     "measure_calibration",
     "measure_quality",
+    "over_seeds",
     "read_texts",
     "threshold_for",
     "write_texts",

@@ -2,7 +2,17 @@
 
 from setfit_kd.report.account import Account, read_account, shown
 from setfit_kd.report.comparison import ComparedModel, compare
-from setfit_kd.report.render import verdict
+from setfit_kd.report.render import SPREAD_HEADINGS, spread_cells, verdict
 from setfit_kd.report.write import write_report
 
-__all__ = ["Account", "ComparedModel", "compare", "read_account", "shown", "verdict", "write_report"]
+__all__ = [
+    "SPREAD_HEADINGS",
+    "Account",
+    "ComparedModel",
+    "compare",
+    "read_account",
+    "shown",
+    "spread_cells",
+    "verdict",
+    "write_report",
+]

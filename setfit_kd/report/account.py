@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from setfit_kd.config import RunConfig, read_config
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation import Abstaining, Evaluation, abstaining_curve, read_texts
-from setfit_kd.runfolder import BASELINE, BASELINES, CONFIG, EVALUATION, RUN, STUDENTS, TEACHER
+from setfit_kd.evaluation import Abstaining, Evaluation, OverSeeds, abstaining_curve, over_seeds, read_texts
+from setfit_kd.runfolder import BASELINES, CONFIG, EVALUATION, RUN, SEEDS, STUDENTS, TEACHER, compared_with
 
 MOST_TEXTS = 20
 TARGETS = (0.9, 0.95, 0.99)
@@ -68,6 +68,7 @@ class About(_Read):
     students: dict[str, str]
     evaluated: list[str]
     out_of_memory: list[OutOfMemoryEvent] = []
+    seeds: list[int] = []
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Account:
         labels: Names of the classes.
         students: One a student that was evaluated.
         losses: Loss by step, of each training.
+        over_seeds: What each model comes to over the seeds that it was made with; empty for a single one.
     """
 
     folder: Path
@@ -126,6 +128,7 @@ class Account:
     labels: tuple[str, ...] = ()
     students: list[StudentAccount] = field(default_factory=list)
     losses: dict[str, list[float]] = field(default_factory=dict)
+    over_seeds: dict[str, OverSeeds] = field(default_factory=dict)
 
     @property
     def compared(self) -> dict[str, Evaluation]:
@@ -168,7 +171,23 @@ def read_account(folder: str | Path) -> Account:
         data.label_names,
         students,
         losses,
+        _over_seeds(folder, about, evaluations),
     )
+
+
+def _over_seeds(folder: Path, about: About, evaluations: dict[str, Evaluation]) -> dict[str, OverSeeds]:
+    if not about.seeds:
+        return {}
+    others = [
+        {name: Evaluation.load(folder / SEEDS / str(seed) / EVALUATION / name) for name in evaluations}
+        for seed in about.seeds[1:]
+    ]
+    compared = {name: _others(name, evaluations) for name in about.students.values()}
+    return {shown(name): of for name, of in over_seeds([evaluations, *others], compared).items()}
+
+
+def _others(student: str, evaluations: dict[str, Evaluation]) -> dict[str, str]:
+    return {called: name for called, name in compared_with(student).items() if name in evaluations}
 
 
 def _read_about(folder: Path) -> About:
@@ -203,10 +222,7 @@ def _student(
     name: str, source: str, evaluations: dict[str, Evaluation], data: LabeledSet, targets: list[float]
 ) -> StudentAccount:
     teacher, student = evaluations[TEACHER], evaluations[name]
-    baseline = evaluations.get(name.replace(STUDENTS, BASELINES, 1) if "/" in name else BASELINE)
-    against = {"teacher": student.against(teacher)}
-    if baseline is not None:
-        against["baseline"] = student.against(baseline)
+    against = {called: student.against(evaluations[other]) for called, other in _others(name, evaluations).items()}
     confidence = student.probabilities.max(axis=1)
     distance = np.abs(student.probabilities - teacher.probabilities).sum(axis=1)
     distance[student.predicted == teacher.predicted] = 0

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 N_COLOURS = 10
 _MOST_POINTS, _LEAST_SHOWN = 500, 0.02
 """Points of a curve that are drawn; and the share of answers below which their accuracy tells of nothing but chance."""
+_MOST_TICKS = 6
 _INK, _FAINT = "#010101", "#020202"
 _SERIES = [f"#0300{number:02x}" for number in range(1, N_COLOURS + 1)]
 _PAGE_COLOURS = {
@@ -71,8 +72,12 @@ def pareto(evaluations: Mapping[str, Evaluation]) -> Drawing:
             area = 25 + 400 * of.cost.megabytes / largest
             axes.scatter(speed, 100 * accuracy.value, s=area, color=colour, alpha=0.75, linewidth=0)
             legend.append((colour, f"{name}, {of.cost.megabytes:.0f} MB"))
+        ticks = _round_numbers(axes.dataLim.x0, axes.dataLim.x1)
         axes.set_xscale("log")
-        axes.margins(x=0.15, y=0.15)
+        axes.margins(y=0.15)
+        axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
+        axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
+        axes.minorticks_off()
         axes.set(xlabel="texts a second", ylabel="accuracy, %")
         return _drawing(figure, legend)
 
@@ -116,6 +121,18 @@ def training(losses: Mapping[str, Sequence[float]], names: Sequence[str]) -> Dra
             axes.plot(steps, np.array(_smoothed(curve))[steps - 1], color=_colour(name, names))
         axes.set(xlabel="step", ylabel="loss")
         return _drawing(figure, [(_colour(name, names), name) for name in losses])
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Few round numbers around a range above 0, for an axis of powers: 1, 2, 5, 10, or 1, 10, 100."""
+    for multiples in ((1, 2, 5), (1,)):
+        steps = [multiple * 10.0**power for power in range(-3, 12) for multiple in multiples]
+        first = max(number for number in steps if number <= low * 1.001)
+        last = min(number for number in steps if number >= high / 1.001)
+        found = [number for number in steps if first <= number <= last]
+        if len(found) <= _MOST_TICKS:
+            break
+    return found
 
 
 def _colour(name: str, names: Sequence[str]) -> str:

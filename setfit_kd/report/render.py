@@ -14,16 +14,18 @@ import yaml
 
 from setfit_kd.report import plots
 from setfit_kd.report.account import About, Account, StudentAccount, Told, curves
+from setfit_kd.runfolder import BASELINE, TEACHER
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from setfit_kd.evaluation import Evaluation
+    from setfit_kd.evaluation import Evaluation, OverSeeds, Spread
 
 MOST_CHARACTERS = 600
 """Longest piece of a text that is shown."""
 MOST_OF_A_NAME = 80
 """Longest piece of a class's name."""
+SPREAD_HEADINGS = ("accuracy", "macro F1", "as teacher", "calibration error", "less teacher", "less baseline")
 MOST_CLASSES = 20
 """Above so many, confusions are listed in place of a matrix."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~!$&])")
@@ -151,6 +153,7 @@ def _told(account: Account) -> dict[str, Any]:
         f"{', '.join(config.student)}. setfit-kd {about.versions.get('setfit-kd', '')}, seed {config.seed}.",
         "verdict": verdict(account),
         "comparison": None,
+        "over_seeds": None,
         "students": [],
         "matrices": [],
         "out_of_memory": _out_of_memory(about),
@@ -166,6 +169,7 @@ def _told(account: Account) -> dict[str, Any]:
         **told,
         "comparison": _comparison(account),
         "comparison_note": _comparison_note(account),
+        "over_seeds": _over_seeds(account),
         "calibration": _calibration(account),
         "students": [_student(student, alone=alone) for student in account.students],
         "matrices": [_matrix(name, of, account.labels) for name, of in account.evaluations.items()],
@@ -189,6 +193,10 @@ def verdict(account: Account) -> str:
     )
     if "baseline" in best.against:
         sentence += f" It is {_compared(best.against['baseline'], 'the same body trained on the labels alone')}."
+    if account.over_seeds:
+        student, of_teacher = (account.over_seeds[name].figures["accuracy"] for name in (best.name, TEACHER))
+        n_seeds = len(account.about.seeds)
+        sentence += f" Over {n_seeds} seeds it has {_spread(student)} %, and its teacher {_spread(of_teacher)} %."
     return sentence
 
 
@@ -235,6 +243,34 @@ def _comparison_note(account: Account) -> str:
         f"{len(teacher.gold):,} texts, on {teacher.cost.device}. The baseline is the student's body trained on the "
         "labels alone; as teacher: texts with the teacher's label. Intervals are of a bootstrap over the texts."
     )
+
+
+def _over_seeds(account: Account) -> dict[str, Any] | None:
+    if not account.over_seeds:
+        return None
+    seeds = account.about.seeds
+    by_seed = [
+        (name, *(f"{value:.1%}" for value in of.figures["accuracy"].values)) for name, of in account.over_seeds.items()
+    ]
+    return {
+        "title": f"Over {len(seeds)} seeds",
+        "table": Table(("", *SPREAD_HEADINGS), [(name, *spread_cells(of)) for name, of in account.over_seeds.items()]),
+        "note": f"Mean ± standard deviation over the seeds {seeds[0]} to {seeds[-1]}, in percent; each has its own "
+        "draws and trainings. The other sections are of the first.",
+        "by_seed": Table(("accuracy with seed", *map(str, seeds)), by_seed),
+    }
+
+
+def spread_cells(of: OverSeeds) -> tuple[str, ...]:
+    """One model's figures over the seeds, as mean ± standard deviation in percent, under `SPREAD_HEADINGS`."""
+    return (
+        *(_spread(of.figures.get(figure)) for figure in ("accuracy", "macro_f1", "agreement", "ece")),
+        *(_spread(of.against.get(other, {}).get("accuracy"), "+") for other in (TEACHER, BASELINE)),
+    )
+
+
+def _spread(of: Spread | None, sign: str = "") -> str:
+    return "" if of is None else f"{100 * of.mean:{sign}.1f} ± {100 * of.std:.1f}"
 
 
 def _calibration(account: Account) -> Table:

@@ -1,0 +1,82 @@
+"""How much of a figure is the luck of a draw: the same models made with several seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from setfit_kd.evaluation.measure import Evaluation
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over several seeds: its mean, its standard deviation (of a sample: over n - 1), and each seed's own."""
+
+    mean: float
+    std: float
+    values: list[float]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of at least two values."""
+        return cls(fmean(values), stdev(values), [float(value) for value in values])
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """What one model comes to over several seeds.
+
+    Attributes:
+        figures: ``accuracy``, ``macro_f1``, ``ece`` and ``brier``; for a student or baseline ``agreement``, too.
+        against: By the name of what it is compared with, ``accuracy`` and ``macro_f1`` less the other's of that seed.
+    """
+
+    figures: dict[str, Spread]
+    against: dict[str, dict[str, Spread]]
+
+    @classmethod
+    def of(cls, evaluations: Sequence[Evaluation], others: Mapping[str, Sequence[Evaluation]]) -> OverSeeds:
+        """One model's evaluations, one a seed, at least two, and those of what it is compared with, by name."""
+        measured = [_figures(one) for one in evaluations]
+        figures = {name: Spread.of([one[name] for one in measured]) for name in measured[0]}
+        against = {
+            called: {
+                name: Spread.of([one[name] - other[name] for one, other in zip(measured, theirs, strict=True)])
+                for name in ("accuracy", "macro_f1")
+            }
+            for called, theirs in ((called, [_figures(one) for one in found]) for called, found in others.items())
+        }
+        return cls(figures, against)
+
+
+def over_seeds(
+    by_seed: Sequence[Mapping[str, Evaluation]], compared_with: Mapping[str, Mapping[str, str]]
+) -> dict[str, OverSeeds]:
+    """Each model of a run that was made with several seeds.
+
+    Args:
+        by_seed: For each seed, the evaluations by the model's name; at least two seeds, with the same models.
+        compared_with: For a student's name, what it is compared with: the model's name by what to call it.
+    """
+
+    def of(name: str) -> list[Evaluation]:
+        return [evaluations[name] for evaluations in by_seed]
+
+    return {
+        name: OverSeeds.of(of(name), {called: of(other) for called, other in compared_with.get(name, {}).items()})
+        for name in by_seed[0]
+    }
+
+
+def _figures(of: Evaluation) -> dict[str, Any]:
+    quality, calibration = of.quality, of.calibration
+    figures = {
+        "accuracy": quality.accuracy,
+        "macro_f1": quality.macro_f1,
+        "agreement": quality.agreement,
+        "ece": calibration.ece,
+        "brier": calibration.brier,
+    }
+    return {name: value for name, value in figures.items() if value is not None}
