@@ -11,10 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import datasets
 import pytest
 from conftest import FAST, newswire
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from standin_hub import StandInHub
 
 from setfit_kd import hub
@@ -206,3 +209,155 @@ def test_weights_that_are_not_there_are_not_made_up(
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         with pytest.raises(ModelError, match="does not load"):
             load_body(locate("org/hollow"))
+
+
+CARD = b"---\nlicense: apache-2.0\n---\n# Tiny\n"
+
+
+@pytest.fixture
+def open_hub(tmp_path: Path) -> Iterator[StandInHub]:
+    """A hub that has nothing yet and takes uploads with a token."""
+    with StandInHub({}, uploads=tmp_path / "uploads") as server:
+        server.token = "hf_right"
+        yield server
+
+
+def client(server: StandInHub, token: str | bool = "hf_right") -> HfApi:
+    return HfApi(endpoint=server.endpoint, token=token)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path.as_posix(): content for path, content in files.items() if path.parts[0] != ".cache"}
+
+
+@pytest.mark.parametrize(("asked", "name"), [("tiny", "me/tiny"), ("org/tiny", "org/tiny")])
+def test_the_stand_in_gives_back_what_was_uploaded(
+    open_hub: StandInHub, tmp_path: Path, tiny_student: Path, asked: str, name: str
+) -> None:
+    weights = tiny_student / "model.safetensors"
+    api = client(open_hub)
+    assert api.create_repo(asked, repo_type="model", private=True).repo_id == name
+    operations = [
+        CommitOperationAdd("README.md", CARD),
+        CommitOperationAdd("deep/er/model.safetensors", weights),
+        CommitOperationAdd("empty.txt", b""),
+    ]
+    commit = api.create_commit(name, operations=operations, commit_message="Upload it", commit_description="All of it")
+    assert [request.replace(name, "NAME") for request in open_hub.requests] == [
+        "POST /api/repos/create",
+        "POST /api/validate-yaml",
+        "POST /api/models/NAME/preupload/main",
+        "POST /api/models/NAME/commit/main",
+    ]
+    assert (open_hub.private, open_hub.commits) == ({f"models/{name}": True}, ["Upload it"])
+    assert commit.oid == api.repo_info(name).sha
+    assert commit.repo_url.repo_id == name
+    expected = {"README.md": CARD, "deep/er/model.safetensors": weights.read_bytes(), "empty.txt": b""}
+    assert files_of(tmp_path / "uploads" / name) == expected
+    api.snapshot_download(name, local_dir=tmp_path / "back")
+    assert files_of(tmp_path / "back") == expected
+
+
+def test_the_stand_in_takes_a_folder_and_its_next_version(
+    open_hub: StandInHub, tmp_path: Path, tiny_student: Path
+) -> None:
+    api, folder = client(open_hub), tmp_path / "mine"
+    shutil.copytree(tiny_student, folder)
+    api.create_repo("tiny", private=False)
+    first = api.upload_folder(repo_id="me/tiny", folder_path=folder, commit_message="First")
+    same = api.upload_folder(repo_id="me/tiny", folder_path=folder, commit_message="The same again")
+    assert first.oid == same.oid
+    (folder / "config.json").rename(folder / "renamed.json")
+    api.upload_folder(repo_id="me/tiny", folder_path=folder, commit_message="Second", delete_patterns="*.json")
+    assert files_of(tmp_path / "uploads/me/tiny") == files_of(folder)
+    gone, other = CommitOperationDelete("renamed.json"), CommitOperationAdd("other.txt", b"other")
+    api.create_commit(
+        "me/tiny", operations=[gone, other], commit_message="Third", parent_commit=api.repo_info("me/tiny").sha
+    )
+    assert "renamed.json" not in files_of(tmp_path / "uploads/me/tiny")
+    with pytest.raises(RemoteEntryNotFoundError):
+        api.create_commit("me/tiny", operations=[gone, CommitOperationAdd("more.txt", b"")], commit_message="Fourth")
+    with pytest.raises(HfHubHTTPError, match="A commit has happened since"):
+        api.create_commit(
+            "me/tiny",
+            operations=[CommitOperationAdd("more.txt", b"")],
+            commit_message="Fifth",
+            parent_commit=first.oid,
+        )
+    assert open_hub.commits == ["First", "Second", "Third"]
+    assert "more.txt" not in files_of(tmp_path / "uploads/me/tiny")
+
+
+def test_the_stand_in_makes_a_repository_once(open_hub: StandInHub) -> None:
+    api = client(open_hub)
+    made = api.create_repo("tiny", private=True)
+    assert api.create_repo("tiny", private=False, exist_ok=True) == made
+    with pytest.raises(HfHubHTTPError, match="already created this model repo") as caught:
+        api.create_repo("me/tiny")
+    assert caught.value.response.status_code == 409
+    assert open_hub.private == {"models/me/tiny": True}
+
+
+@pytest.mark.parametrize(
+    ("token", "message"), [("hf_wrong", "Invalid credentials in Authorization header"), (False, "Invalid username")]
+)
+def test_the_stand_in_asks_for_its_token(open_hub: StandInHub, token: str | bool, message: str) -> None:
+    client(open_hub).create_repo("tiny")
+    api = client(open_hub, token)
+    operations = [CommitOperationAdd("README.md", CARD)]
+    with pytest.raises(HfHubHTTPError, match=message) as caught:
+        api.create_repo("other", exist_ok=True)
+    assert caught.value.response.status_code == 401
+    with pytest.raises(HfHubHTTPError, match=message) as caught:
+        api.create_commit("me/tiny", operations=operations, commit_message="Upload it")
+    assert caught.value.response.status_code == 401
+    assert (list(open_hub.repos), open_hub.commits) == (["models/me/tiny"], [])
+
+
+def test_the_stand_in_can_refuse_a_commit(open_hub: StandInHub, tmp_path: Path) -> None:
+    open_hub.failure = "refused_commit"
+    api = client(open_hub)
+    api.create_repo("tiny")
+    with pytest.raises(HfHubHTTPError, match="create_pr=1") as caught:
+        api.create_commit("me/tiny", operations=[CommitOperationAdd("README.md", CARD)], commit_message="Upload it")
+    assert caught.value.response.status_code == 403
+    assert (open_hub.commits, files_of(tmp_path / "uploads")) == ([], {})
+
+
+@pytest.mark.parametrize(("failure", "status"), [("unauthorized", 401), ("not_found", 404), ("unavailable", 503)])
+def test_the_stand_in_fails_uploads_as_it_does_downloads(open_hub: StandInHub, failure: Any, status: int) -> None:
+    open_hub.failure = failure
+    with pytest.raises(HfHubHTTPError) as caught:
+        client(open_hub).create_repo("tiny")
+    assert caught.value.response.status_code == status
+    assert not open_hub.repos
+
+
+def test_the_stand_in_stalls_uploads(open_hub: StandInHub) -> None:
+    open_hub.failure = "stalled"
+    with pytest.raises(TimeoutError):
+        urlopen(Request(f"{open_hub.endpoint}/api/repos/create", data=b"{}"), timeout=0.2)
+    assert not open_hub.repos
+
+
+def test_the_stand_in_leaves_others_folders_alone(standin: StandInHub, tiny_teacher: Path) -> None:
+    before = files_of(tiny_teacher)
+    with pytest.raises(HfHubHTTPError, match="don't have the rights to create a model"):
+        client(standin).create_repo("tiny")
+    with pytest.raises(HfHubHTTPError, match="403 Forbidden"):
+        client(standin).create_commit(
+            TEACHER, operations=[CommitOperationAdd("config.json", b"{}")], commit_message="Upload it"
+        )
+    assert files_of(tiny_teacher) == before
+
+
+def test_the_stand_in_reads_a_card(open_hub: StandInHub) -> None:
+    api = client(open_hub)
+    api.create_repo("tiny")
+    broken, bare = CommitOperationAdd("README.md", b"---\na: [\n---\n"), CommitOperationAdd("README.md", b"# Tiny\n")
+    with pytest.raises(ValueError, match="Invalid metadata in README"):
+        api.create_commit("me/tiny", operations=[broken], commit_message="Upload it")
+    with pytest.warns(UserWarning, match="empty or missing yaml metadata"):
+        api.create_commit("me/tiny", operations=[bare], commit_message="Upload it")
+    assert api.whoami()["name"] == "me"
