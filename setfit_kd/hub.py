@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +21,26 @@ logger = logging.getLogger(__name__)
 Kind = Literal["model", "dataset"]
 CONTACT_S = 5.0
 STALL_S = 10.0
+UPLOAD_STALL_S = 60.0
 _MODEL_FILES: dict[str, Any] = {
     "allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model", "*.pkl"],
     "ignore_patterns": ["onnx/*", "openvino/*"],
 }
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_revisions: ContextVar[dict[str, str] | None] = ContextVar("revisions", default=None)
+
+
+@contextmanager
+def revisions() -> Iterator[dict[str, str]]:
+    """Within this block, gather the commit of every repository that `snapshot` hands out, by the name asked for."""
+    found: dict[str, str] = {}
+    token = _revisions.set(found)
+    try:
+        yield found
+    finally:
+        _revisions.reset(token)
 
 
 def endpoint() -> str:
@@ -51,6 +69,17 @@ def is_reachable(timeout_s: float = 3.0) -> bool:
         return False
 
 
+def is_name(name: str) -> bool:
+    """Whether this may be ``owner/name`` of a repository."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII) is not None
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """``owner/name@revision`` to its two parts; a revision is a branch, a tag or a commit."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
 def snapshot(name: str, kind: Kind) -> Path:
     """The folder of a hub repository in the local cache, downloaded where it is not there yet.
 
@@ -58,22 +87,31 @@ def snapshot(name: str, kind: Kind) -> Path:
     taken up again the next time.
 
     Args:
-        name: ``owner/name``, or the short name of a canonical data set.
+        name: ``owner/name``, or the short name of a canonical data set; with ``@revision`` of that revision.
         kind: What the repository holds.
 
     Raises:
         UnavailableError: The hub cannot be reached, fails, or breaks off, and there is no whole copy here.
-        InputError: There is no such repository, or it may not be read.
+        InputError: There is no such repository or revision, or it may not be read.
         OutputError: The cache cannot be written.
     """
+    folder = _snapshot(name, kind)
+    gathered = _revisions.get()
+    if gathered is not None and _COMMIT.fullmatch(folder.name):
+        gathered[name] = folder.name
+    return folder
+
+
+def _snapshot(name: str, kind: Kind) -> Path:
     from huggingface_hub import HfApi
 
+    repository, revision = split_revision(name)
     failure: Exception | None = None
     if not is_offline():
         with writing(_cache(), elsewhere="let HF_HOME name another folder for the hub's cache"):
             try:
                 # Asked first, since this call alone takes a time limit and is not repeated.
-                HfApi(endpoint=endpoint()).repo_info(name, repo_type=kind, timeout=CONTACT_S)
+                HfApi(endpoint=endpoint()).repo_info(repository, revision=revision, repo_type=kind, timeout=CONTACT_S)
                 with _bounded_requests():
                     folder = _fetch(name, kind)
                     if kind == "model" and not any(folder.rglob("*.safetensors")):
@@ -119,13 +157,50 @@ def _cache() -> Path:
 def _fetch(name: str, kind: Kind, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
-    options = {**(_MODEL_FILES if kind == "model" else {}), **options}
-    return Path(snapshot_download(name, repo_type=kind, endpoint=endpoint(), cache_dir=_cache(), **options))
+    repository, revision = split_revision(name)
+    options = {**(_MODEL_FILES if kind == "model" else {}), **options, "revision": revision}
+    return Path(snapshot_download(repository, repo_type=kind, endpoint=endpoint(), cache_dir=_cache(), **options))
+
+
+def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, private: bool | None = None) -> str:
+    """Put files into a model repository on the hub, all in one commit; the repository is made where there is none.
+
+    Args:
+        name: ``owner/name``.
+        files: What to upload, by its path in the repository.
+        message: What the commit is called.
+        private: Whether a new repository is only for those who may see it; None leaves it to the owner's settings.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UnavailableError: The hub cannot be reached, or fails; nothing has changed there.
+        InputError: The name is none, or may not be written to.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if is_offline():
+        raise _explain_upload(None, name)
+    operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+    hub = HfApi(endpoint=endpoint())
+    try:
+        with _bounded_requests(UPLOAD_STALL_S):
+            try:
+                hub.create_repo(name, private=private)
+            except HfHubHTTPError as error:
+                if _status(error) != 409:  # there already
+                    raise
+            hub.create_commit(name, operations=operations, commit_message=message)
+    except Exception as error:
+        raise _explain_upload(error, name) from error
+    return f"{endpoint()}/{name}"
 
 
 @contextmanager
-def _bounded_requests() -> Iterator[None]:
-    """Within this block, no request to the hub waits longer than `STALL_S`, and only downloads are repeated often.
+def _bounded_requests(stall_s: float = STALL_S) -> Iterator[None]:
+    """Within this block, no request to the hub waits longer than ``stall_s``, and only downloads are repeated often.
 
     huggingface_hub's listings have no time limit, and its repeats no setting.
     """
@@ -139,7 +214,7 @@ def _bounded_requests() -> Iterator[None]:
         seen[key] += 1
         if seen[key] > (6 if request.method == "GET" and "/resolve/" in str(request.url) else 2):
             raise OfflineModeIsEnabled(f"gave up on {request.url}")
-        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), STALL_S)
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), stall_s)
 
     client = get_session()
     before = client.event_hooks
@@ -175,7 +250,7 @@ def _raise_if_not_the_hubs(error: Exception, name: str) -> None:
         raise error
 
 
-def _reason(error: Exception | None) -> str:
+def _reason(error: Exception | None, what: str = "download from") -> str:
     """What stood in the way, in a clause; None means that the network was not to be asked."""
     if error is None:
         return "HF_HUB_OFFLINE keeps off the hub"
@@ -187,7 +262,7 @@ def _reason(error: Exception | None) -> str:
         return f"no hub answers at {endpoint()} ({error})"
     if "Timeout" in kind:
         return f"the hub at {endpoint()} does not answer in time"
-    return f"the download from {endpoint()} broke off ({kind})"
+    return f"the {what} {endpoint()} broke off ({kind})"
 
 
 def _explain(error: Exception | None, name: str, kind: Kind) -> SetFitKDError:
@@ -199,6 +274,12 @@ def _explain(error: Exception | None, name: str, kind: Kind) -> SetFitKDError:
             f"{what} may not be read, or is not there: the hub at {endpoint()} asks for a login (HTTP {status}).",
             hint="Check the name; if it is private or gated, log in by `hf auth login` or set HF_TOKEN.",
         )
+    if status == 404 and "@" in name and type(error).__name__ == "RevisionNotFoundError":
+        repository, revision = split_revision(name)
+        return InputError(
+            f"{repository!r} on the hub at {endpoint()} has no revision {revision!r}.",
+            hint="Name a branch, a tag or a commit.",
+        )
     if status == 404:
         return InputError(f"{what} is neither here nor on the hub at {endpoint()} (HTTP 404).", hint="Check the name.")
     reason = _reason(error)
@@ -206,3 +287,28 @@ def _explain(error: Exception | None, name: str, kind: Kind) -> SetFitKDError:
     if "broke off" in reason:
         hint = "Run the same command again; what was already whole is kept."
     return UnavailableError(f"{what} is neither a file or folder here nor in the local cache, and {reason}.", hint=hint)
+
+
+def _explain_upload(error: Exception | None, name: str) -> Exception:
+    """What a failed upload means to the user; what does not come from the hub, as it is."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if isinstance(error, HFValidationError):
+        return InputError(f"{name!r} is no name on the hub ({error}).", hint="Name it OWNER/NAME.")
+    status = _status(error)
+    if status in (401, 403, 404):
+        return InputError(
+            f"{name!r} may not be written to: the hub at {endpoint()} answers HTTP {status}.",
+            hint="Log in with a token that may write, by `hf auth login` or HF_TOKEN, and check the owner's name.",
+        )
+    if status is not None and 400 <= status < 500:
+        told = " ".join(str(getattr(error, "server_message", None) or error).split())
+        return InputError(
+            f"The hub at {endpoint()} refuses the upload (HTTP {status}): {told}",
+            hint="Mend what it names and push again; nothing has changed there.",
+        )
+    if error is not None and not isinstance(error, HfHubHTTPError) and not _is_network_error(error):
+        return error
+    return UnavailableError(
+        f"{name!r} was not uploaded: {_reason(error, 'upload to')}.", hint="Nothing has changed there. Try again."
+    )

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from setfit_kd.errors import InputError
 from setfit_kd.hashing import content_name
 from setfit_kd.memory import remembering
-from setfit_kd.runfolder import BASELINE, BASELINES, CHECKPOINTS, STUDENT, STUDENTS, RunFolder
+from setfit_kd.runfolder import BASELINE, BASELINES, CHECKPOINTS, STUDENT, STUDENTS, RunFolder, logged_as
 from setfit_kd.training import recording
 
 T = TypeVar("T")
@@ -89,28 +89,29 @@ class Journal:
         Raises:
             SetFitKDError: As ``make``, ``save`` and ``load``; what can be made and no longer loaded is made again.
         """
-        before = self._before(name, inputs, load)
-        if before is not None:
-            return before
-        if self.folder is not None:
-            self.folder.forget(name)
-        started = time.perf_counter()
-        with remembering() as recoveries, recording() as losses:
-            n_before = len(recoveries)
-            made = make()
-        told: dict[str, Any] = {
-            "inputs": inputs,
-            "seconds": round(time.perf_counter() - started, 2),
-            "out_of_memory": [recovery.as_dict() for recovery in recoveries[n_before:]],
-            "losses": losses,
-        }
-        logger.debug("Stage %s took %.1f s.", name, told["seconds"])
-        self.told[name] = told
-        if self.folder is not None:
-            save(made, self.folder.path / name)
-            self.folder.tell(stages={**self.folder.about["stages"], name: told})
-            self._drop_checkpoints(name, inputs)
-        return made
+        with logged_as(name):
+            before = self._before(name, inputs, load)
+            if before is not None:
+                return before
+            if self.folder is not None:
+                self.folder.forget(name)
+            started = time.perf_counter()
+            with remembering() as recoveries, recording() as losses:
+                n_before = len(recoveries)
+                made = make()
+            told: dict[str, Any] = {
+                "inputs": inputs,
+                "seconds": round(time.perf_counter() - started, 2),
+                "out_of_memory": [recovery.as_dict() for recovery in recoveries[n_before:]],
+                "losses": losses,
+            }
+            logger.debug("Stage %s took %.1f s.", name, told["seconds"])
+            self.told[name] = told
+            if self.folder is not None:
+                save(made, self.folder.path / name)
+                self.folder.tell(stages={**self.folder.about["stages"], name: told})
+                self._drop_checkpoints(name, inputs)
+            return made
 
     def drop_others(self) -> None:
         """Take out of the folder what stages have made that are no part of this run any more."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from setfit_kd import hub
 from setfit_kd.config import RunConfig
 from setfit_kd.data import RunData, Source, load_run_data
 from setfit_kd.errors import ConfigError
@@ -26,6 +27,7 @@ from setfit_kd.runfolder import (
     TEACHER,
     RunFolder,
     compared_with,
+    logged_as,
     recorded,
     versions,
 )
@@ -196,11 +198,12 @@ def run(
 
 @dataclass(frozen=True)
 class RunInputs:
-    """All that a run starts from: clean data, and the bodies as they come."""
+    """All that a run starts from: clean data, the bodies as they come, and the commits of what came from the hub."""
 
     data: RunData
     teacher_body: SentenceTransformer
     students: list[PreparedStudent]
+    revisions: dict[str, str]
 
 
 def prepare_run(
@@ -219,9 +222,10 @@ def prepare_run(
     check_device(config.device)
     if config.output_dir:
         RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=resume)
-    teacher_folder = locate(config.teacher)
-    sources = [locate_student(name) for name in config.student]
-    data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
+    with hub.revisions() as revisions:
+        teacher_folder = locate(config.teacher)
+        sources = [locate_student(name) for name in config.student]
+        data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
     check_pool(len(data.pool), config)
     if data.evaluation is None:
         if config.seeds > 1:
@@ -232,7 +236,7 @@ def prepare_run(
         logger.warning("There is no evaluation set: nothing will be measured. Name one by --eval.")
     check_precision(config.precision, resolve_device(config.device))
     teacher_body = load_body(teacher_folder)
-    return RunInputs(data, teacher_body, [source.prepare(teacher_body) for source in sources])
+    return RunInputs(data, teacher_body, [source.prepare(teacher_body) for source in sources], revisions)
 
 
 def _run_whole(
@@ -290,10 +294,12 @@ def _with_other_seeds(result: RunResult, settled: RunConfig, objects: Mapping[st
     seconds = 0.0
     for seed in range(settled.seed + 1, settled.seed + settled.seeds):
         logger.info("The same with seed %d (%d of %d).", seed, len(by_seed) + 1, settled.seeds)
-        folder = result.output_dir and result.output_dir / SEEDS / str(seed)
+        place = f"{SEEDS}/{seed}"
+        folder = result.output_dir and result.output_dir / place
         config = settled.model_copy(update={"seed": seed, "seeds": 1, "output_dir": folder, "overwrite": True})
         begun = folder is not None and (folder / CONFIG).is_file()
-        other = run(config, **objects, resume=begun)
+        with logged_as(place):
+            other = run(config, **objects, resume=begun)
         by_seed[seed] = other.evaluations
         seconds += sum(other.seconds.values())
     return replace(result, by_seed=by_seed, seconds={**result.seconds, "other seeds": round(seconds, 2)})
@@ -313,7 +319,9 @@ def _settled(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> 
         earlier, now = told.get("versions"), versions()
         if earlier not in (None, now):
             logger.warning("This run was begun with other versions; what it has made so far is kept.")
-        folder.tell(versions=now, seed=config.seed, device=str(device), precision=asdict(precision))
+        folder.tell(
+            versions=now, seed=config.seed, device=str(device), precision=asdict(precision), revisions=inputs.revisions
+        )
     return config.model_copy(update={"device": str(device), "precision": precision.name})
 
 

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ RESULTS = (METRICS, REPORT_HTML, REPORT_MARKDOWN)
 _MODELS = (TEACHER, BASELINE, BASELINES, STUDENT, STUDENTS)
 _CONTENTS = (CONFIG, RUN, LOG, *RESULTS, *_MODELS, SIGNALS, EVALUATION, CHECKPOINTS, SEEDS)
 _LOCK, _FORMAT = ".lock", 1
+_PLACE = re.compile(rf"({EVALUATION}/)?({TEACHER}|{BASELINE}|{STUDENT}|({BASELINES}|{STUDENTS})/\w[\w.-]*)|{SIGNALS}")
+_stage: ContextVar[str] = ContextVar("stage", default="")
 _HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{8}")
 _PACKAGES = (
     "setfit",
@@ -59,6 +62,26 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def is_place(name: str) -> bool:
+    """Whether a run keeps something under this name in its folder; none leads out of it."""
+    return _PLACE.fullmatch(name) is not None
+
+
+@contextmanager
+def logged_as(stage: str) -> Iterator[None]:
+    """Within this block, ``run.log`` tells that what happens is of this stage; blocks nest as folders do."""
+    token = _stage.set("/".join(filter(None, (_stage.get(), stage))))
+    try:
+        yield
+    finally:
+        _stage.reset(token)
+
+
+def _tell_stage(record: logging.LogRecord) -> bool:
+    record.stage = _stage.get() or "run"
+    return True
 
 
 def compared_with(student: str) -> dict[str, str]:
@@ -98,6 +121,9 @@ def _read_about(path: Path) -> dict[str, Any]:
             f"{path} is not of a run that this version can go on with.",
             hint="Run anew, with --overwrite, or take the version that began it.",
         )
+    foreign = next((name for name in about["stages"] if not is_place(name)), None)
+    if foreign is not None:
+        raise DataError(f"{path} tells of {foreign!r}, which no run has.", hint="Run anew, with --overwrite.")
     return about
 
 
@@ -313,7 +339,7 @@ class RunFolder:
         """
         with writing(self.path / LOG):
             file = _LogFile(self.path / LOG, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(stage)s: %(message)s"))
         recorder.setTarget(file)
         recorder.flushLevel = logging.DEBUG
         recorder.flush()
@@ -323,6 +349,7 @@ class RunFolder:
 def recorded() -> Iterator[logging.handlers.MemoryHandler]:
     """Within this block, keep everything that setfit-kd logs, until a run folder takes it; see `RunFolder.keep_log`."""
     recorder = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    recorder.addFilter(_tell_stage)
     logger = logging.getLogger("setfit_kd")
     level = logger.level
     logger.addHandler(recorder)

@@ -131,8 +131,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runfolder": GROUND,
     "journal": {"errors", "hashing", "memory", "runfolder", "training"},
     "stages": STAGE | {"teacher", "student", "evaluation", "runfolder", "journal"},
-    "report": GROUND | {"data", "evaluation", "runfolder"},
-    "pipeline": STAGE | {"student", "teacher", "evaluation", "runfolder", "journal", "stages", "report"},
+    "report": GROUND | {"hub", "data", "evaluation", "runfolder"},
+    "publish": {"errors", "hub", "models"},
+    "pipeline": STAGE | {"hub", "student", "teacher", "evaluation", "runfolder", "journal", "stages", "report"},
     "cli": STAGE
     | {
         "hub",
@@ -145,6 +146,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "speed",
         "export",
         "report",
+        "publish",
     },
     "__main__": {"cli"},
 }

@@ -1338,7 +1338,9 @@ def test_the_lines_to_use_a_student_can_be_pasted_into_a_shell(tmp_path: Path) -
 @pytest.mark.parametrize(
     "what",
     [{"evaluated": None}, {"versions": None}, {"data": None}, {"stages": []}, {"stages": {"teacher": {}}},
-     {"students": []}, {"students": {"static:8": "students/gone"}}, {"versions": []}, {"precision": "fp32"},
+     {"students": []}, {"students": {"static:8": "students/gone"}}, {"versions": []},
+     {"students": {"static:8": "students/../../other"}}, {"students": {"static:8": "/tmp"}},
+     {"evaluated": ["teacher", "../../other"]}, {"seeds": ["../1"]}, {"seeds": [0, 1]}, {"precision": "fp32"},
      {"out_of_memory": [{}]}, {"data": []}],
     ids=str,
 )  # fmt: skip

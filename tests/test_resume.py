@@ -329,6 +329,20 @@ def test_an_account_that_cannot_be_understood_is_told_of(content: str, run_in: R
     assert (finished / "student").is_dir()
 
 
+@pytest.mark.parametrize(
+    "name", ["..", "../other", "students/..", "students/../../other", "/tmp/other", "", "config.yaml"]
+)
+def test_an_account_leads_to_nothing_outside_the_folder(name: str, run_in: Run, finished: Path) -> None:
+    (finished.parent / "other").mkdir()
+    about = json.loads((finished / "run.json").read_text())
+    about["stages"][name] = about["stages"]["student"]
+    (finished / "run.json").write_text(json.dumps(about))
+    with pytest.raises(DataError, match="which no run has"):
+        run_in(finished, resume=True)
+    assert (finished.parent / "other").is_dir()
+    assert (finished / "config.yaml").is_file()
+
+
 def test_a_folder_that_is_not_empty_tells_how_to_go_on(run_in: Run, finished: Path) -> None:
     with pytest.raises(OutputError, match=f"--resume {finished}"):
         run_in(finished)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,15 @@ def test_a_run_that_is_stopped_within_another_seed_goes_on_there(
     distill(resume=folder)
     assert metrics(folder) == metrics(three)
     assert teacher.stat().st_mtime_ns == before
+
+
+def test_the_log_tells_of_what_seed_and_stage_a_line_is(three: Path) -> None:
+    stages = [re.match(r"\S+ \S+ \w+ +(\S+): ", line) for line in (three / "run.log").read_text().splitlines()]
+    found = {match[1] for match in stages if match}
+    assert {"run", "teacher", "student", "seeds/6/teacher", "seeds/7/evaluation/student"} <= found
+    of_six = {line.split()[3] for line in (three / "seeds/6/run.log").read_text().splitlines()}
+    assert "seeds/6/teacher:" in of_six
+    assert not any(stage.startswith("seeds/7") for stage in of_six)
 
 
 def test_a_new_run_takes_the_other_seeds_of_an_earlier_one_away(run: Run, three: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from setfit_kd.cli.doctor import doctor
 from setfit_kd.cli.evaluate import evaluate
 from setfit_kd.cli.export import export
 from setfit_kd.cli.predict import predict
+from setfit_kd.cli.push import push
 from setfit_kd.cli.report import report
 from setfit_kd.cli.run import run
 from setfit_kd.errors import OutOfMemoryError, SetFitKDError
@@ -54,5 +55,5 @@ def main() -> None:
     """
 
 
-for command in (run, predict, evaluate, report, compare, export, benchmark, doctor):
+for command in (run, predict, evaluate, report, compare, export, push, benchmark, doctor):
     main.add_command(command)

@@ -25,7 +25,9 @@ Source: TypeAlias = Union[str, Path, "Dataset", Mapping[str, Sequence[Any]], Seq
 """A path, a hub name, a ``datasets.Dataset``, a mapping of columns, or a list of texts, pairs or mappings."""
 
 BUNDLED = Path(__file__).parent
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>[\w.-]+)\])?")
+_HUB_NAME = re.compile(
+    r"(?P<name>[\w.-]+(?:/[\w.-]+)?(?:@[\w./-]+)?)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>[\w.-]+)\])?"
+)
 _FILE_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet", ".xlsx", ".xls", ".gz", ".zip", ".bz2", ".xz")
 _SHOWN = 3
 INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))

@@ -2,7 +2,7 @@
 
 from setfit_kd.models.bodies import checkpointed_layers, cut_layers, is_static, load_body, locate, n_layers, n_tokens
 from setfit_kd.models.encode import embed, embed_tokens, head_proba, predict_proba
-from setfit_kd.models.heads import fit_head, new_head, save_head, settled_c
+from setfit_kd.models.heads import fit_head, load_head, new_head, save_head, settled_c
 from setfit_kd.models.identity import content_hash
 from setfit_kd.models.store import (
     classifier_folder,
@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "load_body",
     "load_folder",
+    "load_head",
     "locate",
     "logits",
     "n_layers",

@@ -5,19 +5,28 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from setfit_kd.config import RunConfig, read_config
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation import Abstaining, Evaluation, OverSeeds, abstaining_curve, over_seeds, read_texts
-from setfit_kd.runfolder import BASELINES, CONFIG, EVALUATION, RUN, SEEDS, STUDENTS, TEACHER, compared_with
+from setfit_kd.runfolder import BASELINES, CONFIG, EVALUATION, RUN, SEEDS, STUDENTS, TEACHER, compared_with, is_place
 
 MOST_TEXTS = 20
 TARGETS = (0.9, 0.95, 0.99)
+
+
+def _place(name: str) -> str:
+    if not is_place(name):
+        raise ValueError(f"{name!r} is no part of a run")
+    return name
+
+
+Place = Annotated[str, AfterValidator(_place)]
 
 
 class _Read(BaseModel):
@@ -65,10 +74,11 @@ class About(_Read):
     data: dict[str, int]
     seconds: dict[str, float]
     stages: dict[str, Stage]
-    students: dict[str, str]
-    evaluated: list[str]
+    students: dict[str, Place]
+    evaluated: list[Place]
     out_of_memory: list[OutOfMemoryEvent] = []
     seeds: list[int] = []
+    revisions: dict[str, str] = {}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from setfit_kd import hub
 from setfit_kd.report import plots
 from setfit_kd.report.account import About, Account, StudentAccount, Told, curves
 from setfit_kd.runfolder import BASELINE, TEACHER
@@ -68,7 +69,7 @@ def markdown(account: Account) -> str:
 def card(account: Account, source: str) -> str:
     """A model card for one student, by the name that the settings give it."""
     student = next((one for one in account.students if one.source == source), None)
-    teacher, base = account.config.teacher, _hub_name(source)
+    teacher, base = _public(account.config.teacher), _hub_name(source)
     about = (
         f"A SetFit model over the classes {', '.join(map(_label, account.labels))}, distilled by setfit-kd from "
         f"{teacher}, which was fine-tuned on {account.about.data.get('labeled', 0):,} labeled texts and labeled "
@@ -80,7 +81,7 @@ def card(account: Account, source: str) -> str:
         "title": "Distilled text classifier",
         "about": about,
         "base_model": base,
-        "dataset": account.config.eval or "the evaluation set",
+        "dataset": _public(account.config.eval or "the evaluation set"),
         "metrics": None,
         "comparison": None,
     }
@@ -94,8 +95,14 @@ def card(account: Account, source: str) -> str:
 
 def _hub_name(source: str) -> str | None:
     """The hub's name of a student that is a model of its own."""
-    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source, re.ASCII)
-    return source if is_name and not Path(source).exists() else None
+    name, _ = hub.split_revision(source)
+    return name if hub.is_name(name) and not Path(source).exists() else None
+
+
+def _public(source: str) -> str:
+    """What a model card calls a file, folder or model: of a path, its last part."""
+    is_path = Path(source).is_absolute() or source.startswith(("./", "../", "~"))
+    return Path(source).name if is_path else source
 
 
 def _environment() -> Environment:
@@ -160,7 +167,7 @@ def _told(account: Account) -> dict[str, Any]:
         "usage": [_usage(account, place) for place in about.students.values()],
         "data": _data(about),
         "settings": config.to_yaml().strip(),
-        "versions": Table(("", "version"), list(about.versions.items())),
+        "versions": Table(("", "version"), [*about.versions.items(), *about.revisions.items()]),
     }
     if not account.evaluations:
         return told

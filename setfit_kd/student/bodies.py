@@ -163,7 +163,7 @@ def slugs(names: Sequence[str]) -> list[str]:
     """A folder's name for each of several students, no two alike."""
     found: list[str] = []  # no two alike where capitals make no difference to files, either
     for name in names:
-        kind, _, model = name.rpartition("@") if name.startswith(tuple(_KINDS)) else ("", "", name)
+        kind, _, model = name.partition("@") if name.startswith(tuple(_KINDS)) else ("", "", name)
         last = model.removeprefix("demo:").rstrip("/").rpartition("/")[2]
         slug = base = re.sub(r"[^\w.-]+", "-", f"{kind}-{last}").strip(".-") or "student"
         number = 2
