@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from setfit_kd.errors import OutputError
 from setfit_kd.files import file_hash, writing
 
 if TYPE_CHECKING:
@@ -80,20 +81,27 @@ class Checkpoints:
         # The library's own would pickle all arguments and write a model card.
         inner._save = lambda output_dir, **_: inner.model.save_pretrained(output_dir, create_model_card=False)
         latest = self.latest()
-        inner.add_callback(_Keeper(self, inner, latest, parts))
+        keeper = _Keeper(self, inner, latest, parts)
+        inner.add_callback(keeper)
+        inner._save_checkpoint = keeper.save
         if latest is not None:
             logger.info("Going on from step %s, kept in %s.", latest.name.removeprefix(_PREFIX), self.folder)
             inner.train = partial(inner.train, resume_from_checkpoint=str(latest))
 
 
 class _Keeper(TrainerCallback):
-    """Asks for a checkpoint every so often, and completes each with what the trainer does not know of."""
+    """Asks for a checkpoint every so often, and completes each with what the trainer does not know of.
+
+    One that cannot be written is told of and ends nothing: the stages' own writes tell of a full disk.
+    """
 
     def __init__(self, checkpoints: Checkpoints, inner: Any, latest: Path | None, parts: tuple[Stateful, ...]) -> None:
         self.checkpoints = checkpoints
         self.inner = inner
         self.latest = latest
         self.parts = parts
+        self.plain_save = inner._save_checkpoint
+        self.has_failed = False
         self.due = time.monotonic() + checkpoints.seconds
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -109,16 +117,26 @@ class _Keeper(TrainerCallback):
         if time.monotonic() >= self.due and state.global_step < state.max_steps:
             control.should_save = True
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = self.checkpoints.folder / f"{_PREFIX}{state.global_step}"
-        with writing(folder):
-            save_file({name: value.detach().cpu() for name, value in self._beside_body().items()}, folder / _BESIDE)
-            for part in self.parts:
-                part.save_state(folder)
-            files = {str(path.relative_to(folder)): file_hash(path) for path in folder.rglob("*") if path.is_file()}
-            (folder / _MARKER).write_text(json.dumps(files), encoding="utf-8")
-        self.checkpoints.keep_newest()
+    def save(self, *args: Any) -> None:
+        folder = self.checkpoints.folder / f"{_PREFIX}{self.inner.state.global_step}"
+        try:
+            with writing(folder):
+                self.plain_save(*args)
+                self._complete(folder)
+            self.checkpoints.keep_newest()
+        except OutputError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            level = logging.DEBUG if self.has_failed else logging.WARNING
+            logger.log(level, "A checkpoint is left out, so that a kill would cost more: %s", error.message)
+            self.has_failed = True
         self.due = time.monotonic() + self.checkpoints.seconds
+
+    def _complete(self, folder: Path) -> None:
+        save_file({name: value.detach().cpu() for name, value in self._beside_body().items()}, folder / _BESIDE)
+        for part in self.parts:
+            part.save_state(folder)
+        files = {str(path.relative_to(folder)): file_hash(path) for path in folder.rglob("*") if path.is_file()}
+        (folder / _MARKER).write_text(json.dumps(files), encoding="utf-8")
 
     def _beside_body(self) -> dict[str, torch.nn.Parameter]:
         body = {id(parameter) for parameter in self.inner.model.parameters()}

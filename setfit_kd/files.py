@@ -22,6 +22,9 @@ _REASONS = {
     errno.ENOTDIR: "A part of the path is a file:",
 }
 
+_TORCH_CANNOT_WRITE = ("inline_container.cc", "iostream error")
+"""What torch says where it cannot write an archive; it does not tell why."""
+
 
 @contextmanager
 def writing(path: Path, *, elsewhere: str = "choose another --output-dir") -> Iterator[None]:
@@ -167,5 +170,7 @@ def _errno_of(error: BaseException | None) -> int | None:
             return errno.ENOSPC
         if "Read-only file system" in text or "os error 30" in text:
             return errno.EROFS
+        if any(sign in text for sign in _TORCH_CANNOT_WRITE):
+            return errno.EIO
         error = error.__cause__ or error.__context__
     return None

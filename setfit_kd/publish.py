@@ -9,7 +9,7 @@ from pathlib import Path
 
 from setfit_kd import hub
 from setfit_kd.errors import InputError, ModelError
-from setfit_kd.models import classifier_folder, load_head
+from setfit_kd.models import classifier_folder, load_folder, load_head
 
 CARD = "README.md"
 _PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "model_head.pkl", CARD)
@@ -45,7 +45,7 @@ class Publication:
 
 
 def prepare_publication(model: str | Path, name: str) -> Publication:
-    """Gather what belongs to a classifier on the hub; asks nobody, and reads no more than the card.
+    """Gather what belongs to a classifier on the hub; asks nobody.
 
     Args:
         model: A run's folder, one of its students, or another SetFit model's folder.
@@ -53,7 +53,7 @@ def prepare_publication(model: str | Path, name: str) -> Publication:
 
     Raises:
         InputError: The name is none.
-        ModelError: There is no such classifier.
+        ModelError: There is no such classifier, or it does not load.
     """
     if not hub.is_name(name):
         raise InputError(f"{name!r} is no name on the hub.", hint="Name it OWNER/NAME.")
@@ -62,6 +62,7 @@ def prepare_publication(model: str | Path, name: str) -> Publication:
     folder = classifier_folder(model)
     if load_head(folder) is None:
         raise ModelError(f"{folder} holds no classifier of setfit-kd's.", hint="Name a run, or one of its students.")
+    load_folder(folder)  # what does not load here is of no use there
     files: dict[str, Path | bytes] = {}
     left_out = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import random
+import shutil
+import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,3 +160,23 @@ FAST: dict[str, Any] = {
     "learning_rate": 1e-3,
 }
 """Settings under which a run of tiny models takes a second or two."""
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a small file system of its own; skips where that is not permitted."""
+    mounted: list[Path] = []
+
+    def mount_with(options: str) -> Path:
+        folder = tmp_path / "mount"
+        folder.mkdir()
+        program = shutil.which("mount")
+        command = [program or "mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if program is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a file system is not permitted here")
+        mounted.append(folder)
+        return folder
+
+    yield mount_with
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -329,26 +328,6 @@ def test_fewer_labels_than_shots_is_a_warning(models: list[str]) -> None:
     said = " ".join(result.stderr.split())
     assert "Class 'bees' has 4 labeled texts, fewer than 5" in said
     assert "'ants'" not in said
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a small file system of its own; skips where that is not permitted."""
-    mounted: list[Path] = []
-
-    def mount_with(options: str) -> Path:
-        folder = tmp_path / "mount"
-        folder.mkdir()
-        program = shutil.which("mount")
-        command = [program or "mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        if program is None or subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("mounting a file system is not permitted here")
-        mounted.append(folder)
-        return folder
-
-    yield mount_with
-    for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_folder_without_permission(models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import QUICK, few_labels, pool_signals, texts_and_labels
-from test_bad_input import assert_refused, halve, mount, scribble, tree  # noqa: F401 - a fixture
+from test_bad_input import assert_refused, halve, scribble, tree
 
 from setfit_kd import train_student
 from setfit_kd.classifiers import open_classifier

@@ -123,7 +123,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "speed": {"errors", "files", "classifiers"},
     "export": GROUND | {"models", "runtime"},
     "data": GROUND | {"hub"},
-    "checkpoints": {"files"},
+    "checkpoints": {"errors", "files"},
     "training": {"progress", "config", "memory", "models", "precision", "checkpoints"},
     "teacher": STAGE,
     "student": STAGE,

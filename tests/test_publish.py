@@ -183,6 +183,13 @@ def test_what_cannot_be_pushed(
     assert_refused(push(model, name), message)
 
 
+def test_a_damaged_model_stays_here(server: StandInHub, run: Path) -> None:
+    weights = run / "student/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert_refused(push(run, "me/news"), "does not load")
+    assert not server.requests
+
+
 # Pinned revisions
 
 

@@ -213,6 +213,17 @@ def test_a_damaged_checkpoint_is_never_taken_up(
     assert ("Going on from step 5" in caplog.text) == (damage == "none")
 
 
+@pytest.mark.parametrize("free_kb", [8, 64, 256, 512, 640])
+def test_a_disk_too_small_for_a_checkpoint_ends_no_training(
+    free_kb: int, mount: Callable[[str], Path], tiny_student: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = mount(f"size={free_kb}k") / "student"
+    kept = student_of(tiny_student, checkpoints=folder, checkpoint_seconds=EVERY_STEP)
+    same_weights(kept, student_of(tiny_student))
+    assert caplog.text.count("A checkpoint is left out, so that a kill would cost more: Cannot write") == 1
+    assert all((left / "whole.json").is_file() for left in folder.glob("*"))
+
+
 # What a resumed run does again
 
 
