@@ -493,14 +493,14 @@ def test_a_folder_without_permission_is_told(bundle: Path, tmp_path: Path) -> No
     assert_refused(result, f"Cannot write {folder}/out.csv", "Permission is missing")
 
 
-def test_a_read_only_file_system_is_told(bundle: Path, mount: Callable[[str], Path]) -> None:  # noqa: F811
+def test_a_read_only_file_system_is_told(bundle: Path, mount: Callable[[str], Path]) -> None:
     folder = mount("ro,size=64k")
     result = predict(bundle, "a text", "--output", folder / "out.csv")
     assert_refused(result, f"Cannot write {folder}/out.csv", "The file system is read-only")
 
 
 @pytest.mark.parametrize("out", OUTPUTS[1:])
-def test_a_full_disk_is_told(out: str, bundle: Path, mount: Callable[[str], Path]) -> None:  # noqa: F811
+def test_a_full_disk_is_told(out: str, bundle: Path, mount: Callable[[str], Path]) -> None:
     folder = mount("size=64k")
     (folder / f"out.{out}").write_bytes(b"of an earlier run")
     arguments, _ = given_as("txt", [f"{i} {i * 7919 % 10007} {i * i}" for i in range(6000)])
