@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import json
 import weakref
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from setfit_kd import distill, evaluate, load, score, train_student, train_teacher
 from setfit_kd.errors import ConfigError, ModelError, OutOfMemoryError, OutputError
+from setfit_kd.export import export_bundle
 from setfit_kd.memory import Ladder, Recovery, Rung, devices, is_out_of_memory, ladder, remembering, resolve_device
 from setfit_kd.models import cut_layers, embed, load_body, predict_proba, save_model
+from setfit_kd.runtime import Classifier
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -692,8 +695,10 @@ def test_a_look_of_early_stopping_that_fails_is_taken_again(
     assert faults.calls == 2 + 2 + 1  # the faults, the looks, the head
 
 
-@pytest.mark.parametrize("phase", ["scoring", "evaluation", "prediction", "fitting the head"])
-def test_phases_that_encode_end_well(tiny_student: Path, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("phase", ["scoring", "evaluation", "prediction", "fitting the head", "export"])
+def test_phases_that_encode_end_well(
+    tiny_student: Path, phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     labeled, texts = few_labels(), pool_signals().texts
 
     def work() -> Any:
@@ -704,10 +709,15 @@ def test_phases_that_encode_end_well(tiny_student: Path, phase: str, monkeypatch
             return predict_proba(model, texts)
         if phase == "evaluation":
             return evaluate(model, labeled).probabilities
+        if phase == "export":
+            bundle = export_bundle(model, tmp_path / f"bundle-{next(number)}", texts=texts, format="onnx")
+            return Classifier(bundle.path).predict_proba(texts)
         return model.model_head.coef_
 
+    number = itertools.count()
     expected = work()
-    encoding_faults(monkeypatch, Faults({"scoring": 2, "evaluation": 3, "prediction": 2, "fitting the head": 1}[phase]))
+    first = {"scoring": 2, "evaluation": 3, "prediction": 2, "fitting the head": 1, "export": 2}[phase]
+    encoding_faults(monkeypatch, Faults(first))
     with remembering() as recoveries:
         np.testing.assert_allclose(work(), expected, atol=1e-5)
     assert len(recoveries) == 1
