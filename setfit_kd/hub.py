@@ -48,6 +48,11 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
+def address() -> str:
+    """The hub's address as it may be shown: without a name and password in it."""
+    return re.sub(r"//[^/@]*@", "//", endpoint())
+
+
 def is_offline() -> bool:
     """Whether ``HF_HUB_OFFLINE`` asks to stay off the network."""
     return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
@@ -195,7 +200,7 @@ def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, privat
             hub.create_commit(name, operations=operations, commit_message=message)
     except Exception as error:
         raise _explain_upload(error, name) from error
-    return f"{endpoint()}/{name}"
+    return f"{address()}/{name}"
 
 
 @contextmanager
@@ -256,13 +261,13 @@ def _reason(error: Exception | None, what: str = "download from") -> str:
         return "HF_HUB_OFFLINE keeps off the hub"
     status = _status(error)
     if status is not None and status >= 400:
-        return f"the hub at {endpoint()} answers HTTP {status}"
+        return f"the hub at {address()} answers HTTP {status}"
     kind = type(error).__name__
     if kind in ("ConnectError", "ConnectTimeout"):
-        return f"no hub answers at {endpoint()} ({error})"
+        return f"no hub answers at {address()} ({error})"
     if "Timeout" in kind:
-        return f"the hub at {endpoint()} does not answer in time"
-    return f"the {what} {endpoint()} broke off ({kind})"
+        return f"the hub at {address()} does not answer in time"
+    return f"the {what} {address()} broke off ({kind})"
 
 
 def _explain(error: Exception | None, name: str, kind: Kind) -> SetFitKDError:
@@ -271,17 +276,17 @@ def _explain(error: Exception | None, name: str, kind: Kind) -> SetFitKDError:
     status = _status(error)
     if status in (401, 403):
         return InputError(
-            f"{what} may not be read, or is not there: the hub at {endpoint()} asks for a login (HTTP {status}).",
+            f"{what} may not be read, or is not there: the hub at {address()} asks for a login (HTTP {status}).",
             hint="Check the name; if it is private or gated, log in by `hf auth login` or set HF_TOKEN.",
         )
     if status == 404 and "@" in name and type(error).__name__ == "RevisionNotFoundError":
         repository, revision = split_revision(name)
         return InputError(
-            f"{repository!r} on the hub at {endpoint()} has no revision {revision!r}.",
+            f"{repository!r} on the hub at {address()} has no revision {revision!r}.",
             hint="Name a branch, a tag or a commit.",
         )
     if status == 404:
-        return InputError(f"{what} is neither here nor on the hub at {endpoint()} (HTTP 404).", hint="Check the name.")
+        return InputError(f"{what} is neither here nor on the hub at {address()} (HTTP 404).", hint="Check the name.")
     reason = _reason(error)
     hint = f"Without the hub, this works: {OFFLINE_COMMAND}"
     if "broke off" in reason:
@@ -298,13 +303,13 @@ def _explain_upload(error: Exception | None, name: str) -> Exception:
     status = _status(error)
     if status in (401, 403, 404):
         return InputError(
-            f"{name!r} may not be written to: the hub at {endpoint()} answers HTTP {status}.",
+            f"{name!r} may not be written to: the hub at {address()} answers HTTP {status}.",
             hint="Log in with a token that may write, by `hf auth login` or HF_TOKEN, and check the owner's name.",
         )
     if status is not None and 400 <= status < 500:
         told = " ".join(str(getattr(error, "server_message", None) or error).split())
         return InputError(
-            f"The hub at {endpoint()} refuses the upload (HTTP {status}): {told}",
+            f"The hub at {address()} refuses the upload (HTTP {status}): {told}",
             hint="Mend what it names and push again; nothing has changed there.",
         )
     if error is not None and not isinstance(error, HfHubHTTPError) and not _is_network_error(error):

@@ -33,7 +33,7 @@ class Publication:
     @property
     def address(self) -> str:
         """Where it is to be found afterwards."""
-        return f"{hub.endpoint()}/{self.name}"
+        return f"{hub.address()}/{self.name}"
 
     @property
     def sizes(self) -> dict[str, int]:

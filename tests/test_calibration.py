@@ -21,6 +21,8 @@ from setfit_kd.evaluation import (
     Interval,
     abstaining_curve,
     bootstrap,
+    bootstrap_calibration,
+    bootstrap_share,
     measure_calibration,
     measure_quality,
     read_texts,
@@ -331,6 +333,45 @@ def test_intervals_are_those_of_scipy(figure: Callable[[Ints, Ints], float], pai
     assert found.low < found.value < found.high
 
 
+@pytest.mark.parametrize("figure", ["ece", "brier"])
+def test_intervals_of_calibration_are_those_of_scipy(figure: str) -> None:
+    from scipy import stats
+
+    rng = np.random.default_rng(6)
+    said = rng.dirichlet(np.ones(4), 250).astype(np.float32)
+    gold = np.where(rng.random(250) < 0.6, said.argmax(axis=1), rng.integers(0, 4, 250))
+
+    def statistic(rows: Ints) -> float:
+        return float(getattr(measure_calibration(said[rows], gold[rows]), figure))
+
+    expected = stats.bootstrap(
+        (np.arange(250),),
+        statistic,
+        vectorized=False,
+        n_resamples=2000,
+        method="percentile",
+        random_state=np.random.default_rng(7),
+    ).confidence_interval
+    found = bootstrap_calibration(said, gold)[figure]
+    assert found.value == pytest.approx(statistic(np.arange(250)))
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.01)
+
+
+def test_intervals_of_calibration_come_in_parts_where_there_are_many_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(8)
+    said, gold = rng.dirichlet(np.ones(3), 60), rng.integers(0, 3, 60)
+    whole = bootstrap_calibration(said, gold)
+    monkeypatch.setattr("setfit_kd.evaluation.intervals._DRAWS_AT_ONCE", 7 * 60)
+    assert bootstrap_calibration(said, gold) == whole
+
+
+@pytest.mark.parametrize(("count", "low", "high"), [(0, 0, 0), (50, 0.40, 0.60), (100, 1, 1)])
+def test_the_interval_of_a_share(count: int, low: float, high: float) -> None:
+    found = bootstrap_share(count, 100)
+    assert found.value == count / 100
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.021)
+
+
 @pytest.mark.parametrize("paired", [False, True], ids=["alone", "difference"])
 def test_about_95_of_100_intervals_hold_the_true_accuracy(paired: bool) -> None:
     rng = np.random.default_rng(5)
@@ -425,7 +466,11 @@ def test_an_evaluation_measures_its_most_probable_classes() -> None:
     of, other = (evaluation(*drawn(60, 3, seed=seed)) for seed in (11, 12))
     other = evaluation(other.probabilities, of.gold)
     predicted = np.asarray(of.probabilities.argmax(axis=1), np.int64)
-    assert of.intervals == bootstrap(of.gold, predicted, n_classes=3)
+    expected = {
+        **bootstrap(of.gold, predicted, n_classes=3),
+        **bootstrap_calibration(of.probabilities, of.gold),
+    }
+    assert of.intervals == expected
     assert values(of.intervals) == pytest.approx((of.quality.accuracy, of.quality.macro_f1))
     assert of.calibration == measure_calibration(of.probabilities, of.gold)
     assert of.against(other) == bootstrap(of.gold, predicted, n_classes=3, other=other.predicted)

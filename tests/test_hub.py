@@ -211,6 +211,14 @@ def test_weights_that_are_not_there_are_not_made_up(
             load_body(locate("org/hollow"))
 
 
+def test_a_password_in_the_hubs_address_is_shown_nowhere(tmp_path: Path) -> None:
+    endpoint = "http://me:hidden@127.0.0.1:9"
+    for arguments in (["run"], ["doctor"], ["predict", "org/model", "x"], ["run", "--labeled", "org/data"]):
+        result = run_cli(*arguments, home=tmp_path / "home", HF_ENDPOINT=endpoint)
+        assert "http://127.0.0.1:9" in result.stdout + result.stderr, arguments
+        assert "hidden" not in result.stdout + result.stderr, arguments
+
+
 CARD = b"---\nlicense: apache-2.0\n---\n# Tiny\n"
 
 

@@ -446,8 +446,9 @@ def test_the_confusions_of_every_model_are_counted(two: Path, kind: str) -> None
 def test_calibration_is_told_in_figures(two: Path) -> None:
     said = told_in(two, MARKDOWN)["Can the probabilities be believed?", ""].tables[0][1:]
     for row, (name, of) in zip(said, read_json(two / "metrics.json").items(), strict=True):
-        assert row[:3] == [shown(name), percent(of["ece"]), f"{of['brier']:.3f}"]
-        assert row[4] == percent(of["accuracy"])
+        interval = " to ".join(map(percent, of["ece_interval"]))
+        assert row[:4] == [shown(name), percent(of["ece"]), interval, f"{of['brier']:.3f}"]
+        assert row[5] == percent(of["accuracy"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

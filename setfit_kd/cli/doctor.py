@@ -39,7 +39,7 @@ def doctor() -> None:
     reachable = hub.is_reachable()
     why = " (HF_HUB_OFFLINE is set)" if hub.is_offline() else ""
     click.echo("Hub")
-    click.echo(f"  {hub.endpoint():<21} {'reachable' if reachable else 'not reachable'}{why}")
+    click.echo(f"  {hub.address():<21} {'reachable' if reachable else 'not reachable'}{why}")
     folder, size = cache_folder(), cache_bytes()
     click.echo("Cache")
     click.echo(f"  {folder}  {size / 2**20:,.0f} MiB of embeddings" if folder else "  none: there is no home folder")

@@ -7,7 +7,7 @@ from setfit_kd.evaluation.calibration import (
     measure_calibration,
     threshold_for,
 )
-from setfit_kd.evaluation.intervals import Interval, bootstrap
+from setfit_kd.evaluation.intervals import Interval, bootstrap, bootstrap_calibration, bootstrap_share
 from setfit_kd.evaluation.measure import Evaluation, evaluate
 from setfit_kd.evaluation.quality import ClassQuality, Quality, measure_quality
 from setfit_kd.evaluation.seeds import OverSeeds, Spread, over_seeds
@@ -24,6 +24,8 @@ __all__ = [
     "Spread",
     "abstaining_curve",
     "bootstrap",
+    "bootstrap_calibration",
+    "bootstrap_share",
     "evaluate",
     "measure_calibration",
     "measure_quality",

@@ -43,14 +43,24 @@ def measure_calibration(
     """Compare (n, n_classes) probabilities with (n,) gold classes, n at least 1."""
     said = np.asarray(probabilities, np.float64)
     confidence, right = said.max(axis=1), said.argmax(axis=1) == gold
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    place, gap, score = calibration_terms(said, gold, bins=bins)
     reliability = [
         Bin(float(confidence[chosen].mean()), float(right[chosen].mean()), int(chosen.sum()))
         for chosen in (place == number for number in np.unique(place))
     ]
-    error = sum(found.texts * abs(found.confidence - found.accuracy) for found in reliability)
+    error = np.abs(np.bincount(place, gap)).sum() / len(gold)
+    return Calibration(float(error), float(score.mean()), reliability)
+
+
+def calibration_terms(
+    probabilities: npt.NDArray[np.floating], gold: npt.NDArray[np.int64], *, bins: int = BINS
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """What each of n texts adds: (n,) its bin, how far it is right beyond its confidence, and its Brier score."""
+    said = np.asarray(probabilities, np.float64)
+    confidence, right = said.max(axis=1), said.argmax(axis=1) == gold
+    place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     one_hot = np.eye(said.shape[1])[gold]
-    return Calibration(error / len(gold), float(np.square(said - one_hot).sum(axis=1).mean()), reliability)
+    return place, right - confidence, np.square(said - one_hot).sum(axis=1)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from setfit_kd.evaluation.calibration import calibration_terms, measure_calibration
+
 Classes = npt.NDArray[np.int64]
 
 RESAMPLES = 2000
-_AT_ONCE = 100
+_AT_ONCE, _DRAWS_AT_ONCE = 100, 2_000_000
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,40 @@ def bootstrap(
 
     found = figures(counts[None, :].astype(np.float64))[0]
     resampled = np.concatenate([figures(weights) for weights in _resamples(counts, seed)])
-    low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
-    return {
-        name: Interval(float(found[i]), float(low[i]), float(high[i]))
-        for i, name in enumerate(("accuracy", "macro_f1"))
-    }
+    return {name: _interval(float(found[i]), resampled[:, i]) for i, name in enumerate(("accuracy", "macro_f1"))}
+
+
+def bootstrap_share(count: int, total: int, *, seed: int = 0) -> Interval:
+    """The share of ``count`` in ``total`` texts with its interval, of the same resamples of texts."""
+    resampled = np.random.default_rng([seed, 11]).binomial(total, count / total, RESAMPLES) / total
+    return _interval(count / total, resampled)
+
+
+def bootstrap_calibration(
+    probabilities: npt.NDArray[np.floating], gold: Classes, *, seed: int = 0
+) -> dict[str, Interval]:
+    """``ece`` and ``brier`` of (n, n_classes) probabilities, n at least 1, with their intervals.
+
+    A resample is never better calibrated than its texts are by chance, so that the interval of a small calibration
+    error lies somewhat too high, and may lie above it.
+    """
+    place, gap, score = calibration_terms(probabilities, gold)
+    n, n_bins = len(gold), int(place.max()) + 1
+    found: list[npt.NDArray[np.float64]] = []
+    rng, at_once = np.random.default_rng([seed, 12]), max(1, _DRAWS_AT_ONCE // n)
+    while (left := RESAMPLES - sum(map(len, found))) > 0:
+        drawn = rng.integers(0, n, (min(at_once, left), n))
+        rows = np.arange(len(drawn))[:, None] * n_bins
+        gaps = np.bincount((rows + place[drawn]).ravel(), gap[drawn].ravel(), len(drawn) * n_bins)
+        errors = np.abs(gaps.reshape(len(drawn), n_bins)).sum(axis=1) / n
+        found.append(np.column_stack([errors, score[drawn].mean(axis=1)]))
+    measured, resampled = measure_calibration(probabilities, gold), np.concatenate(found)
+    return {"ece": _interval(measured.ece, resampled[:, 0]), "brier": _interval(measured.brier, resampled[:, 1])}
+
+
+def _interval(value: float, resampled: npt.NDArray[np.float64]) -> Interval:
+    low, high = np.percentile(resampled, (2.5, 97.5))
+    return Interval(value, float(low), float(high))
 
 
 def _resamples(counts: Classes, seed: int) -> Iterator[npt.NDArray[np.float64]]:

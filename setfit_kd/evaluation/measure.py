@@ -17,7 +17,7 @@ from setfit_kd.data import LabeledSet, Source, encode_labels, read
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation.calibration import Abstaining, Calibration, measure_calibration, threshold_for
 from setfit_kd.evaluation.cost import Cost, count_parameters, model_megabytes
-from setfit_kd.evaluation.intervals import Interval, bootstrap
+from setfit_kd.evaluation.intervals import Interval, bootstrap, bootstrap_calibration, bootstrap_share
 from setfit_kd.evaluation.quality import ClassQuality, Quality, measure_quality
 from setfit_kd.evaluation.texts import class_indices
 from setfit_kd.files import folder_megabytes, whole_folder
@@ -90,8 +90,15 @@ class Evaluation:
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
-        """``accuracy`` and ``macro_f1`` with their 95 % intervals."""
-        return bootstrap(self.gold, self.predicted, n_classes=self.probabilities.shape[1])
+        """``accuracy``, ``macro_f1``, ``ece``, ``brier`` and, of students, ``agreement`` with their 95 % intervals."""
+        found = {
+            **bootstrap(self.gold, self.predicted, n_classes=self.probabilities.shape[1]),
+            **bootstrap_calibration(self.probabilities, self.gold),
+        }
+        if self.quality.agreement is not None:
+            n = len(self.gold)
+            found["agreement"] = bootstrap_share(round(self.quality.agreement * n), n)
+        return found
 
     def against(self, other: Evaluation) -> dict[str, Interval]:
         """``accuracy`` and ``macro_f1`` less another classifier's on the same texts, with their 95 % intervals."""

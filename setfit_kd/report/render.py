@@ -281,11 +281,12 @@ def _spread(of: Spread | None, sign: str = "") -> str:
 
 
 def _calibration(account: Account) -> Table:
-    headings = ("", "calibration error", "Brier score", "mean confidence", "accuracy")
+    headings = ("", "calibration error", "95 %", "Brier score", "mean confidence", "accuracy")
     rows = [
         (
             name,
             f"{of.calibration.ece:.1%}",
+            f"{of.intervals['ece'].low:.1%} to {of.intervals['ece'].high:.1%}",
             f"{of.calibration.brier:.3f}",
             f"{of.probabilities.max(axis=1).mean():.1%}",
             f"{of.quality.accuracy:.1%}",
