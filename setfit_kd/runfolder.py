@@ -186,9 +186,10 @@ class RunFolder:
         if not existing.is_dir():
             raise OutputError(f"{existing} is a file, not a folder.", hint="Choose another --output-dir.")
         if not os.access(existing, os.W_OK | os.X_OK):
-            raise OutputError(
-                f"The folder {existing} cannot be written to.", hint="Choose an --output-dir that you may write to."
+            instead = (
+                "Copy the run to where you may write." if resume else "Choose an --output-dir that you may write to."
             )
+            raise OutputError(f"The folder {existing} cannot be written to.", hint=instead)
 
     @staticmethod
     def settings(path: Path) -> dict[str, Any]:
@@ -203,12 +204,15 @@ class RunFolder:
 
     @staticmethod
     def has_begun(path: Path) -> bool:
-        """Whether there is an unfinished run in a folder that has made something already."""
+        """Whether there is an unfinished run in a folder that has made something already and that nobody works in."""
         try:
             about = _read_about(path / RUN)
-        except DataError:
+            if about["finished"] or not (about["stages"] or any((path / CHECKPOINTS).glob("*/*"))):
+                return False
+            with RunFolder.locked(path):
+                return True
+        except (DataError, OutputError):
             return False
-        return not about["finished"] and bool(about["stages"] or any((path / CHECKPOINTS).glob("*/*")))
 
     @classmethod
     def create(cls, config: RunConfig, path: Path) -> RunFolder:

@@ -359,6 +359,27 @@ def test_a_folder_that_is_not_empty_tells_how_to_go_on(run_in: Run, finished: Pa
         run_in(finished)
 
 
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (OutputError("It is full.", hint="Free some."), 2)]
+)
+def test_after_the_error_it_is_told_how_to_go_on(
+    error: BaseException, code: int, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("setfit_kd.stages.train_student", fail)
+    result = CliRunner().invoke(main, ["run", "--resume", str(finished), "--epochs", "1"])
+    assert result.exit_code == code
+    told = result.stderr.splitlines()
+    assert told[-1] == f"What is whole is kept. To go on: setfit-kd run --resume {finished}"
+    assert told[-2] in ("Interrupted.", "Free some.")
+    with RunFolder.locked(finished):
+        busy = CliRunner().invoke(main, ["run", "--resume", str(finished)])
+    assert "Another process" in busy.stderr
+    assert "To go on" not in busy.stderr
+
+
 def test_two_processes_keep_out_of_each_others_way(run_in: Run, finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     with RunFolder.locked(finished), pytest.raises(OutputError, match=rf"Another process \({os.getpid()}\)"):

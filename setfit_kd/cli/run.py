@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,13 +76,14 @@ def run(
         try:
             result = run_pipeline(config, resume=resume is not None)
         except BaseException:
-            _tell_how_to_go_on(config.output_dir)
+            # The error itself is told by others, first.
+            click.get_current_context().find_root().call_on_close(partial(_tell_how_to_go_on, config.output_dir))
             raise
         _print_result(result, results)
 
 
 def _tell_how_to_go_on(folder: Path | None) -> None:
-    """Where a run has come anywhere, say how it goes on; the error itself is told by others."""
+    """Where a run has come anywhere, say how it goes on."""
     from setfit_kd.runfolder import RunFolder
 
     if folder is not None and RunFolder.has_begun(folder):
