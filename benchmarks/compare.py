@@ -42,7 +42,7 @@ BEFORE = {
     "student": ("teacher", "refined_teacher"),
 }
 """What a row builds upon; its training cost is added to the row's in the plot."""
-QUICK = {"seeds": 1, "pool_size": 250, "pair_steps": 125, "tests": 400}
+QUICK = {"seeds": 1, "shots": 8, "pool_size": 250, "pair_steps": 125, "tests": 400}
 
 Cell = dict[str, Any]
 
@@ -56,7 +56,11 @@ Cell = dict[str, Any]
 @click.option("--threads", default=2, type=click.IntRange(1))
 @click.option("--teacher", default="demo:all-MiniLM-L6-v2")
 @click.option("--student", default="layers:0,2,5")
-@click.option("--quick", is_flag=True, help="One seed, a small pool, 400 test texts: under ten minutes a data set.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="One seed, 8 labels a class, a small pool, 400 test texts: under ten minutes a data set.",
+)
 @click.option("--output", default=HERE / "results", type=click.Path(path_type=Path))
 @click.option("--work", default=Path("runs/benchmark"), type=click.Path(path_type=Path), help="For what is in between.")
 def main(folders: tuple[Path, ...], output: Path, work: Path, quick: bool, **settings: Any) -> None:
