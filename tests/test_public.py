@@ -122,7 +122,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "predictions": {"errors", "files", "classifiers"},
     "speed": {"errors", "files", "classifiers"},
     "export": GROUND | {"models", "runtime"},
-    "data": GROUND | {"hub"},
+    "data": GROUND | {"hub", "signals"},
     "checkpoints": {"errors", "files"},
     "training": {"progress", "config", "memory", "models", "precision", "checkpoints"},
     "teacher": STAGE,

@@ -2,6 +2,7 @@
 
 from setfit_kd.data.prepare import DataReport, RunData, load_run_data, prepare
 from setfit_kd.data.sets import LabeledSet, check_classes, draw_shots, encode_labels
+from setfit_kd.data.signals import read_signals
 from setfit_kd.data.sources import Rows, Source, read, stream_in_step, stream_texts, texts_in_step
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "load_run_data",
     "prepare",
     "read",
+    "read_signals",
     "stream_in_step",
     "stream_texts",
     "texts_in_step",

@@ -52,7 +52,9 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
+    """Records that have not been looked at yet, and what to call them."""
+
     records: Iterable[Record]
     origin: str
     unit: str = "row"
@@ -124,11 +126,11 @@ def texts_in_step(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[s
         unit: What to call one of them.
     """
     records: Iterator[Record] = ((number, {"text": text}) for number, text in enumerate(texts, 1))
-    yield from _in_step(_Table(records, origin, unit=unit, has_columns=False), ("text",), may_be_empty=True)
+    yield from _in_step(Table(records, origin, unit=unit, has_columns=False), ("text",), may_be_empty=True)
 
 
-def _in_step(table: _Table, text_column: Sequence[str], *, may_be_empty: bool = False) -> Iterator[str | None]:
-    problems = _Problems(table)
+def _in_step(table: Table, text_column: Sequence[str], *, may_be_empty: bool = False) -> Iterator[str | None]:
+    problems = Problems(table)
     for number, text, _, problem in _rows(table, text_column, None, may_be_empty=may_be_empty):
         if problem is not None:
             problems.add(number, problem)
@@ -137,7 +139,7 @@ def _in_step(table: _Table, text_column: Sequence[str], *, may_be_empty: bool = 
         logger.warning("%s: no label was given.", problems)
 
 
-def _opened(source: Source, role: str, label_column: str | None) -> _Table:
+def _opened(source: Source, role: str, label_column: str | None) -> Table:
     try:
         return _open(source, role, label_column)
     except OSError as error:
@@ -146,9 +148,9 @@ def _opened(source: Source, role: str, label_column: str | None) -> _Table:
         raise DataError(f"Cannot read {source!r:.200}: {error.strerror or error}.", hint="Check the path.") from None
 
 
-def _checked(table: _Table, text_column: Sequence[str], label_column: str | None) -> Iterator[tuple[str, str]]:
+def _checked(table: Table, text_column: Sequence[str], label_column: str | None) -> Iterator[tuple[str, str]]:
     """Each row's text and label ("" without a label column)."""
-    problems = _Problems(table)
+    problems = Problems(table)
     for number, text, label, problem in _rows(table, text_column, label_column):
         if problem is None:
             yield text, label
@@ -159,7 +161,7 @@ def _checked(table: _Table, text_column: Sequence[str], label_column: str | None
 
 
 def _rows(
-    table: _Table, text_column: Sequence[str], label_column: str | None, *, may_be_empty: bool = False
+    table: Table, text_column: Sequence[str], label_column: str | None, *, may_be_empty: bool = False
 ) -> Iterator[tuple[int, str, str, str | None]]:
     """Each row's number, text, label ("" without a label column), and what keeps it from being used."""
     columns = text_column if table.has_columns else ("text",)
@@ -169,7 +171,7 @@ def _rows(
             _require_columns(record, [*columns, *([label_column] if label_column else [])], table.origin)
         n_rows += 1
         label = ""
-        text, problem = _text(record, columns)
+        text, problem = text_of(record, columns)
         if label_column and problem is None:
             label, problem = _label(record.get(label_column), table.declared)
         yield number, text, label, problem
@@ -177,15 +179,16 @@ def _rows(
         raise DataError(f"There are no rows in {table.origin}.", hint="Give at least two rows.")
 
 
-class _Problems:
+class Problems:
     """Rows that cannot be used, the first of them in words."""
 
-    def __init__(self, table: _Table) -> None:
+    def __init__(self, table: Table) -> None:
         self.table = table
         self.shown: list[str] = []
         self.total = 0
 
     def add(self, number: int, problem: str) -> None:
+        """Keep account of one more."""
         self.total += 1
         if len(self.shown) < _SHOWN:
             self.shown.append(f"{self.table.unit} {number}: {problem}")
@@ -213,7 +216,8 @@ def _is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _text(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, str | None]:
+def text_of(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, str | None]:
+    """A record's text, and what keeps it from being used."""
     parts = [record.get(column) for column in columns]
     for part in parts:
         if _is_missing(part):
@@ -253,7 +257,7 @@ def _label(value: object, declared: tuple[str, ...]) -> tuple[str, str | None]:
     return str(value), None
 
 
-def _open(source: Source, role: str, label_column: str | None) -> _Table:
+def _open(source: Source, role: str, label_column: str | None) -> Table:
     if isinstance(source, str | Path):
         return _open_named(str(source), role, label_column)
     if hasattr(source, "column_names"):
@@ -265,9 +269,9 @@ def _open(source: Source, role: str, label_column: str | None) -> _Table:
         columns = list(source)
         rows = zip(*source.values(), strict=True)
         records: Iterable[Record] = ((n, dict(zip(columns, row, strict=True))) for n, row in enumerate(rows, 1))
-        return _Table(records, "the given columns")
+        return Table(records, "the given columns")
     has_columns = len(source) > 0 and isinstance(source[0], Mapping)
-    return _Table(_items(source, label_column), "the given list", has_columns=has_columns)
+    return Table(_items(source, label_column), "the given list", has_columns=has_columns)
 
 
 def _items(items: Sequence[Any], label_column: str | None) -> Iterator[Record]:
@@ -285,18 +289,18 @@ def _items(items: Sequence[Any], label_column: str | None) -> Iterator[Record]:
             )
 
 
-def _open_named(name: str, role: str, label_column: str | None) -> _Table:
+def _open_named(name: str, role: str, label_column: str | None) -> Table:
     if name.startswith("bundled:"):
         path = BUNDLED / name.removeprefix("bundled:") / ("eval.jsonl" if role == "test" else "train.jsonl")
         if not path.is_file():
             raise DataError(f"There is no bundled corpus {name!r}.", hint="There is bundled:newswire.")
-        return _Table(read_records(path), name, unit="line")
+        return Table(read_records(path), name, unit="line")
     path = Path(name)
     if path.suffix.lower() in READERS and not path.is_dir():
         if not path.is_file():
             raise DataError(f"There is no file {name}.", hint="Check the path.")
         unit = "line" if path.suffix.lower() in LINE_NUMBERED else "row"
-        return _Table(read_records(path), str(path), unit=unit, has_columns=path.suffix.lower() != ".txt")
+        return Table(read_records(path), str(path), unit=unit, has_columns=path.suffix.lower() != ".txt")
     match = _HUB_NAME.fullmatch(name)
     folder, split = (path, None)
     if not path.exists() and name.endswith("]"):
@@ -313,7 +317,7 @@ def _open_named(name: str, role: str, label_column: str | None) -> _Table:
     return _open_hub(match["name"], match["config"], match["split"], role, label_column)
 
 
-def _open_folder(folder: Path, split: str | None, role: str, label_column: str | None) -> _Table:
+def _open_folder(folder: Path, split: str | None, role: str, label_column: str | None) -> Table:
     import datasets
 
     try:
@@ -326,7 +330,7 @@ def _open_folder(folder: Path, split: str | None, role: str, label_column: str |
     return _open_dataset(loaded, role, str(folder), label_column, split)
 
 
-def _open_hub(name: str, config: str | None, split: str | None, role: str, label_column: str | None) -> _Table:
+def _open_hub(name: str, config: str | None, split: str | None, role: str, label_column: str | None) -> Table:
     import datasets
 
     folder = hub.snapshot(name, "dataset")
@@ -343,7 +347,7 @@ def _open_hub(name: str, config: str | None, split: str | None, role: str, label
     return _open_dataset(loaded, role, f"hub data set {name}", label_column, split)
 
 
-def _open_dataset(data: Any, role: str, origin: str, label_column: str | None, split: str | None = None) -> _Table:
+def _open_dataset(data: Any, role: str, origin: str, label_column: str | None, split: str | None = None) -> Table:
     if isinstance(data, Mapping):
         wanted = [split] if split else {"train": ["train"], "test": ["test", "validation"]}[role]
         found = next((name for name in wanted if name in data), None)
@@ -356,4 +360,4 @@ def _open_dataset(data: Any, role: str, origin: str, label_column: str | None, s
     elif split:
         raise DataError(f"{origin} has no splits.", hint="Leave out the square brackets.")
     feature = (getattr(data, "features", None) or {}).get(label_column)
-    return _Table(enumerate(data, 1), origin, declared=tuple(getattr(feature, "names", None) or ()))
+    return Table(enumerate(data, 1), origin, declared=tuple(getattr(feature, "names", None) or ()))
