@@ -320,8 +320,8 @@ class RunConfig(DataConfig, TeacherConfig, SignalsConfig, StudentConfig):
         1,
         ge=1,
         le=100,
-        description="Go through the run so many times, from --seed upwards, each with other draws, and tell mean and "
-        "deviation; the first is the run itself.",
+        description="Go through the run so many times, from --seed upwards, with draws and trainings of its own, and "
+        "tell mean and deviation; the first is the run itself.",
     )
     overwrite: bool = Field(False, description="Replace an earlier run in the output folder.")
 

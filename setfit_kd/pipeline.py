@@ -19,13 +19,12 @@ from setfit_kd.models import load_body, locate
 from setfit_kd.precision import Precision, check_precision, resolve_precision
 from setfit_kd.report import write_report
 from setfit_kd.runfolder import (
-    BASELINE,
-    CONFIG,
     SEEDS,
     STUDENT,
     STUDENTS,
     TEACHER,
     RunFolder,
+    baseline_of,
     compared_with,
     logged_as,
     recorded,
@@ -83,7 +82,8 @@ class RunResult:
         """
         target = self.config.target_accuracy
         measured = {name: found.as_dict(target_accuracy=target) for name, found in self.evaluations.items()}
-        for student, others in _compared(self.config, self.evaluations).items():
+        for student in student_names(self.config).values() if self.evaluations else ():
+            others = compared_with(student, self.evaluations)
             measured[student]["against"] = {
                 called: {
                     figure: asdict(found)
@@ -100,16 +100,8 @@ class RunResult:
         """What each model comes to over the seeds; nothing for a single one."""
         if not self.by_seed:
             return {}
-        return over_seeds(list(self.by_seed.values()), _compared(self.config, self.evaluations))
-
-
-def _compared(config: RunConfig, evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, str]]:
-    """What each evaluated student is compared with: the models' names, by what they are to it."""
-    return {
-        student: {called: other for called, other in compared_with(student).items() if other in evaluations}
-        for student in student_names(config).values()
-        if student in evaluations
-    }
+        compared = {name: compared_with(name, self.evaluations) for name in student_names(self.config).values()}
+        return over_seeds(list(self.by_seed.values()), compared)
 
 
 def distill(
@@ -186,6 +178,16 @@ def run(
         SetFitKDError: See `distill`.
     """
     objects = {"labeled": labeled, "unlabeled": unlabeled, "eval": eval}
+    result, _ = _run(config, objects, resume=resume)
+    for student in result.students.values():
+        place(student.model_body, resolve_device(config.device), phase="Handing over student")
+    return result
+
+
+def _run(
+    config: RunConfig, objects: Mapping[str, Source | None], *, resume: bool
+) -> tuple[RunResult, list[dict[str, Any]]]:
+    """A run with its models on the CPU, and where its memory ran out."""
     with recorded() as log, remembering(cpu_fallback=config.cpu_fallback):
         inputs = prepare_run(config, **objects, resume=resume)
         if config.output_dir is None:
@@ -241,29 +243,28 @@ def prepare_run(
 
 def _run_whole(
     config: RunConfig, objects: Mapping[str, Source | None], inputs: RunInputs, folder: RunFolder | None
-) -> RunResult:
+) -> tuple[RunResult, list[dict[str, Any]]]:
     """The stages, the same with the other seeds, and what is told of them all."""
     settled, journal = _settled(config, inputs, folder), Journal(folder)
     result = _run_stages(config, settled, inputs, journal)
+    out_of_memory = journal.out_of_memory
     if config.seeds > 1:
-        if folder:
-            folder.reopen_results()
-        result = _with_other_seeds(result, settled, objects)
+        result, others = _with_other_seeds(result, settled, objects, folder)
+        out_of_memory = [*out_of_memory, *others]
     journal.drop_others()
     if folder:
+        folder.drop_seeds(keep=result.by_seed)
         folder.finish(
             result.metrics,
             students=student_names(config),
             evaluated=list(result.evaluations),
             data=inputs.data.report.as_dict(),
             seconds=result.seconds,
-            out_of_memory=journal.out_of_memory,
+            out_of_memory=out_of_memory,
             seeds=list(result.by_seed),
         )
         write_report(folder.path)
-    for student in result.students.values():
-        place(student.model_body, resolve_device(config.device), phase="Handing over student")
-    return result
+    return result, out_of_memory
 
 
 def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journal: Journal) -> RunResult:
@@ -273,7 +274,7 @@ def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journa
     students: dict[str, SetFitModel] = {}
     models = {TEACHER: teacher}
     for (source, name), prepared in zip(student_names(config).items(), inputs.students, strict=True):
-        baseline_name = compared_with(name)[BASELINE] if config.baseline and data.evaluation else None
+        baseline_name = baseline_of(name) if config.baseline and data.evaluation else None
         names = (name, baseline_name)
         students[source], baseline = stages.student_and_baseline(names, source, prepared, teacher, signals)
         if baseline_name is not None and baseline is not None:
@@ -288,21 +289,29 @@ def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journa
     return RunResult(students, teacher, signals, evaluations, config, seconds=journal.seconds, output_dir=output_dir)
 
 
-def _with_other_seeds(result: RunResult, settled: RunConfig, objects: Mapping[str, Source | None]) -> RunResult:
-    """The result with the evaluations of the same run with the other seeds, each in a folder of its own."""
-    by_seed = {settled.seed: result.evaluations}
-    seconds = 0.0
+def _with_other_seeds(
+    result: RunResult, settled: RunConfig, objects: Mapping[str, Source | None], folder: RunFolder | None
+) -> tuple[RunResult, list[dict[str, Any]]]:
+    """The result with the evaluations of the same run with the other seeds, and where their memory ran out.
+
+    Each has a folder of its own within the run's. No more than one seed's models are held beside the first's.
+    """
+    by_seed, seconds = {settled.seed: result.evaluations}, 0.0
+    out_of_memory: list[dict[str, Any]] = []
     for seed in range(settled.seed + 1, settled.seed + settled.seeds):
         logger.info("The same with seed %d (%d of %d).", seed, len(by_seed) + 1, settled.seeds)
-        place = f"{SEEDS}/{seed}"
-        folder = result.output_dir and result.output_dir / place
-        config = settled.model_copy(update={"seed": seed, "seeds": 1, "output_dir": folder, "overwrite": True})
-        begun = folder is not None and (folder / CONFIG).is_file()
+        place, begun = f"{SEEDS}/{seed}", False
+        changes: dict[str, Any] = {"seed": seed, "seeds": 1, "overwrite": False}
+        if folder is not None:
+            changes["output_dir"], begun = folder.path / place, folder.holds_run(place)
         with logged_as(place):
-            other = run(config, **objects, resume=begun)
+            other, events = _run(settled.model_copy(update=changes), objects, resume=begun)
         by_seed[seed] = other.evaluations
         seconds += sum(other.seconds.values())
-    return replace(result, by_seed=by_seed, seconds={**result.seconds, "other seeds": round(seconds, 2)})
+        out_of_memory += events
+        del other
+    whole = {**result.seconds, "other seeds": round(seconds, 2)}
+    return replace(result, by_seed=by_seed, seconds=whole), out_of_memory
 
 
 def _settled(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> RunConfig:

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
@@ -84,10 +84,16 @@ def _tell_stage(record: logging.LogRecord) -> bool:
     return True
 
 
-def compared_with(student: str) -> dict[str, str]:
-    """What a student is compared with: the models' names in the run's folder, by what they are to it."""
+def baseline_of(student: str) -> str:
+    """What a student's baseline is called in the run's folder."""
     group, _, slug = student.partition("/")
-    return {TEACHER: TEACHER, BASELINE: f"{BASELINES}/{slug}" if group == STUDENTS else BASELINE}
+    return f"{BASELINES}/{slug}" if group == STUDENTS else BASELINE
+
+
+def compared_with(student: str, evaluated: Collection[str]) -> dict[str, str]:
+    """What a student is compared with among what was evaluated: names in the folder, by what they are to it."""
+    others = {TEACHER: TEACHER, BASELINE: baseline_of(student)}
+    return {called: name for called, name in others.items() if name in evaluated}
 
 
 def default_folder(config: RunConfig) -> Path:
@@ -207,11 +213,11 @@ class RunFolder:
         """Whether there is an unfinished run in a folder that has made something already and that nobody works in."""
         try:
             about = _read_about(path / RUN)
-            if about["finished"] or not (about["stages"] or any((path / CHECKPOINTS).glob("*/*"))):
+            if about.get("finished") or not (about["stages"] or any((path / CHECKPOINTS).glob("*/*"))):
                 return False
             with RunFolder.locked(path):
                 return True
-        except (DataError, OutputError):
+        except (DataError, OutputError, OSError):
             return False
 
     @classmethod
@@ -281,8 +287,9 @@ class RunFolder:
     def forget(self, name: str) -> None:
         """Take out what a stage has made, and what was measured of the run."""
         self.about["stages"].pop(name, None)
-        self.reopen_results()
-        self._remove(name)
+        self.tell(finished=False)
+        for made in (*RESULTS, name):
+            self._remove(made)
 
     def tell(self, **what: Any) -> None:
         """Add to ``run.json``.
@@ -293,11 +300,24 @@ class RunFolder:
         self.about.update(what)
         self.write_json(RUN, self.about)
 
-    def reopen_results(self) -> None:
-        """Take out what was measured of the run: there is more to come."""
-        self.tell(finished=False)
-        for made in RESULTS:
-            self._remove(made)
+    def holds_run(self, place: str) -> bool:
+        """Whether there is a run to go on with in a folder within this one; what else is there is taken out."""
+        path = self.path / place
+        try:
+            if _is_run(path) and _read_about(path / RUN) is not None:
+                return True
+        except DataError as error:
+            logger.warning("It is gone through again: %s", error.message)
+        self._remove(place)
+        return False
+
+    def drop_seeds(self, *, keep: Collection[int]) -> None:
+        """Take out the runs of other seeds than these."""
+        for path in (self.path / SEEDS).glob("*"):
+            if path.name not in map(str, keep):
+                self._remove(f"{SEEDS}/{path.name}")
+        if not keep:
+            self._remove(SEEDS)
 
     def finish(self, metrics: Mapping[str, Any], **what: Any) -> None:
         """Write what was measured, and that the run is whole.

@@ -37,7 +37,7 @@ from setfit_kd.evaluation.cost import Cost
 from setfit_kd.pipeline import student_names
 from setfit_kd.report import read_account, verdict
 from setfit_kd.report.render import card, markdown
-from setfit_kd.runfolder import compared_with, versions
+from setfit_kd.runfolder import baseline_of, versions
 
 PAGE, MARKDOWN = "report.html", "report.md"
 KINDS = (PAGE, MARKDOWN)
@@ -1256,7 +1256,7 @@ def made(folder: Path, *students: str, right: int = 40, **settings: Any) -> Path
     names = [
         called
         for name in student_names(RunConfig.of(student=list(students))).values()
-        for called in (compared_with(name)["baseline"], name)
+        for called in (baseline_of(name), name)
     ]
     return made_run(folder, {"teacher": 50, **dict.fromkeys(names, right)}, n=60, student=list(students), **settings)
 
@@ -1341,7 +1341,8 @@ def test_the_lines_to_use_a_student_can_be_pasted_into_a_shell(tmp_path: Path) -
     [{"evaluated": None}, {"versions": None}, {"data": None}, {"stages": []}, {"stages": {"teacher": {}}},
      {"students": []}, {"students": {"static:8": "students/gone"}}, {"versions": []},
      {"students": {"static:8": "students/../../other"}}, {"students": {"static:8": "/tmp"}},
-     {"evaluated": ["teacher", "../../other"]}, {"seeds": ["../1"]}, {"seeds": [0, 1]}, {"precision": "fp32"},
+     {"evaluated": ["teacher", "../../other"]}, {"seeds": ["../1"]}, {"seeds": [0, 1]}, {"seeds": [0]},
+     {"precision": "fp32"},
      {"out_of_memory": [{}]}, {"data": []}],
     ids=str,
 )  # fmt: skip

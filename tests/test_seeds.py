@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from click.testing import CliRunner
 from conftest import FAST, newswire
 from hypothesis import given
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from setfit_kd import RunResult, distill
 from setfit_kd.cli import main
-from setfit_kd.errors import ConfigError, DataError
+from setfit_kd.errors import ConfigError, DataError, OutputError
 from setfit_kd.evaluation import Evaluation, Spread, over_seeds
 from setfit_kd.report import read_account, write_report
 
@@ -127,6 +128,42 @@ def test_the_log_tells_of_what_seed_and_stage_a_line_is(three: Path) -> None:
     of_six = {line.split()[3] for line in (three / "seeds/6/run.log").read_text().splitlines()}
     assert "seeds/6/teacher:" in of_six
     assert not any(stage.startswith("seeds/7") for stage in of_six)
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.yaml"])
+@pytest.mark.parametrize("damage", ["broken", "gone"])
+def test_a_seed_whose_folder_is_damaged_is_gone_through_again(
+    run: Run, three: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    folder = shutil.copytree(three, tmp_path / "run")
+    file = folder / "seeds/6" / name
+    file.unlink() if damage == "gone" else file.write_text("{")
+    distill(resume=folder)
+    assert metrics(folder) == metrics(three)
+    assert yaml.safe_load((folder / "seeds/6/config.yaml").read_text())["overwrite"] is False
+
+
+def test_another_seed_that_fails_takes_nothing_from_a_finished_run(
+    run: Run, three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(three, tmp_path / "run")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OutputError("The disk is full.")
+
+    monkeypatch.setattr("setfit_kd.stages.train_teacher", fail)
+    with pytest.raises(OutputError):
+        distill(resume=folder, seeds=4)
+    assert metrics(folder) == metrics(three)
+    assert read_account(folder).about.seeds == [5, 6, 7]
+
+
+def test_seeds_that_are_no_part_of_a_run_any_more_are_taken_away(run: Run, three: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(three, tmp_path / "run")
+    distill(resume=folder, seeds=2)
+    assert [path.name for path in (folder / "seeds").iterdir()] == ["6"]
+    distill(resume=folder, seeds=1)
+    assert not (folder / "seeds").exists()
 
 
 def test_a_new_run_takes_the_other_seeds_of_an_earlier_one_away(run: Run, three: Path, tmp_path: Path) -> None:

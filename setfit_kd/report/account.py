@@ -26,6 +26,12 @@ def _place(name: str) -> str:
     return name
 
 
+def _none_or_several(seeds: list[int]) -> list[int]:
+    if len(seeds) == 1:
+        raise ValueError("one seed alone")
+    return seeds
+
+
 Place = Annotated[str, AfterValidator(_place)]
 
 
@@ -77,7 +83,7 @@ class About(_Read):
     students: dict[str, Place]
     evaluated: list[Place]
     out_of_memory: list[OutOfMemoryEvent] = []
-    seeds: list[int] = []
+    seeds: Annotated[list[int], AfterValidator(_none_or_several)] = []
     revisions: dict[str, str] = {}
 
 
@@ -188,16 +194,19 @@ def read_account(folder: str | Path) -> Account:
 def _over_seeds(folder: Path, about: About, evaluations: dict[str, Evaluation]) -> dict[str, OverSeeds]:
     if not about.seeds:
         return {}
-    others = [
-        {name: Evaluation.load(folder / SEEDS / str(seed) / EVALUATION / name) for name in evaluations}
-        for seed in about.seeds[1:]
-    ]
-    compared = {name: _others(name, evaluations) for name in about.students.values()}
+    try:
+        others = [
+            {name: Evaluation.load(folder / SEEDS / str(seed) / EVALUATION / name) for name in evaluations}
+            for seed in about.seeds[1:]
+        ]
+    except DataError as error:
+        raise DataError(error.message, hint=f"Go on: setfit-kd run --resume {folder}") from None
+    if any(not np.array_equal(of[TEACHER].gold, evaluations[TEACHER].gold) for of in others):
+        raise DataError(
+            f"The seeds in {folder} were not evaluated on the same texts.", hint=f"Run: setfit-kd run --resume {folder}"
+        )
+    compared = {name: compared_with(name, evaluations) for name in about.students.values()}
     return {shown(name): of for name, of in over_seeds([evaluations, *others], compared).items()}
-
-
-def _others(student: str, evaluations: dict[str, Evaluation]) -> dict[str, str]:
-    return {called: name for called, name in compared_with(student).items() if name in evaluations}
 
 
 def _read_about(folder: Path) -> About:
@@ -232,7 +241,9 @@ def _student(
     name: str, source: str, evaluations: dict[str, Evaluation], data: LabeledSet, targets: list[float]
 ) -> StudentAccount:
     teacher, student = evaluations[TEACHER], evaluations[name]
-    against = {called: student.against(evaluations[other]) for called, other in _others(name, evaluations).items()}
+    against = {
+        called: student.against(evaluations[other]) for called, other in compared_with(name, evaluations).items()
+    }
     confidence = student.probabilities.max(axis=1)
     distance = np.abs(student.probabilities - teacher.probabilities).sum(axis=1)
     distance[student.predicted == teacher.predicted] = 0

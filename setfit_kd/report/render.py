@@ -26,7 +26,7 @@ MOST_CHARACTERS = 600
 """Longest piece of a text that is shown."""
 MOST_OF_A_NAME = 80
 """Longest piece of a class's name."""
-SPREAD_HEADINGS = ("accuracy", "macro F1", "as teacher", "calibration error", "less teacher", "less baseline")
+SPREAD_HEADINGS = ("accuracy", "macro F1", "as teacher", "calibration error", "minus teacher", "minus baseline")
 MOST_CLASSES = 20
 """Above so many, confusions are listed in place of a matrix."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~!$&])")
@@ -187,7 +187,7 @@ def verdict(account: Account) -> str:
     """What is lost and what is gained, in a sentence or two."""
     if not account.students:
         return "Nothing was measured: there was no evaluation set."
-    best = max(account.students, key=lambda student: student.evaluation.quality.accuracy)
+    best = max(account.students, key=lambda student: _accuracy(account, student))
     teacher = account.evaluations["teacher"]
     of = best.evaluation
     name = "The student" if len(account.students) == 1 else f"The best student, {best.name},"
@@ -205,6 +205,12 @@ def verdict(account: Account) -> str:
         n_seeds = len(account.about.seeds)
         sentence += f" Over {n_seeds} seeds it has {_spread(student)} %, and its teacher {_spread(of_teacher)} %."
     return sentence
+
+
+def _accuracy(account: Account, student: StudentAccount) -> float:
+    """A student's accuracy; over several seeds, its mean."""
+    spread = account.over_seeds.get(student.name)
+    return spread.figures["accuracy"].mean if spread else student.evaluation.quality.accuracy
 
 
 def _times(smaller: float) -> str:
@@ -262,8 +268,8 @@ def _over_seeds(account: Account) -> dict[str, Any] | None:
     return {
         "title": f"Over {len(seeds)} seeds",
         "table": Table(("", *SPREAD_HEADINGS), [(name, *spread_cells(of)) for name, of in account.over_seeds.items()]),
-        "note": f"Mean ± standard deviation over the seeds {seeds[0]} to {seeds[-1]}, in percent; each has its own "
-        "draws and trainings. The other sections are of the first.",
+        "note": f"Mean ± standard deviation over the seeds {seeds[0]} to {seeds[-1]}, in percent; labels and "
+        "pool are drawn anew where any are drawn, and all is trained anew. The other sections are of the first.",
         "by_seed": Table(("accuracy with seed", *map(str, seeds)), by_seed),
     }
 
