@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -166,9 +167,12 @@ def _errno_of(error: BaseException | None) -> int | None:
         if isinstance(error, OSError) and error.errno in errno.errorcode:
             return error.errno
         text = str(error)
-        if "No space left on device" in text or "os error 28" in text:
+        told = re.search(r"\(os error (\d+)\)", text)  # as the tensor writers tell it
+        if told and int(told[1]) in errno.errorcode:
+            return int(told[1])
+        if "No space left on device" in text:
             return errno.ENOSPC
-        if "Read-only file system" in text or "os error 30" in text:
+        if "Read-only file system" in text:
             return errno.EROFS
         if any(sign in text for sign in _TORCH_CANNOT_WRITE):
             return errno.EIO

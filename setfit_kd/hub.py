@@ -10,11 +10,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from setfit_kd.config import OFFLINE_COMMAND
 from setfit_kd.errors import InputError, SetFitKDError, UnavailableError
 from setfit_kd.files import writing
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +31,18 @@ _MODEL_FILES: dict[str, Any] = {
 }
 
 
+_PASSING = (408, 412, 429)
+"""HTTP statuses of refusals that pass: too slow, a commit of somebody else's in between, too many requests."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _revisions: ContextVar[dict[str, str] | None] = ContextVar("revisions", default=None)
 
 
 @contextmanager
 def revisions() -> Iterator[dict[str, str]]:
-    """Within this block, gather the commit of every repository that `snapshot` hands out, by the name asked for."""
+    """Within this block, gather the commit of every repository that `snapshot` hands out.
+
+    It is kept by the name asked for, that of a data set with ``datasets/`` before it.
+    """
     found: dict[str, str] = {}
     token = _revisions.set(found)
     try:
@@ -50,7 +58,13 @@ def endpoint() -> str:
 
 def address() -> str:
     """The hub's address as it may be shown: without a name and password in it."""
-    return re.sub(r"//[^/@]*@", "//", endpoint())
+    return without_password(endpoint())
+
+
+def without_password(text: str) -> str:
+    """A text in which the hub's address, wherever it stands, has no name and password in it."""
+    secret = re.search(r"//(.*@)", endpoint())
+    return text.replace(secret[1], "") if secret else text
 
 
 def is_offline() -> bool:
@@ -66,7 +80,7 @@ def is_reachable(timeout_s: float = 3.0) -> bool:
     if is_offline():
         return False
     try:
-        with urlopen(Request(endpoint(), method="HEAD"), timeout=timeout_s):
+        with urlopen(Request(address(), method="HEAD"), timeout=timeout_s):
             return True
     except HTTPError:
         return True
@@ -103,7 +117,7 @@ def snapshot(name: str, kind: Kind) -> Path:
     folder = _snapshot(name, kind)
     gathered = _revisions.get()
     if gathered is not None and _COMMIT.fullmatch(folder.name):
-        gathered[name] = folder.name
+        gathered[name if kind == "model" else f"datasets/{name}"] = folder.name
     return folder
 
 
@@ -111,6 +125,8 @@ def _snapshot(name: str, kind: Kind) -> Path:
     from huggingface_hub import HfApi
 
     repository, revision = split_revision(name)
+    if name.endswith("@"):
+        raise InputError(f"{name!r} names no revision.", hint="Write NAME@REVISION, or NAME alone.")
     failure: Exception | None = None
     if not is_offline():
         with writing(_cache(), elsewhere="let HF_HOME name another folder for the hub's cache"):
@@ -180,14 +196,14 @@ def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, privat
         The repository's address.
 
     Raises:
-        UnavailableError: The hub cannot be reached, or fails; nothing has changed there.
-        InputError: The name is none, or may not be written to.
+        UnavailableError: The hub cannot be reached, or fails; no file was committed, as far as it told.
+        InputError: The name is none, may not be written to, or is of a public repository where ``private`` is wanted.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     if is_offline():
-        raise _explain_upload(None, name)
+        raise UnavailableError(f"{name!r} was not uploaded: {_reason(None)}.", hint="Unset it to upload.")
     operations = [CommitOperationAdd(path, content) for path, content in files.items()]
     hub = HfApi(endpoint=endpoint())
     try:
@@ -195,12 +211,31 @@ def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, privat
             try:
                 hub.create_repo(name, private=private)
             except HfHubHTTPError as error:
-                if _status(error) != 409:  # there already
-                    raise
+                _check_existing(hub, name, private, error)
             hub.create_commit(name, operations=operations, commit_message=message)
     except Exception as error:
-        raise _explain_upload(error, name) from error
+        explained = _explain_upload(error, name)
+        if explained is None:
+            raise
+        raise explained from error
     return f"{address()}/{name}"
+
+
+def _check_existing(hub: HfApi, name: str, private: bool | None, refusal: Exception) -> None:
+    """Whether a repository that could not be made is there already, and as private as is wanted.
+
+    Tokens that may write to one but make none are told 403, not 409.
+    """
+    if _status(refusal) not in (401, 402, 403, 409):
+        raise refusal
+    try:
+        found = hub.repo_info(name, timeout=CONTACT_S)
+    except Exception:
+        raise refusal from None
+    if private and not found.private:
+        raise InputError(
+            f"{name!r} is there already, and everybody may see it.", hint="Make it private on the hub, or name another."
+        )
 
 
 @contextmanager
@@ -232,7 +267,9 @@ def _bounded_requests(stall_s: float = STALL_S) -> Iterator[None]:
 
 def _status(error: BaseException | None) -> int | None:
     """The HTTP status behind an error, looked for along its causes."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(status, int):
             return status
@@ -264,7 +301,7 @@ def _reason(error: Exception | None, what: str = "download from") -> str:
         return f"the hub at {address()} answers HTTP {status}"
     kind = type(error).__name__
     if kind in ("ConnectError", "ConnectTimeout"):
-        return f"no hub answers at {address()} ({error})"
+        return f"no hub answers at {address()} ({without_password(str(error))})"
     if "Timeout" in kind:
         return f"the hub at {address()} does not answer in time"
     return f"the {what} {address()} broke off ({kind})"
@@ -294,8 +331,8 @@ def _explain(error: Exception | None, name: str, kind: Kind) -> SetFitKDError:
     return UnavailableError(f"{what} is neither a file or folder here nor in the local cache, and {reason}.", hint=hint)
 
 
-def _explain_upload(error: Exception | None, name: str) -> Exception:
-    """What a failed upload means to the user; what does not come from the hub, as it is."""
+def _explain_upload(error: Exception, name: str) -> SetFitKDError | None:
+    """What a failed upload means to the user; None for what does not come from the hub."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if isinstance(error, HFValidationError):
@@ -306,14 +343,14 @@ def _explain_upload(error: Exception | None, name: str) -> Exception:
             f"{name!r} may not be written to: the hub at {address()} answers HTTP {status}.",
             hint="Log in with a token that may write, by `hf auth login` or HF_TOKEN, and check the owner's name.",
         )
-    if status is not None and 400 <= status < 500:
-        told = " ".join(str(getattr(error, "server_message", None) or error).split())
+    if status is not None and 400 <= status < 500 and status not in _PASSING:
+        told = " ".join(without_password(str(getattr(error, "server_message", None) or error)).split())
         return InputError(
             f"The hub at {address()} refuses the upload (HTTP {status}): {told}",
-            hint="Mend what it names and push again; nothing has changed there.",
+            hint="Mend what it names and push again; no file was committed.",
         )
-    if error is not None and not isinstance(error, HfHubHTTPError) and not _is_network_error(error):
-        return error
+    if not isinstance(error, HfHubHTTPError) and not _is_network_error(error):
+        return None
     return UnavailableError(
-        f"{name!r} was not uploaded: {_reason(error, 'upload to')}.", hint="Nothing has changed there. Try again."
+        f"{name!r} was not uploaded: {_reason(error, 'upload to')}.", hint="No file was committed. Try again."
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
 from setfit_kd import hub
@@ -12,7 +13,17 @@ from setfit_kd.errors import InputError, ModelError
 from setfit_kd.models import classifier_folder, load_folder, load_head
 
 CARD = "README.md"
-_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "model_head.pkl", CARD)
+_FILES = frozenset(
+    {
+        CARD,
+        *("config.json", "config_sentence_transformers.json", "config_setfit.json", "sentence_bert_config.json"),
+        *("modules.json", "model.safetensors.index.json", "head.json", "head.safetensors", "model_head.pkl"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
+    }
+)
+"""What sentence-transformers, transformers, SetFit and setfit-kd call the files of a model."""
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _PLACEHOLDER = b'"path/to/this/folder"'
 
 
@@ -63,26 +74,35 @@ def prepare_publication(model: str | Path, name: str) -> Publication:
     if load_head(folder) is None:
         raise ModelError(f"{folder} holds no classifier of setfit-kd's.", hint="Name a run, or one of its students.")
     load_folder(folder)  # what does not load here is of no use there
+    modules = _module_folders(folder)
     files: dict[str, Path | bytes] = {}
     left_out = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         place = path.relative_to(folder).as_posix()
-        is_hidden = any(part.startswith(".") for part in Path(place).parts)
-        if is_hidden or not any(fnmatch(path.name, pattern) for pattern in _PATTERNS):
-            left_out.append(place)
-        else:
+        belongs = place.rpartition("/")[0] in modules and (path.name in _FILES or _WEIGHTS.fullmatch(path.name))
+        if belongs and path.resolve().is_relative_to(folder.resolve()):
             files[place] = path
+        else:
+            left_out.append(place)
+    if not any(_WEIGHTS.fullmatch(Path(place).name) for place in files):
+        raise ModelError(f"{folder} holds no weights in safetensors.", hint="Save the model anew.")
     card = folder / CARD
     if card.is_file():
         files[CARD] = card.read_bytes().replace(_PLACEHOLDER, f'"{name}"'.encode())
     return Publication(name, files, tuple(left_out))
 
 
+def _module_folders(folder: Path) -> set[str]:
+    """Folders that a model's files lie in: its own, and those of its modules."""
+    file = folder / "modules.json"
+    return {"", *(module["path"] for module in json.loads(file.read_text("utf-8")))} if file.is_file() else {""}
+
+
 def publish(publication: Publication, *, message: str | None = None, private: bool | None = None) -> str:
     """Upload it, all in one commit, over what an earlier one has put there. Returns its address.
 
     Raises:
-        UnavailableError: The hub cannot be reached, or fails; nothing has changed there.
+        UnavailableError: The hub cannot be reached, or fails; no file was committed, as far as it told.
         InputError: The hub does not take it.
     """
     return hub.upload(publication.name, publication.files, message=message or "Upload by setfit-kd", private=private)

@@ -466,11 +466,8 @@ def test_an_evaluation_measures_its_most_probable_classes() -> None:
     of, other = (evaluation(*drawn(60, 3, seed=seed)) for seed in (11, 12))
     other = evaluation(other.probabilities, of.gold)
     predicted = np.asarray(of.probabilities.argmax(axis=1), np.int64)
-    expected = {
-        **bootstrap(of.gold, predicted, n_classes=3),
-        **bootstrap_calibration(of.probabilities, of.gold),
-    }
-    assert of.intervals == expected
+    assert of.intervals == bootstrap(of.gold, predicted, n_classes=3)
+    assert of.calibration_intervals == bootstrap_calibration(of.probabilities, of.gold)
     assert values(of.intervals) == pytest.approx((of.quality.accuracy, of.quality.macro_f1))
     assert of.calibration == measure_calibration(of.probabilities, of.gold)
     assert of.against(other) == bootstrap(of.gold, predicted, n_classes=3, other=other.predicted)

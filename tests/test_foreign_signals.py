@@ -90,8 +90,9 @@ def test_rounded_probabilities_are_made_to_sum_to_1(tmp_path_factory: pytest.Tem
         ({"probabilities": {"a": "half", "b": 0.5}}, "the probability of 'a' is 'half'"),
         ({"probabilities": {"a": True, "b": 0.0}}, "the probability of 'a' is True"),
         ({"probabilities": {"a": 10**400, "b": 0.0}}, "the probability of 'a' is 1000"),
-        ({"embedding": [1.0]}, "the embedding has 1 numbers, in the first row 2"),
-        ({"embedding": None}, "the embedding has 0 numbers"),
+        ({"embedding": [1.0]}, "no embedding of 2 numbers"),
+        ({"embedding": None}, "no embedding of 2 numbers"),
+        ({"embedding": "[1, 2]"}, "no embedding of 2 numbers"),
         ({"embedding": [1.0, float("inf")]}, "not of finite numbers"),
         ({"embedding": [1.0, "x"]}, "not of finite numbers"),
     ],
@@ -101,6 +102,15 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, bad: dict[str, Any],
     path = written(tmp_path / "x.jsonl", good, {**good, **bad}, good)
     with pytest.raises(DataError, match=rf"x\.jsonl, line 2: .*{message}"):
         read_signals(path)
+
+
+def test_embeddings_are_of_all_rows_or_of_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="line 2: an embedding, where the first row has none"):
+        read_signals(written(tmp_path / "x.jsonl", row(), row(embedding=[1.0])))
+    broken: list[Any] = [[], "[1, 2]", 3]
+    for nothing in broken:
+        with pytest.raises(DataError, match="the embedding of the first row is no list of numbers"):
+            read_signals(written(tmp_path / "x.jsonl", row(embedding=nothing)))
 
 
 def test_many_such_rows_are_counted(tmp_path: Path) -> None:

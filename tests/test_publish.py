@@ -78,15 +78,19 @@ def test_a_second_push_takes_the_place_of_the_first(server: StandInHub, run: Pat
 
 def test_only_what_belongs_to_the_model_goes(server: StandInHub, run: Path, tmp_path: Path) -> None:
     student = run / "student"
-    for name in (".env", "notes.docx", "other.pkl", ".cache/x.json"):
+    others = [".env", "notes.docx", "other.pkl", ".cache/x.json", "credentials.json", "customers.txt", "x/config.json"]
+    for name in others:
         (student / name).parent.mkdir(exist_ok=True)
         (student / name).write_text("secret")
+    (tmp_path / "elsewhere.txt").write_text("secret")
+    (student / "vocab.txt").symlink_to(tmp_path / "elsewhere.txt")
     result = push(run, "me/news")
     assert result.exit_code == 0, result.output
+    others.append("vocab.txt")
     gone = {str(path.relative_to(tmp_path / "uploads/me/news")) for path in (tmp_path / "uploads").rglob("*.*")}
     assert {"model.safetensors", "head.safetensors", "head.json", "model_head.pkl", "1_Pooling/config.json"} <= gone
-    assert not gone & {".env", "notes.docx", "other.pkl", ".cache/x.json"}
-    for name in (".env", "notes.docx", "other.pkl", ".cache/x.json"):
+    assert not gone & set(others)
+    for name in others:
         assert f"Left out, since it is no part of a model: {name}\n" in result.stderr
 
 
@@ -183,6 +187,24 @@ def test_what_cannot_be_pushed(
     assert_refused(push(model, name), message)
 
 
+def test_what_shall_be_private_goes_to_no_public_repository(server: StandInHub, run: Path) -> None:
+    assert push(run, "me/news").exit_code == 0
+    assert_refused(push(run, "me/news", "--private"), "is there already, and everybody may see it")
+    assert len(server.commits) == 1
+
+
+def test_relative_paths_stay_here_too(server: StandInHub, run: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_teacher, "acme/teacher")
+    Path("acme/eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in newswire("eval")[:40]))
+    sources = {"labeled": "bundled:newswire", "unlabeled": "bundled:newswire", "eval": "acme/eval.jsonl"}
+    models = {"teacher": "acme/teacher", "student": "layers:0,1@acme/teacher"}
+    distill(**{**FAST, **sources, **models, "output_dir": tmp_path / "again", "pool_size": 60})
+    assert push(tmp_path / "again", "me/news").exit_code == 0
+    card = (tmp_path / "uploads/me/news/README.md").read_text()
+    assert "acme" not in card
+    assert "eval.jsonl" in card
+
+
 def test_a_damaged_model_stays_here(server: StandInHub, run: Path) -> None:
     weights = run / "student/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -221,8 +243,11 @@ def test_a_run_tells_which_revisions_it_was_made_of(
 
 
 def test_there_is_no_such_revision(server: StandInHub, pinned: str) -> None:
-    with pytest.raises(InputError, match=r"'me/news' on the hub at .* has no revision 'v9'"):
-        load("me/news@v9")
+    for revision in ("v9", "feature/x"):
+        with pytest.raises(InputError, match=rf"'me/news' on the hub at .* has no revision '{revision}'"):
+            load(f"me/news@{revision}")
+    with pytest.raises(InputError, match="names no revision"):
+        load("me/news@")
 
 
 def test_a_pinned_copy_needs_no_hub(server: StandInHub, pinned: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 from xml.etree import ElementTree
 
@@ -160,6 +160,7 @@ def made_run(
     labels: Sequence[str] = ("a", "b", "c"),
     confidence: tuple[float, float] = (0.9, 0.6),
     cost: Mapping[str, tuple[float, float]] | None = None,
+    from_hub: Sequence[str] = ("org/teacher",),
     **settings: Any,
 ) -> Path:
     """The folder of a run that nobody has run.
@@ -204,6 +205,7 @@ def made_run(
         "device": "cpu",
         "precision": {"name": "fp32", "speedup": None},
         "out_of_memory": [],
+        "revisions": dict.fromkeys(from_hub, "0" * 40),
     }
     (folder / "run.json").write_text(json.dumps(about), "utf-8")
     return folder
@@ -825,7 +827,9 @@ def test_hostile_names_of_folders_and_models_are_shown_as_they_are(tmp_path: Pat
         assert subtitle.startswith(f"Teacher {name}; student static:8.")
         place = shlex.quote(str(folder))
         assert any(f'setfit-kd predict {place} "..."' in code for code in sections["How to use the student", ""].code)
-        assert f"from {name}, which" in plain((folder / "student" / "README.md").read_text("utf-8"))
+        assert f"from {PureWindowsPath(name).name}, which" in plain(
+            (folder / "student" / "README.md").read_text("utf-8")
+        )
 
 
 # Cards
@@ -885,6 +889,8 @@ CARD_OF = {"teacher": 50, "student": 40}
         ("org/name", "org/name"),
         ("sentence-transformers/paraphrase-MiniLM-L3-v2", "sentence-transformers/paraphrase-MiniLM-L3-v2"),
         ("0rg/1.0", "0rg/1.0"),
+        ("org/name@v1", "org/name"),
+        ("a/folder", None),
         ("/a/folder", None),
         ("deep/er/folder", None),
         ("a folder: #1/\"quoted\" 'é🙂'", None),
@@ -896,7 +902,8 @@ CARD_OF = {"teacher": 50, "student": 40}
 def test_a_card_names_the_hubs_model_that_its_student_was_and_no_folder(
     tmp_path: Path, student: str, base_model: str | None
 ) -> None:
-    folder = made_run(tmp_path / "run", CARD_OF, n=60, student=student, baseline=False)
+    from_hub = [] if base_model is None else [student]
+    folder = made_run(tmp_path / "run", CARD_OF, n=60, student=student, baseline=False, from_hub=from_hub)
     assert header(card(read_account(folder), student)).get("base_model") == base_model
 
 
@@ -922,8 +929,29 @@ def test_a_cards_header_gives_back_any_name_of_the_evaluation_set(tmp_path: Path
     folder = made_run(tmp_path / "run", CARD_OF, n=60, eval=name, baseline=False)
     content = card(read_account(folder), "static:8")
     [result] = header(content)["model-index"][0]["results"]
-    assert (result["dataset"]["name"], result["dataset"]["type"]) == (name, name)
-    assert {found.dataset_name for found in loaded(content).eval_results} == {name}
+    shown_as = PureWindowsPath(name).name
+    assert (result["dataset"]["name"], result["dataset"]["type"]) == (shown_as, shown_as)
+    assert {found.dataset_name for found in loaded(content).eval_results} == {shown_as}
+
+
+@pytest.mark.parametrize(
+    ("name", "from_hub", "shown_as"),
+    [
+        ("ag_news", ["datasets/ag_news"], "ag_news"),
+        ("org/data@v1:config[test]", ["datasets/org/data@v1"], "org/data@v1:config[test]"),
+        ("org/database", ["datasets/org/data"], "database"),
+        ("bundled:newswire", [], "bundled:newswire"),
+        ("secret/place/test.csv", [], "test.csv"),
+        (r"C:\secret\place\test.csv", [], "test.csv"),
+        ("~/place/test.csv", [], "test.csv"),
+    ],
+)
+def test_a_card_names_data_of_the_hub_in_full_and_of_paths_the_last_part(
+    tmp_path: Path, name: str, from_hub: list[str], shown_as: str
+) -> None:
+    folder = made_run(tmp_path / "run", CARD_OF, n=60, eval=name, baseline=False, from_hub=from_hub)
+    [result] = header(card(read_account(folder), "static:8"))["model-index"][0]["results"]
+    assert result["dataset"]["name"] == shown_as
 
 
 # The command

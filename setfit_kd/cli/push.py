@@ -17,7 +17,7 @@ import click
 def push(model: Path, name: str, private: bool | None, message: str | None, dry_run: bool) -> None:
     """Upload a student and its model card to the hub.
 
-    All goes in one commit, or nothing. It needs a token that may write: log in by `hf auth login`, or set HF_TOKEN.
+    All files go in one commit, or none. It needs a token that may write: log in by `hf auth login`, or set HF_TOKEN.
     """
     from rich.console import Console
 

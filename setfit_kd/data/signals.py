@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from setfit_kd.data.files import LINE_NUMBERED, read_records
-from setfit_kd.data.sources import Problems, Table, text_of
+from setfit_kd.data.sources import Problems, text_of
 from setfit_kd.errors import DataError
 from setfit_kd.signals import TeacherSignals
 
@@ -32,18 +32,18 @@ def read_signals(path: str | Path) -> TeacherSignals:
 
     Example:
         >>> from setfit_kd import train_student
-        >>> train_student(read_signals("labels.jsonl"), "path/to/a/body")  # doctest: +SKIP
+        >>> train_student(read_signals("labels.jsonl"), "path/to/a/body", objective="soft-labels")  # doctest: +SKIP
     """
     path = Path(path)
     texts: list[str] = []
     probabilities, embeddings = array("f"), array("f")
     names: tuple[str, ...] = ()
     width: int | None = None
-    problems = Problems(Table((), str(path), unit="line" if path.suffix.lower() in LINE_NUMBERED else "row"))
+    problems = Problems(str(path), "line" if path.suffix.lower() in LINE_NUMBERED else "row")
     for number, record in read_records(path):
         if not names:
             names = _names(record, path)
-            width = len(_list(record[_EMBEDDING])) if record.get(_EMBEDDING) is not None else None
+            width = _width(record, path)
         text, problem = text_of(record, (_TEXT,))
         row, wrong = _distribution(_told(record), names)
         vector, unlike = _vector(record, width)
@@ -55,7 +55,7 @@ def read_signals(path: str | Path) -> TeacherSignals:
         probabilities.extend(row)
         embeddings.extend(vector)
     if problems.total:
-        raise DataError(f"{problems}.", hint="Each text needs one probability a label, together 1; mend those rows.")
+        raise DataError(f"{problems}.", hint="Mend or remove those rows.")
     if not texts:
         raise DataError(f"There are no rows in {path}.", hint="Give at least two rows.")
     rows = np.array(probabilities, np.float32).reshape(len(texts), len(names))
@@ -105,19 +105,26 @@ def _distribution(told: dict[str, Any] | None, names: tuple[str, ...]) -> tuple[
 
 def _vector(record: Mapping[str, Any], width: int | None) -> tuple[list[float], str | None]:
     """A row's embedding, or what is wrong with it; without a width, none is read."""
+    given = record.get(_EMBEDDING)
     if width is None:
-        return [], None
-    given = _list(record.get(_EMBEDDING))
-    if len(given) != width:
-        return [], f"the embedding has {len(given)} numbers, in the first row {width}"
+        return [], None if given is None else "an embedding, where the first row has none"
+    if not isinstance(given, list) or len(given) != width:
+        return [], f"no embedding of {width} numbers, as the first row has"
     values = [_number(value) for value in given]
     if not all(value is not None and math.isfinite(value) for value in values):
         return [], "the embedding is not of finite numbers"
     return [value for value in values if value is not None], None
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+def _width(record: Mapping[str, Any], path: Path) -> int | None:
+    """How many numbers an embedding has; None where there are none."""
+    given = record.get(_EMBEDDING)
+    if given is not None and (not isinstance(given, list) or not given):
+        raise DataError(
+            f"{path}: the embedding of the first row is no list of numbers.",
+            hint="Give lists, which CSV and TSV cannot hold, or drop the column.",
+        )
+    return None if given is None else len(given)
 
 
 def _number(value: Any) -> float | None:

@@ -52,9 +52,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Records that have not been looked at yet, and what to call them."""
-
+class _Table:
     records: Iterable[Record]
     origin: str
     unit: str = "row"
@@ -126,11 +124,11 @@ def texts_in_step(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[s
         unit: What to call one of them.
     """
     records: Iterator[Record] = ((number, {"text": text}) for number, text in enumerate(texts, 1))
-    yield from _in_step(Table(records, origin, unit=unit, has_columns=False), ("text",), may_be_empty=True)
+    yield from _in_step(_Table(records, origin, unit=unit, has_columns=False), ("text",), may_be_empty=True)
 
 
-def _in_step(table: Table, text_column: Sequence[str], *, may_be_empty: bool = False) -> Iterator[str | None]:
-    problems = Problems(table)
+def _in_step(table: _Table, text_column: Sequence[str], *, may_be_empty: bool = False) -> Iterator[str | None]:
+    problems = Problems(table.origin, table.unit)
     for number, text, _, problem in _rows(table, text_column, None, may_be_empty=may_be_empty):
         if problem is not None:
             problems.add(number, problem)
@@ -139,7 +137,7 @@ def _in_step(table: Table, text_column: Sequence[str], *, may_be_empty: bool = F
         logger.warning("%s: no label was given.", problems)
 
 
-def _opened(source: Source, role: str, label_column: str | None) -> Table:
+def _opened(source: Source, role: str, label_column: str | None) -> _Table:
     try:
         return _open(source, role, label_column)
     except OSError as error:
@@ -148,9 +146,9 @@ def _opened(source: Source, role: str, label_column: str | None) -> Table:
         raise DataError(f"Cannot read {source!r:.200}: {error.strerror or error}.", hint="Check the path.") from None
 
 
-def _checked(table: Table, text_column: Sequence[str], label_column: str | None) -> Iterator[tuple[str, str]]:
+def _checked(table: _Table, text_column: Sequence[str], label_column: str | None) -> Iterator[tuple[str, str]]:
     """Each row's text and label ("" without a label column)."""
-    problems = Problems(table)
+    problems = Problems(table.origin, table.unit)
     for number, text, label, problem in _rows(table, text_column, label_column):
         if problem is None:
             yield text, label
@@ -161,7 +159,7 @@ def _checked(table: Table, text_column: Sequence[str], label_column: str | None)
 
 
 def _rows(
-    table: Table, text_column: Sequence[str], label_column: str | None, *, may_be_empty: bool = False
+    table: _Table, text_column: Sequence[str], label_column: str | None, *, may_be_empty: bool = False
 ) -> Iterator[tuple[int, str, str, str | None]]:
     """Each row's number, text, label ("" without a label column), and what keeps it from being used."""
     columns = text_column if table.has_columns else ("text",)
@@ -182,8 +180,9 @@ def _rows(
 class Problems:
     """Rows that cannot be used, the first of them in words."""
 
-    def __init__(self, table: Table) -> None:
-        self.table = table
+    def __init__(self, origin: str, unit: str) -> None:
+        self.origin = origin
+        self.unit = unit
         self.shown: list[str] = []
         self.total = 0
 
@@ -191,11 +190,11 @@ class Problems:
         """Keep account of one more."""
         self.total += 1
         if len(self.shown) < _SHOWN:
-            self.shown.append(f"{self.table.unit} {number}: {problem}")
+            self.shown.append(f"{self.unit} {number}: {problem}")
 
     def __str__(self) -> str:
         more = f" and {self.total - _SHOWN} more" if self.total > _SHOWN else ""
-        return f"{self.table.origin}, {'; '.join(self.shown)}{more}"
+        return f"{self.origin}, {'; '.join(self.shown)}{more}"
 
 
 def _numbers_first(name: str) -> tuple[bool, int, str]:
@@ -257,7 +256,7 @@ def _label(value: object, declared: tuple[str, ...]) -> tuple[str, str | None]:
     return str(value), None
 
 
-def _open(source: Source, role: str, label_column: str | None) -> Table:
+def _open(source: Source, role: str, label_column: str | None) -> _Table:
     if isinstance(source, str | Path):
         return _open_named(str(source), role, label_column)
     if hasattr(source, "column_names"):
@@ -269,9 +268,9 @@ def _open(source: Source, role: str, label_column: str | None) -> Table:
         columns = list(source)
         rows = zip(*source.values(), strict=True)
         records: Iterable[Record] = ((n, dict(zip(columns, row, strict=True))) for n, row in enumerate(rows, 1))
-        return Table(records, "the given columns")
+        return _Table(records, "the given columns")
     has_columns = len(source) > 0 and isinstance(source[0], Mapping)
-    return Table(_items(source, label_column), "the given list", has_columns=has_columns)
+    return _Table(_items(source, label_column), "the given list", has_columns=has_columns)
 
 
 def _items(items: Sequence[Any], label_column: str | None) -> Iterator[Record]:
@@ -289,18 +288,18 @@ def _items(items: Sequence[Any], label_column: str | None) -> Iterator[Record]:
             )
 
 
-def _open_named(name: str, role: str, label_column: str | None) -> Table:
+def _open_named(name: str, role: str, label_column: str | None) -> _Table:
     if name.startswith("bundled:"):
         path = BUNDLED / name.removeprefix("bundled:") / ("eval.jsonl" if role == "test" else "train.jsonl")
         if not path.is_file():
             raise DataError(f"There is no bundled corpus {name!r}.", hint="There is bundled:newswire.")
-        return Table(read_records(path), name, unit="line")
+        return _Table(read_records(path), name, unit="line")
     path = Path(name)
     if path.suffix.lower() in READERS and not path.is_dir():
         if not path.is_file():
             raise DataError(f"There is no file {name}.", hint="Check the path.")
         unit = "line" if path.suffix.lower() in LINE_NUMBERED else "row"
-        return Table(read_records(path), str(path), unit=unit, has_columns=path.suffix.lower() != ".txt")
+        return _Table(read_records(path), str(path), unit=unit, has_columns=path.suffix.lower() != ".txt")
     match = _HUB_NAME.fullmatch(name)
     folder, split = (path, None)
     if not path.exists() and name.endswith("]"):
@@ -317,7 +316,7 @@ def _open_named(name: str, role: str, label_column: str | None) -> Table:
     return _open_hub(match["name"], match["config"], match["split"], role, label_column)
 
 
-def _open_folder(folder: Path, split: str | None, role: str, label_column: str | None) -> Table:
+def _open_folder(folder: Path, split: str | None, role: str, label_column: str | None) -> _Table:
     import datasets
 
     try:
@@ -330,7 +329,7 @@ def _open_folder(folder: Path, split: str | None, role: str, label_column: str |
     return _open_dataset(loaded, role, str(folder), label_column, split)
 
 
-def _open_hub(name: str, config: str | None, split: str | None, role: str, label_column: str | None) -> Table:
+def _open_hub(name: str, config: str | None, split: str | None, role: str, label_column: str | None) -> _Table:
     import datasets
 
     folder = hub.snapshot(name, "dataset")
@@ -347,7 +346,7 @@ def _open_hub(name: str, config: str | None, split: str | None, role: str, label
     return _open_dataset(loaded, role, f"hub data set {name}", label_column, split)
 
 
-def _open_dataset(data: Any, role: str, origin: str, label_column: str | None, split: str | None = None) -> Table:
+def _open_dataset(data: Any, role: str, origin: str, label_column: str | None, split: str | None = None) -> _Table:
     if isinstance(data, Mapping):
         wanted = [split] if split else {"train": ["train"], "test": ["test", "validation"]}[role]
         found = next((name for name in wanted if name in data), None)
@@ -360,4 +359,4 @@ def _open_dataset(data: Any, role: str, origin: str, label_column: str | None, s
     elif split:
         raise DataError(f"{origin} has no splits.", hint="Leave out the square brackets.")
     feature = (getattr(data, "features", None) or {}).get(label_column)
-    return Table(enumerate(data, 1), origin, declared=tuple(getattr(feature, "names", None) or ()))
+    return _Table(enumerate(data, 1), origin, declared=tuple(getattr(feature, "names", None) or ()))

@@ -55,7 +55,7 @@ def bootstrap(
 
 
 def bootstrap_share(count: int, total: int, *, seed: int = 0) -> Interval:
-    """The share of ``count`` in ``total`` texts with its interval, of the same resamples of texts."""
+    """The share of ``count`` in ``total`` texts with its interval; a resample of them is a binomial draw."""
     resampled = np.random.default_rng([seed, 11]).binomial(total, count / total, RESAMPLES) / total
     return _interval(count / total, resampled)
 

@@ -90,15 +90,17 @@ class Evaluation:
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
-        """``accuracy``, ``macro_f1``, ``ece``, ``brier`` and, of students, ``agreement`` with their 95 % intervals."""
-        found = {
-            **bootstrap(self.gold, self.predicted, n_classes=self.probabilities.shape[1]),
-            **bootstrap_calibration(self.probabilities, self.gold),
-        }
+        """``accuracy``, ``macro_f1`` and, of students, ``agreement`` with their 95 % intervals."""
+        found = bootstrap(self.gold, self.predicted, n_classes=self.probabilities.shape[1])
         if self.quality.agreement is not None:
             n = len(self.gold)
             found["agreement"] = bootstrap_share(round(self.quality.agreement * n), n)
         return found
+
+    @cached_property
+    def calibration_intervals(self) -> dict[str, Interval]:
+        """``ece`` and ``brier`` with their 95 % intervals; takes seconds with hundreds of thousands of texts."""
+        return bootstrap_calibration(self.probabilities, self.gold)
 
     def against(self, other: Evaluation) -> dict[str, Interval]:
         """``accuracy`` and ``macro_f1`` less another classifier's on the same texts, with their 95 % intervals."""
@@ -110,7 +112,8 @@ class Evaluation:
 
     def as_dict(self, *, target_accuracy: float | None = None) -> dict[str, Any]:
         """Everything measured as plain values for JSON; with a target, ``answering`` at that accuracy, too."""
-        intervals = {f"{name}_interval": [found.low, found.high] for name, found in self.intervals.items()}
+        every = {**self.intervals, **self.calibration_intervals}
+        intervals = {f"{name}_interval": [found.low, found.high] for name, found in every.items()}
         measured = {**asdict(self.quality), **intervals, **asdict(self.calibration), **asdict(self.cost)}
         if target_accuracy is not None:
             found = self.answering(target_accuracy)

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,7 +69,7 @@ def markdown(account: Account) -> str:
 def card(account: Account, source: str) -> str:
     """A model card for one student, by the name that the settings give it."""
     student = next((one for one in account.students if one.source == source), None)
-    teacher, base = _public(account.config.teacher), _hub_name(source)
+    teacher, base = _public(account.config.teacher, account), _hub_name(source, account)
     about = (
         f"A SetFit model over the classes {', '.join(map(_label, account.labels))}, distilled by setfit-kd from "
         f"{teacher}, which was fine-tuned on {account.about.data.get('labeled', 0):,} labeled texts and labeled "
@@ -81,7 +81,7 @@ def card(account: Account, source: str) -> str:
         "title": "Distilled text classifier",
         "about": about,
         "base_model": base,
-        "dataset": _public(account.config.eval or "the evaluation set"),
+        "dataset": _public(account.config.eval or "the evaluation set", account),
         "metrics": None,
         "comparison": None,
     }
@@ -93,16 +93,19 @@ def card(account: Account, source: str) -> str:
     return _environment().get_template("card.md").render(**told)
 
 
-def _hub_name(source: str) -> str | None:
-    """The hub's name of a student that is a model of its own."""
-    name, _ = hub.split_revision(source)
-    return name if hub.is_name(name) and not Path(source).exists() else None
+def _hub_name(source: str, account: Account) -> str | None:
+    """The hub's name of a student that came from there as a model of its own."""
+    return hub.split_revision(source)[0] if source in account.about.revisions else None
 
 
-def _public(source: str) -> str:
-    """What a model card calls a file, folder or model: of a path, its last part."""
-    is_path = Path(source).is_absolute() or source.startswith(("./", "../", "~"))
-    return Path(source).name if is_path else source
+def _public(source: str, account: Account) -> str:
+    """What a model card calls a data set or a model: what came from the hub in full, of a path its last part."""
+    from_hub = (name.removeprefix("datasets/") for name in account.about.revisions)
+    if source.startswith(("bundled:", "demo:")) or any(
+        re.match(rf"{re.escape(name)}($|[:[])", source) for name in from_hub
+    ):
+        return source
+    return PureWindowsPath(source).name  # which takes slashes of both kinds
 
 
 def _environment() -> Environment:
@@ -292,7 +295,7 @@ def _calibration(account: Account) -> Table:
         (
             name,
             f"{of.calibration.ece:.1%}",
-            f"{of.intervals['ece'].low:.1%} to {of.intervals['ece'].high:.1%}",
+            f"{of.calibration_intervals['ece'].low:.1%} to {of.calibration_intervals['ece'].high:.1%}",
             f"{of.calibration.brier:.3f}",
             f"{of.probabilities.max(axis=1).mean():.1%}",
             f"{of.quality.accuracy:.1%}",
