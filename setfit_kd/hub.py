@@ -213,6 +213,8 @@ def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, privat
             except HfHubHTTPError as error:
                 _check_existing(hub, name, private, error)
             hub.create_commit(name, operations=operations, commit_message=message)
+    except SetFitKDError:
+        raise
     except Exception as error:
         explained = _explain_upload(error, name)
         if explained is None:

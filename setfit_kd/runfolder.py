@@ -304,7 +304,8 @@ class RunFolder:
         """Whether there is a run to go on with in a folder within this one; what else is there is taken out."""
         path = self.path / place
         try:
-            if _is_run(path) and _read_about(path / RUN) is not None:
+            if _is_run(path):
+                _read_about(path / RUN)
                 return True
         except DataError as error:
             logger.warning("It is gone through again: %s", error.message)
@@ -313,11 +314,11 @@ class RunFolder:
 
     def drop_seeds(self, *, keep: Collection[int]) -> None:
         """Take out the runs of other seeds than these."""
+        if not keep:
+            self._remove(SEEDS)
         for path in (self.path / SEEDS).glob("*"):
             if path.name not in map(str, keep):
                 self._remove(f"{SEEDS}/{path.name}")
-        if not keep:
-            self._remove(SEEDS)
 
     def finish(self, metrics: Mapping[str, Any], **what: Any) -> None:
         """Write what was measured, and that the run is whole.

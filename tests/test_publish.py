@@ -189,7 +189,10 @@ def test_what_cannot_be_pushed(
 
 def test_what_shall_be_private_goes_to_no_public_repository(server: StandInHub, run: Path) -> None:
     assert push(run, "me/news").exit_code == 0
-    assert_refused(push(run, "me/news", "--private"), "is there already, and everybody may see it")
+    assert_refused(
+        push(run, "me/news", "--private"),
+        "Error: 'me/news' is there already, and everybody may see it.\nMake it private",
+    )
     assert len(server.commits) == 1
 
 

@@ -72,8 +72,8 @@ def bootstrap_calibration(
     n, n_bins = len(gold), int(place.max()) + 1
     found: list[npt.NDArray[np.float64]] = []
     rng, at_once = np.random.default_rng([seed, 12]), max(1, _DRAWS_AT_ONCE // n)
-    while (left := RESAMPLES - sum(map(len, found))) > 0:
-        drawn = rng.integers(0, n, (min(at_once, left), n))
+    for start in range(0, RESAMPLES, at_once):
+        drawn = rng.integers(0, n, (min(at_once, RESAMPLES - start), n))
         rows = np.arange(len(drawn))[:, None] * n_bins
         gaps = np.bincount((rows + place[drawn]).ravel(), gap[drawn].ravel(), len(drawn) * n_bins)
         errors = np.abs(gaps.reshape(len(drawn), n_bins)).sum(axis=1) / n

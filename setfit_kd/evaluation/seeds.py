@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
 
 from setfit_kd.evaluation.measure import Evaluation
 
@@ -41,12 +40,14 @@ class OverSeeds:
         """One model's evaluations, one a seed, at least two, and those of what it is compared with, by name."""
         measured = [_figures(one) for one in evaluations]
         figures = {name: Spread.of([one[name] for one in measured]) for name in measured[0]}
+
+        def less(theirs: list[dict[str, float]], name: str) -> Spread:
+            return Spread.of([one[name] - other[name] for one, other in zip(measured, theirs, strict=True)])
+
+        compared = {called: [_figures(one) for one in found] for called, found in others.items()}
         against = {
-            called: {
-                name: Spread.of([one[name] - other[name] for one, other in zip(measured, theirs, strict=True)])
-                for name in ("accuracy", "macro_f1")
-            }
-            for called, theirs in ((called, [_figures(one) for one in found]) for called, found in others.items())
+            called: {name: less(theirs, name) for name in ("accuracy", "macro_f1")}
+            for called, theirs in compared.items()
         }
         return cls(figures, against)
 
@@ -70,7 +71,7 @@ def over_seeds(
     }
 
 
-def _figures(of: Evaluation) -> dict[str, Any]:
+def _figures(of: Evaluation) -> dict[str, float]:
     quality, calibration = of.quality, of.calibration
     figures = {
         "accuracy": quality.accuracy,
