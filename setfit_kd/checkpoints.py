@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MARKER, _BESIDE, _PREFIX = "whole.json", "beside-body.safetensors", "checkpoint-"
+_MARKER, _BODY, _BESIDE, _PREFIX = "whole.json", "body.safetensors", "beside-body.safetensors", "checkpoint-"
 
 
 @runtime_checkable
@@ -78,8 +78,9 @@ class Checkpoints:
         inner = trainer.st_trainer
         inner.args.output_dir = str(self.folder)
         inner._train_batch_size = inner.args.train_batch_size  # SetFit sets the one after the other was taken from it
-        # The library's own would pickle all arguments and write a model card.
-        inner._save = lambda output_dir, **_: inner.model.save_pretrained(output_dir, create_model_card=False)
+        # The library's own would pickle all arguments, write a model card, and load the whole model anew.
+        inner._save = lambda output_dir, **_: _save_body(inner.model, Path(output_dir))
+        inner._load_from_checkpoint = lambda folder, *_: inner.model.load_state_dict(load_file(Path(folder) / _BODY))
         latest = self.latest()
         keeper = _Keeper(self, inner, latest, parts)
         inner.add_callback(keeper)
@@ -141,6 +142,12 @@ class _Keeper(TrainerCallback):
     def _beside_body(self) -> dict[str, torch.nn.Parameter]:
         body = {id(parameter) for parameter in self.inner.model.parameters()}
         return {name: value for name, value in self.inner.loss.named_parameters() if id(value) not in body}
+
+
+def _save_body(body: torch.nn.Module, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    # Copies, since weights that share memory cannot be written.
+    save_file({name: value.detach().to("cpu", copy=True) for name, value in body.state_dict().items()}, folder / _BODY)
 
 
 def _is_whole(folder: Path) -> bool:

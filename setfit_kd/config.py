@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -138,6 +138,41 @@ _NOT_DECIDING = frozenset(
 """Settings that change how a stage is gone through, not what comes out of it."""
 
 
+Family = Literal["setfit", "transformer"]
+"""SetFit models, a head on a sentence-transformers body; or transformers with a last layer of theirs, trained whole."""
+
+_USUAL: dict[Family, dict[str, Any]] = {
+    "setfit": {
+        "teacher_batch_size": 64,
+        "teacher_dropout": False,
+        "objective": "similarity,soft-labels=3",
+        "dropout": False,
+        "freeze_embeddings": True,
+        "temperature": 1.0,
+    },
+    "transformer": {
+        "max_length": 128,
+        "teacher_learning_rate": 2e-5,
+        "teacher_dropout": True,
+        "objective": "soft-labels",
+        "learning_rate": 2e-5,
+        "dropout": True,
+        "freeze_embeddings": False,
+        "temperature": 5.0,
+    },
+}
+"""What is usual for a family where a setting is not given."""
+
+
+Value = TypeVar("Value")
+
+
+def settled(value: Value | None) -> Value:
+    """A setting of a config that `StageConfig.of_family` has settled."""
+    assert value is not None
+    return value
+
+
 class StageConfig(BaseModel):
     """What every stage shares: a frozen model that refuses unknown names, a seed and a device."""
 
@@ -160,7 +195,17 @@ class StageConfig(BaseModel):
         "the result [all].",
     )
     max_length: int | None = Field(
-        None, ge=8, description="Most tokens of a text that a body reads; the rest is cut off [the body's own]."
+        None,
+        ge=8,
+        description="Most tokens of a text that a body reads; the rest is cut off [the body's own; 128 of a "
+        "transformer].",
+    )
+    warmup_steps: int | None = Field(
+        None, ge=0, description="Steps in which the learning rate rises to its height [a tenth of all, 500 at most]."
+    )
+    weight_decay: float = Field(0.01, ge=0, lt=1, description="Weight decay of the body's training.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="How the learning rate goes on from its height."
     )
     gradient_checkpointing: bool = Field(
         False, description="Keep no layer's activations in training but compute them twice: less memory, more time."
@@ -184,6 +229,11 @@ class StageConfig(BaseModel):
         if not any(value == "pairs" for name, value in found.items() if name.endswith("objective")):
             del found["num_iterations"]
         return found
+
+    def of_family(self, family: Family) -> Self:
+        """The same with what is usual for a family of models in the place of what is not set."""
+        usual = {name: value for name, value in _USUAL[family].items() if getattr(self, name, value) is None}
+        return self.model_copy(update=usual)
 
     def passes(self, texts: int, *, columns: int = 1) -> int:
         """Forward passes of a training step on ``columns`` times so many texts; micro-batches take two each."""
@@ -237,13 +287,26 @@ class TeacherConfig(StageConfig):
         "in-batch", description="Teacher's objective: contrastive over whole batches, or SetFit's own pairs."
     )
     teacher_steps: int | None = Field(
-        None, ge=1, description="Steps of the in-batch teacher [20, or two passes over the labels if that is more]."
+        None,
+        ge=1,
+        description="Steps of the in-batch teacher [20, or two passes over the labels if that is more], or of a "
+        "transformer [three passes, or 150 if that is more].",
     )
-    teacher_batch_size: int = Field(64, ge=4, description="Texts in an in-batch teacher's batch, evenly of each class.")
+    teacher_batch_size: int | None = Field(
+        None,
+        ge=4,
+        description="Texts in a teacher's batch, evenly of each class if in-batch [64; of a transformer 16, or 32 on "
+        "an accelerator].",
+    )
     teacher_learning_rate: float | None = Field(
-        None, gt=0, lt=1, description="The teacher's learning rate [6e-5; 1e-3 for a static body]."
+        None,
+        gt=0,
+        lt=1,
+        description="The teacher's learning rate [6e-5; 1e-3 for a static body, 2e-5 for a transformer].",
     )
-    teacher_dropout: bool = Field(False, description="Keep dropout on while the teacher is fine-tuned.")
+    teacher_dropout: bool | None = Field(
+        None, description="Keep dropout on while the teacher is fine-tuned [off; on for a transformer]."
+    )
 
 
 class SignalsConfig(StageConfig):
@@ -260,30 +323,38 @@ class SignalsConfig(StageConfig):
 class StudentConfig(StageConfig):
     """How the student learns from the teacher's signals."""
 
-    objective: Objectives = Field(
-        "similarity,soft-labels=3",
+    objective: Objectives | None = Field(
+        None,
         description="Student's objective: similarity, embedding, soft-labels, a weighted sum of them as in "
-        "similarity,soft-labels=0.5, or pairs.",
+        "similarity,soft-labels=0.5, or pairs [similarity,soft-labels=3; soft-labels for a transformer, and where the "
+        "signals hold no embeddings].",
     )
     epochs: int = Field(3, ge=1, description="Passes over the pool.")
     batch_size: int = Field(32, ge=4, description="Texts in a student batch.")
     learning_rate: float | None = Field(
-        None, gt=0, lt=1, description="The student's learning rate [3e-4; 1e-3 for a static body]."
+        None,
+        gt=0,
+        lt=1,
+        description="The student's learning rate [3e-4; 1e-3 for a static body, 2e-5 for a transformer].",
     )
-    dropout: bool = Field(False, description="Keep the student's dropout on while distilling.")
-    freeze_embeddings: bool = Field(True, description="Leave the student's word embeddings as they are.")
+    dropout: bool | None = Field(
+        None, description="Keep the student's dropout on while distilling [off; on for a transformer]."
+    )
+    freeze_embeddings: bool | None = Field(
+        None, description="Leave the student's word embeddings as they are [on; off for a transformer]."
+    )
     patience: int | None = Field(
         None,
         ge=1,
         description="Stop when agreement with the teacher on held-out pool texts, measured once a pass or more, has "
         "not risen so many times in a row [off].",
     )
-    temperature: float = Field(
-        1.0,
+    temperature: float | None = Field(
+        None,
         ge=0.01,
         le=100,
         allow_inf_nan=False,
-        description="Temperature of the soft-labels objective; 1 at prediction.",
+        description="Temperature of the soft-labels objective; 1 at prediction [1; 5 for a transformer].",
     )
     alpha: float = Field(
         0.5, ge=0, le=1, description="Share of the gold label, where a text has one, in the soft-labels objective."
@@ -296,17 +367,40 @@ class StudentConfig(StageConfig):
     )
 
 
+class FinetuneConfig(StageConfig):
+    """How a transformer is fine-tuned end to end on labels."""
+
+    epochs: int = Field(3, ge=1, description="Passes over the labeled texts.")
+    steps: int | None = Field(None, ge=1, description="Steps, in the place of passes.")
+    batch_size: int | None = Field(None, ge=1, description="Texts in a batch [16, or 32 on an accelerator].")
+    learning_rate: float | None = Field(None, gt=0, lt=1, description="The learning rate at its height [2e-5].")
+    dropout: bool | None = Field(None, description="Keep dropout on [on].")
+    schedule: Literal["linear", "cosine", "constant", "plateau"] = Field(  # type: ignore[assignment]
+        "linear",
+        description="How the learning rate goes on from its height; plateau halves it after each look at the "
+        "validation texts that was no better.",
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="Steps between two looks at the validation texts [one pass over the labeled texts]."
+    )
+    metric: Literal["accuracy", "f1-macro", "f1-weighted", "f1-binary"] = Field(
+        "accuracy", description="By which looks are compared: the best one's weights are kept."
+    )
+    patience: int | None = Field(None, ge=1, description="Stop after so many looks without a better one [off].")
+
+
 class RunConfig(DataConfig, TeacherConfig, SignalsConfig, StudentConfig):
     """Every setting of a run."""
 
     teacher: Name = Field(
         "sentence-transformers/paraphrase-mpnet-base-v2",
-        description="Teacher's body: hub name, folder, or demo:all-MiniLM-L6-v2.",
+        description="Teacher's body: hub name, folder, or demo:all-MiniLM-L6-v2; transformer:NAME trains it end to end "
+        "as a sequence-classification transformer.",
     )
     student: Names = Field(
         ("sentence-transformers/paraphrase-MiniLM-L3-v2",),
-        description="Student's body: the same; layers:3 or layers:0,2,5, cut out of the teacher's; or static[:128], a "
-        "vector a token. May be repeated.",
+        description="Student's body: the same; layers:3 or layers:0,2,5, cut out of the teacher's; static[:128], a "
+        "vector a token; or blank:CONFIG, an untrained transformer. May be repeated.",
     )
     baseline: bool = Field(True, description="Also train the student's body on the labels alone, to compare.")
     output_dir: OutputDir | None = Field(None, description="Folder that the run is written to [runs/NAME].")

@@ -15,7 +15,7 @@ from setfit_kd.errors import ConfigError
 from setfit_kd.evaluation import Evaluation, OverSeeds, over_seeds
 from setfit_kd.journal import Journal
 from setfit_kd.memory import check_device, place, remembering, resolve_device
-from setfit_kd.models import load_body, locate
+from setfit_kd.models import family_of, locate_body
 from setfit_kd.precision import Precision, check_precision, resolve_precision
 from setfit_kd.report import write_report
 from setfit_kd.runfolder import (
@@ -31,7 +31,7 @@ from setfit_kd.runfolder import (
     versions,
 )
 from setfit_kd.stages import RunStages
-from setfit_kd.student import PreparedStudent, check_pool, locate_student, slugs, student_passes
+from setfit_kd.student import PreparedStudent, check_pool, locate_student, on_labels_alone, slugs, student_passes
 from setfit_kd.teacher import teacher_passes
 
 if TYPE_CHECKING:
@@ -225,10 +225,10 @@ def prepare_run(
     if config.output_dir:
         RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=resume)
     with hub.revisions() as revisions:
-        teacher_folder = locate(config.teacher)
+        teacher_source = locate_body(config.teacher)
         sources = [locate_student(name) for name in config.student]
         data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
-    check_pool(len(data.pool), config)
+    check_pool(len(data.pool) + len(data.labeled), config)
     if data.evaluation is None:
         if config.seeds > 1:
             raise ConfigError(
@@ -237,8 +237,10 @@ def prepare_run(
             )
         logger.warning("There is no evaluation set: nothing will be measured. Name one by --eval.")
     check_precision(config.precision, resolve_device(config.device))
-    teacher_body = load_body(teacher_folder)
-    return RunInputs(data, teacher_body, [source.prepare(teacher_body) for source in sources], revisions)
+    names, seed = data.labeled.label_names, config.seed
+    teacher_body = teacher_source.load(names, seed=seed)
+    students = [source.prepare(teacher_body, names, seed=seed) for source in sources]
+    return RunInputs(data, teacher_body, students, revisions)
 
 
 def _run_whole(
@@ -357,14 +359,26 @@ def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
     n_models = 1 + n_students * (2 if config.baseline else 1)
     n_texts = report.pool + report.labeled
     split = [config.model_copy(update={"micro_batch_size": None}) if s.is_static else config for s in inputs.students]
-    student = sum(s.passes for s in inputs.students) + sum(student_passes(c, n_texts, report.labeled) for c in split)
+    with_own = list(zip(inputs.students, split, strict=True))
+    student = sum(s.passes + student_passes(c, n_texts, report.labeled, family=s.family) for s, c in with_own)
+    device = resolve_device(config.device)
+    teacher = teacher_passes(config, data.labeled, family=family_of(inputs.teacher_body), device=device)
     stages = [
-        PlannedStage("teacher", report.labeled, teacher_passes(config, data.labeled)),
+        PlannedStage("teacher", report.labeled, teacher),
         PlannedStage("signals", n_texts, n_texts),
         PlannedStage("student", n_texts, student),
     ]
     if data.evaluation:
         if config.baseline:
-            stages.append(PlannedStage("baseline", report.labeled, sum(teacher_passes(c, data.labeled) for c in split)))
+            baselines = [
+                teacher_passes(
+                    on_labels_alone(c, n_texts) if s.family == "transformer" else c,
+                    data.labeled,
+                    family=s.family,
+                    device=device,
+                )
+                for s, c in with_own
+            ]
+            stages.append(PlannedStage("baseline", report.labeled, sum(baselines)))
         stages.append(PlannedStage("evaluation", report.evaluation, n_models * report.evaluation))
     return stages

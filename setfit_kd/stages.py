@@ -15,10 +15,19 @@ from setfit_kd.evaluation import Evaluation, evaluate, write_texts
 from setfit_kd.files import whole_folder
 from setfit_kd.journal import Journal, fingerprint
 from setfit_kd.memory import place, resolve_device
-from setfit_kd.models import content_hash, load_folder, replace_head, save_head, save_model, with_head
+from setfit_kd.models import (
+    content_hash,
+    family_of,
+    load_folder,
+    put_head,
+    replace_head,
+    save_head,
+    save_model,
+    with_head,
+)
 from setfit_kd.runfolder import EVALUATION, SIGNALS, TEACHER
 from setfit_kd.signals import TeacherSignals
-from setfit_kd.student import PreparedStudent, train_student
+from setfit_kd.student import PreparedStudent, on_labels_alone, train_student
 from setfit_kd.teacher import refine_and_score, train_teacher
 
 if TYPE_CHECKING:
@@ -94,6 +103,8 @@ class RunStages:
             return with_head(teacher, folder / _HEAD), TeacherSignals.load(folder)
 
         refined, signals = self.journal.go_through(SIGNALS, self._signals_key, make=make, save=save, load=restore)
+        if family_of(refined.model_body) == "transformer":
+            put_head(refined.model_head, refined.model_body)  # a student that copies its layers copies this one too
         if self.journal.folder is not None:
             replace_head(refined, self.journal.folder.path / TEACHER)
         return refined, signals
@@ -115,11 +126,14 @@ class RunStages:
             teacher: The refined teacher.
             signals: What it says.
         """
-        origin = [self._teacher_key, self._pool_key] if prepared.reads is None else content_hash(prepared.reads)
+        origin = self._signals_key if prepared.reads is None else content_hash(prepared.reads)
         body_key = fingerprint(source, origin)
         student_name, baseline_name = names
         student_key = fingerprint(self._signals_key, body_key, StudentConfig.deciding(self.config))
-        baseline_key = fingerprint(self._labeled_key, body_key, TeacherConfig.deciding(self.config))
+        baseline_config = self.config
+        if prepared.family == "transformer":
+            baseline_config = on_labels_alone(self.config, len(signals))
+        baseline_key = fingerprint(self._labeled_key, body_key, TeacherConfig.deciding(baseline_config))
         self._keys[student_name] = student_key
         body = _Once(partial(self._student_body, prepared, teacher))
 
@@ -141,7 +155,7 @@ class RunStages:
             return train_teacher(
                 self.data.labeled,
                 body(),
-                config=self.config,
+                config=baseline_config,
                 description="Training baseline",
                 checkpoints=self.journal.checkpoints(baseline_name, baseline_key),
             )

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from setfit import TrainingArguments
 from torch.utils.data import BatchSampler
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, SchedulerType, TrainerCallback
 
 from setfit_kd.checkpoints import Checkpoints, Stateful
 from setfit_kd.memory import Ladder, Rung, clear_cache, is_out_of_memory
@@ -45,6 +45,7 @@ def training_arguments(
     num_iterations: int,
     seed: int,
     precision: str,
+    steps: int | None = None,
 ) -> TrainingArguments:
     """SetFit's arguments for one embedding phase that logs every step and writes and reports nothing."""
     return TrainingArguments(
@@ -54,6 +55,7 @@ def training_arguments(
         body_learning_rate=(learning_rate, learning_rate),
         num_iterations=num_iterations,
         seed=seed,
+        max_steps=-1 if steps is None else steps,
         use_amp=precision == "fp16",
         show_progress_bar=False,
         report_to="none",
@@ -180,6 +182,7 @@ def train(
         body.to(rung.device).load_state_dict(start)
         with TemporaryDirectory(prefix="setfit-kd-") as scratch:
             trainer = make(settled(rung), rung.device, scratch)
+            _schedule(trainer.st_trainer.args, config, steps)
             if kept is not None:
                 kept.attach(trainer, *_stateful(trainer))
             _fit(trainer, ladder, description=description, steps=steps)
@@ -197,6 +200,20 @@ def train(
         _rest(body)
         body.load_state_dict(start)
         raise
+
+
+_MOST_WARMUP_STEPS = 500
+
+
+def _schedule(arguments: Any, config: StageConfig, steps: int) -> None:
+    """How the learning rate goes up and down, which SetFit does not pass on either."""
+    warmup = config.warmup_steps
+    arguments.warmup_steps = min(_MOST_WARMUP_STEPS, math.ceil(steps / 10)) if warmup is None else warmup
+    arguments.lr_scheduler_type = SchedulerType(_SCHEDULES.get(config.schedule, config.schedule))
+    arguments.weight_decay = config.weight_decay
+
+
+_SCHEDULES = {"constant": "constant_with_warmup", "plateau": "constant_with_warmup"}
 
 
 def _fit(trainer: Trainer, ladder: Ladder, *, description: str, steps: int) -> None:

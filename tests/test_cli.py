@@ -82,10 +82,11 @@ def test_flags_override_the_file_and_the_file_the_preset(
 
 
 def test_naming_the_labels_drops_the_presets_data(tiny_teacher: Path, tmp_path: Path) -> None:
-    (tmp_path / "few.csv").write_text("text,label\nred,a\nblue,b\n")
+    (tmp_path / "few.csv").write_text("text,label\nred,a\nblue,b\nrose,a\nsky,b\n")
     result = invoke("run", "--preset", "newswire", "--labeled", "few.csv", "--teacher", tiny_teacher, "--device", "cpu")
     assert result.exit_code == 2
-    assert "No unlabeled texts are given" in result.stderr
+    assert "There are no unlabeled texts" in result.stderr
+    assert "There are 4 texts to learn from, fewer than one batch of 32" in " ".join(result.stderr.split())
 
 
 def test_a_dry_run_counts_forward_passes(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> None:

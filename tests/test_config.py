@@ -66,7 +66,7 @@ def test_objectives_written_wrongly(written: str, says: str) -> None:
     assert refused.value.hint
 
 
-@pytest.mark.parametrize("written", [5, None, ["similarity"]])
+@pytest.mark.parametrize("written", [5, 0.5, ["similarity"]])
 def test_objectives_are_a_string(written: Any) -> None:
     with pytest.raises(ConfigError, match="objective"):
         StudentConfig.of(objective=written)

@@ -559,12 +559,16 @@ def test_pool_of_nothing_new_is_refused() -> None:
         load_run_data(DataConfig.of(), labeled=BASE, unlabeled=["ALPHA ONE", "held out"], eval=[("held out", "a")])
 
 
-@pytest.mark.parametrize(
-    ("given_sources", "says"), [({}, "No labeled"), ({"labeled": BASE}, "No unlabeled")], ids=["labeled", "unlabeled"]
-)
-def test_sources_that_are_not_named(given_sources: dict[str, Source], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        load_run_data(DataConfig.of(), **given_sources)
+def test_labeled_texts_must_be_named() -> None:
+    with pytest.raises(ConfigError, match="No labeled"):
+        load_run_data(DataConfig.of())
+
+
+def test_without_a_pool_there_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    data = load_run_data(DataConfig.of(), labeled=BASE)
+    assert data.pool == []
+    assert data.labeled.texts == [text for text, _ in BASE]
+    assert "no unlabeled texts" in caplog.text
 
 
 @PROPERTY

@@ -58,11 +58,10 @@ def test_texts_with_a_gold_label_are_held_out_last(n: int, share: float, seed: i
 @given(st.integers(1, 3000), st.integers(1, 4))
 def test_looks_are_evenly_spaced_and_end_every_pass(steps_in_pass: int, passes: int) -> None:
     looks: list[int] = []
-    stop = SimpleNamespace(look=looks.append, looks_since_best=0, patience=9)
-    control = SimpleNamespace(should_training_stop=False)
+    arguments, state = SimpleNamespace(num_train_epochs=passes), SimpleNamespace(max_steps=passes * steps_in_pass)
     for step in range(1, passes * steps_in_pass + 1):
-        state = SimpleNamespace(global_step=step, max_steps=passes * steps_in_pass)
-        AgreementStop.on_step_end(stop, SimpleNamespace(num_train_epochs=passes), state, control)  # type: ignore[arg-type]
+        if AgreementStop.is_due(SimpleNamespace(), step, arguments, state):  # type: ignore[arg-type]
+            looks.append(step)
     assert set(range(steps_in_pass, passes * steps_in_pass + 1, steps_in_pass)) <= set(looks)
     gaps = np.diff([0, *looks])
     assert gaps.max() - gaps.min() <= 1

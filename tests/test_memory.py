@@ -390,17 +390,30 @@ class Faults:
         return wrapped
 
 
-def student_of(body: Path, **settings: Any) -> Any:
+def student_of(body: Path | SentenceTransformer, **settings: Any) -> Any:
     every = {**QUICK, "learning_rate": 1e-3, "epochs": 2, "batch_size": 8, **settings}
     return train_student(pool_signals(), body, labeled=few_labels(), **every)
 
 
-def teacher_of(body: Path, **settings: Any) -> Any:
+def teacher_of(body: Path | SentenceTransformer, **settings: Any) -> Any:
     every: dict[str, Any] = {"device": "cpu", "precision": "fp32", "teacher_steps": 8, "teacher_batch_size": 8}
     return train_teacher(few_labels(), body, **every, teacher_learning_rate=1e-3, **settings)
 
 
-TRAININGS: dict[str, Callable[..., Any]] = {"student": student_of, "teacher": teacher_of}
+BY_LABELS: dict[str, Any] = {"dropout": False, "objective": "soft-labels", "temperature": 1, "learning_rate": 1e-4}
+
+
+def transformer_student_of(body: Path, **settings: Any) -> Any:
+    return student_of(Path(f"transformer:{body}"), **{**BY_LABELS, **settings})
+
+
+def transformer_teacher_of(body: Path, **settings: Any) -> Any:
+    return teacher_of(Path(f"transformer:{body}"), **{"teacher_dropout": False, **settings})
+
+
+HEADED: dict[str, Callable[..., Any]] = {"student": student_of, "teacher": teacher_of}
+"""Those whose heads are fitted after their bodies."""
+TRAININGS = {**HEADED, "transformer student": transformer_student_of, "transformer teacher": transformer_teacher_of}
 STEPS = 8
 FIRST, MIDDLE, LAST, TWICE, ALL_THE_WAY = (1,), (4,), (8,), (3, 4), (2, 3, 4, 5)
 """The calls that fail. A failed call is made again: the second fault in a row hits the retry."""
@@ -480,11 +493,12 @@ def test_without_the_cpu_the_error_tells_what_was_tried(
     tiny_student: Path, training: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inner_trainers(monkeypatch, "training_step", Faults(*range(3, 99)).wrap)
-    with pytest.raises(OutOfMemoryError, match=rf"Training {training}, step 3: .* 8, 4, 2, 1 texts at once on cpu"):
+    tried = rf"Training {training.split()[-1]}, step 3: .* 8, 4, 2, 1 texts at once on cpu"
+    with pytest.raises(OutOfMemoryError, match=tried):
         TRAININGS[training](tiny_student, cpu_fallback=False)
 
 
-@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("training", HEADED)
 def test_a_head_that_cannot_be_fitted_is_no_reason_to_train_again(
     tiny_student: Path, training: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -592,7 +606,7 @@ def test_a_trainer_is_dead_before_the_next_one_is_made(
     assert len(dead) == 3
 
 
-@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("training", HEADED)
 def test_a_finished_training_leaves_no_optimizer(
     tiny_student: Path, training: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -616,14 +630,14 @@ def test_a_finished_training_leaves_no_optimizer(
     assert left
 
 
-@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("training", HEADED)
 def test_a_training_that_fails_leaves_the_weights_as_they_were(
     student_body: SentenceTransformer, training: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = [value.clone() for value in student_body.state_dict().values()]
     inner_trainers(monkeypatch, "training_step", Faults(*range(4, 99)).wrap)
     with pytest.raises(OutOfMemoryError):
-        TRAININGS[training](student_body)
+        HEADED[training](student_body)
     assert same(before, list(student_body.state_dict().values()))
 
 
@@ -793,7 +807,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
         for on in (False, True)
     )
     close(weights(checkpointed), weights(plain))
-    layers = checkpointed.model_body[0].auto_model.encoder.layer
+    layers = checkpointed.model_body[0].auto_model.base_model.encoder.layer
     assert not any("forward" in vars(layer) for layer in layers)
 
 

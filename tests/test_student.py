@@ -57,7 +57,9 @@ def student_trainer(
 
 def given(body: SentenceTransformer, signals: TeacherSignals, **settings: Any) -> Given:
     gold = settings.pop("gold", np.full(len(signals), NO_GOLD))
-    return Given(body, signals, np.arange(len(signals)), gold, StudentConfig.of(**{**QUICK, **settings}))
+    return Given(
+        body, signals, np.arange(len(signals)), gold, StudentConfig.of(**{**QUICK, **settings}).of_family("setfit")
+    )
 
 
 def without_embeddings(signals: TeacherSignals) -> TeacherSignals:

@@ -423,7 +423,7 @@ def test_a_static_student_comes_to_agree_with_the_signals(teacher_body: Sentence
 
 def documented_rates(setting: str) -> tuple[float, float]:
     """The usual learning rates of a transformer and of a static body, as the setting's help has them."""
-    found = re.search(r"\[(\S+); (\S+) for a static body\]", RunConfig.model_fields[setting].description or "")
+    found = re.search(r"\[(\S+); (\S+) for a static body,", RunConfig.model_fields[setting].description or "")
     assert found is not None
     return float(found[1]), float(found[2])
 

@@ -297,7 +297,7 @@ def test_signals_without_embeddings_are_refused(tiny_student: Path, objective: s
 
 
 def test_a_pool_smaller_than_a_batch_is_refused(tiny_student: Path) -> None:
-    with pytest.raises(DataError, match=r"15 texts, fewer than one batch of 16[\s\S]*--batch-size 15"):
+    with pytest.raises(DataError, match=r"15 texts to learn from, fewer than one batch of 16[\s\S]*--batch-size 15"):
         train_student(pool_signals(15), tiny_student, **QUICK)
 
 

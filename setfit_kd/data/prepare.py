@@ -69,7 +69,7 @@ def load_run_data(
     """Read what the config names, or the given objects in its place, and `prepare` it.
 
     Raises:
-        ConfigError: No labeled or no unlabeled texts are named.
+        ConfigError: No labeled texts are named.
         DataError: A source cannot be used.
         UnavailableError: A hub data set cannot be reached.
     """
@@ -78,8 +78,6 @@ def load_run_data(
     evaluation = config.eval if eval is None else eval
     if labeled is None:
         raise ConfigError("No labeled texts are given.", hint="Name them by --labeled, or choose a --preset.")
-    if unlabeled is None:
-        raise ConfigError("No unlabeled texts are given.", hint="Name the pool by --unlabeled.")
     columns = config.text_column
     rows = encode_labels(read(labeled, text_column=columns, label_column=config.label_column))
     check_classes(rows)
@@ -88,11 +86,16 @@ def load_run_data(
         held_out = encode_labels(
             read(evaluation, text_column=columns, label_column=config.label_column, role="test"), rows.label_names
         )
-    return prepare(rows, stream_texts(unlabeled, text_column=columns), held_out, config)
+    if unlabeled is None:
+        logger.warning("There are no unlabeled texts: the student learns from the labeled ones alone.")
+    pool = None if unlabeled is None else stream_texts(unlabeled, text_column=columns)
+    return prepare(rows, pool, held_out, config)
 
 
-def prepare(labeled: LabeledSet, pool: Iterable[str], evaluation: LabeledSet | None, config: DataConfig) -> RunData:
-    """Clean and sample.
+def prepare(
+    labeled: LabeledSet, pool: Iterable[str] | None, evaluation: LabeledSet | None, config: DataConfig
+) -> RunData:
+    """Clean and sample; without a pool, there is none.
 
     The leak guard comes first: no text of the evaluation set, however written (see `normalise`), stays in the labeled
     set or the pool. Then duplicates go, and labeled texts that occur with different labels. The shots are drawn, their
@@ -128,7 +131,9 @@ def prepare(labeled: LabeledSet, pool: Iterable[str], evaluation: LabeledSet | N
     _warn_of_small_classes(shots, config.shots)
 
     shot_keys = {normalise(text) for text in shots.texts}
-    texts, pool_leaks, pool_labeled, pool_duplicates = _draw_pool(pool, held_out, shot_keys, config)
+    texts, pool_leaks, pool_labeled, pool_duplicates = (
+        ([], 0, 0, 0) if pool is None else _draw_pool(pool, held_out, shot_keys, config)
+    )
     report = DataReport(
         labeled=len(shots),
         pool=len(texts),

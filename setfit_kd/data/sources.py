@@ -30,6 +30,8 @@ _HUB_NAME = re.compile(
 )
 _FILE_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet", ".xlsx", ".xls", ".gz", ".zip", ".bz2", ".xz")
 _SHOWN = 3
+_SPLITS = {"train": ["train"], "validation": ["validation", "dev"], "test": ["test", "validation"]}
+"""Names of the splits that are meant for something, the first that there is being taken."""
 INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
 """Characters without width, for `str.translate`."""
 
@@ -74,7 +76,7 @@ def read(
             a configuration and a split: ``NAME:CONFIG[SPLIT]``.
         text_column: Columns that make up the text, joined by a space.
         label_column: Column of the label; None reads texts alone.
-        role: ``train`` or ``test``; decides the split where the source has several and none is named.
+        role: ``train``, ``validation`` or ``test``; decides the split where the source has several and none is named.
 
     Raises:
         DataError: Something is missing, broken or empty; with the file and row.
@@ -348,7 +350,7 @@ def _open_hub(name: str, config: str | None, split: str | None, role: str, label
 
 def _open_dataset(data: Any, role: str, origin: str, label_column: str | None, split: str | None = None) -> _Table:
     if isinstance(data, Mapping):
-        wanted = [split] if split else {"train": ["train"], "test": ["test", "validation"]}[role]
+        wanted = [split] if split else _SPLITS[role]
         found = next((name for name in wanted if name in data), None)
         if found is None:
             raise DataError(

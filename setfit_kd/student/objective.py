@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.config import StudentConfig, parse_objectives
-from setfit_kd.models import embed, fit_head, settled_c
+from setfit_kd.config import StudentConfig, parse_objectives, settled
+from setfit_kd.models import embed, family_of, fit_head, last_layer, settled_c, softmax_weights
 from setfit_kd.objectives import (
     NO_GOLD,
     EmbeddingObjective,
@@ -42,7 +42,7 @@ class Given:
     @property
     def options(self) -> Options:
         """How objectives pass texts through the body."""
-        return {"dropout": self.config.dropout, "micro_batch_size": self.config.micro_batch_size}
+        return {"dropout": settled(self.config.dropout), "micro_batch_size": self.config.micro_batch_size}
 
     @property
     def teacher_embeddings(self) -> npt.NDArray[np.floating]:
@@ -90,16 +90,16 @@ def _soft_labels(given: Given) -> Objective:
         signals.probabilities,
         dimension=given.dimension,
         gold=given.gold if (given.gold != NO_GOLD).any() else None,
-        temperature=config.temperature,
+        temperature=settled(config.temperature),
         alpha=config.alpha,
         **given.options,
     )
+    if family_of(given.body) == "transformer":
+        objective.head = last_layer(given.body)
+        return objective
     rows, embeddings = given.start
     head = fit_head(embeddings, signals.probabilities[rows], C=settled_c(config.head_c), balance=config.balance)
-    coef, intercept = head.coef_, head.intercept_
-    if len(coef) == 1:  # two classes share one row; half of it to each gives the same probabilities
-        coef, intercept = np.concatenate([-coef, coef]) / 2, np.concatenate([-intercept, intercept]) / 2
-    objective.start_from(coef, intercept)
+    objective.start_from(*softmax_weights(head))
     return objective
 
 
@@ -112,7 +112,7 @@ _MAKERS: dict[str, Callable[[Given], Objective]] = {
 
 def in_batch_objective(given: Given) -> Objective:
     """The objective that the config names, on the body's device; labels are rows of the signals."""
-    weights = parse_objectives(given.config.objective)
+    weights = parse_objectives(settled(given.config.objective))
     parts = [(weight, _MAKERS[name](given)) for name, weight in weights.items()]
     (first_weight, first), *others = parts
     objective = first if first_weight == 1 and not others else WeightedSum(given.body, parts, **given.options)

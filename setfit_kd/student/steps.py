@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from setfit_kd.config import StudentConfig, parse_objectives
+from typing import TYPE_CHECKING
+
+from setfit_kd.config import Family, RunConfig, StudentConfig, parse_objectives, settled
+from setfit_kd.models import family_of
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 HEAD_TEXTS = 20_000
 """Most pool texts that a head is fitted on; a linear head gains nothing from more, and each must be embedded."""
@@ -23,6 +29,24 @@ def looks_in_pass(steps: int) -> int:
     return max(1, round(steps / LOOK_STEPS))
 
 
+def trains_own_head(body: SentenceTransformer, config: StudentConfig) -> bool:
+    """Whether a student comes out of its training with a head: a transformer whose last layer an objective trains."""
+    return family_of(body) == "transformer" and "soft-labels" in parse_objectives(settled(config.objective))
+
+
+def on_labels_alone(config: RunConfig, pool_size: int) -> RunConfig:
+    """How a transformer student's body is trained on hard labels alone, to compare: as the student, for its steps."""
+    student = config.of_family("transformer")
+    return config.model_copy(
+        update={
+            "teacher_steps": student_steps(student, pool_size),
+            "teacher_batch_size": student.batch_size,
+            "teacher_learning_rate": student.learning_rate,
+            "teacher_dropout": student.dropout,
+        }
+    )
+
+
 def student_batch_texts(config: StudentConfig) -> int:
     """Texts in a whole batch."""
     return config.batch_size * (2 if config.objective == "pairs" else 1)
@@ -33,17 +57,22 @@ def student_steps(config: StudentConfig, pool_size: int) -> int:
     return config.epochs * len(_batches(config, _trained_on(config, pool_size)))
 
 
-def student_passes(config: StudentConfig, pool_size: int, labeled: int = 0) -> int:
+def student_passes(config: StudentConfig, pool_size: int, labeled: int = 0, *, family: Family = "setfit") -> int:
     """Texts passed forward in making a student from ``pool_size`` texts, of which ``labeled`` have a gold label."""
+    config = config.of_family(family)
+    objectives = set(parse_objectives(settled(config.objective)))
+    has_own_head = family == "transformer" and "soft-labels" in objectives
     trained_on = _trained_on(config, pool_size)
     batches = _batches(config, trained_on)
     columns = 2 if config.objective == "pairs" else 1
     passes = config.epochs * sum(config.passes(batch, columns=columns) for batch in batches)
-    if {"soft-labels", "embedding"} & set(parse_objectives(config.objective)):
+    if "embedding" in objectives or ("soft-labels" in objectives and not has_own_head):
         passes += min(START_TEXTS, trained_on)
     if config.patience is not None:
         looks = config.epochs * looks_in_pass(len(batches))
         passes += looks * (min(MOST_HELD_OUT, trained_on) + pool_size - trained_on)
+    if has_own_head:
+        return passes
     gold = labeled if config.gold_weight > 0 else 0
     return passes + min(HEAD_TEXTS, pool_size - gold) + gold
 

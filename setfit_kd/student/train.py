@@ -9,7 +9,7 @@ from setfit_kd.config import StudentConfig
 from setfit_kd.data import LabeledSet, Source, encode_labels, read
 from setfit_kd.errors import DataError
 from setfit_kd.memory import remembering, resolve_device
-from setfit_kd.models import load_body, locate, new_model
+from setfit_kd.models import family_of, locate_body, new_model
 from setfit_kd.precision import check_precision
 from setfit_kd.quiet import quiet_libraries
 from setfit_kd.student.checks import check_embeddings, check_pool
@@ -36,14 +36,16 @@ def train_student(
 
     Args:
         signals: The teacher's signals over the pool.
-        student: The body: a hub name, a folder, ``demo:all-MiniLM-L6-v2``, or a loaded body, which is changed in place.
+        student: The body: a hub name, a folder, ``demo:all-MiniLM-L6-v2``, any of them after ``transformer:`` to be
+            trained end to end, or a loaded body, which is changed in place.
         labeled: Texts with gold labels, which the head is fitted on too.
         config: The settings; any of them may also be given by keyword, as in ``train_student(..., epochs=5)``.
         checkpoints: Folder in which the training's state is kept from time to time. A training that finds the state of
             an earlier one there goes on from it: give a folder to one training alone.
 
     Returns:
-        A `setfit.SetFitModel` with a fitted `sklearn.linear_model.LogisticRegression`.
+        A `setfit.SetFitModel` with a fitted `sklearn.linear_model.LogisticRegression`; of a transformer, that is its
+        last layer.
 
     Raises:
         ConfigError: A setting is unknown or out of range.
@@ -62,10 +64,16 @@ def train_student(
             f"The labels {', '.join(gold.label_names)} are not the teacher's: {', '.join(signals.label_names)}.",
             hint="Give the same classes in the same order.",
         )
+    if config.objective is None and signals.embeddings is None:
+        config = config.model_copy(update={"objective": "soft-labels"})
     check_embeddings(signals, config)
     device = resolve_device(config.device)
     check_precision(config.precision, device)
-    body = load_body(locate(student)) if isinstance(student, str | Path) else student
+    if isinstance(student, str | Path):
+        body = locate_body(student).load(signals.label_names, seed=config.seed)
+    else:
+        body = student
+    config = config.of_family(family_of(body))
 
     with quiet_libraries(), remembering(cpu_fallback=config.cpu_fallback):
         from setfit_kd.student.trainer import StudentTrainer

@@ -14,14 +14,24 @@ from setfit import DistillationTrainer, SetFitModel, TrainingArguments
 from torch import nn
 
 from setfit_kd.arrays import at_most
-from setfit_kd.config import StudentConfig
+from setfit_kd.config import StudentConfig, settled
 from setfit_kd.data import LabeledSet
-from setfit_kd.models import at_temperature, embed, fit_head, fit_temperature, held_out_logits, settled_c, tempered
+from setfit_kd.models import (
+    at_temperature,
+    embed,
+    family_of,
+    fit_head,
+    fit_temperature,
+    held_out_logits,
+    own_head,
+    settled_c,
+    tempered,
+)
 from setfit_kd.objectives import NO_GOLD, PairsObjective, draw_pairs
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.student.early import AgreementStop, hold_out
 from setfit_kd.student.objective import Given, gold_of, in_batch_objective
-from setfit_kd.student.steps import HEAD_TEXTS
+from setfit_kd.student.steps import HEAD_TEXTS, trains_own_head
 from setfit_kd.training import inner_trainer_on, settled_rate, training_arguments
 
 if TYPE_CHECKING:
@@ -53,7 +63,7 @@ class StudentTrainer(DistillationTrainer):
     ) -> None:
         self.signals = signals
         self.labeled = labeled
-        self.config = config
+        self.config = config = config.of_family(family_of(model.model_body))
         arguments = training_arguments(
             output_dir,
             batch_size=config.batch_size,
@@ -77,14 +87,14 @@ class StudentTrainer(DistillationTrainer):
         self.rows, held_out = hold_out(len(self.signals), seed=self.config.seed, spared=self.gold != NO_GOLD)
         stop = AgreementStop(
             self.model.model_body,
-            self.signals,
-            self.rows,
-            held_out,
             patience,
-            self.config.head_c,
-            self.config.balance,
-            self.config.encode_batch_size,
-            self.config.seed,
+            self.signals,
+            training_rows=self.rows,
+            held_out_rows=held_out,
+            head_c=self.config.head_c,
+            balance=self.config.balance,
+            encode_batch_size=self.config.encode_batch_size,
+            seed=self.config.seed,
         )
         self.st_trainer.add_callback(stop)
         return stop
@@ -111,13 +121,19 @@ class StudentTrainer(DistillationTrainer):
 
     def train_embeddings(self, *args: Any, **kwargs: Any) -> None:
         """Train the body; with early stopping, its best weights are kept."""
-        with _frozen_embeddings(self.model.model_body, self.config.freeze_embeddings):
+        with _frozen_embeddings(self.model.model_body, settled(self.config.freeze_embeddings)):
             super().train_embeddings(*args, **kwargs)
         if self.early_stop is not None:
             self.early_stop.restore()
 
     def train_classifier(self, x_train: list[str], args: TrainingArguments | None = None) -> None:
-        """Fit the head on the teacher's soft labels and, weighing more, the gold labels."""
+        """Fit the head on the teacher's soft labels and, weighing more, the gold labels.
+
+        A transformer that was trained on them has its own.
+        """
+        if trains_own_head(self.model.model_body, self.config):
+            self.model.model_head = own_head(self.model.model_body)
+            return
         texts, probabilities, weights = self._head_examples()
         embeddings = embed(
             self.model.model_body, texts, batch_size=self.config.encode_batch_size, description="Fitting head"

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from setfit_kd.config import TeacherConfig
+from typing import TYPE_CHECKING
+
+from setfit_kd.config import Family, FinetuneConfig, StageConfig, TeacherConfig, settled
 from setfit_kd.data import LabeledSet
+from setfit_kd.finetune import finetune_passes, finetune_steps
+from setfit_kd.memory import resolve_device
+
+if TYPE_CHECKING:
+    import torch
 
 PAIRS_BATCH = 16
 """Pairs in a batch, as SetFit has it by default."""
 
 
+LEAST_UPDATES = 150
+"""What a transformer teacher takes at least: with a few labels, three passes would leave it where it was."""
 LEAST_STEPS, LEAST_PASSES = 20, 2
 """What an in-batch teacher takes unless told otherwise: so many steps, and so many passes over all labels."""
 
@@ -19,7 +28,7 @@ def teacher_batches(config: TeacherConfig, labeled: LabeledSet) -> list[list[int
 
     return balanced_batches(
         labeled.labels,
-        batch_size=config.teacher_batch_size,
+        batch_size=settled(config.teacher_batch_size),
         steps=teacher_steps(config, labeled),
         seed=config.seed,
     )
@@ -29,18 +38,39 @@ def teacher_steps(config: TeacherConfig, labeled: LabeledSet) -> int:
     """Steps of training a teacher's body."""
     if config.teacher_objective == "pairs":
         return -(-_pairs(config, labeled) // PAIRS_BATCH)
-    return config.teacher_steps or max(LEAST_STEPS, -(-LEAST_PASSES * len(labeled) // config.teacher_batch_size))
+    config = config.of_family("setfit")
+    return config.teacher_steps or max(
+        LEAST_STEPS, -(-LEAST_PASSES * len(labeled) // settled(config.teacher_batch_size))
+    )
 
 
 def teacher_batch_texts(config: TeacherConfig, labeled: LabeledSet) -> int:
     """Texts in a whole batch."""
     if config.teacher_objective == "pairs":
         return 2 * PAIRS_BATCH
-    return min(config.teacher_batch_size, len(labeled))
+    return min(settled(config.teacher_batch_size), len(labeled))
 
 
-def teacher_passes(config: TeacherConfig, labeled: LabeledSet) -> int:
-    """Texts passed forward in making a teacher."""
+def as_finetuning(config: TeacherConfig, labeled: LabeledSet, device: torch.device) -> FinetuneConfig:
+    """How a transformer teacher is fine-tuned: three passes over the labels, or `LEAST_UPDATES` steps."""
+    found = FinetuneConfig.of(
+        **{name: getattr(config, name) for name in StageConfig.model_fields},
+        batch_size=config.teacher_batch_size,
+        learning_rate=config.teacher_learning_rate,
+        dropout=config.teacher_dropout,
+    ).of_family("transformer")
+    steps = config.teacher_steps or max(LEAST_UPDATES, finetune_steps(found, len(labeled), device))
+    return found.model_copy(update={"steps": steps})
+
+
+def teacher_passes(
+    config: TeacherConfig, labeled: LabeledSet, *, family: Family = "setfit", device: torch.device | None = None
+) -> int:
+    """Texts passed forward in making a teacher; on the CPU, unless a ``device`` is named."""
+    if family == "transformer":
+        how = as_finetuning(config, labeled, device or resolve_device("cpu"))
+        return finetune_passes(how, len(labeled), device or resolve_device("cpu"))
+    config = config.of_family(family)
     if config.teacher_objective == "in-batch":
         batches, columns = [len(batch) for batch in teacher_batches(config, labeled)], 1
     else:

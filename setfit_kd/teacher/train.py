@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config import TeacherConfig
 from setfit_kd.data import LabeledSet, Source, check_classes, encode_labels, read
+from setfit_kd.finetune import finetune
 from setfit_kd.memory import remembering, resolve_device
-from setfit_kd.models import load_body, locate, new_model
+from setfit_kd.models import family_of, locate_body, new_model
 from setfit_kd.precision import check_precision
 from setfit_kd.quiet import quiet_libraries
-from setfit_kd.teacher.steps import teacher_batch_texts, teacher_steps
+from setfit_kd.teacher.steps import as_finetuning, teacher_batch_texts, teacher_steps
 
 if TYPE_CHECKING:
     import torch
@@ -28,18 +29,20 @@ def train_teacher(
     checkpoints: str | Path | None = None,
     **settings: Any,
 ) -> SetFitModel:
-    """Fine-tune a body on a few labels and fit its head.
+    """Fine-tune a body on a few labels and fit its head; a transformer, end to end.
 
     Args:
         labeled: The labels: a `LabeledSet`, or anything that `read` takes, with the columns ``text`` and ``label``.
-        teacher: The body: a hub name, a folder, ``demo:all-MiniLM-L6-v2``, or a loaded body, which is changed in place.
+        teacher: The body: a hub name, a folder, ``demo:all-MiniLM-L6-v2``, any of them after ``transformer:`` to be
+            trained end to end, or a loaded body, which is changed in place.
         config: The settings; any of them may also be given by keyword, as in ``train_teacher(..., teacher_steps=40)``.
         description: What to call the step on the progress bar.
         checkpoints: Folder in which the training's state is kept from time to time. A training that finds the state of
             an earlier one there goes on from it: give a folder to one training alone.
 
     Returns:
-        A `setfit.SetFitModel` with a fitted `sklearn.linear_model.LogisticRegression`.
+        A `setfit.SetFitModel` with a fitted `sklearn.linear_model.LogisticRegression`; of a transformer, that is its
+        last layer.
 
     Raises:
         ConfigError: A setting is unknown or out of range.
@@ -54,7 +57,14 @@ def train_teacher(
     check_classes(labeled)
     device = resolve_device(config.device)
     check_precision(config.precision, device)
-    body = load_body(locate(teacher)) if isinstance(teacher, str | Path) else teacher
+    if isinstance(teacher, str | Path):
+        body = locate_body(teacher).load(labeled.label_names, seed=config.seed)
+    else:
+        body = teacher
+    if family_of(body) == "transformer":
+        how = as_finetuning(config, labeled, device)
+        return finetune(labeled, body, config=how, description=description, checkpoints=checkpoints)
+    config = config.of_family("setfit")
 
     with quiet_libraries(), remembering(cpu_fallback=config.cpu_fallback):
         from setfit_kd.teacher.trainer import TeacherTrainer

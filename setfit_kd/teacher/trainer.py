@@ -10,7 +10,7 @@ from datasets import Dataset
 from setfit import SetFitModel, Trainer, TrainingArguments
 from torch import nn
 
-from setfit_kd.config import TeacherConfig
+from setfit_kd.config import TeacherConfig, settled
 from setfit_kd.data import LabeledSet
 from setfit_kd.models import embed, fit_head, settled_c
 from setfit_kd.objectives import ContrastiveObjective, Options, PairsObjective
@@ -35,10 +35,10 @@ class TeacherTrainer(Trainer):
         self, model: SetFitModel, labeled: LabeledSet, config: TeacherConfig, device: torch.device, output_dir: str
     ) -> None:
         self.labeled = labeled
-        self.config = config
+        self.config = config = config.of_family("setfit")
         arguments = training_arguments(
             output_dir,
-            batch_size=config.teacher_batch_size if config.teacher_objective == "in-batch" else PAIRS_BATCH,
+            batch_size=settled(config.teacher_batch_size) if config.teacher_objective == "in-batch" else PAIRS_BATCH,
             epochs=1,
             learning_rate=settled_rate(config.teacher_learning_rate, model.model_body, usual=LEARNING_RATE),
             num_iterations=config.num_iterations,
@@ -54,7 +54,10 @@ class TeacherTrainer(Trainer):
     ) -> tuple[Dataset, nn.Module]:
         """The texts with their classes and the contrastive objective, or SetFit's own pairs."""
         body = self.model.model_body
-        options: Options = {"dropout": self.config.teacher_dropout, "micro_batch_size": self.config.micro_batch_size}
+        options: Options = {
+            "dropout": settled(self.config.teacher_dropout),
+            "micro_batch_size": self.config.micro_batch_size,
+        }
         if self.config.teacher_objective == "pairs":
             # SetFit draws its pairs by a constant seed: the order of the texts is where ours comes in.
             order = np.random.default_rng([self.config.seed, 4]).permutation(len(x))

@@ -1,0 +1,37 @@
+"""How many steps, and forward passes, a fine-tuning takes at most."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from setfit_kd.config import FinetuneConfig
+
+if TYPE_CHECKING:
+    import torch
+
+_ON_CPU, _ON_ACCELERATOR = 16, 32
+
+
+def batch_size_on(device: torch.device, config: FinetuneConfig) -> int:
+    """Texts in a batch: as many as are given, or as are usual on a device."""
+    return config.batch_size or (_ON_CPU if device.type == "cpu" else _ON_ACCELERATOR)
+
+
+def finetune_steps(config: FinetuneConfig, texts: int, device: torch.device) -> int:
+    """Steps of fine-tuning on so many labeled texts."""
+    return config.steps or config.epochs * steps_in_pass(config, texts, device)
+
+
+def steps_in_pass(config: FinetuneConfig, texts: int, device: torch.device) -> int:
+    """Steps of one pass over so many texts."""
+    return -(-texts // batch_size_on(device, config))
+
+
+def finetune_passes(config: FinetuneConfig, texts: int, device: torch.device, *, validation: int = 0) -> int:
+    """Texts passed forward in fine-tuning, looks at so many validation texts included."""
+    size = batch_size_on(device, config)
+    in_pass, steps = steps_in_pass(config, texts, device), finetune_steps(config, texts, device)
+    sizes = [size] * (texts // size) + [texts % size] * (texts % size > 0)
+    whole, rest = divmod(steps, in_pass)
+    trained = sum(config.passes(batch) for batch in whole * sizes + sizes[:rest])
+    return trained + validation * (steps // (config.eval_steps or in_pass))

@@ -1,0 +1,138 @@
+"""Transformers that begin from another's weights, or from none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from setfit_kd.errors import ModelError
+from setfit_kd.models.bodies import cut_layers, family_of
+from setfit_kd.models.own_heads import features_of
+from setfit_kd.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+_EMBEDDINGS, _LAYER = "bert.embeddings.", re.compile(r"bert\.encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
+_NAMES = {
+    "attention.self.query": "attention.q_lin",
+    "attention.self.key": "attention.k_lin",
+    "attention.self.value": "attention.v_lin",
+    "attention.output.dense": "attention.out_lin",
+    "attention.output.LayerNorm": "sa_layer_norm",
+    "intermediate.dense": "ffn.lin1",
+    "output.dense": "ffn.lin2",
+    "output.LayerNorm": "output_layer_norm",
+}
+"""What the parts of BERT's layers are called in DistilBERT's."""
+
+
+def as_distilbert(body: SentenceTransformer, layers: Sequence[int]) -> SentenceTransformer:
+    """A DistilBERT of some of a BERT's layers, with its embeddings, its pooler's weights and its last layer.
+
+    As DistilBERT was made of BERT (Sanh et al., 2019), which has no token types: the vector of the first type, which
+    every token of a single text has, is added to that of its position, so that the sum is BERT's.
+
+    Args:
+        body: A transformer body that is a BERT.
+        layers: Indices of the layers to keep.
+
+    Raises:
+        ModelError: It is another kind of model, or has no such layers.
+    """
+    from transformers.models.distilbert import DistilBertConfig, DistilBertForSequenceClassification
+
+    from setfit_kd.models.transformer import from_parts
+
+    if family_of(body) != "transformer" or features_of(body).model.config.model_type != "bert":
+        raise ModelError(
+            "Only a BERT's layers make a DistilBERT.", hint="Take layers without :distilbert, which keep the kind."
+        )
+    small = features_of(cut_layers(body, layers))
+    bert: Any = small.model.config
+    if bert.hidden_act not in ("gelu", "relu") or bert.is_decoder:
+        raise ModelError(f"A DistilBERT has no {bert.hidden_act} layers.", hint="Take layers without :distilbert.")
+    config = DistilBertConfig(
+        vocab_size=bert.vocab_size,
+        max_position_embeddings=bert.max_position_embeddings,
+        n_layers=bert.num_hidden_layers,
+        n_heads=bert.num_attention_heads,
+        dim=bert.hidden_size,
+        hidden_dim=bert.intermediate_size,
+        dropout=bert.hidden_dropout_prob,
+        attention_dropout=bert.attention_probs_dropout_prob,
+        activation=bert.hidden_act,
+        initializer_range=bert.initializer_range,
+        pad_token_id=bert.pad_token_id,
+        id2label=bert.id2label,
+        label2id=bert.label2id,
+    )
+    model = DistilBertForSequenceClassification(config)
+    weights = {**small.model.state_dict(), **{f"classifier.{key}": v for key, v in small.head.state_dict().items()}}
+    model.load_state_dict(distilbert_weights(weights))
+    tokenizer = small.tokenizer
+    assert tokenizer is not None
+    return from_parts(model, tokenizer, list(bert.id2label.values()))
+
+
+def distilbert_weights(bert: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A sequence-classification BERT's weights under the names, and in the form, that a DistilBERT has them in."""
+    found: dict[str, Tensor] = {}
+    for name, value in bert.items():
+        layer = _LAYER.fullmatch(name)
+        if layer:
+            number, part, kind = layer.groups()
+            found[f"distilbert.transformer.layer.{number}.{_NAMES[part]}.{kind}"] = value
+        elif name.startswith("bert.pooler.dense."):
+            found[f"pre_classifier.{name.rpartition('.')[2]}"] = value
+        elif name.startswith("classifier."):
+            found[name] = value
+        elif name == f"{_EMBEDDINGS}position_embeddings.weight":
+            first_type = bert[f"{_EMBEDDINGS}token_type_embeddings.weight"][0]
+            found["distilbert.embeddings.position_embeddings.weight"] = value + first_type
+        elif name.startswith((f"{_EMBEDDINGS}word_embeddings.", f"{_EMBEDDINGS}LayerNorm.")):
+            found["distilbert." + name.removeprefix("bert.")] = value
+    return found
+
+
+def blank_transformer(
+    folder: Path, label_names: Sequence[str], *, like: SentenceTransformer, seed: int = 0
+) -> SentenceTransformer:
+    """An untrained transformer as a config describes it.
+
+    Args:
+        folder: Where ``config.json`` lies and, by choice, a tokenizer.
+        label_names: Names of the classes.
+        like: A body whose tokenizer is taken where the folder has none.
+        seed: Of the weights.
+
+    Raises:
+        ModelError: The config is none, or knows fewer tokens than the tokenizer.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    from setfit_kd.models.transformer import from_parts
+
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"))
+    if not has_tokenizer and not hasattr(like.tokenizer, "save_pretrained"):
+        raise ModelError(f"There is no tokenizer in {folder}.", hint="Put one beside the config.")
+    with quiet_libraries(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, num_labels=len(label_names))
+        tokenizer: PreTrainedTokenizerBase = (
+            AutoTokenizer.from_pretrained(str(folder), local_files_only=True) if has_tokenizer else like.tokenizer
+        )
+        if len(tokenizer) > config.vocab_size:
+            whose = "its" if has_tokenizer else "the teacher's"
+            raise ModelError(
+                f"The config in {folder} knows {config.vocab_size} tokens, {whose} tokenizer {len(tokenizer)}.",
+                hint="Put a tokenizer beside the config, or raise its vocab_size.",
+            )
+        from_config: Any = AutoModelForSequenceClassification.from_config
+        model = from_config(config)
+    return from_parts(model, tokenizer, label_names, seed=seed)
