@@ -107,6 +107,31 @@ def _objectives(written: str) -> str:
     return ",".join(name if weight == 1 else f"{name}={weight:.12g}" for name, weight in weights.items())
 
 
+CROSS_VALIDATED = "cross-validated"
+
+
+def parse_weights(written: str) -> list[float]:
+    """``2,1`` to ``[2.0, 1.0]``.
+
+    Raises:
+        ValueError: One is no number above 0.
+    """
+    try:
+        weights = [float(part) for part in written.split(",")]
+    except ValueError:
+        raise ValueError(f"write them as in 2,1, or {CROSS_VALIDATED}") from None
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise ValueError("they must be above 0")
+    return weights
+
+
+def _weights(written: str) -> str:
+    """The one way in which the same weights are written."""
+    if written == CROSS_VALIDATED:
+        return written
+    return ",".join(f"{weight:.12g}" for weight in parse_weights(written))
+
+
 def _positive(value: float | str) -> float | str:
     if isinstance(value, float) and not 0 < value < float("inf"):
         raise ValueError("must be above 0, or auto")
@@ -121,6 +146,7 @@ def _device(name: str) -> str:
 
 Device = Annotated[str, AfterValidator(_device)]
 HeadC = Annotated[float | Literal["auto"], AfterValidator(_positive)]
+Weights = Annotated[str, AfterValidator(_weights)]
 Objectives = Annotated[str, AfterValidator(_objectives)]
 
 
@@ -278,6 +304,11 @@ class DataConfig(StageConfig):
     label_column: Name = Field("label", description="Label column.")
     shots: int | None = Field(None, ge=2, description="Labels drawn for each class [all].")
     pool_size: int | None = Field(None, ge=2, description="Pool texts drawn [all].")
+    signals: Name | None = Field(
+        None,
+        description="File of texts with their label probabilities, from any source, in the place of teacher and pool "
+        "(JSONL, Parquet, CSV or TSV, as predict writes them).",
+    )
 
 
 class TeacherConfig(StageConfig):
@@ -306,6 +337,22 @@ class TeacherConfig(StageConfig):
     )
     teacher_dropout: bool | None = Field(
         None, description="Keep dropout on while the teacher is fine-tuned [off; on for a transformer]."
+    )
+
+
+class AugmentConfig(StageConfig):
+    """Further pool texts, made of those that there are."""
+
+    augment: int | None = Field(
+        None,
+        ge=1,
+        description="Further pool texts made of the pool's and the labeled ones, for the teacher to label [none].",
+    )
+    augment_model: Name | None = Field(
+        None, description="Masked language model that some of them are made by, word for word [none]."
+    )
+    augment_confidence: float = Field(
+        0.6, ge=0, le=1, description="Least confidence of the teacher with which such a text is kept."
     )
 
 
@@ -389,13 +436,43 @@ class FinetuneConfig(StageConfig):
     patience: int | None = Field(None, ge=1, description="Stop after so many looks without a better one [off].")
 
 
-class RunConfig(DataConfig, TeacherConfig, SignalsConfig, StudentConfig):
+class FinetuneRunConfig(FinetuneConfig):
+    """Every setting of a whole fine-tuning."""
+
+    model: Name = Field(description="The transformer: hub name, folder, or demo:all-MiniLM-L6-v2.")
+    labeled: Name = Field(
+        description="Texts to train on: file (CSV, TSV, JSONL, Parquet), datasets folder, or hub name; of several "
+        "splits, train."
+    )
+    validation: Name | None = Field(
+        None, description="Texts to look at while training: the same kinds; of several splits, validation."
+    )
+    eval: Name | None = Field(
+        None, description="Texts to measure the model on at the end: the same kinds; of several splits, test."
+    )
+    text_column: Columns = Field(("text",), description="Text column; several, comma-separated, are joined by a space.")
+    label_column: Name = Field("label", description="Label column.")
+    output_dir: OutputDir = Field(description="Folder that the model is written to.")
+    overwrite: bool = Field(False, description="Replace an earlier model in the output folder.")
+
+    @property
+    def finetuning(self) -> FinetuneConfig:
+        """The settings of the training alone."""
+        return FinetuneConfig(**{name: getattr(self, name) for name in FinetuneConfig.model_fields})
+
+
+class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, StudentConfig):
     """Every setting of a run."""
 
-    teacher: Name = Field(
-        "sentence-transformers/paraphrase-mpnet-base-v2",
+    teacher: Names = Field(
+        ("sentence-transformers/paraphrase-mpnet-base-v2",),
         description="Teacher's body: hub name, folder, or demo:all-MiniLM-L6-v2; transformer:NAME trains it end to end "
-        "as a sequence-classification transformer.",
+        "as a sequence-classification transformer. May be repeated: the teachers are averaged.",
+    )
+    teacher_weights: Weights | None = Field(
+        None,
+        description="Weights of several teachers, as in 2,1; or cross-validated, by how often each is right on labels "
+        "held out from it, which trains each four times more [all alike].",
     )
     student: Names = Field(
         ("sentence-transformers/paraphrase-MiniLM-L3-v2",),
@@ -425,6 +502,21 @@ class RunConfig(DataConfig, TeacherConfig, SignalsConfig, StudentConfig):
             raise ValueError(f"seeds: there is no seed {self.seed + self.seeds - 1}")
         return self
 
+    @model_validator(mode="after")
+    def _made_texts_need_a_teacher(self) -> Self:
+        if self.augment_model is not None and self.augment is None:
+            raise ValueError("augment_model: say by augment how many texts shall be made")
+        if self.augment is not None and self.signals is not None:
+            raise ValueError("augment: with signals from elsewhere, there is no teacher to label texts that are made")
+        return self
+
+    @model_validator(mode="after")
+    def _a_weight_a_teacher(self) -> Self:
+        written = self.teacher_weights
+        if written not in (None, CROSS_VALIDATED) and len(parse_weights(settled(written))) != len(self.teacher):
+            raise ValueError(f"teacher_weights: {written} are not as many as the {len(self.teacher)} teachers")
+        return self
+
     @classmethod
     def resolve(cls, base: Mapping[str, Any], *layers: Mapping[str, Any]) -> RunConfig:
         """Lay settings over a preset's; later layers win.
@@ -436,7 +528,7 @@ class RunConfig(DataConfig, TeacherConfig, SignalsConfig, StudentConfig):
             ConfigError: A setting is unknown or out of range.
         """
         own = set(DataConfig.model_fields) - set(StageConfig.model_fields)
-        if any(layer.get(name) is not None for layer in layers for name in ("labeled", "unlabeled")):
+        if any(layer.get(name) is not None for layer in layers for name in ("labeled", "unlabeled", "signals")):
             base = {name: value for name, value in base.items() if name not in own}
         merged = dict(base)
         for layer in layers:
@@ -448,12 +540,15 @@ class RunConfig(DataConfig, TeacherConfig, SignalsConfig, StudentConfig):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+_REASONS = {"extra_forbidden": "is not a setting", "missing": "must be given"}
+
+
 def _explain(error: ValidationError) -> str:
     problems = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
-        reason = "is not a setting" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
-        got = "" if item["type"] == "extra_forbidden" else f" (got {item['input']!r})"
+        reason = _REASONS.get(item["type"], item["msg"].removeprefix("Value error, "))
+        got = "" if item["type"] in ("extra_forbidden", "missing") else f" (got {item['input']!r})"
         problems.append(f"{name}: {reason}{got}" if name else reason)
     return "Invalid settings: " + "; ".join(problems) + "."
 

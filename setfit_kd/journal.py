@@ -13,14 +13,27 @@ from typing import Any, TypeVar
 from setfit_kd.errors import InputError
 from setfit_kd.hashing import content_name
 from setfit_kd.memory import remembering
-from setfit_kd.runfolder import BASELINE, BASELINES, CHECKPOINTS, STUDENT, STUDENTS, RunFolder, logged_as
+from setfit_kd.runfolder import (
+    BASELINE,
+    BASELINES,
+    CHECKPOINTS,
+    SCORED,
+    SIGNALS,
+    STUDENT,
+    STUDENTS,
+    TEACHER,
+    TEACHERS,
+    WEIGHED,
+    RunFolder,
+    logged_as,
+)
 from setfit_kd.training import recording
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_KINDS = {STUDENTS: STUDENT, BASELINES: BASELINE}
+_KINDS = {TEACHERS: TEACHER, WEIGHED: TEACHER, SCORED: SIGNALS, STUDENTS: STUDENT, BASELINES: BASELINE}
 
 
 def fingerprint(*parts: Any) -> str:

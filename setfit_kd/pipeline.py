@@ -13,9 +13,9 @@ from setfit_kd.config import RunConfig
 from setfit_kd.data import RunData, Source, load_run_data
 from setfit_kd.errors import ConfigError
 from setfit_kd.evaluation import Evaluation, OverSeeds, over_seeds
-from setfit_kd.journal import Journal
+from setfit_kd.journal import Journal, fingerprint
 from setfit_kd.memory import check_device, place, remembering, resolve_device
-from setfit_kd.models import family_of, locate_body
+from setfit_kd.models import locate, locate_body
 from setfit_kd.precision import Precision, check_precision, resolve_precision
 from setfit_kd.report import write_report
 from setfit_kd.runfolder import (
@@ -30,15 +30,16 @@ from setfit_kd.runfolder import (
     recorded,
     versions,
 )
-from setfit_kd.stages import RunStages
+from setfit_kd.signals import TeacherSignals
+from setfit_kd.stages import RunStages, signals_hash
 from setfit_kd.student import PreparedStudent, check_pool, locate_student, on_labels_alone, slugs, student_passes
 from setfit_kd.teacher import teacher_passes
+from setfit_kd.teaching import PreparedTeacher, Taught, teach
+from setfit_kd.widening import made_texts, without_doubtful
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
-
-    from setfit_kd.signals import TeacherSignals
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,12 @@ class RunResult:
 
     Attributes:
         students: The distilled classifiers by the name that the config gives them, on the device of the run.
-        teacher: The classifier they were distilled from, on the CPU.
-        signals: What the teacher said about the pool.
+        teacher: The classifier they were distilled from, on the CPU; None where there were several, each kept in the
+            output folder, and where signals came from elsewhere.
+        signals: What the teacher said about the pool; of several, on average.
         evaluations: By ``teacher``, ``baseline`` and ``student``, or of several students ``baselines/NAME`` and
-            ``students/NAME``; empty without an evaluation set.
+            ``students/NAME``; of several teachers, each by ``teachers/NAME`` and all together by ``teacher``. Empty
+            without an evaluation set.
         config: The settings.
         by_seed: Where it was gone through with several seeds, the evaluations of each seed, its own among them.
         seconds: Wall time by stage.
@@ -60,7 +63,7 @@ class RunResult:
     """
 
     students: dict[str, SetFitModel]
-    teacher: SetFitModel
+    teacher: SetFitModel | None
     signals: TeacherSignals
     evaluations: dict[str, Evaluation]
     config: RunConfig
@@ -200,12 +203,16 @@ def _run(
 
 @dataclass(frozen=True)
 class RunInputs:
-    """All that a run starts from: clean data, the bodies as they come, and the commits of what came from the hub."""
+    """All that a run starts from: clean data, the models as they come, and the commits of what came from the hub.
+
+    There is no teacher where signals come from elsewhere.
+    """
 
     data: RunData
-    teacher_body: SentenceTransformer
+    teachers: list[PreparedTeacher]
     students: list[PreparedStudent]
     revisions: dict[str, str]
+    fill_mask: Path | None = None
 
 
 def prepare_run(
@@ -225,10 +232,11 @@ def prepare_run(
     if config.output_dir:
         RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=resume)
     with hub.revisions() as revisions:
-        teacher_source = locate_body(config.teacher)
+        teachers = {} if config.signals else {name: locate_body(name) for name in config.teacher}
+        fill_mask = None if config.augment_model is None else locate(config.augment_model)
         sources = [locate_student(name) for name in config.student]
         data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
-    check_pool(len(data.pool) + len(data.labeled), config)
+    check_pool(len(data.pool) + (0 if data.signals else len(data.labeled)), config)
     if data.evaluation is None:
         if config.seeds > 1:
             raise ConfigError(
@@ -238,9 +246,14 @@ def prepare_run(
         logger.warning("There is no evaluation set: nothing will be measured. Name one by --eval.")
     check_precision(config.precision, resolve_device(config.device))
     names, seed = data.labeled.label_names, config.seed
-    teacher_body = teacher_source.load(names, seed=seed)
-    students = [source.prepare(teacher_body, names, seed=seed) for source in sources]
-    return RunInputs(data, teacher_body, students, revisions)
+    prepared = [PreparedTeacher(name, source, names, seed) for name, source in teachers.items()]
+    first: SentenceTransformer | None = None
+    for teacher in reversed(prepared):  # all must load, and one at a time is held
+        first = teacher.load()
+    if prepared:
+        prepared[0].body = first
+    students = [source.prepare(first, names, seed=seed) for source in sources]
+    return RunInputs(data, prepared, students, revisions, fill_mask)
 
 
 def _run_whole(
@@ -271,24 +284,48 @@ def _run_whole(
 
 def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journal: Journal) -> RunResult:
     data = inputs.data
-    stages = RunStages(settled, data, inputs.teacher_body, journal)
-    teacher, signals = stages.signals(stages.teacher())
+    evaluations: dict[str, Evaluation] = {}
+    if data.signals is None:
+        made = made_texts(settled, data, inputs.fill_mask, journal)
+        taught = teach(
+            settled,
+            replace(data, pool=[*data.pool, *made]),
+            inputs.teachers,
+            journal,
+            evaluations,
+            keep_first=any(student.reads is None for student in inputs.students),
+        )
+        if made:
+            made_rows = range(len(data.pool), len(data.pool) + len(made))
+            kept = without_doubtful(taught.signals, made_rows, least=config.augment_confidence)
+            taught = replace(taught, signals=kept, key=fingerprint(taught.key, config.augment_confidence))
+    else:
+        taught = Taught(data.signals, signals_hash(data.signals))
+    stages, signals = RunStages(settled, data, taught.key, journal), taught.signals
+    if journal.folder is not None:
+        journal.folder.tell(teacher_shares=taught.shares)
     students: dict[str, SetFitModel] = {}
-    models = {TEACHER: teacher}
+    models = {}
     for (source, name), prepared in zip(student_names(config).items(), inputs.students, strict=True):
-        baseline_name = baseline_of(name) if config.baseline and data.evaluation else None
+        baseline_name = baseline_of(name) if config.baseline and data.evaluation and len(data.labeled) else None
         names = (name, baseline_name)
-        students[source], baseline = stages.student_and_baseline(names, source, prepared, teacher, signals)
+        students[source], baseline = stages.student_and_baseline(names, source, prepared, taught.first, signals)
         if baseline_name is not None and baseline is not None:
             models[baseline_name] = baseline
         models[name] = students[source]
-    evaluations: dict[str, Evaluation] = {}
     if data.evaluation:
         stages.keep_texts(data.evaluation)
         for name, model in models.items():
             evaluations[name] = stages.evaluation(name, model, data.evaluation, evaluations.get(TEACHER))
-    output_dir = journal.folder.path if journal.folder else None
-    return RunResult(students, teacher, signals, evaluations, config, seconds=journal.seconds, output_dir=output_dir)
+    return RunResult(
+        students,
+        taught.first if len(inputs.teachers) == 1 else None,
+        signals,
+        evaluations,
+        config,
+        seconds=journal.seconds,
+        output_dir=journal.folder.path if journal.folder else None,
+    )
 
 
 def _with_other_seeds(
@@ -323,9 +360,12 @@ def _settled(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> 
     if config.precision == "auto" and told.get("device") == str(device) and "precision" in told:
         precision = Precision(**told["precision"])
     else:
-        place(inputs.teacher_body, device, phase="Choosing precision")
-        precision = resolve_precision(config.precision, inputs.teacher_body, inputs.data.pool)
-        inputs.teacher_body.to("cpu")
+        body = inputs.teachers[0].body if inputs.teachers else inputs.students[0].reads
+        assert body is not None
+        place(body, device, phase="Choosing precision")
+        texts = inputs.data.pool or inputs.data.labeled.texts
+        precision = resolve_precision(config.precision, body, texts)
+        body.to("cpu")
     if folder:
         earlier, now = told.get("versions"), versions()
         if earlier not in (None, now):
@@ -356,20 +396,20 @@ def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
     """The stages of a run with their forward passes, a pass being one text through one model."""
     data, report = inputs.data, inputs.data.report
     n_students = len(config.student)
-    n_models = 1 + n_students * (2 if config.baseline else 1)
-    n_texts = report.pool + report.labeled
+    with_baseline = config.baseline and report.labeled > 0
+    n_models = len(inputs.teachers) + n_students * (2 if with_baseline else 1)
+    n_texts = report.pool + (config.augment or 0) + (0 if data.signals else report.labeled)
     split = [config.model_copy(update={"micro_batch_size": None}) if s.is_static else config for s in inputs.students]
     with_own = list(zip(inputs.students, split, strict=True))
     student = sum(s.passes + student_passes(c, n_texts, report.labeled, family=s.family) for s, c in with_own)
     device = resolve_device(config.device)
-    teacher = teacher_passes(config, data.labeled, family=family_of(inputs.teacher_body), device=device)
-    stages = [
-        PlannedStage("teacher", report.labeled, teacher),
-        PlannedStage("signals", n_texts, n_texts),
-        PlannedStage("student", n_texts, student),
-    ]
+    teachers = [teacher_passes(config, data.labeled, family=t.source.family, device=device) for t in inputs.teachers]
+    stages = [PlannedStage("student", n_texts, student)]
+    if teachers:
+        trained = PlannedStage("teacher", report.labeled, sum(teachers))
+        stages = [trained, PlannedStage("signals", n_texts, len(teachers) * n_texts), *stages]
     if data.evaluation:
-        if config.baseline:
+        if with_baseline:
             baselines = [
                 teacher_passes(
                     on_labels_alone(c, n_texts) if s.family == "transformer" else c,

@@ -26,16 +26,21 @@ from setfit_kd.files import write_whole, writing
 
 CONFIG, METRICS, RUN, LOG = "config.yaml", "metrics.json", "run.json", "run.log"
 TEACHER, BASELINE, STUDENT, SIGNALS = "teacher", "baseline", "student", "signals"
-BASELINES, STUDENTS = "baselines", "students"
+TEACHERS, BASELINES, STUDENTS = "teachers", "baselines", "students"
+AUGMENTED, SCORED, WEIGHED = "augmented", "scored", "weighed"
+"""Texts that were made; what each of several teachers says, and how often it is right on labels held out from it."""
 SEEDS = "seeds"
 EVALUATION, CHECKPOINTS = "evaluation", "checkpoints"
 REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"
 RESULTS = (METRICS, REPORT_HTML, REPORT_MARKDOWN)
 """What is made of the stages' results at the end."""
-_MODELS = (TEACHER, BASELINE, BASELINES, STUDENT, STUDENTS)
-_CONTENTS = (CONFIG, RUN, LOG, *RESULTS, *_MODELS, SIGNALS, EVALUATION, CHECKPOINTS, SEEDS)
+_MODELS = (TEACHER, TEACHERS, BASELINE, BASELINES, STUDENT, STUDENTS)
+_CONTENTS = (CONFIG, RUN, LOG, *RESULTS, *_MODELS, AUGMENTED, SIGNALS, SCORED, WEIGHED, EVALUATION, CHECKPOINTS, SEEDS)
 _LOCK, _FORMAT = ".lock", 1
-_PLACE = re.compile(rf"({EVALUATION}/)?({TEACHER}|{BASELINE}|{STUDENT}|({BASELINES}|{STUDENTS})/\w[\w.-]*)|{SIGNALS}")
+_PLACE = re.compile(
+    rf"({EVALUATION}/)?({TEACHER}|{BASELINE}|{STUDENT}|({TEACHERS}|{BASELINES}|{STUDENTS})/\w[\w.-]*)"
+    rf"|{AUGMENTED}|{SIGNALS}|({SCORED}|{WEIGHED})/\w[\w.-]*"
+)
 _stage: ContextVar[str] = ContextVar("stage", default="")
 _HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{8}")
 _PACKAGES = (

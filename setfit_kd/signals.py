@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +83,12 @@ class TeacherSignals:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> TeacherSignals:
+        """The signals of the texts at ``rows``, in that order."""
+        embeddings = None if self.embeddings is None else self.embeddings[rows]
+        texts = [self.texts[row] for row in rows]
+        return replace(self, texts=texts, probabilities=self.probabilities[rows], embeddings=embeddings)
 
     @classmethod
     def average(cls, signals: Sequence[TeacherSignals], weights: Sequence[float] | None = None) -> TeacherSignals:

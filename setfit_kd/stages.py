@@ -1,120 +1,72 @@
-"""The stages of a run: what each is made by and from, and how it is kept."""
+"""The stages that follow the signals: what each is made by and from, and how it is kept."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from setfit_kd.config import RunConfig, SignalsConfig, StudentConfig, TeacherConfig
+import numpy as np
+
+from setfit_kd.arrays import in_parts
+from setfit_kd.config import RunConfig, StudentConfig, TeacherConfig
 from setfit_kd.data import LabeledSet, RunData
-from setfit_kd.evaluation import Evaluation, evaluate, write_texts
-from setfit_kd.files import whole_folder
+from setfit_kd.evaluation import Evaluation, evaluate, evaluate_together, write_texts
+from setfit_kd.hashing import content_name
 from setfit_kd.journal import Journal, fingerprint
 from setfit_kd.memory import place, resolve_device
 from setfit_kd.models import (
     content_hash,
-    family_of,
     load_folder,
-    put_head,
-    replace_head,
-    save_head,
     save_model,
-    with_head,
 )
-from setfit_kd.runfolder import EVALUATION, SIGNALS, TEACHER
+from setfit_kd.runfolder import EVALUATION, TEACHER
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.student import PreparedStudent, on_labels_alone, train_student
-from setfit_kd.teacher import refine_and_score, train_teacher
+from setfit_kd.teacher import train_teacher
 
 if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
-_TRAINED_HEAD, _HEAD = "trained_head", "head"
-"""Where the teacher's folder keeps the head that it had before the pool refined it, and where the signals' keeps the
-one that made them."""
+
+def signals_hash(signals: TeacherSignals) -> str:
+    """A name for all that a student learns from signals, wherever they came from."""
+    said = [np.ascontiguousarray(signals.probabilities).tobytes()]
+    if signals.embeddings is not None:
+        said += [np.ascontiguousarray(part).tobytes() for part in in_parts(signals.embeddings)]
+    return fingerprint(signals.texts, list(signals.label_names), signals.temperature, content_name(said))
 
 
 class RunStages:
-    """Goes through the stages of one run.
+    """Goes through the stages that follow the signals.
 
     Args:
         config: The settings, device and precision settled.
         data: What it works on.
-        teacher_body: The teacher's body as it comes.
+        signals_key: Fingerprint of what the signals are made from.
         journal: What has been gone through.
     """
 
-    def __init__(self, config: RunConfig, data: RunData, teacher_body: SentenceTransformer, journal: Journal) -> None:
+    def __init__(self, config: RunConfig, data: RunData, signals_key: str, journal: Journal) -> None:
         self.config = config
         self.data = data
-        self.teacher_body = teacher_body
         self.journal = journal
         self.device = resolve_device(config.device)
-        labeled = _key_of(data.labeled)
-        self._pool_key = fingerprint(data.pool)
-        self._teacher_key = fingerprint(labeled, content_hash(teacher_body), TeacherConfig.deciding(config))
-        self._signals_key = fingerprint(self._teacher_key, self._pool_key, SignalsConfig.deciding(config))
-        self._labeled_key = labeled
-        self._evaluation_key = _key_of(data.evaluation) if data.evaluation else ""
-        self._keys = {TEACHER: self._signals_key}
-
-    def teacher(self) -> SetFitModel:
-        """The teacher as it is trained on the labels, on the CPU."""
-
-        def save(teacher: SetFitModel, folder: Path) -> None:
-            save_model(teacher, folder, title="Teacher")
-            _save_head(teacher, folder / _TRAINED_HEAD)
-
-        def make() -> SetFitModel:
-            teacher = train_teacher(
-                self.data.labeled,
-                self.teacher_body,
-                config=self.config,
-                checkpoints=self.journal.checkpoints(TEACHER, self._teacher_key),
-            )
-            teacher.model_body.to("cpu")
-            return teacher
-
-        def restore(folder: Path) -> SetFitModel:
-            return with_head(load_folder(folder), folder / _TRAINED_HEAD)
-
-        return self.journal.go_through(TEACHER, self._teacher_key, make=make, save=save, load=restore)
-
-    def signals(self, teacher: SetFitModel) -> tuple[SetFitModel, TeacherSignals]:
-        """The teacher with its head refined on the pool, and what it says of the pool and the labeled texts."""
-
-        def make() -> tuple[SetFitModel, TeacherSignals]:
-            with _placed(teacher, self.device, "Scoring pool"):
-                return refine_and_score(
-                    teacher, self.data.labeled, self.data.pool, config=self.config, origin=self.config.teacher
-                )
-
-        def save(made: tuple[SetFitModel, TeacherSignals], folder: Path) -> None:
-            made[1].save(folder)
-            _save_head(made[0], folder / _HEAD)
-
-        def restore(folder: Path) -> tuple[SetFitModel, TeacherSignals]:
-            return with_head(teacher, folder / _HEAD), TeacherSignals.load(folder)
-
-        refined, signals = self.journal.go_through(SIGNALS, self._signals_key, make=make, save=save, load=restore)
-        if family_of(refined.model_body) == "transformer":
-            put_head(refined.model_head, refined.model_body)  # a student that copies its layers copies this one too
-        if self.journal.folder is not None:
-            replace_head(refined, self.journal.folder.path / TEACHER)
-        return refined, signals
+        self._signals_key = signals_key
+        self._labeled_key = key_of(data.labeled)
+        self._evaluation_key = key_of(data.evaluation) if data.evaluation else ""
+        self._keys = {TEACHER: signals_key}
 
     def student_and_baseline(
         self,
         names: tuple[str, str | None],
         source: str,
         prepared: PreparedStudent,
-        teacher: SetFitModel,
+        teacher: SetFitModel | None,
         signals: TeacherSignals,
     ) -> tuple[SetFitModel, SetFitModel | None]:
         """The distilled student and, to compare, its body trained on the labels alone; both on the CPU.
@@ -123,8 +75,8 @@ class RunStages:
             names: What the two are called in the folder; without a name for it, there is no baseline.
             source: The student's name in the settings.
             prepared: Its body.
-            teacher: The refined teacher.
-            signals: What it says.
+            teacher: The refined teacher whose layers or vectors a student may have; of several, the first.
+            signals: What they say.
         """
         origin = self._signals_key if prepared.reads is None else content_hash(prepared.reads)
         body_key = fingerprint(source, origin)
@@ -172,11 +124,11 @@ class RunStages:
             name, key, make=make_and_rest, save=partial(save_model, title=title), load=load_folder
         )
 
-    def _student_body(self, prepared: PreparedStudent, teacher: SetFitModel) -> SentenceTransformer:
-        if not prepared.passes:
-            return prepared.make(teacher.model_body, self.data.pool)
-        with _placed(teacher, self.device, "Making student"):
-            return prepared.make(teacher.model_body, self.data.pool)
+    def _student_body(self, prepared: PreparedStudent, teacher: SetFitModel | None) -> SentenceTransformer:
+        if teacher is None or not prepared.passes:
+            return prepared.make(teacher and teacher.model_body, self.data.pool, self.device)
+        with placed(teacher, self.device, "Making student"):
+            return prepared.make(teacher.model_body, self.data.pool, self.device)
 
     def keep_texts(self, data: LabeledSet) -> None:
         """Write what is evaluated on into the run's folder, for its report."""
@@ -190,12 +142,12 @@ class RunStages:
             name: What it is called in the folder.
             model: The model.
             data: Labeled texts that it was not trained on.
-            teacher: The teacher's evaluation; None for the teacher itself.
+            teacher: The teacher's evaluation; None for a teacher itself, and where there is none.
         """
 
         def make() -> Evaluation:
             folder = None if self.journal.folder is None else self.journal.folder.path / name
-            with _placed(model, self.device, f"Evaluating {name}"):
+            with placed(model, self.device, f"Evaluating {name}"):
                 return evaluate(
                     model,
                     data,
@@ -205,9 +157,19 @@ class RunStages:
                     description=f"Evaluating {name}",
                 )
 
-        key = fingerprint(self._keys[TEACHER], self._keys[name], self._evaluation_key)
+        inputs = fingerprint(self._keys[TEACHER], self._keys.get(name, ""), self._evaluation_key)
         return self.journal.go_through(
-            f"{EVALUATION}/{name}", key, make=make, save=Evaluation.save, load=Evaluation.load
+            f"{EVALUATION}/{name}", inputs, make=make, save=Evaluation.save, load=Evaluation.load
+        )
+
+    def evaluation_together(self, evaluations: Sequence[Evaluation], shares: Sequence[float]) -> Evaluation:
+        """How good several teachers are together."""
+        return self.journal.go_through(
+            f"{EVALUATION}/{TEACHER}",
+            fingerprint(self._keys[TEACHER], self._evaluation_key),
+            make=lambda: evaluate_together(evaluations, shares),
+            save=Evaluation.save,
+            load=Evaluation.load,
         )
 
 
@@ -224,17 +186,13 @@ class _Once:
         return copy.deepcopy(self._made)
 
 
-def _save_head(model: SetFitModel, folder: Path) -> None:
-    with whole_folder(folder) as part:
-        save_head(model.model_head, part)
-
-
-def _key_of(data: LabeledSet) -> str:
+def key_of(data: LabeledSet) -> str:
+    """Fingerprint of labeled texts."""
     return fingerprint(data.texts, data.labels.tolist(), list(data.label_names))
 
 
 @contextmanager
-def _placed(model: SetFitModel, device: torch.device, phase: str) -> Iterator[None]:
+def placed(model: SetFitModel, device: torch.device, phase: str) -> Iterator[None]:
     """Within this block, a model is on the device; outside it, the device's memory is for others."""
     place(model.model_body, device, phase=phase)
     try:

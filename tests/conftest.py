@@ -73,7 +73,7 @@ def make_body(folder: Path, *, layers: int, width: int = 32, seed: int = 0) -> P
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel
     from transformers import PreTrainedTokenizerFast as _Fast
 
@@ -86,6 +86,7 @@ def make_body(folder: Path, *, layers: int, width: int = 32, seed: int = 0) -> P
     vocabulary = {piece: index for index, piece in enumerate([*pieces, *words][:2000])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     make_fast: Any = _Fast
     fast = make_fast(

@@ -132,14 +132,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": STAGE,
     "runfolder": GROUND,
     "journal": {"errors", "hashing", "memory", "runfolder", "training"},
-    "stages": STAGE | {"teacher", "student", "evaluation", "runfolder", "journal"},
+    "stages": STAGE | {"hashing", "teacher", "student", "evaluation", "runfolder", "journal"},
+    "widening": STAGE | {"runfolder", "journal", "stages"},
+    "teaching": STAGE | {"teacher", "student", "evaluation", "runfolder", "journal", "stages"},
     "report": GROUND | {"hub", "data", "evaluation", "runfolder"},
     "publish": {"errors", "hub", "models"},
-    "pipeline": STAGE | {"hub", "student", "teacher", "evaluation", "runfolder", "journal", "stages", "report"},
+    "pipeline": STAGE
+    | {"hub", "student", "teacher", "evaluation", "runfolder", "journal", "stages", "teaching", "widening", "report"},
     "cli": STAGE
     | {
         "hub",
         "teacher",
+        "finetune",
         "evaluation",
         "runfolder",
         "pipeline",

@@ -158,7 +158,7 @@ def test_a_static_students_vectors_are_those_of_the_teacher_after_its_fine_tunin
     with torch.no_grad():
         for parameter in tuned.parameters():
             parameter.mul_(1.01)
-    student = prepared.make(tuned, TEXTS)
+    student = prepared.make(tuned, TEXTS, tuned.device)
     np.testing.assert_array_equal(table_of(student), table_of(static_body(tuned, TEXTS, dimension=8)))
     assert not np.array_equal(table_of(student), table_of(static_body(teacher_body, TEXTS, dimension=8)))
 

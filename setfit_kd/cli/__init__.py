@@ -12,6 +12,7 @@ from setfit_kd.cli.compare import compare
 from setfit_kd.cli.doctor import doctor
 from setfit_kd.cli.evaluate import evaluate
 from setfit_kd.cli.export import export
+from setfit_kd.cli.finetune import finetune
 from setfit_kd.cli.predict import predict
 from setfit_kd.cli.push import push
 from setfit_kd.cli.report import report
@@ -55,5 +56,5 @@ def main() -> None:
     """
 
 
-for command in (run, predict, evaluate, report, compare, export, push, benchmark, doctor):
+for command in (run, finetune, predict, evaluate, report, compare, export, push, benchmark, doctor):
     main.add_command(command)

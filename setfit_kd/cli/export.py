@@ -72,16 +72,17 @@ def export(
 def _texts(model: str, config: RunConfig) -> list[str]:
     """Texts to check the bundle on: those named, the pool of the run that the model is of, or a stand-in's."""
     from setfit_kd.data import read
-    from setfit_kd.runfolder import CONFIG, SIGNALS
+    from setfit_kd.runfolder import CONFIG, SCORED, SIGNALS
     from setfit_kd.signals import TeacherSignals
 
     if config.unlabeled is not None:
         return read(config.unlabeled, text_column=config.text_column).texts
     path = Path(model).absolute()
     for folder in (path, *path.parents[:2]):
-        if (folder / CONFIG).is_file() and (folder / SIGNALS).is_dir():
+        kept = [kept for kept in (folder / SIGNALS, *(folder / SCORED).glob("*")) if kept.is_dir()]
+        if (folder / CONFIG).is_file() and kept:
             try:
-                return TeacherSignals.load(folder / SIGNALS).texts
+                return TeacherSignals.load(kept[0]).texts
             except DataError as error:
                 raise DataError(error.message, hint="Name other texts to check the bundle on: --unlabeled.") from None
     logger.warning(

@@ -12,7 +12,15 @@ import click
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from setfit_kd.config import DataConfig, RunConfig, SignalsConfig, StageConfig, StudentConfig, TeacherConfig
+from setfit_kd.config import (
+    AugmentConfig,
+    DataConfig,
+    RunConfig,
+    SignalsConfig,
+    StageConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,12 +38,12 @@ class _Share(click.FloatRange):
 SHARE = _Share(0, 1)
 
 
-def setting_options(*names: str) -> Callable[[F], F]:
+def setting_options(*names: str, of: type[StageConfig] = RunConfig) -> Callable[[F], F]:
     """Add one option for each of a run's settings, or for those named; what is not given arrives as None."""
 
     def decorate(function: F) -> F:
         for name in reversed(names or _in_order()):
-            function = _option(name, RunConfig.model_fields[name])(function)
+            function = _option(name, of.model_fields[name])(function)
         return function
 
     return decorate
@@ -60,9 +68,8 @@ def verbosity_options(function: F) -> F:
 
 def _in_order() -> list[str]:
     shared = list(StageConfig.model_fields)
-    stages = [
-        name for stage in (DataConfig, TeacherConfig, SignalsConfig, StudentConfig) for name in stage.model_fields
-    ]
+    in_order = (DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, StudentConfig)
+    stages = [name for stage in in_order for name in stage.model_fields]
     own = [name for name in RunConfig.model_fields if name not in stages]
     ordered = [*DataConfig.model_fields, "teacher", "student", *stages, *own]
     return list(dict.fromkeys([name for name in ordered if name not in shared] + shared))
@@ -89,7 +96,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     return click.option(flag, name, type=parameter_type, default=None, metavar=metavar, help=text, multiple=repeated)
 
 
-_REPEATED = frozenset({"student"})
+_REPEATED = frozenset({"teacher", "student"})
 """Settings with several values, each given by an option of its own."""
 
 _METAVARS: dict[Any, str] = {
@@ -98,6 +105,7 @@ _METAVARS: dict[Any, str] = {
     Path: "FOLDER",
     "labeled": "SOURCE",
     "unlabeled": "SOURCE",
+    "validation": "SOURCE",
     "eval": "SOURCE",
     "teacher": "MODEL",
     "student": "MODEL",

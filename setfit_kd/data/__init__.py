@@ -1,5 +1,6 @@
 """Labeled sets and pools: reading, cleaning, sampling, and the leak guard."""
 
+from setfit_kd.data.augmentation import augment
 from setfit_kd.data.prepare import DataReport, RunData, load_run_data, prepare
 from setfit_kd.data.sets import LabeledSet, check_classes, draw_shots, encode_labels
 from setfit_kd.data.signals import read_signals
@@ -11,6 +12,7 @@ __all__ = [
     "Rows",
     "RunData",
     "Source",
+    "augment",
     "check_classes",
     "draw_shots",
     "encode_labels",

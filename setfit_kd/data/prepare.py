@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from heapq import heappush, heapreplace
 from operator import itemgetter
 
+import numpy as np
+
 from setfit_kd.config import DataConfig
 from setfit_kd.data.sets import LabeledSet, check_classes, draw_shots, encode_labels
+from setfit_kd.data.signals import read_signals
 from setfit_kd.data.sources import INVISIBLE, Source, read, stream_texts
 from setfit_kd.errors import ConfigError, DataError
+from setfit_kd.signals import TeacherSignals
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +43,16 @@ class DataReport:
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run works on: the shots, the pool, and the evaluation set where there is one."""
+    """What a run works on: the shots, the pool, and the evaluation set where there is one.
+
+    Where signals come from elsewhere, the pool are their texts, and there need be no shots.
+    """
 
     labeled: LabeledSet
     pool: list[str]
     evaluation: LabeledSet | None
     report: DataReport
+    signals: TeacherSignals | None = None
 
 
 def normalise(text: str) -> str:
@@ -76,16 +84,26 @@ def load_run_data(
     labeled = config.labeled if labeled is None else labeled
     unlabeled = config.unlabeled if unlabeled is None else unlabeled
     evaluation = config.eval if eval is None else eval
-    if labeled is None:
+    if config.signals is not None and unlabeled is not None:
+        raise ConfigError("Signals bring their own texts.", hint="Drop --unlabeled, or --signals.")
+    if labeled is None and config.signals is None:
         raise ConfigError("No labeled texts are given.", hint="Name them by --labeled, or choose a --preset.")
     columns = config.text_column
-    rows = encode_labels(read(labeled, text_column=columns, label_column=config.label_column))
-    check_classes(rows)
+    given = None if config.signals is None else read_signals(config.signals)
+    names = None if given is None else given.label_names
+    if labeled is None:
+        rows = LabeledSet([], np.empty(0, np.int64), names or ())
+    else:
+        rows = encode_labels(read(labeled, text_column=columns, label_column=config.label_column), names)
+    if given is None:
+        check_classes(rows)
     held_out = None
     if evaluation is not None:
         held_out = encode_labels(
             read(evaluation, text_column=columns, label_column=config.label_column, role="test"), rows.label_names
         )
+    if given is not None:
+        return _prepare_signals(rows, given, held_out, config)
     if unlabeled is None:
         logger.warning("There are no unlabeled texts: the student learns from the labeled ones alone.")
     pool = None if unlabeled is None else stream_texts(unlabeled, text_column=columns)
@@ -93,13 +111,18 @@ def load_run_data(
 
 
 def prepare(
-    labeled: LabeledSet, pool: Iterable[str] | None, evaluation: LabeledSet | None, config: DataConfig
+    labeled: LabeledSet,
+    pool: Iterable[str] | None,
+    evaluation: LabeledSet | None,
+    config: DataConfig,
+    *,
+    apart: bool = True,
 ) -> RunData:
     """Clean and sample; without a pool, there is none.
 
     The leak guard comes first: no text of the evaluation set, however written (see `normalise`), stays in the labeled
     set or the pool. Then duplicates go, and labeled texts that occur with different labels. The shots are drawn, their
-    texts leave the pool, and the pool is drawn from what is left.
+    texts leave the pool, if the two shall be ``apart``, and the pool is drawn from what is left.
 
     The pool is gone through once and only what is drawn of it is kept, with about 100 bytes for each of its texts to
     know it again by.
@@ -127,10 +150,13 @@ def prepare(
             seen.add(key)
             kept.append(row)
     _warn_of_removals(leaks, conflicts)
-    shots = draw_shots(labeled.take(kept), config.shots, seed=config.seed)
-    _warn_of_small_classes(shots, config.shots)
+    left = labeled.take(kept)
+    shots = left
+    if apart or (config.shots is not None and len(left)):
+        shots = draw_shots(left, config.shots, seed=config.seed)
+        _warn_of_small_classes(shots, config.shots)
 
-    shot_keys = {normalise(text) for text in shots.texts}
+    shot_keys = {normalise(text) for text in shots.texts} if apart else set()
     texts, pool_leaks, pool_labeled, pool_duplicates = (
         ([], 0, 0, 0) if pool is None else _draw_pool(pool, held_out, shot_keys, config)
     )
@@ -147,6 +173,15 @@ def prepare(
     )
     _tell(report)
     return RunData(shots, texts, evaluation, report)
+
+
+def _prepare_signals(
+    labeled: LabeledSet, signals: TeacherSignals, evaluation: LabeledSet | None, config: DataConfig
+) -> RunData:
+    """As `prepare`, with the texts of signals as the pool; labeled texts stay in it, since they have signals."""
+    data = prepare(labeled, signals.texts, evaluation, config, apart=False)
+    first = {text: row for row, text in reversed(list(enumerate(signals.texts)))}
+    return replace(data, signals=signals.take(np.array([first[text] for text in data.pool], np.int64)))
 
 
 def _draw_pool(

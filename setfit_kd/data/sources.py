@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 Source: TypeAlias = Union[str, Path, "Dataset", Mapping[str, Sequence[Any]], Sequence[Any]]
 """A path, a hub name, a ``datasets.Dataset``, a mapping of columns, or a list of texts, pairs or mappings."""
 
+Decode: TypeAlias = Callable[[Sequence[int]], str]
+_TOKENS = "input_ids"
 BUNDLED = Path(__file__).parent
 _HUB_NAME = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?(?:@[\w./-]+)?)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>[\w.-]+)\])?"
@@ -68,6 +70,7 @@ def read(
     text_column: Sequence[str] = ("text",),
     label_column: str | None = None,
     role: str = "train",
+    decode: Decode | None = None,
 ) -> Rows:
     """Read a source whole.
 
@@ -78,11 +81,16 @@ def read(
         label_column: Column of the label; None reads texts alone.
         role: ``train``, ``validation`` or ``test``; decides the split where the source has several and none is named.
 
+        decode: From token ids to the text they came from, for a source that is tokenised already: where it has no text
+            column, its ``input_ids`` are read.
+
     Raises:
         DataError: Something is missing, broken or empty; with the file and row.
         UnavailableError: The hub cannot be reached.
     """
     table = _opened(source, role, label_column)
+    if decode is not None:
+        table = replace(table, records=_decoded(table.records, text_column[0], decode))
     texts: list[str] = []
     labels: list[str] = []
     for text, label in _checked(table, text_column, label_column):
@@ -90,6 +98,15 @@ def read(
         labels.append(label)
     names = table.declared or tuple(sorted(set(labels), key=_numbers_first))
     return Rows(texts, labels if label_column else None, names, table.origin)
+
+
+def _decoded(records: Iterable[Record], text_column: str, decode: Decode) -> Iterator[Record]:
+    for number, record in records:
+        ids = record.get(_TOKENS)
+        if text_column in record or ids is None:
+            yield number, record
+        else:
+            yield number, {**record, text_column: decode(list(ids))}
 
 
 def stream_texts(source: Source, *, text_column: Sequence[str] = ("text",)) -> Iterator[str]:

@@ -12,6 +12,7 @@ from setfit_kd.evaluation.measure import Evaluation, evaluate
 from setfit_kd.evaluation.quality import ClassQuality, Quality, measure_quality
 from setfit_kd.evaluation.seeds import OverSeeds, Spread, over_seeds
 from setfit_kd.evaluation.texts import read_texts, write_texts
+from setfit_kd.evaluation.together import evaluate_together
 
 __all__ = [
     "Abstaining",
@@ -27,6 +28,7 @@ __all__ = [
     "bootstrap_calibration",
     "bootstrap_share",
     "evaluate",
+    "evaluate_together",
     "measure_calibration",
     "measure_quality",
     "over_seeds",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from setfit_kd.progress import shown_on
 
 logger = logging.getLogger(__name__)
 
+_SCORES = "validation.json"
+
 
 @dataclass
 class ValidationLooks(Looks):
@@ -27,6 +31,7 @@ class ValidationLooks(Looks):
         every: Steps between two looks; one comes at the end, too.
         halves_rate: Halve the learning rate after each look that was no better.
         encode_batch_size: Texts a forward pass.
+        scores: Step, accuracy and F1 of each look.
     """
 
     validation: LabeledSet
@@ -34,6 +39,7 @@ class ValidationLooks(Looks):
     every: int
     halves_rate: bool
     encode_batch_size: int
+    scores: list[dict[str, float]] = field(default_factory=list)
 
     def is_due(self, step: int, args: Any, state: Any) -> bool:
         """Every so many steps, and after the last."""
@@ -50,6 +56,7 @@ class ValidationLooks(Looks):
         predicted = own_head(self.body).predict_proba(np.asarray(features, np.float64)).argmax(axis=1)
         found = measure_quality(predicted, self.validation.labels, self.validation.label_names).scores
         told = ", ".join(f"{name} {value:.1%}" for name, value in found.items())
+        self.scores.append({"step": step, **found})
         logger.info("Step %d: %s on %s.", step, told, self.validation.origin)
         return found[self.metric]
 
@@ -59,6 +66,16 @@ class ValidationLooks(Looks):
         if self.halves_rate:
             scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
             logger.info("The learning rate is halved, to %g.", scheduler.base_lrs[0])
+
+    def save_state(self, folder: Path) -> None:
+        """Write what has been seen, and the best weights, into a checkpoint's folder."""
+        super().save_state(folder)
+        (folder / _SCORES).write_text(json.dumps(self.scores), encoding="utf-8")
+
+    def load_state(self, folder: Path) -> None:
+        """Take up what `save_state` wrote."""
+        super().load_state(folder)
+        self.scores = json.loads((folder / _SCORES).read_text(encoding="utf-8"))
 
     def restore(self) -> None:
         """Put the best weights back."""

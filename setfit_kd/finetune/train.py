@@ -28,6 +28,7 @@ def finetune(
     config: FinetuneConfig | None = None,
     description: str = "Fine-tuning",
     checkpoints: str | Path | None = None,
+    looks: list[dict[str, float]] | None = None,
     **settings: Any,
 ) -> SetFitModel:
     """Fine-tune a transformer end to end on labels.
@@ -41,6 +42,7 @@ def finetune(
         description: What to call the step on the progress bar.
         checkpoints: Folder in which the training's state is kept from time to time. A training that finds the state of
             an earlier one there goes on from it: give a folder to one training alone.
+        looks: A list that the looks at the validation texts are added to, each with its ``step``, ``accuracy`` and F1.
 
     Returns:
         A `setfit.SetFitModel` whose body is the transformer up to its last layer, and whose head is that layer.
@@ -80,10 +82,16 @@ def finetune(
         from setfit_kd.finetune.trainer import FinetuneTrainer
         from setfit_kd.training import train
 
-        def make(settled: FinetuneConfig, device: torch.device, scratch: str) -> FinetuneTrainer:
-            return FinetuneTrainer(new_model(body, labeled.label_names), labeled, validation, settled, device, scratch)
+        trainer: FinetuneTrainer | None = None
 
-        return train(
+        def make(settled: FinetuneConfig, device: torch.device, scratch: str) -> FinetuneTrainer:
+            nonlocal trainer
+            trainer = FinetuneTrainer(
+                new_model(body, labeled.label_names), labeled, validation, settled, device, scratch
+            )
+            return trainer
+
+        trained = train(
             body,
             make,
             # A change of device on the way must not change the batches.
@@ -95,3 +103,6 @@ def finetune(
             description=description,
             checkpoints=checkpoints,
         )
+        if looks is not None and trainer is not None and trainer.looks is not None:
+            looks.extend(trainer.looks.scores)
+        return trained

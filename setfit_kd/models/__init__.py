@@ -16,6 +16,7 @@ from setfit_kd.models.bodies import (
 )
 from setfit_kd.models.copying import as_distilbert, blank_transformer
 from setfit_kd.models.encode import embed, embed_tokens, head_proba, predict_proba
+from setfit_kd.models.fill_mask import load_fill_mask
 from setfit_kd.models.heads import fit_head, load_head, new_head, save_head, settled_c, softmax_weights
 from setfit_kd.models.identity import content_hash
 from setfit_kd.models.own_heads import last_layer, own_head, put_head
@@ -51,6 +52,7 @@ __all__ = [
     "last_layer",
     "load",
     "load_body",
+    "load_fill_mask",
     "load_folder",
     "load_head",
     "loading",

@@ -100,7 +100,7 @@ def distilbert_weights(bert: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def blank_transformer(
-    folder: Path, label_names: Sequence[str], *, like: SentenceTransformer, seed: int = 0
+    folder: Path, label_names: Sequence[str], *, like: SentenceTransformer | None, seed: int = 0
 ) -> SentenceTransformer:
     """An untrained transformer as a config describes it.
 
@@ -119,13 +119,15 @@ def blank_transformer(
     from setfit_kd.models.transformer import from_parts
 
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"))
-    if not has_tokenizer and not hasattr(like.tokenizer, "save_pretrained"):
+    if not has_tokenizer and (like is None or not hasattr(like.tokenizer, "save_pretrained")):
         raise ModelError(f"There is no tokenizer in {folder}.", hint="Put one beside the config.")
     with quiet_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, num_labels=len(label_names))
         tokenizer: PreTrainedTokenizerBase = (
-            AutoTokenizer.from_pretrained(str(folder), local_files_only=True) if has_tokenizer else like.tokenizer
+            AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            if like is None or has_tokenizer
+            else like.tokenizer
         )
         if len(tokenizer) > config.vocab_size:
             whose = "its" if has_tokenizer else "the teacher's"

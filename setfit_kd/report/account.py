@@ -14,7 +14,19 @@ from setfit_kd.config import RunConfig, read_config
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation import Abstaining, Evaluation, OverSeeds, abstaining_curve, over_seeds, read_texts
-from setfit_kd.runfolder import BASELINES, CONFIG, EVALUATION, RUN, SEEDS, STUDENTS, TEACHER, compared_with, is_place
+from setfit_kd.runfolder import (
+    BASELINES,
+    CONFIG,
+    EVALUATION,
+    RUN,
+    SCORED,
+    SEEDS,
+    STUDENTS,
+    TEACHER,
+    TEACHERS,
+    compared_with,
+    is_place,
+)
 
 MOST_TEXTS = 20
 TARGETS = (0.9, 0.95, 0.99)
@@ -85,11 +97,12 @@ class About(_Read):
     out_of_memory: list[OutOfMemoryEvent] = []
     seeds: Annotated[list[int], AfterValidator(_none_or_several)] = []
     revisions: dict[str, str] = {}
+    teacher_shares: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
 class Told:
-    """A text with its gold label and what student and teacher say of it."""
+    """A text with its gold label and what student and teacher say of it; without a teacher, it says nothing."""
 
     text: str
     gold: str
@@ -152,6 +165,11 @@ class Account:
         students = {student.name: student.evaluation for student in self.students}
         return {name: of for name, of in self.evaluations.items() if name == TEACHER or name in students}
 
+    @property
+    def teacher(self) -> Evaluation | None:
+        """The teacher's evaluation; of several, all together's. None where signals came from elsewhere."""
+        return self.evaluations.get(TEACHER)
+
 
 def read_account(folder: str | Path) -> Account:
     """Read the folder of a finished run.
@@ -175,7 +193,8 @@ def read_account(folder: str | Path) -> Account:
                 f"{folder / EVALUATION / name} was measured on other texts than those beside it.",
                 hint=f"Evaluate again: setfit-kd run --resume {folder}",
             )
-    if TEACHER not in evaluations or not set(about.students.values()) <= set(evaluations):
+    has_teacher = TEACHER in evaluations or config.signals is not None
+    if not has_teacher or not about.students or not set(about.students.values()) <= set(evaluations):
         raise DataError(f"{folder / RUN} does not tell of every model.", hint="Run anew.")
     targets = sorted({*TARGETS, *([] if config.target_accuracy is None else [config.target_accuracy])})
     students = [_student(place, source, evaluations, data, targets) for source, place in about.students.items()]
@@ -201,7 +220,8 @@ def _over_seeds(folder: Path, about: About, evaluations: dict[str, Evaluation]) 
         ]
     except DataError as error:
         raise DataError(error.message, hint=f"Go on: setfit-kd run --resume {folder}") from None
-    if any(not np.array_equal(of[TEACHER].gold, evaluations[TEACHER].gold) for of in others):
+    one = next(iter(evaluations))
+    if any(not np.array_equal(of[one].gold, evaluations[one].gold) for of in others):
         raise DataError(
             f"The seeds in {folder} were not evaluated on the same texts.", hint=f"Run: setfit-kd run --resume {folder}"
         )
@@ -234,13 +254,15 @@ def shown(name: str) -> str:
     """What the table calls a model or a training; of several students, their names alone."""
     group, _, slug = name.partition("/")
     student = f"{slug} (student)" if slug == TEACHER else slug
-    return {BASELINES: f"{slug} (baseline)", STUDENTS: student}.get(group, name)
+    kinds = {TEACHERS: f"{slug} (teacher)", SCORED: f"{slug} (teacher)", BASELINES: f"{slug} (baseline)"}
+    return {**kinds, STUDENTS: student}.get(group, name)
 
 
 def _student(
     name: str, source: str, evaluations: dict[str, Evaluation], data: LabeledSet, targets: list[float]
 ) -> StudentAccount:
-    teacher, student = evaluations[TEACHER], evaluations[name]
+    student = evaluations[name]
+    teacher = evaluations.get(TEACHER, student)
     against = {
         called: student.against(evaluations[other]) for called, other in compared_with(name, evaluations).items()
     }
@@ -258,7 +280,7 @@ def _student(
             labels[data.labels[row]],
             labels[student.predicted[row]],
             float(confidence[row]),
-            labels[teacher.predicted[row]],
+            labels[teacher.predicted[row]] if TEACHER in evaluations else "",
             float(teacher.probabilities[row].max()),
         )
 

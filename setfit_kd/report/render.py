@@ -27,6 +27,7 @@ MOST_CHARACTERS = 600
 MOST_OF_A_NAME = 80
 """Longest piece of a class's name."""
 SPREAD_HEADINGS = ("accuracy", "macro F1", "as teacher", "calibration error", "minus teacher", "minus baseline")
+_SETFIT = "config_setfit.json"
 MOST_CLASSES = 20
 """Above so many, confusions are listed in place of a matrix."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~!$&])")
@@ -69,17 +70,14 @@ def markdown(account: Account) -> str:
 def card(account: Account, source: str) -> str:
     """A model card for one student, by the name that the settings give it."""
     student = next((one for one in account.students if one.source == source), None)
-    teacher, base = _public(account.config.teacher, account), _hub_name(source, account)
-    about = (
-        f"A SetFit model over the classes {', '.join(map(_label, account.labels))}, distilled by setfit-kd from "
-        f"{teacher}, which was fine-tuned on {account.about.data.get('labeled', 0):,} labeled texts and labeled "
-        f"{account.about.data.get('pool', 0):,} more."
-        if account.labels
-        else f"A SetFit model distilled by setfit-kd from {teacher}."
-    )
+    base = _hub_name(source, account)
+    is_setfit = (account.folder / account.about.students[source] / _SETFIT).is_file()
+    over = f" over the classes {', '.join(map(_label, account.labels))}" if account.labels else ""
     told: dict[str, Any] = {
+        "is_setfit": is_setfit,
         "title": "Distilled text classifier",
-        "about": about,
+        "about": f"A {'SetFit model' if is_setfit else 'transformer'}{over}, distilled by setfit-kd from "
+        f"{_source_of(account)}.",
         "base_model": base,
         "dataset": _public(account.config.eval or "the evaluation set", account),
         "metrics": None,
@@ -93,6 +91,19 @@ def card(account: Account, source: str) -> str:
     return _environment().get_template("card.md").render(**told)
 
 
+def _source_of(account: Account) -> str:
+    """What a model card says that a student was distilled from."""
+    config, data = account.config, account.about.data
+    if config.signals is not None:
+        return f"the probabilities of {_public(config.signals, account)} for {data.get('pool', 0):,} texts"
+    teachers = " and ".join(_public(name, account) for name in config.teacher)
+    if not account.labels:
+        return teachers
+    which = "which was" if len(config.teacher) == 1 else "which were"
+    trained = f"{teachers}, {which} fine-tuned on {data.get('labeled', 0):,} labeled texts"
+    return f"{trained} and labeled {data['pool']:,} more" if data.get("pool") else trained
+
+
 def _hub_name(source: str, account: Account) -> str | None:
     """The hub's name of a student that came from there as a model of its own."""
     return hub.split_revision(source)[0] if source in account.about.revisions else None
@@ -101,6 +112,7 @@ def _hub_name(source: str, account: Account) -> str | None:
 def _public(source: str, account: Account) -> str:
     """What a model card calls a data set or a model: what came from the hub in full, of a path its last part."""
     from_hub = (name.removeprefix("datasets/") for name in account.about.revisions)
+    source = source.removeprefix("transformer:")
     if source.startswith(("bundled:", "demo:")) or any(
         re.match(rf"{re.escape(name)}($|[:[])", source) for name in from_hub
     ):
@@ -159,8 +171,9 @@ def _told(account: Account) -> dict[str, Any]:
     config, about = account.config, account.about
     told: dict[str, Any] = {
         "title": f"Distilled: {_shortened(account.folder.absolute().name)}",
-        "subtitle": f"Teacher {config.teacher}; {'student' if len(config.student) == 1 else 'students'} "
+        "subtitle": f"{_taught_by(account)}; {'student' if len(config.student) == 1 else 'students'} "
         f"{', '.join(config.student)}. setfit-kd {about.versions.get('setfit-kd', '')}, seed {config.seed}.",
+        "has_teacher": account.teacher is not None,
         "verdict": verdict(account),
         "comparison": None,
         "over_seeds": None,
@@ -186,27 +199,43 @@ def _told(account: Account) -> dict[str, Any]:
     }
 
 
+def _taught_by(account: Account) -> str:
+    config, shares = account.config, account.about.teacher_shares
+    if config.signals is not None:
+        return f"Signals {config.signals}"
+    if len(config.teacher) == 1:
+        return f"Teacher {config.teacher[0]}"
+    return (
+        f"Teachers {', '.join(f'{name} ({shares[name]:.1%})' if name in shares else name for name in config.teacher)}"
+    )
+
+
 def verdict(account: Account) -> str:
     """What is lost and what is gained, in a sentence or two."""
     if not account.students:
         return "Nothing was measured: there was no evaluation set."
     best = max(account.students, key=lambda student: _accuracy(account, student))
-    teacher = account.evaluations["teacher"]
+    teacher = account.teacher
     of = best.evaluation
     name = "The student" if len(account.students) == 1 else f"The best student, {best.name},"
-    faster = of.cost.texts_per_second / max(teacher.cost.texts_per_second, 0.1)
-    smaller = max(teacher.cost.megabytes, 0.1) / max(of.cost.megabytes, 0.1)
-    sentence = (
-        f"{name} is right on {of.quality.accuracy:.1%} of the texts, "
-        f"{_compared(best.against['teacher'], 'its teacher')}, at {faster:,.1f} times the speed and "
-        f"{_times(smaller)} the size."
-    )
+    sentence = f"{name} is right on {of.quality.accuracy:.1%} of the texts"
+    if teacher is None:
+        sentence += "."
+    else:
+        whose = "its teacher" if len(account.config.teacher) == 1 else "the average of its teachers"
+        faster = of.cost.texts_per_second / max(teacher.cost.texts_per_second, 0.1)
+        smaller = max(teacher.cost.megabytes, 0.1) / max(of.cost.megabytes, 0.1)
+        sentence += (
+            f", {_compared(best.against['teacher'], whose)}, at {faster:,.1f} times the speed and "
+            f"{_times(smaller)} the size."
+        )
     if "baseline" in best.against:
         sentence += f" It is {_compared(best.against['baseline'], 'the same body trained on the labels alone')}."
     if account.over_seeds:
-        student, of_teacher = (account.over_seeds[name].figures["accuracy"] for name in (best.name, TEACHER))
-        n_seeds = len(account.about.seeds)
-        sentence += f" Over {n_seeds} seeds it has {_spread(student)} %, and its teacher {_spread(of_teacher)} %."
+        found = [account.over_seeds[name].figures["accuracy"] for name in (best.name, TEACHER)
+                 if name in account.over_seeds]  # fmt: skip
+        sentence += f" Over {len(account.about.seeds)} seeds it has {_spread(found[0])} %"
+        sentence += f", and its teacher {_spread(found[1])} %." if found[1:] else "."
     return sentence
 
 
@@ -232,7 +261,7 @@ def _compared(against: dict[str, Any], other: str) -> str:
 
 
 def _comparison(account: Account) -> Table:
-    teacher = account.evaluations["teacher"].cost
+    teacher = account.teacher
     headings = ("", "accuracy", "95 %", "macro F1", "as teacher", "parameters", "MB", "texts/s", "to teacher")
     rows = []
     for name, of in account.evaluations.items():
@@ -247,17 +276,21 @@ def _comparison(account: Account) -> Table:
                 f"{of.cost.parameters / 1e6:.1f} M",
                 f"{of.cost.megabytes:.1f}",
                 f"{of.cost.texts_per_second:,.0f}",
-                f"{of.cost.texts_per_second / max(teacher.texts_per_second, 0.1):.1f}",
+                "" if teacher is None else f"{of.cost.texts_per_second / max(teacher.cost.texts_per_second, 0.1):.1f}",
             )
         )
-    return Table(headings, rows)
+    # Without a teacher, nothing is compared with it.
+    kept = [column for column, heading in enumerate(headings) if teacher is not None or "teacher" not in heading]
+    return Table([headings[column] for column in kept], [[row[column] for column in kept] for row in rows])
 
 
 def _comparison_note(account: Account) -> str:
-    teacher = account.evaluations["teacher"]
+    first = next(iter(account.evaluations.values()))
+    several = " Teacher: all of them, averaged." if len(account.config.teacher) > 1 else ""
     return (
-        f"{len(teacher.gold):,} texts, on {teacher.cost.device}. The baseline is the student's body trained on the "
+        f"{len(first.gold):,} texts, on {first.cost.device}. The baseline is the student's body trained on the "
         "labels alone; as teacher: texts with the teacher's label. Intervals are of a bootstrap over the texts."
+        + several
     )
 
 
@@ -345,7 +378,7 @@ def _shown_text(told: Told) -> dict[str, Any]:
         "student": _label(told.student),
         "student_confidence": f"{told.confidence:.0%}",
         "teacher": _label(told.teacher),
-        "teacher_confidence": f"{told.teacher_confidence:.0%}",
+        "teacher_confidence": f"{told.teacher_confidence:.0%}" if told.teacher else "",
     }
 
 

@@ -30,6 +30,7 @@ from setfit_kd.models import (
 from setfit_kd.student.static import DEFAULT_DIMENSION, check_teacher, static_body
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer
 
 
@@ -38,14 +39,15 @@ class PreparedStudent:
     """A student's body that only has to be made.
 
     Attributes:
-        make: From the fine-tuned teacher's body and the pool's texts to the student's body, untrained.
+        make: From the fine-tuned teacher's body, the pool's texts and a device to the student's body, untrained. There
+            need be no teacher where ``reads`` is given.
         passes: Texts that pass through the teacher, or another model, in making it.
         reads: The body that it is made from; None where that is the fine-tuned teacher's.
         is_static: Whether it is a vector a token: its batches are never split into micro-batches.
         family: Which it is of.
     """
 
-    make: Callable[[SentenceTransformer, Sequence[str]], SentenceTransformer]
+    make: Callable[[SentenceTransformer | None, Sequence[str], torch.device], SentenceTransformer]
     passes: int = 0
     reads: SentenceTransformer | None = None
     is_static: bool = False
@@ -56,16 +58,17 @@ class StudentSource(Protocol):
     """Where a student's body comes from."""
 
     def prepare(
-        self, teacher: SentenceTransformer, label_names: Sequence[str] = (), *, seed: int = 0
+        self, teacher: SentenceTransformer | None, label_names: Sequence[str] = (), *, seed: int = 0
     ) -> PreparedStudent:
         """Load and check all that there is before the teacher, as it comes, is fine-tuned.
 
         Args:
-            teacher: Its body.
+            teacher: Its body; None where signals come from elsewhere.
             label_names: Names of the classes, for students of the transformer family.
             seed: Of what such a student has no weights for.
 
         Raises:
+            ConfigError: It is made of the teacher, and there is none.
             ModelError: A body does not load, or does not have what is asked for.
         """
 
@@ -77,7 +80,7 @@ class _Model:
     source: BodySource
 
     def prepare(
-        self, teacher: SentenceTransformer, label_names: Sequence[str] = (), *, seed: int = 0
+        self, teacher: SentenceTransformer | None, label_names: Sequence[str] = (), *, seed: int = 0
     ) -> PreparedStudent:
         body = self.source.load(label_names, seed=seed)
         return PreparedStudent(lambda *_: body, reads=body, is_static=is_static(body), family=family_of(body))
@@ -95,13 +98,14 @@ class _Layers:
     other: BodySource | None
 
     def prepare(
-        self, teacher: SentenceTransformer, label_names: Sequence[str] = (), *, seed: int = 0
+        self, teacher: SentenceTransformer | None, label_names: Sequence[str] = (), *, seed: int = 0
     ) -> PreparedStudent:
-        whole = teacher if self.other is None else self.other.load(label_names, seed=seed)
+        whole = _given(teacher) if self.other is None else self.other.load(label_names, seed=seed)
         layers = self.layers if isinstance(self.layers, tuple) else spread_evenly(self.layers, n_layers(whole))
         family = family_of(whole)
 
-        def cut(body: SentenceTransformer, *_: object) -> SentenceTransformer:
+        def cut(body: SentenceTransformer | None, *_: object) -> SentenceTransformer:
+            body = _given(body)
             if not self.as_distilbert:
                 return cut_layers(body, layers)
             return as_distilbert(body, layers)
@@ -119,7 +123,7 @@ class _Blank:
     folder: Path
 
     def prepare(
-        self, teacher: SentenceTransformer, label_names: Sequence[str] = (), *, seed: int = 0
+        self, teacher: SentenceTransformer | None, label_names: Sequence[str] = (), *, seed: int = 0
     ) -> PreparedStudent:
         with loading(self.folder):
             body = blank_transformer(self.folder, label_names, like=teacher, seed=seed)
@@ -134,17 +138,29 @@ class _Static:
     source: BodySource | None
 
     def prepare(
-        self, teacher: SentenceTransformer, label_names: Sequence[str] = (), *, seed: int = 0
+        self, teacher: SentenceTransformer | None, label_names: Sequence[str] = (), *, seed: int = 0
     ) -> PreparedStudent:
         other = None if self.source is None else self.source.load(label_names, seed=seed)
-        check_teacher(teacher if other is None else other, self.dimension)
+        read = _given(teacher) if other is None else other
+        check_teacher(read, self.dimension)
 
-        def make(fine_tuned: SentenceTransformer, texts: Sequence[str]) -> SentenceTransformer:
-            if other is not None:
-                place(other, fine_tuned.device, phase="Making student")
-            return static_body(fine_tuned if other is None else other, texts, dimension=self.dimension)
+        def make(
+            fine_tuned: SentenceTransformer | None, texts: Sequence[str], device: torch.device
+        ) -> SentenceTransformer:
+            if other is None:
+                return static_body(_given(fine_tuned), texts, dimension=self.dimension)
+            place(other, device, phase="Making student")
+            return static_body(other, texts, dimension=self.dimension)
 
-        return PreparedStudent(make, n_tokens(teacher if other is None else other), reads=other, is_static=True)
+        return PreparedStudent(make, n_tokens(read), reads=other, is_static=True)
+
+
+def _given(teacher: SentenceTransformer | None) -> SentenceTransformer:
+    if teacher is None:
+        raise ConfigError(
+            "There is no teacher to make the student of.", hint="Name the model: layers:3@NAME, or static@NAME."
+        )
+    return teacher
 
 
 def _layers(written: str, other: BodySource | None) -> StudentSource:
@@ -219,7 +235,7 @@ def student_body(
     Raises:
         ModelError: The body does not load, or does not have what is asked for.
     """
-    return source.prepare(teacher).make(teacher, texts)
+    return source.prepare(teacher).make(teacher, texts, teacher.device)
 
 
 def slugs(names: Sequence[str]) -> list[str]:

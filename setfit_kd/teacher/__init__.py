@@ -4,10 +4,12 @@ from setfit_kd.teacher.cache import cache_bytes, cache_folder
 from setfit_kd.teacher.scoring import refine_and_score, score
 from setfit_kd.teacher.steps import teacher_passes
 from setfit_kd.teacher.train import train_teacher
+from setfit_kd.teacher.weights import held_out_accuracy
 
 __all__ = [
     "cache_bytes",
     "cache_folder",
+    "held_out_accuracy",
     "refine_and_score",
     "score",
     "teacher_passes",

@@ -1,0 +1,52 @@
+"""``setfit-kd finetune``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from setfit_kd.cli.options import given, setting_options, verbosity_options
+from setfit_kd.config import FinetuneRunConfig
+
+
+@click.command()
+@click.argument("model")
+@setting_options("labeled", "validation", "eval", "text_column", "label_column", "output_dir", "overwrite",
+                 "epochs", "steps", "batch_size", "micro_batch_size", "learning_rate", "warmup_steps", "schedule",
+                 "weight_decay", "dropout", "max_length", "eval_steps", "metric", "patience", "seed", "device",
+                 "cpu_fallback", "precision", "gradient_checkpointing", "checkpoint_seconds", "encode_batch_size",
+                 of=FinetuneRunConfig)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print everything measured as JSON.")
+@verbosity_options
+def finetune(as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
+    """Fine-tune a transformer end to end on labels, and write it as transformers has it.
+
+    MODEL is a hub name, a folder, or demo:all-MiniLM-L6-v2. SOURCE is as for `setfit-kd run`; a folder that datasets'
+    save_to_disk wrote may be tokenised already. Of a source with splits, --labeled takes train, --validation takes
+    validation and --eval takes test.
+
+    The weights that are best on the validation texts are kept. For larger batches than fit in memory, name the batch by
+    --batch-size and what is held at once by --micro-batch-size. What was stopped goes on when it is started again.
+    """
+    config = FinetuneRunConfig.of(**given(flags))
+
+    from setfit_kd.cli.screen import evaluation_table, rows_table, say, screen, show
+
+    with screen(quiet=quiet, verbose=verbose) as results:
+        from setfit_kd.finetune import finetune_run
+        from setfit_kd.memory import remembering
+
+        with remembering(cpu_fallback=config.cpu_fallback):
+            result = finetune_run(config)
+        if as_json:
+            click.echo(json.dumps(result.metrics, indent=2, ensure_ascii=False))
+            return
+        if result.evaluation is not None:
+            show(results, evaluation_table({str(config.output_dir): result.evaluation}))
+            results.print()
+            scores = [(name, f"{value:.1%}") for name, value in result.evaluation.quality.scores.items()]
+            show(results, rows_table(("", ""), scores))
+            results.print()
+        say(results, f'Use it: setfit-kd predict {config.output_dir} "..."')

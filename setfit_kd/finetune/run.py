@@ -1,0 +1,189 @@
+"""A whole fine-tuning: from named texts to a measured model in a folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from setfit_kd.config import FinetuneRunConfig
+from setfit_kd.data import LabeledSet, check_classes, encode_labels, read
+from setfit_kd.errors import DataError, OutputError
+from setfit_kd.evaluation import Evaluation, evaluate
+from setfit_kd.files import write_whole, writing
+from setfit_kd.finetune.train import finetune
+from setfit_kd.hashing import content_name
+from setfit_kd.memory import place, resolve_device
+from setfit_kd.models import BodySource, content_hash, locate, save_model
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from setfit import SetFitModel
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.json"
+_LEAST_ROWS = 8
+"""So many rows of tokens tell whether they are of another tokenizer."""
+_MODEL_FILES = ("config.json", "model.safetensors")
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a fine-tuning made.
+
+    Attributes:
+        model: The classifier, on the device of the run.
+        evaluation: How good it is on the evaluation texts or, without any, on the validation texts; None without both.
+        looks: Step and figures of each look at the validation texts.
+        output_dir: Where the model is.
+    """
+
+    model: SetFitModel
+    evaluation: Evaluation | None
+    looks: list[dict[str, float]] = field(default_factory=list)
+    output_dir: Path | None = None
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Everything measured, as in ``metrics.json``."""
+        measured = None
+        if self.evaluation is not None:
+            measured = {**self.evaluation.as_dict(), **self.evaluation.quality.scores}
+        return {"evaluation": measured, "looks": self.looks}
+
+
+def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
+    """Fine-tune a transformer on named labels, measure it, and write it to a folder as transformers has it.
+
+    A run that was stopped goes on from its last checkpoint, beside the folder, when it is started again.
+
+    Raises:
+        SetFitKDError: Something given cannot be used; nothing is left half-written.
+    """
+    output_dir = config.output_dir
+    _check_output(output_dir, overwrite=config.overwrite)
+    source = BodySource(locate(config.model), "transformer")
+    decode = _Decoder(source.folder)
+    columns: dict[str, Any] = {
+        "text_column": config.text_column,
+        "label_column": config.label_column,
+        "decode": decode,
+    }
+    labeled = encode_labels(read(config.labeled, **columns))
+    check_classes(labeled)
+    names = labeled.label_names
+    validation, held_out = (
+        None if name is None else encode_labels(read(name, **columns, role=role), names)
+        for name, role in ((config.validation, "validation"), (config.eval, "test"))
+    )
+    _check_apart(labeled, validation, held_out)
+    body = source.load(names, seed=config.seed)
+    looks: list[dict[str, float]] = []
+    checkpoints = _checkpoints(output_dir)
+    model = finetune(
+        labeled,
+        body,
+        validation=validation,
+        config=config.finetuning,
+        checkpoints=checkpoints / _fingerprint(config, labeled, validation, body),
+        looks=looks,
+    )
+    _remove_earlier(output_dir)
+    save_model(model, output_dir, title="Text classifier")
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    place(model.model_body, resolve_device(config.device), phase="Evaluating")
+    measured_on = held_out or validation
+    evaluation = None
+    if measured_on is not None:
+        evaluation = evaluate(
+            model, measured_on, encode_batch_size=config.encode_batch_size, folder=output_dir, description="Evaluating"
+        )
+    result = FinetuneResult(model, evaluation, looks, output_dir)
+    told = {**result.metrics, "settings": config.model_dump(mode="json")}
+    write_whole(output_dir / METRICS, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    return result
+
+
+class _Decoder:
+    """From token ids to the text that they came from, by the tokenizer in a folder, loaded when it is first needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._tokenizer: Any = None
+        self._seen = self._strange = 0
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        """The text of one row.
+
+        Raises:
+            DataError: Most rows so far are not what this tokenizer makes of their text.
+        """
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(str(self._folder), local_files_only=True)
+        tokenizer = self._tokenizer
+        added = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        own = [token for token in ids if token not in added]
+        text: str = tokenizer.decode(own)
+        self._seen += 1
+        self._strange += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] != own
+        if self._seen >= _LEAST_ROWS and self._strange > self._seen / 2:
+            raise DataError(
+                f"The tokens of most rows are not what the tokenizer in {self._folder} makes of their texts, such as "
+                f"{text[:40]!r}.",
+                hint="Give the texts themselves, or the model whose tokenizer was used.",
+            )
+        return text
+
+
+def _check_apart(labeled: LabeledSet, validation: LabeledSet | None, held_out: LabeledSet | None) -> None:
+    """Warn of texts that are trained on and measured on."""
+    for other in (validation, held_out):
+        shared = 0 if other is None else len(set(other.texts) & set(labeled.texts))
+        if other is not None and shared:
+            logger.warning("%d texts of %s are trained on, too: figures on them are too good.", shared, other.origin)
+
+
+def _checkpoints(output_dir: Path) -> Path:
+    return output_dir.with_name(f"{output_dir.name}.checkpoints")
+
+
+def _fingerprint(
+    config: FinetuneRunConfig, labeled: LabeledSet, validation: LabeledSet | None, body: SentenceTransformer
+) -> str:
+    """A name for all that decides what comes out of a training."""
+    parts = [json.dumps(type(config.finetuning).deciding(config.finetuning), sort_keys=True), content_hash(body)]
+    for data in (labeled, validation):
+        parts += [] if data is None else [json.dumps([data.texts, data.labels.tolist()])]
+    return content_name(part.encode() for part in parts)
+
+
+def _check_output(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that cannot take a model, before any work is done.
+
+    Raises:
+        OutputError: It holds anything, and shall not be replaced, or holds anything but a model.
+    """
+    with writing(folder):
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder} is a file, not a folder.", hint="Choose another --output-dir.")
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return
+        if not all((folder / name).is_file() for name in _MODEL_FILES):
+            raise OutputError(f"The folder {folder} holds something else than a model.", hint="Choose another.")
+        if not overwrite:
+            raise OutputError(
+                f"The folder {folder} is not empty.", hint="Choose another --output-dir, or add --overwrite."
+            )
+
+
+def _remove_earlier(folder: Path) -> None:
+    with writing(folder):
+        if folder.is_dir():
+            shutil.rmtree(folder)

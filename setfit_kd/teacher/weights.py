@@ -1,0 +1,56 @@
+"""How far a teacher can be trusted, measured on the few labels alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from setfit_kd.config import TeacherConfig
+from setfit_kd.data import LabeledSet
+from setfit_kd.memory import place, remembering, resolve_device
+from setfit_kd.models import predict_proba
+from setfit_kd.teacher.train import train_teacher
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+FOLDS, LEAST_LABELS = 4, 3
+"""Parts of the labels that are held out in turn; and labels that each class must have for that."""
+
+
+def held_out_accuracy(
+    labeled: LabeledSet, fresh_body: Callable[[], SentenceTransformer], *, config: TeacherConfig
+) -> float | None:
+    """Share of the labels that a teacher gets right which was trained on the others.
+
+    The labels are cut into `FOLDS` parts with as much of each class, and the teacher is trained anew without each: a
+    teacher that has seen a label knows it.
+
+    Args:
+        labeled: The labels.
+        fresh_body: Gives the body as it comes, a new one each time.
+        config: How the teacher is trained.
+
+    Returns:
+        The accuracy, from 0 to 1; None where a class has fewer than `LEAST_LABELS` labels.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    if labeled.counts.min() < LEAST_LABELS:
+        return None
+    folds = StratifiedKFold(min(FOLDS, int(labeled.counts.min())), shuffle=True, random_state=config.seed)
+    right = 0
+    for number, (rest, held_out) in enumerate(folds.split(labeled.texts, labeled.labels), 1):
+        name = f"Weighing teacher, part {number} of {folds.n_splits}"
+        with remembering(cpu_fallback=config.cpu_fallback):
+            model = train_teacher(labeled.take(rest), fresh_body(), config=config, description=name)
+            place(model.model_body, resolve_device(config.device), phase=name)
+            apart = labeled.take(held_out)
+            said = predict_proba(model, apart.texts, batch_size=config.encode_batch_size, description=name)
+        right += int((np.asarray(said).argmax(axis=1) == apart.labels).sum())
+    return right / len(labeled)
