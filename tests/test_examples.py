@@ -38,7 +38,8 @@ def example(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    tested = {"quickstart", "own_csv", "ag_news", "stages", "deploy_fastapi"}
+    families = {"finetune", "bert_to_distilbert", "two_teachers", "labels_from_file"}
+    tested = {"quickstart", "own_csv", "ag_news", "stages", "deploy_fastapi"} | families
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -79,6 +80,35 @@ def test_ag_news(
 def test_stages(tiny_teacher: Path, tiny_student: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example("stages").main(str(tiny_teacher), str(tiny_student), **FAST)
     assert "texts/s" in capsys.readouterr().out
+
+
+def test_finetune(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    example("finetune").main(str(tiny_teacher), tmp_path / "model", device="cpu", precision="fp32", epochs=1)
+    assert capsys.readouterr().out.count("macro-F1") == 2
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+
+
+def test_bert_to_distilbert(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = {"teacher": f"transformer:{tiny_teacher}", "student": "layers:2:distilbert"}
+    result = example("bert_to_distilbert").main(**{**FAST, **pair})
+    assert result.student.model_body[0].auto_model.config.model_type == "distilbert"
+    assert "baseline  accuracy" in capsys.readouterr().out
+
+
+def test_two_teachers(tiny_teacher: Path, tiny_student: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = {"teacher": [str(tiny_teacher), f"transformer:{tiny_student}"], "student": "static:8"}
+    example("two_teachers").main(**{**FAST, **named})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        *("teachers/teacher", "teachers/student", "teacher", "baseline", "student")
+    ]
+
+
+def test_labels_from_file(tiny_student: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {name: value for name, value in FAST.items() if name != "shots"}
+    example("labels_from_file").main(**{**settings, "student": str(tiny_student)})
+    assert "accuracy" in capsys.readouterr().out
 
 
 # The service

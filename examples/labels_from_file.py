@@ -1,0 +1,37 @@
+"""A student taught by a file: of a large language model's answers, of people's, of anything that names probabilities.
+
+Run: python examples/labels_from_file.py
+"""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from setfit_kd import RunResult, distill
+from setfit_kd.data import read
+
+
+def write_answers(path: Path) -> None:
+    """A stand-in for a language model that was asked about each text: it is right, and never quite sure."""
+    rows = read("bundled:newswire", label_column="label")
+    assert rows.labels is not None
+    others = 0.3 / (len(rows.label_names) - 1)
+    with path.open("w", encoding="utf-8") as file:
+        for text, label in zip(rows.texts, rows.labels, strict=True):
+            said = {name: 0.7 if name == label else others for name in rows.label_names}
+            file.write(json.dumps({"text": text, "probabilities": said}) + "\n")
+
+
+def main(**settings: Any) -> RunResult:
+    defaults: dict[str, Any] = {"student": "layers:0,2,5@demo:all-MiniLM-L6-v2"}
+    with TemporaryDirectory() as folder:
+        answers = Path(folder) / "answers.jsonl"
+        write_answers(answers)
+        result = distill(signals=str(answers), eval="bundled:newswire", **{**defaults, **settings})
+    print(f"accuracy {result.metrics['student']['accuracy']:.1%}")
+    return result
+
+
+if __name__ == "__main__":
+    main()
