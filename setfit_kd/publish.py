@@ -10,7 +10,7 @@ from pathlib import Path
 
 from setfit_kd import hub
 from setfit_kd.errors import InputError, ModelError
-from setfit_kd.models import classifier_folder, load_folder, load_head
+from setfit_kd.models import classifier_folder, load_folder, load_head, transformer_classes
 
 CARD = "README.md"
 _FILES = frozenset(
@@ -59,7 +59,7 @@ def prepare_publication(model: str | Path, name: str) -> Publication:
     """Gather what belongs to a classifier on the hub; asks nobody.
 
     Args:
-        model: A run's folder, one of its students, or another SetFit model's folder.
+        model: A run's folder, one of its students, or the folder of another SetFit model or transformer.
         name: ``owner/name``.
 
     Raises:
@@ -71,7 +71,7 @@ def prepare_publication(model: str | Path, name: str) -> Publication:
     if not Path(model).is_dir():
         raise ModelError(f"There is no folder {model}.", hint="Name a run, or a model's folder.")
     folder = classifier_folder(model)
-    if load_head(folder) is None:
+    if load_head(folder) is None and transformer_classes(folder) is None:
         raise ModelError(f"{folder} holds no classifier of setfit-kd's.", hint="Name a run, or one of its students.")
     load_folder(folder)  # what does not load here is of no use there
     modules = _module_folders(folder)

@@ -42,8 +42,8 @@ def export(
 ) -> None:
     """Write a classifier as a bundle: one folder that runs without torch.
 
-    RUN_OR_MODEL is a run's folder, one of its students, or a SetFit model. The bundle is checked on texts of the run's
-    pool, or on those of --unlabeled, against the model that it is made of.
+    RUN_OR_MODEL is a run's folder, one of its students, a SetFit model or a transformer. The bundle is checked on texts
+    of the run's pool, or on those of --unlabeled, against the model that it is made of.
     """
     config = RunConfig.of(**given(flags))
 

@@ -43,8 +43,8 @@ def predict(
 ) -> None:
     """Classify texts: the arguments, files, or one a line from stdin. Any number of them; memory stays the same.
 
-    MODEL is a bundle, a run's folder, one of its students, a SetFit folder, or a SetFit model on the hub. Bundles are
-    run without torch.
+    MODEL is a bundle, a run's folder, one of its students, or a SetFit model or a transformer that classifies texts, in
+    a folder or on the hub. Bundles are run without torch.
 
     There is a row out for each row in, in the same order: {"text": ..., "label": ..., "probabilities": {...}}. A row
     without text has the label null.

@@ -13,6 +13,7 @@ from setfit_kd.models.bodies import (
     locate_body,
     n_layers,
     n_tokens,
+    transformer_classes,
 )
 from setfit_kd.models.copying import as_distilbert, blank_transformer
 from setfit_kd.models.encode import embed, embed_tokens, head_proba, predict_proba
@@ -72,5 +73,6 @@ __all__ = [
     "settled_c",
     "softmax_weights",
     "tempered",
+    "transformer_classes",
     "with_head",
 ]

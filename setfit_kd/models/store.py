@@ -124,7 +124,7 @@ def classifier_folder(path: str | Path) -> Path:
 
 
 def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) -> SetFitModel:
-    """Load a classifier: the student of a run folder, a SetFit folder, or a SetFit model on the hub.
+    """Load a classifier: the student of a run folder, or a SetFit model or transformer, in a folder or on the hub.
 
     Args:
         path: Folder or hub name.
