@@ -65,6 +65,11 @@ def finetune(
         raise DataError(
             f"{validation.origin} is over other classes than {labeled.origin}.", hint="Give both the same classes."
         )
+    if validation is None and (config.patience is not None or config.schedule == "plateau"):
+        raise ConfigError(
+            "Without validation texts, nobody sees whether it gets better.",
+            hint="Name them by --validation, or drop --patience and --schedule plateau.",
+        )
     if config.metric == "f1-binary" and len(labeled.label_names) != 2:
         raise ConfigError(
             f"There are {len(labeled.label_names)} classes, binary F1 is of two.", hint="Take --metric f1-macro."

@@ -57,10 +57,13 @@ class TransformerFeatures(Transformer):
         found = [
             name
             for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and module.out_features == len(label_names)
+            if isinstance(module, nn.Linear) and module.out_features == len(label_names) and module.bias is not None
         ]
         if not found:
-            raise ModelError(f"A {type(self.model).__name__} does not end in a linear layer.", hint="Take another one.")
+            raise ModelError(
+                f"A {type(self.model).__name__} does not end in a linear layer with a bias, as encoders do.",
+                hint="Take an encoder, such as a BERT or RoBERTa.",
+            )
         self._place = found[-1]
         last = self.model.get_submodule(self._place)
         assert isinstance(last, nn.Linear)
