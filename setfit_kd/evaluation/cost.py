@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from setfit_kd.files import folder_megabytes
-from setfit_kd.models import save_model
+from setfit_kd.models import family_of, save_model
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
@@ -34,6 +34,8 @@ class Cost:
 def count_parameters(model: SetFitModel) -> int:
     """Weights of the body and of the head."""
     body: int = sum(parameter.numel() for parameter in model.model_body.parameters())
+    if family_of(model.model_body) == "transformer":  # the head is the last layer's
+        return body
     if model.has_differentiable_head:
         return body + int(sum(parameter.numel() for parameter in model.model_head.parameters()))
     head = model.model_head

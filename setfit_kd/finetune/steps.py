@@ -34,4 +34,4 @@ def finetune_passes(config: FinetuneConfig, texts: int, device: torch.device, *,
     sizes = [size] * (texts // size) + [texts % size] * (texts % size > 0)
     whole, rest = divmod(steps, in_pass)
     trained = sum(config.passes(batch) for batch in whole * sizes + sizes[:rest])
-    return trained + validation * (steps // (config.eval_steps or in_pass))
+    return trained + validation * -(-steps // (config.eval_steps or in_pass))

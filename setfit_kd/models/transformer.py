@@ -41,6 +41,8 @@ class TransformerFeatures(Transformer):
     def __init__(self, folder: Path, label_names: Sequence[str]) -> None:
         local = {"local_files_only": True}
         before = AutoConfig.from_pretrained(str(folder), **local)
+        is_classifier = any(name.endswith(CLASSIFIER) for name in before.architectures or ())
+        self._is_whole = is_classifier and list(before.id2label.values()) == list(label_names)
         names = {
             "num_labels": len(label_names),
             "id2label": dict(enumerate(label_names)),
@@ -69,8 +71,7 @@ class TransformerFeatures(Transformer):
         assert isinstance(last, nn.Linear)
         self.head = last
         self._put_last(nn.Identity())
-        has_layer = any(name.endswith(CLASSIFIER) for name in before.architectures or ())
-        if not has_layer or list(before.id2label.values()) != list(label_names):
+        if not self._is_whole:
             nn.init.normal_(self.head.weight, std=getattr(before, "initializer_range", 0.02))
             nn.init.zeros_(self.head.bias)
 
@@ -83,7 +84,8 @@ class TransformerFeatures(Transformer):
         model: PreTrainedModel = loaded[0]
         told: dict[str, Any] = loaded[1]
         prefix = model.base_model_prefix + "."
-        missing = [key for key in told["missing_keys"] if key.startswith(prefix) and "pooler" not in key]
+        lacking = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
+        missing = [key for key in sorted(lacking) if self._is_whole or (key.startswith(prefix) and "pooler" not in key)]
         if missing:
             raise ModelError(
                 f"The model has no weights for {len(missing)} parts of a {type(model).__name__}, {missing[0]} among "
