@@ -37,14 +37,14 @@ def run(
     verbose: bool,
     **flags: Any,
 ) -> None:
-    """Train a teacher on a few labels and distil it into a small student.
+    """Train one or several teachers on a few labels and distil them into small students.
 
     SOURCE is a CSV, TSV, JSONL, Parquet or (for the pool) text file, a folder written by datasets' save_to_disk, a hub
     name such as ag_news, ag_news[test] or nyu-mll/glue:sst2[validation], or bundled:newswire. MODEL is a hub name, a
     folder, or demo:all-MiniLM-L6-v2.
 
-    Flags override the file, the file overrides the preset. Whoever names --labeled or --unlabeled names all the data:
-    the preset's is dropped.
+    Flags override the file, the file overrides the preset. Whoever names --labeled, --unlabeled or --signals names all
+    the data: the preset's is dropped.
 
     A run that was stopped goes on by --resume RUN, after the last stage that was whole, and within a training from its
     last checkpoint. Settings that are given with it do anew the stages that they touch, and no other.
