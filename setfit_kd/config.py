@@ -178,8 +178,6 @@ _USUAL: dict[Family, dict[str, Any]] = {
     },
     "transformer": {
         "max_length": 128,
-        "teacher_learning_rate": 2e-5,
-        "teacher_dropout": True,
         "objective": "soft-labels",
         "learning_rate": 2e-5,
         "dropout": True,

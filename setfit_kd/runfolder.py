@@ -344,6 +344,9 @@ class RunFolder:
             # Renamed first, so that a kill leaves no folder that looks whole.
             gone = target if target.name.startswith(".") else target.with_name(f".{target.name}.{uuid4().hex[:8]}")
             shutil.rmtree(target.rename(gone))
+        if target.parent != self.path:
+            with suppress(OSError):  # others are in it still
+                target.parent.rmdir()
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole.

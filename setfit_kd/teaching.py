@@ -216,15 +216,16 @@ def teach(
         said.append(signals)
         keys.append(stages.signals_key)
         names.append(stages.name)
-        if several and config.teacher_weights == CROSS_VALIDATED:
-            weights.append(stages.accuracy())
         if data.evaluation:
             measuring = RunStages(config, data, stages.signals_key, journal)
             measuring.keep_texts(data.evaluation)
             evaluations[stages.name] = measuring.evaluation(stages.name, teacher, data.evaluation, None)
         if len(said) == 1 and (keep_first or not several):
             first = teacher
-        del stages, teacher
+        del teacher
+        if several and config.teacher_weights == CROSS_VALIDATED:
+            weights.append(stages.accuracy())
+        del stages
     if not several:
         return Taught(said[0], keys[0], first)
     shares = _shares(config, weights)

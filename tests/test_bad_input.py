@@ -139,10 +139,10 @@ DATA: dict[str, Bad] = {
         ("eval.csv", "'wasps'", "'ants', 'bees'"), files={"eval.csv": "text,label\na,wasps\nb,ants\n"}
     ),
     "pool smaller than a batch": Bad(
-        ("40 texts", "batch of 64", "--batch-size 40"), ("--batch-size", "64"), {"pool.txt": GOOD["pool.txt"]}
+        ("48 texts", "batch of 64", "--batch-size 48"), ("--batch-size", "64"), {"pool.txt": GOOD["pool.txt"]}
     ),
     "pool smaller than a batch after cleaning": Bad(
-        ("1 text", "batch of 32"), files={"pool.txt": "one\nONE\nants text 0\nheld out one\n" * 20}
+        ("9 texts", "batch of 32"), files={"pool.txt": "one\nONE\nants text 0\nheld out one\n" * 20}
     ),
     "pool of leaks alone": Bad(("No pool text is left",), files={"pool.txt": "held out one\nHELD  OUT two\n" * 20}),
     "empty text": labeled(CSV_ROWS + ",x\n", "line 6", "the text is empty"),
@@ -232,7 +232,7 @@ SETTINGS: dict[str, Bad] = {
     "word in YAML": config("epochs\n", "settings.yaml", "name: value"),
     "config is not UTF-8": config(b"labeled: caf\xe9.csv\n", "settings.yaml", "UTF-8"),
     "word as a number": config("batch_size: many\n", "batch_size", "many"),
-    "null as a number": config("temperature:\n", "temperature"),
+    "null as a number": config("alpha:\n", "alpha"),
     "list as a name": config("objective: [pairs]\n", "objective"),
     "shots": flags("--shots", "1", says=("shots", "greater than or equal to 2", "1")),
     "epochs": flags("--epochs", "0", says=("epochs", "greater than or equal to 1", "0")),
@@ -350,6 +350,7 @@ def test_read_only_file_system(models: list[str], mount: Callable[[str], Path]) 
 WHOLE = {
     "teacher": {"model.safetensors", "modules.json", "head.safetensors", "head.json", "model_head.pkl"},
     "signals": {"signals.json", "texts.jsonl", "probabilities.npy", "embeddings.npy"},
+    "evaluation": {"teacher", "texts.jsonl"},
 }
 
 
@@ -368,7 +369,7 @@ def assert_full_disk(result: Result, folder: Path, *, done: set[str]) -> None:
         pytest.param(0, set(), id="at the settings"),
         pytest.param(4, set(), id="at the log"),
         pytest.param(256, set(), id="at the teacher"),
-        pytest.param(640, {"teacher", "signals"}, id="at the student"),
+        pytest.param(640, {"teacher", "signals", "evaluation"}, id="at the student"),
     ],
 )
 def test_full_disk(free_kb: int, done: set[str], models: list[str], mount: Callable[[str], Path]) -> None:
@@ -391,8 +392,8 @@ FULL = {
     [
         ("teacher", "tensor writer's error", set()),
         ("signals", "system error", {"teacher"}),
-        ("student", "system error", {"teacher", "signals"}),
-        ("student", "tensor writer's error", {"teacher", "signals"}),
+        ("student", "system error", {"teacher", "signals", "evaluation"}),
+        ("student", "tensor writer's error", {"teacher", "signals", "evaluation"}),
     ],
 )
 def test_disk_that_fills_up_while_tensors_are_written(

@@ -50,6 +50,7 @@ from setfit_kd.models import (
 from setfit_kd.models.own_heads import features_of
 from setfit_kd.runtime import Classifier
 from setfit_kd.student import locate_student, slugs, steps, student_passes
+from setfit_kd.student.early import AgreementStop
 from setfit_kd.student.static import static_body
 from setfit_kd.teacher import teacher_passes
 from setfit_kd.teacher.steps import as_finetuning
@@ -252,6 +253,18 @@ def test_what_a_folder_has_no_weights_for_is_decided_by_the_seed(
     assert differ == {name for name in one if name.endswith("weight") and name.startswith(("head", first or "head"))}
 
 
+@pytest.mark.parametrize(
+    "name", ["transformer:BERT", "layers:2@transformer:BERT", "layers:2:distilbert@transformer:BERT"]
+)
+def test_the_seed_of_a_run_decides_the_head_of_a_student_that_has_none(name: str, bert: Path) -> None:
+    source, teacher = locate_student(name.replace("BERT", str(bert))), loaded(bert)
+    one, again, other = (
+        tensors(source.prepare(teacher, NAMES, seed=seed).make(teacher, [], CPU))["head.weight"] for seed in (3, 3, 4)
+    )
+    assert torch.equal(one, again)
+    assert not torch.isclose(one, other).any()
+
+
 def test_weights_in_half_precision_are_made_single(bert: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(bert, tmp_path / "half")
     whole = {name: value.half() for name, value in load_file(folder / "model.safetensors").items()}
@@ -428,34 +441,24 @@ def test_a_student_is_a_copy_of_the_fine_tuned_teachers_layers_and_of_all_around
     assert network_of(student).config.num_hidden_layers == len(keep)
 
 
-@pytest.fixture(scope="module")
-def copies(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> RunResult:
-    """A run whose students hardly move from where they begin."""
-    settings = {**SMALL, "learning_rate": 1e-9, "baseline": False}
-    return distill(
-        *["bundled:newswire"] * 2,
-        teacher=f"transformer:{tiny_teacher}",
-        student=("layers:0,2", "layers:0,2:distilbert"),
-        output_dir=tmp_path_factory.mktemp("runs") / "copies",
-        **settings,
-    )
-
-
+@pytest.mark.parametrize("output_dir", [None, "run"])
 def test_in_a_run_layers_and_head_are_those_of_the_trained_and_refined_teacher(
-    copies: RunResult, tiny_teacher: Path
+    output_dir: str | None, tiny_teacher: Path
 ) -> None:
-    assert copies.output_dir is not None
-    teacher = load(copies.output_dir / "teacher", device="cpu").model_body
-    before, whole = (tensors(body) for body in (loaded(tiny_teacher, copies.signals.label_names), teacher))
-    expected = {
-        "layers:0,2": tensors(cut_layers(teacher, (0, 2))),
-        "layers:0,2:distilbert": in_distilbert(whole, (0, 2)),
-    }
-    for name, wanted in expected.items():
-        student = tensors(copies.students[name].model_body)
-        assert student.keys() == wanted.keys()
-        for part, value in student.items():
+    names = ("layers:0,2", "layers:0,2:distilbert")
+    settings = {**SMALL, "learning_rate": 1e-9, "output_dir": output_dir}  # so low that nothing moves
+    result = distill(*["bundled:newswire"] * 2, teacher=f"transformer:{tiny_teacher}", student=names, **settings)
+    assert result.teacher is not None
+    teacher, head = result.teacher.model_body, result.teacher.model_head
+    before, whole = (tensors(body) for body in (loaded(tiny_teacher, result.signals.label_names), teacher))
+    expected = (tensors(cut_layers(teacher, (0, 2))), in_distilbert(whole, (0, 2)))
+    for name, wanted in zip(names, expected, strict=True):
+        student = result.students[name].model_body
+        assert tensors(student).keys() == wanted.keys()
+        for part, value in tensors(student).items():
             torch.testing.assert_close(value, wanted[part], atol=1e-6, rtol=0)
+        np.testing.assert_allclose(own_head(student).coef_, head.coef_, atol=1e-5)
+        np.testing.assert_allclose(own_head(student).intercept_, head.intercept_, atol=1e-5)
     for part in ("head.weight", "bert.encoder.layer.2.output.dense.weight"):
         assert (whole[part] - before[part]).abs().max() > 1e-3  # it was trained
 
@@ -694,9 +697,20 @@ def test_a_transformer_student_comes_to_say_what_the_teacher_says(
     np.testing.assert_allclose(by_transformers(tmp_path / "saved", signals.texts), after, atol=1e-6)
 
 
-def test_early_stopping_keeps_a_transformers_head_with_its_body(tiny_student: Path) -> None:
+def test_early_stopping_keeps_the_head_of_the_best_look_with_its_body(
+    tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def measure(at: AgreementStop, _: int) -> float:
+        seen.append({name: value.clone() for name, value in at.body.state_dict().items()})
+        return [0.1, 0.5, 0.4, 0.3][len(seen) - 1]
+
+    monkeypatch.setattr(AgreementStop, "measure", measure)
     settings = {**PLAIN, "epochs": 6, "patience": 2, "learning_rate": 0.02, "batch_size": 8}
     student = train_student(pool_signals(), f"transformer:{tiny_student}", labeled=few_labels(), **settings)
+    assert len(seen) == 4
+    assert all(torch.equal(value, seen[1][name]) for name, value in student.model_body.state_dict().items())
     expected = own_head(student.model_body)
     np.testing.assert_array_equal(student.model_head.coef_, expected.coef_)
     np.testing.assert_array_equal(student.model_head.intercept_, expected.intercept_)
@@ -1047,7 +1061,7 @@ def test_dropout_is_on_in_training_a_transformer_unless_told_otherwise(
 # The baseline
 
 
-@pytest.mark.parametrize(("settings", "steps"), [({}, 8), ({"patience": 9}, 6)])
+@pytest.mark.parametrize(("settings", "steps"), [({}, 12), ({"patience": 9}, 8)])
 def test_the_baseline_of_a_transformer_is_its_body_fine_tuned_on_labels_for_the_students_steps(
     settings: dict[str, Any],
     steps: int,
@@ -1061,7 +1075,7 @@ def test_the_baseline_of_a_transformer_is_its_body_fine_tuned_on_labels_for_the_
     labeled = [(row["text"], row["label"]) for row in rows if row in by_label[row["label"]]]
     pool = [row["text"] for row in newswire("train")[100:148]]
     evaluated = [(row["text"], row["label"]) for row in newswire("eval")[:20]]
-    every = {**PLAIN, "batch_size": 16, "epochs": 2, "learning_rate": 2e-3, "teacher_steps": 3, "weight_decay": 0.02}
+    every = {**PLAIN, "batch_size": 12, "epochs": 2, "learning_rate": 2e-3, "teacher_steps": 3, "weight_decay": 0.02}
     result = distill(
         labeled,
         pool,
@@ -1073,7 +1087,7 @@ def test_the_baseline_of_a_transformer_is_its_body_fine_tuned_on_labels_for_the_
     )
     assert [len(training) for training in rates] == [3, steps, steps]
     assert rates[1] == rates[2]
-    alone = finetune(labeled, tiny_student, **PLAIN, batch_size=16, steps=steps, learning_rate=2e-3, weight_decay=0.02)
+    alone = finetune(labeled, tiny_student, **PLAIN, batch_size=12, steps=steps, learning_rate=2e-3, weight_decay=0.02)
     assert alone.labels == list(result.signals.label_names)
     assert same(weights(load(tmp_path / "run" / "baseline", device="cpu")), weights(alone))
     assert same(weights(load(tmp_path / "run", device="cpu")), weights(result.student))

@@ -180,6 +180,8 @@ def _prepare_signals(
 ) -> RunData:
     """As `prepare`, with the texts of signals as the pool; labeled texts stay in it, since they have signals."""
     data = prepare(labeled, signals.texts, evaluation, config, apart=False)
+    if len(data.labeled):
+        check_classes(data.labeled)
     first = {text: row for row, text in reversed(list(enumerate(signals.texts)))}
     return replace(data, signals=signals.take(np.array([first[text] for text in data.pool], np.int64)))
 

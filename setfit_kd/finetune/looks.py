@@ -65,6 +65,8 @@ class ValidationLooks(Looks):
         scheduler = given["lr_scheduler"]
         if self.halves_rate:
             scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
+            for group in given["optimizer"].param_groups:  # the next step's rate is settled already
+                group["lr"] /= 2
             logger.info("The learning rate is halved, to %g.", scheduler.base_lrs[0])
 
     def save_state(self, folder: Path) -> None:

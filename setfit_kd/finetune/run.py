@@ -93,19 +93,17 @@ def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
         checkpoints=checkpoints / _fingerprint(config, labeled, validation, body),
         looks=looks,
     )
-    _remove_earlier(output_dir)
-    save_model(model, output_dir, title="Text classifier")
-    shutil.rmtree(checkpoints, ignore_errors=True)
     place(model.model_body, resolve_device(config.device), phase="Evaluating")
     measured_on = held_out or validation
     evaluation = None
     if measured_on is not None:
-        evaluation = evaluate(
-            model, measured_on, encode_batch_size=config.encode_batch_size, folder=output_dir, description="Evaluating"
-        )
+        evaluation = evaluate(model, measured_on, encode_batch_size=config.encode_batch_size, description="Evaluating")
     result = FinetuneResult(model, evaluation, looks, output_dir)
     told = {**result.metrics, "settings": config.model_dump(mode="json")}
+    _remove_earlier(output_dir)
+    save_model(model, output_dir, title="Text classifier")
     write_whole(output_dir / METRICS, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return result
 
 

@@ -154,8 +154,11 @@ def loading(folder: Path) -> Iterator[None]:
     """Within this block, what keeps the model in a folder from being loaded is told as a `ModelError`."""
     try:
         yield
+    except ModelError as error:
+        where = "" if str(folder) in error.message else f"{folder}: "
+        raise ModelError(where + error.message, hint=error.hint) from None
     except Exception as error:
-        if is_out_of_memory(error) or isinstance(error, ModelError):
+        if is_out_of_memory(error):
             raise
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ModelError(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from setfit import SetFitModel
 
 _PICKLED_HEAD = "model_head.pkl"
+_SEVERAL_LABELS = "multi_label_classification"
 _SETFIT_CONFIG = "config_setfit.json"
 # A run writes its settings first and its student as soon as it is trained.
 _RUN_MARKER, _STUDENT, _STUDENTS = "config.yaml", "student", "students"
@@ -153,6 +154,8 @@ def load_folder(folder: Path, *, trust_pickle: bool = False) -> SetFitModel:
     if names is not None:
         if len(names) < 2:
             raise ModelError(f"The model in {folder} gives one number, not classes.", hint="Give a classifier.")
+        if json.loads((folder / "config.json").read_text("utf-8")).get("problem_type") == _SEVERAL_LABELS:
+            raise ModelError(f"The model in {folder} gives a text several labels.", hint="Give one of single labels.")
         model = new_model(BodySource(folder, "transformer").load(names), names)
         model.model_head = own_head(model.model_body)
         return model

@@ -286,12 +286,15 @@ def _comparison(account: Account) -> Table:
 
 def _comparison_note(account: Account) -> str:
     first = next(iter(account.evaluations.values()))
-    several = " Teacher: all of them, averaged." if len(account.config.teacher) > 1 else ""
-    return (
-        f"{len(first.gold):,} texts, on {first.cost.device}. The baseline is the student's body trained on the "
-        "labels alone; as teacher: texts with the teacher's label. Intervals are of a bootstrap over the texts."
-        + several
-    )
+    notes = [f"{len(first.gold):,} texts, on {first.cost.device}."]
+    if any(BASELINE in student.against for student in account.students):
+        notes.append("The baseline is the student's body trained on the labels alone.")
+    if account.teacher is not None:
+        notes.append("As teacher: texts with the teacher's label.")
+    if len(account.config.teacher) > 1 and account.teacher is not None:
+        notes.append("Teacher: all of them, averaged.")
+    notes.append("Intervals are of a bootstrap over the texts.")
+    return " ".join(notes)
 
 
 def _over_seeds(account: Account) -> dict[str, Any] | None:

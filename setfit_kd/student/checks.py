@@ -16,7 +16,7 @@ def check_pool(pool_size: int, config: StudentConfig) -> None:
     if pool_size < config.batch_size:
         raise DataError(
             f"There are {pool_size} texts to learn from, fewer than one batch of {config.batch_size}.",
-            hint=f"Give more unlabeled texts, or --batch-size {max(pool_size, 4)} or less.",
+            hint=f"Give more texts by --unlabeled, or --batch-size {max(pool_size, 4)} or less.",
         )
 
 
