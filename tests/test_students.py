@@ -23,6 +23,7 @@ from synthetic import QUICK, few_labels, pool_signals, same, weights
 
 from setfit_kd import RunConfig, RunResult, distill, evaluate, load, train_student, train_teacher
 from setfit_kd import stages as stages_module
+from setfit_kd import teaching as teaching_module
 from setfit_kd.cli import main
 from setfit_kd.config import read_config
 from setfit_kd.errors import ConfigError, ModelError, SetFitKDError
@@ -226,7 +227,7 @@ def test_a_wrong_name_is_told_before_anything_is_trained(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stages_module, "train_teacher", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(teaching_module, "train_teacher", lambda *_, **__: pytest.fail("training began"))
     name = name.replace("STUDENT", str(tiny_student)).replace("STATIC", str(static_folder))
     students = [str(tiny_student), name]
     with pytest.raises(error, match=re.escape(fragment)) as raised:
@@ -493,8 +494,8 @@ def several(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_s
     folder = tmp_path_factory.mktemp("runs") / "run"
     calls: list[str] = []
 
-    def counted(name: str) -> Any:
-        function = getattr(stages_module, name)
+    def counted(module: Any, name: str) -> Any:
+        function = getattr(module, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             calls.append(kwargs.get("description", name))
@@ -503,8 +504,13 @@ def several(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_s
         return call
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for name in ("train_teacher", "refine_and_score", "train_student"):
-            monkeypatch.setattr(stages_module, name, counted(name))
+        for module, name in (
+            (teaching_module, "train_teacher"),
+            (teaching_module, "refine_and_score"),
+            (stages_module, "train_student"),
+            (stages_module, "train_teacher"),
+        ):
+            monkeypatch.setattr(module, name, counted(module, name))
         result = small_run(tiny_teacher, list(names), output_dir=folder)
     return Several(names, folder, result, tuple(calls))
 

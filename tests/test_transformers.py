@@ -25,7 +25,7 @@ from synthetic import NAMES, POOL, few_labels, pool_signals, same, texts_and_lab
 from torch import Tensor
 
 from setfit_kd import RunResult, TeacherSignals, distill, load, train_student, train_teacher
-from setfit_kd import stages as stages_module
+from setfit_kd import teaching as teaching_module
 from setfit_kd.config import Family, FinetuneConfig, StudentConfig, TeacherConfig
 from setfit_kd.data.sets import LabeledSet
 from setfit_kd.errors import ConfigError, DataError, ModelError, SetFitKDError
@@ -1284,7 +1284,7 @@ def test_a_wrong_name_is_told_before_a_transformer_is_trained(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stages_module, "train_teacher", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(teaching_module, "train_teacher", lambda *_, **__: pytest.fail("training began"))
     for folder in ("empty", "unreadable"):
         (tmp_path / folder).mkdir()
     (tmp_path / "unreadable" / "config.json").write_text("{")
