@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd import hub
-from setfit_kd.config import RunConfig
+from setfit_kd.config import CROSS_VALIDATED, RunConfig
 from setfit_kd.data import RunData, Source, load_run_data
 from setfit_kd.errors import ConfigError
 from setfit_kd.evaluation import Evaluation, OverSeeds, over_seeds
@@ -33,7 +33,7 @@ from setfit_kd.runfolder import (
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.stages import RunStages, signals_hash
 from setfit_kd.student import PreparedStudent, check_pool, locate_student, on_labels_alone, slugs, student_passes
-from setfit_kd.teacher import teacher_passes
+from setfit_kd.teacher import teacher_passes, weighing_passes
 from setfit_kd.teaching import PreparedTeacher, Taught, teach
 from setfit_kd.widening import made_texts, without_doubtful
 
@@ -404,10 +404,14 @@ def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
     student = sum(s.passes + student_passes(c, n_texts, report.labeled, family=s.family) for s, c in with_own)
     device = resolve_device(config.device)
     teachers = [teacher_passes(config, data.labeled, family=t.source.family, device=device) for t in inputs.teachers]
+    if len(teachers) > 1 and config.teacher_weights == CROSS_VALIDATED:
+        teachers += [
+            weighing_passes(config, data.labeled, family=t.source.family, device=device) for t in inputs.teachers
+        ]
     stages = [PlannedStage("student", n_texts, student)]
     if teachers:
         trained = PlannedStage("teacher", report.labeled, sum(teachers))
-        stages = [trained, PlannedStage("signals", n_texts, len(teachers) * n_texts), *stages]
+        stages = [trained, PlannedStage("signals", n_texts, len(inputs.teachers) * n_texts), *stages]
     if data.evaluation:
         if with_baseline:
             baselines = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +48,19 @@ def compare(runs: Sequence[str | Path]) -> list[ComparedModel]:
         texts = read_texts(account.folder / EVALUATION).texts
         if reference is None:
             reference = account.students[0].evaluation, texts
-        same = texts == reference[1] and np.array_equal(account.students[0].evaluation.gold, reference[0].gold)
         for name, of in account.compared.items():
-            difference = of.against(reference[0])["accuracy"] if same and of is not reference[0] else None
+            alike = _in_order_of(reference[0], of) if texts == reference[1] else None
+            same = alike is not None and np.array_equal(alike.gold, reference[0].gold) and of is not reference[0]
+            difference = alike.against(reference[0])["accuracy"] if same and alike is not None else None
             compared.append(ComparedModel(account.folder, name, of, difference))
     return compared
+
+
+def _in_order_of(reference: Evaluation, of: Evaluation) -> Evaluation | None:
+    """An evaluation with its classes in another's order; None where they are not the same."""
+    names, wanted = list(of.quality.classes), list(reference.quality.classes)
+    if sorted(names) != sorted(wanted):
+        return None
+    columns = [names.index(name) for name in wanted]
+    places = np.argsort(columns)
+    return replace(of, probabilities=of.probabilities[:, columns], gold=places[of.gold])

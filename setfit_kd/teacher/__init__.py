@@ -4,7 +4,7 @@ from setfit_kd.teacher.cache import cache_bytes, cache_folder
 from setfit_kd.teacher.scoring import refine_and_score, score
 from setfit_kd.teacher.steps import teacher_passes
 from setfit_kd.teacher.train import train_teacher
-from setfit_kd.teacher.weights import held_out_accuracy
+from setfit_kd.teacher.weights import held_out_accuracy, weighing_passes
 
 __all__ = [
     "cache_bytes",
@@ -14,4 +14,5 @@ __all__ = [
     "score",
     "teacher_passes",
     "train_teacher",
+    "weighing_passes",
 ]

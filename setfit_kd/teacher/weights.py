@@ -7,20 +7,43 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
-from setfit_kd.config import TeacherConfig
+from setfit_kd.config import Family, TeacherConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.memory import place, remembering, resolve_device
 from setfit_kd.models import predict_proba
+from setfit_kd.teacher.steps import teacher_passes
 from setfit_kd.teacher.train import train_teacher
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
 FOLDS, LEAST_LABELS = 4, 3
 """Parts of the labels that are held out in turn; and labels that each class must have for that."""
+
+
+Rows = npt.NDArray[np.int64]
+
+
+def _parts(labeled: LabeledSet, seed: int) -> list[tuple[Rows, Rows]]:
+    """Rows to train on and rows held out, of each part; none where there are too few labels."""
+    from sklearn.model_selection import StratifiedKFold
+
+    if labeled.counts.min() < LEAST_LABELS:
+        return []
+    folds = StratifiedKFold(min(FOLDS, int(labeled.counts.min())), shuffle=True, random_state=seed)
+    return list(folds.split(labeled.texts, labeled.labels))
+
+
+def weighing_passes(config: TeacherConfig, labeled: LabeledSet, *, family: Family, device: torch.device) -> int:
+    """Texts passed forward in `held_out_accuracy`."""
+    parts = _parts(labeled, config.seed)
+    trained = (teacher_passes(config, labeled.take(rest), family=family, device=device) for rest, _ in parts)
+    return sum(trained) + (len(labeled) if parts else 0)
 
 
 def held_out_accuracy(
@@ -39,14 +62,12 @@ def held_out_accuracy(
     Returns:
         The accuracy, from 0 to 1; None where a class has fewer than `LEAST_LABELS` labels.
     """
-    from sklearn.model_selection import StratifiedKFold
-
-    if labeled.counts.min() < LEAST_LABELS:
+    parts = _parts(labeled, config.seed)
+    if not parts:
         return None
-    folds = StratifiedKFold(min(FOLDS, int(labeled.counts.min())), shuffle=True, random_state=config.seed)
     right = 0
-    for number, (rest, held_out) in enumerate(folds.split(labeled.texts, labeled.labels), 1):
-        name = f"Weighing teacher, part {number} of {folds.n_splits}"
+    for number, (rest, held_out) in enumerate(parts, 1):
+        name = f"Weighing teacher, part {number} of {len(parts)}"
         with remembering(cpu_fallback=config.cpu_fallback):
             model = train_teacher(labeled.take(rest), fresh_body(), config=config, description=name)
             place(model.model_body, resolve_device(config.device), phase=name)
