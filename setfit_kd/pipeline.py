@@ -302,7 +302,7 @@ def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journa
     else:
         taught = Taught(data.signals, signals_hash(data.signals))
     stages, signals = RunStages(settled, data, taught.key, journal), taught.signals
-    if journal.folder is not None:
+    if journal.folder is not None and journal.folder.about.get("teacher_shares", {}) != taught.shares:
         journal.folder.tell(teacher_shares=taught.shares)
     students: dict[str, SetFitModel] = {}
     models = {}
