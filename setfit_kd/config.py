@@ -453,11 +453,6 @@ class FinetuneRunConfig(FinetuneConfig):
     output_dir: OutputDir = Field(description="Folder that the model is written to.")
     overwrite: bool = Field(False, description="Replace an earlier model in the output folder.")
 
-    @property
-    def finetuning(self) -> FinetuneConfig:
-        """The settings of the training alone."""
-        return FinetuneConfig(**{name: getattr(self, name) for name in FinetuneConfig.model_fields})
-
 
 class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, StudentConfig):
     """Every setting of a run."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 def content_name(parts: Iterable[bytes]) -> str:
@@ -13,3 +15,16 @@ def content_name(parts: Iterable[bytes]) -> str:
         digest.update(len(part).to_bytes(8, "big"))
         digest.update(part)
     return digest.hexdigest()[:32]
+
+
+def fingerprint(*parts: Any) -> str:
+    """A name for everything that something is made from: 32 hexadecimal digits, equal for equal parts."""
+
+    def pieces() -> Iterator[str]:
+        for part in parts:
+            is_list = isinstance(part, list)
+            yield f"{is_list} {len(part) if is_list else 1}"
+            for piece in part if is_list else [part]:  # a large pool is not written out a second time
+                yield json.dumps(piece, sort_keys=True)
+
+    return content_name(piece.encode() for piece in pieces())

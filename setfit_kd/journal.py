@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from setfit_kd.errors import InputError
-from setfit_kd.hashing import content_name
 from setfit_kd.memory import remembering
 from setfit_kd.runfolder import (
     BASELINE,
@@ -34,19 +32,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _KINDS = {TEACHERS: TEACHER, WEIGHED: TEACHER, SCORED: SIGNALS, STUDENTS: STUDENT, BASELINES: BASELINE}
-
-
-def fingerprint(*parts: Any) -> str:
-    """A name for everything that something is made from: 32 hexadecimal digits, equal for equal parts."""
-
-    def pieces() -> Iterator[str]:
-        for part in parts:
-            is_list = isinstance(part, list)
-            yield f"{is_list} {len(part) if is_list else 1}"
-            for piece in part if is_list else [part]:  # a large pool is not written out a second time
-                yield json.dumps(piece, sort_keys=True)
-
-    return content_name(piece.encode() for piece in pieces())
 
 
 class Journal:

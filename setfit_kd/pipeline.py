@@ -13,7 +13,8 @@ from setfit_kd.config import CROSS_VALIDATED, RunConfig
 from setfit_kd.data import RunData, Source, load_run_data
 from setfit_kd.errors import ConfigError
 from setfit_kd.evaluation import Evaluation, OverSeeds, over_seeds
-from setfit_kd.journal import Journal, fingerprint
+from setfit_kd.hashing import fingerprint
+from setfit_kd.journal import Journal
 from setfit_kd.memory import check_device, place, remembering, resolve_device
 from setfit_kd.models import locate, locate_body
 from setfit_kd.precision import Precision, check_precision, resolve_precision
@@ -314,7 +315,8 @@ def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journa
             models[baseline_name] = baseline
         models[name] = students[source]
     if data.evaluation:
-        stages.keep_texts(data.evaluation)
+        if not evaluations:  # no teacher was measured, whose stages had written them
+            stages.keep_texts(data.evaluation)
         for name, model in models.items():
             evaluations[name] = stages.evaluation(name, model, data.evaluation, evaluations.get(TEACHER))
     return RunResult(

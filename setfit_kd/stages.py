@@ -14,8 +14,8 @@ from setfit_kd.arrays import in_parts
 from setfit_kd.config import RunConfig, StudentConfig, TeacherConfig
 from setfit_kd.data import LabeledSet, RunData
 from setfit_kd.evaluation import Evaluation, evaluate, evaluate_together, write_texts
-from setfit_kd.hashing import content_name
-from setfit_kd.journal import Journal, fingerprint
+from setfit_kd.hashing import content_name, fingerprint
+from setfit_kd.journal import Journal
 from setfit_kd.memory import place, resolve_device
 from setfit_kd.models import (
     content_hash,

@@ -14,7 +14,8 @@ from setfit_kd.data import RunData
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation import Evaluation
 from setfit_kd.files import whole_folder
-from setfit_kd.journal import Journal, fingerprint
+from setfit_kd.hashing import fingerprint
+from setfit_kd.journal import Journal
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import (
     BodySource,
@@ -218,7 +219,8 @@ def teach(
         names.append(stages.name)
         if data.evaluation:
             measuring = RunStages(config, data, stages.signals_key, journal)
-            measuring.keep_texts(data.evaluation)
+            if not evaluations:
+                measuring.keep_texts(data.evaluation)
             evaluations[stages.name] = measuring.evaluation(stages.name, teacher, data.evaluation, None)
         if len(said) == 1 and (keep_first or not several):
             first = teacher

@@ -12,7 +12,8 @@ from setfit_kd.config import RunConfig
 from setfit_kd.data import RunData, augment
 from setfit_kd.errors import DataError
 from setfit_kd.files import whole_folder
-from setfit_kd.journal import Journal, fingerprint
+from setfit_kd.hashing import fingerprint
+from setfit_kd.journal import Journal
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import load_fill_mask
 from setfit_kd.runfolder import AUGMENTED

@@ -60,6 +60,23 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factor
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Texts of every forward pass to come, without those that a model warms up on before its speed is measured."""
+    from sentence_transformers import SentenceTransformer
+
+    seen: list[int] = []
+    forward = SentenceTransformer.forward
+
+    def count(body: Any, features: dict[str, Any], **kwargs: Any) -> Any:
+        seen.append(len(features["offsets" if "offsets" in features else "input_ids"]))
+        return forward(body, features, **kwargs)
+
+    monkeypatch.setattr("setfit_kd.evaluation.measure._WARM_UP", 0)
+    monkeypatch.setattr(SentenceTransformer, "forward", count)
+    return seen
+
+
 def newswire(split: str) -> list[dict[str, str]]:
     with (NEWSWIRE / f"{split}.jsonl").open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]

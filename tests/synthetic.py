@@ -11,6 +11,7 @@ from setfit_kd import TeacherSignals
 from setfit_kd.data.sets import LabeledSet
 
 if TYPE_CHECKING:
+    import pytest
     import torch
     from setfit import SetFitModel
 
@@ -64,3 +65,19 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 def distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     """Euclidean distance of two models' weights."""
     return float(sum((here - there).double().square().sum() for here, there in zip(one, other, strict=True)) ** 0.5)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, error: type[BaseException]) -> None:
+    """Let trainings end by this error at the beginning of their step of this number."""
+    from transformers import Trainer
+
+    plain, steps = Trainer.training_step, 0
+
+    def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            raise error
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)

@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import newswire
 from safetensors.torch import load_file, save_file
-from synthetic import distance, same, weights
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, pipeline
+from synthetic import distance, same, stop_at, weights
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from setfit_kd import evaluate, load
 from setfit_kd.cli import main
@@ -403,7 +403,7 @@ def test_an_earlier_model_stays_until_there_is_another(
 ) -> None:
     folder = Path(shutil.copytree(by_command.folder, tmp_path / "out"))
     before = contents(folder)
-    stop_at(monkeypatch, 3)
+    stop_at(monkeypatch, 3, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         finetuned(given, folder, overwrite=True)
     assert contents(folder) == before
@@ -441,19 +441,6 @@ def test_an_empty_folder_is_taken_and_folders_are_made(given: Given, tmp_path: P
 # Kills
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    plain, steps = Trainer.training_step, 0
-
-    def training_step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == step:
-            raise KeyboardInterrupt
-        return plain(*args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", training_step)
-
-
 @pytest.mark.parametrize("step", [6, 15])
 def test_what_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
     step: int, given: Given, by_command: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -461,7 +448,7 @@ def test_what_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
     folder = tmp_path / "out"
     started = command(given, folder, checkpoint_seconds=EVERY_STEP)
     with monkeypatch.context() as patch:
-        stop_at(patch, step)
+        stop_at(patch, step, KeyboardInterrupt)
         stopped = invoke(*started)
     assert stopped.exit_code == 130
     assert not folder.exists()
@@ -481,7 +468,7 @@ def test_a_training_of_another_kind_does_not_go_on_from_there(
     change: dict[str, Any], given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_student: Path
 ) -> None:
     with monkeypatch.context() as patch:
-        stop_at(patch, 4)
+        stop_at(patch, 4, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             finetuned(given, tmp_path / "out", steps=5, checkpoint_seconds=EVERY_STEP)
     lines = given.train.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -501,7 +488,7 @@ def test_what_decides_nothing_may_change_on_the_way(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with monkeypatch.context() as patch:
-        stop_at(patch, 9)
+        stop_at(patch, 9, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             finetuned(given, tmp_path / "out", checkpoint_seconds=EVERY_STEP)
     with caplog.at_level(logging.INFO, "setfit_kd"):

@@ -19,22 +19,6 @@ LABELED = 16
 TEACHER: dict[str, Any] = {"device": "cpu", "precision": "fp32", "teacher_steps": 3, "teacher_batch_size": 12}
 
 
-@pytest.fixture
-def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Texts of every forward pass."""
-    from sentence_transformers import SentenceTransformer
-
-    seen: list[int] = []
-    forward = SentenceTransformer.forward
-
-    def count(body: Any, features: dict[str, Any], **kwargs: Any) -> Any:
-        seen.append(len(features["input_ids"]))
-        return forward(body, features, **kwargs)
-
-    monkeypatch.setattr(SentenceTransformer, "forward", count)
-    return seen
-
-
 @pytest.mark.parametrize(
     "settings",
     [

@@ -131,7 +131,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "student": STAGE | {"looks"},
     "evaluation": STAGE,
     "runfolder": GROUND,
-    "journal": {"errors", "hashing", "memory", "runfolder", "training"},
+    "journal": {"errors", "memory", "runfolder", "training"},
     "stages": STAGE | {"hashing", "teacher", "student", "evaluation", "runfolder", "journal"},
     "widening": STAGE | {"runfolder", "journal", "stages"},
     "teaching": STAGE | {"teacher", "student", "evaluation", "runfolder", "journal", "stages"},

@@ -18,8 +18,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import FAST
+from synthetic import stop_at
 from torch import Tensor
-from transformers import Trainer
 
 from setfit_kd import distill, load, train_student, train_teacher
 from setfit_kd.cli import main
@@ -27,7 +27,7 @@ from setfit_kd.config import RunConfig, SignalsConfig, StageConfig, StudentConfi
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import ConfigError, DataError, OutputError
 from setfit_kd.finetune import finetune
-from setfit_kd.journal import fingerprint
+from setfit_kd.hashing import fingerprint
 from setfit_kd.runfolder import RunFolder
 from setfit_kd.signals import TeacherSignals
 
@@ -116,19 +116,6 @@ class Killed(BaseException):
     """What stands for a kill where the training alone is looked at."""
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    plain, steps = Trainer.training_step, 0
-
-    def training_step(*args: Any, **kwargs: Any) -> Tensor:
-        nonlocal steps
-        steps += 1
-        if steps == step:
-            raise Killed
-        return plain(*args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", training_step)
-
-
 TEXTS = [f"{subject} {verb} {thing}" for subject in ("dog", "bank", "team") for verb in ("sees", "buys") for thing in
          ("goals", "shares", "chips", "films")]  # fmt: skip
 LABELS = np.arange(len(TEXTS)) % 3
@@ -196,7 +183,7 @@ def test_a_training_goes_on_as_if_nothing_had_happened(
     expected = training(tiny_student, **settings)
     kept = {**settings, "checkpoints": tmp_path / "kept", "checkpoint_seconds": EVERY_STEP}
     with monkeypatch.context() as patch:
-        stop_at(patch, step)
+        stop_at(patch, step, Killed)
         with suppress(Killed):  # some have ended by then
             training(tiny_student, **kept)
     same_weights(training(tiny_student, **kept), expected)
@@ -216,7 +203,7 @@ def test_a_damaged_checkpoint_is_never_taken_up(
     expected = student_of(tiny_student)
     kept = {"checkpoints": tmp_path, "checkpoint_seconds": EVERY_STEP}
     with monkeypatch.context() as patch:
-        stop_at(patch, 6)
+        stop_at(patch, 6, Killed)
         with pytest.raises(Killed):
             student_of(tiny_student, **kept)
     newest = tmp_path / "checkpoint-5"
@@ -323,7 +310,7 @@ def test_what_was_measured_of_a_run_goes_when_the_run_changes(
     run_in: Run, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        stop_at(patch, 2)
+        stop_at(patch, 2, Killed)
         with pytest.raises(Killed):
             run_in(finished, resume=True, epochs=3)
     left = {path.name for path in finished.iterdir()}

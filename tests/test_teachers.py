@@ -568,9 +568,8 @@ def test_a_model_card_names_both_teachers_and_no_path(both: Both, student: str) 
 
 
 def test_teachers_are_named_one_after_another_and_the_plan_is_what_passes(
-    base: dict[str, Any], two_to_one: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: dict[str, Any], two_to_one: Both, tmp_path: Path, passed: list[int]
 ) -> None:
-    passed = passing(monkeypatch)
     command = ["run", *flags(base), "--teacher-weights", "2,1", "--output-dir", tmp_path / "run"]
     planned = invoke(*command, "--dry-run")
     assert planned.exit_code == 0, planned.stderr
@@ -586,10 +585,7 @@ def test_teachers_are_named_one_after_another_and_the_plan_is_what_passes(
     assert metrics(tmp_path / "run") == metrics(two_to_one.folder)
 
 
-def test_weighing_the_teachers_is_in_the_plan(
-    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    passed = passing(monkeypatch)
+def test_weighing_the_teachers_is_in_the_plan(base: dict[str, Any], tmp_path: Path, passed: list[int]) -> None:
     settings = {
         **base,
         "student": "static:2",
@@ -617,22 +613,6 @@ def flags(settings: dict[str, Any]) -> list[str]:
 def forward_passes(plan: str) -> dict[str, int]:
     rows = [re.split(r"\s{2,}", line.strip()) for line in plan.rpartition("forward passes")[2].strip().splitlines()]
     return {row[0]: int(row[-1].replace(",", "")) for row in rows}
-
-
-def passing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Texts of every forward pass to come, without those that a model warms up on before its speed is measured."""
-    from sentence_transformers import SentenceTransformer
-
-    passed: list[int] = []
-    forward = SentenceTransformer.forward
-
-    def count(body: Any, features: dict[str, Any], **kwargs: Any) -> Any:
-        passed.append(len(features["offsets" if "offsets" in features else "input_ids"]))
-        return forward(body, features, **kwargs)
-
-    monkeypatch.setattr("setfit_kd.evaluation.measure._WARM_UP", 0)
-    monkeypatch.setattr(SentenceTransformer, "forward", count)
-    return passed
 
 
 def test_weights_of_a_wrong_number_end_in_one_line(base: dict[str, Any], tmp_path: Path) -> None:

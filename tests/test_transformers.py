@@ -1106,22 +1106,6 @@ def test_a_teacher_with_few_labels_takes_150_steps_and_with_many_three_passes() 
 # Passes
 
 
-@pytest.fixture
-def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Texts of every forward pass."""
-    from sentence_transformers import SentenceTransformer
-
-    seen: list[int] = []
-    forward = SentenceTransformer.forward
-
-    def count(body: Any, features: dict[str, Any], **kwargs: Any) -> Any:
-        seen.append(len(features["input_ids"]))
-        return forward(body, features, **kwargs)
-
-    monkeypatch.setattr(SentenceTransformer, "forward", count)
-    return seen
-
-
 @pytest.mark.parametrize(
     "settings",
     [

@@ -47,12 +47,10 @@ class ValidationLooks(Looks):
 
     def measure(self, step: int) -> float:
         """The metric on the validation texts."""
-        was_training = self.body.training
         with shown_on(None):
             features = embed(
                 self.body, self.validation.texts, batch_size=self.encode_batch_size, description="Validating"
             )
-        self.body.train(was_training)
         predicted = own_head(self.body).predict_proba(np.asarray(features, np.float64)).argmax(axis=1)
         found = measure_quality(predicted, self.validation.labels, self.validation.label_names).scores
         told = ", ".join(f"{name} {value:.1%}" for name, value in found.items())

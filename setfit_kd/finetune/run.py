@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setfit_kd.config import FinetuneRunConfig
+from setfit_kd.config import FinetuneConfig, FinetuneRunConfig
 from setfit_kd.data import LabeledSet, check_classes, encode_labels, read
 from setfit_kd.errors import DataError, OutputError
 from setfit_kd.evaluation import Evaluation, evaluate
 from setfit_kd.files import write_whole, writing
 from setfit_kd.finetune.train import finetune
-from setfit_kd.hashing import content_name
+from setfit_kd.hashing import fingerprint
 from setfit_kd.memory import place, resolve_device
 from setfit_kd.models import BodySource, content_hash, locate, save_model
 
@@ -89,7 +89,7 @@ def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
         labeled,
         body,
         validation=validation,
-        config=config.finetuning,
+        config=config,
         checkpoints=checkpoints / _fingerprint(config, labeled, validation, body),
         looks=looks,
     )
@@ -156,10 +156,8 @@ def _fingerprint(
     config: FinetuneRunConfig, labeled: LabeledSet, validation: LabeledSet | None, body: SentenceTransformer
 ) -> str:
     """A name for all that decides what comes out of a training."""
-    parts = [json.dumps(type(config.finetuning).deciding(config.finetuning), sort_keys=True), content_hash(body)]
-    for data in (labeled, validation):
-        parts += [] if data is None else [json.dumps([data.texts, data.labels.tolist()])]
-    return content_name(part.encode() for part in parts)
+    sets = [[data.texts, data.labels.tolist()] for data in (labeled, validation) if data is not None]
+    return fingerprint(FinetuneConfig.deciding(config), content_hash(body), sets)
 
 
 def _check_output(folder: Path, *, overwrite: bool) -> None:

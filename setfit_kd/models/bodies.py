@@ -109,12 +109,10 @@ def locate(name: str | Path) -> Path:
                 hint="Give a folder written by sentence-transformers, SetFit or transformers.",
             )
         return path
-    looks_like_path = (
-        path.exists() or hub.split_revision(str(name))[0].count("/") > 1 or str(name).startswith((".", "/", "~"))
-    )
+    looks_like_path = path.exists() or hub.split_revision(name)[0].count("/") > 1 or name.startswith((".", "/", "~"))
     if looks_like_path:
         raise ModelError(f"There is no model folder {name}.", hint="Check the path.")
-    return hub.snapshot(str(name), "model")
+    return hub.snapshot(name, "model")
 
 
 def _locate_demo(name: str) -> Path:

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from setfit_kd.config import Family, RunConfig, StudentConfig, parse_objectives, settled
-from setfit_kd.models import family_of
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 HEAD_TEXTS = 20_000
 """Most pool texts that a head is fitted on; a linear head gains nothing from more, and each must be embedded."""
@@ -29,9 +23,9 @@ def looks_in_pass(steps: int) -> int:
     return max(1, round(steps / LOOK_STEPS))
 
 
-def trains_own_head(body: SentenceTransformer, config: StudentConfig) -> bool:
+def trains_own_head(family: Family, config: StudentConfig) -> bool:
     """Whether a student comes out of its training with a head: a transformer whose last layer an objective trains."""
-    return family_of(body) == "transformer" and "soft-labels" in parse_objectives(settled(config.objective))
+    return family == "transformer" and "soft-labels" in parse_objectives(settled(config.objective))
 
 
 def on_labels_alone(config: RunConfig, pool_size: int) -> RunConfig:
@@ -61,7 +55,7 @@ def student_passes(config: StudentConfig, pool_size: int, labeled: int = 0, *, f
     """Texts passed forward in making a student from ``pool_size`` texts, of which ``labeled`` have a gold label."""
     config = config.of_family(family)
     objectives = set(parse_objectives(settled(config.objective)))
-    has_own_head = family == "transformer" and "soft-labels" in objectives
+    has_own_head = trains_own_head(family, config)
     trained_on = _trained_on(config, pool_size)
     batches = _batches(config, trained_on)
     columns = 2 if config.objective == "pairs" else 1

@@ -131,7 +131,7 @@ class StudentTrainer(DistillationTrainer):
 
         A transformer that was trained on them has its own.
         """
-        if trains_own_head(self.model.model_body, self.config):
+        if trains_own_head(family_of(self.model.model_body), self.config):
             self.model.model_head = own_head(self.model.model_body)
             return
         texts, probabilities, weights = self._head_examples()
