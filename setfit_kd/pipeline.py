@@ -16,7 +16,7 @@ from setfit_kd.evaluation import Evaluation, OverSeeds, over_seeds
 from setfit_kd.hashing import fingerprint
 from setfit_kd.journal import Journal
 from setfit_kd.memory import check_device, place, remembering, resolve_device
-from setfit_kd.models import locate, locate_body
+from setfit_kd.models import load_fill_mask, locate, locate_body
 from setfit_kd.precision import Precision, check_precision, resolve_precision
 from setfit_kd.report import write_report
 from setfit_kd.runfolder import (
@@ -235,6 +235,8 @@ def prepare_run(
     with hub.revisions() as revisions:
         teachers = {} if config.signals else {name: locate_body(name) for name in config.teacher}
         fill_mask = None if config.augment_model is None else locate(config.augment_model)
+        if fill_mask:
+            load_fill_mask(fill_mask, device=resolve_device("cpu"))  # it must load, and is held when its turn comes
         sources = [locate_student(name) for name in config.student]
         data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
     check_pool(len(data.pool) + (0 if data.signals else len(data.labeled)), config)

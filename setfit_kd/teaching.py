@@ -100,8 +100,8 @@ class TeacherStages:
         self.name, self._scored, self._weighed = (
             (TEACHER, SIGNALS, "") if slug is None else (f"{TEACHERS}/{slug}", f"{SCORED}/{slug}", f"{WEIGHED}/{slug}")
         )
-        self._body = prepared.take()
-        self._key = fingerprint(key_of(data.labeled), content_hash(self._body), TeacherConfig.deciding(config))
+        prepared.body = prepared.body or prepared.load()
+        self._key = fingerprint(key_of(data.labeled), content_hash(prepared.body), TeacherConfig.deciding(config))
         self.signals_key = fingerprint(self._key, fingerprint(data.pool), SignalsConfig.deciding(config))
 
     def teacher(self) -> SetFitModel:
@@ -114,7 +114,7 @@ class TeacherStages:
         def make() -> SetFitModel:
             teacher = train_teacher(
                 self.data.labeled,
-                self._body,
+                self.prepared.take(),
                 config=self.config,
                 checkpoints=self.journal.checkpoints(self.name, self._key),
             )
@@ -124,7 +124,9 @@ class TeacherStages:
         def restore(folder: Path) -> SetFitModel:
             return with_head(load_folder(folder), folder / _TRAINED_HEAD)
 
-        return self.journal.go_through(self.name, self._key, make=make, save=save, load=restore)
+        teacher = self.journal.go_through(self.name, self._key, make=make, save=save, load=restore)
+        self.prepared.body = None  # of a teacher that was trained before, it is not needed
+        return teacher
 
     def signals(self, teacher: SetFitModel) -> tuple[SetFitModel, TeacherSignals]:
         """The teacher with its head refined on the pool, and what it says of the pool and the labeled texts."""

@@ -436,6 +436,21 @@ def test_the_command_does_what_python_does(by_command: tuple[Path, Result], plai
     assert f"setfit-kd predict {folder}" in done.stdout
     rows = [line.split()[0] for line in done.stdout.splitlines() if "%" in line]
     assert rows == ["student"]
+    assert "teacher" not in done.stdout  # a column with nothing in it
+
+
+def test_a_bundle_is_checked_on_the_texts_of_the_signals(plain: Finished, given: Given, tmp_path: Path) -> None:
+    done = invoke("export", plain.folder, "--format", "onnx", "--output-dir", tmp_path / "bundle")
+    assert done.exit_code == 0, done.output
+    assert read_json(tmp_path / "bundle/manifest.json")["parity"]["texts"] == len(SAID)
+    assert "Warning" not in done.stderr
+    gone = shutil.copytree(plain.folder, tmp_path / "run")
+    settings = (gone / "config.yaml").read_text(encoding="utf-8")
+    (gone / "config.yaml").write_text(settings.replace(str(given.said), "gone.jsonl"), encoding="utf-8")
+    refused = invoke("export", gone, "--output-dir", tmp_path / "other")
+    assert refused.exit_code == 2
+    assert "gone.jsonl" in refused.stderr
+    assert "--unlabeled" in refused.stderr
 
 
 @pytest.mark.parametrize("name", ["newswire", "ag_news"])

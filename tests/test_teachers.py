@@ -511,6 +511,31 @@ def test_no_teacher_is_held_while_the_next_is_trained_unless_a_student_is_made_o
     assert [body() for body in bodies] == [None, None]
 
 
+def test_a_teacher_is_not_held_while_it_is_weighed(
+    run: Run, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from setfit_kd.teacher import train_teacher
+
+    bodies: list[Any] = []
+    alive: list[bool] = []
+
+    def train(*args: Any, **kwargs: Any) -> SetFitModel:
+        trained = train_teacher(*args, **kwargs)
+        bodies.append(weakref.ref(trained.model_body))
+        return trained
+
+    def weigh(*_: Any, **__: Any) -> float:
+        gc.collect()
+        alive.append(bodies[-1]() is not None)
+        return 0.5
+
+    monkeypatch.setattr("setfit_kd.teaching.train_teacher", train)
+    monkeypatch.setattr("setfit_kd.teaching.held_out_accuracy", weigh)
+    student = f"static:2@{base['teacher'][0]}"
+    run(student=student, baseline=False, eval=None, teacher_steps=1, teacher_weights="cross-validated")
+    assert alive == [False, False]
+
+
 # Seeds
 
 
@@ -533,6 +558,13 @@ def test_several_seeds_of_several_teachers(run: Run, tmp_path: Path) -> None:
 
 
 # What is told
+
+
+def test_the_curves_are_of_the_trainings_that_a_model_came_of(cross_validated: Both) -> None:
+    stages = read_json(cross_validated.folder / "run.json")["stages"]
+    assert stages[f"weighed/{SETFIT}"]["losses"]
+    students = [name for student in ("layers-1", "static-4") for name in (student, f"{student} (baseline)")]
+    assert set(read_account(cross_validated.folder).losses) == {f"{SETFIT} (teacher)", f"{WHOLE} (teacher)", *students}
 
 
 @pytest.mark.parametrize("kind", ["report.md", "report.html"])

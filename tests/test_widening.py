@@ -353,6 +353,7 @@ def test_what_is_no_such_model_is_refused(
     model = name.replace("BODY", str(tiny_student.with_name("student-plain")))
     with nothing_made_anew(TEACHER), pytest.raises(ModelError, match=message):
         run(augment_model=model, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # Settings and plans

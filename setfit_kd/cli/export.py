@@ -71,18 +71,21 @@ def export(
 
 def _texts(model: str, config: RunConfig) -> list[str]:
     """Texts to check the bundle on: those named, the pool of the run that the model is of, or a stand-in's."""
-    from setfit_kd.data import read
-    from setfit_kd.runfolder import CONFIG, SCORED, SIGNALS
+    from setfit_kd.data import read, read_signals
+    from setfit_kd.runfolder import CONFIG, RUN, SCORED, SIGNALS, RunFolder
     from setfit_kd.signals import TeacherSignals
 
     if config.unlabeled is not None:
         return read(config.unlabeled, text_column=config.text_column).texts
     path = Path(model).absolute()
     for folder in (path, *path.parents[:2]):
+        if not all((folder / file).is_file() for file in (CONFIG, RUN)):
+            continue
         kept = [kept for kept in (folder / SIGNALS, *(folder / SCORED).glob("*")) if kept.is_dir()]
-        if (folder / CONFIG).is_file() and kept:
+        others = RunFolder.settings(folder).get("signals")
+        if kept or others:
             try:
-                return TeacherSignals.load(kept[0]).texts
+                return TeacherSignals.load(kept[0]).texts if kept else read_signals(str(others)).texts
             except DataError as error:
                 raise DataError(error.message, hint="Name other texts to check the bundle on: --unlabeled.") from None
     logger.warning(

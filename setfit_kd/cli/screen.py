@@ -81,7 +81,9 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
     """One row a model: quality first, then cost."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("")
-    for heading in ("accuracy", "interval", "macro-F1", "as teacher", "parameters", "MB", "texts/s"):
+    has_teacher = any(evaluation.quality.agreement is not None for evaluation in evaluations.values())
+    as_teacher = ("as teacher",) if has_teacher else ()
+    for heading in ("accuracy", "interval", "macro-F1", *as_teacher, "parameters", "MB", "texts/s"):
         table.add_column(heading, justify="right")
     for name, evaluation in evaluations.items():
         quality, cost = evaluation.quality, evaluation.cost
@@ -91,7 +93,7 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
             f"{quality.accuracy:.1%}",
             f"{100 * evaluation.intervals['accuracy'].low:.1f}-{100 * evaluation.intervals['accuracy'].high:.1f}",
             f"{quality.macro_f1:.1%}",
-            agreement,
+            *([agreement] if has_teacher else []),
             f"{cost.parameters / 1e6:.1f} M",
             f"{cost.megabytes:.1f}",
             f"{cost.texts_per_second:,.0f}",

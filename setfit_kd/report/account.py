@@ -24,6 +24,7 @@ from setfit_kd.runfolder import (
     STUDENTS,
     TEACHER,
     TEACHERS,
+    WEIGHED,
     compared_with,
     is_place,
 )
@@ -182,7 +183,11 @@ def read_account(folder: str | Path) -> Account:
         raise DataError(f"There is no run in {folder}.", hint="Name the folder of a run.")
     config = RunConfig.of(**read_config(folder / CONFIG))
     about = _read_about(folder)
-    losses = {shown(name): told.losses for name, told in about.stages.items() if told.losses}
+    losses = {
+        shown(name): told.losses
+        for name, told in about.stages.items()
+        if told.losses and not name.startswith(f"{WEIGHED}/")  # several trainings, one after the other
+    }
     evaluations = {name: Evaluation.load(folder / EVALUATION / name) for name in about.evaluated}
     if not evaluations:
         return Account(folder, config, about, losses=losses)
