@@ -27,7 +27,15 @@ FEW = {"shots": 16, "student": LAYERS}
 SMALL, LARGE = 50, 1000
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "transformers": {
-        "transformers": {"teacher": f"transformer:{MINILM}", "student": LAYERS, "shots": 500, "pool_size": 2000},
+        "transformers": {
+            "teacher": f"transformer:{MINILM}",
+            "teacher_learning_rate": 5e-5,
+            "refine": "none",
+            "student": LAYERS,
+            "shots": 500,
+            "pool_size": 2000,
+            "precision": "bf16",
+        },
     },
     "teachers": {
         "two teachers": {**FEW, "teacher": [MINILM, f"transformer:{MINILM}"], "pool_size": 1000},

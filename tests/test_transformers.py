@@ -1005,6 +1005,16 @@ def far_reader(encoder: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.parametrize("architecture", SIZES)
+def test_no_transformer_reads_past_its_last_position(architecture: str, encoder: Maker, tmp_path: Path) -> None:
+    folder = shutil.copytree(encoder(architecture, pad_token_id=1), tmp_path / "reader")
+    transformers().AutoTokenizer.from_pretrained(folder, model_max_length=10_000).save_pretrained(folder)
+    body = loaded(folder)
+    read = body.tokenize(LONG.texts[:1])["input_ids"].shape[1]
+    assert read == (78 if architecture in ("roberta", "mpnet") else 80)
+    assert np.isfinite(body.encode(LONG.texts[:2])).all()
+
+
 @pytest.mark.parametrize(("given", "longest"), [(None, 128), (16, 16), (200, 200), (1000, 300)])
 @pytest.mark.parametrize("training", TRAININGS)
 def test_a_transformer_reads_128_tokens_unless_told_otherwise(

@@ -56,6 +56,7 @@ class TransformerFeatures(Transformer):
             config_kwargs={**local, **names, "problem_type": "single_label_classification"},
         )
         self.module_output_name = "sentence_embedding"
+        self._read_no_further_than_positions()
         found = [
             name
             for name, module in self.model.named_modules()
@@ -74,6 +75,14 @@ class TransformerFeatures(Transformer):
         if not self._is_whole:
             nn.init.normal_(self.head.weight, std=getattr(before, "initializer_range", 0.02))
             nn.init.zeros_(self.head.bias)
+
+    def _read_no_further_than_positions(self) -> None:
+        """RoBERTa and MPNet count positions from the one after padding's, and have so many fewer for tokens."""
+        for name, table in self.model.named_modules():
+            if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+                assert isinstance(table, nn.Embedding)
+                places = table.num_embeddings - (table.padding_idx or 0) - 1
+                self.max_seq_length = min(self.max_seq_length or places, places)
 
     def _put_last(self, layer: nn.Module) -> None:
         owner, _, name = self._place.rpartition(".")
