@@ -694,6 +694,11 @@ def test_slugs_differ_by_more_than_case() -> None:
         (["demo:all-MiniLM-L6-v2"], ["all-MiniLM-L6-v2"]),
         (["layers:0,2,5", "layers:3", "static", "static:64"], ["layers-0-2-5", "layers-3", "static", "static-64"]),
         (["static:64@org/name", "layers:3@folder/"], ["static-64-name", "layers-3-folder"]),
+        (
+            ["transformer:org/bert", "bert", "static@transformer:bert"],
+            ["transformer-bert", "bert", "static-transformer-bert"],
+        ),
+        (["blank:configs/small"], ["blank-small"]),
         (["one/same", "two/same", "same-2"], ["same", "same-2", "same-2-2"]),
         (["/a/b/", ".."], ["b", "student"]),
     ],

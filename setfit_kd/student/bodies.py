@@ -243,8 +243,10 @@ def slugs(names: Sequence[str]) -> list[str]:
     found: list[str] = []  # no two alike where capitals make no difference to files, either
     for name in names:
         kind, _, model = name.partition("@") if name.startswith(tuple(_KINDS)) else ("", "", name)
-        last = model.removeprefix(_BLANK).removeprefix(TRANSFORMER).removeprefix("demo:").rstrip("/").rpartition("/")[2]
-        slug = base = re.sub(r"[^\w.-]+", "-", f"{kind}-{last}").strip(".-") or "student"
+        family, _, model = model.partition(":") if model.startswith((TRANSFORMER, _BLANK)) else ("", "", model)
+        last = model.removeprefix("demo:").rstrip("/").rpartition("/")[2]
+        parts = "-".join(part for part in (kind, family, last) if part)
+        slug = base = re.sub(r"[^\w.-]+", "-", parts).strip(".-") or "student"
         number = 2
         while slug.lower() in map(str.lower, found):
             slug, number = f"{base}-{number}", number + 1
