@@ -1263,6 +1263,7 @@ WRONG: list[tuple[str, type[SetFitKDError], str]] = [
     ("static:17", ModelError, "16 dimensions, 17 are asked for"),
     ("transformer:./nowhere", ModelError, "no model folder ./nowhere"),
     ("blank:./nowhere", ModelError, "no model folder ./nowhere"),
+    ("transformer:", ModelError, "no name of a model in 'transformer:'"),
     ("blank:EMPTY", ModelError, "is not a model"),
     ("blank:UNREADABLE", ModelError, "does not load"),
 ]

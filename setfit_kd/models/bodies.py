@@ -98,7 +98,9 @@ def locate(name: str | Path) -> Path:
         UnavailableError: The demo package is not installed, or the hub cannot be reached.
         InputError: The hub does not have the model or does not hand it out.
     """
-    name = str(name).removeprefix(TRANSFORMER)
+    given, name = str(name), str(name).removeprefix(TRANSFORMER)
+    if not name.strip():
+        raise ModelError(f"There is no name of a model in {given!r}.", hint="As in transformer:bert-base-uncased.")
     if name.startswith("demo:"):
         return _locate_demo(name)
     path = Path(name)
