@@ -24,7 +24,7 @@ from setfit_kd.pipeline import distill
 from setfit_kd.student import trainer as student_trainer  # noqa: F401 - imported once, for all tries
 from setfit_kd.teacher import trainer as teacher_trainer  # noqa: F401
 
-BUDGETS = (13, 22, 16, 11, 19)
+BUDGETS = (12, 17, 14, 11, 15)
 MOST = 40
 """Events that a try may live to see: the least are too few to come any further, the most must be enough for any stage
 without checkpoints (about 100 with the preset newswire)."""

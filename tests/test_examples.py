@@ -101,7 +101,7 @@ def test_two_teachers(tiny_teacher: Path, tiny_student: Path, capsys: pytest.Cap
     named = {"teacher": [str(tiny_teacher), f"transformer:{tiny_student}"], "student": "static:8"}
     example("two_teachers").main(**{**FAST, **named})
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        *("teachers/teacher", "teachers/student", "teacher", "baseline", "student")
+        *("teachers/teacher", "teachers/transformer-student", "teacher", "baseline", "student")
     ]
 
 
