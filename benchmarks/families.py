@@ -34,7 +34,6 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
             "student": LAYERS,
             "shots": 500,
             "pool_size": 2000,
-            "precision": "bf16",
         },
     },
     "teachers": {
@@ -87,7 +86,7 @@ def run_of(folder: Path, target: Path, **settings: Any) -> RunResult:
     if (target / "config.yaml").is_file():
         return distill(resume=target)
     train, test = str(folder / "train.csv"), str(folder / "test.csv")
-    return distill(train, train, test, output_dir=target, **{"precision": "fp32", "device": "cpu", **settings})
+    return distill(train, train, test, output_dir=target, **{"precision": "bf16", "device": "cpu", **settings})
 
 
 def markdown(results: Mapping[str, RunResult]) -> str:
