@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ import setfit_kd
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+    from setfit_kd import RunResult
 
 # How long an example takes says more of the machine than of the code; a failure shall come back.
 settings.register_profile("tests", deadline=None, derandomize=True)
@@ -75,6 +78,15 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr("setfit_kd.evaluation.measure._WARM_UP", 0)
     monkeypatch.setattr(SentenceTransformer, "forward", count)
     return seen
+
+
+Run = Callable[..., "RunResult"]
+
+
+@pytest.fixture(scope="module")
+def run(base: dict[str, Any]) -> Run:
+    """Runs with the settings that a module has as its ``base``, others in the place of some."""
+    return partial(setfit_kd.distill, **base)
 
 
 def newswire(split: str) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ import logging
 import re
 import shutil
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from click.testing import CliRunner, Result
-from conftest import FAST, newswire
+from conftest import FAST, Run, newswire
 from synthetic import few_labels, same, weights
 
 from setfit_kd import RunConfig, RunResult, TeacherSignals, distill, load
@@ -79,17 +79,6 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_stud
         "batch_size": 16,
         "cache": False,
     }
-
-
-Run = Callable[..., RunResult]
-
-
-@pytest.fixture(scope="module")
-def run(base: dict[str, Any]) -> Run:
-    def run(**others: Any) -> RunResult:
-        return distill(**{**base, **others})
-
-    return run
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import FAST, make_body, newswire
+from conftest import FAST, Run, make_body, newswire
 
 from setfit_kd import RunConfig, RunResult, TeacherSignals, distill, load
 from setfit_kd.cli import main
@@ -83,17 +83,6 @@ def masked_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     BertForMaskedLM(BertConfig.from_pretrained(plain)).save_pretrained(folder)
     return folder
-
-
-Run = Callable[..., RunResult]
-
-
-@pytest.fixture(scope="module")
-def run(base: dict[str, Any]) -> Run:
-    def run(**others: Any) -> RunResult:
-        return distill(**{**base, **others})
-
-    return run
 
 
 @dataclass(frozen=True)
