@@ -12,7 +12,7 @@ from setfit_kd import hub
 from setfit_kd.config import CROSS_VALIDATED, RunConfig
 from setfit_kd.data import RunData, Source, load_run_data
 from setfit_kd.errors import ConfigError
-from setfit_kd.evaluation import Evaluation, OverSeeds, over_seeds
+from setfit_kd.evaluation import Evaluation, OverSeeds, over_seeds, write_texts
 from setfit_kd.hashing import fingerprint
 from setfit_kd.journal import Journal
 from setfit_kd.memory import check_device, place, remembering, resolve_device
@@ -20,6 +20,7 @@ from setfit_kd.models import load_fill_mask, locate, locate_body
 from setfit_kd.precision import Precision, check_precision, resolve_precision
 from setfit_kd.report import write_report
 from setfit_kd.runfolder import (
+    EVALUATION,
     SEEDS,
     STUDENT,
     STUDENTS,
@@ -288,6 +289,8 @@ def _run_whole(
 def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journal: Journal) -> RunResult:
     data = inputs.data
     evaluations: dict[str, Evaluation] = {}
+    if data.evaluation and journal.folder is not None:
+        write_texts(data.evaluation, journal.folder.path / EVALUATION)  # for the report
     if data.signals is None:
         made = made_texts(settled, data, inputs.fill_mask, journal)
         taught = teach(
@@ -317,8 +320,6 @@ def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journa
             models[baseline_name] = baseline
         models[name] = students[source]
     if data.evaluation:
-        if not evaluations:  # no teacher was measured, whose stages had written them
-            stages.keep_texts(data.evaluation)
         for name, model in models.items():
             evaluations[name] = stages.evaluation(name, model, data.evaluation, evaluations.get(TEACHER))
     return RunResult(

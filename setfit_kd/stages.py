@@ -13,7 +13,7 @@ import numpy as np
 from setfit_kd.arrays import in_parts
 from setfit_kd.config import RunConfig, StudentConfig, TeacherConfig
 from setfit_kd.data import LabeledSet, RunData
-from setfit_kd.evaluation import Evaluation, evaluate, evaluate_together, write_texts
+from setfit_kd.evaluation import Evaluation, evaluate, evaluate_together
 from setfit_kd.hashing import content_name, fingerprint
 from setfit_kd.journal import Journal
 from setfit_kd.memory import place, resolve_device
@@ -129,11 +129,6 @@ class RunStages:
             return prepared.make(teacher and teacher.model_body, self.data.pool, self.device)
         with placed(teacher, self.device, "Making student"):
             return prepared.make(teacher.model_body, self.data.pool, self.device)
-
-    def keep_texts(self, data: LabeledSet) -> None:
-        """Write what is evaluated on into the run's folder, for its report."""
-        if self.journal.folder is not None:
-            write_texts(data, self.journal.folder.path / EVALUATION)
 
     def evaluation(self, name: str, model: SetFitModel, data: LabeledSet, teacher: Evaluation | None) -> Evaluation:
         """How good a model is, and what it costs.

@@ -221,8 +221,6 @@ def teach(
         names.append(stages.name)
         if data.evaluation:
             measuring = RunStages(config, data, stages.signals_key, journal)
-            if not evaluations:
-                measuring.keep_texts(data.evaluation)
             evaluations[stages.name] = measuring.evaluation(stages.name, teacher, data.evaluation, None)
         if len(said) == 1 and (keep_first or not several):
             first = teacher
