@@ -177,6 +177,7 @@ _USUAL: dict[Family, dict[str, Any]] = {
         "temperature": 1.0,
     },
     "transformer": {
+        "teacher_learning_rate": 5e-5,
         "max_length": 128,
         "objective": "soft-labels",
         "learning_rate": 2e-5,
@@ -331,7 +332,7 @@ class TeacherConfig(StageConfig):
         None,
         gt=0,
         lt=1,
-        description="The teacher's learning rate [6e-5; 1e-3 for a static body, 2e-5 for a transformer].",
+        description="The teacher's learning rate [6e-5; 1e-3 for a static body, 5e-5 for a transformer].",
     )
     teacher_dropout: bool | None = Field(
         None, description="Keep dropout on while the teacher is fine-tuned [off; on for a transformer]."

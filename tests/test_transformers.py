@@ -26,7 +26,7 @@ from torch import Tensor
 
 from setfit_kd import RunResult, TeacherSignals, distill, load, train_student, train_teacher
 from setfit_kd import teaching as teaching_module
-from setfit_kd.config import Family, FinetuneConfig, StudentConfig, TeacherConfig
+from setfit_kd.config import Family, FinetuneConfig, StudentConfig, TeacherConfig, settled
 from setfit_kd.data.sets import LabeledSet
 from setfit_kd.errors import ConfigError, DataError, ModelError, SetFitKDError
 from setfit_kd.evaluation import measure_quality
@@ -641,8 +641,8 @@ def test_each_family_has_settings_that_are_usual_for_it(family: Family, expected
     usual = StudentConfig.of().of_family(family)
     assert {name: getattr(usual, name) for name in expected} == expected
     given = {"temperature": 2.0, "dropout": family == "setfit", "objective": "embedding", "max_length": 16}
-    settled = StudentConfig.of(**given).of_family(family)
-    assert {name: getattr(settled, name) for name in given} == given
+    kept = StudentConfig.of(**given).of_family(family)
+    assert {name: getattr(kept, name) for name in given} == given
 
 
 def expected_loss(logits: Floats, signals: TeacherSignals, gold: Floats, temperature: float, alpha: float) -> float:
@@ -1111,6 +1111,16 @@ def test_a_teacher_with_few_labels_takes_150_steps_and_with_many_three_passes() 
     assert as_finetuning(TeacherConfig.of(), many, torch.device("cuda")).steps == 150
     assert as_finetuning(TeacherConfig.of(teacher_batch_size=10), many, CPU).steps == 300
     assert as_finetuning(TeacherConfig.of(teacher_steps=7), many, CPU).steps == 7
+
+
+def test_a_transformer_teacher_learns_faster_than_one_that_is_fine_tuned_alone() -> None:
+    labeled = LabeledSet(*texts_and_labels(16), NAMES)
+    documented = TeacherConfig.model_fields["teacher_learning_rate"].description or ""
+    usual = as_finetuning(TeacherConfig.of(), labeled, CPU).learning_rate
+    assert usual is not None
+    assert usual > settled(FinetuneConfig.of().of_family("transformer").learning_rate)
+    assert f"{usual:.0e} for a transformer".replace("e-0", "e-") in documented
+    assert as_finetuning(TeacherConfig.of(teacher_learning_rate=3e-5), labeled, CPU).learning_rate == 3e-5
 
 
 # Passes

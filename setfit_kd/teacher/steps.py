@@ -53,6 +53,7 @@ def teacher_batch_texts(config: TeacherConfig, labeled: LabeledSet) -> int:
 
 def as_finetuning(config: TeacherConfig, labeled: LabeledSet, device: torch.device) -> FinetuneConfig:
     """How a transformer teacher is fine-tuned: three passes over the labels, or `LEAST_UPDATES` steps."""
+    config = config.of_family("transformer")
     found = FinetuneConfig.of(
         **{name: getattr(config, name) for name in StageConfig.model_fields},
         batch_size=config.teacher_batch_size,
