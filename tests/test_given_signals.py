@@ -486,8 +486,9 @@ def test_the_plan_is_what_passes(
     tmp_path: Path,
     passed: list[int],
 ) -> None:
-    from setfit_kd.pipeline import plan, prepare_run
+    from setfit_kd.pipeline import prepare_run
     from setfit_kd.pipeline import run as run_pipeline
+    from setfit_kd.planning import plan
 
     names = [name.replace("MODEL", str(tiny_student)) for name in students]
     settings = {**FAST, "shots": None, "batch_size": 16, "signals": str(given.said), "eval": str(given.eval)}

@@ -139,6 +139,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "publish": {"errors", "hub", "models"},
     "pipeline": STAGE
     | {"hub", "student", "teacher", "evaluation", "runfolder", "journal", "stages", "teaching", "widening", "report"},
+    "planning": {"config", "memory", "teacher", "student", "pipeline"},
     "cli": STAGE
     | {
         "hub",
@@ -147,6 +148,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "evaluation",
         "runfolder",
         "pipeline",
+        "planning",
         "classifiers",
         "predictions",
         "speed",

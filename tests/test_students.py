@@ -29,7 +29,8 @@ from setfit_kd.config import read_config
 from setfit_kd.errors import ConfigError, ModelError, SetFitKDError
 from setfit_kd.memory import remembering
 from setfit_kd.models import embed, embed_tokens, is_static, load_body, predict_proba
-from setfit_kd.pipeline import plan, prepare_run, run
+from setfit_kd.pipeline import prepare_run, run
+from setfit_kd.planning import plan
 from setfit_kd.student import locate_student, slugs, student_body
 from setfit_kd.student.bodies import spread_evenly
 from setfit_kd.student.static import static_body

@@ -24,8 +24,9 @@ from setfit_kd.data.prepare import normalise
 from setfit_kd.errors import ConfigError, ModelError
 from setfit_kd.journal import Journal
 from setfit_kd.models import load_fill_mask, predict_proba
-from setfit_kd.pipeline import plan, prepare_run
+from setfit_kd.pipeline import prepare_run
 from setfit_kd.pipeline import run as run_pipeline
+from setfit_kd.planning import plan
 from setfit_kd.widening import made_texts, without_doubtful
 
 WANTED = 40

@@ -92,7 +92,8 @@ def _tell_how_to_go_on(folder: Path | None) -> None:
 
 def _print_plan(config: RunConfig, results: Console, *, resume: bool) -> None:
     from setfit_kd.cli.screen import rows_table, say, show
-    from setfit_kd.pipeline import plan, prepare_run
+    from setfit_kd.pipeline import prepare_run
+    from setfit_kd.planning import plan
 
     stages = plan(config, prepare_run(config, resume=resume))
     say(results, config.to_yaml())

@@ -10,29 +10,20 @@ from pathlib import PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from setfit_kd import hub
 from setfit_kd.report import plots
 from setfit_kd.report.account import About, Account, StudentAccount, Told, curves
+from setfit_kd.report.wording import class_name, environment, shortened
 from setfit_kd.runfolder import BASELINE, TEACHER
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
-
     from setfit_kd.evaluation import Evaluation, OverSeeds, Spread
 
-MOST_CHARACTERS = 600
-"""Longest piece of a text that is shown."""
-MOST_OF_A_NAME = 80
-"""Longest piece of a class's name."""
 SPREAD_HEADINGS = ("accuracy", "macro F1", "as teacher", "calibration error", "minus teacher", "minus baseline")
 _SETFIT = "config_setfit.json"
 MOST_CLASSES = 20
 """Above so many, confusions are listed in place of a matrix."""
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~!$&])")
-# Control characters, and those that turn the direction of all that follows.
-_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class Table:
     rows: Sequence[Sequence[Any]]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", [[_shortened(str(cell)) for cell in row] for row in self.rows])
+        object.__setattr__(self, "rows", [[shortened(str(cell)) for cell in row] for row in self.rows])
 
 
 def html(account: Account) -> str:
@@ -59,12 +50,12 @@ def html(account: Account) -> str:
     if account.losses:
         names = list(dict.fromkeys([*account.evaluations, *account.losses]))
         drawings["training"] = plots.training(account.losses, names)
-    return _environment().get_template("report.html").render(**_told(account), plots=drawings)
+    return environment().get_template("report.html").render(**_told(account), plots=drawings)
 
 
 def markdown(account: Account) -> str:
     """The report as Markdown, without its plots."""
-    return _environment().get_template("report.md").render(**_told(account))
+    return environment().get_template("report.md").render(**_told(account))
 
 
 def card(account: Account, source: str) -> str:
@@ -72,7 +63,7 @@ def card(account: Account, source: str) -> str:
     student = next((one for one in account.students if one.source == source), None)
     base = _hub_name(source, account)
     is_setfit = (account.folder / account.about.students[source] / _SETFIT).is_file()
-    over = f" over the classes {', '.join(map(_label, account.labels))}" if account.labels else ""
+    over = f" over the classes {', '.join(map(class_name, account.labels))}" if account.labels else ""
     told: dict[str, Any] = {
         "is_setfit": is_setfit,
         "title": "Distilled text classifier",
@@ -88,7 +79,7 @@ def card(account: Account, source: str) -> str:
         told["metrics"] = {"accuracy": round(quality.accuracy, 4), "macro_f1": round(quality.macro_f1, 4)}
         told["comparison"] = _comparison(account)
         told["comparison_note"] = _comparison_note(account)
-    return _environment().get_template("card.md").render(**told)
+    return environment().get_template("card.md").render(**told)
 
 
 def _source_of(account: Account) -> str:
@@ -120,57 +111,11 @@ def _public(source: str, account: Account) -> str:
     return PureWindowsPath(source).name  # which takes slashes of both kinds
 
 
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(
-        loader=PackageLoader("setfit_kd.report"),
-        autoescape=lambda name: (name or "").endswith(".html"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(cell=_cell, text=_text, yaml=_yaml)
-    return environment
-
-
-def _yaml(value: str) -> str:
-    """A text in quotes, on one line."""
-    return yaml.safe_dump(value, default_style='"', width=float("inf")).strip()
-
-
-def _text(value: Any) -> str:
-    """Any value as text that Markdown shows as it is, on one line."""
-    return _MARKDOWN.sub(r"\\\1", _one_line(str(value)))
-
-
-def _cell(value: Any) -> str:
-    """The same, no longer than is read in a table's cell."""
-    return _MARKDOWN.sub(r"\\\1", _shortened(str(value)))
-
-
-def _one_line(text: str) -> str:
-    """A text on one line, without characters that disturb others."""
-    return " ".join(_UNSHOWN.sub(" ", text).split())
-
-
-def _shortened(text: str, most: int = MOST_CHARACTERS) -> str:
-    """A text on one line, cut where it is too long to be read."""
-    line = _one_line(text[: 100 * MOST_CHARACTERS])
-    is_whole = len(line) <= most and len(text) <= 100 * MOST_CHARACTERS
-    return line if is_whole else line[: most - 1] + "…"
-
-
-def _label(name: str) -> str:
-    """A class's name as a table shows it."""
-    return _shortened(name, MOST_OF_A_NAME)
-
-
 def _told(account: Account) -> dict[str, Any]:
     """What the templates tell, as plain values."""
     config, about = account.config, account.about
     told: dict[str, Any] = {
-        "title": f"Distilled: {_shortened(account.folder.absolute().name)}",
+        "title": f"Distilled: {shortened(account.folder.absolute().name)}",
         "subtitle": f"{_taught_by(account)}; {'student' if len(config.student) == 1 else 'students'} "
         f"{', '.join(config.student)}. setfit-kd {about.versions.get('setfit-kd', '')}, seed {config.seed}.",
         "has_teacher": account.teacher is not None,
@@ -344,7 +289,7 @@ def _calibration(account: Account) -> Table:
 def _student(student: StudentAccount, *, alone: bool) -> dict[str, Any]:
     named = "" if alone else f" ({student.name})"
     classes = [
-        (_label(name), f"{of.precision:.1%}", f"{of.recall:.1%}", f"{of.f1:.1%}", f"{of.support:,}")
+        (class_name(name), f"{of.precision:.1%}", f"{of.recall:.1%}", f"{of.f1:.1%}", f"{of.support:,}")
         for name, of in student.evaluation.quality.classes.items()
     ]
     thresholds = [
@@ -376,17 +321,17 @@ def _signed(interval: Any) -> str:
 
 def _shown_text(told: Told) -> dict[str, Any]:
     return {
-        "text": _shortened(told.text),
-        "gold": _label(told.gold),
-        "student": _label(told.student),
+        "text": shortened(told.text),
+        "gold": class_name(told.gold),
+        "student": class_name(told.student),
         "student_confidence": f"{told.confidence:.0%}",
-        "teacher": _label(told.teacher),
+        "teacher": class_name(told.teacher),
         "teacher_confidence": f"{told.teacher_confidence:.0%}" if told.teacher else "",
     }
 
 
 def _matrix(name: str, of: Evaluation, labels: Sequence[str]) -> dict[str, Any]:
-    labels = [_label(name) for name in labels]
+    labels = [class_name(name) for name in labels]
     counts = np.array(of.quality.confusion)
     off = counts.copy()
     np.fill_diagonal(off, 0)

@@ -1,0 +1,48 @@
+"""Settings: one frozen model a stage, all of them together as `RunConfig`, and the presets as data.
+
+A setting has one name everywhere: the field here, the keyword in Python, the key in a YAML file and, with dashes, the
+flag on the command line.
+"""
+
+from setfit_kd.config.base import Family, StageConfig, settled
+from setfit_kd.config.presets import DEFAULT_PRESET, OFFLINE_COMMAND, PRESETS, preset, read_config
+from setfit_kd.config.run import FinetuneRunConfig, RunConfig
+from setfit_kd.config.stages import (
+    AugmentConfig,
+    DataConfig,
+    FinetuneConfig,
+    SignalsConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from setfit_kd.config.values import (
+    BUNDLE_FORMATS,
+    CROSS_VALIDATED,
+    IN_BATCH_OBJECTIVES,
+    parse_objectives,
+    parse_weights,
+)
+
+__all__ = [
+    "BUNDLE_FORMATS",
+    "CROSS_VALIDATED",
+    "DEFAULT_PRESET",
+    "IN_BATCH_OBJECTIVES",
+    "OFFLINE_COMMAND",
+    "PRESETS",
+    "AugmentConfig",
+    "DataConfig",
+    "Family",
+    "FinetuneConfig",
+    "FinetuneRunConfig",
+    "RunConfig",
+    "SignalsConfig",
+    "StageConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "parse_objectives",
+    "parse_weights",
+    "preset",
+    "read_config",
+    "settled",
+]

@@ -1,0 +1,66 @@
+"""Presets, and settings from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from setfit_kd.errors import ConfigError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "ag_news": {
+        "labeled": "ag_news",
+        "unlabeled": "ag_news",
+        "eval": "ag_news",
+        "teacher": "sentence-transformers/paraphrase-mpnet-base-v2",
+        "student": "sentence-transformers/paraphrase-MiniLM-L3-v2",
+        "shots": 16,
+        "pool_size": 1000,
+    },
+    "newswire": {
+        "labeled": "bundled:newswire",
+        "unlabeled": "bundled:newswire",
+        "eval": "bundled:newswire",
+        "teacher": "demo:all-MiniLM-L6-v2",
+        "student": "layers:0,2,5",
+        "shots": 16,
+    },
+}
+DEFAULT_PRESET = "ag_news"
+OFFLINE_COMMAND = "setfit-kd run --preset newswire --output-dir runs/newswire"
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings of a preset.
+
+    Raises:
+        ConfigError: There is no such preset.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"There is no preset {name!r}.", hint=f"There are: {', '.join(PRESETS)}.")
+    return dict(PRESETS[name])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, not yet validated.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read the settings {path}: {error.strerror}.", hint="Check --config.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}).", hint="Save it as UTF-8.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise ConfigError(f"{path}{line} is not valid YAML.", hint="Write one `name: value` a line.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} does not hold settings.", hint="Write one `name: value` a line.")
+    return {str(name).replace("-", "_"): value for name, value in content.items()}
