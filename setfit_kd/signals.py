@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.arrays import in_parts, large_array, load_rows, save_rows, unit_rows
+from setfit_kd.arrays import at_most, in_parts, large_array, load_rows, save_rows, unit_rows
 from setfit_kd.errors import DataError
 from setfit_kd.files import whole_folder
+from setfit_kd.temperature import at_temperature, fit_temperature
 
 _FORMAT = 2
+_MOST_TEXTS = 10_000
+"""Texts that a temperature is fitted on; one number needs no more."""
 _PROBABILITIES, _EMBEDDINGS, _TEXTS, _ABOUT = "probabilities.npy", "embeddings.npy", "texts.jsonl", "signals.json"
 
 
@@ -94,9 +97,10 @@ class TeacherSignals:
     def average(cls, signals: Sequence[TeacherSignals], weights: Sequence[float] | None = None) -> TeacherSignals:
         """Several teachers' signals on the same texts as one.
 
-        Probabilities are averaged. Embeddings are scaled to unit length, weighted by the root of their teacher's share
-        and laid side by side: the cosine of two such rows is the weighted mean of the teachers' cosines, whatever
-        their dimensions.
+        Probabilities are averaged; their temperature is the one that brings them closest to the average of what the
+        teachers mean, each at its own. Embeddings are scaled to unit length, weighted by the root of their teacher's
+        share and laid side by side: the cosine of two such rows is the weighted mean of the teachers' cosines,
+        whatever their dimensions.
 
         Args:
             signals: Signals of the same texts and classes, one a teacher.
@@ -127,7 +131,7 @@ class TeacherSignals:
             first.label_names,
             embeddings,
             " + ".join(s.origin for s in signals),
-            float(np.average([s.temperature for s in signals], weights=shares)),
+            _common_temperature(signals, shares, probabilities),
         )
 
     def save(self, folder: str | Path) -> None:
@@ -178,6 +182,21 @@ class TeacherSignals:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{folder} holds no whole signals ({error}).", hint="Score the pool again.") from None
+
+
+def _common_temperature(
+    signals: Sequence[TeacherSignals], shares: npt.NDArray[np.float64], averaged: npt.NDArray[np.floating]
+) -> float:
+    """The temperature at which averaged probabilities (n, n_classes) come closest to the average of what is meant.
+
+    Where teachers differ, averaging has made the probabilities flatter already, so that it lies below their own.
+    """
+    if all(of.temperature == 1 for of in signals):
+        return 1.0
+    rows = at_most(np.arange(len(averaged)), _MOST_TEXTS, seed=[14])
+    meant = [at_temperature(of.probabilities[rows], of.temperature) for of in signals]
+    logs = np.log(np.maximum(averaged[rows], np.finfo(np.float32).tiny))
+    return fit_temperature(logs, np.average(meant, axis=0, weights=shares))
 
 
 def _side_by_side(

@@ -17,7 +17,8 @@ from setfit_kd import RunConfig, TeacherSignals, distill, evaluate, load, train_
 from setfit_kd.config import read_config
 from setfit_kd.data import encode_labels, prepare, read
 from setfit_kd.errors import OutputError
-from setfit_kd.models import at_temperature, load_body, predict_proba
+from setfit_kd.models import load_body, predict_proba
+from setfit_kd.temperature import at_temperature
 
 QUALITY = ("accuracy", "macro_f1", "classes", "confusion", "agreement")
 

@@ -101,7 +101,7 @@ def rooms(module: str) -> set[str]:
     }
 
 
-GROUND = {"errors", "files", "hashing", "config", "quiet", "progress", "memory", "arrays"}
+GROUND = {"temperature", "errors", "files", "hashing", "config", "quiet", "progress", "memory", "arrays"}
 STAGE = GROUND | {"data", "models", "objectives", "signals", "training", "precision"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -114,7 +114,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arrays": {"errors", "files"},
     "precision": {"errors", "memory"},
     "objectives": {"arrays"},
-    "signals": {"errors", "files", "arrays"},
+    "signals": {"errors", "files", "arrays", "temperature"},
+    "temperature": set(),
     "hub": GROUND,
     "models": GROUND | {"hub"},
     "runtime": set(),

@@ -13,9 +13,10 @@ from conftest import newswire
 from setfit_kd import arrays
 from setfit_kd.config import SignalsConfig
 from setfit_kd.data import LabeledSet
-from setfit_kd.models import at_temperature, embed, fit_head, head_proba, new_model, predict_proba
+from setfit_kd.models import embed, fit_head, head_proba, new_model, predict_proba
 from setfit_kd.teacher import refine_and_score
 from setfit_kd.teacher.refinement import NEIGHBOURS, refine
+from setfit_kd.temperature import at_temperature
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -223,7 +223,7 @@ def test_the_signals_are_the_average(any_run: Both, shares: list[float]) -> None
     found = any_run.result.signals
     assert found.texts == expected.texts
     assert found.origin == f"{any_run.teachers[0]} + {any_run.teachers[1]}"
-    assert found.temperature == pytest.approx(sum(w * s.temperature for w, s in zip(shares, said, strict=True)))
+    assert found.temperature == pytest.approx(expected.temperature)
     np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-7)
     by_hand = sum(share * of.probabilities for share, of in zip(shares, said, strict=True))
     np.testing.assert_allclose(found.probabilities, by_hand, atol=1e-6)

@@ -14,9 +14,7 @@ from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation import measure_calibration
 from setfit_kd.models import (
-    at_temperature,
     fit_head,
-    fit_temperature,
     held_out_logits,
     load_body,
     logits,
@@ -25,6 +23,7 @@ from setfit_kd.models import (
 )
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.teacher import refine_and_score
+from setfit_kd.temperature import at_temperature, fit_temperature
 
 Rows = npt.NDArray[np.floating]
 
@@ -102,7 +101,40 @@ def test_signals_keep_their_temperature(tmp_path: Path) -> None:
     signals = TeacherSignals(["a"], np.array([[0.5, 0.5]], np.float32), ("x", "y"), temperature=2.5)
     signals.save(tmp_path / "signals")
     assert TeacherSignals.load(tmp_path / "signals").temperature == 2.5
-    assert TeacherSignals.average([signals, signals]).temperature == 2.5
+
+
+def sharp_signals(temperature: float, seed: int, n: int = 2000) -> TeacherSignals:
+    """Three classes, sharper by the temperature than what is meant; any two seeds mostly agree."""
+    common = 1.5 * np.random.default_rng(99).normal(size=(n, 3))
+    meant = softmax(common + 0.5 * np.random.default_rng(seed).normal(size=(n, 3)))
+    sharp = at_temperature(meant, 1 / temperature).astype(np.float32)
+    return TeacherSignals([f"text {row}" for row in range(n)], sharp, ("x", "y", "z"), temperature=temperature)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
+@pytest.mark.parametrize("temperatures", [(4.0, 4.0), (6.0, 2.0), (2.0, 1.0)])
+def test_averaged_signals_mean_what_their_teachers_mean_on_average(
+    temperatures: tuple[float, float], weights: list[float] | None
+) -> None:
+    said = [sharp_signals(temperature, seed) for seed, temperature in enumerate(temperatures)]
+    mean = TeacherSignals.average(said, weights)
+    meant = [at_temperature(of.probabilities, of.temperature) for of in said]
+    expected = np.average(meant, axis=0, weights=weights)
+    found = at_temperature(mean.probabilities, mean.temperature)
+    pooled = at_temperature(mean.probabilities, float(np.average(temperatures, weights=weights)))
+    off, off_pooled = (abs(of.max(axis=1).mean() - expected.max(axis=1).mean()) for of in (found, pooled))
+    assert off < 0.02
+    assert off < 0.7 * off_pooled
+
+
+@given(st.floats(0.5, 8))
+def test_signals_averaged_with_themselves_keep_their_temperature(temperature: float) -> None:
+    signals = sharp_signals(temperature, 0, n=200)
+    assert TeacherSignals.average([signals, signals]).temperature == pytest.approx(temperature, rel=0.01)
+
+
+def test_averaged_signals_that_mean_what_they_say_still_do() -> None:
+    assert TeacherSignals.average([sharp_signals(1.0, seed, n=50) for seed in (0, 1)]).temperature == 1
 
 
 def test_a_refined_teacher_is_believable(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:

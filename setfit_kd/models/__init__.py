@@ -30,13 +30,12 @@ from setfit_kd.models.store import (
     save_model,
     with_head,
 )
-from setfit_kd.models.temperature import at_temperature, fit_temperature, held_out_logits, logits, tempered
+from setfit_kd.models.temperature import held_out_logits, logits, tempered
 
 __all__ = [
     "TRANSFORMER",
     "BodySource",
     "as_distilbert",
-    "at_temperature",
     "blank_transformer",
     "checkpointed_layers",
     "classifier_folder",
@@ -46,7 +45,6 @@ __all__ = [
     "embed_tokens",
     "family_of",
     "fit_head",
-    "fit_temperature",
     "head_proba",
     "held_out_logits",
     "is_static",

@@ -1,4 +1,4 @@
-"""Temperatures: how sharp a head's probabilities are, apart from which class is the most probable."""
+"""How sharp a head's probabilities are, and what heads say of texts that they were not fitted on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy.typing as npt
 from setfit_kd.arrays import at_most
 from setfit_kd.models.heads import fit_head
 
-_LEAST, _MOST = 1 / 20, 20.0
 _FOLDS, _MOST_TEXTS = 5, 5_000
 """Parts that are held out in turn, and texts that are looked at; one number needs no more."""
 
@@ -20,34 +19,6 @@ def logits(head: Any, embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.fl
     """Logits of a logistic regression: (n, d) to (n, n_classes); of two classes, the first's are 0."""
     found: npt.NDArray[np.float64] = head.decision_function(np.asarray(embeddings, np.float64))
     return found if found.ndim == 2 else np.column_stack([np.zeros(len(found)), found])
-
-
-def at_temperature(probabilities: npt.NDArray[np.floating], temperature: float) -> npt.NDArray[np.float64]:
-    """Softmax of log-probabilities over a temperature: above 1 flatter, below 1 sharper; (n, n_classes) to the same."""
-    from scipy.special import softmax
-
-    logs = np.log(np.maximum(np.asarray(probabilities, np.float64), np.finfo(np.float32).tiny))
-    found: npt.NDArray[np.float64] = softmax(logs / temperature, axis=1)
-    return found
-
-
-def fit_temperature(logits: npt.NDArray[np.floating], targets: npt.NDArray[np.floating]) -> float:
-    """The temperature at which the logits' softmax comes closest to distributions, both (n, n_classes).
-
-    Closest by cross-entropy (Guo et al., 2017, "On Calibration of Modern Neural Networks", with distributions in the
-    place of gold classes); from a twentieth to twenty, and 1 where there are no texts.
-    """
-    from scipy.optimize import minimize_scalar
-    from scipy.special import log_softmax
-
-    if not len(logits):
-        return 1.0
-
-    def cross_entropy(log_temperature: float) -> float:
-        return -float((targets * log_softmax(logits / np.exp(log_temperature), axis=1)).sum(axis=1).mean())
-
-    found = minimize_scalar(cross_entropy, bounds=(np.log(_LEAST), np.log(_MOST)), method="bounded")
-    return float(np.exp(found.x))
 
 
 def tempered(head: Any, temperature: float) -> Any:
