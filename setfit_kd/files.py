@@ -73,6 +73,30 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
+def replaced_folder(path: str | Path) -> Iterator[Path]:
+    """Yield the path of a folder to be made beside ``path``, which then takes its place and that of an earlier one.
+
+    Until the new one is whole, the earlier one stays as it is.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    target = Path(path).absolute()
+    part, earlier = (target.with_name(f".{target.name}.{uuid4().hex[:8]}") for _ in range(2))
+    try:
+        yield part
+        with writing(Path(path)):
+            if target.is_dir():
+                target.rename(earlier)
+            part.rename(target)
+    finally:
+        if earlier.is_dir() and not target.exists():
+            earlier.rename(target)
+        for left in (part, earlier):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
 def replaced_files(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder within ``folder``, the files in which take the place of those of the same name.
 

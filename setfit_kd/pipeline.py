@@ -239,7 +239,7 @@ def prepare_run(
             load_fill_mask(fill_mask, device=resolve_device("cpu"))  # it must load, and is held when its turn comes
         sources = [locate_student(name) for name in config.student]
         data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
-    check_pool(len(data.pool) + (0 if data.signals else len(data.labeled)), config)
+    check_pool(len(data.pool) + (0 if data.signals else len(data.labeled) + (config.augment or 0)), config)
     if data.evaluation is None:
         if config.seeds > 1:
             raise ConfigError(
@@ -292,6 +292,7 @@ def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journa
         write_texts(data.evaluation, journal.folder.path / EVALUATION)  # for the report
     if data.signals is None:
         made = made_texts(settled, data, inputs.fill_mask, journal)
+        check_pool(len(data.pool) + len(data.labeled) + len(made), settled)  # fewer may have been made
         taught = teach(
             settled,
             replace(data, pool=[*data.pool, *made]),
@@ -371,6 +372,13 @@ def _settled(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> 
         precision = resolve_precision(config.precision, body, texts)
         body.to("cpu")
     if folder:
+        begun_in = told.get("precision", {}).get("name", precision.name)
+        if begun_in != precision.name:
+            logger.warning(
+                "This run was begun in %s and goes on in %s: what was trained is trained again.",
+                begun_in,
+                precision.name,
+            )
         earlier, now = told.get("versions"), versions()
         if earlier not in (None, now):
             logger.warning("This run was begun with other versions; what it has made so far is kept.")

@@ -235,7 +235,9 @@ class RunFolder:
         cls.check(path, overwrite=config.overwrite)
         folder = cls(path)
         for name in _CONTENTS:
-            folder._remove(name)
+            if name != CONFIG:  # without which a folder that is half emptied would be nobody's run
+                folder._remove(name)
+        folder._remove_half_written()
         folder.write_text(CONFIG, config.to_yaml())
         folder.tell()
         return folder
@@ -250,9 +252,7 @@ class RunFolder:
         """
         cls.check(path, resume=True)
         folder = cls(path, _read_about(path / RUN))
-        for left in (*path.glob(".*"), *path.glob("*/.*")):
-            if _HALF_WRITTEN.fullmatch(left.name):  # by a process that was killed
-                folder._remove(str(left.relative_to(path)))
+        folder._remove_half_written()
         folder.write_text(CONFIG, config.to_yaml())
         return folder
 
@@ -283,6 +283,13 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    def _remove_half_written(self) -> None:
+        """Take out what a process that was killed has left unfinished."""
+        for pattern in (".*", "*/.*", "*/*/.*"):
+            for left in self.path.glob(pattern):
+                if _HALF_WRITTEN.fullmatch(left.name):
+                    self._remove(str(left.relative_to(self.path)))
 
     def stage(self, name: str, inputs: str) -> dict[str, Any] | None:
         """What is told of a stage, if it has been made from these inputs."""

@@ -79,9 +79,11 @@ class RunStages:
             signals: What they say.
         """
         origin = self._signals_key if prepared.reads is None else content_hash(prepared.reads)
-        body_key = fingerprint(source, origin)
+        read = fingerprint(self.data.pool) if prepared.is_static and prepared.passes else ""
+        body_key = fingerprint(source, origin, read)
         student_name, baseline_name = names
-        student_key = fingerprint(self._signals_key, body_key, StudentConfig.deciding(self.config))
+        settings = StudentConfig.deciding(self.config)
+        student_key = fingerprint(self._signals_key, self._labeled_key, body_key, settings)
         baseline_config = self.config
         if prepared.family == "transformer":
             baseline_config = on_labels_alone(self.config, len(signals))
@@ -125,7 +127,7 @@ class RunStages:
         )
 
     def _student_body(self, prepared: PreparedStudent, teacher: SetFitModel | None) -> SentenceTransformer:
-        if teacher is None or not prepared.passes:
+        if teacher is None or not prepared.passes or prepared.reads is not None:
             return prepared.make(teacher and teacher.model_body, self.data.pool, self.device)
         with placed(teacher, self.device, "Making student"):
             return prepared.make(teacher.model_body, self.data.pool, self.device)

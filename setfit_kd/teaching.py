@@ -32,7 +32,7 @@ from setfit_kd.runfolder import SCORED, SIGNALS, TEACHER, TEACHERS, WEIGHED
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.stages import RunStages, key_of, placed
 from setfit_kd.student import slugs
-from setfit_kd.teacher import held_out_accuracy, refine_and_score, train_teacher
+from setfit_kd.teacher import held_out_accuracy, refine_and_score, settled_batch_size, train_teacher
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -112,11 +112,13 @@ class TeacherStages:
             _save_head(teacher, folder / _TRAINED_HEAD)
 
         def make() -> SetFitModel:
+            labeled, family = self.data.labeled, self.prepared.source.family
+            size = settled_batch_size(self.config, labeled, family=family, device=self.device)
             teacher = train_teacher(
-                self.data.labeled,
+                labeled,
                 self.prepared.take(),
                 config=self.config,
-                checkpoints=self.journal.checkpoints(self.name, self._key),
+                checkpoints=self.journal.checkpoints(self.name, fingerprint(self._key, size)),
             )
             teacher.model_body.to("cpu")
             return teacher

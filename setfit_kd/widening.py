@@ -12,7 +12,7 @@ from setfit_kd.config import RunConfig
 from setfit_kd.data import RunData, augment
 from setfit_kd.errors import DataError
 from setfit_kd.files import whole_folder
-from setfit_kd.hashing import fingerprint
+from setfit_kd.hashing import content_name, fingerprint
 from setfit_kd.journal import Journal
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import load_fill_mask
@@ -60,7 +60,9 @@ def made_texts(config: RunConfig, data: RunData, fill_mask: Path | None, journal
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} holds no whole texts ({error}).", hint="Make them again.") from None
 
-    key = fingerprint(key_of(data.labeled), data.pool, wanted, config.augment_model, config.seed)
+    forbidden_key = key_of(data.evaluation) if data.evaluation else ""
+    model_key = fill_mask and content_name(file.read_bytes() for file in sorted(fill_mask.iterdir()) if file.is_file())
+    key = fingerprint(key_of(data.labeled), data.pool, forbidden_key, wanted, model_key, config.seed)
     return journal.go_through(AUGMENTED, key, make=make, save=save, load=load)
 
 

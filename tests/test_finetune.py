@@ -409,6 +409,31 @@ def test_an_earlier_model_stays_until_there_is_another(
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("fails", ["save_model", "write_whole"])
+def test_an_earlier_model_stays_where_the_other_cannot_be_written(
+    fails: str, given: Given, by_command: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(by_command.folder, tmp_path / "out"))
+    before = contents(tmp_path)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"setfit_kd.finetune.run.{fails}", full)
+    with pytest.raises((OSError, OutputError)):
+        finetuned(given, folder, steps=1, overwrite=True)
+    kept = {name: content for name, content in contents(tmp_path).items() if "checkpoints" not in name}
+    assert kept == before
+
+
+def test_a_model_is_written_to_where_one_is(given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    finetuned(given, Path(), steps=1)
+    assert load(tmp_path / "here", device="cpu").labels
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 @pytest.mark.parametrize("files", [["notes.txt"], ["config.json"], ["model.safetensors", "other/config.json"]])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_something_else_is_never_replaced(

@@ -590,6 +590,29 @@ def test_from_other_signals_the_student_is_made_anew_and_the_baseline_is_not(
     assert list(result.evaluations) == ["baseline", "student"]
 
 
+def test_with_other_gold_labels_the_student_is_made_anew(
+    copied: tuple[Path, Path], run: Run, given: Given, tmp_path: Path
+) -> None:
+    folder, _ = copied
+    mended = write_jsonl(tmp_path / "mended.jsonl", [{**ROWS[0], "label": ROWS[1]["label"]}, *ROWS[1:16]])
+    assert ROWS[0]["label"] != ROWS[1]["label"]
+    result = run(given.said, resume=folder, labeled=mended, eval=given.eval)
+    assert same(weights(result.student), weights(run(given.said, labeled=mended, baseline=False).student))
+
+
+def test_a_static_body_of_another_model_is_made_anew_for_other_texts(
+    run: Run, given: Given, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    every = {"labeled": given.labeled, "eval": given.eval, "student": f"static:4@{tiny_teacher}"}
+    run(given.said, **every, output_dir=tmp_path / "run")
+    fewer = write_jsonl(tmp_path / "fewer.jsonl", SAID[: len(SAID) // 2])
+    run(fewer, **every, resume=tmp_path / "run")
+    run(fewer, **every, output_dir=tmp_path / "fresh")
+    for name in ("student", "baseline"):
+        bodies = [weights(load(tmp_path / place / name, device="cpu")) for place in ("run", "fresh")]
+        assert same(*bodies), name
+
+
 def test_an_ordinary_run_becomes_one_of_signals(run: Run, given: Given, ordinary: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(ordinary, tmp_path / "run")
     run(given.said, resume=folder, eval=given.eval)

@@ -339,6 +339,35 @@ def test_there_must_be_a_run_to_go_on_with(run_in: Run, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["other", "notes.txt"]
 
 
+def test_an_overwriting_that_was_killed_can_be_done_again(
+    run_in: Run, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, removed = RunFolder._remove, []
+
+    def dies(folder: RunFolder, name: str) -> None:
+        remove(folder, name)
+        removed.append(name)
+        if name == "teacher":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "_remove", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_in(finished, overwrite=True)
+    assert "student" not in removed
+    assert (finished / "student").is_dir()
+    assert run_in(finished, overwrite=True).metrics
+
+
+@pytest.mark.parametrize("again", [{"resume": True}, {"overwrite": True}])
+def test_what_a_kill_left_half_written_is_taken_away(again: dict[str, bool], run_in: Run, finished: Path) -> None:
+    left = [finished / name for name in (".student.0123abcd", "student/.new.0123abcd", "teachers/a/.new.0123abcd")]
+    for folder in left:
+        (folder / "deep").mkdir(parents=True)
+    run_in(finished, **again)
+    assert not [folder for folder in left if folder.exists()]
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"format": 9, "stages": {}}', '{"format": 1}'])
 def test_an_account_that_cannot_be_understood_is_told_of(content: str, run_in: Run, finished: Path) -> None:
     (finished / "run.json").write_text(content)

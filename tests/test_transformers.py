@@ -52,7 +52,7 @@ from setfit_kd.runtime import Classifier
 from setfit_kd.student import locate_student, slugs, steps, student_passes
 from setfit_kd.student.early import AgreementStop
 from setfit_kd.student.static import static_body
-from setfit_kd.teacher import teacher_passes
+from setfit_kd.teacher import settled_batch_size, teacher_passes
 from setfit_kd.teacher.steps import as_finetuning
 from setfit_kd.training import _schedule, recording
 
@@ -1111,6 +1111,19 @@ def test_a_teacher_with_few_labels_takes_150_steps_and_with_many_three_passes() 
     assert as_finetuning(TeacherConfig.of(), many, torch.device("cuda")).steps == 150
     assert as_finetuning(TeacherConfig.of(teacher_batch_size=10), many, CPU).steps == 300
     assert as_finetuning(TeacherConfig.of(teacher_steps=7), many, CPU).steps == 7
+
+
+def test_a_checkpoint_is_of_one_size_of_batches() -> None:
+    labeled = LabeledSet(*texts_and_labels(100), NAMES)
+
+    def sizes(family: Family, **settings: Any) -> list[int]:
+        devices = [torch.device(name) for name in ("cpu", "cuda")]
+        config = TeacherConfig.of(**settings)
+        return [settled_batch_size(config, labeled, family=family, device=device) for device in devices]
+
+    assert sizes("transformer") == [16, 32]
+    assert sizes("transformer", teacher_batch_size=8) == [8, 8]
+    assert sizes("setfit") == [64, 64]
 
 
 def test_a_transformer_teacher_learns_faster_than_one_that_is_fine_tuned_alone() -> None:

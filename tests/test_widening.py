@@ -336,6 +336,27 @@ def test_other_texts_train_no_teacher(by_model: bool, copied: Path, widened: Wid
     assert result.signals.texts[len(POOL) : -len(LABELED)] == made
 
 
+def test_with_another_evaluation_set_none_of_its_texts_is_kept(copied: Path, widened: Widened, tmp_path: Path) -> None:
+    leaked = [{"text": text.upper(), "label": "World"} for text in widened.made[:3]]
+    result = distill(resume=copied, eval=write(tmp_path / "other.jsonl", [*newswire("eval")[:10], *leaked]))
+    assert not set(widened.made[:3]) & {*made_in(copied), *result.signals.texts}
+
+
+def test_a_model_that_has_changed_makes_other_texts(copied: Path, masked_lm: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(masked_lm, tmp_path / "model"))
+    distill(resume=copied, augment_model=str(model))
+    (model / "note.txt").write_text("trained further")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setfit_kd.widening.augment", refuse)
+        with pytest.raises(AssertionError, match="made before"):
+            distill(resume=copied)
+
+
+def test_labels_alone_are_widened_to_a_pool(run: Run) -> None:
+    result = run(unlabeled=None, batch_size=32)
+    assert len(LABELED) < 32 < len(result.signals)
+
+
 @pytest.mark.parametrize(("name", "message"), [("BODY", "masked language model"), ("/not/there", "no model folder")])
 def test_what_is_no_such_model_is_refused(
     name: str, message: str, run: Run, tiny_student: Path, tmp_path: Path

@@ -14,7 +14,8 @@ from setfit_kd.config import FinetuneConfig, FinetuneRunConfig
 from setfit_kd.data import LabeledSet, check_classes, encode_labels, read
 from setfit_kd.errors import DataError, OutputError
 from setfit_kd.evaluation import Evaluation, evaluate
-from setfit_kd.files import write_whole, writing
+from setfit_kd.files import replaced_folder, write_whole, writing
+from setfit_kd.finetune.steps import batch_size_on
 from setfit_kd.finetune.train import finetune
 from setfit_kd.hashing import fingerprint
 from setfit_kd.memory import place, resolve_device
@@ -100,9 +101,9 @@ def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
         evaluation = evaluate(model, measured_on, encode_batch_size=config.encode_batch_size, description="Evaluating")
     result = FinetuneResult(model, evaluation, looks, output_dir)
     told = {**result.metrics, "settings": config.model_dump(mode="json")}
-    _remove_earlier(output_dir)
-    save_model(model, output_dir, title="Text classifier")
-    write_whole(output_dir / METRICS, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    with replaced_folder(output_dir) as folder:
+        save_model(model, folder, title="Text classifier")
+        write_whole(folder / METRICS, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
     shutil.rmtree(checkpoints, ignore_errors=True)
     return result
 
@@ -149,15 +150,17 @@ def _check_apart(labeled: LabeledSet, validation: LabeledSet | None, held_out: L
 
 
 def _checkpoints(output_dir: Path) -> Path:
+    output_dir = output_dir.absolute()
     return output_dir.with_name(f"{output_dir.name}.checkpoints")
 
 
 def _fingerprint(
     config: FinetuneRunConfig, labeled: LabeledSet, validation: LabeledSet | None, body: SentenceTransformer
 ) -> str:
-    """A name for all that decides what comes out of a training."""
+    """A name for all that decides what comes out of a training, the batches that are usual on the device among it."""
     sets = [[data.texts, data.labels.tolist()] for data in (labeled, validation) if data is not None]
-    return fingerprint(FinetuneConfig.deciding(config), content_hash(body), sets)
+    size = batch_size_on(resolve_device(config.device), config)
+    return fingerprint(FinetuneConfig.deciding(config), size, content_hash(body), sets)
 
 
 def _check_output(folder: Path, *, overwrite: bool) -> None:
@@ -177,9 +180,3 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
             raise OutputError(
                 f"The folder {folder} is not empty.", hint="Choose another --output-dir, or add --overwrite."
             )
-
-
-def _remove_earlier(folder: Path) -> None:
-    with writing(folder):
-        if folder.is_dir():
-            shutil.rmtree(folder)

@@ -150,7 +150,10 @@ class _Static:
             if other is None:
                 return static_body(_given(fine_tuned), texts, dimension=self.dimension)
             place(other, device, phase="Making student")
-            return static_body(other, texts, dimension=self.dimension)
+            try:
+                return static_body(other, texts, dimension=self.dimension)
+            finally:
+                other.to("cpu")
 
         return PreparedStudent(make, n_tokens(read), reads=other, is_static=True)
 

@@ -2,7 +2,7 @@
 
 from setfit_kd.teacher.cache import cache_bytes, cache_folder
 from setfit_kd.teacher.scoring import refine_and_score, score
-from setfit_kd.teacher.steps import teacher_passes
+from setfit_kd.teacher.steps import settled_batch_size, teacher_passes
 from setfit_kd.teacher.train import train_teacher
 from setfit_kd.teacher.weights import held_out_accuracy, weighing_passes
 
@@ -12,6 +12,7 @@ __all__ = [
     "held_out_accuracy",
     "refine_and_score",
     "score",
+    "settled_batch_size",
     "teacher_passes",
     "train_teacher",
     "weighing_passes",

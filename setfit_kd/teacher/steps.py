@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from setfit_kd.config import Family, FinetuneConfig, StageConfig, TeacherConfig, settled
 from setfit_kd.data import LabeledSet
-from setfit_kd.finetune import finetune_passes, finetune_steps
+from setfit_kd.finetune import batch_size_on, finetune_passes, finetune_steps
 from setfit_kd.memory import resolve_device
 
 if TYPE_CHECKING:
@@ -49,6 +49,13 @@ def teacher_batch_texts(config: TeacherConfig, labeled: LabeledSet) -> int:
     if config.teacher_objective == "pairs":
         return 2 * PAIRS_BATCH
     return min(settled(config.teacher_batch_size), len(labeled))
+
+
+def settled_batch_size(config: TeacherConfig, labeled: LabeledSet, *, family: Family, device: torch.device) -> int:
+    """Texts in a whole batch on a device; those of a transformer are more where there is an accelerator."""
+    if family == "transformer":
+        return batch_size_on(device, as_finetuning(config, labeled, device))
+    return teacher_batch_texts(config.of_family(family), labeled)
 
 
 def as_finetuning(config: TeacherConfig, labeled: LabeledSet, device: torch.device) -> FinetuneConfig:

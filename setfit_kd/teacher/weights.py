@@ -73,5 +73,6 @@ def held_out_accuracy(
             place(model.model_body, resolve_device(config.device), phase=name)
             apart = labeled.take(held_out)
             said = predict_proba(model, apart.texts, batch_size=config.encode_batch_size, description=name)
+            del model  # before the next one is trained
         right += int((np.asarray(said).argmax(axis=1) == apart.labels).sum())
     return right / len(labeled)
