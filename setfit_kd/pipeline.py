@@ -159,10 +159,17 @@ def distill(
 def resumed(folder: Path, *layers: Mapping[str, Any]) -> RunConfig:
     """The settings of the run in a folder, with others laid over them.
 
+    Where one of its labeled texts, pool and signals is named anew, the others and the evaluation set must be, too: no
+    run's labels meet another's pool. How they are read and drawn stays as it was.
+
     Raises:
         ConfigError: There is no run, or a setting is unknown or out of range.
     """
-    return RunConfig.resolve(RunFolder.settings(folder), *layers, {"output_dir": folder, "overwrite": False})
+    settings = RunFolder.settings(folder)
+    read_as = {
+        name: settings[name] for name in ("text_column", "label_column", "shots", "pool_size") if name in settings
+    }
+    return RunConfig.resolve(settings, read_as, *layers, {"output_dir": folder, "overwrite": False})
 
 
 def run(

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from setfit_kd import distill, load, train_student, train_teacher
 from setfit_kd.cli import main
-from setfit_kd.config import RunConfig, SignalsConfig, StageConfig, StudentConfig, TeacherConfig
+from setfit_kd.config import RunConfig, SignalsConfig, StageConfig, StudentConfig, TeacherConfig, read_config
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import ConfigError, DataError, OutputError
 from setfit_kd.finetune import finetune
 from setfit_kd.hashing import fingerprint
+from setfit_kd.pipeline import resumed
 from setfit_kd.runfolder import RunFolder
 from setfit_kd.signals import TeacherSignals
 
@@ -269,6 +270,19 @@ def test_a_changed_setting_does_anew_the_stages_that_it_touches(
         fresh = run_in(tmp_path / "fresh", **settings)
         assert without_speed(result.metrics) == without_speed(fresh.metrics)
         same_run(finished, tmp_path / "fresh")
+
+
+def test_data_that_are_named_again_are_read_and_drawn_as_before(finished: Path, tmp_path: Path) -> None:
+    before = read_config(finished / "config.yaml")
+    assert before["shots"] is not None
+    settings = {**before, "text_column": ["title", "body"], "label_column": "topic", "pool_size": 99}
+    (finished / "config.yaml").write_text(RunConfig.of(**settings).to_yaml())
+    named = {"labeled": "few.csv", "unlabeled": "pool.txt"}
+    config = resumed(finished, named)
+    assert (config.labeled, config.unlabeled, config.eval) == ("few.csv", "pool.txt", None)
+    assert (config.text_column, config.label_column) == (("title", "body"), "topic")
+    assert (config.shots, config.pool_size) == (before["shots"], 99)
+    assert resumed(finished, {**named, "shots": 5}).shots == 5
 
 
 def test_another_student_leaves_the_teacher_alone(
