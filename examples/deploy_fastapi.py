@@ -1,11 +1,11 @@
 """A small service over a bundle: health check, several texts a request, limits on what comes in.
 
 Make a bundle:   setfit-kd export runs/newswire --output-dir bundle
-Install:         pip install 'setfit-kd[serve]' onnxruntime
+Install:         pip install '.[serve,onnx]'   (in the clone)
 Run:             python examples/deploy_fastapi.py bundle --port 8000
 Ask:             curl localhost:8000/predict -H 'content-type: application/json' -d '{"texts": ["..."]}'
 
-The process needs no torch. One process runs requests side by side in threads; start several behind a balancer for more.
+The process loads no torch. One process runs requests side by side in threads; start several behind a balancer for more.
 """
 
 from typing import Annotated, Any
