@@ -13,6 +13,8 @@ from setfit_kd.models import save_model
 
 
 def main(model: str = "demo:all-MiniLM-L6-v2", folder: str | Path = "runs/finetuned", **settings: Any) -> float:
+    if Path(folder).exists():
+        raise SystemExit(f"{folder} is there already: remove it, or name another folder.")
     rows = encode_labels(read("bundled:newswire", label_column="label"))
     training, validation = rows.take(range(0, len(rows), 2)), rows.take(range(1, len(rows), 2))
     held_out = encode_labels(read("bundled:newswire", label_column="label", role="test"), rows.label_names)
