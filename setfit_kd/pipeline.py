@@ -166,7 +166,7 @@ def resumed(folder: Path, *layers: Mapping[str, Any]) -> RunConfig:
         ConfigError: There is no run, or a setting is unknown or out of range.
     """
     settings = RunFolder.settings(folder)
-    read_as = {
+    read_as: dict[str, Any] = {
         name: settings[name] for name in ("text_column", "label_column", "shots", "pool_size") if name in settings
     }
     return RunConfig.resolve(settings, read_as, *layers, {"output_dir": folder, "overwrite": False})
