@@ -69,7 +69,8 @@ def test_a_whole_round_writes_table_figures_and_plot_and_is_not_run_twice(
         "accuracy-4-shots.png",
     }
     rows = json.loads((results / "newswire-4-shots.json").read_text())["rows"]
-    assert rows["stock_student"][0]["training_passes"] == 125 * 16 * 2
+    whole = 125 * 16 * 2  # its last batch of an epoch holds what is left
+    assert whole - 2 * 16 < rows["stock_student"][0]["training_passes"] <= whole
     assert rows["pairs_student"][0]["training_passes"] == 2 * 8 * (250 + 16)
     assert rows["student"][0]["training_passes"] == 3 * (250 + 16)
     assert all(0 < rows[row][0]["accuracy"] < 1 and rows[row][0]["peak_mb"] > 0 for row in rows)
