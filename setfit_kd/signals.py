@@ -13,7 +13,7 @@ import numpy.typing as npt
 from setfit_kd.arrays import at_most, in_parts, large_array, load_rows, save_rows, unit_rows
 from setfit_kd.errors import DataError
 from setfit_kd.files import whole_folder
-from setfit_kd.temperature import at_temperature, fit_temperature
+from setfit_kd.temperature import at_temperature, fit_temperature, log_probabilities
 
 _FORMAT = 2
 _MOST_TEXTS = 10_000
@@ -195,8 +195,7 @@ def _common_temperature(
         return 1.0
     rows = at_most(np.arange(len(averaged)), _MOST_TEXTS, seed=[14])
     meant = [at_temperature(of.probabilities[rows], of.temperature) for of in signals]
-    logs = np.log(np.maximum(averaged[rows], np.finfo(np.float32).tiny))
-    return fit_temperature(logs, np.average(meant, axis=0, weights=shares))
+    return fit_temperature(log_probabilities(averaged[rows]), np.average(meant, axis=0, weights=shares))
 
 
 def _side_by_side(

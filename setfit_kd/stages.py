@@ -58,7 +58,7 @@ class RunStages:
         self.device = resolve_device(config.device)
         self._signals_key = signals_key
         self._labeled_key = key_of(data.labeled)
-        self._evaluation_key = key_of(data.evaluation) if data.evaluation else ""
+        self._evaluation_key = key_of(data.evaluation)
         self._keys = {TEACHER: signals_key}
 
     def student_and_baseline(
@@ -183,8 +183,10 @@ class _Once:
         return copy.deepcopy(self._made)
 
 
-def key_of(data: LabeledSet) -> str:
-    """Fingerprint of labeled texts."""
+def key_of(data: LabeledSet | None) -> str:
+    """Fingerprint of labeled texts; empty where there are none."""
+    if data is None:
+        return ""
     return fingerprint(data.texts, data.labels.tolist(), list(data.label_names))
 
 

@@ -8,12 +8,16 @@ import numpy.typing as npt
 _LEAST, _MOST = 1 / 20, 20.0
 
 
+def log_probabilities(probabilities: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """Logarithms of probabilities, finite where one is 0; they are logits of the same distribution."""
+    return np.asarray(np.log(np.maximum(np.asarray(probabilities, np.float64), np.finfo(np.float32).tiny)))
+
+
 def at_temperature(probabilities: npt.NDArray[np.floating], temperature: float) -> npt.NDArray[np.float64]:
     """Softmax of log-probabilities over a temperature: above 1 flatter, below 1 sharper; (n, n_classes) to the same."""
     from scipy.special import softmax
 
-    logs = np.log(np.maximum(np.asarray(probabilities, np.float64), np.finfo(np.float32).tiny))
-    found: npt.NDArray[np.float64] = softmax(logs / temperature, axis=1)
+    found: npt.NDArray[np.float64] = softmax(log_probabilities(probabilities) / temperature, axis=1)
     return found
 
 

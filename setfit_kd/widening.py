@@ -60,9 +60,8 @@ def made_texts(config: RunConfig, data: RunData, fill_mask: Path | None, journal
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} holds no whole texts ({error}).", hint="Make them again.") from None
 
-    forbidden_key = key_of(data.evaluation) if data.evaluation else ""
     model_key = fill_mask and content_name(file.read_bytes() for file in sorted(fill_mask.iterdir()) if file.is_file())
-    key = fingerprint(key_of(data.labeled), data.pool, forbidden_key, wanted, model_key, config.seed)
+    key = fingerprint(key_of(data.labeled), data.pool, key_of(data.evaluation), wanted, model_key, config.seed)
     return journal.go_through(AUGMENTED, key, make=make, save=save, load=load)
 
 
