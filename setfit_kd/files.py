@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import logging
+import os
 import re
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from uuid import uuid4
 
 from setfit_kd.errors import OutputError, SetFitKDError
+
+logger = logging.getLogger(__name__)
+
+MAX_JSON_BYTES = 32 << 20
+"""Size above which no JSON document or line is read: parsed, it takes about twenty times as much memory."""
+LOCK = ".lock"
 
 _REASONS = {
     errno.ENOSPC: "The disk is full: free some space, or",
@@ -73,20 +83,24 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced_folder(path: str | Path) -> Iterator[Path]:
+def replaced_folder(path: str | Path, *, is_ours: Callable[[str], bool]) -> Iterator[Path]:
     """Yield the path of a folder to be made beside ``path``, which then takes its place and that of an earlier one.
 
-    Until the new one is whole, the earlier one stays as it is.
+    Until the new one is whole, the earlier one stays as it is. Files and folders in it whose names are not ``is_ours``
+    are kept.
 
     Raises:
         OutputError: It cannot be written.
     """
-    target = Path(path).absolute()
+    target = Path(path).resolve()  # a link to a folder stays one
     part, earlier = (target.with_name(f".{target.name}.{uuid4().hex[:8]}") for _ in range(2))
     try:
         yield part
         with writing(Path(path)):
             if target.is_dir():
+                for kept in target.iterdir():
+                    if not is_ours(kept.name):
+                        _link_or_copy(kept, part / kept.name)
                 target.rename(earlier)
             part.rename(target)
     finally:
@@ -94,6 +108,21 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
             earlier.rename(target)
         for left in (part, earlier):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Make a file or folder appear at ``target`` too, without copying its content where the file system allows that."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(one, other, follow_symlinks=False)
+
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True, copy_function=link)
+    else:
+        link(str(source), str(target))
 
 
 @contextmanager
@@ -115,6 +144,114 @@ def replaced_files(folder: Path) -> Iterator[Path]:
                 file.replace(folder / file.name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def check_regular(path: Path, *, limit: float = float("inf")) -> Path:
+    """Return ``path`` if it is, links resolved, a regular file of at most ``limit`` bytes.
+
+    Reading anything else, such as a pipe or a device, might never end.
+
+    Raises:
+        OSError: It does not exist, is something else or is larger.
+    """
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if about.st_size > limit:
+        raise OSError(errno.EFBIG, f"{about.st_size:,} bytes, expected at most {limit:,}", str(path))
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document of at most `MAX_JSON_BYTES` from a regular file.
+
+    Raises:
+        OSError: It cannot be read, is no regular file or too large.
+        ValueError: It is not JSON in UTF-8.
+    """
+    return _parse(check_regular(path, limit=MAX_JSON_BYTES).read_text(encoding="utf-8"))
+
+
+def read_json_lines(path: Path) -> Iterator[Any]:
+    """Read a regular file of one JSON value per line, each of at most `MAX_JSON_BYTES` characters.
+
+    Raises:
+        OSError: It cannot be read or is no regular file.
+        ValueError: A line is too long or is not JSON in UTF-8.
+    """
+    with check_regular(path).open(encoding="utf-8") as file:
+        while line := file.readline(MAX_JSON_BYTES + 1):
+            if len(line) > MAX_JSON_BYTES:
+                raise ValueError(f"a line of more than {MAX_JSON_BYTES:,} characters")
+            yield _parse(line)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Refuse links among the named files and folders within ``folder``, and anywhere below them.
+
+    Writing or deleting through a link would change what lies elsewhere. Links at or above ``folder`` are the user's own.
+
+    Raises:
+        OutputError: There is one.
+    """
+    for name in names:
+        below = (Path(parent) / each for parent, folders, files in os.walk(folder / name) for each in folders + files)
+        link = next((path for path in (folder / name, *below) if path.is_symlink()), None)
+        if link is not None:
+            raise OutputError(
+                f"{link} is a link: nothing is written or deleted through links inside an output folder.",
+                hint="Replace it by what it points to, or choose another folder.",
+            )
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Create a folder and let no other process work in it within this block; the lock of a process that ended is free.
+
+    A folder that is created here and is still empty at the end is removed.
+
+    Raises:
+        OutputError: Another process works in it, or it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    is_new = not path.exists()
+    refuse_links(path, [LOCK])
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise OutputError(
+                f"Another process{_holder(path / LOCK)} is working in {path}.",
+                hint="Wait until it has ended, or choose another --output-dir.",
+            ) from None
+        except NotImplementedError:
+            logger.debug("%s lies on a file system without locks.", path)
+    try:
+        if lock.is_locked:
+            with suppress(OSError):
+                (path / LOCK).write_text(str(os.getpid()), encoding="utf-8")
+        yield
+    finally:
+        if is_new and path.is_dir() and not any(file.name != LOCK for file in path.iterdir()):
+            shutil.rmtree(path, ignore_errors=True)
+        lock.release()
+
+
+def _holder(lock: Path) -> str:
+    try:
+        return f" ({int(lock.read_text(encoding='utf-8'))})"
+    except (OSError, ValueError):
+        return ""
 
 
 def folder_megabytes(folder: Path) -> float:

@@ -13,6 +13,7 @@ from setfit_kd.config import RunConfig
 from setfit_kd.data import RunData, Source, load_run_data
 from setfit_kd.errors import ConfigError
 from setfit_kd.evaluation import Evaluation, OverSeeds, over_seeds, write_texts
+from setfit_kd.files import locked_folder
 from setfit_kd.hashing import fingerprint
 from setfit_kd.journal import Journal
 from setfit_kd.memory import check_device, place, remembering, resolve_device
@@ -203,7 +204,7 @@ def _run(
         inputs = prepare_run(config, **objects, resume=resume)
         if config.output_dir is None:
             return _run_whole(config, objects, inputs, None)
-        with RunFolder.locked(config.output_dir):
+        with locked_folder(config.output_dir):
             folder = (RunFolder.reopen if resume else RunFolder.create)(config, config.output_dir)
             folder.keep_log(log)
             return _run_whole(config, objects, inputs, folder)

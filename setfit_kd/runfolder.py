@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from setfit_kd import __version__
 from setfit_kd.config import RunConfig, read_config
 from setfit_kd.errors import ConfigError, DataError, OutputError, SetFitKDError
-from setfit_kd.files import write_whole, writing
+from setfit_kd.files import LOCK, locked_folder, read_json, refuse_links, write_whole, writing
 
 CONFIG, METRICS, RUN, LOG = "config.yaml", "metrics.json", "run.json", "run.log"
 TEACHER, BASELINE, STUDENT, SIGNALS = "teacher", "baseline", "student", "signals"
@@ -36,7 +36,7 @@ RESULTS = (METRICS, REPORT_HTML, REPORT_MARKDOWN)
 """What is made of the stages' results at the end."""
 _MODELS = (TEACHER, TEACHERS, BASELINE, BASELINES, STUDENT, STUDENTS)
 _CONTENTS = (CONFIG, RUN, LOG, *RESULTS, *_MODELS, AUGMENTED, SIGNALS, SCORED, WEIGHED, EVALUATION, CHECKPOINTS, SEEDS)
-_LOCK, _FORMAT = ".lock", 1
+_FORMAT = 1
 _PLACE = re.compile(
     rf"({EVALUATION}/)?({TEACHER}|{BASELINE}|{STUDENT}|({TEACHERS}|{BASELINES}|{STUDENTS})/\w[\w.-]*)"
     rf"|{AUGMENTED}|{SIGNALS}|({SCORED}|{WEIGHED})/\w[\w.-]*"
@@ -119,39 +119,61 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
+class _Stage(BaseModel):
+    inputs: str
+    seconds: float = Field(allow_inf_nan=False)
+    out_of_memory: list[dict[str, Any]]
+    losses: list[float]
+
+
+class _Precision(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    speedup: float | None = None
+
+
+class _Run(BaseModel):
+    """The types of what ``run.json`` holds."""
+
+    format: int
+    finished: bool
+    stages: dict[str, _Stage]
+    device: str = ""
+    precision: _Precision | None = None
+
+
 def _read_about(path: Path) -> dict[str, Any]:
-    """What ``run.json`` holds; an empty account where there is none."""
-    if not path.is_file():
-        return RunFolder(path).about
+    """The content of ``run.json``."""
+    again = "Run anew, with --overwrite, or take the version that began it."
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}).", hint="Run anew, with --overwrite.") from None
-    if not isinstance(about, dict) or about.get("format") != _FORMAT or not isinstance(about.get("stages"), dict):
+        about: dict[str, Any] = read_json(path)
+        parsed = _Run.model_validate(about)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
         raise DataError(
-            f"{path} is not of a run that this version can go on with.",
-            hint="Run anew, with --overwrite, or take the version that began it.",
+            f"{path} is not of a run that this version can go on with ({where}: {first['msg']}).", hint=again
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}).", hint="Run anew in another folder.") from None
+    if parsed.format != _FORMAT:
+        raise DataError(
+            f"{path} has format {parsed.format}, and this version can go on with format {_FORMAT}.", hint=again
         )
-    foreign = next((name for name in about["stages"] if not is_place(name)), None)
+    foreign = next((name for name in parsed.stages if not is_place(name)), None)
     if foreign is not None:
         raise DataError(f"{path} tells of {foreign!r}, which no run has.", hint="Run anew, with --overwrite.")
     return about
 
 
-def _holder(lock: Path) -> str:
-    try:
-        return f" ({int(lock.read_text(encoding='utf-8'))})"
-    except (OSError, ValueError):
-        return ""
-
-
 def _is_run(path: Path) -> bool:
-    """Whether the settings in a folder are those of a run."""
+    """Whether a folder was written by a run: it holds a ``run.json`` of one."""
     try:
-        RunConfig.of(**read_config(path / CONFIG))
-    except SetFitKDError:
+        about = read_json(path / RUN)
+    except (OSError, ValueError):
         return False
-    return True
+    return isinstance(about, dict) and {"format", "stages"} <= about.keys()
 
 
 class RunFolder:
@@ -183,16 +205,17 @@ class RunFolder:
     def _check(path: Path, *, overwrite: bool, resume: bool) -> None:
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file, not a folder.", hint="Choose another --output-dir.")
-        holds_files = path.is_dir() and any(file.name != _LOCK for file in path.iterdir())
+        holds_files = path.is_dir() and any(file.name != LOCK for file in path.iterdir())
         if holds_files and not overwrite and not resume:
             go_on = f", or go on with the run in it: --resume {path}" if (path / RUN).is_file() else ""
             raise OutputError(
                 f"The folder {path} is not empty.", hint=f"Choose another --output-dir, add --overwrite{go_on}."
             )
-        if holds_files and any((path / name).exists() for name in _CONTENTS) and not _is_run(path):
+        if holds_files and not resume and any((path / name).exists() for name in _CONTENTS) and not _is_run(path):
             raise OutputError(
                 f"The folder {path} holds files with a run's names, but no run.", hint="Choose another --output-dir."
             )
+        RunFolder.refuse_links(path)
         existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if not existing.is_dir():
             raise OutputError(f"{existing} is a file, not a folder.", hint="Choose another --output-dir.")
@@ -203,13 +226,23 @@ class RunFolder:
             raise OutputError(f"The folder {existing} cannot be written to.", hint=instead)
 
     @staticmethod
+    def refuse_links(path: Path) -> None:
+        """Refuse a folder in which what a run writes or deletes is a link, or lies behind one.
+
+        Raises:
+            OutputError: It does.
+        """
+        half_written = (file.name for file in path.glob(".*") if _HALF_WRITTEN.fullmatch(file.name))
+        refuse_links(path, (*_CONTENTS, LOCK, *half_written))
+
+    @staticmethod
     def settings(path: Path) -> dict[str, Any]:
         """The settings of the run in a folder.
 
         Raises:
             InputError: There is no run.
         """
-        if not (path / CONFIG).is_file():
+        if not all((path / name).is_file() for name in (CONFIG, RUN)):
             raise ConfigError(f"There is no run in {path} to go on with.", hint="Name a run's folder.")
         return read_config(path / CONFIG)
 
@@ -220,7 +253,7 @@ class RunFolder:
             about = _read_about(path / RUN)
             if about.get("finished") or not (about["stages"] or any((path / CHECKPOINTS).glob("*/*"))):
                 return False
-            with RunFolder.locked(path):
+            with locked_folder(path):
                 return True
         except (DataError, OutputError, OSError):
             return False
@@ -235,11 +268,11 @@ class RunFolder:
         cls.check(path, overwrite=config.overwrite)
         folder = cls(path)
         for name in _CONTENTS:
-            if name != CONFIG:  # without which a folder that is half emptied would be nobody's run
+            if name != RUN:  # without which a folder that is half emptied would be nobody's run
                 folder._remove(name)
         folder._remove_half_written()
-        folder.write_text(CONFIG, config.to_yaml())
         folder.tell()
+        folder.write_text(CONFIG, config.to_yaml())
         return folder
 
     @classmethod
@@ -256,37 +289,9 @@ class RunFolder:
         folder.write_text(CONFIG, config.to_yaml())
         return folder
 
-    @staticmethod
-    @contextmanager
-    def locked(path: Path) -> Iterator[None]:
-        """Within this block, no other process may work in a folder. The lock of a process that is gone is none.
-
-        Raises:
-            OutputError: Another process works in it.
-        """
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path / _LOCK)
-            try:
-                lock.acquire(blocking=False)
-            except Timeout:
-                raise OutputError(
-                    f"Another process{_holder(path / _LOCK)} is working in {path}.",
-                    hint="Wait until it has ended, or choose another --output-dir.",
-                ) from None
-            except NotImplementedError:
-                logger.debug("%s lies on a file system without locks.", path)
-        try:
-            if lock.is_locked:
-                with suppress(OSError):
-                    (path / _LOCK).write_text(str(os.getpid()), encoding="utf-8")
-            yield
-        finally:
-            lock.release()
-
     def _remove_half_written(self) -> None:
         """Take out what a process that was killed has left unfinished."""
-        for pattern in (".*", "*/.*", "*/*/.*"):
+        for pattern in (".*", *(f"{name}/{below}" for name in _CONTENTS for below in (".*", "*/.*"))):
             for left in self.path.glob(pattern):
                 if _HALF_WRITTEN.fullmatch(left.name):
                     self._remove(str(left.relative_to(self.path)))

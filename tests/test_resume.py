@@ -26,6 +26,7 @@ from setfit_kd.cli import main
 from setfit_kd.config import RunConfig, SignalsConfig, StageConfig, StudentConfig, TeacherConfig, read_config
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import ConfigError, DataError, OutputError
+from setfit_kd.files import locked_folder
 from setfit_kd.finetune import finetune
 from setfit_kd.hashing import fingerprint
 from setfit_kd.pipeline import resumed
@@ -424,7 +425,7 @@ def test_after_the_error_it_is_told_how_to_go_on(
     told = result.stderr.splitlines()
     assert told[-1] == f"What is whole is kept. To go on: setfit-kd run --resume {finished}"
     assert told[-2] in ("Interrupted.", "Free some.")
-    with RunFolder.locked(finished):
+    with locked_folder(finished):
         busy = CliRunner().invoke(main, ["run", "--resume", str(finished)])
     assert "Another process" in busy.stderr
     assert "To go on" not in busy.stderr
@@ -432,9 +433,9 @@ def test_after_the_error_it_is_told_how_to_go_on(
 
 def test_two_processes_keep_out_of_each_others_way(run_in: Run, finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    with RunFolder.locked(finished), pytest.raises(OutputError, match=rf"Another process \({os.getpid()}\)"):
+    with locked_folder(finished), pytest.raises(OutputError, match=rf"Another process \({os.getpid()}\)"):
         run_in(finished, resume=True)
-    with RunFolder.locked(finished), pytest.raises(OutputError, match="Another process"):
+    with locked_folder(finished), pytest.raises(OutputError, match="Another process"):
         run_in(finished, overwrite=True)
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"} == {
         path: when for path, when in before.items() if path.name != ".lock"
@@ -443,8 +444,8 @@ def test_two_processes_keep_out_of_each_others_way(run_in: Run, finished: Path) 
 
 def test_the_lock_of_a_process_that_is_gone_is_none(run_in: Run, finished: Path) -> None:
     program = (
-        "import os, signal, sys, pathlib\nfrom setfit_kd.runfolder import RunFolder\n"
-        "with RunFolder.locked(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, sys, pathlib\nfrom setfit_kd.files import locked_folder\n"
+        "with locked_folder(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
     )
     died = subprocess.run([sys.executable, "-c", program, finished], check=False)
     assert died.returncode == -signal.SIGKILL

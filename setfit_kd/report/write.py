@@ -7,7 +7,7 @@ from pathlib import Path
 from setfit_kd.files import write_whole
 from setfit_kd.report.account import Account, read_account
 from setfit_kd.report.render import card, html, markdown
-from setfit_kd.runfolder import REPORT_HTML, REPORT_MARKDOWN
+from setfit_kd.runfolder import REPORT_HTML, REPORT_MARKDOWN, RunFolder
 
 _ELSEWHERE = "copy the run to where you may write"
 
@@ -17,9 +17,10 @@ def write_report(folder: str | Path) -> Account:
 
     Raises:
         DataError: There is no finished run, or it cannot be read.
-        OutputError: They cannot be written.
+        OutputError: They cannot be written, or the folder holds links.
     """
     account = read_account(folder)
+    RunFolder.refuse_links(account.folder)
     write_whole(account.folder / REPORT_HTML, html(account), elsewhere=_ELSEWHERE)
     write_whole(account.folder / REPORT_MARKDOWN, markdown(account), elsewhere=_ELSEWHERE)
     for source, place in account.about.students.items():
