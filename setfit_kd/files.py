@@ -196,7 +196,7 @@ def _parse(text: str) -> Any:
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
     """Refuse links among the named files and folders within ``folder``, and anywhere below them.
 
-    Writing or deleting through a link would change what lies elsewhere. Links at or above ``folder`` are the user's own.
+    Writing or deleting through a link would change what lies elsewhere. Links at or above ``folder`` are followed.
 
     Raises:
         OutputError: There is one.

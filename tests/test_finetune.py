@@ -161,7 +161,8 @@ def test_transformers_reads_it(by_command: Finished) -> None:
 
 def test_the_json_is_what_the_folder_tells(by_command: Finished) -> None:
     told = read_json(by_command.folder / "metrics.json")
-    assert list(told) == ["evaluation", "looks", "settings"]
+    assert list(told) == ["evaluation", "looks", "settings", "files"]
+    assert set(told["files"]) == {path.name for path in by_command.folder.iterdir()}
     assert json.loads(by_command.stdout) == {name: told[name] for name in ("evaluation", "looks")}
 
 
@@ -380,12 +381,21 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_a_model_is_replaced_on_request_alone(given: Given, by_command: Finished, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(by_command.folder, tmp_path / "out"))
-    (folder / "left-over.txt").write_text("of the earlier model")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "data").mkdir()
+    (folder / "data" / "more.txt").write_text("mine too")
+    (folder / "spare.bin").write_text("of the earlier model")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "files": [*metrics["files"], "spare.bin"]}))
+    beside = tmp_path / "out.checkpoints"
+    beside.mkdir()
+    (beside / "kept.txt").write_text("mine")
     before = contents(folder)
     refused = invoke(*command(given, folder))
     assert refused.exit_code == OutputError.exit_code
@@ -394,7 +404,10 @@ def test_a_model_is_replaced_on_request_alone(given: Given, by_command: Finished
     assert contents(folder) == before
     replaced = invoke(*command(given, folder, steps=1), "--overwrite")
     assert replaced.exit_code == 0, replaced.output
-    assert contents(folder).keys() == contents(by_command.folder).keys()
+    own = {"notes.txt": b"mine", "data/more.txt": b"mine too"}
+    assert contents(folder).keys() == contents(by_command.folder).keys() | own.keys()
+    assert own.items() <= contents(folder).items()
+    assert contents(beside) == {"kept.txt": b"mine"}
     assert distance(weights(load(folder, device="cpu")), weights(load(by_command.folder, device="cpu"))) > 0
 
 

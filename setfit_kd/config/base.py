@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -164,6 +165,6 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
         reason = _REASONS.get(item["type"], item["msg"].removeprefix("Value error, "))
-        got = "" if item["type"] in ("extra_forbidden", "missing") else f" (got {item['input']!r})"
+        got = "" if item["type"] in ("extra_forbidden", "missing") else f" (got {reprlib.repr(item['input'])})"
         problems.append(f"{name}: {reason}{got}" if name else reason)
     return "Invalid settings: " + "; ".join(problems) + "."

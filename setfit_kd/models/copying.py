@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from setfit_kd.errors import ModelError
 from setfit_kd.models.bodies import cut_layers, family_of
+from setfit_kd.models.local_files import load_local
 from setfit_kd.models.own_heads import features_of
 from setfit_kd.quiet import quiet_libraries
 
@@ -123,11 +124,9 @@ def blank_transformer(
         raise ModelError(f"There is no tokenizer in {folder}.", hint="Put one beside the config.")
     with quiet_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, num_labels=len(label_names))
+        config = load_local(AutoConfig.from_pretrained, folder, num_labels=len(label_names))
         tokenizer: PreTrainedTokenizerBase = (
-            AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-            if like is None or has_tokenizer
-            else like.tokenizer
+            load_local(AutoTokenizer.from_pretrained, folder) if like is None or has_tokenizer else like.tokenizer
         )
         if len(tokenizer) > config.vocab_size:
             whose = "its" if has_tokenizer else "the teacher's"
@@ -136,5 +135,5 @@ def blank_transformer(
                 hint="Put a tokenizer beside the config, or raise its vocab_size.",
             )
         from_config: Any = AutoModelForSequenceClassification.from_config
-        model = from_config(config)
+        model = from_config(config, trust_remote_code=False)
     return from_parts(model, tokenizer, label_names, seed=seed)

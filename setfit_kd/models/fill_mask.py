@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from setfit_kd.errors import ModelError
 from setfit_kd.memory import Ladder, Rung, first_line, is_out_of_memory, place
+from setfit_kd.models.local_files import load_local
 from setfit_kd.progress import track
 from setfit_kd.quiet import quiet_libraries
 
@@ -248,19 +249,18 @@ def load_fill_mask(folder: Path, *, device: torch.device, batch_size: int = 32) 
         with quiet_libraries():
             from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
-            options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-            config: Any = AutoConfig.from_pretrained(str(folder), **options)
+            config: Any = load_local(AutoConfig.from_pretrained, folder)
             named = getattr(config, "architectures", None) or []
             if named and not any(name.endswith(_ARCHITECTURES) for name in named):
                 raise ModelError(
                     f"The model in {folder} is no masked language model but a {', '.join(named)}.", hint=_HINT
                 )
-            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), **options)
+            tokenizer: Any = load_local(AutoTokenizer.from_pretrained, folder)
             if not tokenizer.is_fast:
                 raise ModelError(f"The tokenizer in {folder} is not a fast one.", hint=_HINT)
             if tokenizer.mask_token_id is None:
                 raise ModelError(f"The tokenizer in {folder} has no mask token.", hint=_HINT)
-            model, info = AutoModelForMaskedLM.from_pretrained(str(folder), output_loading_info=True, **options)
+            model, info = load_local(AutoModelForMaskedLM.from_pretrained, folder, output_loading_info=True)
             if info["missing_keys"]:
                 raise ModelError(
                     f"The model in {folder} lacks weights of a masked language model, such as "

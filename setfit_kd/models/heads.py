@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ModelError
+from setfit_kd.files import check_regular, read_json
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -196,8 +197,8 @@ def load_head(folder: Path) -> LogisticRegression | None:
     if not (folder / HEAD_CONFIG).is_file():
         return None
     try:
-        description = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
-        weights = load_file(folder / HEAD_WEIGHTS)
+        description = read_json(folder / HEAD_CONFIG)
+        weights = load_file(check_regular(folder / HEAD_WEIGHTS))
         if description["format"] != _FORMAT or description["kind"] != _KIND:
             raise ModelError(
                 f"The head in {folder} is {description['kind']} of format {description['format']}; this version reads "
@@ -214,5 +215,7 @@ def load_head(folder: Path) -> LogisticRegression | None:
     n_rows = 1 if len(head.classes_) == 2 else len(head.classes_)
     if head.coef_.ndim != 2 or head.coef_.shape[0] != n_rows or head.intercept_.shape != (n_rows,):
         raise ModelError(f"The head in {folder} does not fit its {len(head.classes_)} classes.", hint="Train it again.")
+    if not (np.isfinite(head.coef_).all() and np.isfinite(head.intercept_).all()):
+        raise ModelError(f"The weights of the head in {folder} are not all finite.", hint="Train the model again.")
     head.n_features_in_ = head.coef_.shape[1]
     return head

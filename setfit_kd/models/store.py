@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.errors import ModelError
-from setfit_kd.files import replaced_files, whole_folder
+from setfit_kd.files import check_regular, read_json, replaced_files, whole_folder
 from setfit_kd.memory import place, resolve_device
 from setfit_kd.models.bodies import BodySource, family_of, load_body, locate, transformer_classes
 from setfit_kd.models.heads import load_head, new_head, save_head
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from setfit import SetFitModel
 
 _PICKLED_HEAD = "model_head.pkl"
-_SEVERAL_LABELS = "multi_label_classification"
 _SETFIT_CONFIG = "config_setfit.json"
 # A run writes its settings first and its student as soon as it is trained.
 _RUN_MARKER, _STUDENT, _STUDENTS = "config.yaml", "student", "students"
@@ -154,8 +153,6 @@ def load_folder(folder: Path, *, trust_pickle: bool = False) -> SetFitModel:
     if names is not None:
         if len(names) < 2:
             raise ModelError(f"The model in {folder} gives one number, not classes.", hint="Give a classifier.")
-        if json.loads((folder / "config.json").read_text("utf-8")).get("problem_type") == _SEVERAL_LABELS:
-            raise ModelError(f"The model in {folder} gives a text several labels.", hint="Give one of single labels.")
         model = new_model(BodySource(folder, "transformer").load(names), names)
         model.model_head = own_head(model.model_body)
         return model
@@ -171,11 +168,21 @@ def load_folder(folder: Path, *, trust_pickle: bool = False) -> SetFitModel:
                 hint="If you trust its maker, add --trust-pickle (trust_pickle=True).",
             )
         try:
-            head = joblib.load(folder / _PICKLED_HEAD)
+            head = joblib.load(check_regular(folder / _PICKLED_HEAD))
         except Exception as error:
             raise ModelError(
                 f"The head in {folder} cannot be unpickled ({type(error).__name__}: {error}).", hint="Train it again."
             ) from error
+    # As scikit-learn's one-vs-rest and SetFit's own head say it; multi-output and chained ones have lists of classes.
+    if (
+        getattr(head, "multilabel_", False)
+        or getattr(head, "multitarget", False)
+        or (isinstance(getattr(head, "classes_", None), list))
+    ):
+        raise ModelError(
+            f"The head in {folder} gives a text several labels, which is not supported.",
+            hint="Give a classifier with one label per text.",
+        )
     labels, normalize = _read_setfit_config(folder, head)
     model = new_model(load_body(folder), labels)
     width, expected = model.model_body.get_embedding_dimension(), getattr(head, "n_features_in_", None)
@@ -227,16 +234,22 @@ def _read_setfit_config(folder: Path, head: Any) -> tuple[list[str], bool]:
     config: Any = {}
     if file.is_file():
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = read_json(file)
         except (OSError, ValueError) as error:
             raise ModelError(f"{file} cannot be read ({error}).", hint="Train the model again.") from None
     if not isinstance(config, dict):
         raise ModelError(f"{file} does not hold settings.", hint="Train the model again.")
     classes = getattr(head, "classes_", None)
     labels = config.get("labels") or [str(name) for name in ([] if classes is None else classes)]
-    if not isinstance(labels, list) or (classes is not None and len(labels) != len(classes)):
+    matches = isinstance(labels, list)
+    if matches and classes is not None:
+        # Classes that are names are matched by name: SetFit answers with them, whatever the order of the labels.
+        by_name = all(isinstance(name, str) for name in classes)
+        matches = sorted(map(str, labels)) == sorted(classes) if by_name else len(labels) == len(classes)
+        labels = [str(name) for name in classes] if by_name else labels
+    if not matches:
         raise ModelError(
-            f"{file} names the labels {labels}, the head has {0 if classes is None else len(classes)} classes.",
+            f"{file} names the labels {config.get('labels')!r:.200}, the head has the classes {classes!s:.200}.",
             hint="Train the model again.",
         )
     return labels, bool(config.get("normalize_embeddings", False))

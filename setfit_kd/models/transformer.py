@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +14,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from setfit_kd.errors import ModelError
-from setfit_kd.models.bodies import CLASSIFIER, MODULES
+from setfit_kd.models.bodies import CLASSIFIER
+from setfit_kd.models.local_files import check_finite, load_local, module_folders
 from setfit_kd.quiet import quiet_libraries, without_warnings
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class TransformerFeatures(Transformer):
 
     Args:
         folder: A transformers model with its tokenizer.
-        label_names: Names of the classes. A last layer that the folder has for exactly these is kept.
+        label_names: Names of the classes. A last layer that the folder has for exactly these, in any order, is kept.
+        local: Options of every load, see `load_local`.
 
     Attributes:
         head: From (B, d) features to (B, n_classes) logits.
@@ -38,18 +39,18 @@ class TransformerFeatures(Transformer):
 
     head: nn.Linear
 
-    def __init__(self, folder: Path, label_names: Sequence[str]) -> None:
-        local = {"local_files_only": True}
-        before = AutoConfig.from_pretrained(str(folder), **local)
+    def __init__(self, folder: str, label_names: Sequence[str], **local: Any) -> None:
+        before = AutoConfig.from_pretrained(folder, **local)
         is_classifier = any(name.endswith(CLASSIFIER) for name in before.architectures or ())
-        self._is_whole = is_classifier and list(before.id2label.values()) == list(label_names)
+        before_names = [str(before.id2label[index]) for index in sorted(before.id2label)]
+        self._is_whole = is_classifier and sorted(before_names) == sorted(label_names)
         names = {
             "num_labels": len(label_names),
             "id2label": dict(enumerate(label_names)),
             "label2id": {name: index for index, name in enumerate(label_names)},
         }
         super().__init__(
-            str(folder),
+            folder,
             transformer_task="sequence-classification",
             model_kwargs={**local, "ignore_mismatched_sizes": True, "dtype": torch.float32},
             processor_kwargs=dict(local),
@@ -72,7 +73,12 @@ class TransformerFeatures(Transformer):
         assert isinstance(last, nn.Linear)
         self.head = last
         self._put_last(nn.Identity())
-        if not self._is_whole:
+        if self._is_whole:
+            order = [before_names.index(name) for name in label_names]
+            with torch.no_grad():
+                self.head.weight.copy_(self.head.weight[order])
+                self.head.bias.copy_(self.head.bias[order])
+        else:
             nn.init.normal_(self.head.weight, std=getattr(before, "initializer_range", 0.02))
             nn.init.zeros_(self.head.bias)
 
@@ -130,8 +136,11 @@ def load_transformer(folder: Path, label_names: Sequence[str], *, seed: int = 0)
     """
     with quiet_libraries(), without_warnings("transformers"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        features = TransformerFeatures(_weights_folder(folder), label_names)
-        return SentenceTransformer(modules=[features], device="cpu").float().eval()
+        # A sentence-transformers folder keeps its transformer in the folder of its first module.
+        features = load_local(TransformerFeatures, folder / module_folders(folder)[0], label_names=label_names)
+        body = SentenceTransformer(modules=[features], device="cpu").float().eval()
+    check_finite(body, folder)
+    return body
 
 
 def from_parts(
@@ -143,11 +152,3 @@ def from_parts(
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
         return load_transformer(Path(scratch), label_names, seed=seed)
-
-
-def _weights_folder(folder: Path) -> Path:
-    """Where a sentence-transformers folder keeps its transformer; any other folder itself."""
-    if not (folder / MODULES).is_file():
-        return folder
-    first: dict[str, str] = json.loads((folder / MODULES).read_text(encoding="utf-8"))[0]
-    return folder / first["path"]
