@@ -153,12 +153,14 @@ def _snapshot(name: str, kind: Kind) -> Path:
 
 def cached_snapshot(name: str, kind: Kind) -> Path | None:
     """The folder of a whole copy of a repository in the local cache, or None; asks nobody."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = _fetch(name, kind, local_files_only=True)
     except LocalEntryNotFoundError:
         return None
+    except HFValidationError as error:
+        _raise_if_not_the_hubs(error, name)
     # A cache that other programs filled file by file says nothing of what is missing.
     files = [path for path in folder.rglob("*") if path.is_file()]
     if kind == "dataset":

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 from setfit_kd import hub
 from setfit_kd.errors import InputError, ModelError
-from setfit_kd.models import classifier_folder, load_folder, load_head, transformer_classes
+from setfit_kd.models import classifier_folder, load_folder, load_head, module_folders, transformer_classes
 
-CARD = "README.md"
+CARD, _PICKLED_HEAD = "README.md", "model_head.pkl"
 _FILES = frozenset(
     {
         CARD,
         *("config.json", "config_sentence_transformers.json", "config_setfit.json", "sentence_bert_config.json"),
-        *("modules.json", "model.safetensors.index.json", "head.json", "head.safetensors", "model_head.pkl"),
+        *("modules.json", "model.safetensors.index.json", "head.json", "head.safetensors"),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
         *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
     }
@@ -58,6 +58,9 @@ class Publication:
 def prepare_publication(model: str | Path, name: str) -> Publication:
     """Gather what belongs to a classifier on the hub; asks nobody.
 
+    Only regular files that lie inside the folder are taken. The pickled head, without which SetFit itself would start
+    with a random one, is made from ``head.safetensors`` rather than taken as it is.
+
     Args:
         model: A run's folder, one of its students, or the folder of another SetFit model or transformer.
         name: ``owner/name``.
@@ -71,31 +74,33 @@ def prepare_publication(model: str | Path, name: str) -> Publication:
     if not Path(model).is_dir():
         raise ModelError(f"There is no folder {model}.", hint="Name a run, or a model's folder.")
     folder = classifier_folder(model)
-    if load_head(folder) is None and transformer_classes(folder) is None:
+    head = load_head(folder)
+    if head is None and transformer_classes(folder) is None:
         raise ModelError(f"{folder} holds no classifier of setfit-kd's.", hint="Name a run, or one of its students.")
     load_folder(folder)  # what does not load here is of no use there
-    modules = _module_folders(folder)
+    modules = {"", *module_folders(folder)}
     files: dict[str, Path | bytes] = {}
     left_out = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()):
         place = path.relative_to(folder).as_posix()
+        if place == _PICKLED_HEAD and head is not None:
+            continue
         belongs = place.rpartition("/")[0] in modules and (path.name in _FILES or _WEIGHTS.fullmatch(path.name))
-        if belongs and path.resolve().is_relative_to(folder.resolve()):
+        if belongs and path.is_file() and path.resolve().is_relative_to(folder.resolve()):
             files[place] = path
         else:
             left_out.append(place)
     if not any(_WEIGHTS.fullmatch(Path(place).name) for place in files):
         raise ModelError(f"{folder} holds no weights in safetensors.", hint="Save the model anew.")
-    card = folder / CARD
-    if card.is_file():
-        files[CARD] = card.read_bytes().replace(_PLACEHOLDER, f'"{name}"'.encode())
+    if CARD in files:
+        files[CARD] = (folder / CARD).read_bytes().replace(_PLACEHOLDER, f'"{name}"'.encode())
+    if head is not None:
+        import joblib
+
+        pickled = BytesIO()
+        joblib.dump(head, pickled)
+        files[_PICKLED_HEAD] = pickled.getvalue()
     return Publication(name, files, tuple(left_out))
-
-
-def _module_folders(folder: Path) -> set[str]:
-    """Folders that a model's files lie in: its own, and those of its modules."""
-    file = folder / "modules.json"
-    return {"", *(module["path"] for module in json.loads(file.read_text("utf-8")))} if file.is_file() else {""}
 
 
 def publish(publication: Publication, *, message: str | None = None, private: bool | None = None) -> str:
