@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.files import writing
+from setfit_kd.files import check_regular, writing
 
 MAPPED_BYTES = 1 << 28
 """Embeddings that would take more than this in single precision are kept on disk, in half, and mapped into memory."""
@@ -79,8 +79,8 @@ def load_rows(path: Path) -> npt.NDArray[np.floating]:
         ValueError: It is not one whole array of half or single precision.
     """
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except (SyntaxError, TokenError, TypeError, EOFError) as error:  # numpy parses the header as Python
+        array = np.lib.format.open_memmap(check_regular(path), mode="r")
+    except (SyntaxError, TokenError, TypeError, EOFError, OverflowError) as error:  # numpy parses the header as Python
         raise ValueError(f"{path.name} has a damaged header ({error})") from None
     if array.dtype not in (np.float16, np.float32):
         raise ValueError(f"{path.name} holds no floating rows")

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from setfit_kd.errors import OutputError
-from setfit_kd.files import file_hash, writing
+from setfit_kd.errors import DataError, OutputError
+from setfit_kd.files import file_hash, read_json, writing
+from setfit_kd.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +89,24 @@ class Checkpoints:
         inner._save_checkpoint = keeper.save
         if latest is not None:
             logger.info("Going on from step %s, kept in %s.", latest.name.removeprefix(_PREFIX), self.folder)
-            inner.train = partial(inner.train, resume_from_checkpoint=str(latest))
+            inner.train = partial(self._resume, inner.train, keeper, latest)
+
+    def _resume(self, train: Callable[..., Any], keeper: _Keeper, latest: Path, *args: Any, **kwargs: Any) -> Any:
+        """Train from a checkpoint; remove one that turns out to be unusable.
+
+        Raises:
+            DataError: It is unusable: a damaged or foreign file, such as a pickle, which is never loaded.
+        """
+        try:
+            return train(*args, resume_from_checkpoint=str(latest), **kwargs)
+        except Exception as error:
+            if keeper.has_stepped or is_out_of_memory(error):
+                raise
+            self.clear()
+            raise DataError(
+                f"The checkpoint {latest} cannot be used ({type(error).__name__}: {error}).",
+                hint="It was removed: run the same command again to train from the start.",
+            ) from error
 
 
 class _Keeper(TrainerCallback):
@@ -102,7 +121,7 @@ class _Keeper(TrainerCallback):
         self.latest = latest
         self.parts = parts
         self.plain_save = inner._save_checkpoint
-        self.has_failed = False
+        self.has_failed = self.has_stepped = False
         self.due = time.monotonic() + checkpoints.seconds
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -115,6 +134,7 @@ class _Keeper(TrainerCallback):
             part.load_state(self.latest)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.has_stepped = True
         if time.monotonic() >= self.due and state.global_step < state.max_steps:
             control.should_save = True
 
@@ -152,7 +172,7 @@ def _save_body(body: torch.nn.Module, folder: Path) -> None:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        files = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        files = read_json(folder / _MARKER)
         return all(file_hash(folder / name) == expected for name, expected in files.items())
     except (OSError, ValueError, AttributeError, TypeError):
         return False

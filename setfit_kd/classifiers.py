@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +15,8 @@ from setfit_kd.progress import shown_on
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
+
+    from setfit_kd.runtime import Classifier
 
 
 class AnyClassifier(Protocol):
@@ -45,6 +48,44 @@ class TorchClassifier:
 
         with shown_on(None):
             return predict_proba(self.model, texts, batch_size=self.batch_size)
+
+
+class BundleClassifier:
+    """A bundle as `AnyClassifier`."""
+
+    def __init__(self, bundle: Classifier) -> None:
+        self.bundle = bundle
+        self.labels = bundle.labels
+
+    @property
+    def batch_size(self) -> int:
+        """Texts per forward pass."""
+        return self.bundle.batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self.bundle.batch_size = size
+
+    def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Class probabilities of n texts: (n, n_classes).
+
+        Raises:
+            ModelError: The bundle's model does not run.
+        """
+        with _bundle_errors():
+            return self.bundle.predict_proba(texts)
+
+
+@contextmanager
+def _bundle_errors() -> Iterator[None]:
+    from setfit_kd.runtime import BundleError
+
+    try:
+        yield
+    except BundleError as error:
+        raise ModelError(str(error), hint="Export the bundle again, or copy it again.") from None
+    except ImportError as error:
+        raise UnavailableError("This bundle needs onnxruntime.", hint="pip install onnxruntime") from error
 
 
 def is_bundle(path: str | Path) -> bool:
@@ -88,14 +129,10 @@ def open_classifier(
         SetFitKDError: As `setfit_kd.load`.
     """
     if is_bundle(path):
-        from setfit_kd.runtime import BundleError, Classifier
+        with _bundle_errors():
+            from setfit_kd.runtime import Classifier
 
-        try:
-            return Classifier(path, threads=threads, batch_size=batch_size)
-        except BundleError as error:
-            raise ModelError(str(error), hint="Export the bundle again, or copy it again.") from None
-        except ImportError as error:
-            raise UnavailableError("This bundle needs onnxruntime.", hint="pip install onnxruntime") from error
+            return BundleClassifier(Classifier(path, threads=threads, batch_size=batch_size))
     from setfit_kd.models import load
 
     if threads is not None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from setfit_kd.arrays import at_most, in_parts, large_array, load_rows, save_rows, unit_rows
 from setfit_kd.errors import DataError
-from setfit_kd.files import whole_folder
+from setfit_kd.files import read_json, read_json_lines, whole_folder
 from setfit_kd.temperature import at_temperature, fit_temperature, log_probabilities
 
 _FORMAT = 2
@@ -164,9 +164,8 @@ class TeacherSignals:
         """
         folder = Path(folder)
         try:
-            about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-            with (folder / _TEXTS).open(encoding="utf-8") as file:
-                texts = [json.loads(line) for line in file]
+            about = read_json(folder / _ABOUT)
+            texts = list(read_json_lines(folder / _TEXTS))
             if about["format"] != _FORMAT:
                 raise DataError(
                     f"The signals in {folder} are of format {about['format']}, this version reads {_FORMAT}.",

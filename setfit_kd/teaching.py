@@ -13,7 +13,7 @@ from setfit_kd.config import CROSS_VALIDATED, RunConfig, SignalsConfig, TeacherC
 from setfit_kd.data import RunData
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation import Evaluation
-from setfit_kd.files import whole_folder
+from setfit_kd.files import read_json, whole_folder
 from setfit_kd.hashing import fingerprint
 from setfit_kd.journal import Journal
 from setfit_kd.memory import resolve_device
@@ -165,7 +165,7 @@ class TeacherStages:
 
         def restore(folder: Path) -> float | None:
             try:
-                found = json.loads((folder / _ACCURACY).read_text(encoding="utf-8"))
+                found = read_json(folder / _ACCURACY)
                 return None if found is None else float(found)
             except (OSError, ValueError, TypeError) as error:
                 raise DataError(f"{folder} holds no accuracy ({error}).", hint="Weigh the teacher again.") from None

@@ -11,7 +11,7 @@ import numpy as np
 from setfit_kd.config import RunConfig
 from setfit_kd.data import RunData, augment
 from setfit_kd.errors import DataError
-from setfit_kd.files import whole_folder
+from setfit_kd.files import read_json_lines, whole_folder
 from setfit_kd.hashing import content_name, fingerprint
 from setfit_kd.journal import Journal
 from setfit_kd.memory import resolve_device
@@ -55,8 +55,7 @@ def made_texts(config: RunConfig, data: RunData, fill_mask: Path | None, journal
 
     def load(folder: Path) -> list[str]:
         try:
-            with (folder / _TEXTS).open(encoding="utf-8") as file:
-                return [str(json.loads(line)) for line in file]
+            return [str(text) for text in read_json_lines(folder / _TEXTS)]
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} holds no whole texts ({error}).", hint="Make them again.") from None
 

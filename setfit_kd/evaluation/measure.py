@@ -20,7 +20,7 @@ from setfit_kd.evaluation.cost import Cost, count_parameters, model_megabytes
 from setfit_kd.evaluation.intervals import Interval, bootstrap, bootstrap_calibration, bootstrap_share
 from setfit_kd.evaluation.quality import ClassQuality, Quality, measure_quality
 from setfit_kd.evaluation.texts import class_indices
-from setfit_kd.files import folder_megabytes, whole_folder
+from setfit_kd.files import folder_megabytes, read_json, whole_folder
 from setfit_kd.memory import Ladder, remembering
 from setfit_kd.models import predict_proba
 from setfit_kd.progress import shown_on
@@ -72,15 +72,17 @@ class Evaluation:
             DataError: The folder holds no whole evaluation.
         """
         try:
-            about = json.loads((folder / _MEASURED).read_text(encoding="utf-8"))
+            about = read_json(folder / _MEASURED)
             classes = {name: ClassQuality(**of) for name, of in about["quality"].pop("classes").items()}
             quality, cost = Quality(**about["quality"], classes=classes), Cost(**about["cost"])
             probabilities = np.array(load_rows(folder / _PROBABILITIES), np.float32)
             gold = class_indices(about["gold"], len(classes))
             if probabilities.shape != (len(gold), len(classes)):
                 raise ValueError("its parts do not belong together")
+            if not np.isfinite(probabilities).all():
+                raise ValueError("its probabilities are not all finite")
             return cls(quality, cost, probabilities, gold)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{folder} holds no whole evaluation ({error}).", hint="Evaluate again.") from None
 
     @cached_property

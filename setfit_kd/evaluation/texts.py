@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.files import whole_file, writing
+from setfit_kd.files import read_json_lines, whole_file, writing
 
 _TEXTS = "texts.jsonl"
 
@@ -37,8 +37,7 @@ def read_texts(folder: Path) -> LabeledSet:
         DataError: It is not there, or not whole.
     """
     try:
-        with (folder / _TEXTS).open(encoding="utf-8") as file:
-            about, *rows = (json.loads(line) for line in file)
+        about, *rows = read_json_lines(folder / _TEXTS)
         names, texts = about["label_names"], [row["text"] for row in rows]
         if not isinstance(names, list) or not all(isinstance(text, str) for text in [*names, *texts]):
             raise ValueError("a text or a name is none")
@@ -46,7 +45,7 @@ def read_texts(folder: Path) -> LabeledSet:
             raise ValueError(f"it holds {len(texts)} texts of {about['texts']}")
         labels = class_indices([row["label"] for row in rows], len(names))
         return LabeledSet(texts, labels, tuple(names), str(about["origin"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / _TEXTS} cannot be read ({error}).", hint="Evaluate the run again.") from None
 
 

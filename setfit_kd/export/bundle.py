@@ -21,7 +21,7 @@ from setfit_kd.export.onnx import quantize, write_onnx
 from setfit_kd.export.static import write_static
 from setfit_kd.export.weights import head_weights, labels_json, reading_of
 from setfit_kd.files import file_hash, folder_megabytes, whole_folder
-from setfit_kd.models import is_static, predict_proba
+from setfit_kd.models import check_finite, is_static, predict_proba
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
@@ -134,7 +134,10 @@ def export_bundle(
     floors = {name: floor if min_agreement is None else min_agreement for name, floor in LEAST_AGREEMENT.items()}
     head_weights(model)  # what has none cannot be exported, whatever the format
     model.model_body.to("cpu")
+    check_finite(model.model_body, title)
     expected = predict_proba(model, texts, description="Classifying by torch")
+    if not np.isfinite(expected).all():
+        raise ModelError("The classifier gives probabilities that are not numbers.", hint="Train it again.")
     with whole_folder(folder) as part:
         draft = _Draft(model, part, texts, expected)
         if format == "static":

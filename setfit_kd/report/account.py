@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +13,7 @@ from setfit_kd.config import RunConfig, read_config
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation import Abstaining, Evaluation, OverSeeds, abstaining_curve, over_seeds, read_texts
+from setfit_kd.files import read_json
 from setfit_kd.runfolder import (
     BASELINES,
     CONFIG,
@@ -236,7 +236,7 @@ def _over_seeds(folder: Path, about: About, evaluations: dict[str, Evaluation]) 
 
 def _read_about(folder: Path) -> About:
     try:
-        content = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        content = read_json(folder / RUN)
         if isinstance(content, dict) and content.get("finished") is False:
             raise DataError(
                 f"The run in {folder} has not come to its end.", hint=f"Go on: setfit-kd run --resume {folder}"
@@ -249,7 +249,7 @@ def _read_about(folder: Path) -> About:
             f"{folder / RUN} is not of a run that this version can tell of ({where}: {first['msg']}).",
             hint=f"Go through it again: setfit-kd run --resume {folder}",
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{folder / RUN} cannot be read ({error}).", hint="Run anew.") from None

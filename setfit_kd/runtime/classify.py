@@ -10,11 +10,14 @@ copy of which lies in each:
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -31,6 +34,10 @@ _OTHER_FILE = b"\n\x08location"
 """As an ONNX graph, a protocol buffer, writes the key of a tensor that lies in another file."""
 _WINDOW = 2048
 """Texts that are tokenised and sorted by length at once."""
+_MAX_BYTES = {".json": 64 << 20, ".safetensors": 1 << 31, ".onnx": 1 << 31}
+"""Sizes above which files are not read."""
+_REPEATING = {"Loop", "Scan"}
+"""Operators by which a small graph can run for ever; what `setfit-kd export` writes has none of them."""
 _NUMBERS: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2"}
 
 Floats = npt.NDArray[np.float32]
@@ -82,14 +89,10 @@ class Classifier:
         self.batch_size = batch_size
         if threads == 1:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        try:
+        with _explained(str(folder)):
             self.labels = _read_labels(files[LABELS])
             self._tokenizer = _read_tokenizer(files[TOKENIZER])
             self._model: _Model = _KINDS[self.manifest["kind"]](files, self.manifest, threads)
-        except (BundleError, ImportError):
-            raise
-        except Exception as error:  # the tokenizer's and the session's errors are bare ones
-            raise BundleError(f"{folder} cannot be used ({type(error).__name__}: {error}).") from error
         tokens, classes = self._model.n_tokens, self._model.n_classes
         if tokens is not None and max(self._tokenizer.get_vocab().values(), default=0) >= tokens:
             raise BundleError(f"{folder} has vectors for {tokens} tokens, fewer than its tokenizer knows.")
@@ -104,7 +107,10 @@ class Classifier:
         found = np.empty((len(texts), len(self.labels)), np.float32)
         for start in range(0, len(texts), _WINDOW):
             window = texts[start : start + _WINDOW]
-            found[start : start + len(window)] = self._classify(window)
+            with _explained("The bundle"):
+                found[start : start + len(window)] = self._classify(window)
+        if not np.isfinite(found).all():
+            raise BundleError("The bundle gives probabilities that are not numbers.")
         return found
 
     def predict(self, texts: Sequence[str]) -> list[str]:
@@ -135,6 +141,18 @@ class Classifier:
             rows = list(order[start : start + size])
             found[rows] = self._model.probabilities([ids[row] for row in rows])
         return found
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what the tokenizer and the session raise into `BundleError`: bare exceptions, and panics, which are none."""
+    try:
+        yield
+    except BaseException as error:
+        is_theirs = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not is_theirs or isinstance(error, (BundleError, ImportError, MemoryError)):
+            raise
+        raise BundleError(f"{name} cannot be used ({type(error).__name__}: {error}).") from error
 
 
 class _Model(Protocol):
@@ -207,6 +225,9 @@ class _Onnx:
             options.intra_op_num_threads = threads
         if _OTHER_FILE in files[ONNX_MODEL]:
             raise BundleError(f"{ONNX_MODEL} names other files to be read: a bundle has none.")
+        # As a protocol buffer writes the type of a node, in the graph or in a function of the model's own.
+        if any(b'"' + bytes([len(name)]) + name.encode() in files[ONNX_MODEL] for name in _REPEATING):
+            raise BundleError(f"{ONNX_MODEL} holds loops: a bundle has none.")
         self._session = onnxruntime.InferenceSession(files[ONNX_MODEL], options, providers=["CPUExecutionProvider"])
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if {one.name for one in inputs} != _INPUTS or outputs[0].name != "probabilities" or len(outputs[0].shape) != 2:
@@ -241,7 +262,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = json.loads(_read(file))
     except FileNotFoundError:
         raise BundleError(f"{folder} is no bundle: there is no {MANIFEST} in it.") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -274,12 +295,22 @@ def _read_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     contents = {}
     for name in needed:
         try:
-            contents[name] = (folder / name).read_bytes()
+            contents[name] = _read(folder / name)
         except OSError as error:
             raise BundleError(f"{folder / name} cannot be read ({error.strerror}): the bundle is not whole.") from None
         if hashlib.sha256(contents[name]).hexdigest() != expected[name]:
             raise BundleError(f"{folder / name} is not what it was when the bundle was made: copy the bundle again.")
     return contents
+
+
+def _read(path: Path) -> bytes:
+    """The content of a regular file of no more than `_MAX_BYTES`; of anything else, reading might never end."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if about.st_size > _MAX_BYTES[path.suffix]:
+        raise OSError(errno.EFBIG, "too large")
+    return path.read_bytes()
 
 
 def _read_labels(content: bytes) -> list[str]:
@@ -306,12 +337,15 @@ def read_safetensors(content: bytes) -> dict[str, Floats]:
     try:
         size = int.from_bytes(content[:8], "little")
         header, numbers = json.loads(content[8 : 8 + size]), content[8 + size :]
-        arrays = {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                flat = np.frombuffer(numbers[begin:end], np.dtype(_NUMBERS[entry["dtype"]]))
-                arrays[name] = flat.reshape(entry["shape"]).astype(np.float32)
+        header.pop("__metadata__", None)
+        arrays, read = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            if begin != read:
+                raise ValueError("its arrays overlap or leave gaps")
+            read = end
+            flat = np.frombuffer(numbers[begin:end], np.dtype(_NUMBERS[entry["dtype"]]))
+            arrays[name] = flat.reshape(entry["shape"]).astype(np.float32)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"This is no safetensors file of half or single precision ({error}).") from None
     return arrays
