@@ -16,8 +16,6 @@ from setfit_kd.progress import shown_on
 if TYPE_CHECKING:
     from setfit import SetFitModel
 
-    from setfit_kd.runtime import Classifier
-
 
 class AnyClassifier(Protocol):
     """What all classifiers can do.
@@ -48,32 +46,6 @@ class TorchClassifier:
 
         with shown_on(None):
             return predict_proba(self.model, texts, batch_size=self.batch_size)
-
-
-class BundleClassifier:
-    """A bundle as `AnyClassifier`."""
-
-    def __init__(self, bundle: Classifier) -> None:
-        self.bundle = bundle
-        self.labels = bundle.labels
-
-    @property
-    def batch_size(self) -> int:
-        """Texts per forward pass."""
-        return self.bundle.batch_size
-
-    @batch_size.setter
-    def batch_size(self, size: int) -> None:
-        self.bundle.batch_size = size
-
-    def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Class probabilities of n texts: (n, n_classes).
-
-        Raises:
-            ModelError: The bundle's model does not run.
-        """
-        with _bundle_errors():
-            return self.bundle.predict_proba(texts)
 
 
 @contextmanager
@@ -129,10 +101,17 @@ def open_classifier(
         SetFitKDError: As `setfit_kd.load`.
     """
     if is_bundle(path):
-        with _bundle_errors():
-            from setfit_kd.runtime import Classifier
+        from setfit_kd.runtime import Classifier
 
-            return BundleClassifier(Classifier(path, threads=threads, batch_size=batch_size))
+        class Bundle(Classifier):
+            """A bundle whose errors are ours."""
+
+            def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+                with _bundle_errors():
+                    return super().predict_proba(texts)
+
+        with _bundle_errors():
+            return Bundle(path, threads=threads, batch_size=batch_size)
     from setfit_kd.models import load
 
     if threads is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import joblib
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -509,6 +510,51 @@ def test_a_trusted_pickle_gives_the_same_model(model: SetFitModel, saved: Path) 
     (saved / "head.safetensors").unlink()
     again = load(saved, device="cpu", trust_pickle=True)
     np.testing.assert_allclose(predict_proba(again, TEXTS), predict_proba(model, TEXTS), atol=1e-6)
+
+
+def test_a_pickled_head_whose_classes_are_names_is_matched_by_name(
+    model: SetFitModel, saved: Path, student_body: SentenceTransformer, tmp_path: Path
+) -> None:
+    """As SetFit trains one on labels that are strings: in alphabetical order, whatever the order of the labels."""
+    from sklearn.linear_model import LogisticRegression
+
+    from setfit_kd.export import export_bundle
+    from setfit_kd.runtime import Classifier
+
+    gold = [LABELS[row % 3] for row in range(len(TEXTS))]
+    labels = sorted(LABELS, reverse=True)
+    head = LogisticRegression(C=1e4).fit(student_body.encode(TEXTS), gold)
+    (saved / "head.json").unlink()
+    joblib.dump(head, saved / "model_head.pkl")
+    (saved / "config_setfit.json").write_text(json.dumps({"labels": labels, "normalize_embeddings": False}))
+    again = load(saved, device="cpu", trust_pickle=True)
+    expected = list(head.predict(student_body.encode(TEXTS)))
+    assert [again.labels[row] for row in predict_proba(again, TEXTS).argmax(axis=1)] == expected
+    assert list(again.predict(TEXTS)) == expected
+    export_bundle(again, tmp_path / "bundle", texts=TEXTS, format="onnx")
+    assert Classifier(tmp_path / "bundle").predict(TEXTS) == expected
+    (saved / "config_setfit.json").write_text(json.dumps({"labels": ["x", "y", "z"]}))
+    with pytest.raises(ModelError, match="names the labels"):
+        load(saved, device="cpu", trust_pickle=True)
+
+
+@pytest.mark.parametrize("kind", ["one-vs-rest", "multi-output", "classifier-chain"])
+def test_a_head_of_several_labels_is_refused(kind: str, saved: Path) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.multioutput import ClassifierChain, MultiOutputClassifier
+
+    kinds = {
+        "one-vs-rest": OneVsRestClassifier,
+        "multi-output": MultiOutputClassifier,
+        "classifier-chain": ClassifierChain,
+    }
+    rng = np.random.default_rng(0)
+    head = kinds[kind](LogisticRegression()).fit(rng.normal(size=(30, 16)), rng.integers(2, size=(30, 3)))
+    (saved / "head.json").unlink()
+    joblib.dump(head, saved / "model_head.pkl")
+    with pytest.raises(ModelError, match="several labels"):
+        load(saved, device="cpu", trust_pickle=True)
 
 
 def _set(file: str, content: str) -> Callable[[Path], None]:

@@ -228,9 +228,24 @@ def test_a_head_for_the_same_classes_is_kept(
     assert all(torch.equal(value, again[name]) for name, value in tensors(body).items())
 
 
-@pytest.mark.parametrize(
-    "names", [("a", "b", "c", "d"), NAMES[::-1], NAMES[:2], (*NAMES, "weather")], ids=["other", "order", "few", "more"]
-)
+@pytest.mark.parametrize("shuffled", [False, True], ids=["file", "classes"])
+def test_a_head_is_kept_by_the_names_of_its_classes(shuffled: bool, encoder: Maker, tmp_path: Path) -> None:
+    """Whatever the order of the keys in ``config.json``, as text "10" comes before "2", and of the classes."""
+    names = [f"class {index}" for index in range(12)]
+    body = loaded(encoder("bert"), names)
+    save_model(classifier(body, names), tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    config["id2label"] = dict(sorted(config["id2label"].items()))
+    assert list(config["id2label"]) != sorted(config["id2label"], key=int)
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    order = list(np.random.default_rng(0).permutation(12)) if shuffled else list(range(12))
+    again = loaded(tmp_path / "saved", [names[index] for index in order])
+    features = body.encode(TEXTS, show_progress_bar=False)
+    expected = own_head(body).predict_proba(features)[:, order]
+    np.testing.assert_allclose(own_head(again).predict_proba(features), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", [("a", "b", "c", "d"), NAMES[:2], (*NAMES, "weather")], ids=["other", "few", "more"])
 def test_for_other_classes_there_is_a_new_head_on_the_same_network(names: Sequence[str], saved: Path) -> None:
     before, after = tensors(loaded(saved)), tensors(loaded(saved, names))
     assert after["head.weight"].shape == (len(names), 16)

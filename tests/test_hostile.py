@@ -1,0 +1,445 @@
+"""Files and folders made to do harm, on the command line: nothing runs, hangs, fills memory or leaves its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from conftest import FAST, newswire
+
+from setfit_kd import distill
+from setfit_kd.cli import main
+from setfit_kd.export import export_bundle
+from setfit_kd.models import load_folder
+from setfit_kd.publish import prepare_publication
+
+MOST_BYTES = 2_000_000_000
+SPARSE_BYTES = 40_000_000_000
+
+pytestmark = pytest.mark.timeout(60)  # far above what any of these takes; reading a pipe would never end
+
+
+def peak_memory() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def invoke(*arguments: str | Path, stdin: str = "y\n1\nyes\n" * 20) -> Result:
+    """Run a command that must end by itself, without a traceback and within the memory."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is measured anew
+    before = peak_memory()
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "Traceback" not in result.output
+    assert peak_memory() - before < MOST_BYTES
+    return result
+
+
+def refused(*arguments: str | Path, **options: Any) -> str:
+    result = invoke(*arguments, **options)
+    assert result.exit_code in (1, 2), result.output
+    assert "Error: " in result.stderr
+    assert len(result.stderr) < 10_000
+    return result.stderr
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_teacher: Path, tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; it must not be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    models = {"teacher": str(tiny_teacher), "student": str(tiny_student)}
+    distill(*["bundled:newswire"] * 3, **{**FAST, **models, "pool_size": 40, "baseline": False, "output_dir": folder})
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def bundle_once(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "bundle"
+    texts = [row["text"] for row in newswire("train")[:20]]
+    export_bundle(load_folder(finished / "student"), folder, texts=texts, format="onnx", min_agreement=0.9)
+    return folder
+
+
+@pytest.fixture
+def bundle(bundle_once: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle_once, tmp_path / "bundle"))
+
+
+# Code that comes with a model
+
+SPY = "from pathlib import Path\nPath({path!r}).write_text('ran')\nfrom transformers import {name} as Spy\n"
+CLASSIFIES = ["BertForSequenceClassification"]
+
+
+def change_json(path: Path, **values: Any) -> None:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**content, **values}))
+
+
+def add_spies(folder: Path, evidence: Path) -> None:
+    """Name code in every file that may name any, beside configurations that need none."""
+    for file, name in (("spy_config", "BertConfig"), ("spy_model", "BertModel"), ("spy_tokenizer", "BertTokenizer")):
+        (folder / f"{file}.py").write_text(SPY.format(path=str(evidence), name=name))
+    models = ("AutoModel", "AutoModelForSequenceClassification", "AutoModelForMaskedLM")
+    names = {"AutoConfig": "spy_config.Spy", **dict.fromkeys(models, "spy_model.Spy")}
+    tokenizer = {"AutoTokenizer": ["spy_tokenizer.Spy", "spy_tokenizer.Spy"], "AutoProcessor": "spy_tokenizer.Spy"}
+    change_json(folder / "config.json", auto_map={**names, **tokenizer})
+    change_json(folder / "tokenizer_config.json", auto_map=tokenizer)
+    change_json(folder / "processor_config.json", auto_map=tokenizer, processor_class="Spy")
+
+
+def known_kind(folder: Path) -> None:
+    """Leave the kind of model and tokenizer as it is."""
+
+
+def unknown_model(folder: Path) -> None:
+    change_json(folder / "config.json", model_type="spy")
+
+
+def unknown_tokenizer(folder: Path) -> None:
+    change_json(folder / "tokenizer_config.json", tokenizer_class="Spy")
+
+
+DRY = ("--preset", "newswire", "--device", "cpu", "--dry-run")
+COMMANDS: dict[str, Callable[[Path, Path], tuple[Any, ...]]] = {
+    "teacher": lambda model, good: ("run", *DRY, "--teacher", model, "--student", good),
+    "transformer teacher": lambda model, good: ("run", *DRY, "--teacher", f"transformer:{model}", "--student", good),
+    "student": lambda model, good: ("run", *DRY, "--teacher", good, "--student", model),
+    "transformer student": lambda model, good: ("run", *DRY, "--teacher", good, "--student", f"transformer:{model}"),
+    "layers": lambda model, good: ("run", *DRY, "--teacher", good, "--student", f"layers:1@{model}"),
+    "static": lambda model, good: ("run", *DRY, "--teacher", good, "--student", f"static:8@{model}"),
+    "blank": lambda model, good: ("run", *DRY, "--teacher", good, "--student", f"blank:{model}"),
+    "augment": lambda model, good: ("run", *DRY, "--teacher", good, "--student", good, "--augment", "9",
+                                    "--augment-model", model),
+    "finetune": lambda model, _: ("finetune", model, "--labeled", "few.jsonl", "--output-dir", "out", "--steps", "1",
+                                  "--device", "cpu"),
+    "predict": lambda model, _: ("predict", model, "--device", "cpu"),
+    "evaluate": lambda model, _: ("evaluate", model, "--eval", "bundled:newswire", "--device", "cpu"),
+    "export": lambda model, _: ("export", model, "--output-dir", "out"),
+    "push": lambda model, _: ("push", model, "me/news", "--dry-run"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [known_kind, unknown_model, unknown_tokenizer])
+@pytest.mark.parametrize("is_classifier", [False, True])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_code_of_a_model_never_runs(
+    command: str, is_classifier: bool, kind: Callable[[Path], None], finished: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    """Answers of consent wait on stdin, among the texts to classify."""
+    uses_head = command in ("predict", "evaluate", "export", "push")
+    if is_classifier and command in ("layers", "static", "student", "teacher"):
+        pytest.skip("the same as without")
+    model = Path(shutil.copytree(finished / "student" if uses_head else tiny_student, tmp_path / "model"))
+    if is_classifier:  # a folder of transformers alone
+        (model / "modules.json").unlink()
+        change_json(model / "config.json", architectures=CLASSIFIES)
+    rows = newswire("train")[:40]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    add_spies(model, tmp_path / "evidence")
+    kind(model)
+    result = invoke(*COMMANDS[command](model, tiny_student))
+    assert not (tmp_path / "evidence").exists()
+    assert result.exit_code == 0 or str(model) in result.stderr  # refused for what it is, not for the flags
+
+
+@pytest.mark.parametrize("path", ["../elsewhere", "/elsewhere", 7])
+@pytest.mark.parametrize("command", ["teacher", "transformer teacher", "predict", "push"])
+def test_modules_lie_inside_the_folder(command: str, path: Any, finished: Path, tiny_student: Path) -> None:
+    model = Path(shutil.copytree(finished / "student", "model"))
+    shutil.copytree(finished / "student", "elsewhere")
+    modules = json.loads((model / "modules.json").read_text())
+    modules[0]["path"] = str(Path("elsewhere").resolve()) if path == "/elsewhere" else path
+    (model / "modules.json").write_text(json.dumps(modules))
+    assert "modules.json names the folder" in refused(*COMMANDS[command](model, tiny_student))
+
+
+# Links in a run's folder
+
+LINKED = (
+    "seeds", "students", "student", "evaluation", "evaluation/student", "checkpoints", ".student.0123abcd", "signals",
+    "student/README.md", "run.log", "run.json", "report.html", "metrics.json", ".lock",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_nothing_is_changed_through_links_in_a_run(name: str, run: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    (outside / "folder" / "7").mkdir(parents=True)
+    (outside / "folder" / "README.md").write_text("mine")
+    (outside / "folder" / ".new.0123abcd").mkdir()
+    place = run / name
+    if place.is_dir():
+        shutil.rmtree(place)
+    content = place.read_bytes() if place.is_file() else b""
+    (outside / "file").write_bytes(content)
+    place.unlink(missing_ok=True)
+    is_file = ("." in Path(name).name[1:] and not name.endswith("0123abcd")) or name == ".lock"
+    place.symlink_to(outside / ("file" if is_file else "folder"))
+    before = tree(outside)
+    for command in (
+        ("run", "--resume", run, "--epochs", "2"),
+        ("run", *DRY[:-1], "--teacher", "x", "--output-dir", run, "--overwrite"),
+        ("report", run),
+    ):
+        assert refused(*command)
+        assert tree(outside) == before
+    assert "is a link" in refused("run", "--resume", run)
+
+
+def test_links_at_or_above_a_run_are_followed(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(run)
+    (run / "notes").symlink_to(tmp_path / "elsewhere")  # what is not the run's own is left alone
+    assert invoke("report", tmp_path / "linked").exit_code == 0
+    assert invoke("run", "--resume", tmp_path / "linked").exit_code == 0
+    assert (run / "notes").is_symlink()
+
+
+# What is pushed
+
+
+def test_only_files_inside_are_pushed_and_the_pickled_head_is_made_anew(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    student = run / "student"
+    for name in ("README.md", "vocab.txt"):
+        (student / name).unlink(missing_ok=True)
+        (student / name).symlink_to(tmp_path / "secret")
+    os.mkfifo(student / "merges.txt")
+    assert "merges.txt" in refused("push", run, "me/news", "--dry-run")
+    (student / "merges.txt").unlink()
+    (student / "model_head.pkl").write_bytes(b"not what it was")
+    publication = prepare_publication(run, "me/news")
+    assert {"README.md", "vocab.txt"} <= set(publication.left_out)
+    assert {"README.md", "vocab.txt"}.isdisjoint(publication.files)
+    assert "secret" not in str(publication.files)
+    import io
+
+    import joblib
+
+    pickled = publication.files["model_head.pkl"]
+    assert isinstance(pickled, bytes)
+    head, expected = joblib.load(io.BytesIO(pickled)), load_folder(student).model_head
+    assert np.array_equal(head.coef_, expected.coef_)
+    assert np.array_equal(head.classes_, expected.classes_)
+
+
+# Files that never end, or never fit
+
+
+def sparse(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        file.truncate(SPARSE_BYTES)
+
+
+def pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+BAD_FILES = [sparse, pipe, endless]
+MODEL_FILES = ["config.json", "modules.json", "tokenizer.json", "tokenizer_config.json", "config_setfit.json",
+               "head.json", "head.safetensors", "model.safetensors", "1_Pooling/config.json", "README.md"]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", BAD_FILES)
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_a_file_of_a_model_is_a_regular_file(name: str, spoil: Callable[[Path], None], finished: Path) -> None:
+    model = Path(shutil.copytree(finished / "student", "model"))
+    spoil(model / name)
+    refused("predict", model, "some text", "--device", "cpu")
+
+
+@pytest.mark.parametrize("spoil", BAD_FILES)
+@pytest.mark.parametrize("name", ["manifest.json", "labels.json", "tokenizer.json", "model.onnx"])
+def test_a_file_of_a_bundle_is_a_regular_file(name: str, spoil: Callable[[Path], None], bundle: Path) -> None:
+    spoil(bundle / name)
+    refused("predict", bundle, "some text")
+
+
+@pytest.mark.parametrize("spoil", BAD_FILES)
+@pytest.mark.parametrize(
+    "name", ["run.json", "config.yaml", "signals/texts.jsonl", "signals/signals.json", "signals/embeddings.npy",
+             "evaluation/texts.jsonl", "evaluation/student/measured.json", "evaluation/student/probabilities.npy"]
+)  # fmt: skip
+def test_a_file_of_a_run_is_a_regular_file(name: str, spoil: Callable[[Path], None], run: Path) -> None:
+    spoil(run / name)
+    if name.startswith("signals"):
+        refused("export", run, "--output-dir", "bundle")
+    else:
+        refused("report", run)
+
+
+@pytest.mark.parametrize("spoil", BAD_FILES)
+def test_settings_are_a_regular_file(spoil: Callable[[Path], None]) -> None:
+    spoil(Path("settings.yaml"))
+    refused("run", "--config", "settings.yaml")
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [BOMB, "epochs: " + "[" * 20_000, "epochs: " + "9" * 200_000, "x" * 200_000 + ": 1", "epochs: " + "1:" * 90_000],
+    ids=["aliases", "nesting", "digits", "name", "base 60"],
+)
+def test_settings_that_grow_are_refused(content: str) -> None:
+    Path("settings.yaml").write_text(content)
+    refused("run", "--config", "settings.yaml", "--device", "cpu")
+
+
+def put(bundle: Path, name: str, content: bytes) -> None:
+    """Write a file of a bundle, and its hash into the manifest."""
+    (bundle / name).write_bytes(content)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"][name] = hashlib.sha256(content).hexdigest()
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def looping_graph(op_type: str) -> bytes:
+    """A graph that goes through a loop of 2^62 rounds before it answers."""
+    from onnx import TensorProto, helper
+
+    many = helper.make_tensor("many", TensorProto.INT64, [], [1 << 62])
+    yes = helper.make_tensor("yes", TensorProto.BOOL, [], [True])
+    state = helper.make_tensor_value_info("state", TensorProto.FLOAT, [1, 4])
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["goes"]), helper.make_node("Identity", ["state"], ["next"])],
+        "body",
+        [helper.make_tensor_value_info("round", TensorProto.INT64, []),
+         helper.make_tensor_value_info("go", TensorProto.BOOL, []), state],
+        [helper.make_tensor_value_info("goes", TensorProto.BOOL, []),
+         helper.make_tensor_value_info("next", TensorProto.FLOAT, [1, 4])],
+    )  # fmt: skip
+    start = helper.make_tensor("start", TensorProto.FLOAT, [1, 4], [0.25] * 4)
+    nodes = [
+        helper.make_node("Constant", [], ["n"], value=many),
+        helper.make_node("Constant", [], ["c"], value=yes),
+        helper.make_node("Constant", [], ["s"], value=start),
+        helper.make_node(op_type, ["n", "c", "s"], ["probabilities"], body=body),
+    ]
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["n", "t"]) for name in ("input_ids", "attention_mask")
+    ]
+    output = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, [1, 4])
+    graph = helper.make_graph(nodes, "graph", inputs, [output])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("op_type", ["Loop", "Scan"])
+def test_a_graph_that_never_ends_is_refused(op_type: str, bundle: Path) -> None:
+    put(bundle, "model.onnx", looping_graph(op_type))
+    assert "holds loops" in refused("predict", bundle, "some text")
+
+
+def test_tensors_that_share_a_block_are_refused(bundle: Path) -> None:
+    """Five thousand names for the same half megabyte would take 10 GB in single precision."""
+    size = 1 << 19
+    entry = {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}
+    header = json.dumps({f"t{number}": entry for number in range(5000)}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(size)
+    change_json(bundle / "manifest.json", kind="static")
+    for name in ("embeddings.safetensors", "head.safetensors"):
+        put(bundle, name, content)
+    assert "overlap" in refused("predict", bundle, "some text")
+
+
+def test_messages_are_bounded(run: Path, bundle: Path) -> None:
+    put(bundle, "labels.json", json.dumps(["x" * 3_000_000]).encode())
+    refused("predict", bundle, "some text")
+    change_json(run / "student" / "config_setfit.json", labels=["x" * 3_000_000])
+    refused("predict", run, "some text", "--device", "cpu")
+    about = json.loads((run / "run.json").read_text())
+    about["stages"]["x" * 3_000_000] = about["stages"]["student"]
+    (run / "run.json").write_text(json.dumps(about))
+    refused("run", "--resume", run)
+
+
+# Values of the wrong kind
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("stages", []), ("stages", {"student": 7}), ("stages", {"student": {"inputs": 7}}), ("format", "1"),
+     ("format", None), ("device", 7), ("precision", "bf16"), ("precision", {"name": []}), ("finished", {})],
+)  # fmt: skip
+def test_a_run_json_of_the_wrong_types_is_refused(key: str, value: Any, run: Path) -> None:
+    change_json(run / "run.json", **{key: value})
+    assert "run.json" in refused("run", "--resume", run)
+
+
+def test_weights_that_are_not_numbers_are_refused(finished: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    model = Path(shutil.copytree(finished / "student", "model"))
+    for name in ("head.safetensors", "model.safetensors"):
+        weights = load_file(model / name)
+        next(iter(weights.values())).flat[0] = np.nan
+        save_file(weights, model / name, metadata={"format": "pt"})
+        for command in ("predict", "export", "push", "teacher"):
+            if command != "teacher" or name.startswith("model"):
+                assert "not all finite" in refused(*COMMANDS[command](model, finished / "teacher"))
+        shutil.copyfile(finished / "student" / name, model / name)
+
+
+def test_a_hub_name_with_a_space_is_refused_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "'my model'" in refused("predict", "my model", "some text")
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "body.safetensors"]
+)
+def test_a_checkpoint_with_foreign_files_is_removed(
+    name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its marker holds the right hashes: whoever makes a folder can make those, too."""
+    import pickle
+
+    from synthetic import stop_at
+
+    class Spy:
+        def __reduce__(self) -> Any:
+            return Path.write_text, (tmp_path / "evidence", "ran")
+
+    command = ("run", "--resume", run, "--epochs", "3", "--checkpoint-seconds", "1e-9")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, KeyboardInterrupt)
+        assert invoke(*command).exit_code == 130
+    (checkpoint,) = (run / "checkpoints").glob("*/checkpoint-*")
+    (checkpoint / name).write_bytes(pickle.dumps(Spy()))
+    hashes = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in checkpoint.iterdir()
+        if path.name != "whole.json"
+    }
+    (checkpoint / "whole.json").write_text(json.dumps(hashes))
+    assert "It was removed" in refused(*command)
+    assert not (tmp_path / "evidence").exists()
+    assert invoke(*command).exit_code == 0
