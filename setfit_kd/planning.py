@@ -1,4 +1,4 @@
-"""What a run would go through, told before it begins."""
+"""The stages of a run, listed before it begins."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from setfit_kd.config import CROSS_VALIDATED, RunConfig
 from setfit_kd.memory import resolve_device
-from setfit_kd.student import on_labels_alone, student_passes
-from setfit_kd.teacher import teacher_passes, weighing_passes
+from setfit_kd.student import on_labels_alone, student_steps
+from setfit_kd.teacher import training_steps, weighing_steps
 
 if TYPE_CHECKING:
     from setfit_kd.pipeline import RunInputs
@@ -16,44 +16,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage that a run would go through, with the texts that would pass forward through a model."""
+    """A stage with the texts it works on and its training steps, all its models together; 0 where none is trained."""
 
     stage: str
     texts: int
-    forward_passes: int
+    steps: int = 0
 
 
 def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
-    """The stages of a run with their forward passes, a pass being one text through one model."""
+    """The stages of a run."""
     data, report = inputs.data, inputs.data.report
-    n_students = len(config.student)
-    with_baseline = config.baseline and report.labeled > 0
-    n_models = len(inputs.teachers) + n_students * (2 if with_baseline else 1)
+    device, labeled = resolve_device(config.device), inputs.data.labeled
     n_texts = report.pool + (config.augment or 0) + (0 if data.signals else report.labeled)
-    split = [config.model_copy(update={"micro_batch_size": None}) if s.is_static else config for s in inputs.students]
-    with_own = list(zip(inputs.students, split, strict=True))
-    student = sum(s.passes + student_passes(c, n_texts, report.labeled, family=s.family) for s, c in with_own)
-    device = resolve_device(config.device)
-    teachers = [teacher_passes(config, data.labeled, family=t.source.family, device=device) for t in inputs.teachers]
-    if len(teachers) > 1 and config.teacher_weights == CROSS_VALIDATED:
-        teachers += [
-            weighing_passes(config, data.labeled, family=t.source.family, device=device) for t in inputs.teachers
-        ]
-    stages = [PlannedStage("student", n_texts, student)]
-    if teachers:
-        trained = PlannedStage("teacher", report.labeled, sum(teachers))
-        stages = [trained, PlannedStage("signals", n_texts, len(inputs.teachers) * n_texts), *stages]
+    families = [teacher.source.family for teacher in inputs.teachers]
+    stages = []
+    if families:
+        steps = sum(training_steps(config, labeled, family=family, device=device) for family in families)
+        if len(families) > 1 and config.teacher_weights == CROSS_VALIDATED:
+            steps += sum(weighing_steps(config, labeled, family=family, device=device) for family in families)
+        stages = [PlannedStage("teacher", report.labeled, steps), PlannedStage("signals", n_texts)]
+    students = [student.family for student in inputs.students]
+    steps = sum(student_steps(config.of_family(family), n_texts) for family in students)
+    stages.append(PlannedStage("student", n_texts, steps))
+    if data.evaluation and config.baseline and report.labeled:
+        configs = [on_labels_alone(config, n_texts) if family == "transformer" else config for family in students]
+        steps = sum(
+            training_steps(how, labeled, family=family, device=device)
+            for how, family in zip(configs, students, strict=True)
+        )
+        stages.append(PlannedStage("baseline", report.labeled, steps))
     if data.evaluation:
-        if with_baseline:
-            baselines = [
-                teacher_passes(
-                    on_labels_alone(c, n_texts) if s.family == "transformer" else c,
-                    data.labeled,
-                    family=s.family,
-                    device=device,
-                )
-                for s, c in with_own
-            ]
-            stages.append(PlannedStage("baseline", report.labeled, sum(baselines)))
-        stages.append(PlannedStage("evaluation", report.evaluation, n_models * report.evaluation))
+        stages.append(PlannedStage("evaluation", report.evaluation))
     return stages

@@ -79,7 +79,7 @@ class RunStages:
             signals: What they say.
         """
         origin = self._signals_key if prepared.reads is None else content_hash(prepared.reads)
-        read = fingerprint(self.data.pool) if prepared.is_static and prepared.passes else ""
+        read = fingerprint(self.data.pool) if prepared.reads_texts else ""
         body_key = fingerprint(source, origin, read)
         student_name, baseline_name = names
         settings = StudentConfig.deciding(self.config)
@@ -127,7 +127,7 @@ class RunStages:
         )
 
     def _student_body(self, prepared: PreparedStudent, teacher: SetFitModel | None) -> SentenceTransformer:
-        if teacher is None or not prepared.passes or prepared.reads is not None:
+        if teacher is None or not prepared.reads_texts or prepared.reads is not None:
             return prepared.make(teacher and teacher.model_body, self.data.pool, self.device)
         with placed(teacher, self.device, "Making student"):
             return prepared.make(teacher.model_body, self.data.pool, self.device)

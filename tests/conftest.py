@@ -80,6 +80,22 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for every training step to come."""
+    from transformers import Trainer
+
+    steps: list[int] = []
+    training_step = Trainer.training_step
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        return training_step(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", count)
+    return steps
+
+
 Run = Callable[..., "RunResult"]
 
 

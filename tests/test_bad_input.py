@@ -282,7 +282,7 @@ def test_good_input_passes(models: list[str], tmp_path: Path) -> None:
     before = tree(tmp_path)
     result = invoke_run(*models, "--dry-run")
     assert result.exit_code == 0, result.stderr
-    assert "forward passes" in result.stdout
+    assert "steps" in result.stdout
     assert tree(tmp_path) == before
 
 

@@ -29,8 +29,6 @@ from setfit_kd.config import read_config
 from setfit_kd.errors import ConfigError, ModelError, SetFitKDError
 from setfit_kd.memory import remembering
 from setfit_kd.models import embed, embed_tokens, is_static, load_body, predict_proba
-from setfit_kd.pipeline import prepare_run, run
-from setfit_kd.planning import plan
 from setfit_kd.student import locate_student, slugs, student_body
 from setfit_kd.student.bodies import spread_evenly
 from setfit_kd.student.static import static_body
@@ -706,29 +704,3 @@ def test_slugs_differ_by_more_than_case() -> None:
 )
 def test_a_slug_is_the_name_in_short(names: list[str], expected: list[str]) -> None:
     assert slugs(names) == expected
-
-
-# What a plan says of several
-
-
-@pytest.mark.parametrize(
-    ("students", "settings"),
-    [
-        (["layers:2", "static:8"], {}),
-        (["static:8", "static:4@STUDENT", "STUDENT"], {"baseline": False}),
-        (["static:8", "layers:2"], {"micro_batch_size": 5, "objective": "similarity"}),
-    ],
-)
-def test_a_plan_of_several_students_is_what_passes(
-    students: list[str],
-    settings: dict[str, Any],
-    tiny_teacher: Path,
-    tiny_student: Path,
-    passed: list[int],
-) -> None:
-    sources = dict.fromkeys(("labeled", "unlabeled", "eval"), "bundled:newswire")
-    names = [name.replace("STUDENT", str(tiny_student)) for name in students]
-    config = RunConfig.of(**{**SMALL, **sources, "teacher": str(tiny_teacher), "student": names, **settings})
-    planned = plan(config, prepare_run(config))
-    run(config)
-    assert sum(passed) == sum(stage.forward_passes for stage in planned)

@@ -32,7 +32,7 @@ from setfit_kd.errors import ConfigError, DataError, ModelError, SetFitKDError
 from setfit_kd.evaluation import measure_quality
 from setfit_kd.evaluation.cost import count_parameters
 from setfit_kd.export import export_bundle
-from setfit_kd.finetune import batch_size_on, finetune, finetune_passes
+from setfit_kd.finetune import batch_size_on, finetune
 from setfit_kd.finetune.looks import ValidationLooks
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import (
@@ -49,10 +49,10 @@ from setfit_kd.models import (
 )
 from setfit_kd.models.own_heads import features_of
 from setfit_kd.runtime import Classifier
-from setfit_kd.student import locate_student, slugs, steps, student_passes
+from setfit_kd.student import locate_student, slugs
 from setfit_kd.student.early import AgreementStop
 from setfit_kd.student.static import static_body
-from setfit_kd.teacher import settled_batch_size, teacher_passes
+from setfit_kd.teacher import settled_batch_size
 from setfit_kd.teacher.steps import as_finetuning
 from setfit_kd.training import _schedule, recording
 
@@ -414,7 +414,6 @@ def test_a_static_students_vectors_are_the_features_of_the_transformers_tokens(b
     teacher = loaded(bert)
     prepared = locate_student("static:8").prepare(teacher, NAMES)
     assert prepared.family == "setfit"
-    assert prepared.passes == len(embed_tokens(teacher))
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.mul_(1.1)
@@ -1149,78 +1148,6 @@ def test_a_transformer_teacher_learns_faster_than_one_that_is_fine_tuned_alone()
     assert usual > settled(FinetuneConfig.of().of_family("transformer").learning_rate)
     assert f"{usual:.0e} for a transformer".replace("e-0", "e-") in documented
     assert as_finetuning(TeacherConfig.of(teacher_learning_rate=3e-5), labeled, CPU).learning_rate == 3e-5
-
-
-# Passes
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"epochs": 2, "batch_size": 8},  # the last text of 33 is left over
-        {"batch_size": 10, "micro_batch_size": 4},  # a last batch that fits
-        {"objective": "similarity,soft-labels=3", "micro_batch_size": 4},
-        {"objective": "embedding,soft-labels"},
-        {"objective": "similarity"},
-        {"objective": "embedding"},
-        {"objective": "pairs", "num_iterations": 1},
-        {"gold_weight": 0.0},
-        {"patience": 9, "epochs": 3},
-    ],
-)
-def test_a_transformer_students_passes_are_known_beforehand(
-    tiny_student: Path, passed: list[int], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(steps, "LOOK_STEPS", 1)
-    config = StudentConfig.of(**{**PLAIN, "epochs": 1, "batch_size": 16, **settings})
-    train_student(pool_signals(), f"transformer:{tiny_student}", labeled=few_labels(), config=config)
-    assert sum(passed) == student_passes(config, POOL, 16, family="transformer")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"micro_batch_size": 5},
-        {"micro_batch_size": 12},
-        {"teacher_batch_size": 100},
-        {"teacher_batch_size": None},
-        {"teacher_steps": None},
-    ],
-)
-def test_a_transformer_teachers_passes_are_known_beforehand(
-    tiny_student: Path, passed: list[int], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("setfit_kd.teacher.steps.LEAST_UPDATES", 5)
-    labeled = few_labels(18)
-    config = TeacherConfig.of(**{**PLAIN, "teacher_steps": 4, "teacher_batch_size": 12, **settings})
-    train_teacher(labeled, f"transformer:{tiny_student}", config=config)
-    assert sum(passed) == teacher_passes(config, labeled, family="transformer", device=CPU)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"batch_size": 6},
-        {"batch_size": 6, "micro_batch_size": 4},
-        {"steps": 3},
-        {"steps": 6, "eval_steps": 2, "looked_at": 7},
-        {"looked_at": 7},
-        {"steps": 2, "eval_steps": 2, "batch_size": 6, "looked_at": 7},
-        {"steps": 5, "eval_steps": 2, "looked_at": 7},
-    ],
-)
-def test_the_passes_of_a_finetuning_are_known_beforehand(
-    tiny_student: Path, passed: list[int], settings: dict[str, Any]
-) -> None:
-    looked_at = settings.get("looked_at", 0)
-    settings = {name: value for name, value in settings.items() if name != "looked_at"}
-    config = FinetuneConfig.of(**{**PLAIN, "epochs": 2, "batch_size": 8, **settings})
-    validation = VALIDATION.take(range(looked_at)) if looked_at else None
-    finetune(few_labels(), tiny_student, validation=validation, config=config)
-    assert sum(passed) == finetune_passes(config, 16, CPU, validation=looked_at)
 
 
 # What cannot be used

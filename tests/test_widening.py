@@ -24,9 +24,6 @@ from setfit_kd.data.prepare import normalise
 from setfit_kd.errors import ConfigError, ModelError
 from setfit_kd.journal import Journal
 from setfit_kd.models import load_fill_mask, predict_proba
-from setfit_kd.pipeline import prepare_run
-from setfit_kd.pipeline import run as run_pipeline
-from setfit_kd.planning import plan
 from setfit_kd.widening import made_texts, without_doubtful
 
 WANTED = 40
@@ -383,11 +380,3 @@ def test_what_is_no_such_model_is_refused(
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig.of(**settings)
-
-
-def test_the_plan_is_what_passes(base: dict[str, Any], passed: list[int]) -> None:
-    config = RunConfig.of(**base)
-    planned = plan(config, prepare_run(config))
-    assert {stage.stage: stage.texts for stage in planned}["signals"] == len(POOL) + WANTED + len(LABELED)
-    run_pipeline(config)
-    assert sum(passed) == sum(stage.forward_passes for stage in planned)

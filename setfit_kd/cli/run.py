@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--resume", type=click.Path(path_type=Path), default=None, metavar="RUN",
               help="Go on with the run in this folder; its settings hold where no others are given.")  # fmt: skip
 @setting_options()
-@click.option("--dry-run", is_flag=True, help="Check everything, print the settings, sizes and forward passes; stop.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the settings, texts and training steps; stop.")
 @verbosity_options
 def run(
     preset_name: str | None,
@@ -97,12 +97,9 @@ def _print_plan(config: RunConfig, results: Console, *, resume: bool) -> None:
 
     stages = plan(config, prepare_run(config, resume=resume))
     say(results, config.to_yaml())
-    rows = [(stage.stage, stage.texts, stage.forward_passes) for stage in stages]
-    total = sum(stage.forward_passes for stage in stages)
-    totals = [("total", "", total)]
+    show(results, rows_table(("stage", "texts", "steps"), [(of.stage, of.texts, of.steps or "") for of in stages]))
     if config.seeds > 1:
-        totals.append((f"over {config.seeds} seeds", "", config.seeds * total))
-    show(results, rows_table(("stage", "texts", "forward passes"), [*rows, *totals]))
+        say(results, f"All of it {config.seeds} times, with other seeds.")
 
 
 def _print_result(result: RunResult, results: Console) -> None:

@@ -126,11 +126,6 @@ class StageConfig(BaseModel):
         usual = {name: value for name, value in _USUAL[family].items() if getattr(self, name, value) is None}
         return self.model_copy(update=usual)
 
-    def passes(self, texts: int, *, columns: int = 1) -> int:
-        """Forward passes of a training step on ``columns`` times so many texts; micro-batches take two each."""
-        in_memory = self.micro_batch_size is None or columns * texts <= self.micro_batch_size
-        return columns * texts * (1 if in_memory else 2)
-
     @classmethod
     def of(cls, **settings: Any) -> Self:
         """The settings given, defaults for the rest.

@@ -1,4 +1,4 @@
-"""How many steps, and forward passes, a fine-tuning takes at most."""
+"""How many steps a fine-tuning takes at most."""
 
 from __future__ import annotations
 
@@ -25,13 +25,3 @@ def finetune_steps(config: FinetuneConfig, texts: int, device: torch.device) -> 
 def steps_in_pass(config: FinetuneConfig, texts: int, device: torch.device) -> int:
     """Steps of one pass over so many texts."""
     return -(-texts // batch_size_on(device, config))
-
-
-def finetune_passes(config: FinetuneConfig, texts: int, device: torch.device, *, validation: int = 0) -> int:
-    """Texts passed forward in fine-tuning, looks at so many validation texts included."""
-    size = batch_size_on(device, config)
-    in_pass, steps = steps_in_pass(config, texts, device), finetune_steps(config, texts, device)
-    sizes = [size] * (texts // size) + [texts % size] * (texts % size > 0)
-    whole, rest = divmod(steps, in_pass)
-    trained = sum(config.passes(batch) for batch in whole * sizes + sizes[:rest])
-    return trained + validation * -(-steps // (config.eval_steps or in_pass))

@@ -2,7 +2,7 @@
 
 from setfit_kd.student.bodies import PreparedStudent, locate_student, slugs, student_body
 from setfit_kd.student.checks import check_pool
-from setfit_kd.student.steps import on_labels_alone, student_passes
+from setfit_kd.student.steps import on_labels_alone, student_steps
 from setfit_kd.student.train import train_student
 
 __all__ = [
@@ -12,6 +12,6 @@ __all__ = [
     "on_labels_alone",
     "slugs",
     "student_body",
-    "student_passes",
+    "student_steps",
     "train_student",
 ]

@@ -20,12 +20,10 @@ from setfit_kd.models import (
     blank_transformer,
     cut_layers,
     family_of,
-    is_static,
     loading,
     locate,
     locate_body,
     n_layers,
-    n_tokens,
 )
 from setfit_kd.student.static import DEFAULT_DIMENSION, check_teacher, static_body
 
@@ -41,16 +39,14 @@ class PreparedStudent:
     Attributes:
         make: From the fine-tuned teacher's body, the pool's texts and a device to the student's body, untrained. There
             need be no teacher where ``reads`` is given.
-        passes: Texts that pass through the teacher, or another model, in making it.
+        reads_texts: Whether the pool's texts, and a model that embeds its vocabulary, are needed in making it.
         reads: The body that it is made from; None where that is the fine-tuned teacher's.
-        is_static: Whether it is a vector a token: its batches are never split into micro-batches.
         family: Which it is of.
     """
 
     make: Callable[[SentenceTransformer | None, Sequence[str], torch.device], SentenceTransformer]
-    passes: int = 0
+    reads_texts: bool = False
     reads: SentenceTransformer | None = None
-    is_static: bool = False
     family: Family = "setfit"
 
 
@@ -83,7 +79,7 @@ class _Model:
         self, teacher: SentenceTransformer | None, label_names: Sequence[str] = (), *, seed: int = 0
     ) -> PreparedStudent:
         body = self.source.load(label_names, seed=seed)
-        return PreparedStudent(lambda *_: body, reads=body, is_static=is_static(body), family=family_of(body))
+        return PreparedStudent(lambda *_: body, reads=body, family=family_of(body))
 
 
 @dataclass(frozen=True)
@@ -155,7 +151,7 @@ class _Static:
             finally:
                 other.to("cpu")
 
-        return PreparedStudent(make, n_tokens(read), reads=other, is_static=True)
+        return PreparedStudent(make, reads_texts=True, reads=other)
 
 
 def _given(teacher: SentenceTransformer | None) -> SentenceTransformer:

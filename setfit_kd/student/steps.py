@@ -1,4 +1,4 @@
-"""How many steps, and forward passes, a student's training takes at most."""
+"""How many steps a student's training takes at most."""
 
 from __future__ import annotations
 
@@ -48,37 +48,8 @@ def student_batch_texts(config: StudentConfig) -> int:
 
 def student_steps(config: StudentConfig, pool_size: int) -> int:
     """Steps of training a student's body on ``pool_size`` texts."""
-    return config.epochs * len(_batches(config, _trained_on(config, pool_size)))
-
-
-def student_passes(config: StudentConfig, pool_size: int, labeled: int = 0, *, family: Family = "setfit") -> int:
-    """Texts passed forward in making a student from ``pool_size`` texts, of which ``labeled`` have a gold label."""
-    config = config.of_family(family)
-    objectives = set(parse_objectives(settled(config.objective)))
-    has_own_head = trains_own_head(family, config)
-    trained_on = _trained_on(config, pool_size)
-    batches = _batches(config, trained_on)
-    columns = 2 if config.objective == "pairs" else 1
-    passes = config.epochs * sum(config.passes(batch, columns=columns) for batch in batches)
-    if "embedding" in objectives or ("soft-labels" in objectives and not has_own_head):
-        passes += min(START_TEXTS, trained_on)
-    if config.patience is not None:
-        looks = config.epochs * looks_in_pass(len(batches))
-        passes += looks * (min(MOST_HELD_OUT, trained_on) + pool_size - trained_on)
-    if has_own_head:
-        return passes
-    gold = labeled if config.gold_weight > 0 else 0
-    return passes + min(HEAD_TEXTS, pool_size - gold) + gold
-
-
-def _trained_on(config: StudentConfig, pool_size: int) -> int:
-    return pool_size - (held_out_texts(pool_size) if config.patience is not None else 0)
-
-
-def _batches(config: StudentConfig, texts: int) -> list[int]:
-    """Sizes of the batches of one pass."""
+    texts = pool_size - (held_out_texts(pool_size) if config.patience is not None else 0)
     if config.objective == "pairs":
-        full, rest = divmod(texts * config.num_iterations, config.batch_size)
-        return [config.batch_size] * full + [rest] * (rest > 0)
+        return config.epochs * -(-texts * config.num_iterations // config.batch_size)
     full, rest = divmod(texts, config.batch_size)
-    return [config.batch_size] * full + [rest] * (rest > 1)  # a last text alone has no pair
+    return config.epochs * (full + (rest > 1))  # a last text alone has no pair

@@ -2,9 +2,9 @@
 
 from setfit_kd.teacher.cache import cache_bytes, cache_folder
 from setfit_kd.teacher.scoring import refine_and_score, score
-from setfit_kd.teacher.steps import settled_batch_size, teacher_passes
+from setfit_kd.teacher.steps import settled_batch_size, training_steps
 from setfit_kd.teacher.train import train_teacher
-from setfit_kd.teacher.weights import held_out_accuracy, weighing_passes
+from setfit_kd.teacher.weights import held_out_accuracy, weighing_steps
 
 __all__ = [
     "cache_bytes",
@@ -13,7 +13,7 @@ __all__ = [
     "refine_and_score",
     "score",
     "settled_batch_size",
-    "teacher_passes",
     "train_teacher",
-    "weighing_passes",
+    "training_steps",
+    "weighing_steps",
 ]

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from setfit_kd.config import Family, FinetuneConfig, StageConfig, TeacherConfig, settled
 from setfit_kd.data import LabeledSet
-from setfit_kd.finetune import batch_size_on, finetune_passes, finetune_steps
-from setfit_kd.memory import resolve_device
+from setfit_kd.finetune import batch_size_on, finetune_steps
 
 if TYPE_CHECKING:
     import torch
@@ -71,21 +70,11 @@ def as_finetuning(config: TeacherConfig, labeled: LabeledSet, device: torch.devi
     return found.model_copy(update={"steps": steps})
 
 
-def teacher_passes(
-    config: TeacherConfig, labeled: LabeledSet, *, family: Family = "setfit", device: torch.device | None = None
-) -> int:
-    """Texts passed forward in making a teacher; on the CPU, unless a ``device`` is named."""
+def training_steps(config: TeacherConfig, labeled: LabeledSet, *, family: Family, device: torch.device) -> int:
+    """Steps of training a teacher of a family on a device."""
     if family == "transformer":
-        how = as_finetuning(config, labeled, device or resolve_device("cpu"))
-        return finetune_passes(how, len(labeled), device or resolve_device("cpu"))
-    config = config.of_family(family)
-    if config.teacher_objective == "in-batch":
-        batches, columns = [len(batch) for batch in teacher_batches(config, labeled)], 1
-    else:
-        full, rest = divmod(_pairs(config, labeled), PAIRS_BATCH)
-        batches, columns = [PAIRS_BATCH] * full + [rest], 2
-    passes = sum(config.passes(batch, columns=columns) for batch in batches)
-    return passes + len(labeled)
+        return finetune_steps(as_finetuning(config, labeled, device), len(labeled), device)
+    return teacher_steps(config, labeled)
 
 
 def _pairs(config: TeacherConfig, labeled: LabeledSet) -> int:

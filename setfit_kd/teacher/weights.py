@@ -13,7 +13,7 @@ from setfit_kd.config import Family, TeacherConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.memory import place, remembering, resolve_device
 from setfit_kd.models import predict_proba
-from setfit_kd.teacher.steps import teacher_passes
+from setfit_kd.teacher.steps import training_steps
 from setfit_kd.teacher.train import train_teacher
 
 if TYPE_CHECKING:
@@ -39,11 +39,10 @@ def _parts(labeled: LabeledSet, seed: int) -> list[tuple[Rows, Rows]]:
     return list(folds.split(labeled.texts, labeled.labels))
 
 
-def weighing_passes(config: TeacherConfig, labeled: LabeledSet, *, family: Family, device: torch.device) -> int:
-    """Texts passed forward in `held_out_accuracy`."""
+def weighing_steps(config: TeacherConfig, labeled: LabeledSet, *, family: Family, device: torch.device) -> int:
+    """Training steps of `held_out_accuracy`."""
     parts = _parts(labeled, config.seed)
-    trained = (teacher_passes(config, labeled.take(rest), family=family, device=device) for rest, _ in parts)
-    return sum(trained) + (len(labeled) if parts else 0)
+    return sum(training_steps(config, labeled.take(rest), family=family, device=device) for rest, _ in parts)
 
 
 def held_out_accuracy(
