@@ -437,7 +437,7 @@ def test_disk_that_fills_up_while_a_file_is_written(
 
     monkeypatch.setattr(Path, "write_text", fail_on_settings)
     assert_full_disk(invoke_run(*models), Path("out"), done=set())
-    assert set(tree(tmp_path / "out")) == {".lock"}
+    assert set(tree(tmp_path / "out")) == {".lock", "run.json"}
 
 
 def test_failed_write_keeps_the_file_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
