@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class SetFitKDError(Exception):
     """Base of every error that setfit-kd raises on purpose.
@@ -56,3 +58,12 @@ class UnavailableError(SetFitKDError, ConnectionError):
     """Something that lies outside this machine cannot be had now (sysexits' EX_UNAVAILABLE)."""
 
     exit_code = 69
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, then its cause or context, and so on; a ``raise … from None`` ends it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

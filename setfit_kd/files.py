@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-from setfit_kd.errors import OutputError, SetFitKDError
+from setfit_kd.errors import OutputError, SetFitKDError, chain
 
 logger = logging.getLogger(__name__)
 
@@ -323,11 +323,11 @@ def _hint(code: int, elsewhere: str) -> str:
     return f"{elsewhere[0].upper()}{elsewhere[1:]}."
 
 
-def _errno_of(error: BaseException | None) -> int | None:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in errno.errorcode:
-            return error.errno
-        text = str(error)
+def _errno_of(error: BaseException) -> int | None:
+    for link in chain(error):
+        if isinstance(link, OSError) and link.errno in errno.errorcode:
+            return link.errno
+        text = str(link)
         told = re.search(r"\(os error (\d+)\)", text)  # as the tensor writers tell it
         if told and int(told[1]) in errno.errorcode:
             return int(told[1])
@@ -337,5 +337,4 @@ def _errno_of(error: BaseException | None) -> int | None:
             return errno.EROFS
         if any(sign in text for sign in _TORCH_CANNOT_WRITE):
             return errno.EIO
-        error = error.__cause__ or error.__context__
     return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from setfit_kd.config import OFFLINE_COMMAND
-from setfit_kd.errors import InputError, SetFitKDError, UnavailableError
+from setfit_kd.errors import InputError, SetFitKDError, UnavailableError, chain
 from setfit_kd.files import writing
 
 if TYPE_CHECKING:
@@ -271,13 +271,10 @@ def _bounded_requests(stall_s: float = STALL_S) -> Iterator[None]:
 
 def _status(error: BaseException | None) -> int | None:
     """The HTTP status behind an error, looked for along its causes."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        status = getattr(getattr(error, "response", None), "status_code", None)
+    for link in chain(error):
+        status = getattr(getattr(link, "response", None), "status_code", None)
         if isinstance(status, int):
             return status
-        error = error.__cause__ or error.__context__
     return None
 
 

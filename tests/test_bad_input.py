@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 
 from setfit_kd.arrays import save_rows
 from setfit_kd.cli import main
+from setfit_kd.files import writing
 from setfit_kd.runfolder import RunFolder
 
 GOOD = {
@@ -453,3 +454,14 @@ def test_failed_write_keeps_the_file_before(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="quota"):
         folder.write_json("metrics.json", {"accuracy": 0})
     assert tree(tmp_path) == before
+
+
+def test_an_error_that_hides_a_failed_write_is_not_reported_as_one(tmp_path: Path) -> None:
+    def fail() -> None:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            raise KeyError("no such column") from None
+
+    with pytest.raises(KeyError, match="no such column"), writing(tmp_path / "out"):
+        fail()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 
-from setfit_kd.errors import SetFitKDError
+from setfit_kd.errors import SetFitKDError, chain
 
 _SAYS_SO = re.compile(
     r"(CUDA|HIP|XPU|MPS|NPU)[^\n]*out of memory"
@@ -26,17 +26,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     libraries write: CUDA, cuBLAS and cuDNN, HIP, MPS, torch's CPU allocator, onnxruntime. Only errors of the kinds that
     those raise are read, so that a text about memory in, say, a `KeyError` is taken for nothing else.
     """
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while isinstance(link, Exception) and id(link) not in seen:
-        if _says_so(link):
-            return True
-        seen.add(id(link))
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-    return False
+    return isinstance(error, Exception) and any(map(_says_so, chain(error)))
 
 
-def _says_so(error: Exception) -> bool:
+def _says_so(error: BaseException) -> bool:
     if isinstance(error, MemoryError):  # ours is one too
         return True
     if isinstance(error, SetFitKDError):
