@@ -20,7 +20,8 @@ from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, SchedulerType, TrainerCallback
 
 from setfit_kd.checkpoints import Checkpoints, Stateful
-from setfit_kd.memory import Ladder, Rung, clear_cache, is_out_of_memory
+from setfit_kd.errors import OutOfMemoryError
+from setfit_kd.memory import Ladder, Rung, clear_cache, first_line, is_out_of_memory
 from setfit_kd.models import checkpointed_layers, is_static
 from setfit_kd.precision import resolve_precision
 from setfit_kd.progress import Advance, track
@@ -140,7 +141,7 @@ def train(
     description: str,
     checkpoints: str | Path | None = None,
 ) -> SetFitModel:
-    """Train body and head, down the ladder where memory runs out.
+    """Train the body, down the ladder where memory runs out, then fit the head.
 
     A step that fails in its forward or backward pass is done again, in smaller micro-batches. What cannot go on in
     place, such as a failed optimizer step or a change of device, starts again from the weights that the body came with.
@@ -159,7 +160,8 @@ def train(
             training goes on from there.
 
     Raises:
-        OutOfMemoryError: The last rung failed too. The body then has the weights that it came with, as after any error.
+        OutOfMemoryError: The last rung failed too, or the head does not fit into memory. The body then has the weights
+            that it came with, as after any error.
     """
     if config.max_length is not None and body.max_seq_length != math.inf:  # a static body reads texts of any length
         body.max_seq_length = min(config.max_length, body.max_seq_length or config.max_length)
@@ -177,7 +179,7 @@ def train(
         whole = config.micro_batch_size is None and rung.size >= batch_texts
         return config.model_copy(update={"precision": precision.name, "micro_batch_size": None if whole else rung.size})
 
-    def attempt(rung: Rung) -> SetFitModel:
+    def attempt(rung: Rung) -> Trainer:
         ladder.step = None
         body.to(rung.device).load_state_dict(start)
         with TemporaryDirectory(prefix="setfit-kd-") as scratch:
@@ -185,8 +187,8 @@ def train(
             _schedule(trainer.st_trainer.args, config, steps)
             if kept is not None:
                 kept.attach(trainer, *_stateful(trainer))
-            _fit(trainer, ladder, description=description, steps=steps)
-        return trainer.model
+            _train_body(trainer, ladder, description=description, steps=steps)
+        return trainer
 
     def clear() -> None:
         _rest(body)
@@ -195,7 +197,12 @@ def train(
 
     try:
         with checkpointed_layers(body) if config.gradient_checkpointing else nullcontext():
-            return ladder.climb(attempt, clear=clear)
+            trainer = ladder.climb(attempt, clear=clear)
+        _fit_head(trainer, description)
+        recorded = _losses.get()
+        if recorded is not None:
+            recorded.extend(losses_of(trainer))
+        return trainer.model
     except BaseException:
         _rest(body)
         body.load_state_dict(start)
@@ -216,8 +223,8 @@ def _schedule(arguments: Any, config: StageConfig, steps: int) -> None:
 _SCHEDULES = {"constant": "constant_with_warmup", "plateau": "constant_with_warmup"}
 
 
-def _fit(trainer: Trainer, ladder: Ladder, *, description: str, steps: int) -> None:
-    """Train body and head on the trainer's own data, with a progress bar over the body's ``steps``."""
+def _train_body(trainer: Trainer, ladder: Ladder, *, description: str, steps: int) -> None:
+    """Train the body on the trainer's own data, with a progress bar over its ``steps``."""
     started = time.perf_counter()
     parameters = trainer.dataset_to_parameters(trainer.train_dataset)
     with track(description, steps) as advance:
@@ -227,12 +234,25 @@ def _fit(trainer: Trainer, ladder: Ladder, *, description: str, steps: int) -> N
         trainer.train_embeddings(*parameters)
     _drop_optimizer(trainer.st_trainer)
     settle(trainer, ladder.rung.device)
-    trainer.train_classifier(*parameters)
     losses, seconds = losses_of(trainer), time.perf_counter() - started
-    recorded = _losses.get()
-    if recorded is not None:
-        recorded.extend(losses)
     logger.debug("%s: %d steps in %.1f s, loss %.4f to %.4f.", description, len(losses), seconds, losses[0], losses[-1])
+
+
+def _fit_head(trainer: Trainer, description: str) -> None:
+    """Fit the head on the trainer's own data.
+
+    Raises:
+        OutOfMemoryError: It does not fit into memory.
+    """
+    try:
+        trainer.train_classifier(*trainer.dataset_to_parameters(trainer.train_dataset))
+    except Exception as error:
+        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"{description}: memory ran out while the head was fitted ({first_line(str(error))}).",
+            hint="Free some memory, or use fewer texts or a body with shorter embeddings.",
+        ) from error
 
 
 def _stateful(trainer: Trainer) -> list[Stateful]:

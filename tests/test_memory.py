@@ -510,6 +510,26 @@ def test_a_head_that_cannot_be_fitted_is_no_reason_to_train_again(
     assert steps.calls == STEPS
 
 
+@pytest.mark.parametrize("training", HEADED)
+def test_a_head_that_runs_out_of_memory_does_not_repeat_the_training(
+    student_body: SentenceTransformer, training: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [value.clone() for value in student_body.state_dict().values()]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError("Unable to allocate 74.5 GiB")
+
+    monkeypatch.setattr(f"setfit_kd.{training}.trainer.fit_head", fail)
+    steps = Faults()
+    inner_trainers(monkeypatch, "training_step", steps.wrap)
+    with remembering() as recoveries, pytest.raises(OutOfMemoryError, match=r"head.*74\.5 GiB") as raised:
+        TRAININGS[training](student_body)
+    assert steps.calls == STEPS
+    assert recoveries == []
+    assert "fewer texts" in (raised.value.hint or "")
+    assert same(before, list(student_body.state_dict().values()))
+
+
 @pytest.mark.parametrize("training", TRAININGS)
 @pytest.mark.parametrize("error", [ValueError("no such row"), KeyboardInterrupt()])
 def test_another_error_ends_a_training_at_once(

@@ -125,7 +125,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": GROUND | {"models", "runtime"},
     "data": GROUND | {"hub", "signals"},
     "checkpoints": {"errors", "files", "memory"},
-    "training": {"progress", "config", "memory", "models", "precision", "checkpoints"},
+    "training": {"checkpoints", "config", "errors", "memory", "models", "precision", "progress"},
     "looks": set(),
     "finetune": STAGE | {"evaluation", "looks"},
     "teacher": STAGE | {"finetune"},
