@@ -22,7 +22,7 @@ from transformers import PrinterCallback, SchedulerType, TrainerCallback
 from setfit_kd.checkpoints import Checkpoints, Stateful
 from setfit_kd.errors import OutOfMemoryError
 from setfit_kd.memory import Ladder, Rung, clear_cache, first_line, is_out_of_memory
-from setfit_kd.models import checkpointed_layers, is_static
+from setfit_kd.models import checkpointed_layers, default_prompt, is_static
 from setfit_kd.precision import resolve_precision
 from setfit_kd.progress import Advance, track
 
@@ -119,10 +119,14 @@ class FixedBatches(BatchSampler):
 
 
 def prepare_inner_trainer(trainer: Trainer, advance: Advance) -> None:
-    """Settle what SetFit leaves to its inner trainer's defaults: one device, our progress bar, nobody's prints."""
+    """Settle what SetFit leaves to its inner trainer's defaults: one device, our progress bar, nobody's prints.
+
+    The body's default prompt is put before each text, as when it encodes.
+    """
     inner = trainer.st_trainer
     inner.remove_callback(PrinterCallback)
     inner.add_callback(ProgressCallback(advance))
+    inner.data_collator.prompts = default_prompt(trainer.model.model_body)
     if inner.args.n_gpu > 1:
         # Several GPUs would be wrapped in DataParallel, which the objectives' whole-batch losses cannot use.
         inner.args._n_gpu = 1

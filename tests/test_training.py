@@ -20,7 +20,9 @@ from setfit_kd.data.sets import LabeledSet
 from setfit_kd.errors import ConfigError, DataError
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import embed, load_body, new_model, predict_proba
+from setfit_kd.models.transformer import load_transformer
 from setfit_kd.quiet import quiet_libraries
+from setfit_kd.student.static import static_body
 from setfit_kd.training import inner_trainer_on
 
 if TYPE_CHECKING:
@@ -432,6 +434,80 @@ def test_the_number_of_steps_is_known_beforehand(
 def test_nothing_to_score_is_refused(students: dict[str, SetFitModel]) -> None:
     with pytest.raises(DataError, match="no texts"):
         score(students["pairs"], [])
+
+
+# Bodies with a default prompt
+
+PROMPT = "bank shares: "
+
+
+def body_of(kind: str, folder: Path, *, prompt: bool, include_prompt: bool = True) -> SentenceTransformer:
+    """A body of a kind, of the same weights each time."""
+    body = load_transformer(folder, NAMES) if kind.startswith("transformer") else load_body(folder)
+    if kind == "static student":
+        body = static_body(body, pool_signals().texts, dimension=8)
+    if prompt:
+        body.prompts, body.default_prompt_name = {"classify": PROMPT}, "classify"
+        body.set_pooling_include_prompt(include_prompt)
+    return body
+
+
+def trained(kind: str, body: SentenceTransformer, *, prefix: str = "", **settings: Any) -> SetFitModel:
+    """The body trained on texts that begin with a prefix."""
+    if kind.endswith("teacher"):
+        few = few_labels()
+        few = LabeledSet([prefix + text for text in few.texts], few.labels, NAMES)
+        rate = settings.pop("learning_rate", 1e-2)
+        for_teacher = {"device": "cpu", "precision": "fp32", "teacher_steps": 2, "teacher_batch_size": 8, **settings}
+        return train_teacher(few, body, teacher_learning_rate=rate, **for_teacher)
+    signals = pool_signals()
+    texts = [prefix + text for text in signals.texts]
+    signals = TeacherSignals(texts, signals.probabilities, NAMES, signals.embeddings)
+    return train_student(signals, body, **{**QUICK, "learning_rate": 1e-2, **settings})
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("student", {"patience": 9, "epochs": 3, "batch_size": 8}),
+        ("student", {"objective": "pairs", "micro_batch_size": 4}),
+        ("static student", {}),
+        ("transformer student", {"objective": "soft-labels"}),
+        ("teacher", {}),
+        ("transformer teacher", {}),
+    ],
+)
+def test_a_default_prompt_is_trained_with(kind: str, settings: dict[str, Any], tiny_student: Path) -> None:
+    prompted = trained(kind, body_of(kind, tiny_student, prompt=True), **settings)
+    prefixed = trained(kind, body_of(kind, tiny_student, prompt=False), prefix=PROMPT, **settings)
+    assert same(weights(prompted), weights(prefixed))
+    np.testing.assert_array_equal(prompted.model_head.coef_, prefixed.model_head.coef_)
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_a_prompt_left_out_of_pooling_is_left_out_in_training(
+    kind: str, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from setfit_kd.objectives import Objective
+
+    included, body = (
+        body_of(kind, tiny_student, prompt=True, include_prompt=include_prompt) for include_prompt in (True, False)
+    )
+    texts = pool_signals().texts
+    expected = embed(body, texts)
+    seen: list[Floats] = []
+    plain = Objective.embed
+
+    def record(*args: Any, **kwargs: Any) -> torch.Tensor:
+        rows = plain(*args, **kwargs)
+        seen.append(rows.detach().numpy())
+        return rows
+
+    monkeypatch.setattr(Objective, "embed", record)
+    trained(kind, body, learning_rate=1e-30)
+    distances = np.linalg.norm(np.concatenate(seen)[:, None] - expected[None], axis=2)
+    assert distances.min(axis=1).max() < 1e-4
+    assert np.linalg.norm(embed(included, texts) - expected, axis=1).min() > 1e-2
 
 
 # What is left behind

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ModelError
-from setfit_kd.models import is_static
+from setfit_kd.models import default_prompt, is_static
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -48,7 +48,7 @@ def reading_of(body: SentenceTransformer) -> Reading:
     """
     from tokenizers import Tokenizer
 
-    prefix = str(body.prompts.get(body.default_prompt_name) or "") if body.default_prompt_name else ""
+    prefix = default_prompt(body)
     if prefix and not all(getattr(module, "include_prompt", True) for module in body):
         raise ModelError("A body that leaves its prompt out of its embedding cannot be exported.")
     if is_static(body):

@@ -229,6 +229,11 @@ def is_static(body: SentenceTransformer) -> bool:
     return isinstance(body[0], StaticEmbedding)
 
 
+def default_prompt(body: SentenceTransformer) -> str:
+    """What ``encode`` puts before every text; empty where there is no default prompt."""
+    return str(body.prompts.get(body.default_prompt_name) or "") if body.default_prompt_name else ""
+
+
 def n_layers(body: SentenceTransformer) -> int:
     """How many transformer layers a body has."""
     return len(_layers(body)[2])
