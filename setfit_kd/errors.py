@@ -48,6 +48,10 @@ class OutOfMemoryError(SetFitKDError, MemoryError):
     exit_code = 71
 
 
+class TrainingError(SetFitKDError):
+    """A training diverged: its loss or its weights are no longer finite."""
+
+
 class OutputError(SetFitKDError, OSError):
     """A result cannot be written."""
 

@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, SchedulerType, TrainerCallback
 
 from setfit_kd.checkpoints import Checkpoints, Stateful
-from setfit_kd.errors import OutOfMemoryError
+from setfit_kd.errors import OutOfMemoryError, TrainingError
 from setfit_kd.memory import Ladder, Rung, clear_cache, first_line, is_out_of_memory
 from setfit_kd.models import checkpointed_layers, default_prompt, is_static
 from setfit_kd.precision import resolve_precision
@@ -91,7 +91,7 @@ def recording() -> Iterator[list[float]]:
 
 
 class ProgressCallback(TrainerCallback):
-    """Hands each finished step to a progress bar."""
+    """Hands each finished step to a progress bar, and stops at a loss that is not finite."""
 
     def __init__(self, advance: Advance) -> None:
         self.advance = advance
@@ -103,6 +103,11 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Advance by one step."""
         self.advance(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **_: Any) -> None:
+        """Stop where the loss, which has been read for the log, is not finite."""
+        if not math.isfinite(logs.get("embedding_loss", 0.0)):
+            control.should_training_stop = True
 
 
 class FixedBatches(BatchSampler):
@@ -119,10 +124,7 @@ class FixedBatches(BatchSampler):
 
 
 def prepare_inner_trainer(trainer: Trainer, advance: Advance) -> None:
-    """Settle what SetFit leaves to its inner trainer's defaults: one device, our progress bar, nobody's prints.
-
-    The body's default prompt is put before each text, as when it encodes.
-    """
+    """Settle what SetFit leaves to its inner trainer's defaults: one device, prompt, our progress bar, no prints."""
     inner = trainer.st_trainer
     inner.remove_callback(PrinterCallback)
     inner.add_callback(ProgressCallback(advance))
@@ -166,6 +168,7 @@ def train(
     Raises:
         OutOfMemoryError: The last rung failed too, or the head does not fit into memory. The body then has the weights
             that it came with, as after any error.
+        TrainingError: The loss or the weights are no longer finite.
     """
     if config.max_length is not None and body.max_seq_length != math.inf:  # a static body reads texts of any length
         body.max_seq_length = min(config.max_length, body.max_seq_length or config.max_length)
@@ -207,7 +210,9 @@ def train(
         if recorded is not None:
             recorded.extend(losses_of(trainer))
         return trainer.model
-    except BaseException:
+    except BaseException as error:
+        if kept is not None and isinstance(error, TrainingError):  # to resume it would lead to the same end
+            kept.clear()
         _rest(body)
         body.load_state_dict(start)
         raise
@@ -235,19 +240,35 @@ def _train_body(trainer: Trainer, ladder: Ladder, *, description: str, steps: in
         prepare_inner_trainer(trainer, advance)
         retry_steps(trainer.st_trainer, ladder)
         logger.debug("%s: %d steps begin.", description, steps)
-        trainer.train_embeddings(*parameters)
+        try:
+            trainer.train_embeddings(*parameters)
+        except ValueError:  # evaluations within the training refuse NaN
+            _check_finite(trainer, description)
+            raise
+    _check_finite(trainer, description)
     _drop_optimizer(trainer.st_trainer)
     settle(trainer, ladder.rung.device)
     losses, seconds = losses_of(trainer), time.perf_counter() - started
     logger.debug("%s: %d steps in %.1f s, loss %.4f to %.4f.", description, len(losses), seconds, losses[0], losses[-1])
 
 
-def _fit_head(trainer: Trainer, description: str) -> None:
-    """Fit the head on the trainer's own data.
+def _check_finite(trainer: Trainer, description: str) -> None:
+    """Raise a `TrainingError` where the last loss or a weight of the body is not finite."""
+    losses = losses_of(trainer)
+    if losses and not math.isfinite(losses[-1]):
+        what = f"the loss is {losses[-1]}"
+    elif not all(bool(parameter.isfinite().all()) for parameter in trainer.model.model_body.parameters()):
+        what = "the weights are not finite"
+    else:
+        return
+    raise TrainingError(
+        f"{description}: {what} after step {trainer.st_trainer.state.global_step}.",
+        hint="Lower --learning-rate (for a teacher, --teacher-learning-rate), or add --precision fp32.",
+    )
 
-    Raises:
-        OutOfMemoryError: It does not fit into memory.
-    """
+
+def _fit_head(trainer: Trainer, description: str) -> None:
+    """Fit the head on the trainer's own data; one that does not fit into memory is an `OutOfMemoryError`."""
     try:
         trainer.train_classifier(*trainer.dataset_to_parameters(trainer.train_dataset))
     except Exception as error:
@@ -332,6 +353,7 @@ def inner_trainer_on(device: torch.device, precision: str = "fp32") -> Iterator[
             bf16=precision == "bf16",
             fp16=precision == "fp16",
             disable_tqdm=True,
+            logging_nan_inf_filter=False,  # which would log a NaN as the mean of the losses before it
             save_strategy="no",
             dataloader_pin_memory=device.type == "cuda",
         )

@@ -17,7 +17,8 @@ from synthetic import BATCH, NAMES, POOL, QUICK, few_labels, pool_signals, same,
 from setfit_kd import TeacherSignals, score, train_student, train_teacher
 from setfit_kd.config import StudentConfig, TeacherConfig
 from setfit_kd.data.sets import LabeledSet
-from setfit_kd.errors import ConfigError, DataError
+from setfit_kd.errors import ConfigError, DataError, TrainingError
+from setfit_kd.finetune import finetune
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import embed, load_body, new_model, predict_proba
 from setfit_kd.models.transformer import load_transformer
@@ -460,6 +461,9 @@ def trained(kind: str, body: SentenceTransformer, *, prefix: str = "", **setting
         rate = settings.pop("learning_rate", 1e-2)
         for_teacher = {"device": "cpu", "precision": "fp32", "teacher_steps": 2, "teacher_batch_size": 8, **settings}
         return train_teacher(few, body, teacher_learning_rate=rate, **for_teacher)
+    if kind == "transformer":
+        settings = {"device": "cpu", "precision": "fp32", "epochs": 1, "batch_size": 8, **settings}
+        return finetune(few_labels(), body, validation=few_labels(), **settings)
     signals = pool_signals()
     texts = [prefix + text for text in signals.texts]
     signals = TeacherSignals(texts, signals.probabilities, NAMES, signals.embeddings)
@@ -508,6 +512,52 @@ def test_a_prompt_left_out_of_pooling_is_left_out_in_training(
     distances = np.linalg.norm(np.concatenate(seen)[:, None] - expected[None], axis=2)
     assert distances.min(axis=1).max() < 1e-4
     assert np.linalg.norm(embed(included, texts) - expected, axis=1).min() > 1e-2
+
+
+# Trainings that diverge
+
+
+LOSS, WEIGHTS = "the loss is nan", "the weights are not finite"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "step", "says"),
+    [
+        ("student", {}, 1, f"{LOSS} after step 2"),
+        ("student", {}, 2, f"{WEIGHTS} after step 2"),
+        ("student", {"patience": 9, "batch_size": 8}, 1, f"{WEIGHTS} after step 2"),  # when it is evaluated
+        ("teacher", {"teacher_steps": 4}, 1, f"{LOSS} after step 2"),
+        ("teacher", {"teacher_steps": 4}, 4, f"{WEIGHTS} after step 4"),
+        ("transformer", {}, 1, f"{WEIGHTS} after step 2"),
+    ],
+)
+def test_a_training_that_diverges_ends_with_an_error(
+    kind: str,
+    settings: dict[str, Any],
+    step: int,
+    says: str,
+    tiny_student: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    body = body_of(kind, tiny_student, prompt=False)
+    before = [value.clone() for value in body.state_dict().values()]
+    plain, steps = torch.optim.AdamW.step, 0
+
+    def diverge(optimizer: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == step:  # what an infinite gradient leaves
+            optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+        return plain(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", diverge)
+    with pytest.raises(TrainingError, match=f"ing.*: {says}") as raised:
+        trained(kind, body, **settings, checkpoints=tmp_path / "kept", checkpoint_seconds=1e-9)
+    assert "--learning-rate" in (raised.value.hint or "")
+    assert raised.value.exit_code == 1
+    assert same(before, list(body.state_dict().values()))
+    assert not (tmp_path / "kept").exists()
 
 
 # What is left behind

@@ -53,6 +53,7 @@ def finetune(
         DataError: The labels cannot be used.
         ModelError: The model does not load.
         OutOfMemoryError: Not even one text at once fits, on the CPU neither.
+        TrainingError: The loss or the weights are no longer finite.
         UnavailableError: The hub cannot be reached.
     """
     config = FinetuneConfig.given(config, settings).of_family("transformer")

@@ -52,6 +52,7 @@ def train_student(
         DataError: The pool is smaller than a batch, or labels do not match.
         ModelError: The body does not load.
         OutOfMemoryError: Not even one text at once fits, on the CPU neither.
+        TrainingError: The loss or the weights are no longer finite.
         UnavailableError: The hub cannot be reached.
     """
     config = StudentConfig.given(config, settings)

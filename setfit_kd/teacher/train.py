@@ -49,6 +49,7 @@ def train_teacher(
         DataError: The labels cannot be used.
         ModelError: The body does not load.
         OutOfMemoryError: Not even one text at once fits, on the CPU neither.
+        TrainingError: The loss or the weights are no longer finite.
         UnavailableError: The hub cannot be reached.
     """
     config = TeacherConfig.given(config, settings)
