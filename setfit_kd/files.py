@@ -24,6 +24,7 @@ MAX_JSON_BYTES = 32 << 20
 """Size above which no JSON document or line is read: parsed, it takes about twenty times as much memory."""
 LOCK = ".lock"
 
+CACHE_VARIABLE = "SETFIT_KD_CACHE"
 _REASONS = {
     errno.ENOSPC: "The disk is full: free some space, or",
     errno.EDQUOT: "The disk quota is used up: free some space, or",
@@ -35,6 +36,20 @@ _REASONS = {
 
 _TORCH_CANNOT_WRITE = ("inline_container.cc", "iostream error")
 """What torch says where it cannot write an archive; it does not tell why."""
+
+
+def cache_folder() -> Path | None:
+    """Where caches are kept: what the environment's ``SETFIT_KD_CACHE`` says, or the user's cache folder.
+
+    None for a user without a home.
+    """
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setfit-kd"
+    except RuntimeError:
+        return None
 
 
 @contextmanager

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+import platform
+import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from setfit_kd.errors import ConfigError
+from setfit_kd.files import cache_folder, write_whole
 from setfit_kd.memory import clear_cache, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -21,7 +28,9 @@ _WORTH_IT = 1.1
 """How many times as fast as fp32 bf16 must be, since it costs digits."""
 _PROBE_TEXTS = {"cpu": 8, "cuda": 64}
 """A GPU shows its speed on whole batches only."""
-_measured: dict[tuple[str, int], Precision] = {}
+_ROUNDS = 5
+_CACHE = "precision.json"
+_measured: dict[str, Precision] = {}
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Precision:
 def resolve_precision(name: str, body: SentenceTransformer, texts: Sequence[str]) -> Precision:
     """The precision that a setting names; ``auto`` times one small training step in fp32 and in bf16.
 
-    A body of one width is probed once a device and process.
+    A machine is probed once for bodies of one width: the speedup is kept in ``precision.json`` in the cache folder.
 
     Args:
         name: As in `RunConfig`.
@@ -52,14 +61,45 @@ def resolve_precision(name: str, body: SentenceTransformer, texts: Sequence[str]
         return Precision(name)
     if not _has_bf16(device) or not hasattr(body[0], "auto_model"):
         return Precision("fp32")
-    key = (str(device), body.get_embedding_dimension() or 0)
+    key = f"{_machine(device)}, width {body.get_embedding_dimension()}"
     if key not in _measured:
-        _measured[key] = _probe(body, texts[: _PROBE_TEXTS[device.type]])
+        folder = cache_folder()
+        kept = _read_speedups(folder / _CACHE) if folder else {}
+        speedup = kept.get(key) or _probe(body, texts[: _PROBE_TEXTS[device.type]])
+        if speedup is None:
+            return Precision("fp32")
+        _measured[key] = Precision("bf16" if speedup >= _WORTH_IT else "fp32", speedup)
+        logger.info("Precision: %s (bf16 is %.2f times as fast as fp32 here).", _measured[key].name, speedup)
+        if folder and key not in kept:
+            with suppress(OSError):  # the cache never fails a run
+                folder.mkdir(parents=True, exist_ok=True)
+                write_whole(folder / _CACHE, json.dumps({**kept, key: speedup}, indent=2) + "\n")
     return _measured[key]
 
 
-def _probe(body: SentenceTransformer, texts: Sequence[str]) -> Precision:
-    """Time fewer texts where so many do not fit."""
+def _machine(device: torch.device) -> str:
+    """What decides the speed of a training step, apart from the body."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        name = re.findall(r"model name\s*: (.+)|$", Path("/proc/cpuinfo").read_text(encoding="utf-8"))[0] or name
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def _read_speedups(path: Path) -> dict[str, float]:
+    """The speedups in a file, by machine and width; none where it cannot be read or holds anything else."""
+    try:
+        kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+        return kept if all(0 < speedup < math.inf for speedup in kept.values()) else {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _probe(body: SentenceTransformer, texts: Sequence[str]) -> float | None:
+    """How many times as fast as fp32 bf16 is, by fewer texts where so many do not fit; None where it does not run."""
     while True:
         try:
             fp32, bf16 = _step_seconds(body, texts)
@@ -67,15 +107,13 @@ def _probe(body: SentenceTransformer, texts: Sequence[str]) -> Precision:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 logger.debug("Precision: fp32, since bf16 does not run here (%s).", str(error))
-                return Precision("fp32")
+                return None
             if len(texts) == 1:
                 raise
         body.zero_grad(set_to_none=True)
         clear_cache(body.device)
         texts = texts[: len(texts) // 2]
-    found = Precision("bf16" if fp32 / bf16 >= _WORTH_IT else "fp32", round(fp32 / bf16, 2))
-    logger.info("Precision: %s (bf16 is %.2f times as fast as fp32 here).", found.name, found.speedup)
-    return found
+    return round(fp32 / bf16, 2)
 
 
 def check_precision(name: str, device: torch.device) -> None:
@@ -99,7 +137,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def _step_seconds(body: SentenceTransformer, texts: Sequence[str]) -> tuple[float, float]:
-    """Seconds of a forward and a backward pass over the texts, in fp32 and in bf16: the better of two, warmed up."""
+    """Seconds of a forward and a backward pass over the texts, in fp32 and in bf16, by turns: the best of each."""
     import torch
     from sentence_transformers.util import batch_to_device
 
@@ -115,5 +153,5 @@ def _step_seconds(body: SentenceTransformer, texts: Sequence[str]) -> tuple[floa
             torch.cuda.synchronize(body.device)
         return time.perf_counter() - started
 
-    seconds = {enabled: [step(enabled) for _ in range(3)] for enabled in (False, True)}
-    return min(seconds[False][1:]), min(seconds[True][1:])
+    rounds = [(step(False), step(True)) for _ in range(_ROUNDS + 1)][1:]  # the first one warms up
+    return min(fp32 for fp32, _ in rounds), min(bf16 for _, bf16 in rounds)

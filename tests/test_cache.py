@@ -17,6 +17,7 @@ from conftest import FAST, newswire
 
 from setfit_kd import arrays, distill, score
 from setfit_kd.arrays import load_rows, save_rows
+from setfit_kd.files import CACHE_VARIABLE, cache_folder
 from setfit_kd.models import fit_head, load_body, new_model
 from setfit_kd.teacher import cache
 
@@ -31,7 +32,7 @@ TEXTS = [row["text"] for row in newswire("train")[:9]]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where embeddings are kept; not made yet."""
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "kept"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "kept"))
     return tmp_path / "kept" / "embeddings"
 
 
@@ -402,8 +403,8 @@ def test_pruning_takes_nothing_that_is_not_its_own(
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({cache.VARIABLE: "/named", "XDG_CACHE_HOME": "/xdg"}, "/named"),
-        ({cache.VARIABLE: "", "XDG_CACHE_HOME": "/xdg"}, "/xdg/setfit-kd"),
+        ({CACHE_VARIABLE: "/named", "XDG_CACHE_HOME": "/xdg"}, "/named"),
+        ({CACHE_VARIABLE: "", "XDG_CACHE_HOME": "/xdg"}, "/xdg/setfit-kd"),
         ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/setfit-kd"),
         ({"XDG_CACHE_HOME": ""}, "/home/me/.cache/setfit-kd"),
         ({}, "/home/me/.cache/setfit-kd"),
@@ -413,11 +414,11 @@ def test_the_environment_decides_the_folder(
     environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
-    for name in (cache.VARIABLE, "XDG_CACHE_HOME"):
+    for name in (CACHE_VARIABLE, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert cache.cache_folder() == Path(expected)
+    assert cache_folder() == Path(expected)
 
 
 def test_another_version_of_a_library_embeds_anew(
@@ -437,9 +438,9 @@ def test_a_user_without_a_home_has_no_cache(
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    for name in (cache.VARIABLE, "XDG_CACHE_HOME"):
+    for name in (CACHE_VARIABLE, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert (cache.cache_folder(), cache.cache_bytes()) == (None, 0)
+    assert (cache_folder(), cache.cache_bytes()) == (None, 0)
     embeddings(teacher)
     embeddings(teacher)
     assert encoded == [len(TEXTS)] * 2

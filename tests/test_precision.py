@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,67 @@ def test_a_width_is_probed_once(
     answers = [resolve_precision("auto", body, TEXTS) for body in (student_body, teacher_body) * 3]
     assert probed == [16, 32]
     assert set(answers) == {Precision("bf16", 2.0)}
+
+
+@pytest.fixture
+def decide(student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], str]:
+    """What a new process decides where its probe finds this speedup."""
+
+    def decide(speedup: float) -> str:
+        monkeypatch.setattr(module, "_measured", {})
+        timed(monkeypatch, speedup, 1)
+        return resolve_precision("auto", student_body, TEXTS).name
+
+    return decide
+
+
+@pytest.mark.parametrize(
+    ("damage", "later"),
+    [
+        (None, "bf16"),
+        ("", "fp32"),
+        ("[" * 100_000, "fp32"),
+        ('["a list"]', "fp32"),
+        ('{KEY: "fast"}', "fp32"),
+        ("{KEY: NaN}", "fp32"),
+        ('{KEY: 1.5, "another": -1}', "fp32"),
+    ],
+    ids=str,
+)
+def test_a_decision_is_kept_for_later_processes(
+    damage: str | None, later: str, decide: Callable[[float], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert decide(1.11) == "bf16"
+    file = Path(os.environ["SETFIT_KD_CACHE"]) / "precision.json"
+    [key] = json.loads(file.read_text())
+    if damage is not None:
+        file.write_text(damage.replace("KEY", json.dumps(key)))
+    assert decide(1.09) == later
+    assert decide(1.11) == later  # what could not be read was replaced
+    assert list(json.loads(file.read_text())) == [key]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    assert decide(9) == "bf16"
+    assert decide(1) == "bf16"
+    assert len(json.loads(file.read_text())) == 2
+
+
+def test_a_decision_that_cannot_be_kept_does_not_matter(
+    decide: Callable[[float], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SETFIT_KD_CACHE", str(tmp_path / "file"))
+    assert [decide(1.11), decide(1.09)] == ["bf16", "fp32"]
+    monkeypatch.setattr(module, "cache_folder", lambda: None)
+    assert [decide(1.11), decide(1.09)] == ["bf16", "fp32"]
+    assert not caplog.records
+
+
+def test_samples_are_taken_by_turns(student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that gets slower while it is probed is as slow for both."""
+    clock = iter(range(1, 10**6))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(clock) ** 2))
+    fp32, bf16 = module._step_seconds(student_body, TEXTS)
+    assert 0.5 < fp32 / bf16 <= 1
 
 
 @pytest.mark.parametrize(

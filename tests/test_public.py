@@ -112,7 +112,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "files"},
     "memory": {"errors"},
     "arrays": {"errors", "files"},
-    "precision": {"errors", "memory"},
+    "precision": {"errors", "files", "memory"},
     "objectives": {"arrays"},
     "signals": {"errors", "files", "arrays", "temperature"},
     "temperature": set(),

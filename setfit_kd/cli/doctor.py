@@ -20,9 +20,10 @@ def doctor() -> None:
     import torch
 
     from setfit_kd import hub
+    from setfit_kd.files import cache_folder
     from setfit_kd.memory import resolve_device
     from setfit_kd.runfolder import versions
-    from setfit_kd.teacher import cache_bytes, cache_folder
+    from setfit_kd.teacher import cache_bytes
 
     click.echo("Versions")
     for package, version in versions().items():

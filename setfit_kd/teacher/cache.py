@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from setfit_kd.arrays import in_parts, load_rows, save_rows
 from setfit_kd.errors import OutputError
-from setfit_kd.files import whole_folder
+from setfit_kd.files import cache_folder, whole_folder
 from setfit_kd.hashing import content_name
 from setfit_kd.models import content_hash, embed
 
@@ -26,25 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VARIABLE = "SETFIT_KD_CACHE"
 MOST_BYTES = 2 << 30
 """What the cache may hold; what was not used for longest goes first."""
 _LIBRARIES = ("torch", "transformers", "sentence-transformers", "tokenizers")
 _EMBEDDINGS, _ROWS = "embeddings", "embeddings.npy"
-
-
-def cache_folder() -> Path | None:
-    """Where embeddings are kept: what the environment's ``SETFIT_KD_CACHE`` says, or the user's cache folder.
-
-    None for a user without a home.
-    """
-    named = os.environ.get(VARIABLE)
-    if named:
-        return Path(named)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setfit-kd"
-    except RuntimeError:
-        return None
 
 
 def cache_bytes() -> int:
