@@ -389,6 +389,21 @@ def test_leak_guard_takes_eval_texts_out_of_both(variant: str) -> None:
     }
 
 
+INVISIBLE = "\u00ad\u034f\u061c\u180b\u180e\u200b\u200e\u202e\u2060\u206f\u3164\ufe0f\ufeff\U000e0041\U000e01ef"
+
+
+@pytest.mark.parametrize("character", INVISIBLE, ids=ascii)
+def test_invisible_characters_neither_hide_a_text_nor_make_one(character: str) -> None:
+    assert normalise(f"{character}a caf{character}e{character}\u0301") == normalise("a caf\u00e9")
+    with pytest.raises(DataError, match="row 2: the text is empty"):
+        read(["a", character * 2])
+
+
+@pytest.mark.parametrize("quote", "‘’‚‛‹›ʼ＇")
+def test_typographic_quotes_count_as_ascii(quote: str) -> None:
+    assert normalise(f"Don{quote}t «say» “so” „now‟") == 'don\'t "say" "so" "now"'
+
+
 @pytest.mark.parametrize("text", ["μαΐου", "weiß", "café", "ὑπνώδης", "ﬂood", "ij ǆ"])
 @pytest.mark.parametrize("change", [str.upper, str.title, lambda text: unicodedata.normalize("NFD", text)])
 def test_case_and_composition_do_not_hide_a_text(text: str, change: Callable[[str], str]) -> None:
@@ -576,6 +591,8 @@ def test_without_a_pool_there_is_none(caplog: pytest.LogCaptureFixture) -> None:
 @example("\u03aa\u0301")
 @example("\xdf\u0301")
 @example("\u0130\u0327")
+@example("\u0149")
+@example("\ufffa\u1100\u3164\u1161")
 def test_normalise_is_idempotent(text: str) -> None:
     assert normalise(normalise(text)) == normalise(text)
 

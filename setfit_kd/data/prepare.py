@@ -21,6 +21,8 @@ from setfit_kd.signals import TeacherSignals
 
 logger = logging.getLogger(__name__)
 
+_QUOTES = str.maketrans(dict.fromkeys("‘’‚‛‹›ʼ", "'") | dict.fromkeys("“”„‟«»〝〞〟⹂", '"'))
+
 
 @dataclass(frozen=True)
 class DataReport:
@@ -58,13 +60,14 @@ class RunData:
 def normalise(text: str) -> str:
     """The form in which two texts count as the same.
 
-    Compatible characters are made one (NFKC), invisible ones dropped, case folded, and runs of white space made one
-    space. Folding can leave characters that compose anew, hence the second normalisation.
+    Compatible characters are made one (NFKC), invisible ones dropped, typographic quotes and apostrophes replaced by
+    ASCII ones, case folded, and runs of white space made one space. Folding can leave characters that compose anew,
+    hence the second normalisation.
     """
     if text.isascii():
         return " ".join(text.casefold().split())
     folded = unicodedata.normalize("NFKC", text.translate(INVISIBLE)).casefold()
-    return " ".join(unicodedata.normalize("NFKC", folded).split())
+    return " ".join(unicodedata.normalize("NFKC", folded.translate(_QUOTES)).split())
 
 
 def load_run_data(

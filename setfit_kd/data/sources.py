@@ -34,8 +34,14 @@ _FILE_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet", ".xlsx",
 _SHOWN = 3
 _SPLITS = {"train": ["train"], "validation": ["validation", "dev"], "test": ["test", "validation"]}
 """Names of the splits that are meant for something, the first that there is being taken."""
-INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
-"""Characters without width, for `str.translate`."""
+_IGNORABLE = (
+    "00AD 034F 061C 115F-1160 17B4-17B5 180B-180F 200B-200F 202A-202E 2060-206F 3164 FE00-FE0F FEFF FFA0 FFF0-FFFB "
+    "1BCA0-1BCA3 1D173-1D17A E0000-E0FFF"
+)
+_SPANS = ([int(end, 16) for end in span.split("-")] for span in _IGNORABLE.split())
+INVISIBLE: dict[int, None] = dict.fromkeys(code for span in _SPANS for code in range(span[0], span[-1] + 1))
+"""Unicode's Default_Ignorable_Code_Point (zero-width characters, direction marks, variation selectors, tags, ...) and
+interlinear annotation marks, for `str.translate`."""
 
 
 @dataclass(frozen=True)
