@@ -24,6 +24,7 @@ from setfit_kd.errors import ConfigError, ModelError, OutputError, UnavailableEr
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import (
     bodies,
+    content_hash,
     cut_layers,
     embed,
     fit_head,
@@ -624,3 +625,149 @@ def test_a_run_folder_stands_for_its_student(model: SetFitModel, tmp_path: Path)
     save_model(model, tmp_path / "run" / "student")
     again = load(tmp_path / "run", device="cpu")
     np.testing.assert_allclose(predict_proba(again, TEXTS), predict_proba(model, TEXTS), atol=1e-6)
+
+
+# What a body is
+
+
+def _pad_left(body: Any) -> None:
+    body.tokenizer.padding_side = "left"
+
+
+def _truncate_left(body: Any) -> None:
+    body.tokenizer.truncation_side = "left"
+
+
+def _shorter(body: Any) -> None:
+    body.tokenizer.model_max_length = 5
+
+
+def _static_shorter(body: Any) -> None:
+    body.tokenizer.enable_truncation(3)
+
+
+def _static_padded(body: Any) -> None:
+    body.tokenizer.enable_padding(length=40)
+
+
+def _without_mask(body: Any) -> None:
+    body.tokenizer.model_input_names = ["input_ids"]
+
+
+def _special_tokens_split(body: Any) -> None:
+    body.tokenizer.split_special_tokens = True
+
+
+def _other_first_token(body: Any) -> None:
+    from tokenizers import processors
+
+    body.tokenizer.backend_tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[MASK]", 4))
+
+
+def _prompt_left_out(body: Any) -> None:
+    body[1].include_prompt = False
+
+
+def _other_prompt(body: Any) -> None:
+    body.prompts["task"] = "of "
+
+
+def _tokens_normalised(body: Any) -> None:
+    from sentence_transformers.sentence_transformer.modules import Normalize
+
+    body.insert(1, Normalize("token_embeddings"))
+
+
+def _fewer_dimensions(body: Any) -> None:
+    body.truncate_dim = 4
+
+
+def _summed(body: Any) -> None:
+    body[0].embedding.mode = "sum"
+
+
+def _other_epsilon(body: Any) -> None:
+    body[0].auto_model.encoder.layer[0].output.LayerNorm.eps = 0.5
+
+
+def _next_weight(body: Any) -> None:
+    weight = next(body.parameters())
+    with torch.no_grad():
+        weight[:] = torch.nextafter(weight, weight + 1)
+
+
+ENCODER_CHANGES: list[Callable[[Any], Any]] = [
+    *(_pad_left, _truncate_left, _shorter, _without_mask, _special_tokens_split, _other_first_token),
+    *(_prompt_left_out, _other_prompt, _tokens_normalised, _fewer_dimensions, _other_epsilon),
+    *(torch.nn.Module.bfloat16, torch.nn.Module.double),
+]
+STATIC_CHANGES: list[Callable[[Any], Any]] = [
+    *(_static_shorter, _static_padded, _summed, _next_weight, torch.nn.Module.double),
+]
+
+
+@pytest.fixture
+def encoder(student_body: SentenceTransformer) -> SentenceTransformer:
+    student_body.max_seq_length = 20
+    student_body.prompts, student_body.default_prompt_name = {"task": "goal "}, "task"
+    return student_body
+
+
+@pytest.fixture
+def vectors_of_tokens(student_body: SentenceTransformer) -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    table = StaticEmbedding(student_body.tokenizer, embedding_weights=vectors(0, 2000, 8).astype(np.float32))
+    return SentenceTransformer(modules=[table], device="cpu")
+
+
+IDENTITY_TEXTS = ["a [SEP] b", " ".join(row["text"] for row in newswire("train")[:2])]
+
+
+@pytest.mark.parametrize(
+    ("body", "change"),
+    [*(("encoder", of) for of in ENCODER_CHANGES), *(("vectors_of_tokens", of) for of in STATIC_CHANGES)],
+)
+def test_what_changes_embeddings_changes_the_hash(
+    body: str, change: Callable[[Any], Any], request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(body)
+    before, embeddings = content_hash(model), model.encode(IDENTITY_TEXTS, convert_to_numpy=False)
+    assert content_hash(model) == before
+    change(model)
+    after = content_hash(model)
+    changed = model.encode(IDENTITY_TEXTS, convert_to_numpy=False)
+    assert any(
+        old.dtype != new.dtype or not torch.equal(old, new) for old, new in zip(embeddings, changed, strict=True)
+    )
+    assert after != before
+
+
+def _another_path(body: Any) -> None:
+    body.tokenizer.name_or_path = body[0].auto_model.config._name_or_path = "elsewhere"
+
+
+def _another_unused_prompt(body: Any) -> None:
+    body.prompts["other"] = "never used "
+
+
+def _another_dropout(body: Any) -> None:
+    for module in body.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+
+
+@pytest.mark.parametrize("change", [_another_path, _another_unused_prompt, _another_dropout, torch.nn.Module.train])
+def test_what_leaves_embeddings_alone_leaves_the_hash(
+    encoder: SentenceTransformer, change: Callable[[Any], Any]
+) -> None:
+    before, embeddings = content_hash(encoder), encoder.encode(IDENTITY_TEXTS)
+    change(encoder)
+    np.testing.assert_array_equal(encoder.encode(IDENTITY_TEXTS), embeddings)
+    assert content_hash(encoder) == before
+
+
+def test_a_body_in_another_folder_has_the_same_hash(tiny_student: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(tiny_student, tmp_path / "copy")
+    assert content_hash(load_body(copied)) == content_hash(load_body(tiny_student))
