@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,8 +62,8 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def kept(folder: Path) -> list[Path]:
-    """The files of the cache, the oldest first."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    """The rows that the cache holds, the oldest first."""
+    files = [path for path in folder.rglob("*.npy") if path.is_file()]
     return sorted(files, key=lambda path: path.parent.stat().st_mtime)
 
 
@@ -245,6 +247,22 @@ def not_finite(file: Path) -> None:
     save_rows(np.full((len(TEXTS), 16), np.nan, np.float32), file)
 
 
+def permuted(file: Path) -> None:
+    save_rows(load_rows(file)[::-1], file)
+
+
+def without_checksum(file: Path) -> None:
+    file.with_suffix(".sha256").unlink()
+
+
+def linked(file: Path) -> None:
+    file.symlink_to(file.rename(file.parents[3] / "elsewhere.npy"))
+
+
+def linked_folder(file: Path) -> None:
+    file.parent.symlink_to(file.parent.rename(file.parents[3] / "elsewhere"))
+
+
 def gone(file: Path) -> None:
     file.unlink()
 
@@ -255,8 +273,7 @@ def a_folder(file: Path) -> None:
 
 
 def a_file_for_the_folder(file: Path) -> None:
-    file.unlink()
-    file.parent.rmdir()
+    shutil.rmtree(file.parent)
     file.parent.write_text("mine")
 
 
@@ -273,18 +290,31 @@ def a_file_for_the_folder(file: Path) -> None:
         too_flat,
         too_narrow,
         not_finite,
+        permuted,
+        without_checksum,
+        linked,
+        linked_folder,
         gone,
         a_folder,
+        a_file_for_the_folder,
     ],
 )
 def test_a_file_that_is_not_right_is_replaced(
-    teacher: SetFitModel, folder: Path, encoded: list[int], damage: Callable[[Path], None]
+    teacher: SetFitModel,
+    folder: Path,
+    encoded: list[int],
+    damage: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     expected = embeddings(teacher).copy()
     [file] = kept(folder)
+    assert not caplog.text
     damage(file)
     np.testing.assert_array_equal(embeddings(teacher), expected)
     assert len(encoded) == 2
+    assert f"Cached embeddings in {file.parent} cannot be used" in caplog.text
+    assert not any(path.is_symlink() for path in (file, file.parent))
+    assert all(path.exists() for path in folder.parents[1].glob("elsewhere*"))
     np.testing.assert_array_equal(load_rows(file), expected)
     np.testing.assert_array_equal(embeddings(teacher), expected)
     assert len(encoded) == 2
@@ -357,7 +387,7 @@ def test_what_was_not_used_for_longest_goes_first(
         [place] = {file.parent for file in kept(folder)} - set(places)
         places.append(place)
         os.utime(place, (1000 + age, 1000 + age))
-    size = kept(folder)[0].stat().st_size
+    size = cache.cache_bytes() // 4
     embeddings(teacher, texts[0])  # used just now
     monkeypatch.setattr(cache, "MOST_BYTES", 3 * size)
     embeddings(teacher, texts[4])
@@ -391,10 +421,22 @@ def test_pruning_takes_nothing_that_is_not_its_own(
     (folder / "embeddings" / ".part" / "embeddings.npy").write_text("half")
     monkeypatch.setattr(cache, "MOST_BYTES", embeddings(teacher).nbytes + 200)
     embeddings(teacher, TEXTS[1:])
-    assert len(kept(folder)) == 4
+    assert len(kept(folder)) == 2
     assert {file.name for file in folder.parent.rglob("*") if file.is_file()} == {
-        *("a.txt", "b.txt", "c.txt", "embeddings.npy")
+        *("a.txt", "b.txt", "c.txt", "embeddings.npy", "embeddings.sha256")
     }
+
+
+def test_unfinished_entries_are_counted_and_go_after_an_hour(teacher: SetFitModel, folder: Path) -> None:
+    ages = {f".{'0' * 32}.{'0' * 8}": 7200, f".{'0' * 32}.{'1' * 8}": 60, ".notes": 7200}
+    for name, age in ages.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "embeddings.npy").write_bytes(bytes(100))
+        for path in (folder / name / "embeddings.npy", folder / name):
+            os.utime(path, (time.time() - age,) * 2)
+    assert cache.cache_bytes() == 200
+    embeddings(teacher)
+    assert [(folder / name).exists() for name in ages] == [False, True, True]
 
 
 # Where it is

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -15,9 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.arrays import in_parts, load_rows, save_rows
+from setfit_kd.arrays import load_rows, save_rows
 from setfit_kd.errors import OutputError
-from setfit_kd.files import cache_folder, whole_folder
+from setfit_kd.files import cache_folder, file_hash, whole_folder
 from setfit_kd.hashing import content_name
 from setfit_kd.models import content_hash, embed
 
@@ -29,11 +31,15 @@ logger = logging.getLogger(__name__)
 MOST_BYTES = 2 << 30
 """What the cache may hold; what was not used for longest goes first."""
 _LIBRARIES = ("torch", "transformers", "sentence-transformers", "tokenizers")
-_EMBEDDINGS, _ROWS = "embeddings", "embeddings.npy"
+_EMBEDDINGS, _ROWS, _CHECKSUM = "embeddings", "embeddings.npy", "embeddings.sha256"
+_ENTRY = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.[0-9a-f]{8}")
+"""Name of an entry, or of one that is being written."""
+_ABANDONED_SECONDS = 3600.0
+"""Age at which an entry that was never finished is removed."""
 
 
 def cache_bytes() -> int:
-    """How much is kept."""
+    """Size of the cache, unfinished entries included."""
     folder = cache_folder()
     return sum(size for _, size, _ in _entries(folder / _EMBEDDINGS)) if folder else 0
 
@@ -49,9 +55,7 @@ def cached_embed(
     if folder is None:
         return embed(body, texts, batch_size=batch_size, normalize=normalize, description=description)
     place = folder / _EMBEDDINGS / _name_of(body, texts, normalize=normalize)
-    found = _found(place / _ROWS, (len(texts), body.get_embedding_dimension()))
-    if found is None:
-        shutil.rmtree(place, ignore_errors=True)  # whatever is there cannot be read
+    found = _load(place)
     if found is not None:
         with suppress(OSError):  # others' caches may only be read
             os.utime(place)
@@ -63,45 +67,59 @@ def cached_embed(
     try:
         with whole_folder(place) as part:
             save_rows(embeddings, part / _ROWS)
+            (part / _CHECKSUM).write_text(file_hash(part / _ROWS), encoding="utf-8")
         _prune(place.parent, keep=place)
     except (OSError, OutputError) as error:
         logger.debug("The embeddings are not kept: %s", error)
     return embeddings
 
 
-def _found(path: Path, shape: tuple[int, int | None]) -> npt.NDArray[np.floating] | None:
-    """The embeddings in a file, if there are any, whole and of that shape; a width of None is any."""
-    try:
-        rows = load_rows(path)
-    except (OSError, ValueError):
+def _load(place: Path) -> npt.NDArray[np.floating] | None:
+    """The embeddings of an entry; None, and no entry any more, unless they match their checksum."""
+    if not os.path.lexists(place):
         return None
-    fits = rows.ndim == 2 and len(rows) == shape[0] and shape[1] in (None, rows.shape[1])
-    return rows if fits and all(np.isfinite(part).all() for part in in_parts(rows)) else None
+    try:
+        if any(path.is_symlink() for path in (place, place / _ROWS, place / _CHECKSUM)):
+            raise ValueError("it holds a symbolic link")
+        if file_hash(place / _ROWS) != (place / _CHECKSUM).read_text(encoding="utf-8"):
+            raise ValueError("its checksum does not match")
+        return load_rows(place / _ROWS)
+    except (OSError, ValueError) as error:
+        logger.warning("Cached embeddings in %s cannot be used (%s): they are computed again.", place, error)
+        _remove(place)
+        return None
+
+
+def _remove(place: Path) -> None:
+    with suppress(OSError):
+        shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink()
 
 
 def _name_of(body: SentenceTransformer, texts: Sequence[str], *, normalize: bool) -> str:
     """A name for all that decides the embeddings: the body, the texts, and what computes them."""
     libraries = " ".join(f"{library} {version(library)}" for library in _LIBRARIES)
-    parts = chain((f"3 {normalize} {body.device.type} {libraries}", content_hash(body)), texts)
+    parts = chain((f"4 {normalize} {body.device.type} {libraries}", content_hash(body)), texts)
     return content_name(part.encode() for part in parts)
 
 
 def _entries(folder: Path) -> list[tuple[float, int, Path]]:
-    """When each was last used, its bytes, and where it is; those being written are left out."""
+    """When each was last used, its bytes, and where it is; a name that begins with a dot is of an unfinished one."""
     entries = []
-    for path in folder.glob("[!.]*"):
+    for path in folder.glob("*"):
         with suppress(OSError):  # another process may just have removed it
-            entries.append((path.stat().st_mtime, (path / _ROWS).stat().st_size, path))
+            if _ENTRY.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                files = [file.lstat() for file in path.iterdir()]
+                used = max([path.stat().st_mtime, *(file.st_mtime for file in files if path.name[0] == ".")])
+                entries.append((used, sum(file.st_size for file in files), path))
     return entries
 
 
 def _prune(folder: Path, *, keep: Path) -> None:
-    """Remove what was used least lately until the rest fits."""
-    entries = _entries(folder)
+    """Remove what was abandoned, and then what was used least lately until the rest fits."""
+    entries = sorted(_entries(folder), key=lambda entry: (entry[2].name[0] != ".", entry[0]))
     total = sum(size for _, size, _ in entries)
-    for _, size, path in sorted(entries):
-        if total <= MOST_BYTES:
-            return
-        if path != keep:
-            shutil.rmtree(path, ignore_errors=True)
+    for used, size, path in entries:
+        is_old = time.time() - used > _ABANDONED_SECONDS
+        if is_old if path.name[0] == "." else total > MOST_BYTES and path != keep:
+            _remove(path)
             total -= size
