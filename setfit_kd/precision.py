@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from setfit_kd.errors import ConfigError
-from setfit_kd.files import cache_folder, write_whole
+from setfit_kd.files import cache_folder, read_json, write_whole
 from setfit_kd.memory import clear_cache, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -92,9 +92,9 @@ def _machine(device: torch.device) -> str:
 def _read_speedups(path: Path) -> dict[str, float]:
     """The speedups in a file, by machine and width; none where it cannot be read or holds anything else."""
     try:
-        kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+        kept: dict[str, float] = read_json(path)
         return kept if all(0 < speedup < math.inf for speedup in kept.values()) else {}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 

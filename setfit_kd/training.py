@@ -104,9 +104,9 @@ class ProgressCallback(TrainerCallback):
         """Advance by one step."""
         self.advance(1)
 
-    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop where the loss, which has been read for the log, is not finite."""
-        if not math.isfinite(logs.get("embedding_loss", 0.0)):
+        if not math.isfinite(kwargs["logs"].get("embedding_loss", 0.0)):
             control.should_training_stop = True
 
 

@@ -523,7 +523,7 @@ def test_a_head_that_runs_out_of_memory_does_not_repeat_the_training(
     steps = Faults()
     inner_trainers(monkeypatch, "training_step", steps.wrap)
     with remembering() as recoveries, pytest.raises(OutOfMemoryError, match=r"head.*74\.5 GiB") as raised:
-        TRAININGS[training](student_body)
+        HEADED[training](student_body)
     assert steps.calls == STEPS
     assert recoveries == []
     assert "fewer texts" in (raised.value.hint or "")

@@ -37,7 +37,6 @@ from setfit_kd.finetune.looks import ValidationLooks
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import (
     cut_layers,
-    embed_tokens,
     family_of,
     is_static,
     load_body,
