@@ -390,14 +390,30 @@ class RunFolder:
         recorder.flush()
 
 
+class _PassOn(logging.Handler):
+    """Hands records to the handlers that a logger had, at the level that it had."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__(logger.getEffectiveLevel())
+        self.before = logging.Logger(logger.name)
+        vars(self.before).update(vars(logger))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Do what the logger would have done; a warning that nobody handles goes to stderr."""
+        self.before.callHandlers(record)
+
+
 @contextmanager
 def recorded() -> Iterator[logging.handlers.MemoryHandler]:
-    """Within this block, keep everything that setfit-kd logs, until a run folder takes it; see `RunFolder.keep_log`."""
+    """Within this block, keep everything that setfit-kd logs, until a run folder takes it; see `RunFolder.keep_log`.
+
+    Handlers other than the recorder get what they would get without it.
+    """
     recorder = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
     recorder.addFilter(_tell_stage)
     logger = logging.getLogger("setfit_kd")
-    level = logger.level
-    logger.addHandler(recorder)
+    others = _PassOn(logger)
+    logger.handlers, logger.propagate = [recorder, others], False
     logger.setLevel(logging.DEBUG)
     try:
         yield recorder
@@ -408,8 +424,8 @@ def recorded() -> Iterator[logging.handlers.MemoryHandler]:
         logger.debug("The run ended.", exc_info=True)
         raise
     finally:
-        logger.setLevel(level)
-        logger.removeHandler(recorder)
+        logger.handlers, logger.propagate = others.before.handlers, others.before.propagate
+        logger.setLevel(others.before.level)
         if recorder.target is not None:
             recorder.target.close()
         recorder.close()

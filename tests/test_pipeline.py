@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,12 @@ from conftest import FAST, newswire
 from setfit import SetFitModel
 
 from setfit_kd import RunConfig, TeacherSignals, distill, evaluate, load, train_teacher
+from setfit_kd.cli.screen import screen
 from setfit_kd.config import read_config
 from setfit_kd.data import encode_labels, prepare, read
 from setfit_kd.errors import OutputError
 from setfit_kd.models import load_body, predict_proba
+from setfit_kd.runfolder import RunFolder, recorded
 from setfit_kd.temperature import at_temperature
 
 QUALITY = ("accuracy", "macro_f1", "classes", "confusion", "agreement")
@@ -134,6 +140,64 @@ def test_names_given_from_python_are_in_the_config(tiny_teacher: Path, tmp_path:
 def test_the_log_starts_with_the_data(run_folder: Path) -> None:
     log = (run_folder / "run.log").read_text()
     assert log.index("Data: 32 labeled, 568 pool") < log.index("Stage teacher took")
+
+
+@pytest.fixture
+def levels() -> Iterator[None]:
+    """Loggers have their levels back at the end."""
+    loggers = logging.root, logging.getLogger("setfit_kd")
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
+def configure(root: int, ours: int = logging.NOTSET) -> AbstractContextManager[None]:
+    logging.basicConfig(level=root, format="%(message)s")
+    logging.getLogger("setfit_kd").setLevel(ours)
+    return nullcontext()
+
+
+@pytest.mark.usefixtures("levels")
+@pytest.mark.parametrize(
+    ("caller", "expected"),
+    [
+        pytest.param(nullcontext, "warning", id="nothing"),
+        pytest.param(partial(configure, logging.WARNING), "warning", id="WARNING"),
+        pytest.param(partial(configure, logging.INFO), "info warning", id="INFO"),
+        pytest.param(partial(configure, logging.DEBUG), "debug info warning", id="DEBUG"),
+        pytest.param(partial(configure, logging.INFO, logging.DEBUG), "debug info warning", id="DEBUG of ours"),
+        pytest.param(partial(configure, logging.INFO, logging.ERROR), "", id="ERROR of ours"),
+        pytest.param(partial(screen, quiet=True, verbose=False), "Warning: warning", id="--quiet"),
+        pytest.param(partial(screen, quiet=False, verbose=False), "info Warning: warning", id="command line"),
+        pytest.param(partial(screen, quiet=False, verbose=True), "debug info Warning: warning", id="--verbose"),
+    ],
+)
+def test_the_log_of_a_run_changes_nothing_for_other_handlers(
+    caller: Callable[[], AbstractContextManager[Any]],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def log() -> str:
+        logger = logging.getLogger("setfit_kd.training")
+        logger.debug("debug")
+        logger.info("info")
+        logger.warning("warning")
+        return " ".join(capsys.readouterr().err.split())
+
+    monkeypatch.setattr(logging.root, "handlers", [])  # as in a new process
+    with caller():
+        before = log()
+        with recorded() as whole:
+            RunFolder(tmp_path).keep_log(whole)
+            during = log()
+            with recorded():  # as of one seed of several
+                nested = log()
+        assert [before, during, nested, log()] == [expected] * 4
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["debug", "info", "warning"] * 2
 
 
 def test_nothing_is_written_without_an_output_dir(tiny_teacher: Path, tmp_path: Path) -> None:
