@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,9 +17,11 @@ import numpy.typing as npt
 from setfit_kd.classifiers import AnyClassifier
 from setfit_kd.errors import ConfigError
 from setfit_kd.files import whole_file
+from setfit_kd.quiet import without_warnings
+from setfit_kd.runtime import in_windows
 
 AT_ONCE = 1024
-"""Texts held in memory."""
+"""Most texts held in memory."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,20 @@ Write = Callable[[Predictions], None]
 def classify(
     classifier: AnyClassifier, texts: Iterable[str | None], *, threshold: float = 0.0, at_once: int = AT_ONCE
 ) -> Iterator[Predictions]:
-    """Classify texts as they come; ``at_once`` of them are held in memory.
+    """Classify texts as they come; at most ``at_once`` of them are held in memory.
 
     Args:
         classifier: Any.
         texts: However many; None stands for a row without text.
         threshold: Least probability of a label, from 0 to 1; below it there is none.
-        at_once: Texts classified together.
+        at_once: Most texts classified together.
     """
     names = classifier.labels
-    iterator = iter(texts)
-    while part := list(islice(iterator, at_once)):
+    for part in in_windows(texts, at_once):
         rows = [row for row, text in enumerate(part) if text is not None]
         probabilities = np.full((len(part), len(names)), np.nan, np.float32)
-        probabilities[rows] = classifier.predict_proba([text for text in part if text is not None])
+        with without_warnings("setfit_kd.runtime"):  # `in_windows` warns of all parts together
+            probabilities[rows] = classifier.predict_proba([text for text in part if text is not None])
         labels: list[str | None] = [None] * len(part)
         for row in rows:
             column = int(probabilities[row].argmax())

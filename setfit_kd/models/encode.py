@@ -13,13 +13,14 @@ from setfit_kd.arrays import in_parts, large_array
 from setfit_kd.memory import Ladder, Rung, place
 from setfit_kd.models.bodies import n_tokens
 from setfit_kd.progress import track
+from setfit_kd.runtime import in_windows, shorten
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
 _CHUNK = 256
-"""Texts handed over at once, or a batch if that is more; between two the progress bar moves."""
+"""Most texts handed over at once, or a batch if that is more; between two the progress bar moves."""
 
 
 def embed(
@@ -48,18 +49,22 @@ def embed(
         OutOfMemoryError: Not even one text at once fits.
     """
     order = np.argsort([-len(text) for text in texts], kind="stable")
+    body.preprocess(["a"])  # sets the truncation of its tokenizer
+    tokenizer = getattr(body.tokenizer, "backend_tokenizer", body.tokenizer)
     embeddings: npt.NDArray[np.floating] | None = None
     chunk = max(_CHUNK, batch_size)
     home = body.device
     ladder = Ladder(description, kind="encoding", device=home, size=batch_size, model=body)
+    start = 0
     with track(description, len(texts)) as advance:
-        for start in range(0, len(texts), chunk):
-            rows = order[start : start + chunk]
+        for window in in_windows((texts[row] for row in order), chunk):
+            rows = order[start : start + len(window)]
             ladder.step = start
-            part = ladder.climb(partial(_encode, body, [texts[row] for row in rows], normalize))
+            part = ladder.climb(partial(_encode, body, [shorten(text, tokenizer) for text in window], normalize))
             if embeddings is None:
                 embeddings = large_array((len(texts), part.shape[1]))
             embeddings[rows] = part
+            start += len(rows)
             advance(len(rows))
     if ladder.rung.device != home:
         place(body, home, phase=description)

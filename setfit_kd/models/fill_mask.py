@@ -17,6 +17,7 @@ from setfit_kd.memory import Ladder, Rung, first_line, is_out_of_memory, place
 from setfit_kd.models.local_files import load_local
 from setfit_kd.progress import track
 from setfit_kd.quiet import quiet_libraries
+from setfit_kd.runtime import shorten
 
 if TYPE_CHECKING:
     import torch
@@ -156,7 +157,7 @@ class FillMask:
         return [*surfaces, *[""] * (n_rows - n_known)], allowed
 
     def _hide(self, text: str, rng: np.random.Generator) -> _Masked:
-        encoding = self._reader.encode(text)
+        encoding = self._reader.encode(shorten(text, self._reader))
         words = self._words(text, encoding)
         count = min(len(words), max(1, round(_MASKED * len(words))))
         chosen = [words[index] for index in sorted(rng.permutation(len(words))[:count].tolist())]

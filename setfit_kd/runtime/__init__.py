@@ -16,6 +16,8 @@ from setfit_kd.runtime.classify import (
     BundleError,
     Classifier,
     Prediction,
+    in_windows,
+    shorten,
 )
 
 SOURCE = Path(__file__).with_name("classify.py")
@@ -32,4 +34,6 @@ __all__ = [
     "BundleError",
     "Classifier",
     "Prediction",
+    "in_windows",
+    "shorten",
 ]

@@ -13,18 +13,22 @@ import argparse
 import errno
 import hashlib
 import json
+import logging
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
+
+logger = logging.getLogger("setfit_kd.runtime")  # by this name in a bundle too
 
 FORMAT = 1
 MANIFEST, LABELS, TOKENIZER = "manifest.json", "labels.json", "tokenizer.json"
@@ -33,16 +37,22 @@ _INPUTS = {"input_ids", "attention_mask"}
 _OTHER_FILE = b"\n\x08location"
 """As an ONNX graph, a protocol buffer, writes the key of a tensor that lies in another file."""
 _WINDOW = 2048
-"""Texts that are tokenised and sorted by length at once."""
+"""Most texts that are tokenised and sorted by length at once."""
 _MAX_BYTES = {".json": 64 << 20, ".safetensors": 1 << 31, ".onnx": 1 << 31}
 """Sizes above which files are not read."""
 _REPEATING = {"Loop", "Scan"}
 """Operators by which a small graph can run for ever; what `setfit-kd export` writes has none of them."""
+MAX_CHARACTERS = 1_000_000
+"""Most characters that are read of a text, and most that are tokenised at once."""
+_CHARACTERS_PER_TOKEN, _SPARE_TOKENS = 8, 32
+"""An upper guess, and the tokens next to a cut that may differ from those of the whole text."""
+_GAP = re.compile(r"(?<=[^ \t\r\n])[ \t\r\n]")
 _NUMBERS: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2"}
 
 Floats = npt.NDArray[np.float32]
 Files = Mapping[str, bytes]
 Manifest = Mapping[str, Any]
+T = TypeVar("T", bound="str | None")
 
 
 class BundleError(ValueError):
@@ -55,6 +65,55 @@ class Prediction(NamedTuple):
     text: str
     label: str
     probability: float
+
+
+def shorten(text: str, tokenizer: Any) -> str:
+    """Shorten a long text before it is tokenized, without changing the tokens that truncation leaves of it.
+
+    Longer and longer prefixes, cut at white space, are tokenized until one has enough tokens, or the text is whole:
+    suffixes, where the tokenizer truncates on the left. Without truncation, only `MAX_CHARACTERS` is the limit.
+    """
+    truncation = getattr(tokenizer, "truncation", None) or {}
+    is_left = truncation.get("direction") == "left"
+    text = text[-MAX_CHARACTERS:] if is_left else text[:MAX_CHARACTERS]
+    enough = truncation.get("max_length", MAX_CHARACTERS) + _SPARE_TOKENS
+    size = _CHARACTERS_PER_TOKEN * enough
+    while size < len(text):
+        if gap := _GAP.search(text, len(text) - size if is_left else size):
+            part = text[gap.start() :] if is_left else text[: gap.start()]
+            kept = tokenizer.encode(part, add_special_tokens=False)
+            total = sum(sum(piece.attention_mask) for piece in (kept, *kept.overflowing))
+            if total - truncation["stride"] * len(kept.overflowing) >= enough:
+                return part
+            size = max(size, len(part))
+        elif not is_left:
+            break  # no more white space
+        size *= 2
+    return text
+
+
+def in_windows(texts: Iterable[T], most: int) -> Iterator[list[T]]:
+    """Split texts into lists of at most ``most`` texts and `MAX_CHARACTERS` characters, or of one longer text.
+
+    A warning at the end counts the longer ones, since `shorten` cuts them.
+    """
+    window: list[T] = []
+    total = n_long = 0
+    for text in texts:
+        length = 0 if text is None else len(text)
+        n_long += length > MAX_CHARACTERS
+        if window and total + length > MAX_CHARACTERS:
+            yield window
+            window, total = [], 0
+        window.append(text)
+        total += length
+        if len(window) == most:
+            yield window
+            window, total = [], 0
+    if window:
+        yield window
+    if n_long:
+        logger.warning("Number of texts cut to %s characters: %d.", f"{MAX_CHARACTERS:,}", n_long)
 
 
 class Classifier:
@@ -103,12 +162,9 @@ class Classifier:
         """Class probabilities of n texts: (n, n_classes) float32, rows summing to 1, columns as in ``labels``."""
         if isinstance(texts, str):
             raise TypeError("give a list of texts, not a single string")
-        texts = list(texts)
-        found = np.empty((len(texts), len(self.labels)), np.float32)
-        for start in range(0, len(texts), _WINDOW):
-            window = texts[start : start + _WINDOW]
-            with _explained("The bundle"):
-                found[start : start + len(window)] = self._classify(window)
+        with _explained("The bundle"):
+            parts = [self._classify(window) for window in in_windows(texts, _WINDOW)]
+        found = np.concatenate([np.empty((0, len(self.labels)), np.float32), *parts])
         if not np.isfinite(found).all():
             raise BundleError("The bundle gives probabilities that are not numbers.")
         return found
@@ -118,21 +174,20 @@ class Classifier:
         return [self.labels[column] for column in self.predict_proba(texts).argmax(axis=1)]
 
     def stream(self, texts: Iterable[str], *, at_once: int = 256) -> Iterator[Prediction]:
-        """Classify texts as they come, in their order, however many; ``at_once`` of them are held in memory.
+        """Classify texts as they come, in their order, however many; at most ``at_once`` of them are held in memory.
 
         Nothing is said of a text before ``at_once`` of them have come, or the last has: take 1 for a live source.
         """
         if at_once < 1:
             raise ValueError("at_once must be 1 or more")
-        iterator = iter(texts)
-        while part := list(islice(iterator, at_once)):
-            for text, row in zip(part, self.predict_proba(part), strict=True):
+        for part in in_windows(texts, at_once):
+            for text, row in zip(part, self._classify(part), strict=True):
                 column = int(row.argmax())
                 yield Prediction(text, self.labels[column], float(row[column]))
 
     def _classify(self, texts: list[str]) -> Floats:
         prefix, special = self.manifest["prefix"], self.manifest["special_tokens"]
-        inputs = [prefix + text for text in texts] if prefix else texts
+        inputs = [prefix + shorten(text, self._tokenizer) for text in texts]
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(inputs, add_special_tokens=special)]
         size = self.batch_size if self._model.pads else len(ids)
         order = sorted(range(len(ids)), key=lambda row: len(ids[row])) if self._model.pads else range(len(ids))

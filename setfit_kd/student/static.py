@@ -10,16 +10,17 @@ import numpy.typing as npt
 
 from setfit_kd.errors import ModelError
 from setfit_kd.models import embed_tokens
+from setfit_kd.runtime import in_windows, shorten
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
 
 DEFAULT_DIMENSION = 128
 _SIF = 1e-3
 """The parameter a of smooth inverse frequency; Arora et al. found 1e-3 to 1e-4 best on all their tasks."""
 _COUNTED = 10_000
-"""Texts handed to the tokenizer at once."""
+"""Most texts handed to the tokenizer at once."""
 
 
 def check_teacher(teacher: SentenceTransformer, dimension: int) -> None:
@@ -90,12 +91,10 @@ def _plain_tokenizer(teacher: SentenceTransformer) -> Tokenizer:
 def _sif_weights(tokenizer: Tokenizer, texts: Sequence[str], n_tokens: int) -> npt.NDArray[np.float64]:
     """(n_tokens, 1) weight of each token."""
     counts = np.zeros(n_tokens, np.int64)
-    for start in range(0, len(texts), _COUNTED):
-        encoded: Sequence[Encoding] = tokenizer.encode_batch(
-            list(texts[start : start + _COUNTED]), add_special_tokens=False
-        )
-        for text in encoded:
-            np.add.at(counts, text.ids, 1)
+    for window in in_windows(texts, _COUNTED):
+        shortened = [shorten(text, tokenizer) for text in window]
+        for encoding in tokenizer.encode_batch_fast(shortened, add_special_tokens=False):
+            np.add.at(counts, encoding.ids, 1)
     share = counts / max(counts.sum(), 1)
     weights: npt.NDArray[np.float64] = _SIF / (_SIF + share)
     return weights[:, None]
