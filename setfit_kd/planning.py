@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from setfit_kd.config import CROSS_VALIDATED, RunConfig
 from setfit_kd.memory import resolve_device
-from setfit_kd.student import on_labels_alone, student_steps
+from setfit_kd.student import on_labels_alone, student_steps, trains_on_unseen, unseen_rows
 from setfit_kd.teacher import training_steps, weighing_steps
 
 if TYPE_CHECKING:
@@ -36,14 +36,13 @@ def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
             steps += sum(weighing_steps(config, labeled, family=family, device=device) for family in families)
         stages = [PlannedStage("teacher", report.labeled, steps), PlannedStage("signals", n_texts)]
     students = [student.family for student in inputs.students]
-    steps = sum(student_steps(config.of_family(family), n_texts) for family in students)
+    unseen = len(unseen_rows(data.signals, labeled)) if data.signals else 0
+    own = [(family, config.of_family(family)) for family in students]
+    steps = sum(student_steps(how, n_texts + unseen * trains_on_unseen(family, how)) for family, how in own)
     stages.append(PlannedStage("student", n_texts, steps))
     if data.evaluation and config.baseline and report.labeled:
-        configs = [on_labels_alone(config, n_texts) if family == "transformer" else config for family in students]
-        steps = sum(
-            training_steps(how, labeled, family=family, device=device)
-            for how, family in zip(configs, students, strict=True)
-        )
+        alone = {"setfit": config, "transformer": on_labels_alone(config, n_texts, unseen)}
+        steps = sum(training_steps(alone[family], labeled, family=family, device=device) for family in students)
         stages.append(PlannedStage("baseline", report.labeled, steps))
     if data.evaluation:
         stages.append(PlannedStage("evaluation", report.evaluation))

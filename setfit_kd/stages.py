@@ -24,7 +24,7 @@ from setfit_kd.models import (
 )
 from setfit_kd.runfolder import EVALUATION, TEACHER
 from setfit_kd.signals import TeacherSignals
-from setfit_kd.student import PreparedStudent, on_labels_alone, train_student
+from setfit_kd.student import PreparedStudent, on_labels_alone, train_student, unseen_rows
 from setfit_kd.teacher import train_teacher
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ class RunStages:
         student_key = fingerprint(self._signals_key, self._labeled_key, body_key, settings)
         baseline_config = self.config
         if prepared.family == "transformer":
-            baseline_config = on_labels_alone(self.config, len(signals))
+            unseen = len(unseen_rows(signals, self.data.labeled))
+            baseline_config = on_labels_alone(self.config, len(signals), unseen)
         baseline_key = fingerprint(self._labeled_key, body_key, TeacherConfig.deciding(baseline_config))
         self._keys[student_name] = student_key
         body = _Once(partial(self._student_body, prepared, teacher))

@@ -66,6 +66,11 @@ def embedding_of(row: dict[str, str], place: int) -> list[float]:
 
 
 SAID = [told_of(row) for row in ROWS]
+ELSEWHERE = [
+    *({**row, "text": row["text"].upper() + "\u200b"} for row in ROWS[:8]),
+    *(row for row in newswire("train")[-40:] if row not in ROWS),
+]
+"""Labels of some of the texts, written otherwise, and of texts that the file lacks."""
 SAID_WITH_EMBEDDINGS = [
     {**said, "embedding": embedding_of(row, place)} for place, (row, said) in enumerate(zip(ROWS, SAID, strict=True))
 ]
@@ -475,17 +480,20 @@ def test_a_plan_tells_of_no_teacher(given: Given, tiny_student: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("has_gold", [False, True], ids=["without", "with-gold"])
-def test_the_plan_is_what_is_trained(has_gold: bool, given: Given, tiny_student: Path, trained: list[int]) -> None:
+@pytest.mark.parametrize("labeled", [None, ROWS[:16], ELSEWHERE], ids=["without", "with-gold", "elsewhere"])
+def test_the_plan_is_what_is_trained(
+    labeled: list[Row] | None, given: Given, tiny_student: Path, tmp_path: Path, trained: list[int]
+) -> None:
     from setfit_kd.pipeline import prepare_run
     from setfit_kd.pipeline import run as run_pipeline
     from setfit_kd.planning import plan
 
     names = [f"static:4@{tiny_student}", f"transformer:{tiny_student}"]
     settings = {**FAST, "shots": None, "batch_size": 16, "signals": str(given.said), "eval": str(given.eval)}
-    config = RunConfig.of(**settings, student=names, labeled=str(given.labeled) if has_gold else None)
+    gold = labeled and str(write_jsonl(tmp_path / "gold.jsonl", labeled))
+    config = RunConfig.of(**settings, student=names, labeled=gold)
     planned = plan(config, prepare_run(config))
-    assert ("baseline" in [stage.stage for stage in planned]) == has_gold
+    assert ("baseline" in [stage.stage for stage in planned]) == (labeled is not None)
     run_pipeline(config)
     assert len(trained) == sum(stage.steps for stage in planned)
 

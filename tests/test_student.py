@@ -226,7 +226,7 @@ def test_the_settings_reach_the_soft_labels(student_body: SentenceTransformer) -
 
 def test_gold_labels_are_found_by_their_texts() -> None:
     signals = pool_signals(12)
-    texts = [signals.texts[7], "a text that is nowhere in the pool", signals.texts[0]]
+    texts = [f" {signals.texts[7].upper()}\u200b", "a text that is nowhere in the pool", signals.texts[0]]
     expected = np.full(12, NO_GOLD)
     expected[[7, 0]] = 2, 3
     np.testing.assert_array_equal(gold_of(signals, texts, np.array([2, 1, 3])), expected)

@@ -1149,6 +1149,23 @@ def test_a_transformer_teacher_learns_faster_than_one_that_is_fine_tuned_alone()
     assert as_finetuning(TeacherConfig.of(teacher_learning_rate=3e-5), labeled, CPU).learning_rate == 3e-5
 
 
+def test_a_transformer_student_trains_on_labeled_texts_without_signals(tiny_student: Path) -> None:
+    signals, texts = pool_signals(32), NEWS[:4]
+    labeled = LabeledSet([*texts, f"{signals.texts[0].upper()} "], np.arange(5) % 4, NAMES)
+    joined = TeacherSignals(
+        [*signals.texts, *texts], np.concatenate([signals.probabilities, np.eye(4, dtype=np.float32)]), NAMES
+    )
+
+    def trained(of: TeacherSignals, gold: LabeledSet | None = labeled, **settings: Any) -> list[Tensor]:
+        quick = {**PLAIN, "epochs": 1, "batch_size": 18, "learning_rate": 1e-3}
+        return weights(train_student(of, f"transformer:{tiny_student}", labeled=gold, **quick, **settings))
+
+    assert same(trained(signals), trained(joined))
+    assert same(trained(signals, alpha=0), trained(signals, None, alpha=0))
+    both = "soft-labels,embedding"  # needs embeddings, which the labeled texts lack
+    assert same(trained(signals, objective=both), trained(signals, labeled.take([4]), objective=both))
+
+
 # What cannot be used
 
 

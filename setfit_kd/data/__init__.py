@@ -1,7 +1,7 @@
 """Labeled sets and pools: reading, cleaning, sampling, and the leak guard."""
 
 from setfit_kd.data.augmentation import augment
-from setfit_kd.data.prepare import DataReport, RunData, load_run_data, prepare
+from setfit_kd.data.prepare import DataReport, RunData, load_run_data, normalise, prepare
 from setfit_kd.data.sets import LabeledSet, check_classes, draw_shots, encode_labels
 from setfit_kd.data.signals import read_signals
 from setfit_kd.data.sources import Rows, Source, read, stream_in_step, stream_texts, texts_in_step
@@ -17,6 +17,7 @@ __all__ = [
     "draw_shots",
     "encode_labels",
     "load_run_data",
+    "normalise",
     "prepare",
     "read",
     "read_signals",

@@ -2,8 +2,8 @@
 
 from setfit_kd.student.bodies import PreparedStudent, locate_student, slugs, student_body
 from setfit_kd.student.checks import check_pool
-from setfit_kd.student.steps import on_labels_alone, student_steps
-from setfit_kd.student.train import train_student
+from setfit_kd.student.steps import on_labels_alone, student_steps, trains_on_unseen
+from setfit_kd.student.train import train_student, unseen_rows
 
 __all__ = [
     "PreparedStudent",
@@ -14,4 +14,6 @@ __all__ = [
     "student_body",
     "student_steps",
     "train_student",
+    "trains_on_unseen",
+    "unseen_rows",
 ]

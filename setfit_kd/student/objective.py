@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.config import StudentConfig, parse_objectives, settled
+from setfit_kd.data import normalise
 from setfit_kd.models import embed, family_of, fit_head, last_layer, settled_c, softmax_weights
 from setfit_kd.objectives import (
     NO_GOLD,
@@ -120,6 +121,6 @@ def in_batch_objective(given: Given) -> Objective:
 
 
 def gold_of(signals: TeacherSignals, texts: list[str], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """(n,) gold class of each of the signals' texts, `NO_GOLD` where it is not among the labeled ``texts``."""
-    label_of = dict(zip(texts, labels.tolist(), strict=True))
-    return np.array([label_of.get(text, NO_GOLD) for text in signals.texts], np.int64)
+    """(n,) gold class of each of the signals' texts, `NO_GOLD` where no labeled text is the same (see `normalise`)."""
+    label_of = dict(zip(map(normalise, texts), labels.tolist(), strict=True))
+    return np.array([label_of.get(normalise(text), NO_GOLD) for text in signals.texts], np.int64)

@@ -28,9 +28,16 @@ def trains_own_head(family: Family, config: StudentConfig) -> bool:
     return family == "transformer" and "soft-labels" in parse_objectives(settled(config.objective))
 
 
-def on_labels_alone(config: RunConfig, pool_size: int) -> RunConfig:
+def trains_on_unseen(family: Family, config: StudentConfig) -> bool:
+    """Whether a student's body is trained on labeled texts without signals: a transformer that needs no embeddings."""
+    objectives = set(parse_objectives(settled(config.objective)))
+    return family == "transformer" and config.alpha > 0 and objectives == {"soft-labels"}
+
+
+def on_labels_alone(config: RunConfig, pool_size: int, unseen: int = 0) -> RunConfig:
     """How a transformer student's body is trained on hard labels alone, to compare: as the student, for its steps."""
     student = config.of_family("transformer")
+    pool_size += unseen if trains_on_unseen("transformer", student) else 0
     return config.model_copy(
         update={
             "teacher_steps": student_steps(student, pool_size),

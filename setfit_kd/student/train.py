@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from setfit_kd.config import StudentConfig
-from setfit_kd.data import LabeledSet, Source, encode_labels, read
+from setfit_kd.data import LabeledSet, Source, encode_labels, normalise, read
 from setfit_kd.errors import DataError
 from setfit_kd.memory import remembering, resolve_device
 from setfit_kd.models import family_of, locate_body, new_model
 from setfit_kd.precision import check_precision
 from setfit_kd.quiet import quiet_libraries
 from setfit_kd.student.checks import check_embeddings, check_pool
-from setfit_kd.student.steps import student_batch_texts, student_steps
+from setfit_kd.student.steps import student_batch_texts, student_steps, trains_on_unseen
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +41,8 @@ def train_student(
         signals: The teacher's signals over the pool.
         student: The body: a hub name, a folder, ``demo:all-MiniLM-L6-v2``, any of them after ``transformer:`` to be
             trained end to end, or a loaded body, which is changed in place.
-        labeled: Texts with gold labels, which the head is fitted on too.
+        labeled: Texts with gold labels, which the head is fitted on too. A transformer trained on soft labels alone
+            learns from those that the signals lack as well, by their one-hot labels; not at ``alpha`` 0.
         config: The settings; any of them may also be given by keyword, as in ``train_student(..., epochs=5)``.
         checkpoints: Folder in which the training's state is kept from time to time. A training that finds the state of
             an earlier one there goes on from it: give a folder to one training alone.
@@ -75,6 +79,8 @@ def train_student(
     else:
         body = student
     config = config.of_family(family_of(body))
+    if gold is not None and trains_on_unseen(family_of(body), config):
+        signals = _with_labels(signals, gold.take(unseen_rows(signals, gold)))
 
     with quiet_libraries(), remembering(cpu_fallback=config.cpu_fallback):
         from setfit_kd.student.trainer import StudentTrainer
@@ -94,3 +100,16 @@ def train_student(
             description="Training student",
             checkpoints=checkpoints,
         )
+
+
+def unseen_rows(signals: TeacherSignals, labeled: LabeledSet) -> list[int]:
+    """Rows of labeled texts that the signals lack (see `normalise`), each text once."""
+    known = set(map(normalise, signals.texts))
+    return list({key: row for row, key in enumerate(map(normalise, labeled.texts)) if key not in known}.values())
+
+
+def _with_labels(signals: TeacherSignals, labeled: LabeledSet) -> TeacherSignals:
+    """Signals without embeddings, followed by labeled texts with one-hot probabilities."""
+    one_hot = np.eye(len(labeled.label_names), dtype=np.float32)[labeled.labels]
+    probabilities = np.concatenate([signals.probabilities, one_hot])
+    return replace(signals, texts=[*signals.texts, *labeled.texts], probabilities=probabilities, embeddings=None)
