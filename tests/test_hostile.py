@@ -386,7 +386,7 @@ def test_messages_are_bounded(run: Path, bundle: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("stages", []), ("stages", {"student": 7}), ("stages", {"student": {"inputs": 7}}), ("format", "1"),
+    [("stages", []), ("stages", {"student": 7}), ("stages", {"student": {"inputs": 7}}),
      ("format", None), ("device", 7), ("precision", "bf16"), ("precision", {"name": []}), ("finished", {})],
 )  # fmt: skip
 def test_a_run_json_of_the_wrong_types_is_refused(key: str, value: Any, run: Path) -> None:
