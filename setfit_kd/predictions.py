@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.classifiers import AnyClassifier
 from setfit_kd.errors import ConfigError
+from setfit_kd.escape import as_text, json_text
 from setfit_kd.files import whole_file
 from setfit_kd.quiet import without_warnings
 from setfit_kd.runtime import in_windows
 
+Row: TypeAlias = tuple[str | None, Mapping[str, Any]]
+"""A text, None where there is none that can be used, and the other columns of its row."""
+Columns: TypeAlias = Mapping[str, Any]
+"""The other columns that a table has, with their Arrow types."""
 AT_ONCE = 1024
 """Most texts held in memory."""
 
@@ -32,70 +38,113 @@ class Predictions:
         texts: m texts, None where a row has none.
         labels: m labels; None where there is no text, or no class is probable enough.
         probabilities: (m, n_classes) float32, NaN where there is no text.
+        columns: m mappings, the other columns of each text's row.
     """
 
     texts: list[str | None]
     labels: list[str | None]
     probabilities: npt.NDArray[np.float32]
+    columns: list[Mapping[str, Any]]
+
+    def rows(self) -> Iterator[tuple[str | None, str | None, list[float] | None, Mapping[str, Any]]]:
+        """Each text with its label, its rounded probabilities, None where there is no text, and its columns."""
+        for text, label, row, columns in zip(
+            self.texts, self.labels, self.probabilities.tolist(), self.columns, strict=True
+        ):
+            yield text, label, None if text is None else [round(p, 6) for p in row], columns
 
 
 Write = Callable[[Predictions], None]
+Writing = Callable[[IO[bytes], list[str], Columns], Iterator[Write]]
 
 
 def classify(
-    classifier: AnyClassifier, texts: Iterable[str | None], *, threshold: float = 0.0, at_once: int = AT_ONCE
+    classifier: AnyClassifier, rows: Iterable[Row], *, threshold: float = 0.0, at_once: int = AT_ONCE
 ) -> Iterator[Predictions]:
     """Classify texts as they come; at most ``at_once`` of them are held in memory.
 
     Args:
         classifier: Any.
-        texts: However many; None stands for a row without text.
+        rows: However many.
         threshold: Least probability of a label, from 0 to 1; below it there is none.
         at_once: Most texts classified together.
     """
     names = classifier.labels
-    for part in in_windows(texts, at_once):
-        rows = [row for row, text in enumerate(part) if text is not None]
+    for part in in_windows(rows, at_once, text_of=itemgetter(0)):
+        texts = {row: text for row, (text, _) in enumerate(part) if text is not None}
         probabilities = np.full((len(part), len(names)), np.nan, np.float32)
         with without_warnings("setfit_kd.runtime"):  # `in_windows` warns of all parts together
-            probabilities[rows] = classifier.predict_proba([text for text in part if text is not None])
+            probabilities[list(texts)] = classifier.predict_proba(list(texts.values()))
         labels: list[str | None] = [None] * len(part)
-        for row in rows:
+        for row in texts:
             column = int(probabilities[row].argmax())
             if probabilities[row, column] >= threshold:
                 labels[row] = names[column]
-        yield Predictions(part, labels, probabilities)
+        yield Predictions([text for text, _ in part], labels, probabilities, [columns for _, columns in part])
 
 
-def _json_lines(file: IO[bytes], names: list[str]) -> Iterator[Write]:
+def _kept_names(ours: list[str]) -> Callable[[Iterable[str]], list[str]]:
+    """From input columns to the names they are written under, the same in all rows: `input_` before a name of ours."""
+    taken, names = set(ours), dict[str, str]()
+
+    def kept_names(columns: Iterable[str]) -> list[str]:
+        near = [name for name in columns if name not in names and re.sub("^(input_)+", "", name) in ours]
+        for column in sorted(near, key=ours.__contains__):  # those that can keep their names come first
+            names[column] = column
+            while names[column] in taken:
+                names[column] = f"input_{names[column]}"
+            taken.add(names[column])
+        return [names.get(name, name) for name in columns]
+
+    return kept_names
+
+
+def _cell(value: Any) -> Any:
+    """A value as a table has it: text, a number or None; lists and objects as JSON."""
+    if value is None or value != value:
+        return None
+    if isinstance(value, bool | int | float):
+        return value
+    text = json_text(value) if isinstance(value, list | dict) else as_text(value)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _json_lines(file: IO[bytes], names: list[str], _: Columns) -> Iterator[Write]:
+    kept_names = _kept_names(["text", "label", "probabilities"])
+
     def write(part: Predictions) -> None:
-        for text, label, row in zip(part.texts, part.labels, part.probabilities.tolist(), strict=True):
-            known = None if text is None else {name: round(p, 6) for name, p in zip(names, row, strict=True)}
-            record = {"text": text, "label": label, "probabilities": known}
-            file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
+        for text, label, row, columns in part.rows():
+            kept = dict(zip(kept_names(columns), columns.values(), strict=True))
+            known = row and dict(zip(names, row, strict=True))
+            record = {**kept, "text": text, "label": label, "probabilities": known}
+            file.write(json_text(record).encode("utf-8") + b"\n")
         file.flush()
 
     yield write
 
 
-def _columns(names: list[str]) -> list[str]:
-    return ["text", "label", "probability", *(f"probability_{name}" for name in names)]
+def _header(names: list[str], columns: Columns) -> list[str]:
+    ours = ["text", "label", "probability", *(f"probability_{name}" for name in names)]
+    return [*map(_cell, _kept_names(ours)(columns)), *ours]
 
 
-def _delimited(delimiter: str) -> Callable[[IO[bytes], list[str]], Iterator[Write]]:
-    def writing(file: IO[bytes], names: list[str]) -> Iterator[Write]:
+def _delimited(delimiter: str) -> Writing:
+    def writing(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[Write]:
         text_file = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         plain = csv.writer(text_file, delimiter=delimiter, lineterminator="\n")
         # The csv module forgets that a carriage return needs quotes.
         quoted = csv.writer(text_file, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-        plain.writerow(_columns(names))
+
+        def write_row(cells: list[Any]) -> None:
+            (quoted if any("\r" in cell for cell in cells if isinstance(cell, str)) else plain).writerow(cells)
 
         def write(part: Predictions) -> None:
-            for text, label, row in zip(part.texts, part.labels, part.probabilities.tolist(), strict=True):
-                known = [""] * (1 + len(names)) if text is None else [round(p, 6) for p in (max(row), *row)]
-                rows = quoted if "\r" in (text or "") else plain
-                rows.writerow([text or "", label or "", *known])
+            for text, label, row, kept in part.rows():
+                known = [max(row), *row] if row else [None] * (1 + len(names))
+                write_row([*(_cell(kept.get(name)) for name in columns), text, label, *known])
             text_file.flush()
+
+        write_row(_header(names, columns))
 
         try:
             yield write
@@ -105,25 +154,33 @@ def _delimited(delimiter: str) -> Callable[[IO[bytes], list[str]], Iterator[Writ
     return writing
 
 
-def _parquet(file: IO[bytes], names: list[str]) -> Iterator[Write]:
+def _parquet(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[Write]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = [pa.string(), pa.string(), *[pa.float32()] * (1 + len(names))]
-    schema = pa.schema(list(zip(_columns(names), kinds, strict=True)))
+    kinds = [*columns.values(), pa.string(), pa.string(), *[pa.float32()] * (1 + len(names))]
+    schema = pa.schema(list(zip(_header(names, columns), kinds, strict=True)))
+
+    def column(values: list[Any], kind: pa.DataType) -> pa.Array:
+        if pa.types.is_string(kind) or pa.types.is_floating(kind):
+            convert = str if pa.types.is_string(kind) else float
+            values = [None if cell is None else convert(cell) for cell in map(_cell, values)]
+        return pa.array(values, kind, from_pandas=True)
+
     with pq.ParquetWriter(file, schema) as table:
 
         def write(part: Predictions) -> None:
             missing = np.array([text is None for text in part.texts])
             best = part.probabilities.max(axis=1)
             numbers = [pa.array(column, pa.float32(), mask=missing) for column in (best, *part.probabilities.T)]
-            columns = [pa.array(part.texts, pa.string()), pa.array(part.labels, pa.string()), *numbers]
-            table.write_batch(pa.record_batch(columns, schema=schema))
+            kept = [column([row.get(name) for row in part.columns], kind) for name, kind in columns.items()]
+            ours = [pa.array(part.texts, pa.string()), pa.array(part.labels, pa.string()), *numbers]
+            table.write_batch(pa.record_batch([*kept, *ours], schema=schema))
 
         yield write
 
 
-_FORMATS: dict[str, Callable[[IO[bytes], list[str]], Iterator[Write]]] = {
+_FORMATS: dict[str, Writing] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".csv": _delimited(","),
@@ -143,17 +200,17 @@ def check_output(path: Path) -> None:
 
 
 @contextmanager
-def predictions_file(path: Path, names: list[str]) -> Iterator[Write]:
+def predictions_file(path: Path, names: list[str], columns: Columns | None = None) -> Iterator[Write]:
     """Within this block, predictions are written to a file of the kind that its ending says: whole, or not at all.
 
-    Yields a function that takes the next of them.
+    Yields a function that takes the next of them. Tables have the given ``columns`` before those of the predictions.
 
     Raises:
         ConfigError: The ending is not known.
         OutputError: The file cannot be written.
     """
     check_output(path)
-    with whole_file(path) as file, _writing(path.suffix.lower(), file, names) as write:
+    with whole_file(path) as file, _writing(path.suffix.lower(), file, names, columns or {}) as write:
         yield write
 
 
@@ -162,10 +219,10 @@ def predictions_stream(file: IO[bytes], names: list[str]) -> AbstractContextMana
 
     Yields a function that takes the next of them.
     """
-    return _writing(".jsonl", file, names)
+    return _writing(".jsonl", file, names, {})
 
 
-def _writing(ending: str, file: IO[bytes], names: list[str]) -> AbstractContextManager[Write]:
+def _writing(ending: str, file: IO[bytes], names: list[str], columns: Columns) -> AbstractContextManager[Write]:
     writing: Any = contextmanager(_FORMATS[ending])
-    opened: AbstractContextManager[Write] = writing(file, names)
+    opened: AbstractContextManager[Write] = writing(file, names, columns)
     return opened

@@ -133,8 +133,10 @@ def test_predict_from_arguments_stdin_and_files(run_folder: Path, tmp_path: Path
     ]
     for output in outputs:
         assert output.exit_code == 0, output.stderr
-        assert output.stdout == outputs[0].stdout
+    assert {output.stdout for output in outputs[:-1]} == {outputs[0].stdout}
     records = [json.loads(line) for line in outputs[0].stdout.splitlines()]
+    with_body = [json.loads(line) for line in outputs[-1].stdout.splitlines()]
+    assert with_body == [{"body": record["text"], **record} for record in records]
     assert [record["text"] for record in records] == texts
     for record in records:
         assert set(record["probabilities"]) == {"World", "Sports", "Business", "Sci/Tech"}

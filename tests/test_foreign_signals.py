@@ -37,7 +37,7 @@ def written(path: Path, *rows: Any) -> Path:
 def test_what_predict_writes_is_read(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"said.{ending}"
     with predictions_file(path, NAMES) as write:
-        write(Predictions([*TEXTS], [NAMES[i] for i in SAID.argmax(axis=1)], SAID))
+        write(Predictions([*TEXTS], [NAMES[i] for i in SAID.argmax(axis=1)], SAID, [{}] * len(TEXTS)))
     found = read_signals(path)
     assert (found.texts, found.label_names, found.embeddings) == (TEXTS, tuple(NAMES), None)
     assert found.origin == str(path)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import datetime as dt
 import errno
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
@@ -119,23 +122,32 @@ def output_flags(kind: str) -> list[str]:
     return [] if kind == "stdout" else ["--output", f"out.{kind}"]
 
 
-def read_output(kind: str, result: Result) -> list[Row]:
-    """What was written, as any other program would read it."""
+OURS = ["text", "label", "probability", *(f"probability_{label}" for label in LABELS)]
+
+
+def read_records(kind: str, result: Result) -> list[dict[str, Any]]:
+    """The rows that were written, as any other program would read them; an empty cell stands for null."""
     if kind in ("stdout", "jsonl"):
         content = result.stdout_bytes if kind == "stdout" else Path("out.jsonl").read_bytes()
-        return [Row(**json.loads(line)) for line in content.decode("utf-8").split("\n")[:-1]]
+        return [json.loads(line, parse_constant=pytest.fail) for line in content.decode("utf-8").split("\n")[:-1]]
     assert result.stdout == ""
     if kind == "parquet":
         records: list[dict[str, Any]] = pq.read_table("out.parquet").to_pylist()
-    else:
-        with Path(f"out.{kind}").open(encoding="utf-8", newline="") as file:
-            header, *lines = csv.reader(file, delimiter=DELIMITERS[kind], strict=True)
-        # Empty stands for null.
-        records = [{name: cell or None for name, cell in zip(header, line, strict=True)} for line in lines]
-    columns = ["text", "label", "probability", *(f"probability_{label}" for label in LABELS)]
+        return records
+    with Path(f"out.{kind}").open(encoding="utf-8", newline="") as file:
+        header, *lines = csv.reader(file, delimiter=DELIMITERS[kind], strict=True)
+    return [{name: cell or None for name, cell in zip(header, line, strict=True)} for line in lines]
+
+
+def read_output(kind: str, result: Result) -> list[Row]:
+    """What the output says of each text, without the input's other columns."""
     rows = []
-    for record in records:
-        assert list(record) == columns
+    for record in read_records(kind, result):
+        if kind in ("stdout", "jsonl"):
+            assert list(record)[-3:] == ["text", "label", "probabilities"]
+            rows.append(Row(record["text"], record["label"], record["probabilities"]))
+            continue
+        assert list(record)[-len(OURS) :] == OURS
         known = {label: record[f"probability_{label}"] for label in LABELS}
         if record["probability"] is None:
             assert set(known.values()) == {None}
@@ -285,6 +297,229 @@ def test_null_is_empty_in_delimited_files(bundle: Path) -> None:
     assert Path("out.csv").read_text(encoding="utf-8").splitlines()[1] == "," * (2 + len(LABELS))
 
 
+# The input's other columns
+
+
+def write_table(path: Path, columns: dict[str, Any]) -> list[str]:
+    """Write columns as a file of the kind that its ending says; returns the flags that name it."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    elif path.suffix == ".jsonl":
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        write_delimited(path, [list(columns), *zip(*columns.values(), strict=True)])
+    return ["--input", str(path)]
+
+
+def kept(kind: str, result: Result) -> list[dict[str, Any]]:
+    """The input's columns of each row of an output."""
+    n_ours = 3 if kind in ("stdout", "jsonl") else len(OURS)
+    return [dict(list(record.items())[:-n_ours]) for record in read_records(kind, result)]
+
+
+@pytest.mark.parametrize("out", OUTPUTS)
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_other_columns_are_kept_in_their_order(kind: str, out: str, bundle: Path) -> None:
+    n, texts = AT_ONCE + 2, [TEXTS[0], " "]
+    columns = {
+        "id": [f"id {row}" for row in range(n)],
+        "text": [texts[row % 2] for row in range(n)],
+        "": ['=1,\t"\r\n\x1b'] * n,
+        "label": ["gold"] * n,
+    }
+    result = predicted(bundle, *write_table(Path(f"in.{kind}"), columns), *output_flags(out))
+    expected = [
+        {"id": name, "": odd, "input_label": gold}
+        for name, odd, gold in zip(columns["id"], columns[""], columns["label"], strict=True)
+    ]
+    found = kept(out, result)
+    assert found == expected
+    assert [list(row) for row in found] == [list(row) for row in expected]
+    rows = read_output(out, result)
+    assert [row.text for row in rows[:2]] == [TEXTS[0], None]
+    assert [row.label is None for row in rows[:2]] == [False, True]
+
+
+CLASHES: list[tuple[list[str], str, str, list[str]]] = [
+    (["text", "label"], "text", "both", ["input_label"]),
+    (["label", "input_label", "text"], "text", "both", ["input_input_label", "input_label"]),
+    (["input_label", "label", "text"], "text", "both", ["input_label", "input_input_label"]),
+    (["body"], "body", "both", ["body"]),
+    (["title", "body"], "title,body", "both", ["title", "body"]),
+    (["body", "text"], "body", "both", ["body", "input_text"]),
+    (["text", "body"], "text,body", "both", ["input_text", "body"]),
+    (["text", "probabilities", "probability"], "text", "jsonl", ["input_probabilities", "probability"]),
+    (["text", "probabilities", "probability"], "text", "csv", ["probabilities", "input_probability"]),
+    (["text", "probability_Sports", "probability_x"], "text", "csv", ["input_probability_Sports", "probability_x"]),
+    (["text", "Label", "label ", ""], "text", "both", ["Label", "label ", ""]),
+]
+
+
+@pytest.mark.parametrize(("columns", "text_column", "out", "expected"), CLASHES, ids=repr)
+def test_a_column_called_like_one_of_ours_is_renamed(
+    columns: list[str], text_column: str, out: str, expected: list[str], bundle: Path
+) -> None:
+    flags = write_table(Path("in.csv"), {name: [f"a {name}"] for name in columns})
+    for kind in ("jsonl", "csv") if out == "both" else (out,):
+        result = predicted(bundle, *flags, "--text-column", text_column, *output_flags(kind))
+        assert [list(row) for row in kept(kind, result)] == [expected]
+        assert read_output(kind, result)[0].text == " ".join(f"a {name}" for name in text_column.split(","))
+
+
+def test_a_column_has_the_same_name_in_all_json_lines(bundle: Path) -> None:
+    rows = [{"text": "a", "label": 1}, {"text": "b", "input_label": 2, "label": 3}, {"text": "c", "input_label": 4}]
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = kept("stdout", predicted(bundle, "-i", "in.jsonl"))
+    assert found == [{"input_label": 1}, {"input_input_label": 2, "input_label": 3}, {"input_input_label": 4}]
+
+
+@pytest.mark.parametrize("out", OUTPUTS)
+def test_files_with_other_columns_give_the_union(out: str, bundle: Path) -> None:
+    flags = write_table(Path("a.csv"), {"id": ["7"], "text": ["a text"]})
+    Path("b.jsonl").write_text('{"text": "b"}\n' * AT_ONCE + '{"late": "x", "text": "c"}\n', encoding="utf-8")
+    Path("c.txt").write_text("a line\n", encoding="utf-8")
+    result = predicted(bundle, "an argument", *flags, "-i", "b.jsonl", "-i", "c.txt", *output_flags(out))
+    empty: dict[str, Any] = {} if out in ("stdout", "jsonl") else {"id": None, "late": None}
+    expected = [empty, {**empty, "id": "7"}, *[empty] * AT_ONCE, {**empty, "late": "x"}, empty]
+    assert kept(out, result) == expected
+
+
+VALUES: dict[str, tuple[pa.DataType, Any]] = {
+    "big": (pa.int64(), 2**62 + 1),
+    "small": (pa.int8(), 7),
+    "unsigned": (pa.uint64(), 2**64 - 1),
+    "half": (pa.float16(), 1.5),
+    "day": (pa.date32(), dt.date(2024, 2, 29)),
+    "moment": (pa.timestamp("ns", "UTC"), 1_234_567_890_123_456_789),
+    "clock": (pa.time64("us"), dt.time(1, 2, 3, 4)),
+    "length": (pa.duration("ms"), dt.timedelta(seconds=90)),
+    "price": (pa.decimal128(10, 2), Decimal("1.20")),
+    "bytes": (pa.binary(), b"caf\xe9"),
+    "yes": (pa.bool_(), True),
+    "category": (pa.dictionary(pa.int32(), pa.string()), "red"),
+    "list": (pa.list_(pa.date32()), [dt.date(2024, 2, 29)]),
+    "object": (pa.struct([("a", pa.float64()), ("b", pa.string())]), {"a": math.nan, "b": 'x"'}),
+    "map": (pa.map_(pa.string(), pa.int8()), [("k", 1)]),
+    "nothing": (pa.null(), None),
+    "nan": (pa.float64(), math.nan),
+    "infinite": (pa.float32(), math.inf),
+}
+AS_JSON = {
+    **{"big": 2**62 + 1, "small": 7, "unsigned": 2**64 - 1, "half": 1.5, "yes": True, "category": "red"},
+    **{"day": "2024-02-29", "moment": "2009-02-13 23:31:30.123456789+00:00", "clock": "01:02:03.000004"},
+    **{"length": "0:01:30", "price": "1.20", "bytes": "caf\\xe9", "list": ["2024-02-29"], "map": [["k", 1]]},
+    **{"object": {"a": None, "b": 'x"'}, "nothing": None, "nan": None, "infinite": None},
+}
+
+
+@pytest.fixture
+def typed(tmp_path: Path) -> list[str]:
+    """A Parquet file with columns of many types, of a row of values and one of nulls."""
+    columns: dict[str, Any] = {name: pa.array([value, None], kind) for name, (kind, value) in VALUES.items()}
+    return write_table(tmp_path / "in.parquet", {**columns, "text": ["a", "b"]})
+
+
+def test_parquet_keeps_the_types_of_parquet(typed: list[str], bundle: Path) -> None:
+    predicted(bundle, *typed, *output_flags("parquet"))
+    before, after = pq.read_table("in.parquet").drop_columns("text"), pq.read_table("out.parquet")
+    assert after.column_names == [*before.column_names, *OURS]
+    assert after.schema.types[: len(VALUES)] == before.schema.types
+    for name in VALUES.keys() - {"nan", "object"}:
+        assert after[name].to_pylist() == before[name].to_pylist(), name
+    assert after["nan"].to_pylist() == [None, None]
+
+
+@pytest.mark.parametrize("out", ["stdout", "jsonl"])
+def test_what_json_cannot_hold_becomes_text_or_null(out: str, typed: list[str], bundle: Path) -> None:
+    first, second = kept(out, predicted(bundle, *typed, *output_flags(out)))
+    assert first == AS_JSON
+    assert second == dict.fromkeys(VALUES)
+
+
+def test_lists_and_objects_are_json_in_delimited_files(typed: list[str], bundle: Path) -> None:
+    first, second = kept("csv", predicted(bundle, *typed, *output_flags("csv")))
+    assert first == {
+        name: None if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
+        for name, value in {**AS_JSON, "infinite": "inf"}.items()
+    }
+    assert set(second.values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "expected"),
+    [
+        ([1, None], pa.int64(), [1, None]),
+        ([2**53 + 1, math.nan], pa.int64(), [2**53 + 1, None]),
+        ([1, 0.5], pa.float64(), [1.0, 0.5]),
+        ([True, None], pa.bool_(), [True, None]),
+        ([1, "a"], pa.string(), ["1", "a"]),
+        ([2**70, 1], pa.string(), [str(2**70), "1"]),
+        ([True, 1], pa.string(), ["True", "1"]),
+        ([[1], {"a": math.inf}], pa.string(), ["[1]", '{"a": null}']),
+        (["half \ud83d", ""], pa.string(), ["half \\ud83d", ""]),
+    ],
+)
+def test_parquet_has_the_types_of_json_values(
+    values: list[Any], kind: pa.DataType, expected: list[Any], bundle: Path
+) -> None:
+    flags = write_table(Path("in.jsonl"), {"text": ["a", "b"], "x\ud83d": values})
+    predicted(bundle, *flags, *output_flags("parquet"))
+    column = pq.read_table("out.parquet")["x\\ud83d"]
+    assert (column.type, column.to_pylist()) == (kind, expected)
+
+
+def test_files_of_other_types_have_a_type_in_common(bundle: Path) -> None:
+    """Numbers stay numbers where one type holds them all; everything else is text."""
+    small, large = pa.array([1], pa.int8()), pa.array([2**62], pa.int64())
+    parts = [
+        write_table(Path("a.parquet"), {"n": small, "x": small, "mixed": pa.array(["a"], pa.large_string())}),
+        write_table(Path("b.parquet"), {"n": large, "x": pa.array([0.5]), "mixed": large}),
+        write_table(Path("c.csv"), {"mixed": ["c"]}),
+    ]
+    result = predicted(bundle, "--text-column", "mixed", *itertools.chain(*parts), *output_flags("parquet"))
+    table = pq.read_table("out.parquet")
+    assert table.schema.types[:3] == [pa.int64(), pa.float64(), pa.string()]
+    assert [table[name].to_pylist() for name in ("n", "x", "mixed")] == [
+        [1, 2**62, None],
+        [1.0, 0.5, None],
+        ["a", str(2**62), "c"],
+    ]
+    assert "type int" in result.stderr
+
+
+@pytest.mark.parametrize("out", OUTPUTS)
+def test_odd_json_is_kept_as_it_is(out: str, bundle: Path) -> None:
+    deep = 400
+    Path("in.jsonl").write_text(
+        '{"text": "a", "deep": ' + "[" * deep + "NaN" + "]" * deep + ', "half": "\\ud83d", "half": "\\udc00"}\n'
+    )
+    (row,) = kept(out, predicted(bundle, "--input", "in.jsonl", *output_flags(out)))
+    is_json = out in ("stdout", "jsonl")
+    assert row["half"] == ("\udc00" if is_json else "\\udc00")
+    nested = json.dumps(row["deep"]) if is_json else row["deep"]
+    assert nested == "[" * deep + "null" + "]" * deep
+
+
+@pytest.mark.parametrize("out", ["stdout", "csv"])
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_two_columns_of_one_name_are_refused(kind: str, out: str, bundle: Path) -> None:
+    if kind == "csv":
+        write_delimited(Path("in.csv"), [("text", "", ""), ("a", "b", "c")])
+    else:
+        arrays = [pa.array(["a"]), pa.array([1]), pa.array([2])]
+        pq.write_table(pa.Table.from_arrays(arrays, names=["text", "n", "n"]), "in.parquet")
+    result = predict(bundle, "--input", f"in.{kind}", *output_flags(out))
+    assert_refused(result, f"in.{kind}", "Rename one of them")
+
+
+@pytest.mark.parametrize(("kind", "value"), [(pa.date32(), 5_000_000), (pa.timestamp("s"), 2**40)])
+def test_a_date_that_python_does_not_know_is_refused(kind: pa.DataType, value: int, bundle: Path) -> None:
+    days = pa.array([value], pa.int32() if kind == pa.date32() else pa.int64()).view(kind)
+    result = predict(bundle, *write_table(Path("in.parquet"), {"text": ["a"], "day": days}))
+    assert_refused(result, "in.parquet", "out of range")
+
+
 # Hostile texts
 
 
@@ -337,7 +572,7 @@ def test_any_text_reads_back_from_any_file(out: str, texts: list[str | None]) ->
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"out.{out}"
         with predictions_file(path, ["yes", "no"]) as write:
-            for part in classify(Even(), texts, at_once=2):
+            for part in classify(Even(), ((text, {}) for text in texts), at_once=2):
                 write(part)
         if out == "parquet":
             found = pq.read_table(path)["text"].to_pylist()
@@ -565,15 +800,15 @@ def test_however_many_texts_come_few_are_held(at_once: int) -> None:
     total = 200_000 if at_once == AT_ONCE else 2_000
     read, most_alive, classifier = 0, 0, Even()
 
-    def texts() -> Iterator[str | None]:
+    def rows() -> Iterator[tuple[str | None, dict[str, str]]]:
         nonlocal read, most_alive
         for i in range(total):
             read += 1
-            yield None if i % 10 == 3 else Counted(f"text {i}")
+            yield None if i % 10 == 3 else Counted(f"text {i}"), {"other": "column"}
             most_alive = max(most_alive, Counted.alive)
 
     done = 0
-    for part in classify(classifier, texts(), at_once=at_once):
+    for part in classify(classifier, rows(), at_once=at_once):
         done += len(part.texts)
         assert len(part.texts) == len(part.labels) == len(part.probabilities) <= at_once
         assert read == done  # nothing is read ahead
@@ -589,9 +824,10 @@ def test_rows_without_text_never_reach_the_classifier() -> None:
             assert all(isinstance(text, str) for text in texts)
             return np.tile(np.array([[0.25, 0.75]], np.float32), (len(texts), 1))
 
-    (part,) = classify(Strict(), [None, "a", None, "b"])
+    (part,) = classify(Strict(), [(None, {}), ("a", {}), (None, {"id": 1}), ("b", {})])
     assert part.texts == [None, "a", None, "b"]
     assert part.labels == [None, "no", None, "no"]
+    assert part.columns == [{}, {}, {"id": 1}, {}]
     assert np.isnan(part.probabilities).all(axis=1).tolist() == [True, False, True, False]
     assert list(classify(Strict(), [])) == []
 

@@ -101,10 +101,11 @@ def rooms(module: str) -> set[str]:
     }
 
 
-GROUND = {"temperature", "errors", "files", "hashing", "config", "quiet", "progress", "memory", "arrays"}
+GROUND = {"temperature", "errors", "escape", "files", "hashing", "config", "quiet", "progress", "memory", "arrays"}
 STAGE = GROUND | {"data", "models", "objectives", "signals", "training", "precision"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "escape": set(),
     "quiet": set(),
     "progress": set(),
     "files": {"errors"},
@@ -120,7 +121,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": GROUND | {"hub", "runtime"},
     "runtime": set(),
     "classifiers": {"errors", "progress", "runtime", "models"},
-    "predictions": {"errors", "files", "quiet", "runtime", "classifiers"},
+    "predictions": {"classifiers", "errors", "escape", "files", "quiet", "runtime"},
     "speed": {"errors", "files", "classifiers"},
     "export": GROUND | {"models", "runtime"},
     "data": GROUND | {"hub", "signals"},

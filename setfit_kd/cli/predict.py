@@ -7,13 +7,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from setfit_kd.cli.options import SHARE, given, setting_options, threads_option, verbosity_options
 from setfit_kd.config import RunConfig
 from setfit_kd.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from setfit_kd.predictions import Row
 
 
 @click.command()
@@ -47,10 +50,12 @@ def predict(
     a folder or on the hub. Bundles are run without torch.
 
     There is a row out for each row in, in the same order: {"text": ..., "label": ..., "probabilities": {...}}. A row
-    without text has the label null.
+    without text has the label null. The input's other columns come first, under their names; one that is called like
+    one of the output's is named input_label and so on.
     """
     from setfit_kd.classifiers import open_classifier
     from setfit_kd.cli.screen import screen
+    from setfit_kd.data import column_types
     from setfit_kd.memory import remembering
     from setfit_kd.predictions import check_output, classify, predictions_file, predictions_stream
     from setfit_kd.progress import shown_on, track
@@ -70,7 +75,11 @@ def predict(
             trust_pickle=trust_pickle,
         )
         names = classifier.labels
-        destination = predictions_file(output, names) if output else predictions_stream(sys.stdout.buffer, names)
+        columns = column_types(map(Path, files)) if output and "json" not in output.suffix.lower() else {}
+        if config.text_column == ("text",):
+            columns.pop("text", None)
+        stdout = sys.stdout.buffer
+        destination = predictions_file(output, names, columns) if output else predictions_stream(stdout, names)
         # A bar would run through what is printed.
         shown = shown_on(None) if output is None and sys.stdout.isatty() else nullcontext()
         with shown, destination as write, track("Classifying", len(texts) if texts and not files else None) as advance:
@@ -87,7 +96,7 @@ def _check_inputs(texts: tuple[str, ...], files: tuple[str, ...]) -> None:
         raise DataError("There is nothing to classify.", hint="Give texts, --input FILE, or lines on stdin.")
 
 
-def _texts(texts: tuple[str, ...], files: tuple[str, ...], text_column: tuple[str, ...]) -> Iterator[str | None]:
+def _texts(texts: tuple[str, ...], files: tuple[str, ...], text_column: tuple[str, ...]) -> Iterator[Row]:
     from setfit_kd.data import stream_in_step, texts_in_step
 
     if texts:

@@ -1,6 +1,7 @@
 """Labeled sets and pools: reading, cleaning, sampling, and the leak guard."""
 
 from setfit_kd.data.augmentation import augment
+from setfit_kd.data.files import column_types
 from setfit_kd.data.prepare import DataReport, RunData, load_run_data, normalise, prepare
 from setfit_kd.data.sets import LabeledSet, check_classes, draw_shots, encode_labels
 from setfit_kd.data.signals import read_signals
@@ -14,6 +15,7 @@ __all__ = [
     "Source",
     "augment",
     "check_classes",
+    "column_types",
     "draw_shots",
     "encode_labels",
     "load_run_data",

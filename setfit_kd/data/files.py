@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,17 @@ def _parquet(path: Path) -> Iterator[Record]:
 
     number = 0
     try:
-        for batch in pq.ParquetFile(path).iter_batches():
+        file = pq.ParquetFile(path)
+        if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+            raise DataError(f"{path} has two columns of the same name.", hint="Rename one of them.")
+        for batch in file.iter_batches():
             for record in batch.to_pylist():
                 number += 1
                 yield number, record
     except pa.ArrowException as error:
         raise DataError(f"{path} is not a whole Parquet file: {error}", hint="Write the file again.") from None
+    except OverflowError as error:
+        raise DataError(f"{path}: a date or time is out of range ({error}).", hint="Write the file again.") from None
 
 
 def _text_lines(path: Path) -> Iterator[Record]:
@@ -137,3 +143,39 @@ READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".txt": _text_lines,
 }
 LINE_NUMBERED = frozenset(READERS) - {".parquet"}
+
+
+def column_types(paths: Iterable[Path]) -> dict[str, Any]:
+    """Columns of several files, in the order in which they appear, with an Arrow type that holds all their values.
+
+    JSON lines are read to their end: any row may add a column. Values without a common type are strings, and so are
+    lists and objects of JSON lines. Text files have no columns.
+
+    Raises:
+        DataError: As `read_records`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types: dict[str, Any] = {}
+    of_json = {type(None): pa.null(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+
+    def add(name: str, found: pa.DataType) -> None:
+        known = types.setdefault(name, found)
+        if known not in (found, pa.string()):
+            fields = [pa.schema([("", one)]) for one in (known, found)]
+            try:
+                types[name] = pa.unify_schemas(fields, promote_options="permissive").field(0).type
+            except pa.ArrowTypeError:
+                types[name] = pa.string()
+
+    for path in paths:
+        ending, records = path.suffix.lower(), read_records(path)
+        for _, record in islice(records, 0 if ending == ".txt" else None if "json" in ending else 1):
+            for name, value in record.items():
+                is_long = isinstance(value, int) and value.bit_length() > 63
+                if ending != ".parquet" and value == value:
+                    add(name, pa.string() if is_long else of_json.get(type(value), pa.string()))
+        for field in pq.read_schema(path) if ending == ".parquet" else ():
+            add(field.name, field.type)
+    return types

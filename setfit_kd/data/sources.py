@@ -25,6 +25,7 @@ Source: TypeAlias = Union[str, Path, "Dataset", Mapping[str, Sequence[Any]], Seq
 """A path, a hub name, a ``datasets.Dataset``, a mapping of columns, or a list of texts, pairs or mappings."""
 
 Decode: TypeAlias = Callable[[Sequence[int]], str]
+_InStep: TypeAlias = tuple[str | None, Mapping[str, Any]]
 _TOKENS = "input_ids"
 BUNDLED = Path(__file__).parent
 _HUB_NAME = re.compile(
@@ -128,10 +129,11 @@ def stream_texts(source: Source, *, text_column: Sequence[str] = ("text",)) -> I
         yield text
 
 
-def stream_in_step(source: Source, *, text_column: Sequence[str] = ("text",)) -> Iterator[str | None]:
-    """The text of each row of a source, None where a row has none that can be used; a file is never held whole.
+def stream_in_step(source: Source, *, text_column: Sequence[str] = ("text",)) -> Iterator[_InStep]:
+    """The text of each row of a source, None where a row has none that can be used, with the row's other columns.
 
-    Such rows are told of by a warning at the end.
+    The single text column ``text`` is not among those. A file is never held whole. Rows without text are told of by a
+    warning at the end.
 
     Raises:
         DataError: The source cannot be read, or has no such column.
@@ -140,7 +142,7 @@ def stream_in_step(source: Source, *, text_column: Sequence[str] = ("text",)) ->
     yield from _in_step(_opened(source, "train", None), text_column)
 
 
-def texts_in_step(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[str | None]:
+def texts_in_step(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[_InStep]:
     """Each of the texts, None where one cannot be used; such ones are told of by a warning at the end.
 
     Args:
@@ -152,12 +154,14 @@ def texts_in_step(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[s
     yield from _in_step(_Table(records, origin, unit=unit, has_columns=False), ("text",), may_be_empty=True)
 
 
-def _in_step(table: _Table, text_column: Sequence[str], *, may_be_empty: bool = False) -> Iterator[str | None]:
+def _in_step(table: _Table, text_column: Sequence[str], *, may_be_empty: bool = False) -> Iterator[_InStep]:
     problems = Problems(table.origin, table.unit)
-    for number, text, _, problem in _rows(table, text_column, None, may_be_empty=may_be_empty):
+    is_text = not table.has_columns or tuple(text_column) == ("text",)
+    for number, text, _, problem, record in _rows(table, text_column, None, may_be_empty=may_be_empty):
         if problem is not None:
             problems.add(number, problem)
-        yield text if problem is None else None
+        others = {name: value for name, value in record.items() if not (is_text and name == "text")}
+        yield text if problem is None else None, others
     if problems.total:
         logger.warning("%s: no label was given.", problems)
 
@@ -174,7 +178,7 @@ def _opened(source: Source, role: str, label_column: str | None) -> _Table:
 def _checked(table: _Table, text_column: Sequence[str], label_column: str | None) -> Iterator[tuple[str, str]]:
     """Each row's text and label ("" without a label column)."""
     problems = Problems(table.origin, table.unit)
-    for number, text, label, problem in _rows(table, text_column, label_column):
+    for number, text, label, problem, _ in _rows(table, text_column, label_column):
         if problem is None:
             yield text, label
         else:
@@ -185,8 +189,8 @@ def _checked(table: _Table, text_column: Sequence[str], label_column: str | None
 
 def _rows(
     table: _Table, text_column: Sequence[str], label_column: str | None, *, may_be_empty: bool = False
-) -> Iterator[tuple[int, str, str, str | None]]:
-    """Each row's number, text, label ("" without a label column), and what keeps it from being used."""
+) -> Iterator[tuple[int, str, str, str | None, Mapping[str, Any]]]:
+    """Each row's number, text, label ("" without a label column), what keeps it from being used, and its record."""
     columns = text_column if table.has_columns else ("text",)
     n_rows = 0
     for number, record in table.records:
@@ -197,7 +201,7 @@ def _rows(
         text, problem = text_of(record, columns)
         if label_column and problem is None:
             label, problem = _label(record.get(label_column), table.declared)
-        yield number, text, label, problem
+        yield number, text, label, problem, record
     if not n_rows and not may_be_empty:
         raise DataError(f"There are no rows in {table.origin}.", hint="Give at least two rows.")
 

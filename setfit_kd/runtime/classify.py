@@ -18,7 +18,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -92,24 +92,24 @@ def shorten(text: str, tokenizer: Any) -> str:
     return text
 
 
-def in_windows(texts: Iterable[T], most: int) -> Iterator[list[T]]:
+def in_windows(
+    items: Iterable[T], most: int, *, text_of: Callable[[Any], str | None] = lambda item: item
+) -> Iterator[list[T]]:
     """Split texts into lists of at most ``most`` texts and `MAX_CHARACTERS` characters, or of one longer text.
 
-    A warning at the end counts the longer ones, since `shorten` cuts them.
+    The items are texts, or what ``text_of`` takes the text from. A warning at the end counts the longer texts, since
+    `shorten` cuts them.
     """
     window: list[T] = []
     total = n_long = 0
-    for text in texts:
-        length = 0 if text is None else len(text)
+    for item in items:
+        length = len(text_of(item) or "")
         n_long += length > MAX_CHARACTERS
-        if window and total + length > MAX_CHARACTERS:
+        if window and (len(window) == most or total + length > MAX_CHARACTERS):
             yield window
             window, total = [], 0
-        window.append(text)
+        window.append(item)
         total += length
-        if len(window) == most:
-            yield window
-            window, total = [], 0
     if window:
         yield window
     if n_long:
