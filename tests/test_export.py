@@ -541,7 +541,7 @@ def test_the_files_of_a_bundle_can_be_read_by_whoever_can_read_new_files(any_bun
 def test_the_readme_names_labels_packages_and_the_check(any_bundle: Bundle) -> None:
     readme = (any_bundle.path / "README.md").read_text(encoding="utf-8")
     assert readme.startswith("# Tiny thing\n")
-    assert "over 4 classes: Übermorgen, a, b, {weird}, 4." in readme
+    assert "over 4 classes: Übermorgen, a, b, \\{weird\\}, 4." in readme
     packages = "numpy tokenizers" if any_bundle.format == "static" else "numpy tokenizers onnxruntime"
     assert f"pip install {packages}\n" in readme
     assert ("onnxruntime" in readme) == (any_bundle.format != "static")

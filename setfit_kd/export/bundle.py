@@ -17,6 +17,7 @@ import numpy.typing as npt
 from setfit_kd import __version__, runtime
 from setfit_kd.config import BUNDLE_FORMATS
 from setfit_kd.errors import ConfigError, DataError, ModelError
+from setfit_kd.escape import class_name, markdown, shortened
 from setfit_kd.export.onnx import quantize, write_onnx
 from setfit_kd.export.static import write_static
 from setfit_kd.export.weights import head_weights, labels_json, reading_of
@@ -243,11 +244,11 @@ def _timed(work: Callable[[], object]) -> float:
 
 def _readme(model: SetFitModel, bundle: Bundle, title: str) -> str:
     packages = ["numpy", "tokenizers", *([] if bundle.format == "static" else ["onnxruntime"])]
-    labels = [str(label) for label in model.labels or ()]
+    labels = model.labels or ()
     return _README.format(
-        title=title,
+        title=markdown(shortened(title)),
         n_classes=len(labels),
-        labels=", ".join(labels),
+        labels=markdown(", ".join(map(class_name, labels))),
         needs=" and ".join([", ".join(packages[:-1]), packages[-1]]),
         packages=" ".join(packages),
         **asdict(bundle.parity),

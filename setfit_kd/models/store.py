@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.errors import ModelError
+from setfit_kd.escape import class_name, markdown, shortened
 from setfit_kd.files import check_regular, read_json, replaced_files, whole_folder
 from setfit_kd.memory import place, resolve_device
 from setfit_kd.models.bodies import BodySource, family_of, load_body, locate, transformer_classes
@@ -83,17 +84,18 @@ def save_model(model: SetFitModel, folder: str | Path, *, title: str = "Text cla
     """
     labels = list(model.labels or [])
     with whole_folder(folder) as part, quiet_libraries():
-        if family_of(model.model_body) == "transformer":
+        is_transformer = family_of(model.model_body) == "transformer"
+        classes = markdown(", ".join(map(class_name, labels)))
+        card = _TRANSFORMER_CARD if is_transformer else _CARD
+        card = card.format(title=markdown(shortened(title)), n_classes=len(labels), classes=classes)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        if is_transformer:
             _write_transformer(model, part)
-            card = _TRANSFORMER_CARD.format(title=title, n_classes=len(labels), classes=", ".join(map(str, labels)))
-            (part / "README.md").write_text(card, encoding="utf-8")
             return
         model.model_body.save_pretrained(str(part), create_model_card=False)
         config = {"labels": labels, "normalize_embeddings": model.normalize_embeddings}
         (part / _SETFIT_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
         _write_heads(model, part)
-        card = _CARD.format(title=title, n_classes=len(labels), classes=", ".join(map(str, labels)))
-        (part / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_transformer(model: SetFitModel, folder: Path) -> None:

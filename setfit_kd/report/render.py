@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from setfit_kd import hub
+from setfit_kd.escape import class_name, shortened
 from setfit_kd.report import plots
 from setfit_kd.report.account import About, Account, StudentAccount, Told, curves
-from setfit_kd.report.wording import class_name, environment, shortened
+from setfit_kd.report.wording import environment
 from setfit_kd.runfolder import BASELINE, TEACHER
 
 if TYPE_CHECKING:

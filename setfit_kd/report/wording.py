@@ -1,22 +1,15 @@
-"""How anybody's texts and names are written into a report: on one line, escaped, and no longer than is read."""
+"""The templates of reports, with the filters that escape what they show."""
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from setfit_kd.escape import markdown, shortened
+
 if TYPE_CHECKING:
     from jinja2 import Environment
-
-MOST_CHARACTERS = 600
-"""Longest piece of a text that is shown."""
-MOST_OF_A_NAME = 80
-"""Longest piece of a class's name."""
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~!$&])")
-# Control characters, and those that turn the direction of all that follows.
-_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
 
 
 def environment() -> Environment:
@@ -30,7 +23,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters.update(cell=_cell, text=_text, yaml=_yaml)
+    made.filters.update(cell=_cell, text=markdown, yaml=_yaml)
     return made
 
 
@@ -39,28 +32,6 @@ def _yaml(value: str) -> str:
     return yaml.safe_dump(value, default_style='"', width=float("inf")).strip()
 
 
-def _text(value: Any) -> str:
-    """Any value as text that Markdown shows as it is, on one line."""
-    return _MARKDOWN.sub(r"\\\1", one_line(str(value)))
-
-
 def _cell(value: Any) -> str:
-    """The same, no longer than is read in a table's cell."""
-    return _MARKDOWN.sub(r"\\\1", shortened(str(value)))
-
-
-def one_line(text: str) -> str:
-    """A text on one line, without characters that disturb others."""
-    return " ".join(_UNSHOWN.sub(" ", text).split())
-
-
-def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
-    """A text on one line, cut where it is too long to be read."""
-    line = one_line(text[: 100 * MOST_CHARACTERS])
-    is_whole = len(line) <= most and len(text) <= 100 * MOST_CHARACTERS
-    return line if is_whole else line[: most - 1] + "…"
-
-
-def class_name(name: str) -> str:
-    """A class's name as a table shows it."""
-    return shortened(name, MOST_OF_A_NAME)
+    """Markdown that shows a value as it is, no longer than is read in a table's cell."""
+    return markdown(shortened(str(value)))

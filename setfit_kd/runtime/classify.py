@@ -52,7 +52,7 @@ _NUMBERS: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2"}
 Floats = npt.NDArray[np.float32]
 Files = Mapping[str, bytes]
 Manifest = Mapping[str, Any]
-T = TypeVar("T", bound="str | None")
+T = TypeVar("T")
 
 
 class BundleError(ValueError):
