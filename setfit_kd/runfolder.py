@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from setfit_kd import __version__
 from setfit_kd.config import RunConfig, read_config
 from setfit_kd.errors import ConfigError, DataError, OutputError, SetFitKDError
+from setfit_kd.escape import printable
 from setfit_kd.files import LOCK, locked_folder, read_json, refuse_links, write_whole, writing
 
 CONFIG, METRICS, RUN, LOG = "config.yaml", "metrics.json", "run.json", "run.log"
@@ -112,6 +113,10 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
         """Drop the record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's lines, with control characters escaped."""
+        return printable(super().format(record), None)
 
     def close(self) -> None:
         """Close the file, whether or not its last lines fit."""

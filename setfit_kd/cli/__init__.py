@@ -18,6 +18,7 @@ from setfit_kd.cli.push import push
 from setfit_kd.cli.report import report
 from setfit_kd.cli.run import run
 from setfit_kd.errors import OutOfMemoryError, SetFitKDError
+from setfit_kd.escape import printable
 from setfit_kd.memory import first_line, is_out_of_memory
 
 
@@ -29,6 +30,9 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except SetFitKDError as error:
             _end_with(error, ctx)
+        except click.ClickException as error:
+            error.message = printable(error.message)  # type: ignore[misc]
+            raise
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -41,9 +45,9 @@ class _Group(click.Group):
 
 def _end_with(error: SetFitKDError, ctx: click.Context) -> None:
     click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-    click.echo(error.message, err=True)
+    click.echo(printable(error.message), err=True)
     if error.hint:
-        click.echo(error.hint, err=True)
+        click.echo(printable(error.hint), err=True)
     ctx.exit(error.exit_code)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import click
 
 from setfit_kd.cli.options import given, setting_options, threads_option, verbosity_options
 from setfit_kd.config import RunConfig
+from setfit_kd.escape import json_text
 
 if TYPE_CHECKING:
     from setfit_kd.speed import Speed
@@ -60,7 +60,7 @@ def benchmark(
                 advance(1)
         if as_json:
             about = {"texts": len(texts), "models": {name: asdict(speed) for name, speed in found.items()}}
-            say(results, json.dumps(about, indent=2, ensure_ascii=False))
+            say(results, json_text(about, indent=2))
             return
         headings = ("", "p50 ms", "p95 ms", "p99 ms", "texts/s", "ratio", "load s", "memory MB", "disk MB")
         first = next(iter(found.values()))

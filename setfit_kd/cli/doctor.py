@@ -9,6 +9,7 @@ import click
 
 from setfit_kd.config import PRESETS
 from setfit_kd.errors import SetFitKDError
+from setfit_kd.escape import printable
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +41,11 @@ def doctor() -> None:
     reachable = hub.is_reachable()
     why = " (HF_HUB_OFFLINE is set)" if hub.is_offline() else ""
     click.echo("Hub")
-    click.echo(f"  {hub.address():<21} {'reachable' if reachable else 'not reachable'}{why}")
+    click.echo(f"  {printable(hub.address()):<21} {'reachable' if reachable else 'not reachable'}{why}")
     folder, size = cache_folder(), cache_bytes()
     click.echo("Cache")
-    click.echo(f"  {folder}  {size / 2**20:,.0f} MiB of embeddings" if folder else "  none: there is no home folder")
+    where = f"{folder}  {size / 2**20:,.0f} MiB of embeddings" if folder else "none: there is no home folder"
+    click.echo(f"  {printable(where)}")
     click.echo("Presets")
     for name in PRESETS:
         obstacle = _obstacle(name, reachable)
@@ -76,5 +78,5 @@ def _obstacle(name: str, reachable: bool) -> str | None:
             elif not reachable and hub.cached_snapshot(value, "dataset" if role == "labeled" else "model") is None:
                 return f"{value} is on the hub, which is not reachable, and not in the local cache"
         except SetFitKDError as error:
-            return error.message
+            return printable(error.message)
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +9,7 @@ import click
 from setfit_kd.cli.options import given, setting_options, verbosity_options
 from setfit_kd.config import RunConfig
 from setfit_kd.errors import ConfigError
+from setfit_kd.escape import json_text
 
 if TYPE_CHECKING:
     from setfit_kd.evaluation import Abstaining
@@ -41,7 +41,7 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, quiet: bool, verbose
         )
         if as_json:
             told = evaluation.as_dict(target_accuracy=config.target_accuracy)
-            click.echo(json.dumps(told, indent=2, ensure_ascii=False))
+            click.echo(json_text(told, indent=2))
             return
         show(results, evaluation_table({model: evaluation}))
         results.print()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from setfit_kd.cli.options import given, setting_options, verbosity_options
 from setfit_kd.config import FinetuneRunConfig
+from setfit_kd.escape import json_text
 
 
 @click.command()
@@ -41,7 +41,7 @@ def finetune(as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
         with remembering(cpu_fallback=config.cpu_fallback):
             result = finetune_run(config)
         if as_json:
-            click.echo(json.dumps(result.metrics, indent=2, ensure_ascii=False))
+            click.echo(json_text(result.metrics, indent=2))
             return
         if result.evaluation is not None:
             show(results, evaluation_table({str(config.output_dir): result.evaluation}))

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from setfit_kd.escape import printable
+
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path), metavar="RUN_OR_MODEL")
@@ -27,10 +29,10 @@ def push(model: Path, name: str, private: bool | None, message: str | None, dry_
     publication = prepare_publication(model, name)
     sizes, console = publication.sizes, Console()
     for place in publication.left_out:
-        click.echo(f"Left out, since it is no part of a model: {place}", err=True)
+        click.echo(printable(f"Left out, since it is no part of a model: {place}"), err=True)
     if dry_run:
         show(console, rows_table(("file", "bytes"), [*sizes.items(), ("total", sum(sizes.values()))]))
         say(console, f"Would go to {publication.address}. Nothing was uploaded.")
         return
-    click.echo(f"Uploading {sum(sizes.values()) / 1e6:.1f} MB to {publication.address} ...", err=True)
+    click.echo(printable(f"Uploading {sum(sizes.values()) / 1e6:.1f} MB to {publication.address} ..."), err=True)
     say(console, publish(publication, message=message, private=private))

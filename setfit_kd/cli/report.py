@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from setfit_kd.escape import printable
+
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
@@ -18,5 +20,5 @@ def report(run: Path) -> None:
     from setfit_kd.runfolder import REPORT_HTML
 
     account = write_report(run)
-    click.echo(verdict(account))
-    click.echo(f"The report is {run / REPORT_HTML}.")
+    click.echo(printable(verdict(account)))
+    click.echo(printable(f"The report is {run / REPORT_HTML}."))

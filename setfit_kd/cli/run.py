@@ -11,6 +11,7 @@ import click
 from setfit_kd.cli.options import given, setting_options, verbosity_options
 from setfit_kd.config import DEFAULT_PRESET, PRESETS, RunConfig, preset, read_config
 from setfit_kd.errors import ConfigError
+from setfit_kd.escape import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,7 +88,7 @@ def _tell_how_to_go_on(folder: Path | None) -> None:
     from setfit_kd.runfolder import RunFolder
 
     if folder is not None and RunFolder.has_begun(folder):
-        click.echo(f"What is whole is kept. To go on: setfit-kd run --resume {folder}", err=True)
+        click.echo(printable(f"What is whole is kept. To go on: setfit-kd run --resume {folder}"), err=True)
 
 
 def _print_plan(config: RunConfig, results: Console, *, resume: bool) -> None:

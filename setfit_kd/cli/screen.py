@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from setfit_kd.escape import printable
 from setfit_kd.progress import shown_on
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class _ScreenHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
         prefix = f"{record.levelname.capitalize()}: " if record.levelno >= logging.WARNING else ""
-        self.console.print(prefix + record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
+        text = printable(prefix + record.getMessage())
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -64,8 +66,8 @@ def screen(*, quiet: bool, verbose: bool) -> Iterator[Console]:
 
 
 def say(console: Console, text: str) -> None:
-    """Print text as it is: no markup, no colours, no lines broken."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print text with control characters escaped: no markup, no colours, no lines broken."""
+    console.print(printable(text, None), markup=False, highlight=False, soft_wrap=True)
 
 
 def show(console: Console, table: Table) -> None:
@@ -75,6 +77,11 @@ def show(console: Console, table: Table) -> None:
         column.min_width = max(map(cell_len, kept_whole), default=0)
     least = sum((column.min_width or 0) + 2 for column in table.columns)
     console.print(table, width=max(console.width, least), crop=False)
+
+
+def _cell(text: str) -> Text:
+    """One line of a table's cell: no markup, control characters escaped."""
+    return Text(printable(text, keep=""))
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
@@ -89,7 +96,7 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
         quality, cost = evaluation.quality, evaluation.cost
         agreement = "" if quality.agreement is None else f"{quality.agreement:.1%}"
         table.add_row(
-            Text(name),
+            _cell(name),
             f"{quality.accuracy:.1%}",
             f"{100 * evaluation.intervals['accuracy'].low:.1f}-{100 * evaluation.intervals['accuracy'].high:.1f}",
             f"{quality.macro_f1:.1%}",
@@ -107,5 +114,5 @@ def rows_table(headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left")
     for row in rows:
-        table.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
+        table.add_row(*(_cell(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
     return table

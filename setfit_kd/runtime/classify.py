@@ -47,6 +47,8 @@ MAX_CHARACTERS = 1_000_000
 _CHARACTERS_PER_TOKEN, _SPARE_TOKENS = 8, 32
 """An upper guess, and the tokens next to a cut that may differ from those of the whole text."""
 _GAP = re.compile(r"(?<=[^ \t\r\n])[ \t\r\n]")
+_UNSHOWN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that a terminal obeys instead of showing them."""
 _NUMBERS: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2"}
 
 Floats = npt.NDArray[np.float32]
@@ -406,6 +408,11 @@ def read_safetensors(content: bytes) -> dict[str, Floats]:
     return arrays
 
 
+def _printable(text: str) -> str:
+    """Text, or JSON, with control characters escaped as JSON escapes them."""
+    return _UNSHOWN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def main() -> None:
     """Classify the arguments, or the lines of stdin."""
     parser = argparse.ArgumentParser(description="Classify texts: a JSON object a text on stdout.")
@@ -416,13 +423,13 @@ def main() -> None:
     try:
         classifier = Classifier(arguments.bundle, threads=arguments.threads)
     except (ValueError, ImportError) as error:
-        sys.exit(f"Error: {error}")
+        sys.exit(_printable(f"Error: {error}"))
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     given = [text.encode("utf-8", "surrogateescape") for text in arguments.texts]
     lines = given or (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
     texts = (text.decode("utf-8", "replace") for text in lines)
     for prediction in classifier.stream(texts, at_once=1 if sys.stdin.isatty() else 256):
-        print(json.dumps(prediction._asdict(), ensure_ascii=False))
+        print(_printable(json.dumps(prediction._asdict(), ensure_ascii=False)))
 
 
 if __name__ == "__main__":
