@@ -107,11 +107,14 @@ def in_windows(
     for item in items:
         length = len(text_of(item) or "")
         n_long += length > MAX_CHARACTERS
-        if window and (len(window) == most or total + length > MAX_CHARACTERS):
+        if window and total + length > MAX_CHARACTERS:
             yield window
             window, total = [], 0
         window.append(item)
         total += length
+        if len(window) == most:  # at once, since the next text may be long in coming
+            yield window
+            window, total = [], 0
     if window:
         yield window
     if n_long:
