@@ -161,9 +161,9 @@ def test_transformers_reads_it(by_command: Finished) -> None:
 
 def test_the_json_is_what_the_folder_tells(by_command: Finished) -> None:
     told = read_json(by_command.folder / "metrics.json")
-    assert list(told) == ["evaluation", "looks", "settings", "files"]
+    assert list(told) == ["evaluation", "leaks", "looks", "settings", "files"]
     assert set(told["files"]) == {path.name for path in by_command.folder.iterdir()}
-    assert json.loads(by_command.stdout) == {name: told[name] for name in ("evaluation", "looks")}
+    assert json.loads(by_command.stdout) == {name: told[name] for name in ("evaluation", "leaks", "looks")}
 
 
 def test_the_evaluation_is_of_the_evaluation_texts(by_command: Finished, given: Given) -> None:
@@ -321,16 +321,63 @@ def test_a_label_that_is_not_trained_on_is_refused(which: str, given: Given, tmp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("which", ["validation", "eval"])
-def test_texts_that_are_trained_on_and_measured_on_are_warned_of(
-    which: str, given: Given, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_texts_to_be_measured_on_are_taken_out_of_what_comes_before(
+    given: Given, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lines = given.train.read_text(encoding="utf-8").splitlines(keepends=True)
-    more = getattr(given, {"eval": "test"}.get(which, which)).read_text(encoding="utf-8")
-    (tmp_path / "x.csv").write_text(more + "".join(lines[1:4]), encoding="utf-8")
-    finetuned(given, tmp_path / "out", steps=1, **{which: str(tmp_path / "x.csv")})
+    def added(name: str, *others: list[Row]) -> str:
+        rows = [row for rows in others for row in rows]
+        with (tmp_path / name).open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(
+                [("text", "label"), *((row["text"].upper() + "\u200b", row["label"]) for row in rows)]
+            )
+        return str(tmp_path / name)
+
+    train, validation, test = SPLITS.values()
+    sources = {
+        "labeled": added("train.csv", train, validation[:2], test[:3]),
+        "validation": added("validation.csv", validation, test[2:4]),
+    }
+    result = finetuned(given, tmp_path / "out", steps=1, **sources)
+    assert result.leaks == read_json(tmp_path / "out" / "metrics.json")["leaks"] == {"labeled": 5, "validation": 2}
+    assert result.evaluation is not None
+    assert len(result.evaluation.gold) == len(test)
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert told == [f"3 texts of {tmp_path / 'x.csv'} are trained on, too: figures on them are too good."]
+    assert told == [
+        "Leak guard: 5 labeled texts are in the validation or evaluation set and were taken out.",
+        "Leak guard: 2 validation texts are in the evaluation set and were taken out.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ({"validation": "test"}, r"test\.csv without the texts of the evaluation set: no text is left that accuracy"),
+        (
+            {"eval": "train"},
+            r"train\.csv without the texts of the validation or evaluation set: label '.*' occurs in no",
+        ),
+        (
+            {"validation": None, "eval": "train"},
+            r"texts of the validation or evaluation set: label '.*' occurs in no text",
+        ),
+    ],
+)
+def test_a_leak_guard_that_leaves_too_little_is_an_error(
+    sources: dict[str, str | None], message: str, given: Given, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=message):
+        finetuned(given, tmp_path / "out", **{name: of and str(getattr(given, of)) for name, of in sources.items()})
+    assert not (tmp_path / "out").exists()
+
+
+def test_binary_f1_needs_validation_texts_of_the_second_class(tmp_path: Path, given: Given) -> None:
+    rows = [("a", "no"), ("b", "no"), ("c", "yes"), ("d", "yes"), ("e", "no"), ("f", "yes")]
+    for name, taken in (("labeled", rows[:4]), ("validation", rows[4:]), ("eval", rows[5:])):
+        lines = "".join(f"text {text},{label}\n" for text, label in taken)
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + lines, encoding="utf-8")
+    sources = {name: str(tmp_path / f"{name}.csv") for name in ("labeled", "validation", "eval")}
+    with pytest.raises(DataError, match="no text is left that f1-binary can be measured on"):
+        finetuned(given, tmp_path / "out", **sources, metric="f1-binary")
 
 
 def test_of_four_classes_there_is_no_binary_f1(given: Given, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from setfit_kd.data.augmentation import augment
 from setfit_kd.data.files import column_types
-from setfit_kd.data.prepare import DataReport, RunData, load_run_data, normalise, prepare
+from setfit_kd.data.prepare import DataReport, RunData, load_run_data, normalise, prepare, without_leaks
 from setfit_kd.data.sets import LabeledSet, check_classes, draw_shots, encode_labels
 from setfit_kd.data.signals import read_signals
 from setfit_kd.data.sources import Rows, Source, read, stream_in_step, stream_texts, texts_in_step
@@ -26,4 +26,5 @@ __all__ = [
     "stream_in_step",
     "stream_texts",
     "texts_in_step",
+    "without_leaks",
 ]

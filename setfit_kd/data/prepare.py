@@ -70,6 +70,16 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", folded.translate(_QUOTES)).split())
 
 
+def without_leaks(data: LabeledSet, held_out: set[str], *, name: str, held_out_name: str) -> LabeledSet:
+    """Leave out the texts whose `normalise`d form is in ``held_out``, with a warning that tells how many."""
+    kept = [row for row, text in enumerate(data.texts) if normalise(text) not in held_out]
+    leaks = len(data) - len(kept)
+    if not leaks:
+        return data
+    logger.warning("Leak guard: %d %s texts are in the %s set and were taken out.", leaks, name, held_out_name)
+    return replace(data.take(kept), origin=f"{data.origin} without the texts of the {held_out_name} set")
+
+
 def load_run_data(
     config: DataConfig,
     *,
@@ -134,25 +144,25 @@ def prepare(
         DataError: Too little is left to train on.
     """
     held_out = {normalise(text) for text in evaluation.texts} if evaluation else set()
+    read, labeled = labeled, without_leaks(labeled, held_out, name="labeled", held_out_name="evaluation")
 
     keys = [normalise(text) for text in labeled.texts]
     labels_of: dict[str, set[int]] = {}
     for key, label in zip(keys, labeled.labels.tolist(), strict=True):
         labels_of.setdefault(key, set()).add(label)
     kept = []
-    leaks = conflicts = duplicates = 0
+    conflicts = duplicates = 0
     seen: set[str] = set()
     for row, key in enumerate(keys):
-        if key in held_out:
-            leaks += 1
-        elif len(labels_of[key]) > 1:
+        if len(labels_of[key]) > 1:
             conflicts += 1
         elif key in seen:
             duplicates += 1
         else:
             seen.add(key)
             kept.append(row)
-    _warn_of_removals(leaks, conflicts)
+    if conflicts:
+        logger.warning("%d labeled texts occur with different labels and were taken out.", conflicts)
     left = labeled.take(kept)
     shots = left
     if apart or (config.shots is not None and len(left)):
@@ -169,7 +179,7 @@ def prepare(
         evaluation=len(evaluation) if evaluation else 0,
         labeled_duplicates=duplicates,
         labeled_conflicts=conflicts,
-        labeled_leaks=leaks,
+        labeled_leaks=len(read) - len(labeled),
         pool_duplicates=pool_duplicates,
         pool_labeled=pool_labeled,
         pool_leaks=pool_leaks,
@@ -241,13 +251,6 @@ def _warn_of_small_classes(shots: LabeledSet, wanted: int | None) -> None:
     for name, count in zip(shots.label_names, shots.counts, strict=True):
         if count < wanted:
             logger.warning("Class %r has %d labeled texts, fewer than %d: all are used.", name, count, wanted)
-
-
-def _warn_of_removals(leaks: int, conflicts: int) -> None:
-    if leaks:
-        logger.warning("Leak guard: %d labeled texts are in the evaluation set and were taken out.", leaks)
-    if conflicts:
-        logger.warning("%d labeled texts occur with different labels and were taken out.", conflicts)
 
 
 def _tell(report: DataReport) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config import FinetuneConfig, FinetuneRunConfig
-from setfit_kd.data import LabeledSet, check_classes, encode_labels, read
+from setfit_kd.data import LabeledSet, check_classes, encode_labels, normalise, read, without_leaks
 from setfit_kd.errors import DataError, OutputError
 from setfit_kd.evaluation import Evaluation, evaluate
 from setfit_kd.files import LOCK, locked_folder, read_json, refuse_links, replaced_folder, write_whole, writing
@@ -44,12 +44,14 @@ class FinetuneResult:
         model: The classifier, on the device of the run.
         evaluation: How good it is on the evaluation texts or, without any, on the validation texts; None without both.
         looks: Step and figures of each look at the validation texts.
+        leaks: How many ``labeled`` and ``validation`` texts were left out since a later set holds them, too.
         output_dir: Where the model is.
     """
 
     model: SetFitModel
     evaluation: Evaluation | None
     looks: list[dict[str, float]] = field(default_factory=list)
+    leaks: dict[str, int] = field(default_factory=dict)
     output_dir: Path | None = None
 
     @property
@@ -58,7 +60,7 @@ class FinetuneResult:
         measured = None
         if self.evaluation is not None:
             measured = {**self.evaluation.as_dict(), **self.evaluation.quality.scores}
-        return {"evaluation": measured, "looks": self.looks}
+        return {"evaluation": measured, "leaks": self.leaks, "looks": self.looks}
 
 
 def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
@@ -91,7 +93,9 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
         None if name is None else encode_labels(read(name, **columns, role=role), names)
         for name, role in ((config.validation, "validation"), (config.eval, "test"))
     )
-    _check_apart(labeled, validation, held_out)
+    leaks = {"labeled": len(labeled), "validation": len(validation or ())}
+    labeled, validation = _apart(labeled, validation, held_out, config.metric)
+    leaks = {"labeled": leaks["labeled"] - len(labeled), "validation": leaks["validation"] - len(validation or ())}
     body = source.load(names, seed=config.seed)
     looks: list[dict[str, float]] = []
     checkpoints = _checkpoints(output_dir)
@@ -109,7 +113,7 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     evaluation = None
     if measured_on is not None:
         evaluation = evaluate(model, measured_on, encode_batch_size=config.encode_batch_size, description="Evaluating")
-    result = FinetuneResult(model, evaluation, looks, output_dir)
+    result = FinetuneResult(model, evaluation, looks, leaks, output_dir)
     told = {**result.metrics, "settings": config.model_dump(mode="json")}
     with replaced_folder(output_dir, is_ours=written.__contains__) as folder:
         save_model(model, folder, title="Text classifier")
@@ -158,12 +162,25 @@ class _Decoder:
         return text
 
 
-def _check_apart(labeled: LabeledSet, validation: LabeledSet | None, held_out: LabeledSet | None) -> None:
-    """Warn of texts that are trained on and measured on."""
-    for other in (validation, held_out):
-        shared = 0 if other is None else len(set(other.texts) & set(labeled.texts))
-        if other is not None and shared:
-            logger.warning("%d texts of %s are trained on, too: figures on them are too good.", shared, other.origin)
+def _apart(
+    labeled: LabeledSet, validation: LabeledSet | None, held_out: LabeledSet | None, metric: str
+) -> tuple[LabeledSet, LabeledSet | None]:
+    """Training and validation texts without those that a later set holds, too.
+
+    Raises:
+        DataError: The metric cannot be measured on the validation texts that are left.
+    """
+    evaluated = {normalise(text) for text in held_out.texts} if held_out else set()
+    later = evaluated | {normalise(text) for text in validation.texts} if validation else evaluated
+    labeled = without_leaks(labeled, later, name="labeled", held_out_name="validation or evaluation")
+    if validation is not None:
+        validation = without_leaks(validation, evaluated, name="validation", held_out_name="evaluation")
+        if not (validation.counts[-1] if metric == "f1-binary" else len(validation)):
+            raise DataError(
+                f"{validation.origin}: no text is left that {metric} can be measured on.",
+                hint="Name other validation texts by --validation.",
+            )
+    return labeled, validation
 
 
 def _checkpoints(output_dir: Path) -> Path:
