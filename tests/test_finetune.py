@@ -161,9 +161,10 @@ def test_transformers_reads_it(by_command: Finished) -> None:
 
 def test_the_json_is_what_the_folder_tells(by_command: Finished) -> None:
     told = read_json(by_command.folder / "metrics.json")
-    assert list(told) == ["evaluation", "leaks", "looks", "settings", "files"]
+    assert list(told) == ["evaluation", "validation", "leaks", "looks", "settings", "files"]
     assert set(told["files"]) == {path.name for path in by_command.folder.iterdir()}
-    assert json.loads(by_command.stdout) == {name: told[name] for name in ("evaluation", "leaks", "looks")}
+    assert told["validation"] is None
+    assert json.loads(by_command.stdout) == {name: value for name, value in told.items() if name not in ("settings", "files")}
 
 
 def test_the_evaluation_is_of_the_evaluation_texts(by_command: Finished, given: Given) -> None:
@@ -197,8 +198,11 @@ def test_the_best_weights_are_kept(given: Given, tmp_path: Path) -> None:
     scores = [look["f1-macro"] for look in result.looks]
     assert [look["step"] for look in result.looks] == [*range(2, STEPS, 2), STEPS]
     assert scores[-1] < max(scores), "nothing is to be seen"
-    assert result.evaluation is not None
-    assert result.evaluation.quality.scores["f1-macro"] == pytest.approx(max(scores))
+    assert result.evaluation is None
+    assert result.validation is not None
+    assert result.validation.quality.scores["f1-macro"] == pytest.approx(max(scores))
+    told = read_json(tmp_path / "out" / "metrics.json")
+    assert (told["evaluation"], told["validation"]["f1-macro"]) == (None, pytest.approx(max(scores)))
     kept = evaluate(load(tmp_path / "out", device="cpu"), str(given.validation))
     assert kept.quality.scores["f1-macro"] == pytest.approx(max(scores))
 
@@ -219,7 +223,13 @@ def test_without_validation_and_evaluation_nothing_is_measured(given: Given, tmp
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines() == [f'Use it: setfit-kd predict {tmp_path / "out"} "..."']
     told = read_json(tmp_path / "out" / "metrics.json")
-    assert (told["evaluation"], told["looks"]) == (None, [])
+    assert (told["evaluation"], told["validation"], told["looks"]) == (None, None, [])
+
+
+def test_scores_on_validation_texts_are_printed_as_such(given: Given, tmp_path: Path) -> None:
+    done = invoke(*command(given, tmp_path / "out", eval=None, steps=1))
+    assert done.exit_code == 0, done.output
+    assert f"{tmp_path / 'out'} (validation)" in done.stdout
 
 
 def test_training_ends_when_it_gets_no_better(given: Given, tmp_path: Path) -> None:

@@ -43,10 +43,12 @@ def finetune(as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
         if as_json:
             click.echo(json_text(result.metrics, indent=2))
             return
-        if result.evaluation is not None:
-            show(results, evaluation_table({str(config.output_dir): result.evaluation}))
+        measured = result.evaluation or result.validation
+        if measured is not None:
+            name = f"{config.output_dir}{'' if result.evaluation else ' (validation)'}"
+            show(results, evaluation_table({name: measured}))
             results.print()
-            scores = [(name, f"{value:.1%}") for name, value in result.evaluation.quality.scores.items()]
+            scores = [(name, f"{value:.1%}") for name, value in measured.quality.scores.items()]
             show(results, rows_table(("", ""), scores))
             results.print()
         say(results, f'Use it: setfit-kd predict {config.output_dir} "..."')

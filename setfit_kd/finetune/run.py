@@ -42,7 +42,9 @@ class FinetuneResult:
 
     Attributes:
         model: The classifier, on the device of the run.
-        evaluation: How good it is on the evaluation texts or, without any, on the validation texts; None without both.
+        evaluation: How good it is on the evaluation texts; None without any.
+        validation: How good it is on the validation texts, where there are no evaluation texts. The best weights were
+            chosen on them, so that it is optimistic.
         looks: Step and figures of each look at the validation texts.
         leaks: How many ``labeled`` and ``validation`` texts were left out since a later set holds them, too.
         output_dir: Where the model is.
@@ -50,6 +52,7 @@ class FinetuneResult:
 
     model: SetFitModel
     evaluation: Evaluation | None
+    validation: Evaluation | None = None
     looks: list[dict[str, float]] = field(default_factory=list)
     leaks: dict[str, int] = field(default_factory=dict)
     output_dir: Path | None = None
@@ -57,10 +60,11 @@ class FinetuneResult:
     @property
     def metrics(self) -> dict[str, Any]:
         """Everything measured, as in ``metrics.json``."""
-        measured = None
-        if self.evaluation is not None:
-            measured = {**self.evaluation.as_dict(), **self.evaluation.quality.scores}
-        return {"evaluation": measured, "leaks": self.leaks, "looks": self.looks}
+        measured = {
+            name: found and {**found.as_dict(), **found.quality.scores}
+            for name, found in (("evaluation", self.evaluation), ("validation", self.validation))
+        }
+        return {**measured, "leaks": self.leaks, "looks": self.looks}
 
 
 def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
@@ -109,11 +113,11 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
         looks=looks,
     )
     place(model.model_body, resolve_device(config.device), phase="Evaluating")
-    measured_on = held_out or validation
-    evaluation = None
-    if measured_on is not None:
-        evaluation = evaluate(model, measured_on, encode_batch_size=config.encode_batch_size, description="Evaluating")
-    result = FinetuneResult(model, evaluation, looks, leaks, output_dir)
+    evaluation, validated = (
+        None if data is None else evaluate(model, data, encode_batch_size=config.encode_batch_size)
+        for data in (held_out, None if held_out else validation)
+    )
+    result = FinetuneResult(model, evaluation, validated, looks, leaks, output_dir)
     told = {**result.metrics, "settings": config.model_dump(mode="json")}
     with replaced_folder(output_dir, is_ours=written.__contains__) as folder:
         save_model(model, folder, title="Text classifier")
