@@ -1,20 +1,21 @@
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run bench test test-slow test-gpu lint format docs clean
+.PHONY: help install run bench test test-slow test-lowest test-gpu lint format docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)$$/  make \1\t\2/' | expand -t 22
 
 install: $(STAMP)  ## make .venv and install setfit-kd, the demo model and the dev tools into it
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,onnx]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[demo,onnx]' --group dev
 	@touch $@
 
 run: $(STAMP)  ## distil a teacher into a student on the bundled news corpus, offline
@@ -28,6 +29,16 @@ test: $(STAMP)  ## run the tests (offline)
 
 test-slow: $(STAMP)  ## run the slow tests too
 	$(BIN)/python -m pytest -n auto -m 'not gpu'
+
+test-lowest: .venv-lowest/constraints.txt  ## run the tests with the lowest supported versions, in .venv-lowest
+	$(MAKE) VENV=.venv-lowest CONSTRAINTS=$< test
+
+# Only torch stays at its locked version: an old one is a large download.
+.venv-lowest/constraints.txt: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet uv
+	grep '^torch==' constraints.txt | $(@D)/bin/uv pip compile --quiet --upgrade --python $(@D)/bin/python \
+		--resolution lowest-direct --only-binary :all: --extra demo --extra onnx --group dev --output-file $@ pyproject.toml -
 
 test-gpu: $(STAMP)  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu -s
@@ -46,4 +57,4 @@ docs: $(STAMP)  ## write docs/cli.md anew from the command line itself
 	$(BIN)/python docs/generate_cli.py
 
 clean:  ## remove the environment, caches and builds
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
