@@ -2,10 +2,11 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PYTHON ?= python3
 BIN := $(VENV)/bin
+WHEEL := $(abspath $(VENV)-wheel)
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run bench test test-slow test-lowest test-gpu lint format docs clean
+.PHONY: help install run bench test test-slow test-lowest test-gpu test-wheel lint format docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)$$/  make \1\t\2/' | expand -t 22
@@ -43,6 +44,17 @@ test-lowest: .venv-lowest/constraints.txt  ## run the tests with the lowest supp
 test-gpu: $(STAMP)  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu -s
 
+test-wheel:  ## build the wheel and run it in an environment of its own, away from the clone
+	rm -rf $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet --upgrade 'pip>=25.3'
+	$(WHEEL)/bin/python -m pip wheel --quiet --no-deps --build-constraint constraints.txt --wheel-dir $(WHEEL)/dist .
+	$(WHEEL)/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo $(WHEEL)/dist/*.whl)[demo,onnx]"
+	unset PYTHONPATH; PATH="$(WHEEL)/bin:$$PATH"; \
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && \
+	setfit-kd run --preset newswire --shots 8 --pool-size 100 --epochs 1 --output-dir runs/newswire && \
+	setfit-kd predict runs/newswire "Keeper saves two penalties as the islanders reach their first final" | grep '"label": "'
+
 lint: $(STAMP)  ## check style, formatting, types and the generated docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,4 +69,4 @@ docs: $(STAMP)  ## write docs/cli.md anew from the command line itself
 	$(BIN)/python docs/generate_cli.py
 
 clean:  ## remove the environment, caches and builds
-	rm -rf $(VENV) .venv-lowest dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WHEEL) .venv-lowest dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
