@@ -164,7 +164,9 @@ def test_the_json_is_what_the_folder_tells(by_command: Finished) -> None:
     assert list(told) == ["evaluation", "validation", "leaks", "looks", "settings", "files"]
     assert set(told["files"]) == {path.name for path in by_command.folder.iterdir()}
     assert told["validation"] is None
-    assert json.loads(by_command.stdout) == {name: value for name, value in told.items() if name not in ("settings", "files")}
+    assert json.loads(by_command.stdout) == {
+        name: value for name, value in told.items() if name not in ("settings", "files")
+    }
 
 
 def test_the_evaluation_is_of_the_evaluation_texts(by_command: Finished, given: Given) -> None:
