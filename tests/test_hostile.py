@@ -358,6 +358,54 @@ def test_a_graph_that_never_ends_is_refused(op_type: str, bundle: Path) -> None:
     assert "holds loops" in refused("predict", bundle, "some text")
 
 
+PANIC = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "[NONE]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {},
+}
+"""A post-processor over a token that there is not, at which the tokenizers library panics."""
+
+
+def test_a_tokenizer_that_panics_ends_in_an_error(bundle: Path, finished: Path, tiny_student: Path) -> None:
+    tokenizer = json.loads((bundle / "tokenizer.json").read_text())
+    put(bundle, "tokenizer.json", json.dumps({**tokenizer, "post_processor": PANIC}).encode())
+    assert "PanicException" in refused("predict", bundle, "some text")
+    model = Path(shutil.copytree(finished / "student", "model"))
+    change_json(model / "tokenizer.json", post_processor=PANIC)
+    for command in ("predict", "evaluate"):
+        assert "The tokenizer failed" in refused(*COMMANDS[command](model, tiny_student))
+
+
+def test_a_graph_that_fails_ends_in_an_error(bundle: Path) -> None:
+    from onnx import TensorProto, helper
+
+    node = helper.make_node("Reshape", ["input_ids", "shape"], ["flat"])
+    cast = helper.make_node("Cast", ["flat"], ["probabilities"], to=TensorProto.FLOAT)
+    shape = helper.make_tensor("shape", TensorProto.INT64, [2], [977, 4])
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["n", "t"]) for name in ("input_ids", "attention_mask")
+    ]
+    output = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["n", 4])
+    graph = helper.make_graph([node, cast], "graph", inputs, [output], [shape])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    put(bundle, "model.onnx", model.SerializeToString())
+    assert "The bundle cannot be used" in refused("predict", bundle, "some text")
+
+
+@pytest.mark.parametrize("spoil", BAD_FILES)
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+def test_a_file_of_a_data_set_is_a_regular_file(name: str, spoil: Callable[[Path], None], tiny_student: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_list(newswire("train")[:8]).save_to_disk("data")
+    if name.endswith("arrow") and spoil is sparse:
+        pytest.skip("a file of any size is mapped, and read as far as it is whole")
+    spoil(Path("data") / name)
+    models = ("--teacher", tiny_student, "--student", tiny_student)
+    assert "not a whole data set" in refused("run", *DRY, *models, "--labeled", "data", "--unlabeled", "data")
+
+
 def test_tensors_that_share_a_block_are_refused(bundle: Path) -> None:
     """Five thousand names for the same half megabyte would take 10 GB in single precision."""
     size = 1 << 19

@@ -17,7 +17,7 @@ from setfit_kd.cli.predict import predict
 from setfit_kd.cli.push import push
 from setfit_kd.cli.report import report
 from setfit_kd.cli.run import run
-from setfit_kd.errors import OutOfMemoryError, SetFitKDError
+from setfit_kd.errors import ModelError, OutOfMemoryError, SetFitKDError
 from setfit_kd.escape import printable
 from setfit_kd.memory import first_line, is_out_of_memory
 
@@ -41,6 +41,10 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             click.echo("\nInterrupted.", err=True)
             ctx.exit(130)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of the tokenizers library, and no Exception
+                raise
+            _end_with(ModelError(f"The tokenizer failed: {error}.", hint="Take another model."), ctx)
 
 
 def _end_with(error: SetFitKDError, ctx: click.Context) -> None:

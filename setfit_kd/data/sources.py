@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 from setfit_kd import hub
 from setfit_kd.data.files import LINE_NUMBERED, READERS, Record, read_records, unknown_ending
 from setfit_kd.errors import DataError, SetFitKDError
+from setfit_kd.files import MAX_JSON_BYTES, check_regular
 from setfit_kd.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -349,6 +350,9 @@ def _open_folder(folder: Path, split: str | None, role: str, label_column: str |
     import datasets
 
     try:
+        for path in folder.rglob("*"):
+            if not path.is_dir():
+                check_regular(path, limit=MAX_JSON_BYTES if path.suffix == ".json" else math.inf)
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:
         raise DataError(
