@@ -160,12 +160,14 @@ class RunStages:
             f"{EVALUATION}/{name}", inputs, make=make, save=Evaluation.save, load=Evaluation.load
         )
 
-    def evaluation_together(self, evaluations: Sequence[Evaluation], shares: Sequence[float]) -> Evaluation:
-        """How good several teachers are together."""
+    def evaluation_together(
+        self, evaluations: Sequence[Evaluation], shares: Sequence[float], temperatures: Sequence[float], average: float
+    ) -> Evaluation:
+        """How good several teachers are together; see `evaluate_together`."""
         return self.journal.go_through(
             f"{EVALUATION}/{TEACHER}",
-            fingerprint(self._keys[TEACHER], self._evaluation_key),
-            make=lambda: evaluate_together(evaluations, shares),
+            fingerprint(self._keys[TEACHER], self._evaluation_key, list(temperatures), average),
+            make=lambda: evaluate_together(evaluations, shares, temperatures, average),
             save=Evaluation.save,
             load=Evaluation.load,
         )

@@ -236,12 +236,13 @@ def teach(
     key = fingerprint(keys, shares)
     for name, share in zip(config.teacher, shares, strict=True):
         logger.info("Teacher %s has a share of %.1f %%.", name, 100 * share)
+    average = TeacherSignals.average(said, shares)
     if data.evaluation:
-        alone = [evaluations[name] for name in names]
-        together = RunStages(config, data, key, journal).evaluation_together(alone, shares)
-        evaluations[TEACHER] = together
+        alone, temperatures = [evaluations[name] for name in names], [signals.temperature for signals in said]
+        measuring = RunStages(config, data, key, journal)
+        evaluations[TEACHER] = measuring.evaluation_together(alone, shares, temperatures, average.temperature)
     by_name = dict(zip(config.teacher, shares, strict=True))
-    return Taught(TeacherSignals.average(said, shares), key, first, by_name)
+    return Taught(average, key, first, by_name)
 
 
 def _shares(config: RunConfig, accuracies: Sequence[float | None]) -> list[float]:

@@ -34,6 +34,7 @@ from setfit_kd.report.render import card
 from setfit_kd.runfolder import TEACHER
 from setfit_kd.teacher import held_out_accuracy
 from setfit_kd.teacher.weights import FOLDS
+from setfit_kd.temperature import at_temperature
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -200,9 +201,16 @@ def test_every_model_is_measured(both: Both) -> None:
     assert both.result.evaluations["students/layers-1"].quality.agreement is not None
 
 
+def averaged(of: dict[str, Evaluation], folder: Path, shares: list[float]) -> npt.NDArray[np.floating]:
+    """What the teachers of a run say of the evaluated texts, averaged as their signals are."""
+    said = [TeacherSignals.load(folder / place.replace("teachers", "scored")) for place in PLACES]
+    sharp = [at_temperature(of[place].probabilities, 1 / s.temperature) for place, s in zip(PLACES, said, strict=True)]
+    return at_temperature(np.average(sharp, axis=0, weights=shares), TeacherSignals.average(said, shares).temperature)
+
+
 def test_together_they_are_their_average(any_run: Both, shares: list[float]) -> None:
     of = any_run.result.evaluations
-    expected = sum(share * of[place].probabilities for share, place in zip(shares, PLACES, strict=True))
+    expected = averaged(of, any_run.folder, shares)
     np.testing.assert_allclose(of["teacher"].probabilities, expected, atol=1e-6)
     predicted = np.asarray(expected).argmax(axis=1)
     assert of["teacher"].quality == measure_quality(predicted, of["teacher"].gold, list(of["teacher"].quality.classes))
@@ -245,7 +253,8 @@ def evaluation(n: int, parameters: int, megabytes: float, speed: float, seed: in
 
 
 def test_sizes_and_times_add_up() -> None:
-    found = evaluate_together([evaluation(30, 10, 1.5, 100, 0), evaluation(30, 5, 0.2, 50, 1)], [0.5, 0.5]).cost
+    alone = [evaluation(30, 10, 1.5, 100, 0), evaluation(30, 5, 0.2, 50, 1)]
+    found = evaluate_together(alone, [0.5, 0.5], [1, 1], 1).cost
     # A hundredth and a fiftieth of a second a text.
     assert found == Cost(15, 1.7, 33.3, RAN_ON)
 
@@ -257,8 +266,28 @@ def test_the_average_may_be_better_than_each() -> None:
         Evaluation(measure_quality(one.argmax(axis=1), gold, "ab"), Cost(1, 1, 1, RAN_ON), one, gold) for one in said
     ]
     assert [of.quality.accuracy for of in alone] == [0.5, 0.5]
-    assert evaluate_together(alone, [1, 1]).quality.accuracy == 1
-    assert evaluate_together(alone, [9, 1]).quality.accuracy == 0.5
+    assert evaluate_together(alone, [1, 1], [1, 1], 1).quality.accuracy == 1
+    assert evaluate_together(alone, [9, 1], [1, 1], 1).quality.accuracy == 0.5
+
+
+def test_the_evaluated_teacher_is_what_students_learn_from() -> None:
+    rng = np.random.default_rng(0)
+    texts, gold = [f"text {row}" for row in range(200)], rng.integers(3, size=200)
+    said = [
+        TeacherSignals(texts, rng.dirichlet(np.full(3, 0.5), 200).astype(np.float32), tuple("abc"), temperature=t)
+        for t in (6.0, 1.5)
+    ]
+    average, temperatures = TeacherSignals.average(said, [2, 1]), [of.temperature for of in said]
+    calibrated = [at_temperature(of.probabilities, of.temperature).astype(np.float32) for of in said]
+    alone = [
+        Evaluation(measure_quality(p.argmax(axis=1), gold, "abc"), Cost(1, 1, 1, RAN_ON), p, gold) for p in calibrated
+    ]
+    found = evaluate_together(alone, [2, 1], temperatures, average.temperature)
+    np.testing.assert_array_equal(found.predicted, average.probabilities.argmax(axis=1))
+    expected = at_temperature(average.probabilities, average.temperature)
+    np.testing.assert_allclose(found.probabilities, expected, atol=1e-5)
+    averaged_at_their_own = np.average(calibrated, axis=0, weights=[2, 1])
+    assert (averaged_at_their_own.argmax(axis=1) != found.predicted).any()
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=[SETFIT, WHOLE])
@@ -535,8 +564,8 @@ def test_several_seeds_of_several_teachers(run: Run, tmp_path: Path) -> None:
     assert {path.name for path in (folder / "seeds/1/teachers").iterdir()} == {SETFIT, WHOLE}
     for of in result.by_seed.values():
         assert list(of) == [*PLACES, "teacher", "student"]
-        mean = np.mean([of[place].probabilities for place in PLACES], axis=0)
-        np.testing.assert_allclose(of["teacher"].probabilities, mean, atol=1e-6)
+    for place, of in ((folder, result.by_seed[0]), (folder / "seeds/1", result.by_seed[1])):
+        np.testing.assert_allclose(of["teacher"].probabilities, averaged(of, place, [0.5, 0.5]), atol=1e-6)
     accuracies = [of["teacher"].quality.accuracy for of in result.by_seed.values()]
     told = read_json(folder / "metrics.json")
     assert told["teacher"]["over_seeds"]["figures"]["accuracy"]["values"] == pytest.approx(accuracies)
