@@ -312,7 +312,7 @@ def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journa
         if made:
             made_rows = range(len(data.pool), len(data.pool) + len(made))
             kept = without_doubtful(taught.signals, made_rows, least=config.augment_confidence)
-            taught = replace(taught, signals=kept, key=fingerprint(taught.key, config.augment_confidence))
+            taught = replace(taught, signals=kept, key=fingerprint(taught.key, kept.texts))
     else:
         taught = Taught(data.signals, signals_hash(data.signals))
     stages, signals = RunStages(settled, data, taught.key, journal), taught.signals

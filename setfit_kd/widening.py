@@ -19,6 +19,7 @@ from setfit_kd.models import load_fill_mask
 from setfit_kd.runfolder import AUGMENTED
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.stages import key_of
+from setfit_kd.temperature import at_temperature
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +66,11 @@ def made_texts(config: RunConfig, data: RunData, fill_mask: Path | None, journal
 
 
 def without_doubtful(signals: TeacherSignals, rows: range, *, least: float) -> TeacherSignals:
-    """Signals without those of the ``rows`` whose most probable label has less than the ``least`` probability."""
+    """Signals without those of the ``rows`` whose most probable label, at the temperature, is below ``least``."""
     if not rows:
         return signals
     made = np.arange(rows.start, rows.stop)
-    doubtful = made[signals.probabilities[made].max(axis=1) < least]
+    confidence = at_temperature(signals.probabilities[made], signals.temperature).astype(np.float32).max(axis=1)
+    doubtful = made[confidence < least]
     logger.info("Of %d texts that were made, the teacher is sure enough of %d.", len(made), len(made) - len(doubtful))
     return signals.take(np.setdiff1d(np.arange(len(signals)), doubtful))

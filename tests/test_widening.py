@@ -24,6 +24,7 @@ from setfit_kd.data.prepare import normalise
 from setfit_kd.errors import ConfigError, ModelError
 from setfit_kd.journal import Journal
 from setfit_kd.models import load_fill_mask, predict_proba
+from setfit_kd.temperature import at_temperature
 from setfit_kd.widening import made_texts, without_doubtful
 
 WANTED = 40
@@ -97,7 +98,9 @@ class Widened:
     @property
     def confidence(self) -> Any:
         """Of the teacher in the texts that were made."""
-        return TeacherSignals.load(self.folder / "signals").probabilities.max(axis=1)[rows_made()]
+        said = TeacherSignals.load(self.folder / "signals")
+        assert said.temperature != 1
+        return at_temperature(said.probabilities[rows_made()], said.temperature).max(axis=1)
 
 
 def made_in(folder: Path) -> list[str]:
@@ -224,9 +227,14 @@ def test_texts_that_were_not_made_are_kept_however_doubtful(copied: Path) -> Non
     assert result.signals.texts[-len(LABELED) :] == [row["text"] for row in LABELED]
 
 
-def signals(confidence: list[float]) -> TeacherSignals:
+def signals(confidence: list[float], temperature: float = 1.0) -> TeacherSignals:
     said = np.array([[one, 1 - one] for one in confidence], np.float32)
-    return TeacherSignals([f"text {row}" for row in range(len(said))], said, ("a", "b"), said)
+    return TeacherSignals([f"text {row}" for row in range(len(said))], said, ("a", "b"), said, temperature=temperature)
+
+
+def test_texts_are_doubted_by_what_the_signals_mean() -> None:
+    sharp = signals([0.9, 0.6, 0.999], temperature=4.0)  # 0.63, 0.53 and 0.85
+    assert without_doubtful(sharp, range(3), least=0.6).texts == ["text 0", "text 2"]
 
 
 @pytest.mark.parametrize(

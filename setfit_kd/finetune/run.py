@@ -97,9 +97,9 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
         None if name is None else encode_labels(read(name, **columns, role=role), names)
         for name, role in ((config.validation, "validation"), (config.eval, "test"))
     )
-    leaks = {"labeled": len(labeled), "validation": len(validation or ())}
+    before = len(labeled), len(validation or ())
     labeled, validation = _apart(labeled, validation, held_out, config.metric)
-    leaks = {"labeled": leaks["labeled"] - len(labeled), "validation": leaks["validation"] - len(validation or ())}
+    leaks = {"labeled": before[0] - len(labeled), "validation": before[1] - len(validation or ())}
     body = source.load(names, seed=config.seed)
     looks: list[dict[str, float]] = []
     checkpoints = _checkpoints(output_dir)
@@ -169,11 +169,7 @@ class _Decoder:
 def _apart(
     labeled: LabeledSet, validation: LabeledSet | None, held_out: LabeledSet | None, metric: str
 ) -> tuple[LabeledSet, LabeledSet | None]:
-    """Training and validation texts without those that a later set holds, too.
-
-    Raises:
-        DataError: The metric cannot be measured on the validation texts that are left.
-    """
+    """Training and validation texts without those that a later set holds, too."""
     evaluated = {normalise(text) for text in held_out.texts} if held_out else set()
     later = evaluated | {normalise(text) for text in validation.texts} if validation else evaluated
     labeled = without_leaks(labeled, later, name="labeled", held_out_name="validation or evaluation")

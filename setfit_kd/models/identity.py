@@ -47,7 +47,10 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
         described: dict[str, Any] = json.loads(backend.to_str())
     else:
         path = repr(getattr(tokenizer, "name_or_path", ""))
-        described = {"tokenizer": repr(tokenizer).replace(path, ""), "vocabulary": tokenizer.get_vocab()}
+        described = {
+            "tokenizer": repr(tokenizer).replace(path, ""),
+            "vocabulary": getattr(tokenizer, "get_vocab", dict)(),
+        }
     if backend is not tokenizer:  # transformers sets these two at each use; those of a bare tokenizer hold
         described.update(truncation=None, padding=None)
     return {**described, **{name: getattr(tokenizer, name, None) for name in _TOKENIZER_SETTINGS}}
