@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 MAX_JSON_BYTES = 32 << 20
 """Size above which no JSON document or line is read: parsed, it takes about twenty times as much memory."""
 LOCK = ".lock"
+HIDDEN_NAME = re.compile(r"\..+\.[0-9a-f]{8}")
 
 CACHE_VARIABLE = "SETFIT_KD_CACHE"
 _REASONS = {
@@ -69,11 +70,25 @@ def writing(path: Path, *, elsewhere: str = "choose another --output-dir") -> It
         code = _errno_of(error)
         if code is None:
             raise
-        reason = errno.errorcode[code]
-        raise OutputError(
-            f"Cannot write {path}: {error} [{reason}]",
-            hint=_hint(code, elsewhere),
-        ) from error
+        hint = f"{_REASONS[code]} {elsewhere}." if code in _REASONS else f"{elsewhere[0].upper()}{elsewhere[1:]}."
+        raise OutputError(f"Cannot write {path}: {error} [{errno.errorcode[code]}]", hint=hint) from error
+
+
+def hidden_name(path: Path) -> Path:
+    """A new name beside ``path`` for what is being written or deleted; it matches `HIDDEN_NAME`."""
+    return path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Yield a name beside ``path``, and remove the file or folder that has it at the end."""
+    part = hidden_name(path)
+    try:
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError):  # what keeps it from being removed has kept it from being written
+            part.unlink()
 
 
 @contextmanager
@@ -84,17 +99,13 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         OutputError: Something is there already, or it cannot be written.
     """
     target = Path(path).absolute()
-    part = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
-    try:
-        with writing(Path(path)):
-            if target.exists():
-                raise OutputError(f"{path} is there already.", hint="Choose another name, or remove it first.")
-            part.mkdir(parents=True)
-            yield part
-            _usual_modes(part)
-            part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with writing(Path(path)), _temporary(target) as part:
+        if target.exists():
+            raise OutputError(f"{path} is there already.", hint="Choose another name, or remove it first.")
+        part.mkdir(parents=True)
+        yield part
+        _usual_modes(part)
+        part.rename(target)
 
 
 @contextmanager
@@ -108,21 +119,19 @@ def replaced_folder(path: str | Path, *, is_ours: Callable[[str], bool]) -> Iter
         OutputError: It cannot be written.
     """
     target = Path(path).resolve()  # a link to a folder stays one
-    part, earlier = (target.with_name(f".{target.name}.{uuid4().hex[:8]}") for _ in range(2))
-    try:
+    with _temporary(target) as part, _temporary(target) as earlier:
         yield part
-        with writing(Path(path)):
-            if target.is_dir():
-                for kept in target.iterdir():
-                    if not is_ours(kept.name):
-                        _link_or_copy(kept, part / kept.name)
-                target.rename(earlier)
-            part.rename(target)
-    finally:
-        if earlier.is_dir() and not target.exists():
-            earlier.rename(target)
-        for left in (part, earlier):
-            shutil.rmtree(left, ignore_errors=True)
+        try:
+            with writing(Path(path)):
+                if target.is_dir():
+                    for kept in target.iterdir():
+                        if not is_ours(kept.name):
+                            _link_or_copy(kept, part / kept.name)
+                    target.rename(earlier)
+                part.rename(target)
+        finally:
+            if earlier.is_dir() and not target.exists():
+                earlier.rename(target)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -149,16 +158,12 @@ def replaced_files(folder: Path) -> Iterator[Path]:
     Raises:
         OutputError: They cannot be written.
     """
-    part = folder / f".new.{uuid4().hex[:8]}"
-    try:
-        with writing(folder):
-            part.mkdir()
-            yield part
-            _usual_modes(part)
-            for file in part.iterdir():
-                file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with writing(folder), _temporary(folder / "new") as part:
+        part.mkdir()
+        yield part
+        _usual_modes(part)
+        for file in part.iterdir():
+            file.replace(folder / file.name)
 
 
 def check_regular(path: Path, *, limit: float = float("inf")) -> Path:
@@ -294,15 +299,10 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OutputError: It cannot be written.
     """
-    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
-    try:
-        with writing(path, elsewhere="choose another file"):
-            with part.open("wb") as file:
-                yield file
-            part.replace(path)
-    finally:
-        with suppress(OSError):  # what keeps it from being removed has kept it from being written
-            part.unlink()
+    with writing(path, elsewhere="choose another file"), _temporary(path) as part:
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
 
 
 def write_whole(path: Path, text: str, *, elsewhere: str = "choose another --output-dir") -> None:
@@ -311,14 +311,9 @@ def write_whole(path: Path, text: str, *, elsewhere: str = "choose another --out
     Raises:
         OutputError: It cannot be written.
     """
-    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
-    try:
-        with writing(path, elsewhere=elsewhere):
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
-    finally:
-        with suppress(OSError):  # what keeps it from being removed has kept it from being written
-            part.unlink()
+    with writing(path, elsewhere=elsewhere), _temporary(path) as part:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
 
 
 def _usual_modes(folder: Path) -> None:
@@ -330,12 +325,6 @@ def _usual_modes(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
-
-
-def _hint(code: int, elsewhere: str) -> str:
-    if code in _REASONS:
-        return f"{_REASONS[code]} {elsewhere}."
-    return f"{elsewhere[0].upper()}{elsewhere[1:]}."
 
 
 def _errno_of(error: BaseException) -> int | None:

@@ -15,7 +15,6 @@ from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,7 +22,7 @@ from setfit_kd import __version__
 from setfit_kd.config import RunConfig, read_config
 from setfit_kd.errors import ConfigError, DataError, OutputError, SetFitKDError
 from setfit_kd.escape import printable
-from setfit_kd.files import LOCK, locked_folder, read_json, refuse_links, write_whole, writing
+from setfit_kd.files import HIDDEN_NAME, LOCK, hidden_name, locked_folder, read_json, refuse_links, write_whole, writing
 
 CONFIG, METRICS, RUN, LOG = "config.yaml", "metrics.json", "run.json", "run.log"
 TEACHER, BASELINE, STUDENT, SIGNALS = "teacher", "baseline", "student", "signals"
@@ -43,7 +42,6 @@ _PLACE = re.compile(
     rf"|{AUGMENTED}|{SIGNALS}|({SCORED}|{WEIGHED})/\w[\w.-]*"
 )
 _stage: ContextVar[str] = ContextVar("stage", default="")
-_HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{8}")
 _PACKAGES = (
     "setfit",
     "sentence-transformers",
@@ -237,7 +235,7 @@ class RunFolder:
         Raises:
             OutputError: It does.
         """
-        half_written = (file.name for file in path.glob(".*") if _HALF_WRITTEN.fullmatch(file.name))
+        half_written = (file.name for file in path.glob(".*") if HIDDEN_NAME.fullmatch(file.name))
         refuse_links(path, (*_CONTENTS, LOCK, *half_written))
 
     @staticmethod
@@ -277,7 +275,7 @@ class RunFolder:
                 folder._remove(name)
         folder._remove_half_written()
         folder.tell()
-        folder.write_text(CONFIG, config.to_yaml())
+        write_whole(path / CONFIG, config.to_yaml())
         return folder
 
     @classmethod
@@ -291,14 +289,14 @@ class RunFolder:
         cls.check(path, resume=True)
         folder = cls(path, _read_about(path / RUN))
         folder._remove_half_written()
-        folder.write_text(CONFIG, config.to_yaml())
+        write_whole(path / CONFIG, config.to_yaml())
         return folder
 
     def _remove_half_written(self) -> None:
         """Take out what a process that was killed has left unfinished."""
         for pattern in (".*", *(f"{name}/{below}" for name in _CONTENTS for below in (".*", "*/.*"))):
             for left in self.path.glob(pattern):
-                if _HALF_WRITTEN.fullmatch(left.name):
+                if HIDDEN_NAME.fullmatch(left.name):
                     self._remove(str(left.relative_to(self.path)))
 
     def stage(self, name: str, inputs: str) -> dict[str, Any] | None:
@@ -359,19 +357,11 @@ class RunFolder:
                 target.unlink(missing_ok=True)
                 return
             # Renamed first, so that a kill leaves no folder that looks whole.
-            gone = target if target.name.startswith(".") else target.with_name(f".{target.name}.{uuid4().hex[:8]}")
+            gone = target if target.name.startswith(".") else hidden_name(target)
             shutil.rmtree(target.rename(gone))
         if target.parent != self.path:
             with suppress(OSError):  # others are in it still
                 target.parent.rmdir()
-
-    def write_text(self, name: str, text: str) -> None:
-        """Write a file whole.
-
-        Raises:
-            OutputError: It cannot be written.
-        """
-        write_whole(self.path / name, text)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file whole.
@@ -379,7 +369,7 @@ class RunFolder:
         Raises:
             OutputError: It cannot be written.
         """
-        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def keep_log(self, recorder: logging.handlers.MemoryHandler) -> None:
         """Write what `recorded` has so far, and from now on everything, to ``run.log``.
