@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from setfit_kd import __version__
 from setfit_kd.config import RunConfig, read_config
@@ -36,7 +36,6 @@ RESULTS = (METRICS, REPORT_HTML, REPORT_MARKDOWN)
 """What is made of the stages' results at the end."""
 _MODELS = (TEACHER, TEACHERS, BASELINE, BASELINES, STUDENT, STUDENTS)
 _CONTENTS = (CONFIG, RUN, LOG, *RESULTS, *_MODELS, AUGMENTED, SIGNALS, SCORED, WEIGHED, EVALUATION, CHECKPOINTS, SEEDS)
-_FORMAT = 1
 _PLACE = re.compile(
     rf"({EVALUATION}/)?({TEACHER}|{BASELINE}|{STUDENT}|({TEACHERS}|{BASELINES}|{STUDENTS})/\w[\w.-]*)"
     rf"|{AUGMENTED}|{SIGNALS}|({SCORED}|{WEIGHED})/\w[\w.-]*"
@@ -56,6 +55,8 @@ _PACKAGES = (
 
 logger = logging.getLogger(__name__)
 
+_Kind = TypeVar("_Kind", bound="_Run")
+
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
@@ -68,9 +69,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def is_place(name: str) -> bool:
-    """Whether a run keeps something under this name in its folder; none leads out of it."""
-    return _PLACE.fullmatch(name) is not None
+def _place(name: str) -> str:
+    if _PLACE.fullmatch(name) is None:
+        raise ValueError(f"it tells of {name!r}, which no run has")
+    return name
+
+
+def _none_or_several(seeds: list[int]) -> list[int]:
+    if len(seeds) == 1:
+        raise ValueError("one seed alone")
+    return seeds
+
+
+Place = Annotated[str, AfterValidator(_place)]
+"""A name that a run keeps something under in its folder; none leads out of it."""
 
 
 @contextmanager
@@ -123,10 +135,13 @@ class _LogFile(logging.FileHandler):
 
 
 class _Stage(BaseModel):
+    losses: list[float]
+
+
+class _ResumableStage(_Stage):
     inputs: str
     seconds: float = Field(allow_inf_nan=False)
     out_of_memory: list[dict[str, Any]]
-    losses: list[float]
 
 
 class _Precision(BaseModel):
@@ -136,38 +151,90 @@ class _Precision(BaseModel):
     speedup: float | None = None
 
 
-class _Run(BaseModel):
-    """The types of what ``run.json`` holds."""
+class _Attempt(BaseModel):
+    """What was tried where memory ran out."""
 
-    format: int
+    texts: int
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.texts} texts on {self.device}"
+
+
+class _OutOfMemoryEvent(BaseModel):
+    """A step down the ladder."""
+
+    phase: str
+    step: int | None
+    before: _Attempt = Field(alias="from")
+    after: _Attempt = Field(alias="to")
+
+
+class _Run(BaseModel):
+    """What every ``run.json`` holds."""
+
+    format: Literal[1]
     finished: bool
-    stages: dict[str, _Stage]
+
+
+class _ResumableRun(_Run):
+    """What ``run.json`` holds of a run to go on with, besides what is only written again."""
+
+    model_config = ConfigDict(extra="allow")
+
+    stages: dict[Place, _ResumableStage]
     device: str = ""
     precision: _Precision | None = None
 
 
-def _read_about(path: Path) -> dict[str, Any]:
-    """The content of ``run.json``."""
-    again = "Run anew, with --overwrite, or take the version that began it."
+class About(_Run):
+    """What ``run.json`` tells of a finished run."""
+
+    stages: dict[str, _Stage]
+    versions: dict[str, str]
+    device: str
+    precision: _Precision
+    data: dict[str, int]
+    seconds: dict[str, float]
+    students: dict[str, Place]
+    evaluated: list[Place]
+    out_of_memory: list[_OutOfMemoryEvent] = []
+    seeds: Annotated[list[int], AfterValidator(_none_or_several)] = []
+    revisions: dict[str, str] = {}
+    teacher_shares: dict[str, float] = {}
+
+    @classmethod
+    def read(cls, folder: Path) -> About:
+        """Read the ``run.json`` in a run's folder.
+
+        Raises:
+            DataError: It cannot be read, or the run is not finished.
+        """
+        go_on = f"setfit-kd run --resume {folder}"
+        again = f"Go through it again: {go_on}"
+        if not _read_run(folder, _Run, to="tell of", hint=again).finished:
+            raise DataError(f"The run in {folder} has not come to its end.", hint=f"Go on: {go_on}")
+        return _read_run(folder, cls, to="tell of", hint=again)
+
+
+def _read_run(folder: Path, kind: type[_Kind], *, to: str, hint: str) -> _Kind:
+    """Read the ``run.json`` in a folder as one of the models above; ``to`` and ``hint`` are parts of the error."""
+    path = folder / RUN
     try:
-        about: dict[str, Any] = read_json(path)
-        parsed = _Run.model_validate(about)
+        return kind.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(
-            f"{path} is not of a run that this version can go on with ({where}: {first['msg']}).", hint=again
+            f"{path} is not of a run that this version can {to} ({where}: {first['msg']}).", hint=hint
         ) from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}).", hint="Run anew in another folder.") from None
-    if parsed.format != _FORMAT:
-        raise DataError(
-            f"{path} has format {parsed.format}, and this version can go on with format {_FORMAT}.", hint=again
-        )
-    foreign = next((name for name in parsed.stages if not is_place(name)), None)
-    if foreign is not None:
-        raise DataError(f"{path} tells of {foreign!r}, which no run has.", hint="Run anew, with --overwrite.")
-    return about
+        raise DataError(f"{path} cannot be read ({error}).", hint="Run anew. Choose another --output-dir.") from None
+
+
+def _read_resumable(folder: Path) -> dict[str, Any]:
+    hint = "Run anew, with --overwrite, or take the version that began it."
+    return _read_run(folder, _ResumableRun, to="go on with", hint=hint).model_dump(exclude_unset=True)
 
 
 def _is_run(path: Path) -> bool:
@@ -191,7 +258,7 @@ class RunFolder:
 
     def __init__(self, path: Path, about: dict[str, Any] | None = None) -> None:
         self.path = path
-        self.about: dict[str, Any] = {"format": _FORMAT, "finished": False, "stages": {}} if about is None else about
+        self.about: dict[str, Any] = {"format": 1, "finished": False, "stages": {}} if about is None else about
 
     @staticmethod
     def check(path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
@@ -253,7 +320,7 @@ class RunFolder:
     def has_begun(path: Path) -> bool:
         """Whether there is an unfinished run in a folder that has made something already and that nobody works in."""
         try:
-            about = _read_about(path / RUN)
+            about = _read_resumable(path)
             if about.get("finished") or not (about["stages"] or any((path / CHECKPOINTS).glob("*/*"))):
                 return False
             with locked_folder(path):
@@ -287,7 +354,7 @@ class RunFolder:
             OutputError: As `check`, or the disk is full.
         """
         cls.check(path, resume=True)
-        folder = cls(path, _read_about(path / RUN))
+        folder = cls(path, _read_resumable(path))
         folder._remove_half_written()
         write_whole(path / CONFIG, config.to_yaml())
         return folder
@@ -325,7 +392,7 @@ class RunFolder:
         path = self.path / place
         try:
             if _is_run(path):
-                _read_about(path / RUN)
+                _read_resumable(path)
                 return True
         except DataError as error:
             logger.warning("It is gone through again: %s", error.message)

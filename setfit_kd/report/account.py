@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from setfit_kd.config import RunConfig, read_config
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation import Abstaining, Evaluation, OverSeeds, abstaining_curve, over_seeds, read_texts
-from setfit_kd.files import read_json
 from setfit_kd.runfolder import (
     BASELINES,
     CONFIG,
@@ -25,80 +23,12 @@ from setfit_kd.runfolder import (
     TEACHER,
     TEACHERS,
     WEIGHED,
+    About,
     compared_with,
-    is_place,
 )
 
 MOST_TEXTS = 20
 TARGETS = (0.9, 0.95, 0.99)
-
-
-def _place(name: str) -> str:
-    if not is_place(name):
-        raise ValueError(f"{name!r} is no part of a run")
-    return name
-
-
-def _none_or_several(seeds: list[int]) -> list[int]:
-    if len(seeds) == 1:
-        raise ValueError("one seed alone")
-    return seeds
-
-
-Place = Annotated[str, AfterValidator(_place)]
-
-
-class _Read(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Tried(_Read):
-    """What was tried where memory ran out."""
-
-    texts: int
-    device: str
-
-    def __str__(self) -> str:
-        return f"{self.texts} texts on {self.device}"
-
-
-class OutOfMemoryEvent(_Read):
-    """A step down the ladder."""
-
-    phase: str
-    step: int | None
-    before: Tried = Field(alias="from")
-    after: Tried = Field(alias="to")
-
-
-class Stage(_Read):
-    """What is told of a stage."""
-
-    losses: list[float]
-
-
-class Precision(_Read):
-    """What a run was trained in."""
-
-    name: str
-
-
-class About(_Read):
-    """What ``run.json`` tells of a finished run."""
-
-    finished: Literal[True]
-    versions: dict[str, str]
-    device: str
-    precision: Precision
-    data: dict[str, int]
-    seconds: dict[str, float]
-    stages: dict[str, Stage]
-    students: dict[str, Place]
-    evaluated: list[Place]
-    out_of_memory: list[OutOfMemoryEvent] = []
-    seeds: Annotated[list[int], AfterValidator(_none_or_several)] = []
-    revisions: dict[str, str] = {}
-    teacher_shares: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -182,7 +112,7 @@ def read_account(folder: str | Path) -> Account:
     if not (folder / CONFIG).is_file() or not (folder / RUN).is_file():
         raise DataError(f"There is no run in {folder}.", hint="Name the folder of a run.")
     config = RunConfig.of(**read_config(folder / CONFIG))
-    about = _read_about(folder)
+    about = About.read(folder)
     losses = {
         shown(name): told.losses
         for name, told in about.stages.items()
@@ -232,27 +162,6 @@ def _over_seeds(folder: Path, about: About, evaluations: dict[str, Evaluation]) 
         )
     compared = {name: compared_with(name, evaluations) for name in about.students.values()}
     return {shown(name): of for name, of in over_seeds([evaluations, *others], compared).items()}
-
-
-def _read_about(folder: Path) -> About:
-    try:
-        content = read_json(folder / RUN)
-        if isinstance(content, dict) and content.get("finished") is False:
-            raise DataError(
-                f"The run in {folder} has not come to its end.", hint=f"Go on: setfit-kd run --resume {folder}"
-            )
-        return About.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DataError(
-            f"{folder / RUN} is not of a run that this version can tell of ({where}: {first['msg']}).",
-            hint=f"Go through it again: setfit-kd run --resume {folder}",
-        ) from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{folder / RUN} cannot be read ({error}).", hint="Run anew.") from None
 
 
 def shown(name: str) -> str:
