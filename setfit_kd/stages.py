@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,11 +17,7 @@ from setfit_kd.evaluation import Evaluation, evaluate, evaluate_together
 from setfit_kd.hashing import content_name, fingerprint
 from setfit_kd.journal import Journal
 from setfit_kd.memory import place, resolve_device
-from setfit_kd.models import (
-    content_hash,
-    load_folder,
-    save_model,
-)
+from setfit_kd.models import content_hash, load_folder, save_model
 from setfit_kd.runfolder import EVALUATION, TEACHER
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.student import PreparedStudent, on_labels_alone, train_student, unseen_rows
@@ -89,43 +85,31 @@ class RunStages:
             unseen = len(unseen_rows(signals, self.data.labeled))
             baseline_config = on_labels_alone(self.config, len(signals), unseen)
         baseline_key = fingerprint(self._labeled_key, body_key, TeacherConfig.deciding(baseline_config))
-        self._keys[student_name] = student_key
-        body = _Once(partial(self._student_body, prepared, teacher))
-
-        def make_student() -> SetFitModel:
-            return train_student(
-                signals,
-                body(),
-                labeled=self.data.labeled,
-                config=self.config,
-                checkpoints=self.journal.checkpoints(student_name, student_key),
-            )
-
-        student = self._trained("Student", student_name, student_key, make_student)
+        body = cache(partial(self._student_body, prepared, teacher))  # made only where one of the two is trained
+        train = partial(train_student, signals, labeled=self.data.labeled, config=self.config)
+        student = self._trained("Student", student_name, student_key, train, body)
         if baseline_name is None:
             return student, None
-        self._keys[baseline_name] = baseline_key
+        train = partial(train_teacher, self.data.labeled, config=baseline_config, description="Training baseline")
+        return student, self._trained("Baseline", baseline_name, baseline_key, train, body)
 
-        def make_baseline() -> SetFitModel:
-            return train_teacher(
-                self.data.labeled,
-                body(),
-                config=baseline_config,
-                description="Training baseline",
-                checkpoints=self.journal.checkpoints(baseline_name, baseline_key),
-            )
+    def _trained(
+        self,
+        title: str,
+        name: str,
+        key: str,
+        train: Callable[..., SetFitModel],
+        body: Callable[[], SentenceTransformer],
+    ) -> SetFitModel:
+        """Train a copy of a body, or load what was trained before."""
+        self._keys[name] = key
 
-        return student, self._trained("Baseline", baseline_name, baseline_key, make_baseline)
-
-    def _trained(self, title: str, name: str, key: str, make: Callable[[], SetFitModel]) -> SetFitModel:
-        def make_and_rest() -> SetFitModel:
-            model = make()
+        def make() -> SetFitModel:
+            model = train(copy.deepcopy(body()), checkpoints=self.journal.checkpoints(name, key))
             model.model_body.to("cpu")
             return model
 
-        return self.journal.go_through(
-            name, key, make=make_and_rest, save=partial(save_model, title=title), load=load_folder
-        )
+        return self.journal.go_through(name, key, make=make, save=partial(save_model, title=title), load=load_folder)
 
     def _student_body(self, prepared: PreparedStudent, teacher: SetFitModel | None) -> SentenceTransformer:
         if teacher is None or not prepared.reads_texts or prepared.reads is not None:
@@ -171,19 +155,6 @@ class RunStages:
             save=Evaluation.save,
             load=Evaluation.load,
         )
-
-
-class _Once:
-    """A body that is made when it is first asked for; each asker has a copy of its own."""
-
-    def __init__(self, make: Callable[[], SentenceTransformer]) -> None:
-        self._make = make
-        self._made: SentenceTransformer | None = None
-
-    def __call__(self) -> SentenceTransformer:
-        if self._made is None:
-            self._made = self._make()
-        return copy.deepcopy(self._made)
 
 
 def key_of(data: LabeledSet | None) -> str:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,11 +69,6 @@ class PreparedTeacher:
         """The body as it comes, a new one."""
         return self.source.load(self.label_names, seed=self.seed)
 
-    def take(self) -> SentenceTransformer:
-        """The body as it comes; the one at hand is handed over."""
-        body, self.body = self.body or self.load(), None
-        return body
-
 
 class TeacherStages:
     """Goes through one teacher's stages.
@@ -116,7 +112,7 @@ class TeacherStages:
             size = settled_batch_size(self.config, labeled, family=family, device=self.device)
             teacher = train_teacher(
                 labeled,
-                self.prepared.take(),
+                self.prepared.body or self.prepared.load(),
                 config=self.config,
                 checkpoints=self.journal.checkpoints(self.name, fingerprint(self._key, size)),
             )
@@ -156,9 +152,6 @@ class TeacherStages:
     def accuracy(self) -> float | None:
         """How often it is right on labels held out from it; see `held_out_accuracy`."""
 
-        def make() -> float | None:
-            return held_out_accuracy(self.data.labeled, self.prepared.load, config=self.config)
-
         def save(found: float | None, folder: Path) -> None:
             with whole_folder(folder) as part:
                 (part / _ACCURACY).write_text(json.dumps(found), encoding="utf-8")
@@ -170,6 +163,7 @@ class TeacherStages:
             except (OSError, ValueError, TypeError) as error:
                 raise DataError(f"{folder} holds no accuracy ({error}).", hint="Weigh the teacher again.") from None
 
+        make = partial(held_out_accuracy, self.data.labeled, self.prepared.load, config=self.config)
         return self.journal.go_through(self._weighed, self._key, make=make, save=save, load=restore)
 
 

@@ -8,11 +8,10 @@ from setfit_kd.evaluation.calibration import (
     threshold_for,
 )
 from setfit_kd.evaluation.intervals import Interval, bootstrap, bootstrap_calibration, bootstrap_share
-from setfit_kd.evaluation.measure import Evaluation, evaluate
+from setfit_kd.evaluation.measure import Evaluation, evaluate, evaluate_together
 from setfit_kd.evaluation.quality import ClassQuality, Quality, measure_quality
 from setfit_kd.evaluation.seeds import OverSeeds, Spread, over_seeds
 from setfit_kd.evaluation.texts import read_texts, write_texts
-from setfit_kd.evaluation.together import evaluate_together
 
 __all__ = [
     "Abstaining",

@@ -35,22 +35,6 @@ class OverSeeds:
     figures: dict[str, Spread]
     against: dict[str, dict[str, Spread]]
 
-    @classmethod
-    def of(cls, evaluations: Sequence[Evaluation], others: Mapping[str, Sequence[Evaluation]]) -> OverSeeds:
-        """One model's evaluations, one a seed, at least two, and those of what it is compared with, by name."""
-        measured = [_figures(one) for one in evaluations]
-        figures = {name: Spread.of([one[name] for one in measured]) for name in measured[0]}
-
-        def less(theirs: list[dict[str, float]], name: str) -> Spread:
-            return Spread.of([one[name] - other[name] for one, other in zip(measured, theirs, strict=True)])
-
-        compared = {called: [_figures(one) for one in found] for called, found in others.items()}
-        against = {
-            called: {name: less(theirs, name) for name in ("accuracy", "macro_f1")}
-            for called, theirs in compared.items()
-        }
-        return cls(figures, against)
-
 
 def over_seeds(
     by_seed: Sequence[Mapping[str, Evaluation]], compared_with: Mapping[str, Mapping[str, str]]
@@ -61,14 +45,19 @@ def over_seeds(
         by_seed: For each seed, the evaluations by the model's name; at least two seeds, with the same models.
         compared_with: For a student's name, what it is compared with: the model's name by what to call it.
     """
-
-    def of(name: str) -> list[Evaluation]:
-        return [evaluations[name] for evaluations in by_seed]
-
-    return {
-        name: OverSeeds.of(of(name), {called: of(other) for called, other in compared_with.get(name, {}).items()})
-        for name in by_seed[0]
-    }
+    measured = [{name: _figures(of) for name, of in evaluations.items()} for evaluations in by_seed]
+    found = {}
+    for name in measured[0]:
+        figures = {figure: Spread.of([seed[name][figure] for seed in measured]) for figure in measured[0][name]}
+        against = {
+            called: {
+                figure: Spread.of([seed[name][figure] - seed[other][figure] for seed in measured])
+                for figure in ("accuracy", "macro_f1")
+            }
+            for called, other in compared_with.get(name, {}).items()
+        }
+        found[name] = OverSeeds(figures, against)
+    return found
 
 
 def _figures(of: Evaluation) -> dict[str, float]:
