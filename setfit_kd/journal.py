@@ -108,7 +108,9 @@ class Journal:
             if self.folder is not None:
                 save(made, self.folder.path / name)
                 self.folder.tell(stages={**self.folder.about["stages"], name: told})
-                self._drop_checkpoints(name, inputs)
+                checkpoints = self.checkpoints(name, inputs)
+                if checkpoints is not None:
+                    shutil.rmtree(checkpoints, ignore_errors=True)
             return made
 
     def drop_others(self) -> None:
@@ -129,8 +131,3 @@ class Journal:
         logger.info("Stage %s: taken from %s.", name, self.folder.path / name)
         self.told[name] = told
         return found
-
-    def _drop_checkpoints(self, name: str, inputs: str) -> None:
-        folder = self.checkpoints(name, inputs)
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)

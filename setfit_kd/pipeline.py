@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,13 +89,10 @@ class RunResult:
         target = self.config.target_accuracy
         measured = {name: found.as_dict(target_accuracy=target) for name, found in self.evaluations.items()}
         for student in student_names(self.config).values() if self.evaluations else ():
-            others = compared_with(student, self.evaluations)
+            evaluation = self.evaluations[student]
             measured[student]["against"] = {
-                called: {
-                    figure: asdict(found)
-                    for figure, found in self.evaluations[student].against(self.evaluations[other]).items()
-                }
-                for called, other in others.items()
+                called: {name: asdict(figure) for name, figure in evaluation.against(self.evaluations[other]).items()}
+                for called, other in compared_with(student, self.evaluations).items()
             }
         for name, spread in self.over_seeds.items():
             measured[name]["over_seeds"] = asdict(spread)
@@ -149,12 +147,10 @@ def distill(
         elif source is not None:
             objects[name] = source
     if resume is None:
-        return run(RunConfig.given(config, settings), **objects)
-    return run(
-        resumed(Path(resume), settings if config is None else {**config.model_dump(), **settings}),
-        resume=True,
-        **objects,
-    )
+        config = RunConfig.given(config, settings)
+    else:
+        config = resumed(Path(resume), settings if config is None else {**config.model_dump(), **settings})
+    return run(config, resume=resume is not None, **objects)
 
 
 def resumed(folder: Path, *layers: Mapping[str, Any]) -> RunConfig:
@@ -200,14 +196,34 @@ def _run(
     config: RunConfig, objects: Mapping[str, Source | None], *, resume: bool
 ) -> tuple[RunResult, list[dict[str, Any]]]:
     """A run with its models on the CPU, and where its memory ran out."""
-    with recorded() as log, remembering(cpu_fallback=config.cpu_fallback):
-        inputs = prepare_run(config, **objects, resume=resume)
-        if config.output_dir is None:
-            return _run_whole(config, objects, inputs, None)
-        with locked_folder(config.output_dir):
+    with ExitStack() as stack:
+        log = stack.enter_context(recorded())
+        stack.enter_context(remembering(cpu_fallback=config.cpu_fallback))
+        inputs, folder = prepare_run(config, **objects, resume=resume), None
+        if config.output_dir is not None:
+            stack.enter_context(locked_folder(config.output_dir))
             folder = (RunFolder.reopen if resume else RunFolder.create)(config, config.output_dir)
             folder.keep_log(log)
-            return _run_whole(config, objects, inputs, folder)
+        settled, journal = _settled(config, inputs, folder), Journal(folder)
+        result = _run_stages(config, settled, inputs, journal)
+        out_of_memory = journal.out_of_memory
+        if config.seeds > 1:
+            result, others = _with_other_seeds(result, settled, objects, folder)
+            out_of_memory = [*out_of_memory, *others]
+        journal.drop_others()
+        if folder:
+            folder.drop_seeds(keep=result.by_seed)
+            folder.finish(
+                result.metrics,
+                students=student_names(config),
+                evaluated=list(result.evaluations),
+                data=inputs.data.report.as_dict(),
+                seconds=result.seconds,
+                out_of_memory=out_of_memory,
+                seeds=list(result.by_seed),
+            )
+            write_report(folder.path)
+        return result, out_of_memory
 
 
 @dataclass(frozen=True)
@@ -267,35 +283,8 @@ def prepare_run(
     return RunInputs(data, prepared, students, revisions, fill_mask)
 
 
-def _run_whole(
-    config: RunConfig, objects: Mapping[str, Source | None], inputs: RunInputs, folder: RunFolder | None
-) -> tuple[RunResult, list[dict[str, Any]]]:
-    """The stages, the same with the other seeds, and what is told of them all."""
-    settled, journal = _settled(config, inputs, folder), Journal(folder)
-    result = _run_stages(config, settled, inputs, journal)
-    out_of_memory = journal.out_of_memory
-    if config.seeds > 1:
-        result, others = _with_other_seeds(result, settled, objects, folder)
-        out_of_memory = [*out_of_memory, *others]
-    journal.drop_others()
-    if folder:
-        folder.drop_seeds(keep=result.by_seed)
-        folder.finish(
-            result.metrics,
-            students=student_names(config),
-            evaluated=list(result.evaluations),
-            data=inputs.data.report.as_dict(),
-            seconds=result.seconds,
-            out_of_memory=out_of_memory,
-            seeds=list(result.by_seed),
-        )
-        write_report(folder.path)
-    return result, out_of_memory
-
-
 def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journal: Journal) -> RunResult:
     data = inputs.data
-    evaluations: dict[str, Evaluation] = {}
     if data.evaluation and journal.folder is not None:
         write_texts(data.evaluation, journal.folder.path / EVALUATION)  # for the report
     if data.signals is None:
@@ -306,7 +295,6 @@ def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journa
             replace(data, pool=[*data.pool, *made]),
             inputs.teachers,
             journal,
-            evaluations,
             keep_first=any(student.reads is None for student in inputs.students),
         )
         if made:
@@ -316,6 +304,7 @@ def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journa
     else:
         taught = Taught(data.signals, signals_hash(data.signals))
     stages, signals = RunStages(settled, data, taught.key, journal), taught.signals
+    evaluations = dict(taught.evaluations)
     if journal.folder is not None and journal.folder.about.get("teacher_shares", {}) != taught.shares:
         journal.folder.tell(teacher_shares=taught.shares)
     students: dict[str, SetFitModel] = {}

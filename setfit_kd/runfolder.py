@@ -268,32 +268,21 @@ class RunFolder:
             OutputError: It is a file, cannot be written, is not empty and neither ``overwrite`` nor ``resume`` is set,
                 or holds no run to go on with.
         """
+        another = "Choose another --output-dir"
         with writing(path):
-            RunFolder._check(path, overwrite=overwrite, resume=resume)
-
-    @staticmethod
-    def _check(path: Path, *, overwrite: bool, resume: bool) -> None:
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"{path} is a file, not a folder.", hint="Choose another --output-dir.")
-        holds_files = path.is_dir() and any(file.name != LOCK for file in path.iterdir())
-        if holds_files and not overwrite and not resume:
-            go_on = f", or go on with the run in it: --resume {path}" if (path / RUN).is_file() else ""
-            raise OutputError(
-                f"The folder {path} is not empty.", hint=f"Choose another --output-dir, add --overwrite{go_on}."
-            )
-        if holds_files and not resume and any((path / name).exists() for name in _CONTENTS) and not _is_run(path):
-            raise OutputError(
-                f"The folder {path} holds files with a run's names, but no run.", hint="Choose another --output-dir."
-            )
-        RunFolder.refuse_links(path)
-        existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-        if not existing.is_dir():
-            raise OutputError(f"{existing} is a file, not a folder.", hint="Choose another --output-dir.")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            instead = (
-                "Copy the run to where you may write." if resume else "Choose an --output-dir that you may write to."
-            )
-            raise OutputError(f"The folder {existing} cannot be written to.", hint=instead)
+            existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+            if not existing.is_dir():
+                raise OutputError(f"{existing} is a file, not a folder.", hint=f"{another}.")
+            holds_files = path.is_dir() and any(file.name != LOCK for file in path.iterdir())
+            if holds_files and not overwrite and not resume:
+                go_on = f", or go on with the run in it: --resume {path}" if (path / RUN).is_file() else ""
+                raise OutputError(f"The folder {path} is not empty.", hint=f"{another}, add --overwrite{go_on}.")
+            if holds_files and not resume and any((path / name).exists() for name in _CONTENTS) and not _is_run(path):
+                raise OutputError(f"The folder {path} holds files with a run's names, but no run.", hint=f"{another}.")
+            RunFolder.refuse_links(path)
+            if not os.access(existing, os.W_OK | os.X_OK):
+                there = "Copy the run to where you may write." if resume else f"{another} that you may write to."
+                raise OutputError(f"The folder {existing} cannot be written to.", hint=there)
 
     @staticmethod
     def refuse_links(path: Path) -> None:

@@ -176,12 +176,14 @@ class Taught:
         key: Fingerprint of what that was made from.
         first: The first of them, where a student is made of it.
         shares: Of several, each one's weight by its name.
+        evaluations: Each teacher's and, of several, that of all together, by the name in the run's folder.
     """
 
     signals: TeacherSignals
     key: str
     first: SetFitModel | None = None
     shares: dict[str, float] = field(default_factory=dict)
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
 
 def teach(
@@ -189,32 +191,29 @@ def teach(
     data: RunData,
     teachers: Sequence[PreparedTeacher],
     journal: Journal,
-    evaluations: dict[str, Evaluation],
     *,
     keep_first: bool,
 ) -> Taught:
-    """Go through the teachers' stages, one teacher after the other, and add to the evaluations.
+    """Go through the teachers' stages, one teacher after the other.
 
     Args:
         config: The settings, device and precision settled.
         data: What they work on.
         teachers: One or several.
         journal: What has been gone through.
-        evaluations: Where each teacher's is put and, of several, that of all together.
         keep_first: Whether the first of several is handed over, too: the others are held one at a time.
     """
     several = len(teachers) > 1
     said: list[TeacherSignals] = []
     weights: list[float | None] = []
     keys: list[str] = []
-    names: list[str] = []
+    evaluations: dict[str, Evaluation] = {}
     first: SetFitModel | None = None
     for prepared, slug in zip(teachers, slugs(config.teacher), strict=True):
         stages = TeacherStages(config, data, prepared, slug if several else None, journal)
         teacher, signals = stages.signals(stages.teacher())
         said.append(signals)
         keys.append(stages.signals_key)
-        names.append(stages.name)
         if data.evaluation:
             measuring = RunStages(config, data, stages.signals_key, journal)
             evaluations[stages.name] = measuring.evaluation(stages.name, teacher, data.evaluation, None)
@@ -225,18 +224,18 @@ def teach(
             weights.append(stages.accuracy())
         del stages
     if not several:
-        return Taught(said[0], keys[0], first)
+        return Taught(said[0], keys[0], first, evaluations=evaluations)
     shares = _shares(config, weights)
     key = fingerprint(keys, shares)
     for name, share in zip(config.teacher, shares, strict=True):
         logger.info("Teacher %s has a share of %.1f %%.", name, 100 * share)
     average = TeacherSignals.average(said, shares)
     if data.evaluation:
-        alone, temperatures = [evaluations[name] for name in names], [signals.temperature for signals in said]
+        alone, temperatures = list(evaluations.values()), [signals.temperature for signals in said]
         measuring = RunStages(config, data, key, journal)
         evaluations[TEACHER] = measuring.evaluation_together(alone, shares, temperatures, average.temperature)
     by_name = dict(zip(config.teacher, shares, strict=True))
-    return Taught(average, key, first, by_name)
+    return Taught(average, key, first, by_name, evaluations)
 
 
 def _shares(config: RunConfig, accuracies: Sequence[float | None]) -> list[float]:

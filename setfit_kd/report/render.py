@@ -14,9 +14,9 @@ import numpy as np
 from setfit_kd import hub
 from setfit_kd.escape import class_name, shortened
 from setfit_kd.report import plots
-from setfit_kd.report.account import About, Account, StudentAccount, Told, curves
+from setfit_kd.report.account import Account, StudentAccount, Told, curves
 from setfit_kd.report.wording import environment
-from setfit_kd.runfolder import BASELINE, TEACHER
+from setfit_kd.runfolder import BASELINE, TEACHER, About
 
 if TYPE_CHECKING:
     from setfit_kd.evaluation import Evaluation, OverSeeds, Spread
