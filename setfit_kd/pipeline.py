@@ -196,9 +196,7 @@ def _run(
     config: RunConfig, objects: Mapping[str, Source | None], *, resume: bool
 ) -> tuple[RunResult, list[dict[str, Any]]]:
     """A run with its models on the CPU, and where its memory ran out."""
-    with ExitStack() as stack:
-        log = stack.enter_context(recorded())
-        stack.enter_context(remembering(cpu_fallback=config.cpu_fallback))
+    with recorded() as log, remembering(cpu_fallback=config.cpu_fallback), ExitStack() as stack:
         inputs, folder = prepare_run(config, **objects, resume=resume), None
         if config.output_dir is not None:
             stack.enter_context(locked_folder(config.output_dir))
