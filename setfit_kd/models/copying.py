@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.errors import ModelError
-from setfit_kd.models.bodies import cut_layers, family_of
+from setfit_kd.models.bodies import cut_layers, family_of, loading
 from setfit_kd.models.local_files import load_local
 from setfit_kd.models.own_heads import features_of
 from setfit_kd.quiet import quiet_libraries
@@ -122,7 +122,7 @@ def blank_transformer(
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"))
     if not has_tokenizer and (like is None or not hasattr(like.tokenizer, "save_pretrained")):
         raise ModelError(f"There is no tokenizer in {folder}.", hint="Put one beside the config.")
-    with quiet_libraries(), torch.random.fork_rng(devices=[]):
+    with loading(folder), quiet_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = load_local(AutoConfig.from_pretrained, folder, num_labels=len(label_names))
         tokenizer: PreTrainedTokenizerBase = (
@@ -136,4 +136,4 @@ def blank_transformer(
             )
         from_config: Any = AutoModelForSequenceClassification.from_config
         model = from_config(config, trust_remote_code=False)
-    return from_parts(model, tokenizer, label_names, seed=seed)
+        return from_parts(model, tokenizer, label_names, seed=seed)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from setfit_kd.models import (
     blank_transformer,
     cut_layers,
     family_of,
-    loading,
     locate,
     locate_body,
     n_layers,
@@ -50,8 +49,11 @@ class PreparedStudent:
     family: Family = "setfit"
 
 
-class StudentSource(Protocol):
+@dataclass(frozen=True)
+class StudentSource:
     """Where a student's body comes from."""
+
+    _prepare: Callable[[SentenceTransformer | None, Sequence[str], int], PreparedStudent]
 
     def prepare(
         self, teacher: SentenceTransformer | None, label_names: Sequence[str] = (), *, seed: int = 0
@@ -67,91 +69,12 @@ class StudentSource(Protocol):
             ConfigError: It is made of the teacher, and there is none.
             ModelError: A body does not load, or does not have what is asked for.
         """
+        return self._prepare(teacher, label_names, seed)
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A model of its own."""
-
-    source: BodySource
-
-    def prepare(
-        self, teacher: SentenceTransformer | None, label_names: Sequence[str] = (), *, seed: int = 0
-    ) -> PreparedStudent:
-        body = self.source.load(label_names, seed=seed)
-        return PreparedStudent(lambda *_: body, reads=body, family=family_of(body))
-
-
-@dataclass(frozen=True)
-class _Layers:
-    """Layers cut out of the teacher or of another model: those named, or a number evenly spread.
-
-    Of a SetFit teacher, as it comes; of a transformer, as it is fine-tuned, since its last layer goes along.
-    """
-
-    layers: tuple[int, ...] | int
-    as_distilbert: bool
-    other: BodySource | None
-
-    def prepare(
-        self, teacher: SentenceTransformer | None, label_names: Sequence[str] = (), *, seed: int = 0
-    ) -> PreparedStudent:
-        whole = _given(teacher) if self.other is None else self.other.load(label_names, seed=seed)
-        layers = self.layers if isinstance(self.layers, tuple) else spread_evenly(self.layers, n_layers(whole))
-        family = family_of(whole)
-
-        def cut(body: SentenceTransformer | None, *_: object) -> SentenceTransformer:
-            body = _given(body)
-            if not self.as_distilbert:
-                return cut_layers(body, layers)
-            return as_distilbert(body, layers)
-
-        body = cut(whole)  # what cannot be cut is told before anything is trained
-        if self.other is None and family == "transformer":
-            return PreparedStudent(cut, family=family)
-        return PreparedStudent(lambda *_: body, reads=body, family=family)
-
-
-@dataclass(frozen=True)
-class _Blank:
-    """An untrained transformer."""
-
-    folder: Path
-
-    def prepare(
-        self, teacher: SentenceTransformer | None, label_names: Sequence[str] = (), *, seed: int = 0
-    ) -> PreparedStudent:
-        with loading(self.folder):
-            body = blank_transformer(self.folder, label_names, like=teacher, seed=seed)
-        return PreparedStudent(lambda *_: body, reads=body, family="transformer")
-
-
-@dataclass(frozen=True)
-class _Static:
-    """A vector a token, taken from the fine-tuned teacher, or from another model."""
-
-    dimension: int
-    source: BodySource | None
-
-    def prepare(
-        self, teacher: SentenceTransformer | None, label_names: Sequence[str] = (), *, seed: int = 0
-    ) -> PreparedStudent:
-        other = None if self.source is None else self.source.load(label_names, seed=seed)
-        read = _given(teacher) if other is None else other
-        check_teacher(read, self.dimension)
-
-        def make(
-            fine_tuned: SentenceTransformer | None, texts: Sequence[str], device: torch.device
-        ) -> SentenceTransformer:
-            if other is None:
-                return static_body(_given(fine_tuned), texts, dimension=self.dimension)
-            place(other, device, phase="Making student")
-            try:
-                return static_body(other, texts, dimension=self.dimension)
-            finally:
-                other.to("cpu")
-
-        return PreparedStudent(make, reads_texts=True, reads=other)
+def _loaded(body: SentenceTransformer) -> PreparedStudent:
+    """A student whose body needs nothing of the fine-tuned teacher."""
+    return PreparedStudent(lambda *_: body, reads=body, family=family_of(body))
 
 
 def _given(teacher: SentenceTransformer | None) -> SentenceTransformer:
@@ -162,7 +85,23 @@ def _given(teacher: SentenceTransformer | None) -> SentenceTransformer:
     return teacher
 
 
+def _model(source: BodySource) -> StudentSource:
+    """A model of its own."""
+    return StudentSource(lambda _, label_names, seed: _loaded(source.load(label_names, seed=seed)))
+
+
+def _blank(folder: Path) -> StudentSource:
+    """An untrained transformer."""
+    return StudentSource(
+        lambda teacher, label_names, seed: _loaded(blank_transformer(folder, label_names, like=teacher, seed=seed))
+    )
+
+
 def _layers(written: str, other: BodySource | None) -> StudentSource:
+    """Layers cut out of the teacher or of another model: those named, or a number evenly spread.
+
+    Of a SetFit teacher, as it comes; of a transformer, as it is fine-tuned, since its last layer goes along.
+    """
     match = re.fullmatch(r"([1-9][0-9]{0,3}|[0-9]{1,4}(?:,[0-9]{1,4})+)(:distilbert)?", written)
     if match is None:
         raise ConfigError(
@@ -171,19 +110,49 @@ def _layers(written: str, other: BodySource | None) -> StudentSource:
             "as a DistilBERT: layers:6:distilbert.",
         )
     numbers = tuple(int(part) for part in match[1].split(","))
-    return _Layers(numbers[0] if len(numbers) == 1 else numbers, match[2] is not None, other)
+    cut = as_distilbert if match[2] else cut_layers
+
+    def prepare(teacher: SentenceTransformer | None, label_names: Sequence[str], seed: int) -> PreparedStudent:
+        whole = _given(teacher) if other is None else other.load(label_names, seed=seed)
+        layers = numbers if len(numbers) > 1 else spread_evenly(numbers[0], n_layers(whole))
+        body = cut(whole, layers)  # what cannot be cut is told before anything is trained
+        if other is None and family_of(whole) == "transformer":
+            return PreparedStudent(lambda tuned, *_: cut(_given(tuned), layers), family="transformer")
+        return _loaded(body)
+
+    return StudentSource(prepare)
 
 
 def _static(written: str, other: BodySource | None) -> StudentSource:
+    """A vector a token, taken from the fine-tuned teacher, or from another model."""
     if written and (not re.fullmatch(r"[0-9]{1,5}", written) or int(written) < 2):
         raise ConfigError(
             f"{'static:' + written!r} does not name a number of dimensions.",
             hint="Write static, or static:256; with another model's vectors: static:256@NAME.",
         )
-    return _Static(int(written) if written else DEFAULT_DIMENSION, other)
+    dimension = int(written) if written else DEFAULT_DIMENSION
+
+    def prepare(teacher: SentenceTransformer | None, label_names: Sequence[str], seed: int) -> PreparedStudent:
+        own = None if other is None else other.load(label_names, seed=seed)
+        check_teacher(_given(teacher) if own is None else own, dimension)
+
+        def make(
+            fine_tuned: SentenceTransformer | None, texts: Sequence[str], device: torch.device
+        ) -> SentenceTransformer:
+            if own is None:
+                return static_body(_given(fine_tuned), texts, dimension=dimension)
+            place(own, device, phase="Making student")
+            try:
+                return static_body(own, texts, dimension=dimension)
+            finally:
+                own.to("cpu")
+
+        return PreparedStudent(make, reads_texts=True, reads=own)
+
+    return StudentSource(prepare)
 
 
-_KINDS: dict[str, Callable[[str, BodySource | None], StudentSource]] = {"layers": _layers, "static": _static}
+_KINDS = {"layers": _layers, "static": _static}
 _BLANK = "blank:"
 
 
@@ -203,9 +172,9 @@ def locate_student(name: str) -> StudentSource:
     """
     match = re.fullmatch(rf"({'|'.join(_KINDS)})(?::([^@]*))?(?:@(.+))?", name)
     if name.startswith(_BLANK) and not Path(name).is_dir():
-        return _Blank(locate(name.removeprefix(_BLANK)))
+        return _blank(locate(name.removeprefix(_BLANK)))
     if match is None or Path(name).is_dir():
-        return _Model(locate_body(name))
+        return _model(locate_body(name))
     kind, written, other = match.groups()
     source = _KINDS[kind](written or "", None)  # what is written wrongly is told before anything is downloaded
     return source if other is None else _KINDS[kind](written or "", locate_body(other))
