@@ -7,17 +7,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from setfit_kd.config import OFFLINE_COMMAND
 from setfit_kd.errors import InputError, SetFitKDError, UnavailableError, chain
 from setfit_kd.files import writing
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +111,12 @@ def snapshot(name: str, kind: Kind) -> Path:
         InputError: There is no such repository or revision, or it may not be read.
         OutputError: The cache cannot be written.
     """
-    folder = _snapshot(name, kind)
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = _snapshot(name, kind)
+    except HFValidationError:
+        raise InputError(f"{name!r} is neither a file or folder here nor a hub name.", hint="Check it.") from None
     gathered = _revisions.get()
     if gathered is not None and _COMMIT.fullmatch(folder.name):
         gathered[name if kind == "model" else f"datasets/{name}"] = folder.name
@@ -135,13 +137,12 @@ def _snapshot(name: str, kind: Kind) -> Path:
                 HfApi(endpoint=endpoint()).repo_info(repository, revision=revision, repo_type=kind, timeout=CONTACT_S)
                 with _bounded_requests():
                     folder = _fetch(name, kind)
-                    if kind == "model" and not any(folder.rglob("*.safetensors")):
-                        folder = _fetch(
-                            name, kind, allow_patterns=[*_MODEL_FILES["allow_patterns"], "pytorch_model.bin"]
-                        )
-                    return folder
+                    if kind == "dataset" or any(folder.rglob("*.safetensors")):
+                        return folder
+                    return _fetch(name, kind, allow_patterns=[*_MODEL_FILES["allow_patterns"], "pytorch_model.bin"])
             except Exception as error:
-                _raise_if_not_the_hubs(error, name)
+                if not _is_the_hubs(error):
+                    raise
                 failure = error
     cached = cached_snapshot(name, kind)
     if cached is None:
@@ -153,14 +154,12 @@ def _snapshot(name: str, kind: Kind) -> Path:
 
 def cached_snapshot(name: str, kind: Kind) -> Path | None:
     """The folder of a whole copy of a repository in the local cache, or None; asks nobody."""
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = _fetch(name, kind, local_files_only=True)
     except LocalEntryNotFoundError:
         return None
-    except HFValidationError as error:
-        _raise_if_not_the_hubs(error, name)
     # A cache that other programs filled file by file says nothing of what is missing.
     files = [path for path in folder.rglob("*") if path.is_file()]
     if kind == "dataset":
@@ -202,7 +201,7 @@ def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, privat
         InputError: The name is none, may not be written to, or is of a public repository where ``private`` is wanted.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     if is_offline():
         raise UnavailableError(f"{name!r} was not uploaded: {_reason(None)}.", hint="Unset it to upload.")
@@ -210,36 +209,22 @@ def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, privat
     hub = HfApi(endpoint=endpoint())
     try:
         with _bounded_requests(UPLOAD_STALL_S):
-            try:
-                hub.create_repo(name, private=private)
-            except HfHubHTTPError as error:
-                _check_existing(hub, name, private, error)
+            if private:
+                with suppress(RepositoryNotFoundError):
+                    if not hub.repo_info(name, timeout=CONTACT_S).private:
+                        raise InputError(
+                            f"{name!r} is there already, and everybody may see it.",
+                            hint="Make it private on the hub, or name another.",
+                        )
+            hub.create_repo(name, private=private, exist_ok=True)
             hub.create_commit(name, operations=operations, commit_message=message)
-    except SetFitKDError:
-        raise
+    except HFValidationError as error:
+        raise InputError(f"{name!r} is no name on the hub ({error}).", hint="Name it OWNER/NAME.") from error
     except Exception as error:
-        explained = _explain_upload(error, name)
-        if explained is None:
+        if _status(error) is None and not _is_the_hubs(error):  # a card's is refused by a ValueError
             raise
-        raise explained from error
+        raise _explain_upload(error, name) from error
     return f"{address()}/{name}"
-
-
-def _check_existing(hub: HfApi, name: str, private: bool | None, refusal: Exception) -> None:
-    """Whether a repository that could not be made is there already, and as private as is wanted.
-
-    Tokens that may write to one but make none are told 403, not 409.
-    """
-    if _status(refusal) not in (401, 402, 403, 409):
-        raise refusal
-    try:
-        found = hub.repo_info(name, timeout=CONTACT_S)
-    except Exception:
-        raise refusal from None
-    if private and not found.private:
-        raise InputError(
-            f"{name!r} is there already, and everybody may see it.", hint="Make it private on the hub, or name another."
-        )
 
 
 @contextmanager
@@ -278,19 +263,14 @@ def _status(error: BaseException | None) -> int | None:
     return None
 
 
-def _is_network_error(error: Exception) -> bool:
+def _is_the_hubs(error: Exception) -> bool:
+    """Whether an error comes from the hub or from the way to it."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | ConnectionError):
+        return True
     # The HTTP library under huggingface_hub has changed its name from one major version to the next.
-    return isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] in {"httpx", "httpx2"}
-
-
-def _raise_if_not_the_hubs(error: Exception, name: str) -> None:
-    """Raise what needs no look into the cache, and whatever does not come from the hub at all."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if isinstance(error, HFValidationError):
-        raise InputError(f"{name!r} is neither a file or folder here nor a hub name.", hint="Check it.") from None
-    if not isinstance(error, HfHubHTTPError | LocalEntryNotFoundError) and not _is_network_error(error):
-        raise error
+    return type(error).__module__.partition(".")[0] in {"httpx", "httpx2"}
 
 
 def _reason(error: Exception | None, what: str = "download from") -> str:
@@ -332,12 +312,8 @@ def _explain(error: Exception | None, name: str, kind: Kind) -> SetFitKDError:
     return UnavailableError(f"{what} is neither a file or folder here nor in the local cache, and {reason}.", hint=hint)
 
 
-def _explain_upload(error: Exception, name: str) -> SetFitKDError | None:
-    """What a failed upload means to the user; None for what does not come from the hub."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    if isinstance(error, HFValidationError):
-        return InputError(f"{name!r} is no name on the hub ({error}).", hint="Name it OWNER/NAME.")
+def _explain_upload(error: Exception, name: str) -> SetFitKDError:
+    """What a failed upload means to the user."""
     status = _status(error)
     if status in (401, 403, 404):
         return InputError(
@@ -350,8 +326,6 @@ def _explain_upload(error: Exception, name: str) -> SetFitKDError | None:
             f"The hub at {address()} refuses the upload (HTTP {status}): {told}",
             hint="Mend what it names and push again; no file was committed.",
         )
-    if not isinstance(error, HfHubHTTPError) and not _is_network_error(error):
-        return None
     return UnavailableError(
         f"{name!r} was not uploaded: {_reason(error, 'upload to')}.", hint="No file was committed. Try again."
     )

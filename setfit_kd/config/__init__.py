@@ -18,7 +18,6 @@ from setfit_kd.config.stages import (
 from setfit_kd.config.values import (
     BUNDLE_FORMATS,
     CROSS_VALIDATED,
-    IN_BATCH_OBJECTIVES,
     parse_objectives,
     parse_weights,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "BUNDLE_FORMATS",
     "CROSS_VALIDATED",
     "DEFAULT_PRESET",
-    "IN_BATCH_OBJECTIVES",
     "OFFLINE_COMMAND",
     "PRESETS",
     "AugmentConfig",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from timeit import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -172,7 +172,7 @@ class _Draft:
             ModelError: It agrees too little.
         """
         self._write_manifest(format, None)
-        found = self._classifier().predict_proba(self.texts)
+        found = runtime.Classifier(self.folder).predict_proba(self.texts)
         parity = Parity(
             texts=len(self.texts),
             agreement=float((found.argmax(axis=1) == self.expected.argmax(axis=1)).mean()),
@@ -207,13 +207,10 @@ class _Draft:
         self._write_manifest("onnx", single.parity)
         return replace(single, why_not_int8=reason)
 
-    def _classifier(self) -> runtime.Classifier:
-        return runtime.Classifier(self.folder)
-
     def _seconds(self) -> float:
         """The least time that the bundle takes for some of the texts."""
-        classifier, texts = self._classifier(), self.texts[:_TIMED_TEXTS]
-        return min(_timed(lambda: classifier.predict_proba(texts)) for _ in range(1 + _TRIES))
+        classifier, texts = runtime.Classifier(self.folder), self.texts[:_TIMED_TEXTS]
+        return min(repeat(lambda: classifier.predict_proba(texts), number=1, repeat=1 + _TRIES))
 
     def _write_manifest(self, format: str, parity: Parity | None) -> None:  # noqa: A002
         files = {
@@ -226,7 +223,7 @@ class _Draft:
             "kind": "static" if format == "static" else "onnx",
             "weights": {"static": "fp16", "onnx": "fp32", "onnx-int8": "int8"}[format],
             "n_classes": len(self.model.labels or ()),
-            **self.reading.as_manifest(),
+            **{name: value for name, value in vars(self.reading).items() if name != "tokenizer"},
             "normalize": self.normalizes,
             "parity": parity and asdict(parity),
             "made_by": f"setfit-kd {__version__}",
@@ -234,12 +231,6 @@ class _Draft:
         }
         content = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         (self.folder / runtime.MANIFEST).write_text(content, encoding="utf-8")
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def _readme(model: SetFitModel, bundle: Bundle, title: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from setfit_kd.errors import ModelError, UnavailableError
 from setfit_kd.export.weights import head_weights
 from setfit_kd.models import is_static
+from setfit_kd.quiet import without_warnings
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
@@ -98,11 +98,6 @@ def _quiet_tracing() -> Iterator[None]:
 
     What their warnings are about, a graph that gives other results, is what the check of every bundle finds out.
     """
-    root, level = logging.getLogger(), logging.getLogger().level
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_warnings("root"):
         warnings.simplefilter("ignore")
-        root.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            root.setLevel(level)
+        yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -29,15 +29,6 @@ class Reading:
     special_tokens: bool
     pad_id: int
     prefix: str
-
-    def as_manifest(self) -> dict[str, Any]:
-        """The fields of the manifest."""
-        return {
-            "max_length": self.max_length,
-            "special_tokens": self.special_tokens,
-            "pad_id": self.pad_id,
-            "prefix": self.prefix,
-        }
 
 
 def reading_of(body: SentenceTransformer) -> Reading:

@@ -16,7 +16,7 @@ from setfit_kd import hub
 from setfit_kd.config import Family
 from setfit_kd.errors import ModelError, UnavailableError
 from setfit_kd.files import file_hash, read_json
-from setfit_kd.memory import is_out_of_memory
+from setfit_kd.memory import first_line, is_out_of_memory
 from setfit_kd.models.local_files import MODULES, check_finite, load_local
 from setfit_kd.quiet import quiet_libraries
 
@@ -157,8 +157,16 @@ def load_body(folder: Path) -> SentenceTransformer:
 
 
 @contextmanager
-def loading(folder: Path) -> Iterator[None]:
-    """Within this block, what keeps the model in a folder from being loaded is told as a `ModelError`."""
+def loading(
+    folder: Path,
+    *,
+    kind: str = "",
+    hint: str = "Give a sentence-transformers, SetFit or transformers model in safetensors.",
+) -> Iterator[None]:
+    """Within this block, what keeps the model in a folder from being loaded is told as a `ModelError`.
+
+    ``kind`` says as what it was to be loaded, and ``hint`` what to give instead.
+    """
     try:
         yield
     except ModelError as error:
@@ -168,11 +176,8 @@ def loading(folder: Path) -> Iterator[None]:
         # A panic of the tokenizers library is no Exception.
         if is_out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise ModelError(
-            f"The model in {folder} does not load ({type(error).__name__}: {first_line}).",
-            hint="Give a sentence-transformers, SetFit or transformers model in safetensors.",
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(str(error))}"
+        raise ModelError(f"The model in {folder} does not load{kind} ({reason}).", hint=hint) from error
 
 
 def _layers(body: SentenceTransformer) -> tuple[nn.Module, str, nn.ModuleList]:

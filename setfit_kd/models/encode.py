@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,39 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
+Batch = TypeVar("Batch", bound=Sized)
+Result = TypeVar("Result")
+
 _CHUNK = 256
 """Most texts handed over at once, or a batch if that is more; between two the progress bar moves."""
+
+
+def run_batches(
+    model: Any, batches: Iterable[Batch], run: Callable[[Batch, int], Result], total: int, size: int, description: str
+) -> Iterator[Result]:
+    """Call ``run`` on batches of ``total`` items and ``size``, the number of items that a forward pass may take.
+
+    Where memory runs out, it goes on with a smaller size, and at last on the CPU; the model is moved back at the end.
+
+    Raises:
+        OutOfMemoryError: Not even one item at once fits.
+    """
+    home = model.device
+    ladder = Ladder(description, kind="encoding", device=home, size=size, model=model)
+    done = 0
+
+    def attempt(rung: Rung) -> Result:
+        model.to(rung.device)
+        return run(batch, rung.size)
+
+    with track(description, total) as advance:
+        for batch in batches:
+            ladder.step = done
+            yield ladder.climb(attempt)
+            done += len(batch)
+            advance(len(batch))
+    if ladder.rung.device != home:
+        place(model, home, phase=description)
 
 
 def embed(
@@ -52,29 +83,21 @@ def embed(
     body.preprocess(["a"])  # sets the truncation of its tokenizer
     tokenizer = getattr(body.tokenizer, "backend_tokenizer", body.tokenizer)
     embeddings: npt.NDArray[np.floating] | None = None
-    chunk = max(_CHUNK, batch_size)
-    home = body.device
-    ladder = Ladder(description, kind="encoding", device=home, size=batch_size, model=body)
+    windows = in_windows((texts[row] for row in order), max(_CHUNK, batch_size))
+    batches = ([shorten(text, tokenizer) for text in window] for window in windows)
+    encode = partial(_encode, body, normalize)
     start = 0
-    with track(description, len(texts)) as advance:
-        for window in in_windows((texts[row] for row in order), chunk):
-            rows = order[start : start + len(window)]
-            ladder.step = start
-            part = ladder.climb(partial(_encode, body, [shorten(text, tokenizer) for text in window], normalize))
-            if embeddings is None:
-                embeddings = large_array((len(texts), part.shape[1]))
-            embeddings[rows] = part
-            start += len(rows)
-            advance(len(rows))
-    if ladder.rung.device != home:
-        place(body, home, phase=description)
+    for part in run_batches(body, batches, encode, len(texts), size=batch_size, description=description):
+        if embeddings is None:
+            embeddings = large_array((len(texts), part.shape[1]))
+        embeddings[order[start : start + len(part)]] = part
+        start += len(part)
     return np.empty((0, body.get_embedding_dimension() or 0), np.float32) if embeddings is None else embeddings
 
 
-def _encode(body: SentenceTransformer, texts: list[str], normalize: bool, rung: Rung) -> npt.NDArray[np.float32]:
-    body.to(rung.device)
+def _encode(body: SentenceTransformer, normalize: bool, texts: list[str], size: int) -> npt.NDArray[np.float32]:
     found: npt.NDArray[np.float32] = body.encode(
-        texts, batch_size=rung.size, normalize_embeddings=normalize, show_progress_bar=False
+        texts, batch_size=size, normalize_embeddings=normalize, show_progress_bar=False
     )
     return found
 
@@ -105,28 +128,21 @@ def embed_tokens(
     total = n_tokens(body)
     rows = np.tile(np.array([*before, 0, *after]), (total, 1))
     rows[:, len(before)] = np.arange(total)
-    home = body.device
-    ladder = Ladder(description, kind="encoding", device=home, size=batch_size, model=body)
-    parts = []
-    with track(description, total) as advance:
-        for start in range(0, total, batch_size):
-            ladder.step = start
-            parts.append(ladder.climb(partial(_encode_ids, body, rows[start : start + batch_size])))
-            advance(len(parts[-1]))
-    if ladder.rung.device != home:
-        place(body, home, phase=description)
-    return np.concatenate(parts)
+    batches = (rows[start : start + batch_size] for start in range(0, total, batch_size))
+    encode = partial(_encode_ids, body)
+    parts = run_batches(body, batches, encode, total, size=batch_size, description=description)
+    return np.concatenate(list(parts))
 
 
-def _encode_ids(body: SentenceTransformer, rows: npt.NDArray[np.int64], rung: Rung) -> npt.NDArray[np.float32]:
+def _encode_ids(body: SentenceTransformer, rows: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.float32]:
     """Embed (B, T) token ids without padding: (B, d)."""
     import torch
 
-    body.to(rung.device).eval()
+    body.eval()
     parts = []
     with torch.inference_mode():
-        for ids in torch.split(torch.as_tensor(rows), rung.size):
-            features = {"input_ids": ids.to(rung.device), "attention_mask": torch.ones_like(ids).to(rung.device)}
+        for ids in torch.split(torch.as_tensor(rows).to(body.device), size):
+            features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             parts.append(body(features)["sentence_embedding"].float().cpu().numpy())
     return np.concatenate(parts)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ModelError
-from setfit_kd.memory import Ladder, Rung, first_line, is_out_of_memory, place
+from setfit_kd.memory import place
+from setfit_kd.models.bodies import loading
+from setfit_kd.models.encode import run_batches
 from setfit_kd.models.local_files import load_local
-from setfit_kd.progress import track
 from setfit_kd.quiet import quiet_libraries
 from setfit_kd.runtime import shorten
 
@@ -30,7 +30,6 @@ _MOST_TOKENS = 512
 _SPARE_POSITIONS = 2
 _ARCHITECTURES = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
 _HINT = "Give a masked language model in the format of transformers, with a fast tokenizer, such as distilroberta-base."
-_DESCRIPTION = "Replacing words"
 
 
 @dataclass(frozen=True)
@@ -116,18 +115,12 @@ class FillMask:
         masked = [self._hide(text, rng) for text in texts]
         order = sorted((row for row, one in enumerate(masked) if one.words), key=lambda row: -len(masked[row].ids))
         filled = list(texts)
-        home = self._model.device
-        ladder = Ladder(_DESCRIPTION, kind="encoding", device=home, size=self._batch_size, model=self._model)
-        with track(_DESCRIPTION, len(order)) as advance:
-            for start in range(0, len(order), self._batch_size):
-                rows = order[start : start + self._batch_size]
-                ladder.step = start
-                drawn = iter(ladder.climb(partial(self._draw, [masked[row] for row in rows])))
-                for row in rows:
-                    filled[row] = _put(texts[row], {word: self._surfaces[next(drawn)] for word in masked[row].words})
-                advance(len(rows))
-        if ladder.rung.device != home:
-            place(self._model, home, phase=_DESCRIPTION)
+        size = self._batch_size
+        batches = ([masked[row] for row in order[start : start + size]] for start in range(0, len(order), size))
+        parts = run_batches(self._model, batches, self._draw, len(order), size=size, description="Replacing words")
+        drawn = iter([token for part in parts for token in part])
+        for row in order:
+            filled[row] = _put(texts[row], {word: self._surfaces[next(drawn)] for word in masked[row].words})
         return filled
 
     def _read_vocabulary(self, n_rows: int) -> tuple[list[str], npt.NDArray[np.bool_]]:
@@ -198,24 +191,22 @@ class FillMask:
                 words.append(_Word(first, last + 1, start, end))
         return words
 
-    def _draw(self, masked: list[_Masked], rung: Rung) -> list[int]:
+    def _draw(self, masked: list[_Masked], size: int) -> list[int]:
         """A token for each masked word of some texts."""
         drawn: list[int] = []
-        for start in range(0, len(masked), rung.size):
-            batch = masked[start : start + rung.size]
-            probabilities, tokens = self._candidates(batch, rung.device)
+        for start in range(0, len(masked), size):
+            batch = masked[start : start + size]
+            probabilities, tokens = self._candidates(batch)
             draws = np.concatenate([one.draws for one in batch])
             for reached, draw, row in zip(probabilities.cumsum(axis=1), draws, tokens, strict=True):
                 drawn.append(int(row[np.searchsorted(reached, draw * reached[-1])]))
         return drawn
 
-    def _candidates(
-        self, batch: list[_Masked], device: torch.device
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    def _candidates(self, batch: list[_Masked]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
         """For each of the P masked words of some texts, its (P, 10) most probable whole words and how probable."""
         import torch
 
-        self._model.to(device)
+        device = self._model.device
         longest = max(len(one.ids) for one in batch)
         ids = torch.tensor([[*one.ids, *[self._padding] * (longest - len(one.ids))] for one in batch])
         there = torch.arange(longest) < torch.tensor([len(one.ids) for one in batch])[:, None]
@@ -246,38 +237,24 @@ def load_fill_mask(folder: Path, *, device: torch.device, batch_size: int = 32) 
         ModelError: The folder does not hold a masked language model with a mask token and a fast tokenizer.
         OutOfMemoryError: It does not fit.
     """
-    try:
-        with quiet_libraries():
-            from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+    with loading(folder, kind=" as a masked language model", hint=_HINT), quiet_libraries():
+        from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
-            config: Any = load_local(AutoConfig.from_pretrained, folder)
-            named = getattr(config, "architectures", None) or []
-            if named and not any(name.endswith(_ARCHITECTURES) for name in named):
-                raise ModelError(
-                    f"The model in {folder} is no masked language model but a {', '.join(named)}.", hint=_HINT
-                )
-            tokenizer: Any = load_local(AutoTokenizer.from_pretrained, folder)
-            if not tokenizer.is_fast:
-                raise ModelError(f"The tokenizer in {folder} is not a fast one.", hint=_HINT)
-            if tokenizer.mask_token_id is None:
-                raise ModelError(f"The tokenizer in {folder} has no mask token.", hint=_HINT)
-            model, info = load_local(AutoModelForMaskedLM.from_pretrained, folder, output_loading_info=True)
-            if info["missing_keys"]:
-                raise ModelError(
-                    f"The model in {folder} lacks weights of a masked language model, such as "
-                    f"{min(info['missing_keys'])}.",
-                    hint=_HINT,
-                )
-    except ModelError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise ModelError(
-            f"The model in {folder} does not load as a masked language model "
-            f"({type(error).__name__}: {first_line(str(error))}).",
-            hint=_HINT,
-        ) from error
+        config: Any = load_local(AutoConfig.from_pretrained, folder)
+        named = getattr(config, "architectures", None) or []
+        if named and not any(name.endswith(_ARCHITECTURES) for name in named):
+            raise ModelError(f"The model in {folder} is no masked language model but a {', '.join(named)}.", hint=_HINT)
+        tokenizer: Any = load_local(AutoTokenizer.from_pretrained, folder)
+        if not tokenizer.is_fast:
+            raise ModelError(f"The tokenizer in {folder} is not a fast one.", hint=_HINT)
+        if tokenizer.mask_token_id is None:
+            raise ModelError(f"The tokenizer in {folder} has no mask token.", hint=_HINT)
+        model, info = load_local(AutoModelForMaskedLM.from_pretrained, folder, output_loading_info=True)
+        if info["missing_keys"]:
+            lacking = min(info["missing_keys"])
+            raise ModelError(
+                f"The model in {folder} lacks weights of a masked language model, such as {lacking}.", hint=_HINT
+            )
     model = model.float()
     place(model, device, phase="Loading the masked language model")
     return FillMask(model, tokenizer, batch_size=batch_size)
