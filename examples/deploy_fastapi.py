@@ -8,14 +8,18 @@ Ask:             curl localhost:8000/predict -H 'content-type: application/json'
 The process loads no torch. One process runs requests side by side in threads; start several behind a balancer for more.
 """
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
+import anyio
 import click
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from setfit_kd.runtime import Classifier
 
@@ -23,6 +27,10 @@ MOST_TEXTS = 256
 MOST_CHARACTERS = 10_000
 MOST_BYTES = 4_000_000
 """Of a request: the limits above are checked on what has been parsed, this one on what has not."""
+MOST_SECONDS = 30
+"""For a request to arrive."""
+MOST_AT_ONCE = 4
+"""Requests classified at once; others wait. Each takes tens of megabytes, which the process keeps for later ones."""
 
 
 class Texts(BaseModel):
@@ -38,19 +46,55 @@ class Answer(BaseModel):
     probabilities: dict[str, float]
 
 
+class LimitRequests:
+    """ASGI middleware that reads a request within the limits of size and time before the app sees it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand the request on in one piece, or refuse it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        length = dict(scope["headers"]).get(b"content-length", b"0")  # the server has refused what is no number
+        body, is_whole = bytearray(), False
+        with anyio.move_on_after(MOST_SECONDS):
+            while not is_whole and max(int(length), len(body)) <= MOST_BYTES:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return
+                body += message.get("body", b"")
+                is_whole = not message.get("more_body", False)
+        if max(int(length), len(body)) > MOST_BYTES:
+            await refuse(413, f"a request holds {MOST_BYTES:,} bytes at most")(scope, receive, send)
+        elif not is_whole:
+            await refuse(408, f"a request arrives within {MOST_SECONDS} seconds")(scope, receive, send)
+        else:
+            messages = iter([{"type": "http.request", "body": bytes(body)}])
+
+            async def replay() -> Message:
+                return next(messages, None) or await receive()
+
+            await self.app(scope, replay, send)
+
+
+def refuse(status: int, detail: str) -> JSONResponse:
+    """Answer, and close the connection: what is left of the request is not read."""
+    return JSONResponse({"detail": detail}, status, headers={"connection": "close"})
+
+
+@asynccontextmanager
+async def limit_threads(app: FastAPI) -> AsyncIterator[None]:
+    anyio.to_thread.current_default_thread_limiter().total_tokens = MOST_AT_ONCE
+    yield
+
+
 def make_app(bundle: str, *, threads: int | None = None) -> FastAPI:
     """A service over the bundle in a folder."""
     classifier = Classifier(bundle, threads=threads)
-    app = FastAPI(title="Text classifier")
-
-    @app.middleware("http")
-    async def refuse_large_requests(request: Request, call_next: Any) -> Any:
-        length = request.headers.get("content-length")
-        if request.method == "POST" and length is None:
-            return JSONResponse({"detail": "content-length is missing"}, status_code=411)
-        if int(length or 0) > MOST_BYTES:  # the server has refused what is no number
-            return JSONResponse({"detail": f"a request holds {MOST_BYTES:,} bytes at most"}, status_code=413)
-        return await call_next(request)
+    app = FastAPI(title="Text classifier", lifespan=limit_threads)
+    app.add_middleware(LimitRequests)
 
     @app.exception_handler(RequestValidationError)
     async def tell_what_is_wrong(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -6,7 +6,10 @@ import http.client
 import importlib.util
 import json
 import socket
+import subprocess
+import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -120,6 +123,7 @@ class Service:
 
     module: ModuleType
     port: int
+    timeout: float = 30
 
     def ask(self, body: Any, **headers: str) -> tuple[int, Any]:
         """Status and answer of a request; bytes are sent as they are, anything else as JSON."""
@@ -127,7 +131,7 @@ class Service:
         url = f"http://127.0.0.1:{self.port}/predict"
         request = urllib.request.Request(url, content, {"content-type": "application/json", **headers})
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as error:
             with error:
@@ -257,13 +261,82 @@ def test_the_service_refuses_a_large_request_unread(service: Service) -> None:
     assert status == 200
 
 
-def test_the_service_wants_to_know_the_length(service: Service) -> None:
-    content = json.dumps({"texts": ["a"]}).encode()
-    chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content)
+CHUNKED = b"transfer-encoding: chunked\r\n"
+
+
+def exchange(service: Service, headers: bytes, body: bytes) -> bytes:
+    """All that the service answers until it closes the connection, which is left open on this side."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" + headers + b"\r\n")
+        client.sendall(body)
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def test_the_service_reads_a_request_in_pieces(service: Service, bundle: Path) -> None:
+    content = json.dumps({"texts": ["the match was lost"]}).encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in content) + b"0\r\n\r\n"
     headers = ("content-type", "application/json"), ("transfer-encoding", "chunked")
-    status, answer = service.send(*headers, body=chunked)
-    assert status == 411
-    assert "content-length" in json.loads(answer)["detail"]
+    status, answer = service.send(*headers, body=chunks)
+    assert status == 200
+    assert_answers(json.loads(answer), bundle, ["the match was lost"])
+
+
+@pytest.mark.parametrize("headers", [CHUNKED, CHUNKED + b"content-length: 20\r\n"], ids=["chunked", "both"])
+def test_the_service_refuses_a_large_request_in_pieces(headers: bytes, service: Service) -> None:
+    size = service.module.MOST_BYTES + 1
+    answer = exchange(service, headers, b"%x\r\n%s" % (size, b" " * size))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_the_service_reads_no_more_than_the_declared_length(service: Service) -> None:
+    answers = exchange(service, b"content-length: 20\r\n", b" " * 20 + b"x" * 100_000)
+    assert answers.startswith(b"HTTP/1.1 422 ")  # nothing but spaces; the rest is no request
+    assert b"HTTP/1.1 200" not in answers
+
+
+@pytest.mark.parametrize(("headers", "body"), [(b"content-length: 20\r\n", b'{"texts": '), (CHUNKED, b"14\r\n{")])
+def test_the_service_ends_a_request_that_is_sent_by_half(
+    headers: bytes, body: bytes, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.module, "MOST_SECONDS", 0.2)
+    answer = exchange(service, headers, body)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"within 0.2 seconds" in answer
+
+
+@pytest.mark.slow
+def test_the_memory_of_the_service_does_not_grow(bundle: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(EXAMPLES / "deploy_fastapi.py"), str(bundle), "--port", str(port), "--threads", "1"]
+    with subprocess.Popen(command) as process:
+        try:
+            service = Service(example("deploy_fastapi"), port, timeout=200)
+            wait_until_served(port)
+            largest = {"texts": ["a " * (service.module.MOST_CHARACTERS // 2)] * service.module.MOST_TEXTS}
+            taken = []
+            for _ in range(3):
+                with ThreadPoolExecutor(12) as threads:
+                    assert {status for status, _ in threads.map(service.ask, [largest] * 12)} == {200}
+                taken.append(psutil.Process(process.pid).memory_info().rss / 1e6)
+        finally:
+            process.terminate()
+    assert taken[2] < 1.1 * taken[1], taken
+    assert max(taken) < 400, taken
+
+
+def wait_until_served(port: int) -> None:
+    for _ in range(300):
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return
+    raise AssertionError("the service did not start")
 
 
 @pytest.mark.parametrize("length", ["many", "-1", "1e3", "5, 6"])
