@@ -69,6 +69,7 @@ class _Table:
     origin: str
     unit: str = "row"
     has_columns: bool = True
+    may_be_empty: bool = False
     declared: tuple[str, ...] = ()
 
 
@@ -96,12 +97,12 @@ def read(
         DataError: Something is missing, broken or empty; with the file and row.
         UnavailableError: The hub cannot be reached.
     """
-    table = _opened(source, role, label_column)
+    table = _open(source, role, label_column)
     if decode is not None:
         table = replace(table, records=_decoded(table.records, text_column[0], decode))
     texts: list[str] = []
     labels: list[str] = []
-    for text, label in _checked(table, text_column, label_column):
+    for text, label, _ in _rows(table, text_column, label_column):
         texts.append(text)
         labels.append(label)
     names = table.declared or tuple(sorted(set(labels), key=_numbers_first))
@@ -126,7 +127,7 @@ def stream_texts(source: Source, *, text_column: Sequence[str] = ("text",)) -> I
         DataError: As `read`.
         UnavailableError: The hub cannot be reached.
     """
-    for text, _ in _checked(_opened(source, "train", None), text_column, None):
+    for text, _, _ in _rows(_open(source, "train"), text_column):
         yield text
 
 
@@ -140,7 +141,10 @@ def stream_in_step(source: Source, *, text_column: Sequence[str] = ("text",)) ->
         DataError: The source cannot be read, or has no such column.
         UnavailableError: The hub cannot be reached.
     """
-    yield from _in_step(_opened(source, "train", None), text_column)
+    table = _open(source, "train")
+    is_text = not table.has_columns or tuple(text_column) == ("text",)
+    for text, _, record in _rows(table, text_column, strict=False):
+        yield text or None, {name: value for name, value in record.items() if not (is_text and name == "text")}
 
 
 def texts_in_step(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[_InStep]:
@@ -152,47 +156,20 @@ def texts_in_step(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[_
         unit: What to call one of them.
     """
     records: Iterator[Record] = ((number, {"text": text}) for number, text in enumerate(texts, 1))
-    yield from _in_step(_Table(records, origin, unit=unit, has_columns=False), ("text",), may_be_empty=True)
-
-
-def _in_step(table: _Table, text_column: Sequence[str], *, may_be_empty: bool = False) -> Iterator[_InStep]:
-    problems = Problems(table.origin, table.unit)
-    is_text = not table.has_columns or tuple(text_column) == ("text",)
-    for number, text, _, problem, record in _rows(table, text_column, None, may_be_empty=may_be_empty):
-        if problem is not None:
-            problems.add(number, problem)
-        others = {name: value for name, value in record.items() if not (is_text and name == "text")}
-        yield text if problem is None else None, others
-    if problems.total:
-        logger.warning("%s: no label was given.", problems)
-
-
-def _opened(source: Source, role: str, label_column: str | None) -> _Table:
-    try:
-        return _open(source, role, label_column)
-    except OSError as error:
-        if isinstance(error, SetFitKDError):
-            raise
-        raise DataError(f"Cannot read {source!r:.200}: {error.strerror or error}.", hint="Check the path.") from None
-
-
-def _checked(table: _Table, text_column: Sequence[str], label_column: str | None) -> Iterator[tuple[str, str]]:
-    """Each row's text and label ("" without a label column)."""
-    problems = Problems(table.origin, table.unit)
-    for number, text, label, problem, _ in _rows(table, text_column, label_column):
-        if problem is None:
-            yield text, label
-        else:
-            problems.add(number, problem)
-    if problems.total:
-        raise DataError(f"{problems}.", hint="Mend or remove those rows and try again.")
+    table = _Table(records, origin, unit=unit, may_be_empty=True)
+    yield from ((text or None, {}) for text, _, _ in _rows(table, ("text",), strict=False))
 
 
 def _rows(
-    table: _Table, text_column: Sequence[str], label_column: str | None, *, may_be_empty: bool = False
-) -> Iterator[tuple[int, str, str, str | None, Mapping[str, Any]]]:
-    """Each row's number, text, label ("" without a label column), what keeps it from being used, and its record."""
+    table: _Table, text_column: Sequence[str], label_column: str | None = None, *, strict: bool = True
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Each row's text, label ("" without a label column), and record.
+
+    With ``strict``, rows that cannot be used are left out and raise an error at the end. Otherwise their text is "",
+    and a warning names them.
+    """
     columns = text_column if table.has_columns else ("text",)
+    problems = Problems(table.origin, table.unit)
     n_rows = 0
     for number, record in table.records:
         if not n_rows:
@@ -202,9 +179,18 @@ def _rows(
         text, problem = text_of(record, columns)
         if label_column and problem is None:
             label, problem = _label(record.get(label_column), table.declared)
-        yield number, text, label, problem, record
-    if not n_rows and not may_be_empty:
+        if problem is None:
+            yield text, label, record
+            continue
+        problems.add(number, problem)
+        if not strict:
+            yield "", "", record
+    if not n_rows and not table.may_be_empty:
         raise DataError(f"There are no rows in {table.origin}.", hint="Give at least two rows.")
+    if problems.total and strict:
+        raise DataError(f"{problems}.", hint="Mend or remove those rows and try again.")
+    if problems.total:
+        logger.warning("%s: no label was given.", problems)
 
 
 class Problems:
@@ -286,9 +272,15 @@ def _label(value: object, declared: tuple[str, ...]) -> tuple[str, str | None]:
     return str(value), None
 
 
-def _open(source: Source, role: str, label_column: str | None) -> _Table:
+def _open(source: Source, role: str, label_column: str | None = None) -> _Table:
     if isinstance(source, str | Path):
-        return _open_named(str(source), role, label_column)
+        try:
+            return _open_named(str(source), role, label_column)
+        except SetFitKDError:
+            raise
+        except OSError as error:
+            message = f"Cannot read {source!r:.200}: {error.strerror or error}."
+            raise DataError(message, hint="Check the path.") from None
     if hasattr(source, "column_names"):
         return _open_dataset(source, role, "the given data set", label_column)
     if isinstance(source, Mapping):
