@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, TypeAlias
 
 import numpy as np
@@ -55,7 +55,8 @@ class Predictions:
 
 
 Write = Callable[[Predictions], None]
-Writing = Callable[[IO[bytes], list[str], Columns], Iterator[Write]]
+Format = Callable[[IO[bytes], list[str], Columns], AbstractContextManager[Write]]
+"""Within its block, the predictions for the named classes go to a binary file; tables have the other columns first."""
 
 
 def classify(
@@ -109,6 +110,7 @@ def _cell(value: Any) -> Any:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+@contextmanager
 def _json_lines(file: IO[bytes], names: list[str], _: Columns) -> Iterator[Write]:
     kept_names = _kept_names(["text", "label", "probabilities"])
 
@@ -128,32 +130,27 @@ def _header(names: list[str], columns: Columns) -> list[str]:
     return [*map(_cell, _kept_names(ours)(columns)), *ours]
 
 
-def _delimited(delimiter: str) -> Writing:
-    def writing(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[Write]:
-        text_file = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-        plain = csv.writer(text_file, delimiter=delimiter, lineterminator="\n")
-        # The csv module forgets that a carriage return needs quotes.
-        quoted = csv.writer(text_file, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+def _delimited(delimiter: str) -> Format:
+    @contextmanager
+    def delimited(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[Write]:
+        def write_line(line: str) -> None:
+            file.write(line.removesuffix("\r\n").encode("utf-8") + b"\n")
 
-        def write_row(cells: list[Any]) -> None:
-            (quoted if any("\r" in cell for cell in cells if isinstance(cell, str)) else plain).writerow(cells)
+        # The csv module quotes a carriage return only where its own lines end with one.
+        table = csv.writer(SimpleNamespace(write=write_line), delimiter=delimiter, lineterminator="\r\n")
 
         def write(part: Predictions) -> None:
             for text, label, row, kept in part.rows():
                 known = [max(row), *row] if row else [None] * (1 + len(names))
-                write_row([*(_cell(kept.get(name)) for name in columns), text, label, *known])
-            text_file.flush()
+                table.writerow([*(_cell(kept.get(name)) for name in columns), text, label, *known])
 
-        write_row(_header(names, columns))
+        table.writerow(_header(names, columns))
+        yield write
 
-        try:
-            yield write
-        finally:
-            text_file.detach()
-
-    return writing
+    return delimited
 
 
+@contextmanager
 def _parquet(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[Write]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -180,7 +177,7 @@ def _parquet(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[Wr
         yield write
 
 
-_FORMATS: dict[str, Writing] = {
+_FORMATS: dict[str, Format] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".csv": _delimited(","),
@@ -210,7 +207,7 @@ def predictions_file(path: Path, names: list[str], columns: Columns | None = Non
         OutputError: The file cannot be written.
     """
     check_output(path)
-    with whole_file(path) as file, _writing(path.suffix.lower(), file, names, columns or {}) as write:
+    with whole_file(path) as file, _FORMATS[path.suffix.lower()](file, names, columns or {}) as write:
         yield write
 
 
@@ -219,10 +216,4 @@ def predictions_stream(file: IO[bytes], names: list[str]) -> AbstractContextMana
 
     Yields a function that takes the next of them.
     """
-    return _writing(".jsonl", file, names, {})
-
-
-def _writing(ending: str, file: IO[bytes], names: list[str], columns: Columns) -> AbstractContextManager[Write]:
-    writing: Any = contextmanager(_FORMATS[ending])
-    opened: AbstractContextManager[Write] = writing(file, names, columns)
-    return opened
+    return _json_lines(file, names, {})
