@@ -9,9 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ _WARM_UP = 16
 _SINGLE_SECONDS, _LEAST_SINGLES, _LEAST_SECONDS = 10.0, 30, 1.0
 _CODE = """
 import sys
-sys.path[:] = [folder for folder in sys.path if folder] + sys.argv[2:]  # nothing from the working folder
+sys.path[:] = [folder for folder in sys.path if folder] + sys.argv[1:]  # nothing from the working folder
 from setfit_kd.speed import main
 main()
 """
@@ -99,36 +99,32 @@ def measure_speed(
     }
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
     parallel = {"TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false"}
-    with TemporaryDirectory(prefix="setfit-kd-") as scratch:
-        (Path(scratch) / "task.json").write_text(json.dumps({**task, "started": time.time()}), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-c", _CODE, scratch, str(_HOME)],
-            env={**os.environ, **counts, **parallel},
-            capture_output=True,
-        )
-        answer = Path(scratch) / "answer.json"
-        found: dict[str, Any] = json.loads(answer.read_bytes()) if answer.is_file() else {}
-    if "error" in found:
-        raise getattr(errors, found["kind"])(found["error"], hint=found["hint"])
-    if done.returncode or not found:
+    done = subprocess.run(
+        [sys.executable, "-c", _CODE, str(_HOME)],
+        input=json.dumps({**task, "started": time.time()}).encode(),
+        env={**os.environ, **counts, **parallel},
+        capture_output=True,
+    )
+    if done.returncode or not done.stdout:
         last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
         raise SetFitKDError(
             f"{path} could not be measured: its process ended with {done.returncode} {' '.join(last)}.",
             hint="See whether `setfit-kd predict` can use it.",
         )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        raise getattr(errors, found["kind"])(found["error"], hint=found["hint"])
     return Speed(**found)
 
 
 def main() -> None:
-    """What the fresh process does: read the task in a folder, measure, write the answer beside it."""
-    folder = Path(sys.argv[1])
-    task = json.loads((folder / "task.json").read_bytes())
-    answer = folder / "answer.json"
+    """What the fresh process does: read the task from stdin, measure, print the answer as the last line of stdout."""
     try:
-        found: dict[str, Any] = asdict(_measure(**task))
+        with redirect_stdout(sys.stderr):  # whatever the libraries print
+            found: dict[str, Any] = asdict(_measure(**json.load(sys.stdin)))
     except SetFitKDError as error:
         found = {"kind": type(error).__name__, "error": error.message, "hint": error.hint}
-    answer.write_text(json.dumps(found), encoding="utf-8")
+    print(json.dumps(found))
 
 
 def _measure(
