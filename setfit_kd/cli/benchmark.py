@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from setfit_kd.cli.options import given, setting_options, threads_option, verbosity_options
+from setfit_kd.cli.options import given, json_option, on_screen, pickle_option, setting_options, threads_option
 from setfit_kd.config import RunConfig
 from setfit_kd.escape import json_text
 
@@ -23,17 +23,15 @@ if TYPE_CHECKING:
               help="How many texts to classify. [500]")  # fmt: skip
 @threads_option
 @setting_options("device")
-@click.option("--json", "as_json", is_flag=True, help="Print everything measured as JSON.")
-@click.option("--trust-pickle", is_flag=True, help="Load a pickled head of somebody else's; it may run any code.")
-@verbosity_options
+@json_option
+@pickle_option
+@on_screen
 def benchmark(
     models: tuple[str, ...],
     n_texts: int,
     threads: int | None,
     as_json: bool,
     trust_pickle: bool,
-    quiet: bool,
-    verbose: bool,
     **flags: Any,
 ) -> None:
     """Measure speed, memory and size of classifiers, side by side.
@@ -42,32 +40,28 @@ def benchmark(
     own, one after the other: texts one by one, then in batches of several sizes. Ratios are to the first. The texts
     are those of --unlabeled, or of the bundled news corpus; without --device, the CPU does the work.
     """
-    from setfit_kd.cli.screen import rows_table, say, screen, show
+    from setfit_kd.cli.screen import say, show_table
     from setfit_kd.data import read
     from setfit_kd.progress import track
     from setfit_kd.speed import measure_speed
 
     config = RunConfig.of(**{"unlabeled": "bundled:newswire", "device": "cpu", **given(flags)})
-    with screen(quiet=quiet, verbose=verbose) as results:
-        texts = read(config.unlabeled or "", text_column=config.text_column).texts
-        texts = texts[:: max(1, len(texts) // n_texts)][:n_texts]
-        found: dict[str, Speed] = {}
-        with track("Measuring", len(models)) as advance:
-            for model in dict.fromkeys(models):
-                found[model] = measure_speed(
-                    model, texts, threads=threads, device=config.device, trust_pickle=trust_pickle
-                )
-                advance(1)
-        if as_json:
-            about = {"texts": len(texts), "models": {name: asdict(speed) for name, speed in found.items()}}
-            say(results, json_text(about, indent=2))
-            return
-        headings = ("", "p50 ms", "p95 ms", "p99 ms", "texts/s", "ratio", "load s", "memory MB", "disk MB")
-        first = next(iter(found.values()))
-        rows = [_row(name, speed, first) for name, speed in zip(_short(tuple(found)), found.values(), strict=True)]
-        show(results, rows_table(headings, rows))
-        results.print()
-        say(results, f"{len(texts)} texts, {first.threads} threads. p50 to p99: a text alone. ratio: of texts/s.")
+    texts = read(config.unlabeled or "", text_column=config.text_column).texts
+    texts = texts[:: max(1, len(texts) // n_texts)][:n_texts]
+    found: dict[str, Speed] = {}
+    with track("Measuring", len(models)) as advance:
+        for model in dict.fromkeys(models):
+            found[model] = measure_speed(model, texts, threads=threads, device=config.device, trust_pickle=trust_pickle)
+            advance(1)
+    if as_json:
+        about = {"texts": len(texts), "models": {name: asdict(speed) for name, speed in found.items()}}
+        say(json_text(about, indent=2))
+        return
+    headings = ("", "p50 ms", "p95 ms", "p99 ms", "texts/s", "ratio", "load s", "memory MB", "disk MB")
+    first = next(iter(found.values()))
+    rows = [_row(name, speed, first) for name, speed in zip(_short(tuple(found)), found.values(), strict=True)]
+    show_table(headings, rows)
+    say(f"\n{len(texts)} texts, {first.threads} threads. p50 to p99: a text alone. ratio: of texts/s.")
 
 
 def _short(models: tuple[str, ...]) -> list[str]:

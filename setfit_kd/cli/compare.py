@@ -19,13 +19,11 @@ def compare(runs: tuple[Path, ...]) -> None:
     The difference is to the first run's first student, in points of accuracy with a 95 % interval; it is left out for
     runs that were evaluated on other texts.
     """
-    from rich.console import Console
-
-    from setfit_kd.cli.screen import rows_table, show
+    from setfit_kd.cli.screen import show_table
     from setfit_kd.report import compare as compare_runs
 
     headings = ("run", "model", "accuracy", "difference", "macro-F1", "calibration error", "MB", "texts/s")
-    show(Console(), rows_table(headings, [_row(model) for model in compare_runs(runs)]))
+    show_table(headings, [_row(model) for model in compare_runs(runs)])
 
 
 def _row(model: ComparedModel) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from setfit_kd.cli.options import given, setting_options, verbosity_options
+from setfit_kd.cli.options import given, json_option, on_screen, pickle_option, setting_options
 from setfit_kd.config import RunConfig
 from setfit_kd.errors import ConfigError
 from setfit_kd.escape import json_text
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="RUN_OR_MODEL")
 @setting_options("eval", "text_column", "label_column", "device", "cpu_fallback", "encode_batch_size",
                  "target_accuracy")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print everything measured as JSON.")
-@click.option("--trust-pickle", is_flag=True, help="Load a pickled head of somebody else's; it may run any code.")
-@verbosity_options
-def evaluate(model: str, as_json: bool, trust_pickle: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
+@json_option
+@pickle_option
+@on_screen
+def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> None:
     """Measure a classifier on labeled texts: quality, size and speed."""
-    from setfit_kd.cli.screen import evaluation_table, rows_table, say, screen, show
+    from setfit_kd.cli.screen import say, show_evaluations, show_table
     from setfit_kd.data import encode_labels, read
     from setfit_kd.evaluation import evaluate as evaluate_model
     from setfit_kd.memory import remembering
@@ -33,7 +33,7 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, quiet: bool, verbose
     config = RunConfig.of(**given(flags))
     if config.eval is None:
         raise ConfigError("No labeled texts are given.", hint="Name them by --eval.")
-    with screen(quiet=quiet, verbose=verbose) as results, remembering(cpu_fallback=config.cpu_fallback):
+    with remembering(cpu_fallback=config.cpu_fallback):
         classifier = load(model, device=config.device, trust_pickle=trust_pickle)
         rows = read(config.eval, text_column=config.text_column, label_column=config.label_column, role="test")
         evaluation = evaluate_model(
@@ -41,20 +41,20 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, quiet: bool, verbose
         )
         if as_json:
             told = evaluation.as_dict(target_accuracy=config.target_accuracy)
-            click.echo(json_text(told, indent=2))
+            say(json_text(told, indent=2))
             return
-        show(results, evaluation_table({model: evaluation}))
-        results.print()
+        show_evaluations({model: evaluation})
+        say("")
         classes = [
             (name, f"{quality.precision:.1%}", f"{quality.recall:.1%}", f"{quality.f1:.1%}", quality.support)
             for name, quality in evaluation.quality.classes.items()
         ]
-        show(results, rows_table(("class", "precision", "recall", "F1", "texts"), classes))
-        results.print()
+        show_table(("class", "precision", "recall", "F1", "texts"), classes)
+        say("")
         calibration = evaluation.calibration
-        say(results, f"Calibration error {calibration.ece:.1%}, Brier score {calibration.brier:.3f}.")
+        say(f"Calibration error {calibration.ece:.1%}, Brier score {calibration.brier:.3f}.")
         if config.target_accuracy is not None:
-            say(results, _told_of(evaluation.answering(config.target_accuracy), config.target_accuracy))
+            say(_told_of(evaluation.answering(config.target_accuracy), config.target_accuracy))
 
 
 def _told_of(found: Abstaining | None, target: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from setfit_kd.cli.options import SHARE, given, setting_options, verbosity_options
+from setfit_kd.cli.options import SHARE, given, on_screen, pickle_option, setting_options
 from setfit_kd.config import BUNDLE_FORMATS, RunConfig
 from setfit_kd.errors import DataError
 
@@ -28,16 +28,14 @@ _STAND_IN = "bundled:newswire"
               help="Least share of texts that the bundle must label as the model does. [0.98 for onnx-int8, 0.999 for "
               "the others]")  # fmt: skip
 @setting_options("unlabeled", "text_column")
-@click.option("--trust-pickle", is_flag=True, help="Load a pickled head of somebody else's; it may run any code.")
-@verbosity_options
+@pickle_option
+@on_screen
 def export(
     model: str,
     output_dir: Path,
     format_: str | None,
     min_agreement: float | None,
     trust_pickle: bool,
-    quiet: bool,
-    verbose: bool,
     **flags: Any,
 ) -> None:
     """Write a classifier as a bundle: one folder that runs without torch.
@@ -47,26 +45,23 @@ def export(
     """
     config = RunConfig.of(**given(flags))
 
-    from setfit_kd.cli.screen import say, screen
+    from setfit_kd.cli.screen import say
+    from setfit_kd.export import export_bundle
+    from setfit_kd.models import load
 
-    with screen(quiet=quiet, verbose=verbose) as results:
-        from setfit_kd.export import export_bundle
-        from setfit_kd.models import load
-
-        classifier = load(model, device="cpu", trust_pickle=trust_pickle)
-        texts = _texts(model, config)
-        title = Path(model).resolve().name
-        bundle = export_bundle(
-            classifier, output_dir, texts=texts, format=format_, min_agreement=min_agreement, title=title
-        )
-        parity = bundle.parity
-        say(results, f"{bundle.format} bundle in {output_dir}: {bundle.megabytes:.1f} MB.")
-        say(
-            results,
-            f"It labels {parity.agreement:.1%} of {parity.texts:,} texts as the model does; probabilities differ by "
-            f"{parity.largest_difference:.2g} at most.",
-        )
-        say(results, f'To use it, there or anywhere: python {output_dir}/classify.py "..."')
+    classifier = load(model, device="cpu", trust_pickle=trust_pickle)
+    texts = _texts(model, config)
+    title = Path(model).resolve().name
+    bundle = export_bundle(
+        classifier, output_dir, texts=texts, format=format_, min_agreement=min_agreement, title=title
+    )
+    parity = bundle.parity
+    say(f"{bundle.format} bundle in {output_dir}: {bundle.megabytes:.1f} MB.")
+    say(
+        f"It labels {parity.agreement:.1%} of {parity.texts:,} texts as the model does; probabilities differ by "
+        f"{parity.largest_difference:.2g} at most."
+    )
+    say(f'To use it, there or anywhere: python {output_dir}/classify.py "..."')
 
 
 def _texts(model: str, config: RunConfig) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from setfit_kd.cli.options import given, setting_options, verbosity_options
+from setfit_kd.cli.options import given, json_option, on_screen, setting_options
 from setfit_kd.config import FinetuneRunConfig
 from setfit_kd.escape import json_text
 
@@ -18,9 +18,9 @@ from setfit_kd.escape import json_text
                  "weight_decay", "dropout", "max_length", "eval_steps", "metric", "patience", "seed", "device",
                  "cpu_fallback", "precision", "gradient_checkpointing", "checkpoint_seconds", "encode_batch_size",
                  of=FinetuneRunConfig)  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print everything measured as JSON.")
-@verbosity_options
-def finetune(as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
+@json_option
+@on_screen
+def finetune(as_json: bool, **flags: Any) -> None:
     """Fine-tune a transformer end to end on labels, and write it as transformers has it.
 
     MODEL is a hub name, a folder, or demo:all-MiniLM-L6-v2. SOURCE is as for `setfit-kd run`; a folder that datasets'
@@ -32,23 +32,21 @@ def finetune(as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
     """
     config = FinetuneRunConfig.of(**given(flags))
 
-    from setfit_kd.cli.screen import evaluation_table, rows_table, say, screen, show
+    from setfit_kd.cli.screen import say, show_evaluations, show_table
+    from setfit_kd.finetune import finetune_run
+    from setfit_kd.memory import remembering
 
-    with screen(quiet=quiet, verbose=verbose) as results:
-        from setfit_kd.finetune import finetune_run
-        from setfit_kd.memory import remembering
-
-        with remembering(cpu_fallback=config.cpu_fallback):
-            result = finetune_run(config)
-        if as_json:
-            click.echo(json_text(result.metrics, indent=2))
-            return
-        measured = result.evaluation or result.validation
-        if measured is not None:
-            name = f"{config.output_dir}{'' if result.evaluation else ' (validation)'}"
-            show(results, evaluation_table({name: measured}))
-            results.print()
-            scores = [(name, f"{value:.1%}") for name, value in measured.quality.scores.items()]
-            show(results, rows_table(("", ""), scores))
-            results.print()
-        say(results, f'Use it: setfit-kd predict {config.output_dir} "..."')
+    with remembering(cpu_fallback=config.cpu_fallback):
+        result = finetune_run(config)
+    if as_json:
+        say(json_text(result.metrics, indent=2))
+        return
+    measured = result.evaluation or result.validation
+    if measured is not None:
+        name = f"{config.output_dir}{'' if result.evaluation else ' (validation)'}"
+        show_evaluations({name: measured})
+        say("")
+        scores = [(name, f"{value:.1%}") for name, value in measured.quality.scores.items()]
+        show_table(("", ""), scores)
+        say("")
+    say(f'Use it: setfit-kd predict {config.output_dir} "..."')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -54,16 +55,26 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None and value != ()}
 
 
-def threads_option(function: F) -> F:
-    """Add --threads."""
-    return click.option("--threads", type=click.IntRange(1), metavar="N",
-                        help="Most threads of the CPU to take. [the libraries' own choice]")(function)  # fmt: skip
+threads_option = click.option("--threads", type=click.IntRange(1), metavar="N",
+                              help="Most threads of the CPU to take. [the libraries' own choice]")  # fmt: skip
+json_option = click.option("--json", "as_json", is_flag=True, help="Print everything measured as JSON.")
+pickle_option = click.option("--trust-pickle", is_flag=True,
+                             help="Load a pickled head of somebody else's; it may run any code.")  # fmt: skip
 
 
-def verbosity_options(function: F) -> F:
-    """Add -q and -v."""
-    function = click.option("-v", "--verbose", is_flag=True, help="Say more.")(function)
-    return click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and results.")(function)
+def on_screen(function: Callable[..., None]) -> Callable[..., None]:
+    """Add -q and -v, and run the command within `screen`."""
+
+    @click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and results.")
+    @click.option("-v", "--verbose", is_flag=True, help="Say more.")
+    @wraps(function)
+    def command(*, quiet: bool, verbose: bool, **arguments: Any) -> None:
+        from setfit_kd.cli.screen import screen
+
+        with screen(quiet=quiet, verbose=verbose):
+            function(**arguments)
+
+    return command
 
 
 def _in_order() -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from setfit_kd.cli.options import SHARE, given, setting_options, threads_option, verbosity_options
+from setfit_kd.cli.options import SHARE, given, on_screen, pickle_option, setting_options, threads_option
 from setfit_kd.config import RunConfig
 from setfit_kd.errors import ConfigError, DataError
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
               help="Least probability of a label; below it, the label is null. [0]")  # fmt: skip
 @setting_options("text_column", "device", "cpu_fallback", "encode_batch_size")
 @threads_option
-@click.option("--trust-pickle", is_flag=True, help="Load a pickled head of somebody else's; it may run any code.")
-@verbosity_options
+@pickle_option
+@on_screen
 def predict(
     model: str,
     texts: tuple[str, ...],
@@ -40,8 +40,6 @@ def predict(
     threshold: float,
     threads: int | None,
     trust_pickle: bool,
-    quiet: bool,
-    verbose: bool,
     **flags: Any,
 ) -> None:
     """Classify texts: the arguments, files, or one a line from stdin. Any number of them; memory stays the same.
@@ -54,7 +52,6 @@ def predict(
     one of the output's is named input_label and so on.
     """
     from setfit_kd.classifiers import open_classifier
-    from setfit_kd.cli.screen import screen
     from setfit_kd.data import column_types
     from setfit_kd.memory import remembering
     from setfit_kd.predictions import check_output, classify, predictions_file, predictions_stream
@@ -66,7 +63,7 @@ def predict(
         if any(Path(file).resolve() == output.resolve() for file in files):
             raise ConfigError(f"{output} is both --input and --output.", hint="Name another --output.")
     _check_inputs(texts, files)
-    with screen(quiet=quiet, verbose=verbose), remembering(cpu_fallback=config.cpu_fallback):
+    with remembering(cpu_fallback=config.cpu_fallback):
         classifier = open_classifier(
             model,
             device=config.device,

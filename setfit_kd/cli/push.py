@@ -21,18 +21,16 @@ def push(model: Path, name: str, private: bool | None, message: str | None, dry_
 
     All files go in one commit, or none. It needs a token that may write: log in by `hf auth login`, or set HF_TOKEN.
     """
-    from rich.console import Console
-
-    from setfit_kd.cli.screen import rows_table, say, show
+    from setfit_kd.cli.screen import say, show_table
     from setfit_kd.publish import prepare_publication, publish
 
     publication = prepare_publication(model, name)
-    sizes, console = publication.sizes, Console()
+    sizes = publication.sizes
     for place in publication.left_out:
         click.echo(printable(f"Left out, since it is no part of a model: {place}"), err=True)
     if dry_run:
-        show(console, rows_table(("file", "bytes"), [*sizes.items(), ("total", sum(sizes.values()))]))
-        say(console, f"Would go to {publication.address}. Nothing was uploaded.")
+        show_table(("file", "bytes"), [*sizes.items(), ("total", sum(sizes.values()))])
+        say(f"Would go to {publication.address}. Nothing was uploaded.")
         return
     click.echo(printable(f"Uploading {sum(sizes.values()) / 1e6:.1f} MB to {publication.address} ..."), err=True)
-    say(console, publish(publication, message=message, private=private))
+    say(publish(publication, message=message, private=private))

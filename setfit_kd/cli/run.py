@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from setfit_kd.cli.options import given, setting_options, verbosity_options
+from setfit_kd.cli.options import given, on_screen, setting_options
 from setfit_kd.config import DEFAULT_PRESET, PRESETS, RunConfig, preset, read_config
 from setfit_kd.errors import ConfigError
 from setfit_kd.escape import printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from setfit_kd.pipeline import RunResult
 
 
@@ -28,14 +26,12 @@ if TYPE_CHECKING:
               help="Go on with the run in this folder; its settings hold where no others are given.")  # fmt: skip
 @setting_options()
 @click.option("--dry-run", is_flag=True, help="Check everything, print the settings, texts and training steps; stop.")
-@verbosity_options
+@on_screen
 def run(
     preset_name: str | None,
     config_file: Path | None,
     resume: Path | None,
     dry_run: bool,
-    quiet: bool,
-    verbose: bool,
     **flags: Any,
 ) -> None:
     """Train one or several teachers on a few labels and distil them into small students.
@@ -57,30 +53,27 @@ def run(
     if resume is not None and settings.keys() & {"output_dir", "overwrite"}:
         raise ConfigError("--resume goes on in the run's own folder.", hint="Drop --output-dir and --overwrite.")
 
-    from setfit_kd.cli.screen import screen
+    from setfit_kd.pipeline import resumed
+    from setfit_kd.pipeline import run as run_pipeline
+    from setfit_kd.runfolder import default_folder
 
-    with screen(quiet=quiet, verbose=verbose) as results:
-        from setfit_kd.pipeline import resumed
-        from setfit_kd.pipeline import run as run_pipeline
-        from setfit_kd.runfolder import default_folder
+    if resume is not None:
+        config = resumed(resume, from_file, settings)
+    else:
+        config = RunConfig.resolve(preset(preset_name or DEFAULT_PRESET), from_file, settings)
+    if config.output_dir is None:
+        config = config.model_copy(update={"output_dir": default_folder(config)})
+    if dry_run:
+        _print_plan(config, resume=resume is not None)
+        return
 
-        if resume is not None:
-            config = resumed(resume, from_file, settings)
-        else:
-            config = RunConfig.resolve(preset(preset_name or DEFAULT_PRESET), from_file, settings)
-        if config.output_dir is None:
-            config = config.model_copy(update={"output_dir": default_folder(config)})
-        if dry_run:
-            _print_plan(config, results, resume=resume is not None)
-            return
-
-        try:
-            result = run_pipeline(config, resume=resume is not None)
-        except BaseException:
-            # The error itself is told by others, first.
-            click.get_current_context().find_root().call_on_close(partial(_tell_how_to_go_on, config.output_dir))
-            raise
-        _print_result(result, results)
+    try:
+        result = run_pipeline(config, resume=resume is not None)
+    except BaseException:
+        # The error itself is told by others, first.
+        click.get_current_context().find_root().call_on_close(partial(_tell_how_to_go_on, config.output_dir))
+        raise
+    _print_result(result)
 
 
 def _tell_how_to_go_on(folder: Path | None) -> None:
@@ -91,35 +84,33 @@ def _tell_how_to_go_on(folder: Path | None) -> None:
         click.echo(printable(f"What is whole is kept. To go on: setfit-kd run --resume {folder}"), err=True)
 
 
-def _print_plan(config: RunConfig, results: Console, *, resume: bool) -> None:
-    from setfit_kd.cli.screen import rows_table, say, show
+def _print_plan(config: RunConfig, *, resume: bool) -> None:
+    from setfit_kd.cli.screen import say, show_table
     from setfit_kd.pipeline import prepare_run
     from setfit_kd.planning import plan
 
     stages = plan(config, prepare_run(config, resume=resume))
-    say(results, config.to_yaml())
-    show(results, rows_table(("stage", "texts", "steps"), [(of.stage, of.texts, of.steps or "") for of in stages]))
+    say(config.to_yaml())
+    show_table(("stage", "texts", "steps"), [(of.stage, of.texts, of.steps or "") for of in stages])
     if config.seeds > 1:
-        say(results, f"All of it {config.seeds} times, with other seeds.")
+        say(f"All of it {config.seeds} times, with other seeds.")
 
 
-def _print_result(result: RunResult, results: Console) -> None:
-    from setfit_kd.cli.screen import evaluation_table, rows_table, say, show
+def _print_result(result: RunResult) -> None:
+    from setfit_kd.cli.screen import say, show_evaluations, show_table
     from setfit_kd.pipeline import student_names
     from setfit_kd.report import SPREAD_HEADINGS, shown, spread_cells
 
     if result.evaluations:
-        show(results, evaluation_table({shown(name): found for name, found in result.evaluations.items()}))
-        results.print()
+        show_evaluations({shown(name): found for name, found in result.evaluations.items()})
+        say("")
     if result.by_seed:
         rows = [(shown(name), *spread_cells(found)) for name, found in result.over_seeds.items()]
-        show(results, rows_table((f"{len(result.by_seed)} seeds", *SPREAD_HEADINGS), rows))
-        results.print()
+        show_table((f"{len(result.by_seed)} seeds", *SPREAD_HEADINGS), rows)
+        say("")
     seconds = sum(result.seconds.values())
-    if len(result.students) == 1:
-        say(results, f"Took {seconds:.0f} s. The report is {result.output_dir}/report.html. To use the student:")
-        say(results, f'  setfit-kd predict {result.output_dir} "..."')
-        return
-    say(results, f"Took {seconds:.0f} s. The report is {result.output_dir}/report.html. To use a student:")
-    first = next(iter(student_names(result.config).values()))
-    say(results, f'  setfit-kd predict {result.output_dir}/{first} "..."')
+    which, place = "the", str(result.output_dir)
+    if len(result.students) > 1:
+        which, place = "a", f"{place}/{next(iter(student_names(result.config).values()))}"
+    say(f"Took {seconds:.0f} s. The report is {result.output_dir}/report.html. To use {which} student:")
+    say(f'  setfit-kd predict {place} "..."')

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import click
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
@@ -48,8 +49,8 @@ class _ScreenHandler(logging.Handler):
 
 
 @contextmanager
-def screen(*, quiet: bool, verbose: bool) -> Iterator[Console]:
-    """Within this block, messages and progress go to stderr. Yields the console for results, on stdout."""
+def screen(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Within this block, messages and progress go to stderr."""
     console = Console(stderr=True)
     handler = _ScreenHandler(console)
     handler.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
@@ -59,60 +60,52 @@ def screen(*, quiet: bool, verbose: bool) -> Iterator[Console]:
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
         with shown_on(None if quiet else console), _no_download_bars(quiet):
-            yield Console()
+            yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
 
 
-def say(console: Console, text: str) -> None:
-    """Print text with control characters escaped: no markup, no colours, no lines broken."""
-    console.print(printable(text, None), markup=False, highlight=False, soft_wrap=True)
+def say(text: str) -> None:
+    """Print text with control characters escaped."""
+    click.echo(printable(text, None))
 
 
-def show(console: Console, table: Table) -> None:
-    """Print a table as wide as its rows are, be the screen narrower: headings break between words, figures never."""
-    for column in table.columns:
-        kept_whole = [*map(str, column.cells), *str(column.header).split()]
-        column.min_width = max(map(cell_len, kept_whole), default=0)
-    least = sum((column.min_width or 0) + 2 for column in table.columns)
+def show_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table as wide as its rows are, be the screen narrower: headings break between words, figures never.
+
+    Every column but the first is set right. Cells have no markup, and their control characters are escaped.
+    """
+    table, console = Table(box=None, padding=(0, 2, 0, 0), header_style="bold"), Console()
+    cells = [[printable(f"{cell:,}" if isinstance(cell, int) else str(cell), keep="") for cell in row] for row in rows]
+    least = 0
+    for number, heading in enumerate(headings):
+        width = max(map(cell_len, [*(row[number] for row in cells), *heading.split()]), default=0)
+        table.add_column(heading, justify="right" if number else "left", min_width=width)
+        least += width + 2
+    for row in cells:
+        table.add_row(*map(Text, row))
     console.print(table, width=max(console.width, least), crop=False)
 
 
-def _cell(text: str) -> Text:
-    """One line of a table's cell: no markup, control characters escaped."""
-    return Text(printable(text, keep=""))
-
-
-def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
-    """One row a model: quality first, then cost."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("")
+def show_evaluations(evaluations: Mapping[str, Evaluation]) -> None:
+    """Print one row a model: quality first, then cost."""
     has_teacher = any(evaluation.quality.agreement is not None for evaluation in evaluations.values())
     as_teacher = ("as teacher",) if has_teacher else ()
-    for heading in ("accuracy", "interval", "macro-F1", *as_teacher, "parameters", "MB", "texts/s"):
-        table.add_column(heading, justify="right")
+    rows = []
     for name, evaluation in evaluations.items():
-        quality, cost = evaluation.quality, evaluation.cost
+        quality, cost, accuracy = evaluation.quality, evaluation.cost, evaluation.intervals["accuracy"]
         agreement = "" if quality.agreement is None else f"{quality.agreement:.1%}"
-        table.add_row(
-            _cell(name),
-            f"{quality.accuracy:.1%}",
-            f"{100 * evaluation.intervals['accuracy'].low:.1f}-{100 * evaluation.intervals['accuracy'].high:.1f}",
-            f"{quality.macro_f1:.1%}",
-            *([agreement] if has_teacher else []),
-            f"{cost.parameters / 1e6:.1f} M",
-            f"{cost.megabytes:.1f}",
-            f"{cost.texts_per_second:,.0f}",
+        rows.append(
+            (
+                name,
+                f"{quality.accuracy:.1%}",
+                f"{100 * accuracy.low:.1f}-{100 * accuracy.high:.1f}",
+                f"{quality.macro_f1:.1%}",
+                *([agreement] if has_teacher else []),
+                f"{cost.parameters / 1e6:.1f} M",
+                f"{cost.megabytes:.1f}",
+                f"{cost.texts_per_second:,.0f}",
+            )
         )
-    return table
-
-
-def rows_table(headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
-    """A plain table; every column but the first is set right."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*(_cell(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
-    return table
+    show_table(("", "accuracy", "interval", "macro-F1", *as_teacher, "parameters", "MB", "texts/s"), rows)
