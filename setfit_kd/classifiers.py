@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from setfit_kd.errors import ModelError, UnavailableError
 from setfit_kd.progress import shown_on
+from setfit_kd.runtime import MANIFEST, BundleError, Classifier
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
@@ -50,8 +51,6 @@ class TorchClassifier:
 
 @contextmanager
 def _bundle_errors() -> Iterator[None]:
-    from setfit_kd.runtime import BundleError
-
     try:
         yield
     except BundleError as error:
@@ -60,10 +59,16 @@ def _bundle_errors() -> Iterator[None]:
         raise UnavailableError("This bundle needs onnxruntime.", hint="pip install onnxruntime") from error
 
 
+class _Bundle(Classifier):
+    """A bundle whose errors are ours."""
+
+    def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        with _bundle_errors():
+            return super().predict_proba(texts)
+
+
 def is_bundle(path: str | Path) -> bool:
     """Whether a folder says that it is a bundle."""
-    from setfit_kd.runtime import MANIFEST
-
     return (Path(path) / MANIFEST).is_file()
 
 
@@ -101,17 +106,8 @@ def open_classifier(
         SetFitKDError: As `setfit_kd.load`.
     """
     if is_bundle(path):
-        from setfit_kd.runtime import Classifier
-
-        class Bundle(Classifier):
-            """A bundle whose errors are ours."""
-
-            def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-                with _bundle_errors():
-                    return super().predict_proba(texts)
-
         with _bundle_errors():
-            return Bundle(path, threads=threads, batch_size=batch_size)
+            return _Bundle(path, threads=threads, batch_size=batch_size)
     from setfit_kd.models import load
 
     if threads is not None:

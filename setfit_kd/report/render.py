@@ -19,7 +19,7 @@ from setfit_kd.report.wording import environment
 from setfit_kd.runfolder import BASELINE, TEACHER, About
 
 if TYPE_CHECKING:
-    from setfit_kd.evaluation import Evaluation, OverSeeds, Spread
+    from setfit_kd.evaluation import Evaluation, Interval, OverSeeds, Spread
 
 SPREAD_HEADINGS = ("accuracy", "macro F1", "as teacher", "calibration error", "minus teacher", "minus baseline")
 _SETFIT = "config_setfit.json"
@@ -41,15 +41,14 @@ class Table:
 def html(account: Account) -> str:
     """The report as one page that needs nothing else."""
     drawings = {}
+    names = list(dict.fromkeys([*account.evaluations, *account.losses]))
     if account.evaluations:
-        names = list(account.evaluations)
         drawings = {
             "pareto": plots.pareto(account.evaluations),
             "reliability": plots.reliability(account.compared, names),
             "abstaining": plots.abstaining(curves(account), names),
         }
     if account.losses:
-        names = list(dict.fromkeys([*account.evaluations, *account.losses]))
         drawings["training"] = plots.training(account.losses, names)
     return environment().get_template("report.html").render(**_told(account), plots=drawings)
 
@@ -62,7 +61,6 @@ def markdown(account: Account) -> str:
 def card(account: Account, source: str) -> str:
     """A model card for one student, by the name that the settings give it."""
     student = next((one for one in account.students if one.source == source), None)
-    base = _hub_name(source, account)
     is_setfit = (account.folder / account.about.students[source] / _SETFIT).is_file()
     over = f" over the classes {', '.join(map(class_name, account.labels))}" if account.labels else ""
     told: dict[str, Any] = {
@@ -70,10 +68,8 @@ def card(account: Account, source: str) -> str:
         "title": "Distilled text classifier",
         "about": f"A {'SetFit model' if is_setfit else 'transformer'}{over}, distilled by setfit-kd from "
         f"{_source_of(account)}.",
-        "base_model": base,
+        "base_model": hub.split_revision(source)[0] if source in account.about.revisions else None,
         "dataset": _public(account.config.eval or "the evaluation set", account),
-        "metrics": None,
-        "comparison": None,
     }
     if student is not None:
         quality = student.evaluation.quality
@@ -96,11 +92,6 @@ def _source_of(account: Account) -> str:
     return f"{trained} and labeled {data['pool']:,} more" if data.get("pool") else trained
 
 
-def _hub_name(source: str, account: Account) -> str | None:
-    """The hub's name of a student that came from there as a model of its own."""
-    return hub.split_revision(source)[0] if source in account.about.revisions else None
-
-
 def _public(source: str, account: Account) -> str:
     """What a model card calls a data set or a model: what came from the hub in full, of a path its last part."""
     from_hub = (name.removeprefix("datasets/") for name in account.about.revisions)
@@ -121,28 +112,23 @@ def _told(account: Account) -> dict[str, Any]:
         f"{', '.join(config.student)}. setfit-kd {about.versions.get('setfit-kd', '')}, seed {config.seed}.",
         "has_teacher": account.teacher is not None,
         "verdict": verdict(account),
-        "comparison": None,
-        "over_seeds": None,
-        "students": [],
-        "matrices": [],
         "out_of_memory": _out_of_memory(about),
         "usage": [_usage(account, place) for place in about.students.values()],
         "data": _data(about),
         "settings": config.to_yaml().strip(),
         "versions": Table(("", "version"), [*about.versions.items(), *about.revisions.items()]),
     }
-    if not account.evaluations:
-        return told
-    alone = len(account.students) == 1
-    return {
-        **told,
-        "comparison": _comparison(account),
-        "comparison_note": _comparison_note(account),
-        "over_seeds": _over_seeds(account),
-        "calibration": _calibration(account),
-        "students": [_student(student, alone=alone) for student in account.students],
-        "matrices": [_matrix(name, of, account.labels) for name, of in account.evaluations.items()],
-    }
+    if account.evaluations:
+        alone = len(account.students) == 1
+        told |= {
+            "comparison": _comparison(account),
+            "comparison_note": _comparison_note(account),
+            "over_seeds": _over_seeds(account),
+            "calibration": _calibration(account),
+            "students": [_student(student, alone=alone) for student in account.students],
+            "matrices": [_matrix(name, of, account.labels) for name, of in account.evaluations.items()],
+        }
+    return told
 
 
 def _taught_by(account: Account) -> str:
@@ -316,7 +302,7 @@ def _student(student: StudentAccount, *, alone: bool) -> dict[str, Any]:
     }
 
 
-def _signed(interval: Any) -> str:
+def _signed(interval: Interval) -> str:
     return f"{100 * interval.value:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
 
 
