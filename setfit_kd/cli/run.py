@@ -93,7 +93,7 @@ def _print_plan(config: RunConfig, *, resume: bool) -> None:
     say(config.to_yaml())
     show_table(("stage", "texts", "steps"), [(of.stage, of.texts, of.steps or "") for of in stages])
     if config.seeds > 1:
-        say(f"All of it {config.seeds} times, with other seeds.")
+        say(f"All of it over {config.seeds} seeds.")
 
 
 def _print_result(result: RunResult) -> None:
