@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from synthetic import few_labels, pool_signals
 from test_predict import models, predicted, read_output  # noqa: F401 - a fixture
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 
+from setfit_kd import train_student, train_teacher
 from setfit_kd.models import embed, load_body
 from setfit_kd.runtime import Classifier, in_windows, shorten
 from setfit_kd.student import static
@@ -233,6 +235,23 @@ def test_embed_reads_of_long_texts_what_the_body_would_read(tiny_student: Path) 
         body.tokenizer.truncation_side = side
         body.max_seq_length = max_length
         np.testing.assert_allclose(embed(body, texts), body.encode(texts), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student", "transformer"])
+def test_training_hands_few_characters_to_the_tokenizer(
+    kind: str, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals, labeled = pool_signals(), few_labels()
+    signals.texts[0] = labeled.texts[0] = "match goal team " * 3_000
+    recorders = record(monkeypatch)
+    quick: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
+    if kind == "student":
+        train_student(signals, load_body(tiny_student), batch_size=16, epochs=1, **quick)
+    else:
+        name = f"transformer:{tiny_student}" if kind == "transformer" else str(tiny_student)
+        train_teacher(labeled, name, teacher_steps=1, **quick)
+    handed = [characters for one in recorders for characters in one.handed]
+    assert 0 < max(handed) <= 16 * 1_000  # a batch of texts at once
 
 
 def test_token_counts_of_a_static_student_take_few_characters_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from setfit_kd.config import FinetuneConfig, settled
 from setfit_kd.data import LabeledSet
 from setfit_kd.finetune.looks import ValidationLooks
 from setfit_kd.finetune.steps import batch_size_on, steps_in_pass
-from setfit_kd.models import last_layer, own_head
+from setfit_kd.models import last_layer, own_head, shortened
 from setfit_kd.objectives import GoldLabelsObjective
 from setfit_kd.training import inner_trainer_on, training_arguments
 
@@ -78,7 +78,7 @@ class FinetuneTrainer(Trainer):
             dropout=settled(self.config.dropout),
             micro_batch_size=self.config.micro_batch_size,
         )
-        return Dataset.from_dict({"sentence": x, "label": y}), objective
+        return Dataset.from_dict({"sentence": shortened(body, x), "label": y}), objective
 
     def train_embeddings(self, *args: Any, **kwargs: Any) -> None:
         """Train; with validation texts, the best weights are kept."""

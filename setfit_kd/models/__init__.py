@@ -17,7 +17,7 @@ from setfit_kd.models.bodies import (
     transformer_classes,
 )
 from setfit_kd.models.copying import as_distilbert, blank_transformer
-from setfit_kd.models.encode import embed, embed_tokens, head_proba, predict_proba
+from setfit_kd.models.encode import embed, embed_tokens, head_proba, predict_proba, shortened
 from setfit_kd.models.fill_mask import load_fill_mask
 from setfit_kd.models.heads import fit_head, load_head, new_head, save_head, settled_c, softmax_weights
 from setfit_kd.models.identity import content_hash
@@ -75,6 +75,7 @@ __all__ = [
     "save_head",
     "save_model",
     "settled_c",
+    "shortened",
     "softmax_weights",
     "tempered",
     "transformer_classes",

@@ -54,6 +54,13 @@ def run_batches(
         place(model, home, phase=description)
 
 
+def shortened(body: SentenceTransformer, texts: Sequence[str]) -> list[str]:
+    """Texts cut to little more than a body reads of them, see `setfit_kd.runtime.shorten`."""
+    body.preprocess(["a"])  # sets the truncation of its tokenizer
+    tokenizer = getattr(body.tokenizer, "backend_tokenizer", body.tokenizer)
+    return [shorten(text, tokenizer) for text in texts]
+
+
 def embed(
     body: SentenceTransformer,
     texts: Sequence[str],
@@ -80,11 +87,9 @@ def embed(
         OutOfMemoryError: Not even one text at once fits.
     """
     order = np.argsort([-len(text) for text in texts], kind="stable")
-    body.preprocess(["a"])  # sets the truncation of its tokenizer
-    tokenizer = getattr(body.tokenizer, "backend_tokenizer", body.tokenizer)
     embeddings: npt.NDArray[np.floating] | None = None
     windows = in_windows((texts[row] for row in order), max(_CHUNK, batch_size))
-    batches = ([shorten(text, tokenizer) for text in window] for window in windows)
+    batches = (shortened(body, window) for window in windows)
     encode = partial(_encode, body, normalize)
     start = 0
     for part in run_batches(body, batches, encode, len(texts), size=batch_size, description=description):

@@ -23,6 +23,7 @@ from setfit_kd.models import (
     held_out_logits,
     own_head,
     settled_c,
+    shortened,
     tempered,
 )
 from setfit_kd.objectives import NO_GOLD, PairsObjective, draw_pairs
@@ -107,6 +108,7 @@ class StudentTrainer(DistillationTrainer):
     ) -> tuple[Dataset, nn.Module]:
         """The texts to train on with the objective that the config names."""
         given = Given(self.model.model_body, self.signals, self.rows, self.gold, self.config)
+        x = shortened(given.body, x)
         if self.config.objective == "pairs":
             left, right, cosines = draw_pairs(
                 given.teacher_embeddings, pairs_per_text=args.num_iterations, seed=args.seed, rows=self.rows

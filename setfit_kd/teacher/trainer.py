@@ -12,7 +12,7 @@ from torch import nn
 
 from setfit_kd.config import TeacherConfig, settled
 from setfit_kd.data import LabeledSet
-from setfit_kd.models import embed, fit_head, settled_c
+from setfit_kd.models import embed, fit_head, settled_c, shortened
 from setfit_kd.objectives import ContrastiveObjective, Options, PairsObjective
 from setfit_kd.teacher.steps import PAIRS_BATCH, teacher_batches
 from setfit_kd.training import FixedBatches, inner_trainer_on, settled_rate, training_arguments
@@ -54,6 +54,7 @@ class TeacherTrainer(Trainer):
     ) -> tuple[Dataset, nn.Module]:
         """The texts with their classes and the contrastive objective, or SetFit's own pairs."""
         body = self.model.model_body
+        x = shortened(body, x)
         options: Options = {
             "dropout": settled(self.config.teacher_dropout),
             "micro_batch_size": self.config.micro_batch_size,
