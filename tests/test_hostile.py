@@ -456,14 +456,20 @@ def test_weights_that_are_not_numbers_are_refused(finished: Path) -> None:
         shutil.copyfile(finished / "student" / name, model / name)
 
 
+def test_an_evaluation_that_is_not_of_numbers_is_refused(run: Path) -> None:
+    file = run / "evaluation" / "student" / "probabilities.npy"
+    probabilities = np.load(file)
+    probabilities[0] = np.nan
+    np.save(file, probabilities)
+    assert "not all finite" in refused("report", run)
+
+
 def test_a_hub_name_with_a_space_is_refused_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "'my model'" in refused("predict", "my model", "some text")
 
 
-@pytest.mark.parametrize(
-    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "body.safetensors"]
-)
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "trainer_state.json"])
 def test_a_checkpoint_with_foreign_files_is_removed(
     name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

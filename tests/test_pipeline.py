@@ -251,6 +251,9 @@ def test_a_folder_in_use_is_refused_and_replaced_on_request(
     (folder / "config.yaml").write_text(RunConfig.of().to_yaml())
     with pytest.raises(OutputError, match="not empty"):
         small_run(tiny_teacher, tiny_student, output_dir=folder)
+    with pytest.raises(OutputError, match="but no run"):  # any project may have a config.yaml
+        small_run(tiny_teacher, tiny_student, output_dir=folder, overwrite=True)
+    (folder / "run.json").write_text('{"format": 1, "finished": false, "stages": {}}')
     small_run(tiny_teacher, tiny_student, output_dir=folder, overwrite=True, baseline=False)
     assert not (folder / "student" / "stale.bin").exists()
     assert (folder / "notes.txt").read_text() == "mine"

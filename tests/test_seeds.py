@@ -228,8 +228,6 @@ def test_the_screen_shows_mean_and_deviation(three: Path) -> None:
     assert "3 seeds" in result.output
     assert f"{100 * of['mean']:+.1f} ± {100 * of['std']:.1f}" in result.output
     planned = CliRunner().invoke(main, ["run", "--resume", str(three), "--dry-run"])
-    total, over = (int(line.split()[-1].replace(",", "")) for line in planned.output.splitlines()[-2:])
-    assert over == 3 * total
     assert "over 3 seeds" in planned.output
 
 
