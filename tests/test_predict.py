@@ -389,7 +389,7 @@ VALUES: dict[str, tuple[pa.DataType, Any]] = {
     "big": (pa.int64(), 2**62 + 1),
     "small": (pa.int8(), 7),
     "unsigned": (pa.uint64(), 2**64 - 1),
-    "half": (pa.float16(), 1.5),
+    "half": (pa.float16(), np.float16(1.5)),
     "day": (pa.date32(), dt.date(2024, 2, 29)),
     "moment": (pa.timestamp("ns", "UTC"), 1_234_567_890_123_456_789),
     "clock": (pa.time64("us"), dt.time(1, 2, 3, 4)),
