@@ -283,10 +283,10 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: It cannot be read or is no regular file.
     """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with check_regular(path).open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from conftest import FAST, newswire
 
 from setfit_kd import distill
+from setfit_kd.checkpoints import Checkpoints
 from setfit_kd.cli import main
 from setfit_kd.export import export_bundle
 from setfit_kd.models import load_folder
@@ -497,3 +498,11 @@ def test_a_checkpoint_with_foreign_files_is_removed(
     assert "It was removed" in refused(*command)
     assert not (tmp_path / "evidence").exists()
     assert invoke(*command).exit_code == 0
+
+
+def test_a_checkpoint_that_names_a_device_is_left_out(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "whole.json").write_text(json.dumps({"/dev/zero": "0"}))
+    assert Checkpoints(tmp_path, seconds=1).latest() is None
+    assert not checkpoint.exists()
