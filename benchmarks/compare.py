@@ -21,7 +21,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from setfit_kd.runfolder import versions
+from setfit_kd.run_folder import versions
 
 HERE = Path(__file__).parent
 ROWS = {  # in the order in which they must run; see contestants.py

@@ -28,10 +28,10 @@ import psutil
 from setfit_kd import distill, load
 from setfit_kd.data import read
 from setfit_kd.export import export_bundle
+from setfit_kd.inference.benchmark import measure_speed
 from setfit_kd.models import locate, new_model, save_model
-from setfit_kd.runfolder import versions
+from setfit_kd.run_folder import versions
 from setfit_kd.signals import TeacherSignals
-from setfit_kd.speed import measure_speed
 
 HERE = Path(__file__).parent
 TEACHER, LAYERS = "demo:all-MiniLM-L6-v2", "layers:0,2,5"

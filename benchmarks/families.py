@@ -19,7 +19,7 @@ import torch
 
 from setfit_kd import RunResult, distill
 from setfit_kd.report import SPREAD_HEADINGS, shown, spread_cells
-from setfit_kd.runfolder import versions
+from setfit_kd.run_folder import versions
 
 HERE = Path(__file__).parent
 MINILM, LAYERS = "demo:all-MiniLM-L6-v2", "layers:0,2,5"

@@ -20,7 +20,7 @@ from setfit_kd import TeacherSignals, train_student
 from setfit_kd.data import read
 from setfit_kd.memory import Ladder
 from setfit_kd.models import cut_layers, embed, load_body, locate
-from setfit_kd.training import retry_steps
+from setfit_kd.training.loop import retry_steps
 
 BATCH = 32
 

@@ -117,8 +117,8 @@ def peak_mb() -> int:
 def work(kind: str, n: int, scratch: Path) -> dict[str, Any]:
     """One measurement."""
     from setfit_kd import RunConfig, train_student, train_teacher
-    from setfit_kd.data import load_run_data
     from setfit_kd.models import cut_layers, load_body, locate
+    from setfit_kd.run.data import load_run_data
     from setfit_kd.teacher import refine_and_score
 
     write_pool(scratch / "pool.parquet", n)
@@ -149,7 +149,7 @@ def work(kind: str, n: int, scratch: Path) -> dict[str, Any]:
         train_student(signals, student, labeled=data.labeled, config=config)
         cell["student"] = round(time.process_time() - started, 2)
     else:
-        from setfit_kd.objectives import SimilarityObjective, draw_pairs
+        from setfit_kd.losses import SimilarityObjective, draw_pairs
 
         assert signals.embeddings is not None
         draw_pairs(signals.embeddings, pairs_per_text=1, seed=0)

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from setfit_kd.config import RunConfig as RunConfig
     from setfit_kd.evaluation import evaluate as evaluate
     from setfit_kd.models import load as load
-    from setfit_kd.pipeline import RunResult as RunResult
-    from setfit_kd.pipeline import distill as distill
+    from setfit_kd.run import RunResult as RunResult
+    from setfit_kd.run import distill as distill
     from setfit_kd.signals import TeacherSignals as TeacherSignals
     from setfit_kd.student import train_student as train_student
     from setfit_kd.teacher import score as score
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "RunConfig": "setfit_kd.config",
-    "RunResult": "setfit_kd.pipeline",
+    "RunResult": "setfit_kd.run",
     "TeacherSignals": "setfit_kd.signals",
-    "distill": "setfit_kd.pipeline",
+    "distill": "setfit_kd.run",
     "evaluate": "setfit_kd.evaluation",
     "load": "setfit_kd.models",
     "score": "setfit_kd.teacher",

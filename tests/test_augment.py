@@ -19,11 +19,12 @@ from conftest import make_body, newswire
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from setfit_kd.data.augmentation import METHODS, augment
-from setfit_kd.data.prepare import normalise
+from setfit_kd.augment import augment, load_fill_mask
+from setfit_kd.augment.edits import METHODS
+from setfit_kd.augment.fill_mask import FillMask
+from setfit_kd.data import normalise
 from setfit_kd.errors import ModelError
 from setfit_kd.memory import remembering
-from setfit_kd.models.fill_mask import FillMask, load_fill_mask
 
 CPU = torch.device("cpu")
 TEXTS = [row["text"] for row in newswire("train")[:60]]

@@ -18,10 +18,10 @@ import safetensors.numpy
 import safetensors.torch
 from click.testing import CliRunner, Result
 
-from setfit_kd.arrays import save_rows
 from setfit_kd.cli import main
-from setfit_kd.files import writing
-from setfit_kd.runfolder import RunFolder
+from setfit_kd.run_folder import RunFolder
+from setfit_kd.utils.arrays import save_rows
+from setfit_kd.utils.atomic_io import writing
 
 GOOD = {
     "labeled.csv": "text,label\n" + "".join(f"{c} text {i},{c}\n" for i in range(4) for c in ("ants", "bees")),
@@ -419,7 +419,7 @@ def test_disk_that_fills_up_while_tensors_are_written(
 
     for module in (safetensors.torch, safetensors.numpy):
         monkeypatch.setattr(module, "serialize_file", write_tensors)
-    monkeypatch.setattr("setfit_kd.signals.save_rows", write_rows)
+    monkeypatch.setattr("setfit_kd.signals.signals.save_rows", write_rows)
     result = invoke_run(*models, "--output-dir", str(tmp_path / "out"))
     assert_full_disk(result, tmp_path / "out", done=done)
 

@@ -17,11 +17,12 @@ import pytest
 import torch
 from conftest import FAST, newswire
 
-from setfit_kd import arrays, distill, score
-from setfit_kd.arrays import load_rows, save_rows
-from setfit_kd.files import CACHE_VARIABLE, cache_folder
+from setfit_kd import distill, score
 from setfit_kd.models import fit_head, load_body, new_model
-from setfit_kd.teacher import cache
+from setfit_kd.signals import embedding_cache as cache
+from setfit_kd.utils import arrays
+from setfit_kd.utils.arrays import load_rows, save_rows
+from setfit_kd.utils.files import CACHE_VARIABLE, cache_folder
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -23,18 +23,18 @@ from hypothesis import strategies as st
 
 from setfit_kd.config import DataConfig
 from setfit_kd.data import (
+    DataSplits,
     LabeledSet,
-    RunData,
     Source,
     draw_shots,
     encode_labels,
-    load_run_data,
+    normalise,
     prepare,
     read,
     stream_texts,
 )
-from setfit_kd.data.prepare import normalise
 from setfit_kd.errors import ConfigError, DataError
+from setfit_kd.run.data import load_run_data
 
 TEXTS = ["Rain stops play", 'She said: "no,\tnever"', "Two lines\nof café", "x" * 200_000]
 LABELS = ["Sports", "World", "World", "Sports"]
@@ -441,7 +441,7 @@ def test_shots_leave_the_pool_and_the_rest_stays() -> None:
     assert {text.lower() for text in data.pool} == left
 
 
-def drawn(data: RunData) -> tuple[list[str], list[str]]:
+def drawn(data: DataSplits) -> tuple[list[str], list[str]]:
     return data.labeled.texts, data.pool
 
 
@@ -449,7 +449,7 @@ def test_same_seed_draws_the_same_and_another_seed_another() -> None:
     labeled = numbered({"a": 30, "b": 30})
     pool = [f"pool {i}" for i in range(100)]
 
-    def draw(seed: int) -> RunData:
+    def draw(seed: int) -> DataSplits:
         return prepare(labeled, pool, None, DataConfig.of(shots=4, pool_size=20, seed=seed))
 
     assert drawn(draw(5)) == drawn(draw(5))

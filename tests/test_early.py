@@ -18,8 +18,9 @@ from setfit_kd.config import StudentConfig
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import embed, fit_head, new_model
 from setfit_kd.models.heads import DEFAULT_C
-from setfit_kd.student import early, steps
-from setfit_kd.student.early import AgreementStop, hold_out, soft_agreement
+from setfit_kd.student import agreement as early
+from setfit_kd.student import steps
+from setfit_kd.student.agreement import AgreementStop, hold_out, soft_agreement
 from setfit_kd.student.steps import LEAST_HELD_OUT, MOST_HELD_OUT
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def test_what_is_held_out_is_never_trained_on(
 def test_batches_hold_the_training_rows_and_no_others(
     student_body: SentenceTransformer, patience: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from setfit_kd.objectives import SimilarityObjective
+    from setfit_kd.losses import SimilarityObjective
 
     seen: list[int] = []
     loss = SimilarityObjective.loss

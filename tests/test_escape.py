@@ -17,11 +17,10 @@ from synthetic import QUICK, few_labels, pool_signals
 
 from setfit_kd import train_student
 from setfit_kd.cli import main
-from setfit_kd.escape import json_text, printable
 from setfit_kd.export import export_bundle
-from setfit_kd.models import load_body, save_model
-from setfit_kd.runfolder import RunFolder, recorded
-from setfit_kd.student.static import static_body
+from setfit_kd.models import load_body, save_model, static_body
+from setfit_kd.run_folder import RunFolder, recorded
+from setfit_kd.utils.escape import json_text, printable
 
 LINK = "](http://x) <img src=x> \n# heading"
 LABELS = ("\x1b]0;x\x07title", "\x1b[2J\x9b31m", "\u202egnp\r\x7f\u2028\u2066x", LINK)

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from setfit_kd import evaluate
-from setfit_kd.data.sets import LabeledSet
+from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation import Evaluation, measure_quality
 from setfit_kd.evaluation.cost import count_parameters
-from setfit_kd.files import folder_megabytes
 from setfit_kd.models import fit_head, new_model, predict_proba, save_model
+from setfit_kd.utils.files import folder_megabytes
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -27,9 +27,8 @@ from setfit_kd.errors import ConfigError, DataError, ModelError, OutputError, Un
 from setfit_kd.export import Bundle, export_bundle
 from setfit_kd.export import bundle as bundles
 from setfit_kd.export.onnx import write_onnx
-from setfit_kd.models import embed, load_body, new_head, new_model, predict_proba
+from setfit_kd.models import embed, load_body, new_head, new_model, predict_proba, static_body
 from setfit_kd.runtime import Classifier, classify
-from setfit_kd.student.static import static_body
 
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from setfit_kd import TeacherSignals, train_student
-from setfit_kd.data import read_signals
 from setfit_kd.errors import DataError
-from setfit_kd.predictions import Predictions, predictions_file
+from setfit_kd.inference.predict import Predictions, predictions_file
+from setfit_kd.signals.files import read_signals
 
 NAMES = ["Sports", "Sci/Tech", "Wirtschaft, usw."]
 TEXTS = [row["text"] for row in newswire("train")[:6]]

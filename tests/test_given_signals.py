@@ -280,7 +280,7 @@ def test_gold_labels_make_a_baseline(with_gold: Finished, plain: Finished) -> No
 def test_without_evaluation_or_wish_there_is_no_baseline(
     has_eval: bool, run: Run, given: Given, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("setfit_kd.stages.train_teacher", refuse)
+    monkeypatch.setattr("setfit_kd.run.student_stages.train_teacher", refuse)
     others = {"eval": given.eval, "baseline": False} if has_eval else {}
     result = run(given.said, labeled=given.labeled, **others)
     assert list(result.evaluations) == ["student"] * has_eval
@@ -484,9 +484,8 @@ def test_a_plan_tells_of_no_teacher(given: Given, tiny_student: Path, tmp_path: 
 def test_the_plan_is_what_is_trained(
     labeled: list[Row] | None, given: Given, tiny_student: Path, tmp_path: Path, trained: list[int]
 ) -> None:
-    from setfit_kd.pipeline import prepare_run
-    from setfit_kd.pipeline import run as run_pipeline
-    from setfit_kd.planning import plan
+    from setfit_kd.run import plan, prepare_run
+    from setfit_kd.run import run as run_pipeline
 
     names = [f"static:4@{tiny_student}", f"transformer:{tiny_student}"]
     settings = {**FAST, "shots": None, "batch_size": 16, "signals": str(given.said), "eval": str(given.eval)}
@@ -553,7 +552,7 @@ def test_from_the_same_signals_nothing_is_made_anew(
 ) -> None:
     folder, file = copied
     for name in ("train_student", "train_teacher", "evaluate"):
-        monkeypatch.setattr(f"setfit_kd.stages.{name}", refuse)
+        monkeypatch.setattr(f"setfit_kd.run.student_stages.{name}", refuse)
     distill(resume=folder, **({"signals": str(file), "labeled": read_config(folder / "config.yaml")["labeled"],
                                "eval": read_config(folder / "config.yaml")["eval"]} if moved else {}))  # fmt: skip
     assert (folder / "metrics.json").read_bytes() == (with_gold.folder / "metrics.json").read_bytes()

@@ -16,11 +16,10 @@ from click.testing import CliRunner, Result
 from conftest import FAST, newswire
 
 from setfit_kd import distill
-from setfit_kd.checkpoints import Checkpoints
 from setfit_kd.cli import main
-from setfit_kd.export import export_bundle
+from setfit_kd.export import export_bundle, prepare_publication
 from setfit_kd.models import load_folder
-from setfit_kd.publish import prepare_publication
+from setfit_kd.training.checkpoints import Checkpoints
 
 MOST_BYTES = 2_000_000_000
 SPARSE_BYTES = 40_000_000_000

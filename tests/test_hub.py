@@ -20,10 +20,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from standin_hub import StandInHub
 
-from setfit_kd import hub
 from setfit_kd.config import PRESETS
 from setfit_kd.data import read
 from setfit_kd.errors import InputError, SetFitKDError, UnavailableError
+from setfit_kd.hub import client as hub
 
 TEACHER, STUDENT = PRESETS["ag_news"]["teacher"], PRESETS["ag_news"]["student"]
 SECONDS = 10.0

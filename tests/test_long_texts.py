@@ -21,9 +21,8 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 
 from setfit_kd import train_student, train_teacher
-from setfit_kd.models import embed, load_body
+from setfit_kd.models import embed, load_body, static
 from setfit_kd.runtime import Classifier, in_windows, shorten
-from setfit_kd.student import static
 
 LIMIT = "setfit_kd.runtime.classify.MAX_CHARACTERS"
 WORDS = ["the", "then", "hen", "e", "東京", "、", "é", "x" * 150, "🙂", "\x1c", "\u3000", "\u00a0", "'s", "[MASK]"]

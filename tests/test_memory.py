@@ -21,7 +21,8 @@ from torch import Tensor
 from setfit_kd import distill, evaluate, load, score, train_student, train_teacher
 from setfit_kd.errors import ConfigError, ModelError, OutOfMemoryError, OutputError
 from setfit_kd.export import export_bundle
-from setfit_kd.memory import Ladder, Recovery, Rung, devices, is_out_of_memory, ladder, remembering, resolve_device
+from setfit_kd.memory import Ladder, Recovery, Rung, devices, is_out_of_memory, remembering, resolve_device
+from setfit_kd.memory import backoff as ladder
 from setfit_kd.models import cut_layers, embed, load_body, predict_proba, save_model
 from setfit_kd.runtime import Classifier
 
@@ -567,7 +568,7 @@ def test_a_batch_that_does_not_fit_is_split_until_it_does(
     tiny_student: Path, training: str, most: int, ends_with: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fault comes from inside the forward pass, and from a recomputation in the backward pass too."""
-    from setfit_kd.objectives import Objective
+    from setfit_kd.losses import Objective
 
     expected = weights(TRAININGS[training](tiny_student))
     encode = Objective._encode
@@ -588,7 +589,7 @@ def test_a_batch_that_does_not_fit_is_split_until_it_does(
 def test_a_fault_in_a_recomputation_is_met_like_any_other(
     tiny_student: Path, training: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from setfit_kd.objectives import Objective
+    from setfit_kd.losses import Objective
 
     expected = weights(TRAININGS[training](tiny_student))
     # A step on 8 texts passes 4 of them twice forward, and each again in the backward pass.
@@ -764,7 +765,7 @@ def test_a_model_that_does_not_fit_its_device_is_loaded_on_the_cpu(
     save_model(teacher_of(tiny_student), tmp_path / "model")
     body = load_body(tmp_path / "model")
     monkeypatch.setattr(body, "to", Faults(1, 2).wrap(body.to))
-    monkeypatch.setattr("setfit_kd.models.store.load_body", lambda _: body)
+    monkeypatch.setattr("setfit_kd.models.io.load_body", lambda _: body)
     with remembering() as recoveries:
         model = load(tmp_path / "model", device="cpu")
     assert [recovery.phase for recovery in recoveries] == ["Loading model"] * 2

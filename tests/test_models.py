@@ -28,15 +28,17 @@ from setfit_kd.models import (
     cut_layers,
     embed,
     fit_head,
+    layers,
     load,
     load_body,
+    load_head,
     locate,
     n_layers,
     new_model,
     predict_proba,
+    save_head,
     save_model,
 )
-from setfit_kd.models.heads import load_head, save_head
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -201,11 +203,11 @@ def config_of(body: SentenceTransformer) -> Any:
 
 
 def layers_of(body: SentenceTransformer) -> list[dict[str, torch.Tensor]]:
-    return [layer.state_dict() for layer in bodies._layers(body)[2]]
+    return [layer.state_dict() for layer in layers._layers(body)[2]]
 
 
 def around_layers(body: SentenceTransformer) -> dict[str, torch.Tensor]:
-    path = next(path for path in bodies._LAYER_PATHS if any(f".{path}.0." in name for name in body.state_dict()))
+    path = next(path for path in layers._LAYER_PATHS if any(f".{path}.0." in name for name in body.state_dict()))
     return {name: tensor for name, tensor in body.state_dict().items() if f".{path}." not in name}
 
 

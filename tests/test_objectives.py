@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from setfit_kd.objectives import (
+from setfit_kd.losses import (
     NO_GOLD,
     ContrastiveObjective,
     EmbeddingObjective,
@@ -31,7 +31,7 @@ from setfit_kd.objectives import (
     balanced_batches,
     draw_pairs,
 )
-from setfit_kd.objectives.base import cosine_matrix
+from setfit_kd.losses.base import cosine_matrix
 
 Floats = npt.NDArray[np.float64]
 NO_BODY: Any = nn.Identity()
@@ -710,7 +710,7 @@ def plain_forward(body: SentenceTransformer) -> Tensor:
 def test_embedding_by_parts_changes_neither_embeddings_nor_gradients(
     teacher_body: SentenceTransformer, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("setfit_kd.objectives.base.CPU_PART", part)
+    monkeypatch.setattr("setfit_kd.losses.base.CPU_PART", part)
     teacher_body.double().eval()
     objective = PairsObjective(teacher_body)
     weights = torch.randn(len(LONG_AND_SHORT), 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -812,7 +812,7 @@ def test_micro_batches_draw_the_same_dropout_again(
         return flat_gradient(objective(features, LABELS), objective)
 
     ours = slope(0)
-    monkeypatch.setattr("setfit_kd.objectives.base.checkpoint", lambda function, *inputs, **_: function(*inputs))
+    monkeypatch.setattr("setfit_kd.losses.base.checkpoint", lambda function, *inputs, **_: function(*inputs))
     kept, other = slope(0), slope(1)
     assert relative_error(ours, kept) < 1e-6
     assert relative_error(other, kept) > 1e-2

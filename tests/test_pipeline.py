@@ -23,8 +23,8 @@ from setfit_kd.config import read_config
 from setfit_kd.data import encode_labels, prepare, read
 from setfit_kd.errors import OutputError
 from setfit_kd.models import load_body, predict_proba
-from setfit_kd.runfolder import RunFolder, recorded
-from setfit_kd.temperature import at_temperature
+from setfit_kd.models.temperature import at_temperature
+from setfit_kd.run_folder import RunFolder, recorded
 
 QUALITY = ("accuracy", "macro_f1", "classes", "confusion", "agreement")
 
@@ -181,7 +181,7 @@ def test_the_log_of_a_run_changes_nothing_for_other_handlers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def log() -> str:
-        logger = logging.getLogger("setfit_kd.training")
+        logger = logging.getLogger("setfit_kd.training.loop")
         logger.debug("debug")
         logger.info("info")
         logger.warning("warning")

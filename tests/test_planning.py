@@ -13,9 +13,8 @@ from setfit_kd import train_student, train_teacher
 from setfit_kd.config import FinetuneConfig, RunConfig, StudentConfig, TeacherConfig
 from setfit_kd.finetune import finetune, finetune_steps
 from setfit_kd.memory import resolve_device
-from setfit_kd.pipeline import prepare_run
-from setfit_kd.pipeline import run as run_pipeline
-from setfit_kd.planning import plan
+from setfit_kd.run import plan, prepare_run
+from setfit_kd.run import run as run_pipeline
 from setfit_kd.student import student_steps
 from setfit_kd.teacher import training_steps
 

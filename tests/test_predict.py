@@ -33,12 +33,11 @@ from synthetic import QUICK, few_labels, pool_signals, texts_and_labels
 from test_bad_input import assert_refused, halve, scribble, tree
 
 from setfit_kd import train_student
-from setfit_kd.classifiers import open_classifier
 from setfit_kd.cli import main
 from setfit_kd.export import export_bundle
-from setfit_kd.models import load_body, save_model
-from setfit_kd.predictions import AT_ONCE, classify, predictions_file
-from setfit_kd.student.static import static_body
+from setfit_kd.inference.classifier import open_classifier
+from setfit_kd.inference.predict import AT_ONCE, classify, predictions_file
+from setfit_kd.models import load_body, save_model, static_body
 
 LABELS = ('Sci/Tech, "new"', "Sports", "Geld\tund Zinsen", "سياسة 🗳")
 TEXTS = [*texts_and_labels(4)[0], "something else"]

@@ -152,7 +152,7 @@ def test_nobody_answers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_hub_that_never_answers_is_given_up(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from setfit_kd import hub
+    from setfit_kd.hub import client as hub
 
     monkeypatch.setattr(hub, "UPLOAD_STALL_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -10,19 +10,19 @@ import numpy.typing as npt
 import pytest
 from conftest import newswire
 
-from setfit_kd import arrays
 from setfit_kd.config import SignalsConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.models import embed, fit_head, head_proba, new_model, predict_proba
+from setfit_kd.models.temperature import at_temperature
 from setfit_kd.teacher import refine_and_score
-from setfit_kd.teacher.refinement import NEIGHBOURS, refine
-from setfit_kd.temperature import at_temperature
+from setfit_kd.teacher.self_training import NEIGHBOURS, refine
+from setfit_kd.utils import arrays
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
-import setfit_kd.teacher.refinement as refining
+import setfit_kd.teacher.self_training as refining
 
 Floats = npt.NDArray[np.float32]
 

@@ -34,10 +34,10 @@ from setfit_kd.config import RunConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.evaluation import Evaluation, measure_quality, read_texts, write_texts
 from setfit_kd.evaluation.cost import Cost
-from setfit_kd.pipeline import student_names
 from setfit_kd.report import read_account, verdict
 from setfit_kd.report.render import card, markdown
-from setfit_kd.runfolder import baseline_of, versions
+from setfit_kd.run import student_names
+from setfit_kd.run_folder import baseline_of, versions
 
 PAGE, MARKDOWN = "report.html", "report.md"
 KINDS = (PAGE, MARKDOWN)

@@ -26,12 +26,12 @@ from setfit_kd.cli import main
 from setfit_kd.config import RunConfig, SignalsConfig, StageConfig, StudentConfig, TeacherConfig, read_config
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import ConfigError, DataError, OutputError
-from setfit_kd.files import locked_folder
 from setfit_kd.finetune import finetune
-from setfit_kd.hashing import fingerprint
-from setfit_kd.pipeline import resumed
-from setfit_kd.runfolder import RunFolder
+from setfit_kd.run import resumed
+from setfit_kd.run_folder import RunFolder
 from setfit_kd.signals import TeacherSignals
+from setfit_kd.utils.atomic_io import locked_folder
+from setfit_kd.utils.hashing import fingerprint
 
 EVERY_STEP = 1e-9
 EVALUATIONS = {f"evaluation/{name}" for name in ("teacher", "student", "baseline")}
@@ -419,7 +419,7 @@ def test_after_the_error_it_is_told_how_to_go_on(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("setfit_kd.stages.train_student", fail)
+    monkeypatch.setattr("setfit_kd.run.student_stages.train_student", fail)
     result = CliRunner().invoke(main, ["run", "--resume", str(finished), "--epochs", "1"])
     assert result.exit_code == code
     told = result.stderr.splitlines()
@@ -444,7 +444,7 @@ def test_two_processes_keep_out_of_each_others_way(run_in: Run, finished: Path) 
 
 def test_the_lock_of_a_process_that_is_gone_is_none(run_in: Run, finished: Path) -> None:
     program = (
-        "import os, signal, sys, pathlib\nfrom setfit_kd.files import locked_folder\n"
+        "import os, signal, sys, pathlib\nfrom setfit_kd.utils.atomic_io import locked_folder\n"
         "with locked_folder(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
     )
     died = subprocess.run([sys.executable, "-c", program, finished], check=False)

@@ -30,10 +30,9 @@ from hypothesis.extra import numpy as hnp
 from tokenizers import Tokenizer
 
 from setfit_kd.export import export_bundle
-from setfit_kd.models import embed, load_body, new_head, new_model
+from setfit_kd.models import embed, load_body, new_head, new_model, static_body
 from setfit_kd.runtime import BundleError, Classifier, Prediction
 from setfit_kd.runtime.classify import read_safetensors
-from setfit_kd.student.static import static_body
 
 Floats = npt.NDArray[np.float32]
 Damage = Callable[[Path], None]

@@ -151,7 +151,7 @@ def test_another_seed_that_fails_takes_nothing_from_a_finished_run(
     def fail(*_: Any, **__: Any) -> None:
         raise OutputError("The disk is full.")
 
-    monkeypatch.setattr("setfit_kd.teaching.train_teacher", fail)
+    monkeypatch.setattr("setfit_kd.run.teacher_stages.train_teacher", fail)
     with pytest.raises(OutputError):
         distill(resume=folder, seeds=4)
     assert metrics(folder) == metrics(three)

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from setfit_kd import TeacherSignals, arrays
+from setfit_kd import TeacherSignals
 from setfit_kd.errors import DataError, OutputError
+from setfit_kd.utils import arrays
 
 Floats = npt.NDArray[np.float32]
 
@@ -237,7 +238,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("setfit_kd.signals.save_rows", full)
+    monkeypatch.setattr("setfit_kd.signals.signals.save_rows", full)
     with pytest.raises(OutputError, match="ENOSPC"):
         GOOD.save(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []

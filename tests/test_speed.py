@@ -17,11 +17,11 @@ from click.testing import CliRunner, Result
 from test_bad_input import assert_refused, halve
 from test_predict import models  # noqa: F401 - a fixture
 
-from setfit_kd import speed as speed_module
 from setfit_kd.cli import main
 from setfit_kd.data import read
 from setfit_kd.errors import DataError, InputError, SetFitKDError, UnavailableError
-from setfit_kd.speed import Speed, measure_speed
+from setfit_kd.inference import benchmark as speed_module
+from setfit_kd.inference.benchmark import Speed, measure_speed
 
 TEXTS = ["the match was lost", "shares rose", "the vote is tomorrow", "a new phone"]
 SIZES = (4,)

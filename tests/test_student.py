@@ -13,14 +13,10 @@ import torch
 from synthetic import NAMES, QUICK, few_labels, pool_signals, same, texts_and_labels, weights
 
 from setfit_kd import TeacherSignals, train_student, train_teacher
-from setfit_kd import training as training_module
 from setfit_kd.config import StudentConfig, parse_objectives
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.memory import resolve_device
-from setfit_kd.models import embed, fit_head, load_body, new_model, predict_proba
-from setfit_kd.models.heads import DEFAULT_C
-from setfit_kd.objectives import (
+from setfit_kd.losses import (
     NO_GOLD,
     EmbeddingObjective,
     Objective,
@@ -28,8 +24,12 @@ from setfit_kd.objectives import (
     SoftLabelsObjective,
     WeightedSum,
 )
+from setfit_kd.memory import resolve_device
+from setfit_kd.models import embed, fit_head, load_body, new_model, predict_proba
+from setfit_kd.models.heads import DEFAULT_C
 from setfit_kd.student import trainer as trainer_module
-from setfit_kd.student.objective import Given, gold_of, in_batch_objective
+from setfit_kd.student.loss import Given, gold_of, in_batch_objective
+from setfit_kd.training import loop as training_module
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -181,7 +181,7 @@ def test_soft_labels_teach_the_teachers_classes(tiny_student: Path) -> None:
 def test_soft_labels_start_from_a_fitted_head(
     student_body: SentenceTransformer, classes: int, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from setfit_kd.student import objective as objective_module
+    from setfit_kd.student import loss as objective_module
 
     monkeypatch.setattr(objective_module, "START_TEXTS", 33)
     signals = pool_signals(n, classes)

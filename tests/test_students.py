@@ -22,16 +22,15 @@ from scipy.stats import spearmanr
 from synthetic import QUICK, few_labels, pool_signals, same, weights
 
 from setfit_kd import RunConfig, RunResult, distill, evaluate, load, train_student, train_teacher
-from setfit_kd import stages as stages_module
-from setfit_kd import teaching as teaching_module
 from setfit_kd.cli import main
 from setfit_kd.config import read_config
 from setfit_kd.errors import ConfigError, ModelError, SetFitKDError
 from setfit_kd.memory import remembering
-from setfit_kd.models import embed, embed_tokens, is_static, load_body, predict_proba
+from setfit_kd.models import embed, embed_tokens, is_static, load_body, predict_proba, static_body
+from setfit_kd.run import student_stages as stages_module
+from setfit_kd.run import teacher_stages as teaching_module
 from setfit_kd.student import locate_student, slugs, student_body
-from setfit_kd.student.bodies import spread_evenly
-from setfit_kd.student.static import static_body
+from setfit_kd.student.kinds import spread_evenly
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -359,7 +358,7 @@ def test_frequent_tokens_weigh_less(teacher_body: SentenceTransformer) -> None:
 def test_every_text_is_counted(teacher_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [row["text"] for row in newswire("eval")]
     expected = table_of(static_body(teacher_body, texts, dimension=8))
-    monkeypatch.setattr("setfit_kd.student.static._COUNTED", 7)
+    monkeypatch.setattr("setfit_kd.models.static._COUNTED", 7)
     np.testing.assert_array_equal(table_of(static_body(teacher_body, texts, dimension=8)), expected)
 
 

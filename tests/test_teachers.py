@@ -29,12 +29,12 @@ from setfit_kd.errors import ConfigError
 from setfit_kd.evaluation import Evaluation, evaluate_together, measure_quality
 from setfit_kd.evaluation.cost import Cost
 from setfit_kd.models import load_body, predict_proba
+from setfit_kd.models.temperature import at_temperature
 from setfit_kd.report import read_account, verdict
 from setfit_kd.report.render import card
-from setfit_kd.runfolder import TEACHER
+from setfit_kd.run_folder import TEACHER
 from setfit_kd.teacher import held_out_accuracy
-from setfit_kd.teacher.weights import FOLDS
-from setfit_kd.temperature import at_temperature
+from setfit_kd.teacher.ensemble import FOLDS
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -114,7 +114,7 @@ def refuse(*_: Any, **__: Any) -> Any:
 def no_teacher_is_trained() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("train_teacher", "refine_and_score"):
-            patch.setattr(f"setfit_kd.teaching.{name}", refuse)
+            patch.setattr(f"setfit_kd.run.teacher_stages.{name}", refuse)
         yield patch
 
 
@@ -387,8 +387,8 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
         seen.said.append(predict_proba(model, texts, **how))
         return seen.said[-1]
 
-    monkeypatch.setattr("setfit_kd.teacher.weights.train_teacher", train)
-    monkeypatch.setattr("setfit_kd.teacher.weights.predict_proba", ask)
+    monkeypatch.setattr("setfit_kd.teacher.ensemble.train_teacher", train)
+    monkeypatch.setattr("setfit_kd.teacher.ensemble.predict_proba", ask)
     return seen
 
 
@@ -437,7 +437,7 @@ def test_too_few_labels_weigh_all_teachers_alike(
 def nothing_is_made(patch: pytest.MonkeyPatch) -> None:
     for name in ("stages.train_teacher", "stages.train_student", "stages.evaluate", "stages.evaluate_together"):
         patch.setattr(f"setfit_kd.{name}", refuse)
-    patch.setattr("setfit_kd.teaching.held_out_accuracy", refuse)
+    patch.setattr("setfit_kd.run.teacher_stages.held_out_accuracy", refuse)
 
 
 @pytest.mark.parametrize("name", ["both", "cross_validated"])
@@ -522,7 +522,7 @@ def test_no_teacher_is_held_while_the_next_is_trained_unless_a_student_is_made_o
         bodies.append(weakref.ref(trained.model_body))
         return trained
 
-    monkeypatch.setattr("setfit_kd.teaching.train_teacher", train)
+    monkeypatch.setattr("setfit_kd.run.teacher_stages.train_teacher", train)
     run(student=student.replace("MODEL", model), baseline=False, eval=None, teacher_steps=1)
     assert alive == [is_kept]
     gc.collect()
@@ -547,8 +547,8 @@ def test_a_teacher_is_not_held_while_it_is_weighed(
         alive.append(bodies[-1]() is not None)
         return 0.5
 
-    monkeypatch.setattr("setfit_kd.teaching.train_teacher", train)
-    monkeypatch.setattr("setfit_kd.teaching.held_out_accuracy", weigh)
+    monkeypatch.setattr("setfit_kd.run.teacher_stages.train_teacher", train)
+    monkeypatch.setattr("setfit_kd.run.teacher_stages.held_out_accuracy", weigh)
     student = f"static:2@{base['teacher'][0]}"
     run(student=student, baseline=False, eval=None, teacher_steps=1, teacher_weights="cross-validated")
     assert alive == [False, False]

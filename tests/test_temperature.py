@@ -13,17 +13,10 @@ from hypothesis import strategies as st
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation import measure_calibration
-from setfit_kd.models import (
-    fit_head,
-    held_out_logits,
-    load_body,
-    logits,
-    new_model,
-    tempered,
-)
+from setfit_kd.models import fit_head, held_out_logits, load_body, logits, new_model, tempered
+from setfit_kd.models.temperature import at_temperature, fit_temperature
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.teacher import refine_and_score
-from setfit_kd.temperature import at_temperature, fit_temperature
 
 Rows = npt.NDArray[np.floating]
 

@@ -16,15 +16,14 @@ from synthetic import BATCH, NAMES, POOL, QUICK, few_labels, pool_signals, same,
 
 from setfit_kd import TeacherSignals, score, train_student, train_teacher
 from setfit_kd.config import StudentConfig, TeacherConfig
-from setfit_kd.data.sets import LabeledSet
+from setfit_kd.data import LabeledSet
 from setfit_kd.errors import ConfigError, DataError, TrainingError
 from setfit_kd.finetune import finetune
 from setfit_kd.memory import resolve_device
-from setfit_kd.models import embed, load_body, new_model, predict_proba
+from setfit_kd.models import embed, load_body, new_model, predict_proba, static_body
 from setfit_kd.models.transformer import load_transformer
-from setfit_kd.quiet import quiet_libraries
-from setfit_kd.student.static import static_body
-from setfit_kd.training import inner_trainer_on
+from setfit_kd.training.loop import inner_trainer_on
+from setfit_kd.utils.console import quiet_libraries
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -98,7 +97,7 @@ def test_the_targets_of_pairs_are_the_teachers_cosines(student_body: SentenceTra
 def test_what_reaches_the_loss_in_training_are_those_targets(
     student_body: SentenceTransformer, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from setfit_kd.objectives import PairsObjective, SimilarityObjective
+    from setfit_kd.losses import PairsObjective, SimilarityObjective
 
     signals = pool_signals()
     expected = cosines(np.asarray(signals.embeddings))
@@ -182,7 +181,7 @@ def test_a_trained_body_is_at_rest(students: dict[str, SetFitModel], objective: 
 
 
 def test_settling_ends_training_mode_and_drops_gradients(student_body: SentenceTransformer, tmp_path: Path) -> None:
-    from setfit_kd.training import settle
+    from setfit_kd.training.loop import settle
 
     trainer = student_trainer(tmp_path, student_body, pool_signals())
     trainer.train_embeddings(trainer.signals.texts)
@@ -212,8 +211,8 @@ def test_the_seed_decides_every_weight(tiny_student: Path, objective: str) -> No
 def test_a_last_batch_of_one_text_is_left_out(
     student_body: SentenceTransformer, tmp_path: Path, remainder: int, steps: int
 ) -> None:
-    from setfit_kd.student.steps import student_steps
-    from setfit_kd.training import losses_of
+    from setfit_kd.student import student_steps
+    from setfit_kd.training.loop import losses_of
 
     signals = pool_signals(2 * BATCH + remainder)
     trainer = student_trainer(tmp_path, student_body, signals)
@@ -400,7 +399,7 @@ def test_dropout_in_a_teachers_training_is_as_asked_for(
 def test_the_same_batches_under_another_seed_meet_another_dropout(
     tiny_teacher: Path, dropout: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("setfit_kd.objectives.balanced_batches", lambda *_, **__: [list(range(8))] * 2)
+    monkeypatch.setattr("setfit_kd.losses.balanced_batches", lambda *_, **__: [list(range(8))] * 2)
     settings: dict[str, Any] = {"teacher_steps": 2, "teacher_learning_rate": 1e-3, "teacher_dropout": dropout}
     one, two = (
         train_teacher(few_labels(), tiny_teacher, device="cpu", precision="fp32", seed=seed, **settings)
@@ -424,7 +423,7 @@ def test_the_number_of_steps_is_known_beforehand(
 ) -> None:
     from setfit_kd.teacher.steps import teacher_steps
     from setfit_kd.teacher.trainer import TeacherTrainer
-    from setfit_kd.training import losses_of
+    from setfit_kd.training.loop import losses_of
 
     config, labeled = TeacherConfig.of(device="cpu", **settings), few_labels()
     trainer = TeacherTrainer(new_model(teacher_body, NAMES), labeled, config, CPU, str(tmp_path))
@@ -492,7 +491,7 @@ def test_a_default_prompt_is_trained_with(kind: str, settings: dict[str, Any], t
 def test_a_prompt_left_out_of_pooling_is_left_out_in_training(
     kind: str, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from setfit_kd.objectives import Objective
+    from setfit_kd.losses import Objective
 
     included, body = (
         body_of(kind, tiny_student, prompt=True, include_prompt=include_prompt) for include_prompt in (True, False)

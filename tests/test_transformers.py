@@ -25,15 +25,14 @@ from synthetic import NAMES, POOL, few_labels, pool_signals, same, texts_and_lab
 from torch import Tensor
 
 from setfit_kd import RunResult, TeacherSignals, distill, load, train_student, train_teacher
-from setfit_kd import teaching as teaching_module
 from setfit_kd.config import Family, FinetuneConfig, StudentConfig, TeacherConfig, settled
-from setfit_kd.data.sets import LabeledSet
+from setfit_kd.data import LabeledSet
 from setfit_kd.errors import ConfigError, DataError, ModelError, SetFitKDError
 from setfit_kd.evaluation import measure_quality
 from setfit_kd.evaluation.cost import count_parameters
 from setfit_kd.export import export_bundle
 from setfit_kd.finetune import batch_size_on, finetune
-from setfit_kd.finetune.looks import ValidationLooks
+from setfit_kd.finetune.validation import ValidationLooks
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import (
     cut_layers,
@@ -45,15 +44,16 @@ from setfit_kd.models import (
     own_head,
     predict_proba,
     save_model,
+    static_body,
 )
-from setfit_kd.models.own_heads import features_of
+from setfit_kd.models.transformer_head import features_of
+from setfit_kd.run import teacher_stages as teaching_module
 from setfit_kd.runtime import Classifier
 from setfit_kd.student import locate_student, slugs
-from setfit_kd.student.early import AgreementStop
-from setfit_kd.student.static import static_body
+from setfit_kd.student.agreement import AgreementStop
 from setfit_kd.teacher import settled_batch_size
 from setfit_kd.teacher.steps import as_finetuning
-from setfit_kd.training import _schedule, recording
+from setfit_kd.training.loop import _schedule, recording
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

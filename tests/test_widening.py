@@ -18,14 +18,16 @@ from click.testing import CliRunner, Result
 from conftest import FAST, Run, make_body, newswire
 
 from setfit_kd import RunConfig, RunResult, TeacherSignals, distill, load
+from setfit_kd.augment import augment, load_fill_mask
+from setfit_kd.augment.stage import drop_uncertain
 from setfit_kd.cli import main
-from setfit_kd.data import LabeledSet, RunData, augment, load_run_data
-from setfit_kd.data.prepare import normalise
+from setfit_kd.data import LabeledSet, normalise
 from setfit_kd.errors import ConfigError, ModelError
-from setfit_kd.journal import Journal
-from setfit_kd.models import load_fill_mask, predict_proba
-from setfit_kd.temperature import at_temperature
-from setfit_kd.widening import made_texts, without_doubtful
+from setfit_kd.models import predict_proba
+from setfit_kd.models.temperature import at_temperature
+from setfit_kd.run.augment_stage import augmented_texts
+from setfit_kd.run.data import RunData, load_run_data
+from setfit_kd.run.stage_cache import Journal
 
 WANTED = 40
 TRAIN = newswire("train")
@@ -168,7 +170,7 @@ def test_no_text_that_was_made_is_there_already(widened: Widened, base: dict[str
 
 def test_without_an_evaluation_set_nothing_is_forbidden(base: dict[str, Any]) -> None:
     config = RunConfig.of(**{**base, "eval": None})
-    assert made_texts(config, load_run_data(config), None, Journal(None)) == would_be_made()
+    assert augmented_texts(config, load_run_data(config), None, Journal(None)) == would_be_made()
 
 
 def test_nothing_is_made_unless_it_is_asked_for(run: Run, copied: Path) -> None:
@@ -181,7 +183,7 @@ def test_fewer_than_are_wanted_are_warned_of(base: dict[str, Any], caplog: pytes
     config = RunConfig.of(**base)
     labeled = LabeledSet(["rain fell", "play stopped"], np.arange(2), ("a", "b"))
     few = RunData(labeled, ["one word"], None, load_run_data(config).report)
-    made = made_texts(config, few, None, Journal(None))
+    made = augmented_texts(config, few, None, Journal(None))
     assert {"fell rain", "rain stopped"} <= set(made)
     assert len(made) < WANTED
     assert f"Of 3 texts, only {len(made)} others could be made." in caplog.messages
@@ -234,7 +236,7 @@ def signals(confidence: list[float], temperature: float = 1.0) -> TeacherSignals
 
 def test_texts_are_doubted_by_what_the_signals_mean() -> None:
     sharp = signals([0.9, 0.6, 0.999], temperature=4.0)  # 0.63, 0.53 and 0.85
-    assert without_doubtful(sharp, range(3), least=0.6).texts == ["text 0", "text 2"]
+    assert drop_uncertain(sharp, range(3), min_confidence=0.6).texts == ["text 0", "text 2"]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +250,7 @@ def test_texts_are_doubted_by_what_the_signals_mean() -> None:
     ],
 )
 def test_only_what_was_made_must_be_sure(rows: range, least: float, kept: list[int]) -> None:
-    found = without_doubtful(signals([0.5, 0.75, 0.6, 0.125, 0.55]), rows, least=least)
+    found = drop_uncertain(signals([0.5, 0.75, 0.6, 0.125, 0.55]), rows, min_confidence=least)
     assert found.texts == [f"text {row}" for row in kept]
     assert len(found.probabilities) == len(kept)
 
@@ -296,7 +298,7 @@ def test_each_seed_makes_texts_of_its_own(base: dict[str, Any]) -> None:
     made = []
     for seed in (0, 1):
         config = RunConfig.of(**{**base, "seed": seed})
-        made.append(made_texts(config, load_run_data(config), None, Journal(None)))
+        made.append(augmented_texts(config, load_run_data(config), None, Journal(None)))
     assert len(made[0]) == len(made[1]) == WANTED
     assert set(made[0]) != set(made[1])
 
@@ -308,11 +310,11 @@ def test_some_are_made_by_a_masked_language_model(base: dict[str, Any], masked_l
     config = RunConfig.of(**base, augment_model=str(masked_lm))
     data = load_run_data(config)
     assert data.evaluation is not None
-    made = made_texts(config, data, masked_lm, Journal(None))
+    made = augmented_texts(config, data, masked_lm, Journal(None))
     fill = load_fill_mask(masked_lm, device=torch.device("cpu"))
     own = [*data.pool, *data.labeled.texts]
     assert made == augment(own, WANTED, seed=0, forbidden=data.evaluation.texts, fill=fill)
-    alone = made_texts(RunConfig.of(**base), data, None, Journal(None))
+    alone = augmented_texts(RunConfig.of(**base), data, None, Journal(None))
     words = {word for text in own for word in text.split()}
     assert {word for text in alone for word in text.split()} <= words
     assert len({word for text in made for word in text.split()} - words) > 10  # which none of the texts has
@@ -352,7 +354,7 @@ def test_a_model_that_has_changed_makes_other_texts(copied: Path, masked_lm: Pat
     distill(resume=copied, augment_model=str(model))
     (model / "note.txt").write_text("trained further")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("setfit_kd.widening.augment", refuse)
+        patch.setattr("setfit_kd.augment.stage.augment", refuse)
         with pytest.raises(AssertionError, match="made before"):
             distill(resume=copied)
 

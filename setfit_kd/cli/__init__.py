@@ -18,8 +18,8 @@ from setfit_kd.cli.push import push
 from setfit_kd.cli.report import report
 from setfit_kd.cli.run import run
 from setfit_kd.errors import ModelError, OutOfMemoryError, SetFitKDError
-from setfit_kd.escape import printable
 from setfit_kd.memory import first_line, is_out_of_memory
+from setfit_kd.utils.escape import printable
 
 
 class _Group(click.Group):

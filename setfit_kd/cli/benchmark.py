@@ -10,10 +10,10 @@ import click
 
 from setfit_kd.cli.options import given, json_option, on_screen, pickle_option, setting_options, threads_option
 from setfit_kd.config import RunConfig
-from setfit_kd.escape import json_text
+from setfit_kd.utils.escape import json_text
 
 if TYPE_CHECKING:
-    from setfit_kd.speed import Speed
+    from setfit_kd.inference.benchmark import Speed
 
 
 @click.command()
@@ -42,8 +42,8 @@ def benchmark(
     """
     from setfit_kd.cli.screen import say, show_table
     from setfit_kd.data import read
-    from setfit_kd.progress import track
-    from setfit_kd.speed import measure_speed
+    from setfit_kd.inference.benchmark import measure_speed
+    from setfit_kd.utils.console import track
 
     config = RunConfig.of(**{"unlabeled": "bundled:newswire", "device": "cpu", **given(flags)})
     texts = read(config.unlabeled or "", text_column=config.text_column).texts

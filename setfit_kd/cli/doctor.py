@@ -9,7 +9,7 @@ import click
 
 from setfit_kd.config import PRESETS
 from setfit_kd.errors import SetFitKDError
-from setfit_kd.escape import printable
+from setfit_kd.utils.escape import printable
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +21,10 @@ def doctor() -> None:
     import torch
 
     from setfit_kd import hub
-    from setfit_kd.files import cache_folder
     from setfit_kd.memory import resolve_device
-    from setfit_kd.runfolder import versions
-    from setfit_kd.teacher import cache_bytes
+    from setfit_kd.run_folder import versions
+    from setfit_kd.signals import cache_bytes
+    from setfit_kd.utils.files import cache_folder
 
     click.echo("Versions")
     for package, version in versions().items():

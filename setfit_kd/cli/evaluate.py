@@ -9,7 +9,7 @@ import click
 from setfit_kd.cli.options import given, json_option, on_screen, pickle_option, setting_options
 from setfit_kd.config import RunConfig
 from setfit_kd.errors import ConfigError
-from setfit_kd.escape import json_text
+from setfit_kd.utils.escape import json_text
 
 if TYPE_CHECKING:
     from setfit_kd.evaluation import Abstaining

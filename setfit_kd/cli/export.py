@@ -66,9 +66,9 @@ def export(
 
 def _texts(model: str, config: RunConfig) -> list[str]:
     """Texts to check the bundle on: those named, the pool of the run that the model is of, or a stand-in's."""
-    from setfit_kd.data import read, read_signals
-    from setfit_kd.runfolder import CONFIG, RUN, SCORED, SIGNALS, RunFolder
-    from setfit_kd.signals import TeacherSignals
+    from setfit_kd.data import read
+    from setfit_kd.run_folder import CONFIG, RUN, SCORED, SIGNALS, RunFolder
+    from setfit_kd.signals import TeacherSignals, read_signals
 
     if config.unlabeled is not None:
         return read(config.unlabeled, text_column=config.text_column).texts

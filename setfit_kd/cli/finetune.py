@@ -8,7 +8,7 @@ import click
 
 from setfit_kd.cli.options import given, json_option, on_screen, setting_options
 from setfit_kd.config import FinetuneRunConfig
-from setfit_kd.escape import json_text
+from setfit_kd.utils.escape import json_text
 
 
 @click.command()

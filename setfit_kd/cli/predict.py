@@ -16,7 +16,7 @@ from setfit_kd.config import RunConfig
 from setfit_kd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from setfit_kd.predictions import Row
+    from setfit_kd.inference.predict import Row
 
 
 @click.command()
@@ -51,11 +51,11 @@ def predict(
     without text has the label null. The input's other columns come first, under their names; one that is called like
     one of the output's is named input_label and so on.
     """
-    from setfit_kd.classifiers import open_classifier
     from setfit_kd.data import column_types
+    from setfit_kd.inference.classifier import open_classifier
+    from setfit_kd.inference.predict import check_output, classify, predictions_file, predictions_stream
     from setfit_kd.memory import remembering
-    from setfit_kd.predictions import check_output, classify, predictions_file, predictions_stream
-    from setfit_kd.progress import shown_on, track
+    from setfit_kd.utils.console import shown_on, track
 
     config = RunConfig.of(**given(flags))
     if output is not None:

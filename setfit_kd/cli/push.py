@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from setfit_kd.escape import printable
+from setfit_kd.utils.escape import printable
 
 
 @click.command()
@@ -22,7 +22,7 @@ def push(model: Path, name: str, private: bool | None, message: str | None, dry_
     All files go in one commit, or none. It needs a token that may write: log in by `hf auth login`, or set HF_TOKEN.
     """
     from setfit_kd.cli.screen import say, show_table
-    from setfit_kd.publish import prepare_publication, publish
+    from setfit_kd.export import prepare_publication, publish
 
     publication = prepare_publication(model, name)
     sizes = publication.sizes

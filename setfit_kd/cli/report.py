@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from setfit_kd.escape import printable
+from setfit_kd.utils.escape import printable
 
 
 @click.command()
@@ -17,7 +17,7 @@ def report(run: Path) -> None:
     Every run ends with it; this is for a run whose report was changed, lost, or made by an earlier version.
     """
     from setfit_kd.report import verdict, write_report
-    from setfit_kd.runfolder import REPORT_HTML
+    from setfit_kd.run_folder import REPORT_HTML
 
     account = write_report(run)
     click.echo(printable(verdict(account)))

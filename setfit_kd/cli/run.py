@@ -11,10 +11,10 @@ import click
 from setfit_kd.cli.options import given, on_screen, setting_options
 from setfit_kd.config import DEFAULT_PRESET, PRESETS, RunConfig, preset, read_config
 from setfit_kd.errors import ConfigError
-from setfit_kd.escape import printable
+from setfit_kd.utils.escape import printable
 
 if TYPE_CHECKING:
-    from setfit_kd.pipeline import RunResult
+    from setfit_kd.run import RunResult
 
 
 @click.command()
@@ -53,9 +53,9 @@ def run(
     if resume is not None and settings.keys() & {"output_dir", "overwrite"}:
         raise ConfigError("--resume goes on in the run's own folder.", hint="Drop --output-dir and --overwrite.")
 
-    from setfit_kd.pipeline import resumed
-    from setfit_kd.pipeline import run as run_pipeline
-    from setfit_kd.runfolder import default_folder
+    from setfit_kd.run import resumed
+    from setfit_kd.run import run as run_pipeline
+    from setfit_kd.run_folder import default_folder
 
     if resume is not None:
         config = resumed(resume, from_file, settings)
@@ -78,7 +78,7 @@ def run(
 
 def _tell_how_to_go_on(folder: Path | None) -> None:
     """Where a run has come anywhere, say how it goes on."""
-    from setfit_kd.runfolder import RunFolder
+    from setfit_kd.run_folder import RunFolder
 
     if folder is not None and RunFolder.has_begun(folder):
         click.echo(printable(f"What is whole is kept. To go on: setfit-kd run --resume {folder}"), err=True)
@@ -86,8 +86,7 @@ def _tell_how_to_go_on(folder: Path | None) -> None:
 
 def _print_plan(config: RunConfig, *, resume: bool) -> None:
     from setfit_kd.cli.screen import say, show_table
-    from setfit_kd.pipeline import prepare_run
-    from setfit_kd.planning import plan
+    from setfit_kd.run import plan, prepare_run
 
     stages = plan(config, prepare_run(config, resume=resume))
     say(config.to_yaml())
@@ -98,8 +97,8 @@ def _print_plan(config: RunConfig, *, resume: bool) -> None:
 
 def _print_result(result: RunResult) -> None:
     from setfit_kd.cli.screen import say, show_evaluations, show_table
-    from setfit_kd.pipeline import student_names
     from setfit_kd.report import SPREAD_HEADINGS, shown, spread_cells
+    from setfit_kd.run import student_names
 
     if result.evaluations:
         show_evaluations({shown(name): found for name, found in result.evaluations.items()})

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from setfit_kd.escape import printable
-from setfit_kd.progress import shown_on
+from setfit_kd.utils.console import shown_on
+from setfit_kd.utils.escape import printable
 
 if TYPE_CHECKING:
     from setfit_kd.evaluation import Evaluation

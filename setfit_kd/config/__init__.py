@@ -15,12 +15,7 @@ from setfit_kd.config.stages import (
     StudentConfig,
     TeacherConfig,
 )
-from setfit_kd.config.values import (
-    BUNDLE_FORMATS,
-    CROSS_VALIDATED,
-    parse_objectives,
-    parse_weights,
-)
+from setfit_kd.config.values import BUNDLE_FORMATS, CROSS_VALIDATED, parse_objectives, parse_weights
 
 __all__ = [
     "BUNDLE_FORMATS",

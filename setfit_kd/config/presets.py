@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from setfit_kd.errors import ConfigError
-from setfit_kd.files import check_regular
+from setfit_kd.utils.files import check_regular
 
 PRESETS: dict[str, dict[str, Any]] = {
     "ag_news": {

@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from setfit_kd import hub
-from setfit_kd.data.files import LINE_NUMBERED, READERS, Record, read_records, unknown_ending
+from setfit_kd.data.readers import LINE_NUMBERED, READERS, Record, read_records, unknown_ending
 from setfit_kd.errors import DataError, SetFitKDError
-from setfit_kd.files import MAX_JSON_BYTES, check_regular
-from setfit_kd.quiet import quiet_libraries
+from setfit_kd.utils.console import quiet_libraries
+from setfit_kd.utils.files import MAX_JSON_BYTES, check_regular
 
 if TYPE_CHECKING:
     from datasets import Dataset

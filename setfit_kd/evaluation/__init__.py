@@ -9,18 +9,16 @@ from setfit_kd.evaluation.calibration import (
 )
 from setfit_kd.evaluation.intervals import Interval, bootstrap, bootstrap_calibration, bootstrap_share
 from setfit_kd.evaluation.measure import Evaluation, evaluate, evaluate_together
-from setfit_kd.evaluation.quality import ClassQuality, Quality, measure_quality
+from setfit_kd.evaluation.metrics import measure_quality
 from setfit_kd.evaluation.seeds import OverSeeds, Spread, over_seeds
 from setfit_kd.evaluation.texts import read_texts, write_texts
 
 __all__ = [
     "Abstaining",
     "Calibration",
-    "ClassQuality",
     "Evaluation",
     "Interval",
     "OverSeeds",
-    "Quality",
     "Spread",
     "abstaining_curve",
     "bootstrap",

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.arrays import load_rows, save_rows
 from setfit_kd.data import LabeledSet, Source, encode_labels, read
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation.calibration import Abstaining, Calibration, measure_calibration, threshold_for
 from setfit_kd.evaluation.cost import Cost, count_parameters, model_megabytes
 from setfit_kd.evaluation.intervals import Interval, bootstrap, bootstrap_calibration, bootstrap_share
-from setfit_kd.evaluation.quality import ClassQuality, Quality, measure_quality
+from setfit_kd.evaluation.metrics import ClassQuality, Quality, measure_quality
 from setfit_kd.evaluation.texts import class_indices
-from setfit_kd.files import folder_megabytes, read_json, whole_folder
 from setfit_kd.memory import Ladder, remembering
-from setfit_kd.models import predict_proba
-from setfit_kd.progress import shown_on
-from setfit_kd.temperature import at_temperature
+from setfit_kd.models import at_temperature, predict_proba
+from setfit_kd.utils.arrays import load_rows, save_rows
+from setfit_kd.utils.atomic_io import whole_folder
+from setfit_kd.utils.console import shown_on
+from setfit_kd.utils.files import folder_megabytes, read_json
 
 if TYPE_CHECKING:
     from setfit import SetFitModel

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.files import read_json_lines, whole_file, writing
+from setfit_kd.utils.atomic_io import whole_file, writing
+from setfit_kd.utils.files import read_json_lines
 
 _TEXTS = "texts.jsonl"
 

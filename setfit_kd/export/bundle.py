@@ -17,12 +17,14 @@ import numpy.typing as npt
 from setfit_kd import __version__, runtime
 from setfit_kd.config import BUNDLE_FORMATS
 from setfit_kd.errors import ConfigError, DataError, ModelError
-from setfit_kd.escape import class_name, markdown, shortened
 from setfit_kd.export.onnx import quantize, write_onnx
 from setfit_kd.export.static import write_static
 from setfit_kd.export.weights import head_weights, labels_json, reading_of
-from setfit_kd.files import file_hash, folder_megabytes, whole_folder
 from setfit_kd.models import check_finite, is_static, predict_proba
+from setfit_kd.utils.atomic_io import whole_folder
+from setfit_kd.utils.escape import class_name, markdown, shortened
+from setfit_kd.utils.files import folder_megabytes
+from setfit_kd.utils.hashing import file_hash
 
 if TYPE_CHECKING:
     from setfit import SetFitModel

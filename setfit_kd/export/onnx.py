@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from setfit_kd.errors import ModelError, UnavailableError
 from setfit_kd.export.weights import head_weights
 from setfit_kd.models import is_static
-from setfit_kd.quiet import without_warnings
+from setfit_kd.utils.console import without_warnings
 
 if TYPE_CHECKING:
     from setfit import SetFitModel

@@ -4,4 +4,10 @@ from setfit_kd.finetune.run import FinetuneResult, finetune_run
 from setfit_kd.finetune.steps import batch_size_on, finetune_steps
 from setfit_kd.finetune.train import finetune
 
-__all__ = ["FinetuneResult", "batch_size_on", "finetune", "finetune_run", "finetune_steps"]
+__all__ = [
+    "FinetuneResult",
+    "batch_size_on",
+    "finetune",
+    "finetune_run",
+    "finetune_steps",
+]

@@ -16,12 +16,13 @@ from setfit_kd.config import FinetuneConfig, FinetuneRunConfig
 from setfit_kd.data import LabeledSet, check_classes, encode_labels, normalise, read, without_leaks
 from setfit_kd.errors import DataError, OutputError
 from setfit_kd.evaluation import Evaluation, evaluate
-from setfit_kd.files import LOCK, locked_folder, read_json, refuse_links, replaced_folder, write_whole, writing
 from setfit_kd.finetune.steps import batch_size_on
 from setfit_kd.finetune.train import finetune
-from setfit_kd.hashing import fingerprint
 from setfit_kd.memory import place, resolve_device
 from setfit_kd.models import BodySource, content_hash, load_local, loading, locate, save_model
+from setfit_kd.utils.atomic_io import LOCK, locked_folder, refuse_links, replaced_folder, write_whole, writing
+from setfit_kd.utils.files import read_json
+from setfit_kd.utils.hashing import fingerprint
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -11,8 +11,8 @@ from setfit_kd.errors import ConfigError, DataError, ModelError
 from setfit_kd.finetune.steps import batch_size_on, finetune_steps
 from setfit_kd.memory import remembering, resolve_device
 from setfit_kd.models import BodySource, family_of, locate, new_model
-from setfit_kd.precision import check_precision
-from setfit_kd.quiet import quiet_libraries
+from setfit_kd.training.precision import check_precision
+from setfit_kd.utils.console import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,7 @@ def finetune(
 
     with quiet_libraries(), remembering(cpu_fallback=config.cpu_fallback):
         from setfit_kd.finetune.trainer import FinetuneTrainer
-        from setfit_kd.training import train
+        from setfit_kd.training.loop import train
 
         trainer: FinetuneTrainer | None = None
 

@@ -11,11 +11,11 @@ from torch import nn
 
 from setfit_kd.config import FinetuneConfig, settled
 from setfit_kd.data import LabeledSet
-from setfit_kd.finetune.looks import ValidationLooks
 from setfit_kd.finetune.steps import batch_size_on, steps_in_pass
+from setfit_kd.finetune.validation import ValidationLooks
+from setfit_kd.losses import GoldLabelsObjective
 from setfit_kd.models import last_layer, own_head, shortened
-from setfit_kd.objectives import GoldLabelsObjective
-from setfit_kd.training import inner_trainer_on, training_arguments
+from setfit_kd.training.loop import inner_trainer_on, training_arguments
 
 
 class FinetuneTrainer(Trainer):

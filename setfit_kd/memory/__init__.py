@@ -3,9 +3,9 @@
 The only room that knows any of the three.
 """
 
+from setfit_kd.memory.backoff import Ladder, Recovery, Rung, clear_cache, place, remembering
 from setfit_kd.memory.devices import check_device, free_memory, resolve_device
-from setfit_kd.memory.ladder import Ladder, Recovery, Rung, clear_cache, place, remembering
-from setfit_kd.memory.recognise import first_line, is_out_of_memory
+from setfit_kd.memory.oom_errors import first_line, is_out_of_memory
 
 __all__ = [
     "Ladder",

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from setfit_kd.errors import ConfigError
-from setfit_kd.memory.recognise import first_line, is_out_of_memory
+from setfit_kd.memory.oom_errors import first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch

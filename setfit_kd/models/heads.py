@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ModelError
-from setfit_kd.files import check_regular, read_json
+from setfit_kd.utils.files import check_regular, read_json
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression

@@ -15,8 +15,8 @@ from transformers import AutoConfig
 
 from setfit_kd.errors import ModelError
 from setfit_kd.models.bodies import CLASSIFIER
-from setfit_kd.models.local_files import check_finite, load_local, module_folders
-from setfit_kd.quiet import quiet_libraries, without_warnings
+from setfit_kd.models.safe_loading import check_finite, load_local, module_folders
+from setfit_kd.utils.console import quiet_libraries, without_warnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

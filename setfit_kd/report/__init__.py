@@ -1,13 +1,12 @@
 """What a run has come to, to be read and to be shown."""
 
-from setfit_kd.report.account import Account, read_account, shown
 from setfit_kd.report.comparison import ComparedModel, compare
 from setfit_kd.report.render import SPREAD_HEADINGS, spread_cells, verdict
+from setfit_kd.report.summary import read_account, shown
 from setfit_kd.report.write import write_report
 
 __all__ = [
     "SPREAD_HEADINGS",
-    "Account",
     "ComparedModel",
     "compare",
     "read_account",

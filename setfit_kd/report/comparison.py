@@ -10,8 +10,8 @@ import numpy as np
 
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation import Evaluation, Interval, read_texts
-from setfit_kd.report.account import read_account
-from setfit_kd.runfolder import EVALUATION
+from setfit_kd.report.summary import read_account
+from setfit_kd.run_folder import EVALUATION
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from setfit_kd import hub
-from setfit_kd.escape import class_name, shortened
 from setfit_kd.report import plots
-from setfit_kd.report.account import Account, StudentAccount, Told, curves
-from setfit_kd.report.wording import environment
-from setfit_kd.runfolder import BASELINE, TEACHER, About
+from setfit_kd.report.environment import environment
+from setfit_kd.report.summary import Account, StudentAccount, Told, curves
+from setfit_kd.run_folder import BASELINE, TEACHER, About
+from setfit_kd.utils.escape import class_name, shortened
 
 if TYPE_CHECKING:
     from setfit_kd.evaluation import Evaluation, Interval, OverSeeds, Spread

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from setfit_kd.files import write_whole
-from setfit_kd.report.account import Account, read_account
 from setfit_kd.report.render import card, html, markdown
-from setfit_kd.runfolder import REPORT_HTML, REPORT_MARKDOWN, RunFolder
+from setfit_kd.report.summary import Account, read_account
+from setfit_kd.run_folder import REPORT_HTML, REPORT_MARKDOWN, RunFolder
+from setfit_kd.utils.atomic_io import write_whole
 
 _ELSEWHERE = "copy the run to where you may write"
 

@@ -13,26 +13,27 @@ from datasets import Dataset
 from setfit import DistillationTrainer, SetFitModel, TrainingArguments
 from torch import nn
 
-from setfit_kd.arrays import at_most
 from setfit_kd.config import StudentConfig, settled
 from setfit_kd.data import LabeledSet
+from setfit_kd.losses import NO_GOLD, PairsObjective, draw_pairs
 from setfit_kd.models import (
+    at_temperature,
     embed,
     family_of,
     fit_head,
+    fit_temperature,
     held_out_logits,
     own_head,
     settled_c,
     shortened,
     tempered,
 )
-from setfit_kd.objectives import NO_GOLD, PairsObjective, draw_pairs
 from setfit_kd.signals import TeacherSignals
-from setfit_kd.student.early import AgreementStop, hold_out
-from setfit_kd.student.objective import Given, gold_of, in_batch_objective
+from setfit_kd.student.agreement import AgreementStop, hold_out
+from setfit_kd.student.loss import Given, gold_of, in_batch_objective
 from setfit_kd.student.steps import HEAD_TEXTS, trains_own_head
-from setfit_kd.temperature import at_temperature, fit_temperature
-from setfit_kd.training import inner_trainer_on, settled_rate, training_arguments
+from setfit_kd.training.loop import inner_trainer_on, settled_rate, training_arguments
+from setfit_kd.utils.arrays import at_most
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.arrays import at_most
 from setfit_kd.config import SignalsConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.memory import remembering
-from setfit_kd.models import embed, head_proba, logits, tempered
-from setfit_kd.signals import TeacherSignals
-from setfit_kd.teacher.cache import cached_embed
-from setfit_kd.teacher.refinement import MOST_TEXTS, refine
-from setfit_kd.temperature import fit_temperature
+from setfit_kd.models import embed, fit_temperature, head_proba, logits, tempered
+from setfit_kd.signals import TeacherSignals, cached_embed
+from setfit_kd.teacher.self_training import MOST_TEXTS, refine
+from setfit_kd.utils.arrays import at_most
 
 if TYPE_CHECKING:
     from setfit import SetFitModel

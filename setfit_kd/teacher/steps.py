@@ -23,7 +23,7 @@ LEAST_STEPS, LEAST_PASSES = 20, 2
 
 def teacher_batches(config: TeacherConfig, labeled: LabeledSet) -> list[list[int]]:
     """The batches of the in-batch objective, as rows of the labeled set."""
-    from setfit_kd.objectives import balanced_batches
+    from setfit_kd.losses import balanced_batches
 
     return balanced_batches(
         labeled.labels,

@@ -10,9 +10,9 @@ from setfit_kd.data import LabeledSet, Source, check_classes, encode_labels, rea
 from setfit_kd.finetune import finetune
 from setfit_kd.memory import remembering, resolve_device
 from setfit_kd.models import family_of, locate_body, new_model
-from setfit_kd.precision import check_precision
-from setfit_kd.quiet import quiet_libraries
 from setfit_kd.teacher.steps import as_finetuning, teacher_batch_texts, teacher_steps
+from setfit_kd.training.precision import check_precision
+from setfit_kd.utils.console import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def train_teacher(
 
     with quiet_libraries(), remembering(cpu_fallback=config.cpu_fallback):
         from setfit_kd.teacher.trainer import TeacherTrainer
-        from setfit_kd.training import train
+        from setfit_kd.training.loop import train
 
         def make(settled: TeacherConfig, device: torch.device, scratch: str) -> TeacherTrainer:
             return TeacherTrainer(new_model(body, labeled.label_names), labeled, settled, device, scratch)

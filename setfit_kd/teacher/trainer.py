@@ -12,10 +12,10 @@ from torch import nn
 
 from setfit_kd.config import TeacherConfig, settled
 from setfit_kd.data import LabeledSet
+from setfit_kd.losses import ContrastiveObjective, Options, PairsObjective
 from setfit_kd.models import embed, fit_head, settled_c, shortened
-from setfit_kd.objectives import ContrastiveObjective, Options, PairsObjective
 from setfit_kd.teacher.steps import PAIRS_BATCH, teacher_batches
-from setfit_kd.training import FixedBatches, inner_trainer_on, settled_rate, training_arguments
+from setfit_kd.training.loop import FixedBatches, inner_trainer_on, settled_rate, training_arguments
 
 LEARNING_RATE = 6e-5
 

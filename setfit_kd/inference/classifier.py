@@ -1,0 +1,117 @@
+"""Any classifier behind one face: a run's student, a SetFit model, or a bundle, which is run without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from setfit_kd.errors import ModelError, UnavailableError
+from setfit_kd.runtime import MANIFEST, BundleError, Classifier
+from setfit_kd.utils.console import shown_on
+
+if TYPE_CHECKING:
+    from setfit import SetFitModel
+
+
+class AnyClassifier(Protocol):
+    """What all classifiers can do.
+
+    Attributes:
+        labels: Names of the classes.
+        batch_size: Texts a forward pass.
+    """
+
+    labels: list[str]
+    batch_size: int
+
+    def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Class probabilities of n texts: (n, n_classes)."""
+
+
+class TorchClassifier:
+    """A SetFit model as `AnyClassifier`."""
+
+    def __init__(self, model: SetFitModel, batch_size: int) -> None:
+        self.model = model
+        self.labels = [str(label) for label in model.labels or ()]
+        self.batch_size = batch_size
+
+    def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Class probabilities of n texts: (n, n_classes)."""
+        from setfit_kd.models import predict_proba
+
+        with shown_on(None):
+            return predict_proba(self.model, texts, batch_size=self.batch_size)
+
+
+@contextmanager
+def _bundle_errors() -> Iterator[None]:
+    try:
+        yield
+    except BundleError as error:
+        raise ModelError(str(error), hint="Export the bundle again, or copy it again.") from None
+    except ImportError as error:
+        raise UnavailableError("This bundle needs onnxruntime.", hint="pip install onnxruntime") from error
+
+
+class _Bundle(Classifier):
+    """A bundle whose errors are ours."""
+
+    def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        with _bundle_errors():
+            return super().predict_proba(texts)
+
+
+def is_bundle(path: str | Path) -> bool:
+    """Whether a folder says that it is a bundle."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def folder_of(path: str | Path) -> Path | None:
+    """The folder of a bundle or model, or of a run's student; None for a model on the hub."""
+    if not Path(path).is_dir():
+        return None
+    if is_bundle(path):
+        return Path(path)
+    from setfit_kd.models import classifier_folder
+
+    return classifier_folder(path)
+
+
+def open_classifier(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    batch_size: int = 32,
+    threads: int | None = None,
+    trust_pickle: bool = False,
+) -> AnyClassifier:
+    """Open a run, a SetFit folder, a SetFit model on the hub, or a bundle.
+
+    Args:
+        path: Folder or hub name.
+        device: As in `RunConfig`; bundles run on the CPU.
+        batch_size: Texts a forward pass.
+        threads: Most threads of the CPU to take; None leaves it to the libraries.
+        trust_pickle: Also load a head that is stored as a pickle only.
+
+    Raises:
+        ModelError: There is no classifier, or it is not whole.
+        UnavailableError: The hub cannot be reached, or a bundle needs a package that is not installed.
+        SetFitKDError: As `setfit_kd.load`.
+    """
+    if is_bundle(path):
+        with _bundle_errors():
+            return _Bundle(path, threads=threads, batch_size=batch_size)
+    from setfit_kd.models import load
+
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return TorchClassifier(load(path, device=device, trust_pickle=trust_pickle), batch_size)

@@ -1,0 +1,52 @@
+"""Several objectives at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from setfit_kd.losses.base import Objective, Options
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from typing_extensions import Unpack
+
+
+class WeightedSum(Objective):
+    """The weighted sum of objectives over the same batch, which passes through the body once.
+
+    Labels: (B,), as the parts take them.
+
+    Args:
+        model: The student's body.
+        parts: Pairs of weight and objective; the parts' own options are not looked at.
+        options: As `Objective`.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> teacher, body = np.eye(2, dtype=np.float32), torch.nn.Identity()
+        >>> from setfit_kd.objectives import EmbeddingObjective, SimilarityObjective
+        >>> similarity = SimilarityObjective(body, teacher)
+        >>> embedding = EmbeddingObjective(body, teacher, dimension=2)
+        >>> both = WeightedSum(body, [(1.0, similarity), (0.5, embedding)])
+        >>> both.loss([torch.tensor([[1.0, 0.0], [1.0, 0.0]])], torch.tensor([0, 1])).item()
+        1.25
+    """
+
+    def __init__(
+        self, model: SentenceTransformer, parts: Sequence[tuple[float, Objective]], **options: Unpack[Options]
+    ) -> None:
+        super().__init__(model, **options)
+        self.weights = [weight for weight, _ in parts]
+        self.parts = nn.ModuleList(part for _, part in parts)
+
+    def loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        """Sum of the parts' losses, each times its weight."""
+        terms = [
+            weight * part.loss(embeddings, labels)
+            for weight, part in zip(self.weights, self.parts, strict=True)
+            if isinstance(part, Objective)
+        ]
+        return sum(terms[1:], terms[0])

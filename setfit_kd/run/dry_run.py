@@ -1,0 +1,49 @@
+"""The stages of a run, listed before it begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from setfit_kd.config import CROSS_VALIDATED, RunConfig
+from setfit_kd.memory import resolve_device
+from setfit_kd.student import on_labels_alone, student_steps, trains_on_unseen, unseen_rows
+from setfit_kd.teacher import training_steps, weighing_steps
+
+if TYPE_CHECKING:
+    from setfit_kd.run.inputs import RunInputs
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage with the texts it works on and its training steps, all its models together; 0 where none is trained."""
+
+    stage: str
+    texts: int
+    steps: int = 0
+
+
+def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
+    """The stages of a run."""
+    data, report = inputs.data, inputs.data.report
+    device, labeled = resolve_device(config.device), inputs.data.labeled
+    n_texts = report.pool + (config.augment or 0) + (0 if data.signals else report.labeled)
+    families = [teacher.source.family for teacher in inputs.teachers]
+    stages = []
+    if families:
+        steps = sum(training_steps(config, labeled, family=family, device=device) for family in families)
+        if len(families) > 1 and config.teacher_weights == CROSS_VALIDATED:
+            steps += sum(weighing_steps(config, labeled, family=family, device=device) for family in families)
+        stages = [PlannedStage("teacher", report.labeled, steps), PlannedStage("signals", n_texts)]
+    students = [student.family for student in inputs.students]
+    unseen = len(unseen_rows(data.signals, labeled)) if data.signals else 0
+    own = [(family, config.of_family(family)) for family in students]
+    steps = sum(student_steps(how, n_texts + unseen * trains_on_unseen(family, how)) for family, how in own)
+    stages.append(PlannedStage("student", n_texts, steps))
+    if data.evaluation and config.baseline and report.labeled:
+        alone = {"setfit": config, "transformer": on_labels_alone(config, n_texts, unseen)}
+        steps = sum(training_steps(alone[family], labeled, family=family, device=device) for family in students)
+        stages.append(PlannedStage("baseline", report.labeled, steps))
+    if data.evaluation:
+        stages.append(PlannedStage("evaluation", report.evaluation))
+    return stages

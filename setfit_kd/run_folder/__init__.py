@@ -1,0 +1,55 @@
+"""The folder of a run: names of its files, `run.json`, the log."""
+
+from setfit_kd.run_folder.folder import RunFolder
+from setfit_kd.run_folder.log import logged_as, recorded
+from setfit_kd.run_folder.manifest import About, versions
+from setfit_kd.run_folder.names import (
+    AUGMENTED,
+    BASELINE,
+    BASELINES,
+    CHECKPOINTS,
+    CONFIG,
+    EVALUATION,
+    REPORT_HTML,
+    REPORT_MARKDOWN,
+    RUN,
+    SCORED,
+    SEEDS,
+    SIGNALS,
+    STUDENT,
+    STUDENTS,
+    TEACHER,
+    TEACHERS,
+    WEIGHED,
+    baseline_of,
+    compared_with,
+    default_folder,
+)
+
+__all__ = [
+    "AUGMENTED",
+    "BASELINE",
+    "BASELINES",
+    "CHECKPOINTS",
+    "CONFIG",
+    "EVALUATION",
+    "REPORT_HTML",
+    "REPORT_MARKDOWN",
+    "RUN",
+    "SCORED",
+    "SEEDS",
+    "SIGNALS",
+    "STUDENT",
+    "STUDENTS",
+    "TEACHER",
+    "TEACHERS",
+    "WEIGHED",
+    "About",
+    "RunFolder",
+    "baseline_of",
+    "compared_with",
+    "default_folder",
+    "logged_as",
+    "recorded",
+    "versions",
+]

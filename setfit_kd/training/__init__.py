@@ -1,0 +1,1 @@
+"""What all trainers share: the training loop, callbacks, checkpoints and precision."""

@@ -1,0 +1,46 @@
+"""Names for content: what is equal has the same, whatever it is called and wherever it lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from setfit_kd.utils.files import check_regular
+
+
+def content_name(parts: Iterable[bytes]) -> str:
+    """32 hexadecimal digits for a sequence of byte strings; where one ends and the next begins makes a difference."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def fingerprint(*parts: Any) -> str:
+    """A name for everything that something is made from: 32 hexadecimal digits, equal for equal parts."""
+
+    def pieces() -> Iterator[str]:
+        for part in parts:
+            is_list = isinstance(part, list)
+            yield f"{is_list} {len(part) if is_list else 1}"
+            for piece in part if is_list else [part]:  # a large pool is not written out a second time
+                yield json.dumps(piece, sort_keys=True)
+
+    return content_name(piece.encode() for piece in pieces())
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: It cannot be read or is no regular file.
+    """
+    digest = hashlib.sha256()
+    with check_regular(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
