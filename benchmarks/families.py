@@ -18,7 +18,7 @@ import click
 import torch
 
 from setfit_kd import RunResult, distill
-from setfit_kd.report import SPREAD_HEADINGS, shown, spread_cells
+from setfit_kd.report import SPREAD_HEADINGS, display_name, spread_cells
 from setfit_kd.run_folder import versions
 
 HERE = Path(__file__).parent
@@ -98,7 +98,7 @@ def markdown(results: Mapping[str, RunResult]) -> str:
         for model, spread in result.over_seeds.items():
             cost = result.evaluations[model].cost
             size = f"{cost.parameters / 1e6:.1f} M", f"{cost.megabytes:.1f}", f"{cost.texts_per_second:,.0f}"
-            cells = (*((name,) if several else ()), shown(model), *spread_cells(spread), *size)
+            cells = (*((name,) if several else ()), display_name(model), *spread_cells(spread), *size)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -149,13 +149,13 @@ def work(kind: str, n: int, scratch: Path) -> dict[str, Any]:
         train_student(signals, student, labeled=data.labeled, config=config)
         cell["student"] = round(time.process_time() - started, 2)
     else:
-        from setfit_kd.losses import SimilarityObjective, draw_pairs
+        from setfit_kd.losses import SimilarityLoss, draw_pairs
 
         assert signals.embeddings is not None
         draw_pairs(signals.embeddings, pairs_per_text=1, seed=0)
         import torch
 
-        objective = SimilarityObjective(torch.nn.Identity(), signals.embeddings)  # type: ignore[arg-type]
+        objective = SimilarityLoss(torch.nn.Identity(), signals.embeddings)  # type: ignore[arg-type]
         rng = np.random.default_rng(0)
         for _ in range(1000):
             objective.targets(torch.as_tensor(rng.integers(0, n, 32)))

@@ -64,7 +64,7 @@ class UnavailableError(SetFitKDError, ConnectionError):
     exit_code = 69
 
 
-def chain(error: BaseException | None) -> Iterator[BaseException]:
+def error_chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error, then its cause or context, and so on; a ``raise … from None`` ends it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

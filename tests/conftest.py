@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -226,3 +227,58 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount_with
     for folder in mounted:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+def make_models(folder: Path, body: Path, teacher: Path) -> dict[str, Path]:
+    """A SetFit folder over the body, and a bundle of token vectors taken from the teacher."""
+    from predictions import LABELS
+    from synthetic import QUICK, few_labels, pool_signals
+
+    from setfit_kd import train_student
+    from setfit_kd.export import export_bundle
+    from setfit_kd.models import load_body, save_model, static_body
+
+    signals = replace(pool_signals(), label_names=LABELS)
+    labeled = replace(few_labels(), label_names=LABELS)
+    save_model(train_student(signals, body, labeled=labeled, **QUICK), folder / "setfit")
+    static = static_body(load_body(teacher), signals.texts, dimension=8)
+    bundled = train_student(signals, static, labeled=labeled, **QUICK)
+    export_bundle(bundled, folder / "bundle", texts=signals.texts)
+    return {"setfit": folder / "setfit", "bundle": folder / "bundle"}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path, tiny_teacher: Path) -> dict[str, Path]:
+    return make_models(tmp_path_factory.mktemp("classifiers"), tiny_student, tiny_teacher)
+
+
+@pytest.fixture(scope="session")
+def bundle(models: dict[str, Path]) -> Path:
+    return models["bundle"]
+
+
+@pytest.fixture(scope="session")
+def setfit_folder(models: dict[str, Path]) -> Path:
+    return models["setfit"]
+
+
+@pytest.fixture(scope="session")
+def ag_news_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set repository shaped like AG News: two Parquet files and a card."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("datasets") / "ag_news"
+    (folder / "data").mkdir(parents=True)
+    names = ["World", "Sports", "Business", "Sci/Tech"]
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    for split, ours in (("train", "train"), ("test", "eval")):
+        rows = newswire(ours)
+        columns = {"text": [row["text"] for row in rows], "label": [names.index(row["label"]) for row in rows]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(
+            folder / "data" / f"{split}-00000-of-00001.parquet"
+        )
+    card = ["---", "configs:", "- config_name: default", "  data_files:"]
+    for split in ("train", "test"):
+        card += [f"  - split: {split}", f"    path: data/{split}-*"]
+    (folder / "README.md").write_text("\n".join([*card, "---", "# A news corpus", ""]), encoding="utf-8")
+    return folder

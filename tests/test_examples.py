@@ -22,12 +22,13 @@ from typing import Any
 
 import pytest
 from conftest import FAST, newswire
+from predictions import LABELS
 from standin_hub import StandInHub
-from test_hub import STUDENT, TEACHER, ag_news_like  # noqa: F401 - a fixture
-from test_predict import LABELS, models  # noqa: F401 - a fixture
 
+from setfit_kd.config import PRESETS
 from setfit_kd.runtime import Classifier
 
+TEACHER, STUDENT = PRESETS["ag_news"]["teacher"], PRESETS["ag_news"]["student"]
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -63,7 +64,7 @@ def test_own_csv(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_ag_news(
-    ag_news_like: Path,  # noqa: F811
+    ag_news_like: Path,
     tiny_teacher: Path,
     tiny_student: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -153,7 +154,7 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def bundle(models: dict[str, Path]) -> Path:  # noqa: F811
+def bundle(models: dict[str, Path]) -> Path:
     return models["bundle"]
 
 

@@ -1,4 +1,4 @@
-"""The ladder on a real GPU: mpnet-base, without its weights, on a card made too small for its batch.
+"""The backoff on a real GPU: mpnet-base, without its weights, on a card made too small for its batch.
 
 Run by `make test-gpu`; skipped where there is no CUDA device.
 """
@@ -17,7 +17,7 @@ from synthetic import distance, weights
 
 from setfit_kd import RunConfig, distill
 from setfit_kd.data import LabeledSet, draw_shots, encode_labels, read
-from setfit_kd.memory import Recovery, remembering
+from setfit_kd.memory import BackoffEvent, shared_backoff
 from setfit_kd.student import train_student
 from setfit_kd.teacher import refine_and_score, train_teacher
 
@@ -81,19 +81,19 @@ def data() -> tuple[LabeledSet, list[str]]:
     return draw_shots(encode_labels(rows), 16, seed=0), pool
 
 
-def run(folder: Path, gib: float) -> tuple[SetFitModel, SetFitModel, list[Recovery]]:
+def run(folder: Path, gib: float) -> tuple[SetFitModel, SetFitModel, list[BackoffEvent]]:
     """Teacher and student made on a card of so many GiB, and the steps down that it took."""
     labeled, pool = data()
     config = RunConfig.of(device="cuda", **SETTINGS)
-    with card_of(gib), remembering() as recoveries:
+    with card_of(gib), shared_backoff() as events:
         teacher = train_teacher(labeled, mpnet_base(folder / "teacher"), config=config)
         teacher, signals = refine_and_score(teacher, labeled, pool, config=config)
         teacher.model_body.to("cpu")
         student = train_student(signals, mpnet_base(folder / "student", layers=3), labeled=labeled, config=config)
         student.model_body.to("cpu")
-    for recovery in recoveries:
-        print(recovery.as_dict())
-    return teacher, student, list(recoveries)
+    for event in events:
+        print(event.as_dict())
+    return teacher, student, list(events)
 
 
 def assert_close(one: SetFitModel, other: SetFitModel, start: SentenceTransformer) -> None:
@@ -105,18 +105,18 @@ def assert_close(one: SetFitModel, other: SetFitModel, start: SentenceTransforme
 
 def test_a_small_card_takes_micro_batches_and_a_tiny_one_the_cpu(tmp_path: Path) -> None:
     start = {"teacher": mpnet_base(tmp_path / "start"), "student": mpnet_base(tmp_path / "start-3", layers=3)}
-    teacher, student, recoveries = run(tmp_path / "large", 64)
-    assert not recoveries
+    teacher, student, events = run(tmp_path / "large", 64)
+    assert not events
     # Weights, gradients and AdamW's state of 109 M parameters are 1.8 GB; a batch's activations do not fit beside them.
-    small_teacher, small_student, recoveries = run(tmp_path / "small", 2.6)
-    assert recoveries
-    assert {recovery.after.device.type for recovery in recoveries} == {"cuda"}
-    assert min(recovery.after.size for recovery in recoveries if recovery.kind == "training") < 64
+    small_teacher, small_student, events = run(tmp_path / "small", 2.6)
+    assert events
+    assert {event.after.device.type for event in events} == {"cuda"}
+    assert min(event.after.size for event in events if event.kind == "training") < 64
     assert_close(small_teacher, teacher, start["teacher"])
     assert_close(small_student, student, start["student"])
     # Here not even the weights with their gradients fit.
-    tiny_teacher, _, recoveries = run(tmp_path / "tiny", 0.7)
-    assert any(recovery.after.device.type == "cpu" for recovery in recoveries)
+    tiny_teacher, _, events = run(tmp_path / "tiny", 0.7)
+    assert any(event.after.device.type == "cpu" for event in events)
     assert_close(tiny_teacher, teacher, start["teacher"])
 
 

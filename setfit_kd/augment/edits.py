@@ -23,7 +23,7 @@ REPLACE = "replace"
 
 _DELETED = 0.1
 _WORDS_PER_SWAP = 10
-_IDLE = 100
+_MAX_FAILED_DRAWS = 100
 # A lower-case letter goes on with a sentence: "approx. five".
 _SENTENCE_END = re.compile(r"(?:(?<=[.!?…])|(?<=[.!?…][\"'”’)\]]))\s+(?=[^\sa-z])")
 
@@ -64,8 +64,8 @@ def augment(
         return True
 
     used = dict.fromkeys([*METHODS, REPLACE] if fill else METHODS, 0)
-    draws = _draws(sources, rng)
-    patience = len(sources) + _IDLE if sources else 0
+    draws = _draw_pairs(sources, rng)
+    patience = len(sources) + _MAX_FAILED_DRAWS if sources else 0
     idle = 0
     while len(made) < n and idle < patience:
         waiting: list[str] = []
@@ -88,7 +88,7 @@ def augment(
     return made
 
 
-def _draws(texts: Sequence[str], rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+def _draw_pairs(texts: Sequence[str], rng: np.random.Generator) -> Iterator[tuple[str, str]]:
     """Without end: a text and any other; each text once in random order, then each once more."""
     while True:
         for row, other in zip(rng.permutation(len(texts)), rng.integers(len(texts), size=len(texts)), strict=True):

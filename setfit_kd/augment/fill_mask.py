@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ModelError
-from setfit_kd.memory import place
-from setfit_kd.models import load_local, loading, run_batches
+from setfit_kd.memory import move_model
+from setfit_kd.models import load_local, model_errors, run_batches
 from setfit_kd.runtime import shorten
 from setfit_kd.utils.console import quiet_libraries
 
@@ -235,7 +235,7 @@ def load_fill_mask(folder: Path, *, device: torch.device, batch_size: int = 32) 
         ModelError: The folder does not hold a masked language model with a mask token and a fast tokenizer.
         OutOfMemoryError: It does not fit.
     """
-    with loading(folder, kind=" as a masked language model", hint=_HINT), quiet_libraries():
+    with model_errors(folder, kind=" as a masked language model", hint=_HINT), quiet_libraries():
         from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
         config: Any = load_local(AutoConfig.from_pretrained, folder)
@@ -254,7 +254,7 @@ def load_fill_mask(folder: Path, *, device: torch.device, batch_size: int = 32) 
                 f"The model in {folder} lacks weights of a masked language model, such as {lacking}.", hint=_HINT
             )
     model = model.float()
-    place(model, device, phase="Loading the masked language model")
+    move_model(model, device, phase="Loading the masked language model")
     return FillMask(model, tokenizer, batch_size=batch_size)
 
 

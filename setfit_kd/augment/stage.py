@@ -13,7 +13,7 @@ from setfit_kd.augment.edits import Fill, augment
 from setfit_kd.errors import DataError
 from setfit_kd.models import at_temperature
 from setfit_kd.signals import TeacherSignals
-from setfit_kd.utils.atomic_io import whole_folder
+from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import read_json_lines
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def save_texts(texts: Sequence[str], folder: Path) -> None:
     Raises:
         OutputError: If the folder exists or cannot be written.
     """
-    with whole_folder(folder) as part, (part / _TEXTS).open("w", encoding="utf-8") as file:
+    with atomic_folder(folder) as part, (part / _TEXTS).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
 
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from setfit_kd.cli.options import given, json_option, on_screen, pickle_option, setting_options, threads_option
+from setfit_kd.cli.options import (
+    json_option,
+    output_options,
+    passed_settings,
+    pickle_option,
+    setting_options,
+    threads_option,
+)
 from setfit_kd.config import RunConfig
 from setfit_kd.utils.escape import json_text
 
@@ -25,7 +32,7 @@ if TYPE_CHECKING:
 @setting_options("device")
 @json_option
 @pickle_option
-@on_screen
+@output_options
 def benchmark(
     models: tuple[str, ...],
     n_texts: int,
@@ -40,12 +47,12 @@ def benchmark(
     own, one after the other: texts one by one, then in batches of several sizes. Ratios are to the first. The texts
     are those of --unlabeled, or of the bundled news corpus; without --device, the CPU does the work.
     """
-    from setfit_kd.cli.screen import say, show_table
+    from setfit_kd.cli.output import echo, show_table
     from setfit_kd.data import read
     from setfit_kd.inference.benchmark import measure_speed
     from setfit_kd.utils.console import track
 
-    config = RunConfig.of(**{"unlabeled": "bundled:newswire", "device": "cpu", **given(flags)})
+    config = RunConfig.of(**{"unlabeled": "bundled:newswire", "device": "cpu", **passed_settings(flags)})
     texts = read(config.unlabeled or "", text_column=config.text_column).texts
     texts = texts[:: max(1, len(texts) // n_texts)][:n_texts]
     found: dict[str, Speed] = {}
@@ -55,13 +62,13 @@ def benchmark(
             advance(1)
     if as_json:
         about = {"texts": len(texts), "models": {name: asdict(speed) for name, speed in found.items()}}
-        say(json_text(about, indent=2))
+        echo(json_text(about, indent=2))
         return
     headings = ("", "p50 ms", "p95 ms", "p99 ms", "texts/s", "ratio", "load s", "memory MB", "disk MB")
     first = next(iter(found.values()))
     rows = [_row(name, speed, first) for name, speed in zip(_short(tuple(found)), found.values(), strict=True)]
     show_table(headings, rows)
-    say(f"\n{len(texts)} texts, {first.threads} threads. p50 to p99: a text alone. ratio: of texts/s.")
+    echo(f"\n{len(texts)} texts, {first.threads} threads. p50 to p99: a text alone. ratio: of texts/s.")
 
 
 def _short(models: tuple[str, ...]) -> list[str]:

@@ -19,7 +19,7 @@ def compare(runs: tuple[Path, ...]) -> None:
     The difference is to the first run's first student, in points of accuracy with a 95 % interval; it is left out for
     runs that were evaluated on other texts.
     """
-    from setfit_kd.cli.screen import show_table
+    from setfit_kd.cli.output import show_table
     from setfit_kd.report import compare as compare_runs
 
     headings = ("run", "model", "accuracy", "difference", "macro-F1", "calibration error", "MB", "texts/s")

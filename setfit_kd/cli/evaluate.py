@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from setfit_kd.cli.options import given, json_option, on_screen, pickle_option, setting_options
+from setfit_kd.cli.options import json_option, output_options, passed_settings, pickle_option, setting_options
 from setfit_kd.config import RunConfig
 from setfit_kd.errors import ConfigError
 from setfit_kd.utils.escape import json_text
 
 if TYPE_CHECKING:
-    from setfit_kd.evaluation import Abstaining
+    from setfit_kd.evaluation import OperatingPoint
 
 
 @click.command()
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
                  "target_accuracy")  # fmt: skip
 @json_option
 @pickle_option
-@on_screen
+@output_options
 def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> None:
     """Measure a classifier on labeled texts: quality, size and speed."""
-    from setfit_kd.cli.screen import say, show_evaluations, show_table
+    from setfit_kd.cli.output import echo, show_evaluations, show_table
     from setfit_kd.data import encode_labels, read
     from setfit_kd.evaluation import evaluate as evaluate_model
-    from setfit_kd.memory import remembering
+    from setfit_kd.memory import shared_backoff
     from setfit_kd.models import load
 
-    config = RunConfig.of(**given(flags))
+    config = RunConfig.of(**passed_settings(flags))
     if config.eval is None:
         raise ConfigError("No labeled texts are given.", hint="Name them by --eval.")
-    with remembering(cpu_fallback=config.cpu_fallback):
+    with shared_backoff(cpu_fallback=config.cpu_fallback):
         classifier = load(model, device=config.device, trust_pickle=trust_pickle)
         rows = read(config.eval, text_column=config.text_column, label_column=config.label_column, role="test")
         evaluation = evaluate_model(
@@ -41,23 +41,23 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> Non
         )
         if as_json:
             told = evaluation.as_dict(target_accuracy=config.target_accuracy)
-            say(json_text(told, indent=2))
+            echo(json_text(told, indent=2))
             return
         show_evaluations({model: evaluation})
-        say("")
+        echo("")
         classes = [
             (name, f"{quality.precision:.1%}", f"{quality.recall:.1%}", f"{quality.f1:.1%}", quality.support)
             for name, quality in evaluation.quality.classes.items()
         ]
         show_table(("class", "precision", "recall", "F1", "texts"), classes)
-        say("")
+        echo("")
         calibration = evaluation.calibration
-        say(f"Calibration error {calibration.ece:.1%}, Brier score {calibration.brier:.3f}.")
+        echo(f"Calibration error {calibration.ece:.1%}, Brier score {calibration.brier:.3f}.")
         if config.target_accuracy is not None:
-            say(_told_of(evaluation.answering(config.target_accuracy), config.target_accuracy))
+            echo(_told_of(evaluation.operating_point(config.target_accuracy), config.target_accuracy))
 
 
-def _told_of(found: Abstaining | None, target: float) -> str:
+def _told_of(found: OperatingPoint | None, target: float) -> str:
     if found is None:
         return f"No threshold makes the answers {target:.1%} accurate."
     return (

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from setfit_kd.cli.options import SHARE, given, on_screen, pickle_option, setting_options
+from setfit_kd.cli.options import SHARE, output_options, passed_settings, pickle_option, setting_options
 from setfit_kd.config import BUNDLE_FORMATS, RunConfig
 from setfit_kd.errors import DataError
 
@@ -29,7 +29,7 @@ _STAND_IN = "bundled:newswire"
               "the others]")  # fmt: skip
 @setting_options("unlabeled", "text_column")
 @pickle_option
-@on_screen
+@output_options
 def export(
     model: str,
     output_dir: Path,
@@ -43,9 +43,9 @@ def export(
     RUN_OR_MODEL is a run's folder, one of its students, a SetFit model or a transformer. The bundle is checked on texts
     of the run's pool, or on those of --unlabeled, against the model that it is made of.
     """
-    config = RunConfig.of(**given(flags))
+    config = RunConfig.of(**passed_settings(flags))
 
-    from setfit_kd.cli.screen import say
+    from setfit_kd.cli.output import echo
     from setfit_kd.export import export_bundle
     from setfit_kd.models import load
 
@@ -56,12 +56,12 @@ def export(
         classifier, output_dir, texts=texts, format=format_, min_agreement=min_agreement, title=title
     )
     parity = bundle.parity
-    say(f"{bundle.format} bundle in {output_dir}: {bundle.megabytes:.1f} MB.")
-    say(
+    echo(f"{bundle.format} bundle in {output_dir}: {bundle.megabytes:.1f} MB.")
+    echo(
         f"It labels {parity.agreement:.1%} of {parity.texts:,} texts as the model does; probabilities differ by "
         f"{parity.largest_difference:.2g} at most."
     )
-    say(f'To use it, there or anywhere: python {output_dir}/classify.py "..."')
+    echo(f'To use it, there or anywhere: python {output_dir}/classify.py "..."')
 
 
 def _texts(model: str, config: RunConfig) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from setfit_kd.cli.options import given, json_option, on_screen, setting_options
+from setfit_kd.cli.options import json_option, output_options, passed_settings, setting_options
 from setfit_kd.config import FinetuneRunConfig
 from setfit_kd.utils.escape import json_text
 
@@ -19,7 +19,7 @@ from setfit_kd.utils.escape import json_text
                  "cpu_fallback", "precision", "gradient_checkpointing", "checkpoint_seconds", "encode_batch_size",
                  of=FinetuneRunConfig)  # fmt: skip
 @json_option
-@on_screen
+@output_options
 def finetune(as_json: bool, **flags: Any) -> None:
     """Fine-tune a transformer end to end on labels, and write it as transformers has it.
 
@@ -30,23 +30,23 @@ def finetune(as_json: bool, **flags: Any) -> None:
     The weights that are best on the validation texts are kept. For larger batches than fit in memory, name the batch by
     --batch-size and what is held at once by --micro-batch-size. What was stopped goes on when it is started again.
     """
-    config = FinetuneRunConfig.of(**given(flags))
+    config = FinetuneRunConfig.of(**passed_settings(flags))
 
-    from setfit_kd.cli.screen import say, show_evaluations, show_table
+    from setfit_kd.cli.output import echo, show_evaluations, show_table
     from setfit_kd.finetune import finetune_run
-    from setfit_kd.memory import remembering
+    from setfit_kd.memory import shared_backoff
 
-    with remembering(cpu_fallback=config.cpu_fallback):
+    with shared_backoff(cpu_fallback=config.cpu_fallback):
         result = finetune_run(config)
     if as_json:
-        say(json_text(result.metrics, indent=2))
+        echo(json_text(result.metrics, indent=2))
         return
     measured = result.evaluation or result.validation
     if measured is not None:
         name = f"{config.output_dir}{'' if result.evaluation else ' (validation)'}"
         show_evaluations({name: measured})
-        say("")
+        echo("")
         scores = [(name, f"{value:.1%}") for name, value in measured.quality.scores.items()]
         show_table(("", ""), scores)
-        say("")
-    say(f'Use it: setfit-kd predict {config.output_dir} "..."')
+        echo("")
+    echo(f'Use it: setfit-kd predict {config.output_dir} "..."')

@@ -50,7 +50,7 @@ def setting_options(*names: str, of: type[StageConfig] = RunConfig) -> Callable[
     return decorate
 
 
-def given(flags: dict[str, Any]) -> dict[str, Any]:
+def passed_settings(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given."""
     return {name: value for name, value in flags.items() if value is not None and value != ()}
 
@@ -62,16 +62,16 @@ pickle_option = click.option("--trust-pickle", is_flag=True,
                              help="Load a pickled head of somebody else's; it may run any code.")  # fmt: skip
 
 
-def on_screen(function: Callable[..., None]) -> Callable[..., None]:
-    """Add -q and -v, and run the command within `screen`."""
+def output_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add -q and -v, and run the command within `console_output`."""
 
     @click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and results.")
     @click.option("-v", "--verbose", is_flag=True, help="Say more.")
     @wraps(function)
     def command(*, quiet: bool, verbose: bool, **arguments: Any) -> None:
-        from setfit_kd.cli.screen import screen
+        from setfit_kd.cli.output import console_output
 
-        with screen(quiet=quiet, verbose=verbose):
+        with console_output(quiet=quiet, verbose=verbose):
             function(**arguments)
 
     return command

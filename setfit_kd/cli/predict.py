@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from setfit_kd.cli.options import SHARE, given, on_screen, pickle_option, setting_options, threads_option
+from setfit_kd.cli.options import SHARE, output_options, passed_settings, pickle_option, setting_options, threads_option
 from setfit_kd.config import RunConfig
 from setfit_kd.errors import ConfigError, DataError
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @setting_options("text_column", "device", "cpu_fallback", "encode_batch_size")
 @threads_option
 @pickle_option
-@on_screen
+@output_options
 def predict(
     model: str,
     texts: tuple[str, ...],
@@ -54,16 +54,16 @@ def predict(
     from setfit_kd.data import column_types
     from setfit_kd.inference.classifier import open_classifier
     from setfit_kd.inference.predict import check_output, classify, predictions_file, predictions_stream
-    from setfit_kd.memory import remembering
-    from setfit_kd.utils.console import shown_on, track
+    from setfit_kd.memory import shared_backoff
+    from setfit_kd.utils.console import show_progress, track
 
-    config = RunConfig.of(**given(flags))
+    config = RunConfig.of(**passed_settings(flags))
     if output is not None:
         check_output(output)
         if any(Path(file).resolve() == output.resolve() for file in files):
             raise ConfigError(f"{output} is both --input and --output.", hint="Name another --output.")
     _check_inputs(texts, files)
-    with remembering(cpu_fallback=config.cpu_fallback):
+    with shared_backoff(cpu_fallback=config.cpu_fallback):
         classifier = open_classifier(
             model,
             device=config.device,
@@ -78,7 +78,7 @@ def predict(
         stdout = sys.stdout.buffer
         destination = predictions_file(output, names, columns) if output else predictions_stream(stdout, names)
         # A bar would run through what is printed.
-        shown = shown_on(None) if output is None and sys.stdout.isatty() else nullcontext()
+        shown = show_progress(None) if output is None and sys.stdout.isatty() else nullcontext()
         with shown, destination as write, track("Classifying", len(texts) if texts and not files else None) as advance:
             for part in classify(classifier, _texts(texts, files, config.text_column), threshold=threshold):
                 write(part)
@@ -94,15 +94,15 @@ def _check_inputs(texts: tuple[str, ...], files: tuple[str, ...]) -> None:
 
 
 def _texts(texts: tuple[str, ...], files: tuple[str, ...], text_column: tuple[str, ...]) -> Iterator[Row]:
-    from setfit_kd.data import stream_in_step, texts_in_step
+    from setfit_kd.data import checked_texts, stream_rows
 
     if texts:
-        yield from texts_in_step(texts, origin="the arguments", unit="text")
+        yield from checked_texts(texts, origin="the arguments", unit="text")
     for file in files:
-        yield from stream_in_step(file, text_column=text_column)
+        yield from stream_rows(file, text_column=text_column)
     if not texts and not files:
         stdin = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig")
         try:
-            yield from texts_in_step((line.rstrip("\r\n") for line in stdin), origin="stdin", unit="line")
+            yield from checked_texts((line.rstrip("\r\n") for line in stdin), origin="stdin", unit="line")
         except UnicodeDecodeError as error:
             raise DataError(f"stdin is not UTF-8 (byte {error.start}).", hint="Convert it to UTF-8.") from None

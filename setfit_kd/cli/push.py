@@ -21,7 +21,7 @@ def push(model: Path, name: str, private: bool | None, message: str | None, dry_
 
     All files go in one commit, or none. It needs a token that may write: log in by `hf auth login`, or set HF_TOKEN.
     """
-    from setfit_kd.cli.screen import say, show_table
+    from setfit_kd.cli.output import echo, show_table
     from setfit_kd.export import prepare_publication, publish
 
     publication = prepare_publication(model, name)
@@ -30,7 +30,7 @@ def push(model: Path, name: str, private: bool | None, message: str | None, dry_
         click.echo(printable(f"Left out, since it is no part of a model: {place}"), err=True)
     if dry_run:
         show_table(("file", "bytes"), [*sizes.items(), ("total", sum(sizes.values()))])
-        say(f"Would go to {publication.address}. Nothing was uploaded.")
+        echo(f"Would go to {publication.address}. Nothing was uploaded.")
         return
     click.echo(printable(f"Uploading {sum(sizes.values()) / 1e6:.1f} MB to {publication.address} ..."), err=True)
-    say(publish(publication, message=message, private=private))
+    echo(publish(publication, message=message, private=private))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from setfit_kd.cli.options import given, on_screen, setting_options
+from setfit_kd.cli.options import output_options, passed_settings, setting_options
 from setfit_kd.config import DEFAULT_PRESET, PRESETS, RunConfig, preset, read_config
 from setfit_kd.errors import ConfigError
 from setfit_kd.utils.escape import printable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
               help="Go on with the run in this folder; its settings hold where no others are given.")  # fmt: skip
 @setting_options()
 @click.option("--dry-run", is_flag=True, help="Check everything, print the settings, texts and training steps; stop.")
-@on_screen
+@output_options
 def run(
     preset_name: str | None,
     config_file: Path | None,
@@ -47,18 +47,18 @@ def run(
     last checkpoint. Settings that are given with it do anew the stages that they touch, and no other.
     """
     from_file = read_config(config_file) if config_file else {}
-    settings = given(flags)
+    settings = passed_settings(flags)
     if resume is not None and preset_name is not None:
         raise ConfigError("--resume takes the run's own settings, not a preset's.", hint="Drop --preset.")
     if resume is not None and settings.keys() & {"output_dir", "overwrite"}:
         raise ConfigError("--resume goes on in the run's own folder.", hint="Drop --output-dir and --overwrite.")
 
-    from setfit_kd.run import resumed
+    from setfit_kd.run import resumed_config
     from setfit_kd.run import run as run_pipeline
     from setfit_kd.run_folder import default_folder
 
     if resume is not None:
-        config = resumed(resume, from_file, settings)
+        config = resumed_config(resume, from_file, settings)
     else:
         config = RunConfig.resolve(preset(preset_name or DEFAULT_PRESET), from_file, settings)
     if config.output_dir is None:
@@ -71,45 +71,45 @@ def run(
         result = run_pipeline(config, resume=resume is not None)
     except BaseException:
         # The error itself is told by others, first.
-        click.get_current_context().find_root().call_on_close(partial(_tell_how_to_go_on, config.output_dir))
+        click.get_current_context().find_root().call_on_close(partial(_print_resume_hint, config.output_dir))
         raise
     _print_result(result)
 
 
-def _tell_how_to_go_on(folder: Path | None) -> None:
+def _print_resume_hint(folder: Path | None) -> None:
     """Where a run has come anywhere, say how it goes on."""
     from setfit_kd.run_folder import RunFolder
 
-    if folder is not None and RunFolder.has_begun(folder):
+    if folder is not None and RunFolder.is_resumable(folder):
         click.echo(printable(f"What is whole is kept. To go on: setfit-kd run --resume {folder}"), err=True)
 
 
 def _print_plan(config: RunConfig, *, resume: bool) -> None:
-    from setfit_kd.cli.screen import say, show_table
+    from setfit_kd.cli.output import echo, show_table
     from setfit_kd.run import plan, prepare_run
 
     stages = plan(config, prepare_run(config, resume=resume))
-    say(config.to_yaml())
+    echo(config.to_yaml())
     show_table(("stage", "texts", "steps"), [(of.stage, of.texts, of.steps or "") for of in stages])
     if config.seeds > 1:
-        say(f"All of it over {config.seeds} seeds.")
+        echo(f"All of it over {config.seeds} seeds.")
 
 
 def _print_result(result: RunResult) -> None:
-    from setfit_kd.cli.screen import say, show_evaluations, show_table
-    from setfit_kd.report import SPREAD_HEADINGS, shown, spread_cells
-    from setfit_kd.run import student_names
+    from setfit_kd.cli.output import echo, show_evaluations, show_table
+    from setfit_kd.report import SPREAD_HEADINGS, display_name, spread_cells
+    from setfit_kd.run import student_paths
 
     if result.evaluations:
-        show_evaluations({shown(name): found for name, found in result.evaluations.items()})
-        say("")
+        show_evaluations({display_name(name): found for name, found in result.evaluations.items()})
+        echo("")
     if result.by_seed:
-        rows = [(shown(name), *spread_cells(found)) for name, found in result.over_seeds.items()]
+        rows = [(display_name(name), *spread_cells(found)) for name, found in result.over_seeds.items()]
         show_table((f"{len(result.by_seed)} seeds", *SPREAD_HEADINGS), rows)
-        say("")
+        echo("")
     seconds = sum(result.seconds.values())
     which, place = "the", str(result.output_dir)
     if len(result.students) > 1:
-        which, place = "a", f"{place}/{next(iter(student_names(result.config).values()))}"
-    say(f"Took {seconds:.0f} s. The report is {result.output_dir}/report.html. To use {which} student:")
-    say(f'  setfit-kd predict {place} "..."')
+        which, place = "a", f"{place}/{next(iter(student_paths(result.config).values()))}"
+    echo(f"Took {seconds:.0f} s. The report is {result.output_dir}/report.html. To use {which} student:")
+    echo(f'  setfit-kd predict {place} "..."')

@@ -4,7 +4,7 @@ A setting has one name everywhere: the field here, the keyword in Python, the ke
 flag on the command line.
 """
 
-from setfit_kd.config.base import Family, StageConfig, settled
+from setfit_kd.config.base import Family, StageConfig, resolved
 from setfit_kd.config.presets import DEFAULT_PRESET, OFFLINE_COMMAND, PRESETS, preset, read_config
 from setfit_kd.config.run import FinetuneRunConfig, RunConfig
 from setfit_kd.config.stages import (
@@ -37,5 +37,5 @@ __all__ = [
     "parse_weights",
     "preset",
     "read_config",
-    "settled",
+    "resolved",
 ]

@@ -14,9 +14,9 @@ from setfit_kd.errors import ConfigError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-MOST_SEEDS = 2**32
+MAX_SEED = 2**32
 
-_NOT_DECIDING = frozenset(
+_NOT_FINGERPRINTED = frozenset(
     {
         "device",
         "cpu_fallback",
@@ -33,7 +33,7 @@ _NOT_DECIDING = frozenset(
 Family = Literal["setfit", "transformer"]
 """SetFit models, a head on a sentence-transformers body; or transformers with a last layer of theirs, trained whole."""
 
-_USUAL: dict[Family, dict[str, Any]] = {
+_FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
     "setfit": {
         "teacher_batch_size": 64,
         "teacher_dropout": False,
@@ -58,7 +58,7 @@ _USUAL: dict[Family, dict[str, Any]] = {
 Value = TypeVar("Value")
 
 
-def settled(value: Value | None) -> Value:
+def resolved(value: Value | None) -> Value:
     """A setting of a config that `StageConfig.of_family` has settled."""
     assert value is not None
     return value
@@ -69,7 +69,7 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seed: int = Field(0, ge=0, lt=MOST_SEEDS, description="Seed of every random choice.")
+    seed: int = Field(0, ge=0, lt=MAX_SEED, description="Seed of every random choice.")
     device: Device = Field(
         "auto", description="Where to train and run: auto, cuda, cuda:N, mps or cpu; auto takes the first that works."
     )
@@ -114,16 +114,16 @@ class StageConfig(BaseModel):
     )
 
     @classmethod
-    def deciding(cls, config: StageConfig) -> dict[str, Any]:
+    def fingerprinted(cls, config: StageConfig) -> dict[str, Any]:
         """This stage's settings that decide what comes out of it, taken from a ``config`` that has them all."""
-        found = {name: getattr(config, name) for name in cls.model_fields if name not in _NOT_DECIDING}
+        found = {name: getattr(config, name) for name in cls.model_fields if name not in _NOT_FINGERPRINTED}
         if not any(value == "pairs" for name, value in found.items() if name.endswith("objective")):
             del found["num_iterations"]
         return found
 
-    def of_family(self, family: Family) -> Self:
+    def with_family_defaults(self, family: Family) -> Self:
         """The same with what is usual for a family of models in the place of what is not set."""
-        usual = {name: value for name, value in _USUAL[family].items() if getattr(self, name, value) is None}
+        usual = {name: value for name, value in _FAMILY_DEFAULTS[family].items() if getattr(self, name, value) is None}
         return self.model_copy(update=usual)
 
     @classmethod
@@ -141,7 +141,7 @@ class StageConfig(BaseModel):
             raise ConfigError(_explain(error), hint=hint) from None
 
     @classmethod
-    def given(cls, config: Self | None, settings: Mapping[str, Any]) -> Self:
+    def merged(cls, config: Self | None, settings: Mapping[str, Any]) -> Self:
         """A stage's settings: those of ``config``, if there is one, with ``settings`` over them.
 
         Raises:

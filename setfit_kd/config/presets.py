@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from setfit_kd.errors import ConfigError
-from setfit_kd.utils.files import check_regular
+from setfit_kd.utils.files import check_regular_file
 
 PRESETS: dict[str, dict[str, Any]] = {
     "ag_news": {
@@ -63,7 +63,7 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, is not YAML, or is not a mapping.
     """
     try:
-        content = yaml.load(check_regular(path, limit=_MAX_BYTES).read_text(encoding="utf-8"), _NoAliases)
+        content = yaml.load(check_regular_file(path, limit=_MAX_BYTES).read_text(encoding="utf-8"), _NoAliases)
     except OSError as error:
         raise ConfigError(f"Cannot read the settings {path}: {error.strerror}.", hint="Check --config.") from None
     except UnicodeDecodeError as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field, model_validator
 
-from setfit_kd.config.base import MOST_SEEDS, StageConfig, settled
+from setfit_kd.config.base import MAX_SEED, StageConfig, resolved
 from setfit_kd.config.stages import (
     AugmentConfig,
     DataConfig,
@@ -80,12 +80,12 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
 
     @model_validator(mode="after")
     def _seeds_exist(self) -> Self:
-        if self.seed + self.seeds > MOST_SEEDS:
+        if self.seed + self.seeds > MAX_SEED:
             raise ValueError(f"seeds: there is no seed {self.seed + self.seeds - 1}")
         return self
 
     @model_validator(mode="after")
-    def _made_texts_need_a_teacher(self) -> Self:
+    def _augmenting_needs_a_teacher(self) -> Self:
         if self.augment_model is not None and self.augment is None:
             raise ValueError("augment_model: say by augment how many texts shall be made")
         if self.augment is not None and self.signals is not None:
@@ -95,7 +95,7 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
     @model_validator(mode="after")
     def _a_weight_a_teacher(self) -> Self:
         written = self.teacher_weights
-        if written not in (None, CROSS_VALIDATED) and len(parse_weights(settled(written))) != len(self.teacher):
+        if written not in (None, CROSS_VALIDATED) and len(parse_weights(resolved(written))) != len(self.teacher):
             raise ValueError(f"teacher_weights: {written} are not as many as the {len(self.teacher)} teachers")
         return self
 

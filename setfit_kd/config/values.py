@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 
-def _as_tuple(value: object) -> object:
+def _to_tuple(value: object) -> object:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
@@ -39,7 +39,7 @@ def _path(value: object) -> object:
 
 
 Name = Annotated[str, AfterValidator(_not_blank)]
-Columns = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Columns = Annotated[tuple[Name, ...], BeforeValidator(_to_tuple), Field(min_length=1)]
 Names = Annotated[
     tuple[Name, ...],
     BeforeValidator(_as_names),

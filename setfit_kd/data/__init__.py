@@ -2,26 +2,26 @@
 
 from setfit_kd.data.labeled_set import LabeledSet, check_classes, draw_shots, encode_labels
 from setfit_kd.data.readers import LINE_NUMBERED, column_types, read_records
-from setfit_kd.data.sources import Problems, Source, read, stream_in_step, stream_texts, text_of, texts_in_step
-from setfit_kd.data.splits import DataSplits, normalise, prepare, without_leaks
+from setfit_kd.data.sources import RowErrors, Source, checked_texts, get_text, read, stream_rows, stream_texts
+from setfit_kd.data.splits import DataSplits, normalise, remove_leaks, split_data
 
 __all__ = [
     "LINE_NUMBERED",
     "DataSplits",
     "LabeledSet",
-    "Problems",
+    "RowErrors",
     "Source",
     "check_classes",
+    "checked_texts",
     "column_types",
     "draw_shots",
     "encode_labels",
+    "get_text",
     "normalise",
-    "prepare",
     "read",
     "read_records",
-    "stream_in_step",
+    "remove_leaks",
+    "split_data",
+    "stream_rows",
     "stream_texts",
-    "text_of",
-    "texts_in_step",
-    "without_leaks",
 ]

@@ -15,7 +15,7 @@ from setfit_kd import hub
 from setfit_kd.data.readers import LINE_NUMBERED, READERS, Record, read_records, unknown_ending
 from setfit_kd.errors import DataError, SetFitKDError
 from setfit_kd.utils.console import quiet_libraries
-from setfit_kd.utils.files import MAX_JSON_BYTES, check_regular
+from setfit_kd.utils.files import MAX_JSON_BYTES, check_regular_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,14 +26,14 @@ Source: TypeAlias = Union[str, Path, "Dataset", Mapping[str, Sequence[Any]], Seq
 """A path, a hub name, a ``datasets.Dataset``, a mapping of columns, or a list of texts, pairs or mappings."""
 
 Decode: TypeAlias = Callable[[Sequence[int]], str]
-_InStep: TypeAlias = tuple[str | None, Mapping[str, Any]]
+TextRow: TypeAlias = tuple[str | None, Mapping[str, Any]]
 _TOKENS = "input_ids"
 BUNDLED = Path(__file__).parent
 _HUB_NAME = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?(?:@[\w./-]+)?)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>[\w.-]+)\])?"
 )
 _FILE_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet", ".xlsx", ".xls", ".gz", ".zip", ".bz2", ".xz")
-_SHOWN = 3
+_MAX_SHOWN = 3
 _SPLITS = {"train": ["train"], "validation": ["validation", "dev"], "test": ["test", "validation"]}
 """Names of the splits that are meant for something, the first that there is being taken."""
 _IGNORABLE = (
@@ -131,7 +131,7 @@ def stream_texts(source: Source, *, text_column: Sequence[str] = ("text",)) -> I
         yield text
 
 
-def stream_in_step(source: Source, *, text_column: Sequence[str] = ("text",)) -> Iterator[_InStep]:
+def stream_rows(source: Source, *, text_column: Sequence[str] = ("text",)) -> Iterator[TextRow]:
     """The text of each row of a source, None where a row has none that can be used, with the row's other columns.
 
     The single text column ``text`` is not among those. A file is never held whole. Rows without text are told of by a
@@ -147,7 +147,7 @@ def stream_in_step(source: Source, *, text_column: Sequence[str] = ("text",)) ->
         yield text or None, {name: value for name, value in record.items() if not (is_text and name == "text")}
 
 
-def texts_in_step(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[_InStep]:
+def checked_texts(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[TextRow]:
     """Each of the texts, None where one cannot be used; such ones are told of by a warning at the end.
 
     Args:
@@ -169,14 +169,14 @@ def _rows(
     and a warning names them.
     """
     columns = text_column if table.has_columns else ("text",)
-    problems = Problems(table.origin, table.unit)
+    problems = RowErrors(table.origin, table.unit)
     n_rows = 0
     for number, record in table.records:
         if not n_rows:
             _require_columns(record, [*columns, *([label_column] if label_column else [])], table.origin)
         n_rows += 1
         label = ""
-        text, problem = text_of(record, columns)
+        text, problem = get_text(record, columns)
         if label_column and problem is None:
             label, problem = _label(record.get(label_column), table.declared)
         if problem is None:
@@ -193,7 +193,7 @@ def _rows(
         logger.warning("%s: no label was given.", problems)
 
 
-class Problems:
+class RowErrors:
     """Rows that cannot be used, the first of them in words."""
 
     def __init__(self, origin: str, unit: str) -> None:
@@ -205,11 +205,11 @@ class Problems:
     def add(self, number: int, problem: str) -> None:
         """Keep account of one more."""
         self.total += 1
-        if len(self.shown) < _SHOWN:
+        if len(self.shown) < _MAX_SHOWN:
             self.shown.append(f"{self.unit} {number}: {problem}")
 
     def __str__(self) -> str:
-        more = f" and {self.total - _SHOWN} more" if self.total > _SHOWN else ""
+        more = f" and {self.total - _MAX_SHOWN} more" if self.total > _MAX_SHOWN else ""
         return f"{self.origin}, {'; '.join(self.shown)}{more}"
 
 
@@ -231,7 +231,7 @@ def _is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def text_of(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, str | None]:
+def get_text(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, str | None]:
     """A record's text, and what keeps it from being used."""
     parts = [record.get(column) for column in columns]
     for part in parts:
@@ -344,7 +344,7 @@ def _open_folder(folder: Path, split: str | None, role: str, label_column: str |
     try:
         for path in folder.rglob("*"):
             if not path.is_dir():
-                check_regular(path, limit=MAX_JSON_BYTES if path.suffix == ".json" else math.inf)
+                check_regular_file(path, limit=MAX_JSON_BYTES if path.suffix == ".json" else math.inf)
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:
         raise DataError(

@@ -62,7 +62,7 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", folded.translate(_QUOTES)).split())
 
 
-def without_leaks(data: LabeledSet, held_out: set[str], *, name: str, held_out_name: str) -> LabeledSet:
+def remove_leaks(data: LabeledSet, held_out: set[str], *, name: str, held_out_name: str) -> LabeledSet:
     """Leave out the texts whose `normalise`d form is in ``held_out``, with a warning that tells how many."""
     kept = [row for row, text in enumerate(data.texts) if normalise(text) not in held_out]
     leaks = len(data) - len(kept)
@@ -72,7 +72,7 @@ def without_leaks(data: LabeledSet, held_out: set[str], *, name: str, held_out_n
     return replace(data.take(kept), origin=f"{data.origin} without the texts of the {held_out_name} set")
 
 
-def prepare(
+def split_data(
     labeled: LabeledSet,
     pool: Iterable[str] | None,
     evaluation: LabeledSet | None,
@@ -93,7 +93,7 @@ def prepare(
         DataError: Too little is left to train on.
     """
     held_out = {normalise(text) for text in evaluation.texts} if evaluation else set()
-    read, labeled = labeled, without_leaks(labeled, held_out, name="labeled", held_out_name="evaluation")
+    read, labeled = labeled, remove_leaks(labeled, held_out, name="labeled", held_out_name="evaluation")
 
     keys = [normalise(text) for text in labeled.texts]
     labels_of: dict[str, set[int]] = {}
@@ -133,7 +133,7 @@ def prepare(
         pool_labeled=pool_labeled,
         pool_leaks=pool_leaks,
     )
-    _tell(report)
+    _log_report(report)
     return DataSplits(shots, texts, evaluation, report)
 
 
@@ -191,7 +191,7 @@ def _warn_of_small_classes(shots: LabeledSet, wanted: int | None) -> None:
             logger.warning("Class %r has %d labeled texts, fewer than %d: all are used.", name, count, wanted)
 
 
-def _tell(report: DataReport) -> None:
+def _log_report(report: DataReport) -> None:
     logger.info(
         "Data: %d labeled, %d pool, %d evaluation texts (%d labeled and %d pool duplicates taken out).",
         report.labeled,

@@ -64,7 +64,7 @@ def calibration_terms(
 
 
 @dataclass(frozen=True)
-class Abstaining:
+class OperatingPoint:
     """A classifier that answers only where its confidence reaches a threshold.
 
     Attributes:
@@ -81,7 +81,7 @@ class Abstaining:
     high: float
 
 
-def abstaining_curve(probabilities: npt.NDArray[np.floating], gold: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def coverage_curve(probabilities: npt.NDArray[np.floating], gold: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Every threshold that makes a difference: (k, 3) of threshold, coverage and accuracy, most answers last."""
     said = np.asarray(probabilities, np.float64)
     confidence = said.max(axis=1)
@@ -96,7 +96,7 @@ def abstaining_curve(probabilities: npt.NDArray[np.floating], gold: npt.NDArray[
 
 def threshold_for(
     target: float, probabilities: npt.NDArray[np.floating], gold: npt.NDArray[np.int64]
-) -> Abstaining | None:
+) -> OperatingPoint | None:
     """The lowest threshold at which the answers are as accurate as ``target``; None where no threshold is.
 
     The threshold is taken from the texts that it is measured on: on few of them, or on other ones, expect less. The
@@ -104,7 +104,7 @@ def threshold_for(
     """
     from scipy.stats import binomtest
 
-    curve = abstaining_curve(probabilities, gold)
+    curve = coverage_curve(probabilities, gold)
     good = np.flatnonzero(curve[:, 2] >= target)
     if not len(good):
         return None
@@ -113,4 +113,4 @@ def threshold_for(
     interval = binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
     # Rounded down by less than lies between two single-precision numbers: the same texts are answered.
     threshold = math.floor(threshold * 1e9) / 1e9
-    return Abstaining(threshold, coverage, accuracy, float(interval.low), float(interval.high))
+    return OperatingPoint(threshold, coverage, accuracy, float(interval.low), float(interval.high))

@@ -13,7 +13,7 @@ from setfit_kd.evaluation.calibration import calibration_terms, measure_calibrat
 Classes = npt.NDArray[np.int64]
 
 RESAMPLES = 2000
-_AT_ONCE, _DRAWS_AT_ONCE = 100, 2_000_000
+_RESAMPLES_PER_BATCH, _DRAWS_PER_BATCH = 100, 2_000_000
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def bootstrap_calibration(
     place, gap, score = calibration_terms(probabilities, gold)
     n, n_bins = len(gold), int(place.max()) + 1
     found: list[npt.NDArray[np.float64]] = []
-    rng, at_once = np.random.default_rng([seed, 12]), max(1, _DRAWS_AT_ONCE // n)
+    rng, at_once = np.random.default_rng([seed, 12]), max(1, _DRAWS_PER_BATCH // n)
     for start in range(0, RESAMPLES, at_once):
         drawn = rng.integers(0, n, (min(at_once, RESAMPLES - start), n))
         rows = np.arange(len(drawn))[:, None] * n_bins
@@ -88,11 +88,11 @@ def _interval(value: float, resampled: npt.NDArray[np.float64]) -> Interval:
 
 
 def _resamples(counts: Classes, seed: int) -> Iterator[npt.NDArray[np.float64]]:
-    """How many texts of each of k kinds a resample holds: (`_AT_ONCE`, k), until there are enough."""
+    """How many texts of each of k kinds a resample holds: (`_RESAMPLES_PER_BATCH`, k), until there are enough."""
     rng = np.random.default_rng([seed, 10])
     n = int(counts.sum())
-    for _ in range(RESAMPLES // _AT_ONCE):
-        yield rng.multinomial(n, counts / n, size=_AT_ONCE).astype(np.float64)
+    for _ in range(RESAMPLES // _RESAMPLES_PER_BATCH):
+        yield rng.multinomial(n, counts / n, size=_RESAMPLES_PER_BATCH).astype(np.float64)
 
 
 def _figures(

@@ -15,16 +15,16 @@ import numpy.typing as npt
 
 from setfit_kd.data import LabeledSet, Source, encode_labels, read
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation.calibration import Abstaining, Calibration, measure_calibration, threshold_for
+from setfit_kd.evaluation.calibration import Calibration, OperatingPoint, measure_calibration, threshold_for
 from setfit_kd.evaluation.cost import Cost, count_parameters, model_megabytes
 from setfit_kd.evaluation.intervals import Interval, bootstrap, bootstrap_calibration, bootstrap_share
 from setfit_kd.evaluation.metrics import ClassQuality, Quality, measure_quality
 from setfit_kd.evaluation.texts import class_indices
-from setfit_kd.memory import Ladder, remembering
+from setfit_kd.memory import OOMBackoff, shared_backoff
 from setfit_kd.models import at_temperature, predict_proba
 from setfit_kd.utils.arrays import load_rows, save_rows
-from setfit_kd.utils.atomic_io import whole_folder
-from setfit_kd.utils.console import shown_on
+from setfit_kd.utils.atomic_io import atomic_folder
+from setfit_kd.utils.console import show_progress
 from setfit_kd.utils.files import folder_megabytes, read_json
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Evaluation:
         Raises:
             OutputError: The folder exists already or cannot be written.
         """
-        with whole_folder(folder) as part:
+        with atomic_folder(folder) as part:
             save_rows(self.probabilities, part / _PROBABILITIES, half_if_large=False)
             about = {"quality": asdict(self.quality), "cost": asdict(self.cost), "gold": self.gold.tolist()}
             (part / _MEASURED).write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -110,7 +110,7 @@ class Evaluation:
         """``accuracy`` and ``macro_f1`` less another classifier's on the same texts, with their 95 % intervals."""
         return bootstrap(self.gold, self.predicted, n_classes=self.probabilities.shape[1], other=other.predicted)
 
-    def answering(self, target: float) -> Abstaining | None:
+    def operating_point(self, target: float) -> OperatingPoint | None:
         """The lowest threshold at which its answers are as accurate as the target; see `threshold_for`."""
         return threshold_for(target, self.probabilities, self.gold)
 
@@ -120,7 +120,7 @@ class Evaluation:
         intervals = {f"{name}_interval": [found.low, found.high] for name, found in every.items()}
         measured = {**asdict(self.quality), **intervals, **asdict(self.calibration), **asdict(self.cost)}
         if target_accuracy is not None:
-            found = self.answering(target_accuracy)
+            found = self.operating_point(target_accuracy)
             measured["answering"] = found and asdict(found)
         return measured
 
@@ -163,17 +163,17 @@ def evaluate(
             hint="Evaluate both on the same set.",
         )
     # The first texts pay for allocations and lazy imports that no later one does.
-    with shown_on(None):
+    with show_progress(None):
         predict_proba(model, data.texts[:_WARM_UP], batch_size=encode_batch_size)
-    with remembering() as recoveries:
+    with shared_backoff() as events:
         while True:
-            before, started = len(recoveries), time.perf_counter()
+            before, started = len(events), time.perf_counter()
             probabilities = predict_proba(model, data.texts, batch_size=encode_batch_size, description=description)
             seconds = time.perf_counter() - started
-            if len(recoveries) == before:  # no failed try is in the time
+            if len(events) == before:  # no failed try is in the time
                 break
         body = model.model_body
-        ran_on = Ladder(description, kind="encoding", device=body.device, size=1, model=body).rung.device
+        ran_on = OOMBackoff(description, kind="encoding", device=body.device, size=1, model=body).attempt.device
     predicted = np.asarray(probabilities.argmax(axis=1), np.int64)
     quality = measure_quality(predicted, data.labels, names, None if teacher is None else teacher.predicted)
     cost = Cost(
@@ -185,7 +185,7 @@ def evaluate(
     return Evaluation(quality, cost, probabilities, data.labels)
 
 
-def evaluate_together(
+def evaluate_ensemble(
     evaluations: Sequence[Evaluation],
     shares: Sequence[float],
     temperatures: Sequence[float],

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.utils.atomic_io import whole_file, writing
+from setfit_kd.utils.atomic_io import atomic_file, write_errors
 from setfit_kd.utils.files import read_json_lines
 
 _TEXTS = "texts.jsonl"
@@ -22,10 +22,10 @@ def write_texts(data: LabeledSet, folder: Path) -> None:
     Raises:
         OutputError: They cannot be written.
     """
-    with writing(folder):
+    with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     about = {"label_names": list(data.label_names), "origin": data.origin, "texts": len(data)}
-    with whole_file(folder / _TEXTS) as file:
+    with atomic_file(folder / _TEXTS) as file:
         rows = ({"text": text, "label": int(label)} for text, label in zip(data.texts, data.labels, strict=True))
         for row in (about, *rows):
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")

@@ -19,10 +19,10 @@ from setfit_kd.config import BUNDLE_FORMATS
 from setfit_kd.errors import ConfigError, DataError, ModelError
 from setfit_kd.export.onnx import quantize, write_onnx
 from setfit_kd.export.static import write_static
-from setfit_kd.export.weights import head_weights, labels_json, reading_of
+from setfit_kd.export.tokenizer import head_weights, labels_json, tokenizer_settings
 from setfit_kd.models import check_finite, is_static, predict_proba
-from setfit_kd.utils.atomic_io import whole_folder
-from setfit_kd.utils.escape import class_name, markdown, shortened
+from setfit_kd.utils.atomic_io import atomic_folder
+from setfit_kd.utils.escape import class_name, markdown, truncate
 from setfit_kd.utils.files import folder_megabytes
 from setfit_kd.utils.hashing import file_hash
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LEAST_AGREEMENT = {"onnx": 0.999, "onnx-int8": 0.98, "static": 0.999}
+MIN_AGREEMENT = {"onnx": 0.999, "onnx-int8": 0.98, "static": 0.999}
 """Share of texts that a bundle must label as its classifier does, unless told otherwise."""
-MOST_TEXTS = 1000
+MAX_TEXTS = 1000
 """Texts of the check."""
 _TIMED_TEXTS, _TRIES = 128, 3
 _README = """# {title}
@@ -112,7 +112,7 @@ def export_bundle(
     Args:
         model: A classifier with a logistic regression as its head; it is moved to the CPU.
         folder: Where to; there must be nothing yet.
-        texts: Texts of the kind that it is for, such as the pool; at most `MOST_TEXTS` are taken, evenly.
+        texts: Texts of the kind that it is for, such as the pool; at most `MAX_TEXTS` are taken, evenly.
         format: ``onnx``, ``onnx-int8`` or ``static``; None takes ``static`` for static bodies and ``onnx-int8`` for all
             others.
         min_agreement: Least share of the texts with the label that the classifier gives, from 0 to 1 [0.98 for
@@ -133,15 +133,15 @@ def export_bundle(
         raise ConfigError(f"An agreement of {min_agreement} cannot be.", hint="Give a share from 0 to 1.")
     if not len(texts):
         raise DataError("There are no texts to check the bundle on.", hint="Give some of the kind that it is for.")
-    texts = [texts[row] for row in np.unique(np.linspace(0, len(texts) - 1, MOST_TEXTS).astype(int))]
-    floors = {name: floor if min_agreement is None else min_agreement for name, floor in LEAST_AGREEMENT.items()}
+    texts = [texts[row] for row in np.unique(np.linspace(0, len(texts) - 1, MAX_TEXTS).astype(int))]
+    floors = {name: floor if min_agreement is None else min_agreement for name, floor in MIN_AGREEMENT.items()}
     head_weights(model)  # what has none cannot be exported, whatever the format
     model.model_body.to("cpu")
     check_finite(model.model_body, title)
     expected = predict_proba(model, texts, description="Classifying by torch")
     if not np.isfinite(expected).all():
         raise ModelError("The classifier gives probabilities that are not numbers.", hint="Train it again.")
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         draft = _Draft(model, part, texts, expected)
         if format == "static":
             draft.normalizes = write_static(model, part)
@@ -162,7 +162,7 @@ class _Draft:
     def __init__(self, model: SetFitModel, folder: Path, texts: list[str], expected: npt.NDArray[np.float32]) -> None:
         self.model, self.folder, self.texts, self.expected = model, folder, texts, expected
         self.normalizes = False
-        self.reading = reading_of(model.model_body)
+        self.reading = tokenizer_settings(model.model_body)
         (folder / runtime.TOKENIZER).write_text(self.reading.tokenizer, encoding="utf-8")
         (folder / runtime.LABELS).write_text(labels_json(model), encoding="utf-8")
         shutil.copyfile(runtime.SOURCE, folder / "classify.py")
@@ -239,7 +239,7 @@ def _readme(model: SetFitModel, bundle: Bundle, title: str) -> str:
     packages = ["numpy", "tokenizers", *([] if bundle.format == "static" else ["onnxruntime"])]
     labels = model.labels or ()
     return _README.format(
-        title=markdown(shortened(title)),
+        title=markdown(truncate(title)),
         n_classes=len(labels),
         labels=markdown(", ".join(map(class_name, labels))),
         needs=" and ".join([", ".join(packages[:-1]), packages[-1]]),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from setfit_kd.errors import ModelError, UnavailableError
-from setfit_kd.export.weights import head_weights
+from setfit_kd.export.tokenizer import head_weights
 from setfit_kd.models import is_static
 from setfit_kd.utils.console import without_warnings
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from setfit_kd.errors import ModelError
-from setfit_kd.export.weights import head_weights
+from setfit_kd.export.tokenizer import head_weights
 from setfit_kd.models import is_static
 from setfit_kd.runtime import HEAD, VECTORS
 

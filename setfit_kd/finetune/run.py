@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config import FinetuneConfig, FinetuneRunConfig
-from setfit_kd.data import LabeledSet, check_classes, encode_labels, normalise, read, without_leaks
+from setfit_kd.data import LabeledSet, check_classes, encode_labels, normalise, read, remove_leaks
 from setfit_kd.errors import DataError, OutputError
 from setfit_kd.evaluation import Evaluation, evaluate
-from setfit_kd.finetune.steps import batch_size_on
+from setfit_kd.finetune.steps import resolve_batch_size
 from setfit_kd.finetune.train import finetune
-from setfit_kd.memory import place, resolve_device
-from setfit_kd.models import BodySource, content_hash, load_local, loading, locate, save_model
-from setfit_kd.utils.atomic_io import LOCK, locked_folder, refuse_links, replaced_folder, write_whole, writing
+from setfit_kd.memory import move_model, resolve_device
+from setfit_kd.models import BodySource, content_hash, load_local, locate, model_errors, save_model
+from setfit_kd.utils.atomic_io import LOCK, lock_folder, refuse_links, replace_folder, write_errors, write_text
 from setfit_kd.utils.files import read_json
 from setfit_kd.utils.hashing import fingerprint
 
@@ -77,7 +77,7 @@ def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
         SetFitKDError: Something given cannot be used; nothing is left half-written.
     """
     _check_output(config.output_dir, overwrite=config.overwrite)  # what is refused is left without a lock
-    with locked_folder(config.output_dir):
+    with lock_folder(config.output_dir):
         return _finetune_run(config)
 
 
@@ -113,18 +113,18 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
         checkpoints=checkpoints / _fingerprint(config, labeled, validation, body),
         looks=looks,
     )
-    place(model.model_body, resolve_device(config.device), phase="Evaluating")
+    move_model(model.model_body, resolve_device(config.device), phase="Evaluating")
     evaluation, validated = (
         None if data is None else evaluate(model, data, encode_batch_size=config.encode_batch_size)
         for data in (held_out, None if held_out else validation)
     )
     result = FinetuneResult(model, evaluation, validated, looks, leaks, output_dir)
     told = {**result.metrics, "settings": config.model_dump(mode="json")}
-    with replaced_folder(output_dir, is_ours=written.__contains__) as folder:
+    with replace_folder(output_dir, is_ours=written.__contains__) as folder:
         save_model(model, folder, title="Text classifier")
         told[_FILES] = sorted({METRICS, *(path.name for path in folder.iterdir())})
         written.update(told[_FILES])
-        write_whole(folder / METRICS, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / METRICS, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
     for training in checkpoints.glob("*"):
         if _TRAINING.fullmatch(training.name):
             shutil.rmtree(training, ignore_errors=True)
@@ -150,7 +150,7 @@ class _Decoder:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            with loading(self._folder):
+            with model_errors(self._folder):
                 self._tokenizer = load_local(AutoTokenizer.from_pretrained, self._folder)
         tokenizer = self._tokenizer
         added = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
@@ -173,9 +173,9 @@ def _apart(
     """Training and validation texts without those that a later set holds, too."""
     evaluated = {normalise(text) for text in held_out.texts} if held_out else set()
     later = evaluated | {normalise(text) for text in validation.texts} if validation else evaluated
-    labeled = without_leaks(labeled, later, name="labeled", held_out_name="validation or evaluation")
+    labeled = remove_leaks(labeled, later, name="labeled", held_out_name="validation or evaluation")
     if validation is not None:
-        validation = without_leaks(validation, evaluated, name="validation", held_out_name="evaluation")
+        validation = remove_leaks(validation, evaluated, name="validation", held_out_name="evaluation")
         if not (validation.counts[-1] if metric == "f1-binary" else len(validation)):
             raise DataError(
                 f"{validation.origin}: no text is left that {metric} can be measured on.",
@@ -194,8 +194,8 @@ def _fingerprint(
 ) -> str:
     """A name for all that decides what comes out of a training, the batches that are usual on the device among it."""
     sets = [[data.texts, data.labels.tolist()] for data in (labeled, validation) if data is not None]
-    size = batch_size_on(resolve_device(config.device), config)
-    return fingerprint(FinetuneConfig.deciding(config), size, content_hash(body), sets)
+    size = resolve_batch_size(resolve_device(config.device), config)
+    return fingerprint(FinetuneConfig.fingerprinted(config), size, content_hash(body), sets)
 
 
 def _check_output(folder: Path, *, overwrite: bool) -> set[str]:
@@ -204,7 +204,7 @@ def _check_output(folder: Path, *, overwrite: bool) -> set[str]:
     Raises:
         OutputError: It holds anything, and is not to be replaced or was not written by a fine-tuning.
     """
-    with writing(folder):
+    with write_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"{folder} is a file, not a folder.", hint="Choose another --output-dir.")
         if not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir()):

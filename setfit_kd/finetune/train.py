@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from setfit_kd.config import FinetuneConfig
 from setfit_kd.data import LabeledSet, Source, check_classes, encode_labels, read
 from setfit_kd.errors import ConfigError, DataError, ModelError
-from setfit_kd.finetune.steps import batch_size_on, finetune_steps
-from setfit_kd.memory import remembering, resolve_device
+from setfit_kd.finetune.steps import finetune_steps, resolve_batch_size
+from setfit_kd.memory import resolve_device, shared_backoff
 from setfit_kd.models import BodySource, family_of, locate, new_model
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.console import quiet_libraries
@@ -56,7 +56,7 @@ def finetune(
         TrainingError: The loss or the weights are no longer finite.
         UnavailableError: The hub cannot be reached.
     """
-    config = FinetuneConfig.given(config, settings).of_family("transformer")
+    config = FinetuneConfig.merged(config, settings).with_family_defaults("transformer")
     if not isinstance(labeled, LabeledSet):
         labeled = encode_labels(read(labeled, label_column="label"))
     check_classes(labeled)
@@ -84,7 +84,7 @@ def finetune(
     if family_of(body) != "transformer":
         raise ModelError("A SetFit body has no last layer to be fine-tuned with.", hint="Take setfit_kd.train_teacher.")
 
-    with quiet_libraries(), remembering(cpu_fallback=config.cpu_fallback):
+    with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
         from setfit_kd.finetune.trainer import FinetuneTrainer
         from setfit_kd.training.loop import train
 
@@ -101,10 +101,10 @@ def finetune(
             body,
             make,
             # A change of device on the way must not change the batches.
-            config.model_copy(update={"batch_size": batch_size_on(device, config)}),
+            config.model_copy(update={"batch_size": resolve_batch_size(device, config)}),
             device=device,
             texts=labeled.texts,
-            batch_texts=min(batch_size_on(device, config), len(labeled)),
+            batch_texts=min(resolve_batch_size(device, config), len(labeled)),
             steps=finetune_steps(config, len(labeled), device),
             description=description,
             checkpoints=checkpoints,

@@ -9,13 +9,13 @@ from datasets import Dataset
 from setfit import SetFitModel, Trainer, TrainingArguments
 from torch import nn
 
-from setfit_kd.config import FinetuneConfig, settled
+from setfit_kd.config import FinetuneConfig, resolved
 from setfit_kd.data import LabeledSet
-from setfit_kd.finetune.steps import batch_size_on, steps_in_pass
-from setfit_kd.finetune.validation import ValidationLooks
-from setfit_kd.losses import GoldLabelsObjective
-from setfit_kd.models import last_layer, own_head, shortened
-from setfit_kd.training.loop import inner_trainer_on, training_arguments
+from setfit_kd.finetune.steps import resolve_batch_size, steps_per_epoch
+from setfit_kd.finetune.validation import ValidationCallback
+from setfit_kd.losses import CrossEntropyLoss
+from setfit_kd.models import get_head, last_layer, shorten_texts
+from setfit_kd.training.loop import inner_trainer_options, training_arguments
 
 
 class FinetuneTrainer(Trainer):
@@ -43,25 +43,25 @@ class FinetuneTrainer(Trainer):
         self.config = config
         arguments = training_arguments(
             output_dir,
-            batch_size=batch_size_on(device, config),
+            batch_size=resolve_batch_size(device, config),
             epochs=config.epochs,
-            learning_rate=settled(config.learning_rate),
+            learning_rate=resolved(config.learning_rate),
             num_iterations=1,
             seed=config.seed,
             precision=config.precision,
             steps=config.steps,
         )
         dataset = Dataset.from_dict({"text": labeled.texts, "label": labeled.labels.tolist()})
-        with inner_trainer_on(device, config.precision):
+        with inner_trainer_options(device, config.precision):
             super().__init__(model=model, args=arguments, train_dataset=dataset, metric=lambda *_: {})
-        self.looks: ValidationLooks | None = None
+        self.looks: ValidationCallback | None = None
         if validation is not None:
-            self.looks = ValidationLooks(
+            self.looks = ValidationCallback(
                 model.model_body,
                 config.patience,
                 validation,
                 metric=config.metric,
-                every=config.eval_steps or steps_in_pass(config, len(labeled), device),
+                every=config.eval_steps or steps_per_epoch(config, len(labeled), device),
                 halves_rate=config.schedule == "plateau",
                 encode_batch_size=config.encode_batch_size,
             )
@@ -72,13 +72,13 @@ class FinetuneTrainer(Trainer):
     ) -> tuple[Dataset, nn.Module]:
         """The texts with their classes, and cross-entropy."""
         body = self.model.model_body
-        objective = GoldLabelsObjective(
+        objective = CrossEntropyLoss(
             body,
             last_layer(body),
-            dropout=settled(self.config.dropout),
+            dropout=resolved(self.config.dropout),
             micro_batch_size=self.config.micro_batch_size,
         )
-        return Dataset.from_dict({"sentence": shortened(body, x), "label": y}), objective
+        return Dataset.from_dict({"sentence": shorten_texts(body, x), "label": y}), objective
 
     def train_embeddings(self, *args: Any, **kwargs: Any) -> None:
         """Train; with validation texts, the best weights are kept."""
@@ -88,4 +88,4 @@ class FinetuneTrainer(Trainer):
 
     def train_classifier(self, x_train: list[str], y_train: Any, args: TrainingArguments | None = None) -> None:
         """The head is the last layer, which was trained along."""
-        self.model.model_head = own_head(self.model.model_body)
+        self.model.model_head = get_head(self.model.model_body)

@@ -12,9 +12,9 @@ import numpy as np
 
 from setfit_kd.data import LabeledSet
 from setfit_kd.evaluation import measure_quality
-from setfit_kd.models import embed, own_head
-from setfit_kd.training.callbacks import Looks
-from setfit_kd.utils.console import shown_on
+from setfit_kd.models import embed, get_head
+from setfit_kd.training.callbacks import EvaluationCallback
+from setfit_kd.utils.console import show_progress
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ _SCORES = "validation.json"
 
 
 @dataclass
-class ValidationLooks(Looks):
+class ValidationCallback(EvaluationCallback):
     """Measures accuracy and F1 on the validation texts, and keeps the best weights.
 
     Attributes:
@@ -47,18 +47,18 @@ class ValidationLooks(Looks):
 
     def measure(self, step: int) -> float:
         """The metric on the validation texts."""
-        with shown_on(None):
+        with show_progress(None):
             features = embed(
                 self.body, self.validation.texts, batch_size=self.encode_batch_size, description="Validating"
             )
-        predicted = own_head(self.body).predict_proba(np.asarray(features, np.float64)).argmax(axis=1)
+        predicted = get_head(self.body).predict_proba(np.asarray(features, np.float64)).argmax(axis=1)
         found = measure_quality(predicted, self.validation.labels, self.validation.label_names).scores
         told = ", ".join(f"{name} {value:.1%}" for name, value in found.items())
         self.scores.append({"step": step, **found})
         logger.info("Step %d: %s on %s.", step, told, self.validation.origin)
         return found[self.metric]
 
-    def got_no_better(self, **given: Any) -> None:
+    def on_no_improvement(self, **given: Any) -> None:
         """Halve the rate, where that is asked for."""
         scheduler = given["lr_scheduler"]
         if self.halves_rate:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from setfit_kd.config import OFFLINE_COMMAND
-from setfit_kd.errors import InputError, SetFitKDError, UnavailableError, chain
-from setfit_kd.utils.atomic_io import writing
+from setfit_kd.errors import InputError, SetFitKDError, UnavailableError, error_chain
+from setfit_kd.utils.atomic_io import write_errors
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _snapshot(name: str, kind: Kind) -> Path:
         raise InputError(f"{name!r} names no revision.", hint="Write NAME@REVISION, or NAME alone.")
     failure: Exception | None = None
     if not is_offline():
-        with writing(_cache(), elsewhere="let HF_HOME name another folder for the hub's cache"):
+        with write_errors(_cache(), elsewhere="let HF_HOME name another folder for the hub's cache"):
             try:
                 # Asked first, since this call alone takes a time limit and is not repeated.
                 HfApi(endpoint=endpoint()).repo_info(repository, revision=revision, repo_type=kind, timeout=CONTACT_S)
@@ -256,7 +256,7 @@ def _bounded_requests(stall_s: float = STALL_S) -> Iterator[None]:
 
 def _status(error: BaseException | None) -> int | None:
     """The HTTP status behind an error, looked for along its causes."""
-    for link in chain(error):
+    for link in error_chain(error):
         status = getattr(getattr(link, "response", None), "status_code", None)
         if isinstance(status, int):
             return status

@@ -18,11 +18,11 @@ import numpy as np
 
 from setfit_kd import errors
 from setfit_kd.errors import DataError, SetFitKDError
-from setfit_kd.inference.classifier import AnyClassifier, folder_of, open_classifier
+from setfit_kd.inference.classifier import TextClassifier, classifier_path, open_classifier
 from setfit_kd.utils.files import folder_megabytes
 
 BATCH_SIZES = (8, 32, 128, 512)
-_HOME = Path(__file__).parents[2]
+_PACKAGE_ROOT = Path(__file__).parents[2]
 _WARM_UP = 16
 _SINGLE_SECONDS, _LEAST_SINGLES, _LEAST_SECONDS = 10.0, 30, 1.0
 _CODE = """
@@ -100,7 +100,7 @@ def measure_speed(
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
     parallel = {"TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false"}
     done = subprocess.run(
-        [sys.executable, "-c", _CODE, str(_HOME)],
+        [sys.executable, "-c", _CODE, str(_PACKAGE_ROOT)],
         input=json.dumps({**task, "started": time.time()}).encode(),
         env={**os.environ, **counts, **parallel},
         capture_output=True,
@@ -140,7 +140,7 @@ def _measure(
     rates = {size: _rate(classifier, texts, size) for size in batch_sizes}
     best = max(rates, key=lambda size: rates[size])
     p50, p95, p99 = (float(value) for value in np.percentile(singles, (50, 95, 99)))
-    folder = folder_of(path)
+    folder = classifier_path(path)
     size = None if folder is None else folder_megabytes(folder)
     return Speed(
         p50_ms=round(1000 * p50, 3),
@@ -156,7 +156,7 @@ def _measure(
     )
 
 
-def _singles(classifier: AnyClassifier, texts: Sequence[str]) -> list[float]:
+def _singles(classifier: TextClassifier, texts: Sequence[str]) -> list[float]:
     """Seconds that texts take one by one."""
     found: list[float] = []
     began = time.perf_counter()
@@ -167,7 +167,7 @@ def _singles(classifier: AnyClassifier, texts: Sequence[str]) -> list[float]:
     return found
 
 
-def _rate(classifier: AnyClassifier, texts: Sequence[str], batch_size: int) -> float:
+def _rate(classifier: TextClassifier, texts: Sequence[str], batch_size: int) -> float:
     """Texts a second, all of them handed over at once, in batches of this size; for a second at least."""
     classifier.batch_size = batch_size
     seconds, passes = 0.0, 0

@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from setfit_kd.errors import ModelError, UnavailableError
 from setfit_kd.runtime import MANIFEST, BundleError, Classifier
-from setfit_kd.utils.console import shown_on
+from setfit_kd.utils.console import show_progress
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
 
 
-class AnyClassifier(Protocol):
+class TextClassifier(Protocol):
     """What all classifiers can do.
 
     Attributes:
@@ -34,7 +34,7 @@ class AnyClassifier(Protocol):
 
 
 class TorchClassifier:
-    """A SetFit model as `AnyClassifier`."""
+    """A SetFit model as `TextClassifier`."""
 
     def __init__(self, model: SetFitModel, batch_size: int) -> None:
         self.model = model
@@ -45,7 +45,7 @@ class TorchClassifier:
         """Class probabilities of n texts: (n, n_classes)."""
         from setfit_kd.models import predict_proba
 
-        with shown_on(None):
+        with show_progress(None):
             return predict_proba(self.model, texts, batch_size=self.batch_size)
 
 
@@ -72,7 +72,7 @@ def is_bundle(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
-def folder_of(path: str | Path) -> Path | None:
+def classifier_path(path: str | Path) -> Path | None:
     """The folder of a bundle or model, or of a run's student; None for a model on the hub."""
     if not Path(path).is_dir():
         return None
@@ -90,7 +90,7 @@ def open_classifier(
     batch_size: int = 32,
     threads: int | None = None,
     trust_pickle: bool = False,
-) -> AnyClassifier:
+) -> TextClassifier:
     """Open a run, a SetFit folder, a SetFit model on the hub, or a bundle.
 
     Args:

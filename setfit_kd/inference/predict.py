@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ConfigError
-from setfit_kd.inference.classifier import AnyClassifier
+from setfit_kd.inference.classifier import TextClassifier
 from setfit_kd.runtime import in_windows
-from setfit_kd.utils.atomic_io import whole_file
+from setfit_kd.utils.atomic_io import atomic_file
 from setfit_kd.utils.console import without_warnings
 from setfit_kd.utils.escape import as_text, json_text
 
@@ -26,7 +26,7 @@ Row: TypeAlias = tuple[str | None, Mapping[str, Any]]
 """A text, None where there is none that can be used, and the other columns of its row."""
 Columns: TypeAlias = Mapping[str, Any]
 """The other columns that a table has, with their Arrow types."""
-AT_ONCE = 1024
+CHUNK_SIZE = 1024
 """Most texts held in memory."""
 
 
@@ -54,13 +54,13 @@ class Predictions:
             yield text, label, None if text is None else [round(p, 6) for p in row], columns
 
 
-Write = Callable[[Predictions], None]
-Format = Callable[[IO[bytes], list[str], Columns], AbstractContextManager[Write]]
+WritePredictions = Callable[[Predictions], None]
+Format = Callable[[IO[bytes], list[str], Columns], AbstractContextManager[WritePredictions]]
 """Within its block, the predictions for the named classes go to a binary file; tables have the other columns first."""
 
 
 def classify(
-    classifier: AnyClassifier, rows: Iterable[Row], *, threshold: float = 0.0, at_once: int = AT_ONCE
+    classifier: TextClassifier, rows: Iterable[Row], *, threshold: float = 0.0, at_once: int = CHUNK_SIZE
 ) -> Iterator[Predictions]:
     """Classify texts as they come; at most ``at_once`` of them are held in memory.
 
@@ -111,7 +111,7 @@ def _cell(value: Any) -> Any:
 
 
 @contextmanager
-def _json_lines(file: IO[bytes], names: list[str], _: Columns) -> Iterator[Write]:
+def _json_lines(file: IO[bytes], names: list[str], _: Columns) -> Iterator[WritePredictions]:
     kept_names = _kept_names(["text", "label", "probabilities"])
 
     def write(part: Predictions) -> None:
@@ -132,7 +132,7 @@ def _header(names: list[str], columns: Columns) -> list[str]:
 
 def _delimited(delimiter: str) -> Format:
     @contextmanager
-    def delimited(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[Write]:
+    def delimited(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[WritePredictions]:
         def write_line(line: str) -> None:
             file.write(line.removesuffix("\r\n").encode("utf-8") + b"\n")
 
@@ -151,7 +151,7 @@ def _delimited(delimiter: str) -> Format:
 
 
 @contextmanager
-def _parquet(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[Write]:
+def _parquet(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[WritePredictions]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -197,7 +197,7 @@ def check_output(path: Path) -> None:
 
 
 @contextmanager
-def predictions_file(path: Path, names: list[str], columns: Columns | None = None) -> Iterator[Write]:
+def predictions_file(path: Path, names: list[str], columns: Columns | None = None) -> Iterator[WritePredictions]:
     """Within this block, predictions are written to a file of the kind that its ending says: whole, or not at all.
 
     Yields a function that takes the next of them. Tables have the given ``columns`` before those of the predictions.
@@ -207,11 +207,11 @@ def predictions_file(path: Path, names: list[str], columns: Columns | None = Non
         OutputError: The file cannot be written.
     """
     check_output(path)
-    with whole_file(path) as file, _FORMATS[path.suffix.lower()](file, names, columns or {}) as write:
+    with atomic_file(path) as file, _FORMATS[path.suffix.lower()](file, names, columns or {}) as write:
         yield write
 
 
-def predictions_stream(file: IO[bytes], names: list[str]) -> AbstractContextManager[Write]:
+def predictions_stream(file: IO[bytes], names: list[str]) -> AbstractContextManager[WritePredictions]:
     """Within this block, predictions go to a binary stream as JSON lines.
 
     Yields a function that takes the next of them.

@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-CPU_PART = 16
+CPU_CHUNK = 16
 """Texts that pass through the body at once on a CPU, where padding to the longest of a whole batch is what costs."""
 
 
-class Options(TypedDict, total=False):
-    """What every objective can be told about its passes; see `Objective`."""
+class LossOptions(TypedDict, total=False):
+    """What every objective can be told about its passes; see `BatchLoss`."""
 
     dropout: bool
     micro_batch_size: int | None
 
 
-class Objective(nn.Module, ABC):
+class BatchLoss(nn.Module, ABC):
     """A loss over embeddings, computed on whole batches whatever fits in memory.
 
     Args:
@@ -62,14 +62,14 @@ class Objective(nn.Module, ABC):
     def embed(self, features: dict[str, Tensor], *, n_columns: int = 1) -> Tensor:
         """Embed one of ``n_columns`` columns of B texts, padded to T tokens: (B, d).
 
-        In micro-batches, and on a CPU in parts of `CPU_PART`, texts go through the body sorted by length, each part
+        In micro-batches, and on a CPU in parts of `CPU_CHUNK`, texts go through the body sorted by length, each part
         cut to its own longest. Embeddings and gradients are the same as without, but for the draws of dropout where
         that is on.
         """
         mask = features.get("attention_mask")  # (B, T); a body without one, such as a static one, needs no parts
         if mask is None:
             return self._encode(features)
-        size = self.micro_batch_size or (CPU_PART if mask.device.type == "cpu" else len(mask))
+        size = self.micro_batch_size or (CPU_CHUNK if mask.device.type == "cpu" else len(mask))
         fits = n_columns * len(mask) <= size
         if fits or (self.micro_batch_size is None and len(mask) <= size):
             return self._encode(features)
@@ -105,14 +105,14 @@ def _rows_of(value: Tensor, rows: Tensor, longest: int, *, like: Tensor) -> Tens
     return value[rows, :longest] if value.shape[:2] == like.shape else value[rows]
 
 
-def at_least_float32(embeddings: Tensor) -> Tensor:
+def to_float32(embeddings: Tensor) -> Tensor:
     """The same numbers, half precision made single: cosines near 1 need more digits than it has."""
     return embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
 
 
 def cosine_matrix(embeddings: Tensor) -> Tensor:
     """Cosines of all pairs of rows: (B, d) to (B, B)."""
-    unit = nn.functional.normalize(at_least_float32(embeddings), dim=1)
+    unit = nn.functional.normalize(to_float32(embeddings), dim=1)
     return unit @ unit.T
 
 

@@ -7,10 +7,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from setfit_kd.losses.base import Objective, cosine_matrix
+from setfit_kd.losses.base import BatchLoss, cosine_matrix
 
 
-class ContrastiveObjective(Objective):
+class ContrastiveLoss(BatchLoss):
     """Draw texts of a class together and push classes apart, over all pairs of a batch.
 
     The cosine of two texts is regressed to 1 where they share a class and to 0 where they do not, as SetFit does pair
@@ -22,7 +22,7 @@ class ContrastiveObjective(Objective):
 
     Example:
         >>> import torch
-        >>> objective = ContrastiveObjective(torch.nn.Identity())
+        >>> objective = ContrastiveLoss(torch.nn.Identity())
         >>> embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
         >>> objective.loss([embeddings], torch.tensor([0, 0, 1])).item()
         0.0

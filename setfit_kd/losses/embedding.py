@@ -10,8 +10,8 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
-from setfit_kd.losses.base import Objective, Options, at_least_float32, rows_at
-from setfit_kd.utils.arrays import unit_rows
+from setfit_kd.losses.base import BatchLoss, LossOptions, rows_at, to_float32
+from setfit_kd.utils.arrays import normalise_rows
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -22,7 +22,7 @@ _RIDGE = 0.1
 """Keeps the first map from copying a few texts exactly; rows have length 1."""
 
 
-class EmbeddingObjective(Objective):
+class EmbeddingLoss(BatchLoss):
     """Make the student's embedding of each text point where the teacher's does.
 
     The mean of 1 - cos(student, teacher) over a batch (Reimers and Gurevych, 2020, "Making Monolingual Sentence
@@ -36,12 +36,12 @@ class EmbeddingObjective(Objective):
         model: The student's body.
         teacher_embeddings: (n, d_teacher), a row a pool text.
         dimension: Length of the student's embeddings.
-        options: As `Objective`.
+        options: As `BatchLoss`.
 
     Example:
         >>> import numpy as np, torch
         >>> teacher = np.array([[1.0, 0.0], [0.0, 1.0]], dtype=np.float32)
-        >>> objective = EmbeddingObjective(torch.nn.Identity(), teacher, dimension=2)
+        >>> objective = EmbeddingLoss(torch.nn.Identity(), teacher, dimension=2)
         >>> objective.loss([torch.tensor([[3.0, 0.0], [2.0, 0.0]])], torch.tensor([0, 1])).item()
         0.5
     """
@@ -52,7 +52,7 @@ class EmbeddingObjective(Objective):
         teacher_embeddings: npt.NDArray[np.floating],
         *,
         dimension: int,
-        **options: Unpack[Options],
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(model, **options)
         self.teacher_embeddings = teacher_embeddings
@@ -68,7 +68,7 @@ class EmbeddingObjective(Objective):
             embeddings: (m, dimension) of the untrained student.
             teacher_embeddings: (m, d_teacher).
         """
-        student, teacher = unit_rows(embeddings), unit_rows(teacher_embeddings)
+        student, teacher = normalise_rows(embeddings), normalise_rows(teacher_embeddings)
         fitted = Ridge(alpha=_RIDGE, fit_intercept=False).fit(student, teacher)
         assert isinstance(self.projection, nn.Linear)
         with torch.no_grad():
@@ -79,6 +79,6 @@ class EmbeddingObjective(Objective):
         (rows,) = embeddings
         if isinstance(self.projection, nn.Linear):
             rows = self.projection(rows.to(self.projection.weight))
-        projected = at_least_float32(rows)
+        projected = to_float32(rows)
         target = rows_at(self.teacher_embeddings, labels).to(projected)
         return (1 - torch.cosine_similarity(projected, target)).mean()

@@ -7,11 +7,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from setfit_kd.losses.base import Objective, at_least_float32
-from setfit_kd.utils.arrays import unit_rows
+from setfit_kd.losses.base import BatchLoss, to_float32
+from setfit_kd.utils.arrays import normalise_rows
 
 
-class PairsObjective(Objective):
+class PairSimilarityLoss(BatchLoss):
     """Make the student's cosine of a pair of texts that of the teacher.
 
     What SetFit's ``DistillationTrainer`` describes. (SetFit 1.2.0 itself trains toward the constant 1, since its pairs
@@ -21,7 +21,7 @@ class PairsObjective(Objective):
 
     Example:
         >>> import torch
-        >>> objective = PairsObjective(torch.nn.Identity())
+        >>> objective = PairSimilarityLoss(torch.nn.Identity())
         >>> left, right = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
         >>> objective.loss([left, right], torch.tensor([0.5])).item()
         0.25
@@ -30,7 +30,7 @@ class PairsObjective(Objective):
     def loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """Mean squared difference of the cosines over the pairs."""
         left, right = embeddings
-        cosines = torch.cosine_similarity(at_least_float32(left), at_least_float32(right))
+        cosines = torch.cosine_similarity(to_float32(left), to_float32(right))
         return nn.functional.mse_loss(cosines, labels.to(cosines))
 
 
@@ -62,6 +62,6 @@ def draw_pairs(
     cosines = np.empty(len(left), np.float32)
     for start in range(0, len(left), 8192):
         part = slice(start, start + 8192)
-        pairs = unit_rows(embeddings[left[part]]), unit_rows(embeddings[right[part]])
+        pairs = normalise_rows(embeddings[left[part]]), normalise_rows(embeddings[right[part]])
         cosines[part] = np.einsum("ij,ij->i", *pairs)
     return left, right, cosines.clip(-1, 1)

@@ -9,14 +9,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from setfit_kd.losses.base import Objective, Options, cosine_matrix, rows_at
+from setfit_kd.losses.base import BatchLoss, LossOptions, cosine_matrix, rows_at
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from typing_extensions import Unpack
 
 
-class SimilarityObjective(Objective):
+class SimilarityLoss(BatchLoss):
     """Make the student's cosines of a batch those of the teacher.
 
     The mean squared difference between the two B by B cosine matrices, diagonal left out (Tung and Mori, 2019,
@@ -30,12 +30,12 @@ class SimilarityObjective(Objective):
         teacher_embeddings: (n, d), a row a pool text. Targets are made of the B rows of a batch alone: memory is
             O(n d), never O(n²).
         weights: (n,) weight of each pool text; a pair weighs the product of its two. None weighs all pairs alike.
-        options: As `Objective`.
+        options: As `BatchLoss`.
 
     Example:
         >>> import numpy as np, torch
         >>> teacher = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=np.float32)
-        >>> objective = SimilarityObjective(torch.nn.Identity(), teacher)
+        >>> objective = SimilarityLoss(torch.nn.Identity(), teacher)
         >>> turned = torch.tensor([[0.0, 2.0, 0.0], [-3.0, 0.0, 0.0]])  # another basis, other lengths, same angle
         >>> objective.loss([turned], torch.tensor([0, 1])).item()
         0.0
@@ -47,7 +47,7 @@ class SimilarityObjective(Objective):
         teacher_embeddings: npt.NDArray[np.floating],
         *,
         weights: npt.NDArray[np.float32] | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(model, **options)
         self.teacher_embeddings = teacher_embeddings

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from setfit_kd.losses.base import Objective, Options, at_least_float32, rows_at
+from setfit_kd.losses.base import BatchLoss, LossOptions, rows_at, to_float32
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -19,7 +19,7 @@ NO_GOLD = -1
 """The gold class of a text that has none."""
 
 
-class SoftLabelsObjective(Objective):
+class SoftLabelLoss(BatchLoss):
     """Make the student's class probabilities the teacher's, at a temperature.
 
     Of each text, T² KL(teacher at T ‖ student at T); of a text with a gold label, (1 - alpha) of that and alpha times
@@ -36,12 +36,12 @@ class SoftLabelsObjective(Objective):
         gold: (n,) class of each pool text, `NO_GOLD` where it has none; None is none at all.
         temperature: T, above 0.
         alpha: Share of the gold label, from 0 to 1.
-        options: As `Objective`.
+        options: As `BatchLoss`.
 
     Example:
         >>> import numpy as np, torch
         >>> probabilities = np.array([[0.5, 0.5], [0.9, 0.1]], dtype=np.float32)
-        >>> objective = SoftLabelsObjective(torch.nn.Identity(), probabilities, dimension=2, temperature=2.0)
+        >>> objective = SoftLabelLoss(torch.nn.Identity(), probabilities, dimension=2, temperature=2.0)
         >>> objective.start_from(np.eye(2), np.zeros(2))  # the embeddings are the logits
         >>> logits = torch.tensor([[7.0, 7.0], [3.0, 0.0]])
         >>> round(objective.loss([logits], torch.tensor([0, 0])).item(), 3)
@@ -57,7 +57,7 @@ class SoftLabelsObjective(Objective):
         gold: npt.NDArray[np.int64] | None = None,
         temperature: float = 1.0,
         alpha: float = 0.5,
-        **options: Unpack[Options],
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(model, **options)
         self.probabilities = probabilities
@@ -78,7 +78,7 @@ class SoftLabelsObjective(Objective):
     def loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """Mean over the texts of the soft and, where there is one, the gold term."""
         (rows,) = embeddings
-        logits = at_least_float32(self.head(rows.to(self.head.weight)))  # (B, n_classes)
+        logits = to_float32(self.head(rows.to(self.head.weight)))  # (B, n_classes)
         soft_labels = rows_at(self.probabilities, labels).to(logits)
         tiny = torch.finfo(logits.dtype).tiny
         target = torch.log_softmax(soft_labels.clamp_min(tiny).log() / self.temperature, dim=1)

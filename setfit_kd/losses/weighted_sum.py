@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from setfit_kd.losses.base import Objective, Options
+from setfit_kd.losses.base import BatchLoss, LossOptions
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from typing_extensions import Unpack
 
 
-class WeightedSum(Objective):
+class WeightedSumLoss(BatchLoss):
     """The weighted sum of objectives over the same batch, which passes through the body once.
 
     Labels: (B,), as the parts take them.
@@ -22,21 +22,21 @@ class WeightedSum(Objective):
     Args:
         model: The student's body.
         parts: Pairs of weight and objective; the parts' own options are not looked at.
-        options: As `Objective`.
+        options: As `BatchLoss`.
 
     Example:
         >>> import numpy as np, torch
         >>> teacher, body = np.eye(2, dtype=np.float32), torch.nn.Identity()
-        >>> from setfit_kd.objectives import EmbeddingObjective, SimilarityObjective
-        >>> similarity = SimilarityObjective(body, teacher)
-        >>> embedding = EmbeddingObjective(body, teacher, dimension=2)
-        >>> both = WeightedSum(body, [(1.0, similarity), (0.5, embedding)])
+        >>> from setfit_kd.losses import EmbeddingLoss, SimilarityLoss
+        >>> similarity = SimilarityLoss(body, teacher)
+        >>> embedding = EmbeddingLoss(body, teacher, dimension=2)
+        >>> both = WeightedSumLoss(body, [(1.0, similarity), (0.5, embedding)])
         >>> both.loss([torch.tensor([[1.0, 0.0], [1.0, 0.0]])], torch.tensor([0, 1])).item()
         1.25
     """
 
     def __init__(
-        self, model: SentenceTransformer, parts: Sequence[tuple[float, Objective]], **options: Unpack[Options]
+        self, model: SentenceTransformer, parts: Sequence[tuple[float, BatchLoss]], **options: Unpack[LossOptions]
     ) -> None:
         super().__init__(model, **options)
         self.weights = [weight for weight, _ in parts]
@@ -47,6 +47,6 @@ class WeightedSum(Objective):
         terms = [
             weight * part.loss(embeddings, labels)
             for weight, part in zip(self.weights, self.parts, strict=True)
-            if isinstance(part, Objective)
+            if isinstance(part, BatchLoss)
         ]
         return sum(terms[1:], terms[0])

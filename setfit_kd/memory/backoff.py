@@ -1,4 +1,4 @@
-"""The ladder: what is tried, one after the other, when memory runs out."""
+"""The backoff: what is tried, one after the other, when memory runs out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Rung:
+class Attempt:
     """What a phase may take up: a device, and how many texts on it at once."""
 
     device: torch.device
@@ -34,8 +34,8 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Recovery:
-    """One step down the ladder.
+class BackoffEvent:
+    """One step down the backoff.
 
     Attributes:
         phase: What ran out of memory, such as ``Training teacher``.
@@ -51,8 +51,8 @@ class Recovery:
     kind: str
     step: int | None
     cause: str
-    before: Rung
-    after: Rung
+    before: Attempt
+    after: Attempt
     free_before: int | None
     free_after: int | None
 
@@ -71,29 +71,29 @@ class Recovery:
 
 
 @dataclass
-class _Memory:
-    """What is settled and learned while `remembering`."""
+class _SharedState:
+    """What is settled and learned while `shared_backoff`."""
 
     cpu_fallback: bool = True
-    recoveries: list[Recovery] = field(default_factory=list)
-    learned: list[_Learned] = field(default_factory=list)
+    events: list[BackoffEvent] = field(default_factory=list)
+    learned: list[_Limit] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class _Learned:
+class _Limit:
     """A model of so many parameters was too large for anything above a rung."""
 
     kind: str
     asked: torch.device
     parameters: int
-    rung: Rung
+    attempt: Attempt
 
 
-_memory: ContextVar[_Memory | None] = ContextVar("memory", default=None)
+_shared_state: ContextVar[_SharedState | None] = ContextVar("memory", default=None)
 
 
 @contextmanager
-def remembering(*, cpu_fallback: bool | None = None) -> Iterator[list[Recovery]]:
+def shared_backoff(*, cpu_fallback: bool | None = None) -> Iterator[list[BackoffEvent]]:
     """Within this block, a phase begins where an earlier one of its kind ended that was of a model no larger.
 
     Blocks nest: an inner one knows and adds to what the outer one has learned.
@@ -104,25 +104,25 @@ def remembering(*, cpu_fallback: bool | None = None) -> Iterator[list[Recovery]]
     Yields:
         The steps down, as they come.
     """
-    outer = _memory.get() or _Memory()
+    outer = _shared_state.get() or _SharedState()
     inner = outer if cpu_fallback is None else replace(outer, cpu_fallback=cpu_fallback and outer.cpu_fallback)
-    token = _memory.set(inner)
+    token = _shared_state.set(inner)
     try:
-        yield inner.recoveries
+        yield inner.events
     finally:
-        _memory.reset(token)
+        _shared_state.reset(token)
 
 
-def place(model: torch.nn.Module, device: torch.device, *, phase: str) -> None:
+def move_model(model: torch.nn.Module, device: torch.device, *, phase: str) -> None:
     """Move a model to a device, or where it does not fit there to the CPU.
 
     Raises:
         OutOfMemoryError: It fits neither, or the CPU may not take over.
     """
-    Ladder(phase, kind="loading", device=device, size=1, model=model).climb(lambda rung: model.to(rung.device))
+    OOMBackoff(phase, kind="loading", device=device, size=1, model=model).run(lambda rung: model.to(rung.device))
 
 
-class Ladder:
+class OOMBackoff:
     """One phase's way down: once more after clearing the cache, by halves to one text at once, then the CPU.
 
     Args:
@@ -140,37 +140,37 @@ class Ladder:
     def __init__(self, phase: str, *, kind: str, device: torch.device, size: int, model: torch.nn.Module) -> None:
         self.phase = phase
         self.step: int | None = None
-        self.rung = self._first = Rung(device, size)
+        self.attempt = self._first = Attempt(device, size)
         self._kind = kind
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._memory = _memory.get() or _Memory()
-        self._may_fall_back = self._memory.cpu_fallback and _is_accelerator(device)
-        self._failed: list[Rung] = []
-        self._retried: list[Rung] = []
+        self._memory = _shared_state.get() or _SharedState()
+        self._may_use_cpu = self._memory.cpu_fallback and _is_accelerator(device)
+        self._failed: list[Attempt] = []
+        self._retried: list[Attempt] = []
         self._worth_a_retry = True
         learned = [
-            learned.rung
+            learned.attempt
             for learned in self._memory.learned
             if (learned.kind, learned.asked) == (kind, device) and self._parameters >= learned.parameters
         ]
         elsewhere = [rung for rung in learned if rung.device != device]
-        if elsewhere and self._may_fall_back:
-            self.rung, self._may_fall_back = Rung(_cpu(), min([size, *(rung.size for rung in elsewhere)])), False
+        if elsewhere and self._may_use_cpu:
+            self.attempt, self._may_use_cpu = Attempt(_cpu(), min([size, *(rung.size for rung in elsewhere)])), False
         elif learned:
-            self.rung = Rung(device, min([size, *(rung.size for rung in learned if rung not in elsewhere)]))
+            self.attempt = Attempt(device, min([size, *(rung.size for rung in learned if rung not in elsewhere)]))
 
     @property
-    def can_go_on_in_place(self) -> bool:
+    def can_retry_in_place(self) -> bool:
         """Whether the next rung is on the same device."""
-        return self._worth_a_retry or self.rung.size > 1
+        return self._worth_a_retry or self.attempt.size > 1
 
-    def worked(self) -> None:
+    def succeeded(self) -> None:
         """What was tried on this rung went well: a later failure there is worth another try."""
-        self._worth_a_retry = self.rung not in self._retried
+        self._worth_a_retry = self.attempt not in self._retried
 
-    def climb(
+    def run(
         self,
-        attempt: Callable[[Rung], T],
+        attempt: Callable[[Attempt], T],
         *,
         clear: Callable[[], None] = lambda: None,
     ) -> T:
@@ -185,25 +185,25 @@ class Ladder:
         """
         while True:
             try:
-                result = attempt(self.rung)
+                result = attempt(self.attempt)
             except Exception as error:
-                # The last word of a ladder within this one is the last word here too.
+                # The last word of a backoff within this one is the last word here too.
                 if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
                     raise
                 cause = str(error)
             else:
-                self.worked()
+                self.succeeded()
                 return result
             # Only here, past the handler, nothing holds the failed attempt's tensors any more.
-            self.step_down(cause, clear=clear)
+            self.back_off(cause, clear=clear)
 
-    def step_down(self, cause: str, *, clear: Callable[[], None] = lambda: None) -> None:
+    def back_off(self, cause: str, *, clear: Callable[[], None] = lambda: None) -> None:
         """Clear up and take the next rung. To be called when the error and its traceback are gone.
 
         Raises:
             OutOfMemoryError: There is none.
         """
-        failed = self.rung
+        failed = self.attempt
         free_before = _free(failed.device)
         clear()
         clear_cache(failed.device)
@@ -214,19 +214,19 @@ class Ladder:
             self._retried.append(failed)
         elif failed.size > 1 and (self._kind != "training" or self.step is not None):
             # Before the first step of a training, its memory has nothing to do with how many texts there are at once.
-            self.rung = Rung(failed.device, failed.size // 2)
-        elif self._may_fall_back:
-            self.rung, self._may_fall_back = Rung(_cpu(), self._first.size), False
+            self.attempt = Attempt(failed.device, failed.size // 2)
+        elif self._may_use_cpu:
+            self.attempt, self._may_use_cpu = Attempt(_cpu(), self._first.size), False
         else:
             raise self._exhausted(cause)
         self._worth_a_retry = False
-        recovery = Recovery(
-            self.phase, self._kind, self.step or None, first_line(cause), failed, self.rung, free_before, free_after
+        event = BackoffEvent(
+            self.phase, self._kind, self.step or None, first_line(cause), failed, self.attempt, free_before, free_after
         )
-        self._memory.recoveries.append(recovery)
-        if self.rung != failed:
-            self._memory.learned.append(_Learned(self._kind, self._first.device, self._parameters, self.rung))
-        logger.warning("%s", _line(recovery))
+        self._memory.events.append(event)
+        if self.attempt != failed:
+            self._memory.learned.append(_Limit(self._kind, self._first.device, self._parameters, self.attempt))
+        logger.warning("%s", _describe(event))
 
     def _exhausted(self, cause: str) -> OutOfMemoryError:
         sizes: dict[str, list[str]] = {}
@@ -254,8 +254,8 @@ _REMEDIES = {
 }
 
 
-def _line(recovery: Recovery) -> str:
-    before, after = recovery.before, recovery.after
+def _describe(event: BackoffEvent) -> str:
+    before, after = event.before, event.after
     if after == before:
         action = "trying again"
     elif after.device != before.device:
@@ -263,11 +263,9 @@ def _line(recovery: Recovery) -> str:
     else:
         action = f"going on with {after.size} texts at once instead of {before.size}"
     free = ""
-    if recovery.free_before is not None and recovery.free_after is not None:
-        free = (
-            f" ({_megabytes(recovery.free_before):,} MiB free, {_megabytes(recovery.free_after):,} after clearing up)"
-        )
-    return f"{recovery.phase}{_where(recovery.kind, recovery.step)}: out of memory on {before.device}{free}; {action}."
+    if event.free_before is not None and event.free_after is not None:
+        free = f" ({_megabytes(event.free_before):,} MiB free, {_megabytes(event.free_after):,} after clearing up)"
+    return f"{event.phase}{_where(event.kind, event.step)}: out of memory on {before.device}{free}; {action}."
 
 
 def _where(kind: str, step: int | None) -> str:

@@ -45,7 +45,7 @@ def resolve_device(name: str) -> torch.device:
                 f"There is no device {name!r} here.", hint="Take --device auto, or see `setfit-kd doctor`."
             )
         obstacle = _obstacle(device)
-        if obstacle is not None and not is_out_of_memory(obstacle):  # a full one is for the ladder
+        if obstacle is not None and not is_out_of_memory(obstacle):  # a full one is for the backoff
             raise ConfigError(
                 f"The device {name!r} cannot be used: {first_line(str(obstacle))}", hint="Take --device cpu."
             )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import re
 
-from setfit_kd.errors import SetFitKDError, chain
+from setfit_kd.errors import SetFitKDError, error_chain
 
-_SAYS_SO = re.compile(
+_OOM_MESSAGE = re.compile(
     r"(CUDA|HIP|XPU|MPS|NPU)[^\n]*out of memory"
     r"|error: out of memory"
     r"|CUBLAS_STATUS_ALLOC_FAILED"
@@ -26,10 +26,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     libraries write: CUDA, cuBLAS and cuDNN, HIP, MPS, torch's CPU allocator, onnxruntime. Only errors of the kinds that
     those raise are read, so that a text about memory in, say, a `KeyError` is taken for nothing else.
     """
-    return isinstance(error, Exception) and any(map(_says_so, chain(error)))
+    return isinstance(error, Exception) and any(map(_is_oom, error_chain(error)))
 
 
-def _says_so(error: BaseException) -> bool:
+def _is_oom(error: BaseException) -> bool:
     if isinstance(error, MemoryError):  # ours is one too
         return True
     if isinstance(error, SetFitKDError):
@@ -39,7 +39,7 @@ def _says_so(error: BaseException) -> bool:
     library = type(error).__module__.partition(".")[0]
     # torch.OutOfMemoryError is a RuntimeError; onnxruntime's own errors derive from Exception.
     return (isinstance(error, RuntimeError) or library == "onnxruntime") and bool(
-        type(error).__name__ == "OutOfMemoryError" or _SAYS_SO.search(str(error))
+        type(error).__name__ == "OutOfMemoryError" or _OOM_MESSAGE.search(str(error))
     )
 
 

@@ -1,7 +1,7 @@
 """Bodies, heads and whole SetFit models: finding, loading, running and saving them."""
 
 from setfit_kd.models.bodies import (
-    TRANSFORMER,
+    TRANSFORMER_PREFIX,
     BodySource,
     default_prompt,
     family_of,
@@ -11,32 +11,38 @@ from setfit_kd.models.bodies import (
     locate_body,
     transformer_classes,
 )
-from setfit_kd.models.encode import embed, embed_tokens, head_proba, predict_proba, run_batches, shortened
+from setfit_kd.models.encode import embed, embed_tokens, head_proba, predict_proba, run_batches, shorten_texts
 from setfit_kd.models.fingerprint import content_hash
-from setfit_kd.models.heads import fit_head, load_head, new_head, save_head, settled_c, softmax_weights
-from setfit_kd.models.io import classifier_folder, load, load_folder, new_model, replace_head, save_model, with_head
-from setfit_kd.models.layers import as_distilbert, blank_transformer, checkpointed_layers, cut_layers, n_layers
-from setfit_kd.models.safe_loading import check_finite, load_local, loading, module_folders
-from setfit_kd.models.static import DEFAULT_DIMENSION, check_teacher, static_body
+from setfit_kd.models.heads import fit_head, load_head, new_head, resolve_c, save_head, softmax_weights
+from setfit_kd.models.io import (
+    classifier_folder,
+    load,
+    load_folder,
+    new_model,
+    replace_head,
+    save_model,
+    with_saved_head,
+)
+from setfit_kd.models.layers import checkpointed_layers, cut_layers, n_layers, to_distilbert, untrained_transformer
+from setfit_kd.models.safe_loading import check_finite, load_local, model_errors, module_folders
+from setfit_kd.models.static import DEFAULT_DIMENSION, check_static_teacher, static_body
 from setfit_kd.models.temperature import (
     at_temperature,
     fit_temperature,
+    head_at_temperature,
     held_out_logits,
     log_probabilities,
     logits,
-    tempered,
 )
-from setfit_kd.models.transformer_head import last_layer, own_head, put_head
+from setfit_kd.models.transformer_head import get_head, last_layer, set_head
 
 __all__ = [
     "DEFAULT_DIMENSION",
-    "TRANSFORMER",
+    "TRANSFORMER_PREFIX",
     "BodySource",
-    "as_distilbert",
     "at_temperature",
-    "blank_transformer",
     "check_finite",
-    "check_teacher",
+    "check_static_teacher",
     "checkpointed_layers",
     "classifier_folder",
     "content_hash",
@@ -47,6 +53,8 @@ __all__ = [
     "family_of",
     "fit_head",
     "fit_temperature",
+    "get_head",
+    "head_at_temperature",
     "head_proba",
     "held_out_logits",
     "is_static",
@@ -56,27 +64,27 @@ __all__ = [
     "load_folder",
     "load_head",
     "load_local",
-    "loading",
     "locate",
     "locate_body",
     "log_probabilities",
     "logits",
+    "model_errors",
     "module_folders",
     "n_layers",
     "new_head",
     "new_model",
-    "own_head",
     "predict_proba",
-    "put_head",
     "replace_head",
+    "resolve_c",
     "run_batches",
     "save_head",
     "save_model",
-    "settled_c",
-    "shortened",
+    "set_head",
+    "shorten_texts",
     "softmax_weights",
     "static_body",
-    "tempered",
+    "to_distilbert",
     "transformer_classes",
-    "with_head",
+    "untrained_transformer",
+    "with_saved_head",
 ]

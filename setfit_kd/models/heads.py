@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ModelError
-from setfit_kd.utils.files import check_regular, read_json
+from setfit_kd.utils.files import check_regular_file, read_json
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -124,7 +124,7 @@ def _balanced(
     return scaled / np.maximum(of_text, 1e-300)[:, None], share * of_text
 
 
-def settled_c(
+def resolve_c(
     head_c: float | str,
     embeddings: npt.NDArray[np.floating] | None = None,
     labels: npt.NDArray[np.int64] | None = None,
@@ -198,7 +198,7 @@ def load_head(folder: Path) -> LogisticRegression | None:
         return None
     try:
         description = read_json(folder / HEAD_CONFIG)
-        weights = load_file(check_regular(folder / HEAD_WEIGHTS))
+        weights = load_file(check_regular_file(folder / HEAD_WEIGHTS))
         if description["format"] != _FORMAT or description["kind"] != _KIND:
             raise ModelError(
                 f"The head in {folder} is {description['kind']} of format {description['format']}; this version reads "

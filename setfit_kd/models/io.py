@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.errors import ModelError
-from setfit_kd.memory import place, resolve_device
+from setfit_kd.memory import move_model, resolve_device
 from setfit_kd.models.bodies import BodySource, family_of, load_body, locate, transformer_classes
 from setfit_kd.models.heads import load_head, new_head, save_head
-from setfit_kd.models.transformer_head import features_of, own_head, put_head
-from setfit_kd.utils.atomic_io import replaced_files, whole_folder
+from setfit_kd.models.transformer_head import get_head, set_head, transformer_module
+from setfit_kd.utils.atomic_io import atomic_folder, replace_files
 from setfit_kd.utils.console import quiet_libraries
-from setfit_kd.utils.escape import class_name, markdown, shortened
-from setfit_kd.utils.files import check_regular, read_json
+from setfit_kd.utils.escape import class_name, markdown, truncate
+from setfit_kd.utils.files import check_regular_file, read_json
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -84,11 +84,11 @@ def save_model(model: SetFitModel, folder: str | Path, *, title: str = "Text cla
         OutputError: The folder exists already or cannot be written.
     """
     labels = list(model.labels or [])
-    with whole_folder(folder) as part, quiet_libraries():
+    with atomic_folder(folder) as part, quiet_libraries():
         is_transformer = family_of(model.model_body) == "transformer"
         classes = markdown(", ".join(map(class_name, labels)))
         card = _TRANSFORMER_CARD if is_transformer else _CARD
-        card = card.format(title=markdown(shortened(title)), n_classes=len(labels), classes=classes)
+        card = card.format(title=markdown(truncate(title)), n_classes=len(labels), classes=classes)
         (part / "README.md").write_text(card, encoding="utf-8")
         if is_transformer:
             _write_transformer(model, part)
@@ -100,8 +100,8 @@ def save_model(model: SetFitModel, folder: str | Path, *, title: str = "Text cla
 
 
 def _write_transformer(model: SetFitModel, folder: Path) -> None:
-    put_head(model.model_head, model.model_body)
-    features_of(model.model_body).save(str(folder))
+    set_head(model.model_head, model.model_body)
+    transformer_module(model.model_body).save(str(folder))
 
 
 def classifier_folder(path: str | Path) -> Path:
@@ -140,7 +140,7 @@ def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) 
         UnavailableError: The hub cannot be reached.
     """
     model = load_folder(classifier_folder(path), trust_pickle=trust_pickle)
-    place(model.model_body, resolve_device(device), phase="Loading model")
+    move_model(model.model_body, resolve_device(device), phase="Loading model")
     return model
 
 
@@ -157,7 +157,7 @@ def load_folder(folder: Path, *, trust_pickle: bool = False) -> SetFitModel:
         if len(names) < 2:
             raise ModelError(f"The model in {folder} gives one number, not classes.", hint="Give a classifier.")
         model = new_model(BodySource(folder, "transformer").load(names), names)
-        model.model_head = own_head(model.model_body)
+        model.model_head = get_head(model.model_body)
         return model
     head = load_head(folder)
     if head is None:
@@ -171,7 +171,7 @@ def load_folder(folder: Path, *, trust_pickle: bool = False) -> SetFitModel:
                 hint="If you trust its maker, add --trust-pickle (trust_pickle=True).",
             )
         try:
-            head = joblib.load(check_regular(folder / _PICKLED_HEAD))
+            head = joblib.load(check_regular_file(folder / _PICKLED_HEAD))
         except Exception as error:
             raise ModelError(
                 f"The head in {folder} cannot be unpickled ({type(error).__name__}: {error}).", hint="Train it again."
@@ -197,7 +197,7 @@ def load_folder(folder: Path, *, trust_pickle: bool = False) -> SetFitModel:
     return model
 
 
-def with_head(model: SetFitModel, folder: Path) -> SetFitModel:
+def with_saved_head(model: SetFitModel, folder: Path) -> SetFitModel:
     """A model with the same body, and the head that is kept in a folder.
 
     Raises:
@@ -217,7 +217,7 @@ def replace_head(model: SetFitModel, folder: Path) -> None:
     Raises:
         OutputError: It cannot be written.
     """
-    with replaced_files(folder) as part, quiet_libraries():
+    with replace_files(folder) as part, quiet_libraries():
         if family_of(model.model_body) == "transformer":
             _write_transformer(model, part)
         else:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from setfit_kd.errors import ModelError
 from setfit_kd.models.bodies import family_of
-from setfit_kd.models.safe_loading import load_local, loading
-from setfit_kd.models.transformer_head import features_of
+from setfit_kd.models.safe_loading import load_local, model_errors
+from setfit_kd.models.transformer_head import transformer_module
 from setfit_kd.utils.console import quiet_libraries
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ _NAMES = {
 """What the parts of BERT's layers are called in DistilBERT's."""
 
 
-def as_distilbert(body: SentenceTransformer, layers: Sequence[int]) -> SentenceTransformer:
+def to_distilbert(body: SentenceTransformer, layers: Sequence[int]) -> SentenceTransformer:
     """A DistilBERT of some of a BERT's layers, with its embeddings, its pooler's weights and its last layer.
 
     As DistilBERT was made of BERT (Sanh et al., 2019), which has no token types: the vector of the first type, which
@@ -143,11 +143,11 @@ def as_distilbert(body: SentenceTransformer, layers: Sequence[int]) -> SentenceT
 
     from setfit_kd.models.transformer import from_parts
 
-    if family_of(body) != "transformer" or features_of(body).model.config.model_type != "bert":
+    if family_of(body) != "transformer" or transformer_module(body).model.config.model_type != "bert":
         raise ModelError(
             "Only a BERT's layers make a DistilBERT.", hint="Take layers without :distilbert, which keep the kind."
         )
-    small = features_of(cut_layers(body, layers))
+    small = transformer_module(cut_layers(body, layers))
     bert: Any = small.model.config
     if bert.hidden_act not in ("gelu", "relu") or bert.is_decoder:
         raise ModelError(f"A DistilBERT has no {bert.hidden_act} layers.", hint="Take layers without :distilbert.")
@@ -194,7 +194,7 @@ def distilbert_weights(bert: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def blank_transformer(
+def untrained_transformer(
     folder: Path, label_names: Sequence[str], *, like: SentenceTransformer | None, seed: int = 0
 ) -> SentenceTransformer:
     """An untrained transformer as a config describes it.
@@ -216,7 +216,7 @@ def blank_transformer(
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"))
     if not has_tokenizer and (like is None or not hasattr(like.tokenizer, "save_pretrained")):
         raise ModelError(f"There is no tokenizer in {folder}.", hint="Put one beside the config.")
-    with loading(folder), quiet_libraries(), torch.random.fork_rng(devices=[]):
+    with model_errors(folder), quiet_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = load_local(AutoConfig.from_pretrained, folder, num_labels=len(label_names))
         tokenizer: PreTrainedTokenizerBase = (

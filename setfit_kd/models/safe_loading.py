@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from setfit_kd.utils.files import check_regular
+from setfit_kd.utils.files import check_regular_file
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 MODULES = "modules.json"
 """What a sentence-transformers folder has."""
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+LOCAL_OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Options of every load. Without the second, transformers asks on stdin whether it may run a model's own code."""
 _MAX_BYTES = {
     **dict.fromkeys((".json", ".txt", ".model", ".jinja", ".md"), 64 << 20),
@@ -33,7 +33,7 @@ _MAX_BYTES = {
 
 
 def load_local(load: Callable[..., Any], folder: Path, **options: Any) -> Any:
-    """Call ``load``, such as ``AutoTokenizer.from_pretrained``, on a folder that has been checked, with `LOCAL`.
+    """Call ``load``, such as ``AutoTokenizer.from_pretrained``, on a checked folder, with `LOCAL_OPTIONS`.
 
     Raises:
         OSError: A file is not a regular one, or too large.
@@ -43,9 +43,9 @@ def load_local(load: Callable[..., Any], folder: Path, **options: Any) -> Any:
     for pattern in ("*", "*/*"):
         for path in folder.glob(pattern):
             if path.suffix in _MAX_BYTES and not path.is_dir():
-                check_regular(path, limit=_MAX_BYTES[path.suffix])
+                check_regular_file(path, limit=_MAX_BYTES[path.suffix])
     module_folders(folder)
-    return load(str(folder), **LOCAL, **options)
+    return load(str(folder), **LOCAL_OPTIONS, **options)
 
 
 def module_folders(folder: Path) -> list[str]:
@@ -84,7 +84,7 @@ def check_finite(body: SentenceTransformer, name: str | Path) -> None:
 
 
 @contextmanager
-def loading(
+def model_errors(
     folder: Path,
     *,
     kind: str = "",

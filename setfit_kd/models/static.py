@@ -23,7 +23,7 @@ _COUNTED = 10_000
 """Most texts handed to the tokenizer at once."""
 
 
-def check_teacher(teacher: SentenceTransformer, dimension: int) -> None:
+def check_static_teacher(teacher: SentenceTransformer, dimension: int) -> None:
     """Refuse a body that vectors of so many dimensions cannot be taken from.
 
     Raises:
@@ -62,14 +62,14 @@ def static_body(
         A body of one `StaticEmbedding`, on the CPU.
 
     Raises:
-        ModelError: See `check_teacher`.
+        ModelError: See `check_static_teacher`.
         OutOfMemoryError: Not even one token at once fits.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from sklearn.decomposition import PCA
 
-    check_teacher(teacher, dimension)
+    check_static_teacher(teacher, dimension)
     vectors = embed_tokens(teacher, batch_size=batch_size)
     reduced = PCA(dimension, random_state=0).fit_transform(vectors) if dimension < vectors.shape[1] else vectors
     tokenizer = _plain_tokenizer(teacher)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.models.heads import fit_head
-from setfit_kd.utils.arrays import at_most
+from setfit_kd.utils.arrays import sample_rows
 
 _FOLDS, _MOST_TEXTS = 5, 5_000
 """Parts that are held out in turn, and texts that are looked at; one number needs no more."""
@@ -21,7 +21,7 @@ def logits(head: Any, embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.fl
     return found if found.ndim == 2 else np.column_stack([np.zeros(len(found)), found])
 
 
-def tempered(head: Any, temperature: float) -> Any:
+def head_at_temperature(head: Any, temperature: float) -> Any:
     """A logistic regression whose probabilities are those of ``head`` at a temperature."""
     other = copy.copy(head)
     other.coef_, other.intercept_ = head.coef_ / temperature, head.intercept_ / temperature
@@ -48,7 +48,7 @@ def held_out_logits(
         C, balance: As in `fit_head`.
         seed: Of the parts.
     """
-    rows = at_most(np.arange(len(embeddings)), _MOST_TEXTS, seed=[seed, 11])
+    rows = sample_rows(np.arange(len(embeddings)), _MOST_TEXTS, seed=[seed, 11])
     part = np.random.default_rng([seed, 12]).permutation(len(rows)) % _FOLDS
     found = np.zeros((len(rows), probabilities.shape[1]))
     for number in range(min(_FOLDS, len(rows)) if len(rows) > 1 else 0):
@@ -58,7 +58,7 @@ def held_out_logits(
     return rows, found
 
 
-_LEAST, _MOST = 1 / 20, 20.0
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 1 / 20, 20.0
 
 
 def log_probabilities(probabilities: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
@@ -89,5 +89,7 @@ def fit_temperature(logits: npt.NDArray[np.floating], targets: npt.NDArray[np.fl
     def cross_entropy(log_temperature: float) -> float:
         return -float((targets * log_softmax(logits / np.exp(log_temperature), axis=1)).sum(axis=1).mean())
 
-    found = minimize_scalar(cross_entropy, bounds=(np.log(_LEAST), np.log(_MOST)), method="bounded")
+    found = minimize_scalar(
+        cross_entropy, bounds=(np.log(_MIN_TEMPERATURE), np.log(_MAX_TEMPERATURE)), method="bounded"
+    )
     return float(np.exp(found.x))

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from setfit_kd.errors import ModelError
-from setfit_kd.models.bodies import CLASSIFIER
+from setfit_kd.models.bodies import CLASSIFIER_SUFFIX
 from setfit_kd.models.safe_loading import check_finite, load_local, module_folders
 from setfit_kd.utils.console import quiet_libraries, without_warnings
 
@@ -41,7 +41,7 @@ class TransformerFeatures(Transformer):
 
     def __init__(self, folder: str, label_names: Sequence[str], **local: Any) -> None:
         before = AutoConfig.from_pretrained(folder, **local)
-        is_classifier = any(name.endswith(CLASSIFIER) for name in before.architectures or ())
+        is_classifier = any(name.endswith(CLASSIFIER_SUFFIX) for name in before.architectures or ())
         before_names = [str(before.id2label[index]) for index in sorted(before.id2label)]
         self._is_whole = is_classifier and sorted(before_names) == sorted(label_names)
         names = {

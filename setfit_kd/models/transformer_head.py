@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from setfit_kd.models.transformer import TransformerFeatures
 
 
-def features_of(body: SentenceTransformer) -> TransformerFeatures:
+def transformer_module(body: SentenceTransformer) -> TransformerFeatures:
     """The one module of a body of the transformer family."""
     first: Any = body[0]
     return first  # type: ignore[no-any-return]
@@ -24,10 +24,10 @@ def features_of(body: SentenceTransformer) -> TransformerFeatures:
 
 def last_layer(body: SentenceTransformer) -> nn.Linear:
     """From (B, d) features, the embeddings of a body of the transformer family, to (B, n_classes) logits."""
-    return features_of(body).head
+    return transformer_module(body).head
 
 
-def own_head(body: SentenceTransformer) -> LogisticRegression:
+def get_head(body: SentenceTransformer) -> LogisticRegression:
     """The last layer of a transformer as the logistic regression that gives the same probabilities."""
     layer = last_layer(body)
     weight, bias = layer.weight.detach().cpu().double().numpy(), layer.bias.detach().cpu().double().numpy()
@@ -40,11 +40,11 @@ def own_head(body: SentenceTransformer) -> LogisticRegression:
     return head
 
 
-def put_head(head: LogisticRegression, body: SentenceTransformer) -> None:
+def set_head(head: LogisticRegression, body: SentenceTransformer) -> None:
     """Make the last layer of a transformer give the probabilities of a logistic regression over its features."""
     import torch
 
-    own = own_head(body)
+    own = get_head(body)
     if np.array_equal(own.coef_, head.coef_) and np.array_equal(own.intercept_, head.intercept_):
         return  # two rows less one another would not come back to the last digit
     layer = last_layer(body)

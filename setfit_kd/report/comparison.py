@@ -10,7 +10,7 @@ import numpy as np
 
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation import Evaluation, Interval, read_texts
-from setfit_kd.report.summary import read_account
+from setfit_kd.report.summary import read_summary
 from setfit_kd.run_folder import EVALUATION
 
 
@@ -40,7 +40,7 @@ def compare(runs: Sequence[str | Path]) -> list[ComparedModel]:
     """
     compared: list[ComparedModel] = []
     reference: tuple[Evaluation, list[str]] | None = None
-    for account in map(read_account, runs):
+    for account in map(read_summary, runs):
         if not account.students:
             raise DataError(
                 f"The run in {account.folder} was not evaluated.", hint="Compare runs that were given --eval."

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from setfit_kd.utils.escape import markdown, shortened
+from setfit_kd.utils.escape import markdown, truncate
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-def environment() -> Environment:
+def template_environment() -> Environment:
     """Where the templates are, with the filters that they use."""
     from jinja2 import Environment, PackageLoader
 
@@ -34,4 +34,4 @@ def _yaml(value: str) -> str:
 
 def _cell(value: Any) -> str:
     """Markdown that shows a value as it is, no longer than is read in a table's cell."""
-    return markdown(shortened(str(value)))
+    return markdown(truncate(str(value)))

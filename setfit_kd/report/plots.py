@@ -102,7 +102,7 @@ def reliability(evaluations: Mapping[str, Evaluation], names: Sequence[str]) -> 
         return _drawing(figure, legend)
 
 
-def abstaining(curves: Mapping[str, npt.NDArray[np.floating]], names: Sequence[str]) -> Drawing:
+def coverage(curves: Mapping[str, npt.NDArray[np.floating]], names: Sequence[str]) -> Drawing:
     """Accuracy of the answers against the share of texts that are answered: (k, 3) of each model."""
     with _figure("Accuracy of the answers") as (figure, axes):
         for name, curve in curves.items():

@@ -13,17 +13,17 @@ import numpy as np
 
 from setfit_kd import hub
 from setfit_kd.report import plots
-from setfit_kd.report.environment import environment
-from setfit_kd.report.summary import Account, StudentAccount, Told, curves
-from setfit_kd.run_folder import BASELINE, TEACHER, About
-from setfit_kd.utils.escape import class_name, shortened
+from setfit_kd.report.environment import template_environment
+from setfit_kd.report.summary import ExamplePrediction, RunSummary, StudentSummary, curves
+from setfit_kd.run_folder import BASELINE, TEACHER, Manifest
+from setfit_kd.utils.escape import class_name, truncate
 
 if TYPE_CHECKING:
     from setfit_kd.evaluation import Evaluation, Interval, OverSeeds, Spread
 
 SPREAD_HEADINGS = ("accuracy", "macro F1", "as teacher", "calibration error", "minus teacher", "minus baseline")
 _SETFIT = "config_setfit.json"
-MOST_CLASSES = 20
+MAX_CLASSES = 20
 """Above so many, confusions are listed in place of a matrix."""
 
 
@@ -35,10 +35,10 @@ class Table:
     rows: Sequence[Sequence[Any]]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", [[shortened(str(cell)) for cell in row] for row in self.rows])
+        object.__setattr__(self, "rows", [[truncate(str(cell)) for cell in row] for row in self.rows])
 
 
-def html(account: Account) -> str:
+def html(account: RunSummary) -> str:
     """The report as one page that needs nothing else."""
     drawings = {}
     names = list(dict.fromkeys([*account.evaluations, *account.losses]))
@@ -46,19 +46,19 @@ def html(account: Account) -> str:
         drawings = {
             "pareto": plots.pareto(account.evaluations),
             "reliability": plots.reliability(account.compared, names),
-            "abstaining": plots.abstaining(curves(account), names),
+            "abstaining": plots.coverage(curves(account), names),
         }
     if account.losses:
         drawings["training"] = plots.training(account.losses, names)
-    return environment().get_template("report.html").render(**_told(account), plots=drawings)
+    return template_environment().get_template("report.html").render(**_template_values(account), plots=drawings)
 
 
-def markdown(account: Account) -> str:
+def markdown(account: RunSummary) -> str:
     """The report as Markdown, without its plots."""
-    return environment().get_template("report.md").render(**_told(account))
+    return template_environment().get_template("report.md").render(**_template_values(account))
 
 
-def card(account: Account, source: str) -> str:
+def card(account: RunSummary, source: str) -> str:
     """A model card for one student, by the name that the settings give it."""
     student = next((one for one in account.students if one.source == source), None)
     is_setfit = (account.folder / account.about.students[source] / _SETFIT).is_file()
@@ -76,10 +76,10 @@ def card(account: Account, source: str) -> str:
         told["metrics"] = {"accuracy": round(quality.accuracy, 4), "macro_f1": round(quality.macro_f1, 4)}
         told["comparison"] = _comparison(account)
         told["comparison_note"] = _comparison_note(account)
-    return environment().get_template("card.md").render(**told)
+    return template_environment().get_template("card.md").render(**told)
 
 
-def _source_of(account: Account) -> str:
+def _source_of(account: RunSummary) -> str:
     """What a model card says that a student was distilled from."""
     config, data = account.config, account.about.data
     if config.signals is not None:
@@ -92,7 +92,7 @@ def _source_of(account: Account) -> str:
     return f"{trained} and labeled {data['pool']:,} more" if data.get("pool") else trained
 
 
-def _public(source: str, account: Account) -> str:
+def _public(source: str, account: RunSummary) -> str:
     """What a model card calls a data set or a model: what came from the hub in full, of a path its last part."""
     from_hub = (name.removeprefix("datasets/") for name in account.about.revisions)
     source = source.removeprefix("transformer:")
@@ -103,11 +103,11 @@ def _public(source: str, account: Account) -> str:
     return PureWindowsPath(source).name  # which takes slashes of both kinds
 
 
-def _told(account: Account) -> dict[str, Any]:
+def _template_values(account: RunSummary) -> dict[str, Any]:
     """What the templates tell, as plain values."""
     config, about = account.config, account.about
     told: dict[str, Any] = {
-        "title": f"Distilled: {shortened(account.folder.absolute().name)}",
+        "title": f"Distilled: {truncate(account.folder.absolute().name)}",
         "subtitle": f"{_taught_by(account)}; {'student' if len(config.student) == 1 else 'students'} "
         f"{', '.join(config.student)}. setfit-kd {about.versions.get('setfit-kd', '')}, seed {config.seed}.",
         "has_teacher": account.teacher is not None,
@@ -131,7 +131,7 @@ def _told(account: Account) -> dict[str, Any]:
     return told
 
 
-def _taught_by(account: Account) -> str:
+def _taught_by(account: RunSummary) -> str:
     config, shares = account.config, account.about.teacher_shares
     if config.signals is not None:
         return f"Signals {config.signals}"
@@ -142,7 +142,7 @@ def _taught_by(account: Account) -> str:
     )
 
 
-def verdict(account: Account) -> str:
+def verdict(account: RunSummary) -> str:
     """What is lost and what is gained, in a sentence or two."""
     if not account.students:
         return "Nothing was measured: there was no evaluation set."
@@ -171,7 +171,7 @@ def verdict(account: Account) -> str:
     return sentence
 
 
-def _accuracy(account: Account, student: StudentAccount) -> float:
+def _accuracy(account: RunSummary, student: StudentSummary) -> float:
     """A student's accuracy; over several seeds, its mean."""
     spread = account.over_seeds.get(student.name)
     return spread.figures["accuracy"].mean if spread else student.evaluation.quality.accuracy
@@ -192,7 +192,7 @@ def _compared(against: dict[str, Any], other: str) -> str:
     return f"{abs(points):.1f} points {word} {other} (95 % interval {interval}{chance})"
 
 
-def _comparison(account: Account) -> Table:
+def _comparison(account: RunSummary) -> Table:
     teacher = account.teacher
     headings = ("", "accuracy", "95 %", "macro F1", "as teacher", "parameters", "MB", "texts/s", "to teacher")
     rows = []
@@ -216,7 +216,7 @@ def _comparison(account: Account) -> Table:
     return Table([headings[column] for column in kept], [[row[column] for column in kept] for row in rows])
 
 
-def _comparison_note(account: Account) -> str:
+def _comparison_note(account: RunSummary) -> str:
     first = next(iter(account.evaluations.values()))
     notes = [f"{len(first.gold):,} texts, on {first.cost.device}."]
     if any(BASELINE in student.against for student in account.students):
@@ -229,7 +229,7 @@ def _comparison_note(account: Account) -> str:
     return " ".join(notes)
 
 
-def _over_seeds(account: Account) -> dict[str, Any] | None:
+def _over_seeds(account: RunSummary) -> dict[str, Any] | None:
     if not account.over_seeds:
         return None
     seeds = account.about.seeds
@@ -257,7 +257,7 @@ def _spread(of: Spread | None, sign: str = "") -> str:
     return "" if of is None else f"{100 * of.mean:{sign}.1f} ± {100 * of.std:.1f}"
 
 
-def _calibration(account: Account) -> Table:
+def _calibration(account: RunSummary) -> Table:
     headings = ("", "calibration error", "95 %", "Brier score", "mean confidence", "accuracy")
     rows = [
         (
@@ -273,7 +273,7 @@ def _calibration(account: Account) -> Table:
     return Table(headings, rows)
 
 
-def _student(student: StudentAccount, *, alone: bool) -> dict[str, Any]:
+def _student(student: StudentSummary, *, alone: bool) -> dict[str, Any]:
     named = "" if alone else f" ({student.name})"
     classes = [
         (class_name(name), f"{of.precision:.1%}", f"{of.recall:.1%}", f"{of.f1:.1%}", f"{of.support:,}")
@@ -306,9 +306,9 @@ def _signed(interval: Interval) -> str:
     return f"{100 * interval.value:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
 
 
-def _shown_text(told: Told) -> dict[str, Any]:
+def _shown_text(told: ExamplePrediction) -> dict[str, Any]:
     return {
-        "text": shortened(told.text),
+        "text": truncate(told.text),
         "gold": class_name(told.gold),
         "student": class_name(told.student),
         "student_confidence": f"{told.confidence:.0%}",
@@ -322,11 +322,11 @@ def _matrix(name: str, of: Evaluation, labels: Sequence[str]) -> dict[str, Any]:
     counts = np.array(of.quality.confusion)
     off = counts.copy()
     np.fill_diagonal(off, 0)
-    places = [divmod(int(place), len(labels)) for place in np.argsort(-off, axis=None, kind="stable")[:MOST_CLASSES]]
+    places = [divmod(int(place), len(labels)) for place in np.argsort(-off, axis=None, kind="stable")[:MAX_CLASSES]]
     confusions = Table(
         ("gold", "predicted", "texts"), [(labels[g], labels[p], int(off[g, p])) for g, p in places if off[g, p]]
     )
-    if len(labels) > MOST_CLASSES:
+    if len(labels) > MAX_CLASSES:
         return {"name": name, "rows": None, "confusions": confusions, "plain": confusions}
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     rows = [
@@ -340,7 +340,7 @@ def _matrix(name: str, of: Evaluation, labels: Sequence[str]) -> dict[str, Any]:
     return {"name": name, "labels": labels, "rows": rows, "plain": plain}
 
 
-def _out_of_memory(about: About) -> Table | None:
+def _out_of_memory(about: Manifest) -> Table | None:
     rows = [
         (event.phase, "" if event.step is None else event.step, str(event.before), str(event.after))
         for event in about.out_of_memory
@@ -348,14 +348,14 @@ def _out_of_memory(about: About) -> Table | None:
     return Table(("phase", "step", "failed with", "went on with"), rows) if rows else None
 
 
-def _data(about: About) -> Table:
+def _data(about: Manifest) -> Table:
     rows = [(f"{name.replace('_', ' ')} texts", f"{count:,}") for name, count in about.data.items()]
     rows += [(f"{stage}, seconds", f"{seconds:,.1f}") for stage, seconds in about.seconds.items()]
     rows += [("device", about.device), ("precision", about.precision.name)]
     return Table(("", ""), rows)
 
 
-def _usage(account: Account, student: str) -> str:
+def _usage(account: RunSummary, student: str) -> str:
     # A run of one student is called by its own name.
     place = f"{account.folder}/{student}" if "/" in student else str(account.folder)
     quoted = shlex.quote(place)

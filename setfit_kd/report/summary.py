@@ -11,7 +11,7 @@ import numpy as np
 from setfit_kd.config import RunConfig, read_config
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation import Abstaining, Evaluation, OverSeeds, abstaining_curve, over_seeds, read_texts
+from setfit_kd.evaluation import Evaluation, OperatingPoint, OverSeeds, coverage_curve, over_seeds, read_texts
 from setfit_kd.run_folder import (
     BASELINES,
     CONFIG,
@@ -23,16 +23,16 @@ from setfit_kd.run_folder import (
     TEACHER,
     TEACHERS,
     WEIGHED,
-    About,
-    compared_with,
+    Manifest,
+    reference_models,
 )
 
-MOST_TEXTS = 20
+MAX_TEXTS = 20
 TARGETS = (0.9, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
-class Told:
+class ExamplePrediction:
     """A text with its gold label and what student and teacher say of it; without a teacher, it says nothing."""
 
     text: str
@@ -44,7 +44,7 @@ class Told:
 
 
 @dataclass(frozen=True)
-class StudentAccount:
+class StudentSummary:
     """What there is to tell of one student.
 
     Attributes:
@@ -61,13 +61,13 @@ class StudentAccount:
     source: str
     evaluation: Evaluation
     against: dict[str, dict[str, Any]]
-    thresholds: dict[float, Abstaining | None]
-    disagreements: list[Told]
-    errors: list[Told]
+    thresholds: dict[float, OperatingPoint | None]
+    disagreements: list[ExamplePrediction]
+    errors: list[ExamplePrediction]
 
 
 @dataclass(frozen=True)
-class Account:
+class RunSummary:
     """All that a report tells.
 
     Attributes:
@@ -83,10 +83,10 @@ class Account:
 
     folder: Path
     config: RunConfig
-    about: About
+    about: Manifest
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
-    students: list[StudentAccount] = field(default_factory=list)
+    students: list[StudentSummary] = field(default_factory=list)
     losses: dict[str, list[float]] = field(default_factory=dict)
     over_seeds: dict[str, OverSeeds] = field(default_factory=dict)
 
@@ -102,7 +102,7 @@ class Account:
         return self.evaluations.get(TEACHER)
 
 
-def read_account(folder: str | Path) -> Account:
+def read_summary(folder: str | Path) -> RunSummary:
     """Read the folder of a finished run.
 
     Raises:
@@ -112,15 +112,15 @@ def read_account(folder: str | Path) -> Account:
     if not (folder / CONFIG).is_file() or not (folder / RUN).is_file():
         raise DataError(f"There is no run in {folder}.", hint="Name the folder of a run.")
     config = RunConfig.of(**read_config(folder / CONFIG))
-    about = About.read(folder)
+    about = Manifest.read(folder)
     losses = {
-        shown(name): told.losses
+        display_name(name): told.losses
         for name, told in about.stages.items()
         if told.losses and not name.startswith(f"{WEIGHED}/")  # several trainings, one after the other
     }
     evaluations = {name: Evaluation.load(folder / EVALUATION / name) for name in about.evaluated}
     if not evaluations:
-        return Account(folder, config, about, losses=losses)
+        return RunSummary(folder, config, about, losses=losses)
     data = read_texts(folder / EVALUATION)
     for name, of in evaluations.items():
         if list(of.quality.classes) != list(data.label_names) or not np.array_equal(of.gold, data.labels):
@@ -133,11 +133,11 @@ def read_account(folder: str | Path) -> Account:
         raise DataError(f"{folder / RUN} does not tell of every model.", hint="Run anew.")
     targets = sorted({*TARGETS, *([] if config.target_accuracy is None else [config.target_accuracy])})
     students = [_student(place, source, evaluations, data, targets) for source, place in about.students.items()]
-    return Account(
+    return RunSummary(
         folder,
         config,
         about,
-        {shown(name): of for name, of in evaluations.items()},
+        {display_name(name): of for name, of in evaluations.items()},
         data.label_names,
         students,
         losses,
@@ -145,7 +145,7 @@ def read_account(folder: str | Path) -> Account:
     )
 
 
-def _over_seeds(folder: Path, about: About, evaluations: dict[str, Evaluation]) -> dict[str, OverSeeds]:
+def _over_seeds(folder: Path, about: Manifest, evaluations: dict[str, Evaluation]) -> dict[str, OverSeeds]:
     if not about.seeds:
         return {}
     try:
@@ -160,11 +160,11 @@ def _over_seeds(folder: Path, about: About, evaluations: dict[str, Evaluation]) 
         raise DataError(
             f"The seeds in {folder} were not evaluated on the same texts.", hint=f"Run: setfit-kd run --resume {folder}"
         )
-    compared = {name: compared_with(name, evaluations) for name in about.students.values()}
-    return {shown(name): of for name, of in over_seeds([evaluations, *others], compared).items()}
+    compared = {name: reference_models(name, evaluations) for name in about.students.values()}
+    return {display_name(name): of for name, of in over_seeds([evaluations, *others], compared).items()}
 
 
-def shown(name: str) -> str:
+def display_name(name: str) -> str:
     """What the table calls a model or a training; of several students, their names alone."""
     group, _, slug = name.partition("/")
     student = f"{slug} (student)" if slug == TEACHER else slug
@@ -174,22 +174,22 @@ def shown(name: str) -> str:
 
 def _student(
     name: str, source: str, evaluations: dict[str, Evaluation], data: LabeledSet, targets: list[float]
-) -> StudentAccount:
+) -> StudentSummary:
     student = evaluations[name]
     teacher = evaluations.get(TEACHER, student)
     against = {
-        called: student.against(evaluations[other]) for called, other in compared_with(name, evaluations).items()
+        called: student.against(evaluations[other]) for called, other in reference_models(name, evaluations).items()
     }
     confidence = student.probabilities.max(axis=1)
     distance = np.abs(student.probabilities - teacher.probabilities).sum(axis=1)
     distance[student.predicted == teacher.predicted] = 0
-    furthest = np.argsort(-distance, kind="stable")[:MOST_TEXTS]
+    furthest = np.argsort(-distance, kind="stable")[:MAX_TEXTS]
     wrong = np.where(student.predicted != data.labels, confidence, 0)
-    worst = np.argsort(-wrong, kind="stable")[:MOST_TEXTS]
+    worst = np.argsort(-wrong, kind="stable")[:MAX_TEXTS]
 
-    def told(row: int) -> Told:
+    def told(row: int) -> ExamplePrediction:
         labels = data.label_names
-        return Told(
+        return ExamplePrediction(
             data.texts[row],
             labels[data.labels[row]],
             labels[student.predicted[row]],
@@ -198,17 +198,17 @@ def _student(
             float(teacher.probabilities[row].max()),
         )
 
-    return StudentAccount(
-        shown(name),
+    return StudentSummary(
+        display_name(name),
         source,
         student,
         against,
-        {target: student.answering(target) for target in targets},
+        {target: student.operating_point(target) for target in targets},
         [told(int(row)) for row in furthest if distance[row] > 0],
         [told(int(row)) for row in worst if wrong[row] > 0],
     )
 
 
-def curves(account: Account) -> dict[str, Any]:
+def curves(account: RunSummary) -> dict[str, Any]:
     """Coverage and accuracy at every threshold, of each model."""
-    return {name: abstaining_curve(of.probabilities, of.gold) for name, of in account.compared.items()}
+    return {name: coverage_curve(of.probabilities, of.gold) for name, of in account.compared.items()}

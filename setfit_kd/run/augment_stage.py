@@ -8,20 +8,20 @@ from setfit_kd.augment import augment_pool, load_fill_mask, load_texts, save_tex
 from setfit_kd.config import RunConfig
 from setfit_kd.memory import resolve_device
 from setfit_kd.run.data import RunData
-from setfit_kd.run.stage_cache import Journal
-from setfit_kd.run.student_stages import key_of
+from setfit_kd.run.stage_cache import StageCache
+from setfit_kd.run.student_stages import labeled_key
 from setfit_kd.run_folder import AUGMENTED
-from setfit_kd.utils.hashing import content_name, fingerprint
+from setfit_kd.utils.hashing import fingerprint, hash_parts
 
 
-def augmented_texts(config: RunConfig, data: RunData, fill_mask: Path | None, journal: Journal) -> list[str]:
+def augmented_texts(config: RunConfig, data: RunData, fill_mask: Path | None, stage_cache: StageCache) -> list[str]:
     """Augment the pool, or load the texts from the run folder.
 
     Args:
         config: The settings, with device and precision resolved.
         data: The data of the run; texts of its evaluation set are never created.
         fill_mask: Folder of a masked language model, if words are to be replaced by one.
-        journal: Cache of stage results.
+        stage_cache: Cache of stage results.
     """
     n = config.augment
     if n is None:
@@ -34,6 +34,6 @@ def augmented_texts(config: RunConfig, data: RunData, fill_mask: Path | None, jo
             model = load_fill_mask(fill_mask, device=resolve_device(config.device), batch_size=config.encode_batch_size)
         return augment_pool([*data.pool, *data.labeled.texts], n, seed=config.seed, forbidden=forbidden, fill=model)
 
-    model_key = fill_mask and content_name(file.read_bytes() for file in sorted(fill_mask.iterdir()) if file.is_file())
-    key = fingerprint(key_of(data.labeled), data.pool, key_of(data.evaluation), n, model_key, config.seed)
-    return journal.go_through(AUGMENTED, key, make=make, save=save_texts, load=load_texts)
+    model_key = fill_mask and hash_parts(file.read_bytes() for file in sorted(fill_mask.iterdir()) if file.is_file())
+    key = fingerprint(labeled_key(data.labeled), data.pool, labeled_key(data.evaluation), n, model_key, config.seed)
+    return stage_cache.run_or_load(AUGMENTED, key, make=make, save=save_texts, load=load_texts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from setfit_kd.config import DataConfig
-from setfit_kd.data import DataSplits, LabeledSet, Source, check_classes, encode_labels, prepare, read, stream_texts
+from setfit_kd.data import DataSplits, LabeledSet, Source, check_classes, encode_labels, read, split_data, stream_texts
 from setfit_kd.errors import ConfigError
 from setfit_kd.signals import TeacherSignals, read_signals
 
@@ -32,7 +32,7 @@ def load_run_data(
     unlabeled: Source | None = None,
     eval: Source | None = None,  # noqa: A002 - the setting's name everywhere
 ) -> RunData:
-    """Read what the config names, or the given objects in its place, and `prepare` it.
+    """Read what the config names, or the given objects in its place, and `split_data` it.
 
     Raises:
         ConfigError: No labeled texts are named.
@@ -65,14 +65,14 @@ def load_run_data(
     if unlabeled is None:
         logger.warning("There are no unlabeled texts: the student learns from the labeled ones alone.")
     pool = None if unlabeled is None else stream_texts(unlabeled, text_column=columns)
-    return RunData(**vars(prepare(rows, pool, held_out, config)))
+    return RunData(**vars(split_data(rows, pool, held_out, config)))
 
 
 def _prepare_signals(
     labeled: LabeledSet, signals: TeacherSignals, evaluation: LabeledSet | None, config: DataConfig
 ) -> RunData:
-    """As `prepare`, with the texts of signals as the pool; labeled texts stay in it, since they have signals."""
-    data = prepare(labeled, signals.texts, evaluation, config, apart=False)
+    """As `split_data`, with the texts of signals as the pool; labeled texts stay in it, since they have signals."""
+    data = split_data(labeled, signals.texts, evaluation, config, apart=False)
     if len(data.labeled):
         check_classes(data.labeled)
     first = {text: row for row, text in reversed(list(enumerate(signals.texts)))}

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from setfit_kd.config import CROSS_VALIDATED, RunConfig
 from setfit_kd.memory import resolve_device
-from setfit_kd.student import on_labels_alone, student_steps, trains_on_unseen, unseen_rows
-from setfit_kd.teacher import training_steps, weighing_steps
+from setfit_kd.student import labels_only_config, rows_without_signals, student_steps, trains_on_labeled_texts
+from setfit_kd.teacher import cross_validation_steps, training_steps
 
 if TYPE_CHECKING:
     from setfit_kd.run.inputs import RunInputs
@@ -33,15 +33,15 @@ def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
     if families:
         steps = sum(training_steps(config, labeled, family=family, device=device) for family in families)
         if len(families) > 1 and config.teacher_weights == CROSS_VALIDATED:
-            steps += sum(weighing_steps(config, labeled, family=family, device=device) for family in families)
+            steps += sum(cross_validation_steps(config, labeled, family=family, device=device) for family in families)
         stages = [PlannedStage("teacher", report.labeled, steps), PlannedStage("signals", n_texts)]
     students = [student.family for student in inputs.students]
-    unseen = len(unseen_rows(data.signals, labeled)) if data.signals else 0
-    own = [(family, config.of_family(family)) for family in students]
-    steps = sum(student_steps(how, n_texts + unseen * trains_on_unseen(family, how)) for family, how in own)
+    unseen = len(rows_without_signals(data.signals, labeled)) if data.signals else 0
+    own = [(family, config.with_family_defaults(family)) for family in students]
+    steps = sum(student_steps(how, n_texts + unseen * trains_on_labeled_texts(family, how)) for family, how in own)
     stages.append(PlannedStage("student", n_texts, steps))
     if data.evaluation and config.baseline and report.labeled:
-        alone = {"setfit": config, "transformer": on_labels_alone(config, n_texts, unseen)}
+        alone = {"setfit": config, "transformer": labels_only_config(config, n_texts, unseen)}
         steps = sum(training_steps(alone[family], labeled, family=family, device=device) for family in students)
         stages.append(PlannedStage("baseline", report.labeled, steps))
     if data.evaluation:

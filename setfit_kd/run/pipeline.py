@@ -13,12 +13,12 @@ from setfit_kd.augment import drop_uncertain
 from setfit_kd.config import RunConfig
 from setfit_kd.data import Source
 from setfit_kd.evaluation import Evaluation, OverSeeds, over_seeds, write_texts
-from setfit_kd.memory import place, remembering, resolve_device
+from setfit_kd.memory import move_model, resolve_device, shared_backoff
 from setfit_kd.report import write_report
 from setfit_kd.run.augment_stage import augmented_texts
-from setfit_kd.run.stage_cache import Journal
-from setfit_kd.run.student_stages import RunStages, signals_hash
-from setfit_kd.run.teacher_stages import Taught, teach
+from setfit_kd.run.stage_cache import StageCache
+from setfit_kd.run.student_stages import StudentStages, signals_hash
+from setfit_kd.run.teacher_stages import TeachersResult, run_teachers
 from setfit_kd.run_folder import (
     EVALUATION,
     SEEDS,
@@ -26,16 +26,16 @@ from setfit_kd.run_folder import (
     STUDENTS,
     TEACHER,
     RunFolder,
-    baseline_of,
-    compared_with,
-    logged_as,
-    recorded,
+    baseline_path,
+    log_stage,
+    record_log,
+    reference_models,
     versions,
 )
 from setfit_kd.signals import TeacherSignals
-from setfit_kd.student import check_pool, slugs
+from setfit_kd.student import check_pool, folder_names
 from setfit_kd.training.precision import Precision, resolve_precision
-from setfit_kd.utils.atomic_io import locked_folder
+from setfit_kd.utils.atomic_io import lock_folder
 from setfit_kd.utils.hashing import fingerprint
 
 if TYPE_CHECKING:
@@ -86,11 +86,11 @@ class RunResult:
         """
         target = self.config.target_accuracy
         measured = {name: found.as_dict(target_accuracy=target) for name, found in self.evaluations.items()}
-        for student in student_names(self.config).values() if self.evaluations else ():
+        for student in student_paths(self.config).values() if self.evaluations else ():
             evaluation = self.evaluations[student]
             measured[student]["against"] = {
                 called: {name: asdict(figure) for name, figure in evaluation.against(self.evaluations[other]).items()}
-                for called, other in compared_with(student, self.evaluations).items()
+                for called, other in reference_models(student, self.evaluations).items()
             }
         for name, spread in self.over_seeds.items():
             measured[name]["over_seeds"] = asdict(spread)
@@ -101,7 +101,7 @@ class RunResult:
         """What each model comes to over the seeds; nothing for a single one."""
         if not self.by_seed:
             return {}
-        compared = {name: compared_with(name, self.evaluations) for name in student_names(self.config).values()}
+        compared = {name: reference_models(name, self.evaluations) for name in student_paths(self.config).values()}
         return over_seeds(list(self.by_seed.values()), compared)
 
 
@@ -145,13 +145,13 @@ def distill(
         elif source is not None:
             objects[name] = source
     if resume is None:
-        config = RunConfig.given(config, settings)
+        config = RunConfig.merged(config, settings)
     else:
-        config = resumed(Path(resume), settings if config is None else {**config.model_dump(), **settings})
+        config = resumed_config(Path(resume), settings if config is None else {**config.model_dump(), **settings})
     return run(config, resume=resume is not None, **objects)
 
 
-def resumed(folder: Path, *layers: Mapping[str, Any]) -> RunConfig:
+def resumed_config(folder: Path, *layers: Mapping[str, Any]) -> RunConfig:
     """The settings of the run in a folder, with others laid over them.
 
     Where one of its labeled texts, pool and signals is named anew, the others and the evaluation set must be, too: no
@@ -186,7 +186,7 @@ def run(
     objects = {"labeled": labeled, "unlabeled": unlabeled, "eval": eval}
     result, _ = _run(config, objects, resume=resume)
     for student in result.students.values():
-        place(student.model_body, resolve_device(config.device), phase="Handing over student")
+        move_model(student.model_body, resolve_device(config.device), phase="Handing over student")
     return result
 
 
@@ -194,24 +194,24 @@ def _run(
     config: RunConfig, objects: Mapping[str, Source | None], *, resume: bool
 ) -> tuple[RunResult, list[dict[str, Any]]]:
     """A run with its models on the CPU, and where its memory ran out."""
-    with recorded() as log, remembering(cpu_fallback=config.cpu_fallback), ExitStack() as stack:
+    with record_log() as log, shared_backoff(cpu_fallback=config.cpu_fallback), ExitStack() as stack:
         inputs, folder = prepare_run(config, **objects, resume=resume), None
         if config.output_dir is not None:
-            stack.enter_context(locked_folder(config.output_dir))
+            stack.enter_context(lock_folder(config.output_dir))
             folder = (RunFolder.reopen if resume else RunFolder.create)(config, config.output_dir)
-            folder.keep_log(log)
-        settled, journal = _settled(config, inputs, folder), Journal(folder)
-        result = _run_stages(config, settled, inputs, journal)
-        out_of_memory = journal.out_of_memory
+            folder.attach_log(log)
+        settled, stage_cache = _resolve_config(config, inputs, folder), StageCache(folder)
+        result = _run_stages(config, settled, inputs, stage_cache)
+        out_of_memory = stage_cache.out_of_memory
         if config.seeds > 1:
-            result, others = _with_other_seeds(result, settled, objects, folder)
+            result, others = _run_other_seeds(result, settled, objects, folder)
             out_of_memory = [*out_of_memory, *others]
-        journal.drop_others()
+        stage_cache.discard_unused()
         if folder:
-            folder.drop_seeds(keep=result.by_seed)
+            folder.discard_seeds(keep=result.by_seed)
             folder.finish(
                 result.metrics,
-                students=student_names(config),
+                students=student_paths(config),
                 evaluated=list(result.evaluations),
                 data=inputs.data.report.as_dict(),
                 seconds=result.seconds,
@@ -222,18 +222,18 @@ def _run(
         return result, out_of_memory
 
 
-def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journal: Journal) -> RunResult:
+def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, stage_cache: StageCache) -> RunResult:
     data = inputs.data
-    if data.evaluation and journal.folder is not None:
-        write_texts(data.evaluation, journal.folder.path / EVALUATION)  # for the report
+    if data.evaluation and stage_cache.folder is not None:
+        write_texts(data.evaluation, stage_cache.folder.path / EVALUATION)  # for the report
     if data.signals is None:
-        made = augmented_texts(settled, data, inputs.fill_mask, journal)
+        made = augmented_texts(settled, data, inputs.fill_mask, stage_cache)
         check_pool(len(data.pool) + len(data.labeled) + len(made), settled)  # fewer may have been made
-        taught = teach(
+        taught = run_teachers(
             settled,
             replace(data, pool=[*data.pool, *made]),
             inputs.teachers,
-            journal,
+            stage_cache,
             keep_first=any(student.reads is None for student in inputs.students),
         )
         if made:
@@ -241,15 +241,15 @@ def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journa
             kept = drop_uncertain(taught.signals, made_rows, min_confidence=config.augment_confidence)
             taught = replace(taught, signals=kept, key=fingerprint(taught.key, kept.texts))
     else:
-        taught = Taught(data.signals, signals_hash(data.signals))
-    stages, signals = RunStages(settled, data, taught.key, journal), taught.signals
+        taught = TeachersResult(data.signals, signals_hash(data.signals))
+    stages, signals = StudentStages(settled, data, taught.key, stage_cache), taught.signals
     evaluations = dict(taught.evaluations)
-    if journal.folder is not None and journal.folder.about.get("teacher_shares", {}) != taught.shares:
-        journal.folder.tell(teacher_shares=taught.shares)
+    if stage_cache.folder is not None and stage_cache.folder.about.get("teacher_shares", {}) != taught.shares:
+        stage_cache.folder.update_manifest(teacher_shares=taught.shares)
     students: dict[str, SetFitModel] = {}
     models = {}
-    for (source, name), prepared in zip(student_names(config).items(), inputs.students, strict=True):
-        baseline_name = baseline_of(name) if config.baseline and data.evaluation and len(data.labeled) else None
+    for (source, name), prepared in zip(student_paths(config).items(), inputs.students, strict=True):
+        baseline_name = baseline_path(name) if config.baseline and data.evaluation and len(data.labeled) else None
         names = (name, baseline_name)
         students[source], baseline = stages.student_and_baseline(names, source, prepared, taught.first, signals)
         if baseline_name is not None and baseline is not None:
@@ -264,12 +264,12 @@ def _run_stages(config: RunConfig, settled: RunConfig, inputs: RunInputs, journa
         signals,
         evaluations,
         config,
-        seconds=journal.seconds,
-        output_dir=journal.folder.path if journal.folder else None,
+        seconds=stage_cache.seconds,
+        output_dir=stage_cache.folder.path if stage_cache.folder else None,
     )
 
 
-def _with_other_seeds(
+def _run_other_seeds(
     result: RunResult, settled: RunConfig, objects: Mapping[str, Source | None], folder: RunFolder | None
 ) -> tuple[RunResult, list[dict[str, Any]]]:
     """The result with the evaluations of the same run with the other seeds, and where their memory ran out.
@@ -283,8 +283,8 @@ def _with_other_seeds(
         place, begun = f"{SEEDS}/{seed}", False
         changes: dict[str, Any] = {"seed": seed, "seeds": 1, "overwrite": False}
         if folder is not None:
-            changes["output_dir"], begun = folder.path / place, folder.holds_run(place)
-        with logged_as(place):
+            changes["output_dir"], begun = folder.path / place, folder.has_resumable_run(place)
+        with log_stage(place):
             other, events = _run(settled.model_copy(update=changes), objects, resume=begun)
         by_seed[seed] = other.evaluations
         seconds += sum(other.seconds.values())
@@ -294,7 +294,7 @@ def _with_other_seeds(
     return replace(result, by_seed=by_seed, seconds=whole), out_of_memory
 
 
-def _settled(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> RunConfig:
+def _resolve_config(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> RunConfig:
     """The settings with device and precision named; a run that goes on keeps the precision that it was begun in."""
     device = resolve_device(config.device)
     told = {} if folder is None else folder.about
@@ -303,7 +303,7 @@ def _settled(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> 
     else:
         body = inputs.teachers[0].body if inputs.teachers else inputs.students[0].reads
         assert body is not None
-        place(body, device, phase="Choosing precision")
+        move_model(body, device, phase="Choosing precision")
         texts = inputs.data.pool or inputs.data.labeled.texts
         precision = resolve_precision(config.precision, body, texts)
         body.to("cpu")
@@ -318,14 +318,16 @@ def _settled(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> 
         earlier, now = told.get("versions"), versions()
         if earlier not in (None, now):
             logger.warning("This run was begun with other versions; what it has made so far is kept.")
-        folder.tell(
+        folder.update_manifest(
             versions=now, seed=config.seed, device=str(device), precision=asdict(precision), revisions=inputs.revisions
         )
     return config.model_copy(update={"device": str(device), "precision": precision.name})
 
 
-def student_names(config: RunConfig) -> dict[str, str]:
+def student_paths(config: RunConfig) -> dict[str, str]:
     """What each student is called in a run's folder and metrics, by its name in the settings."""
     if len(config.student) == 1:
         return {config.student[0]: STUDENT}
-    return {source: f"{STUDENTS}/{slug}" for source, slug in zip(config.student, slugs(config.student), strict=True)}
+    return {
+        source: f"{STUDENTS}/{slug}" for source, slug in zip(config.student, folder_names(config.student), strict=True)
+    }

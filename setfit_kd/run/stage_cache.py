@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from setfit_kd.errors import InputError
-from setfit_kd.memory import remembering
+from setfit_kd.memory import shared_backoff
 from setfit_kd.run_folder import (
     BASELINE,
     BASELINES,
@@ -23,18 +23,18 @@ from setfit_kd.run_folder import (
     TEACHERS,
     WEIGHED,
     RunFolder,
-    logged_as,
+    log_stage,
 )
-from setfit_kd.training.loop import recording
+from setfit_kd.training.loop import record_losses
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_KINDS = {TEACHERS: TEACHER, WEIGHED: TEACHER, SCORED: SIGNALS, STUDENTS: STUDENT, BASELINES: BASELINE}
+_STAGE_GROUPS = {TEACHERS: TEACHER, WEIGHED: TEACHER, SCORED: SIGNALS, STUDENTS: STUDENT, BASELINES: BASELINE}
 
 
-class Journal:
+class StageCache:
     """Goes through stages, in a run's folder or without one.
 
     Args:
@@ -46,27 +46,27 @@ class Journal:
 
     def __init__(self, folder: RunFolder | None) -> None:
         self.folder = folder
-        self.told: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, dict[str, Any]] = {}
 
     @property
     def seconds(self) -> dict[str, float]:
         """Wall time by kind of stage: those of several students, baselines and evaluations are added up."""
         found: dict[str, float] = {}
-        for name, told in self.told.items():
-            kind = _KINDS.get(name.partition("/")[0], name.partition("/")[0])
+        for name, told in self.records.items():
+            kind = _STAGE_GROUPS.get(name.partition("/")[0], name.partition("/")[0])
             found[kind] = round(found.get(kind, 0) + told["seconds"], 2)
         return found
 
     @property
     def out_of_memory(self) -> list[dict[str, Any]]:
-        """Every step down the ladder, in the order of the stages."""
-        return [event for told in self.told.values() for event in told["out_of_memory"]]
+        """Every step down the backoff, in the order of the stages."""
+        return [event for told in self.records.values() for event in told["out_of_memory"]]
 
     def checkpoints(self, name: str, inputs: str) -> Path | None:
         """Where the training of a stage may keep its state; another folder for other inputs."""
         return None if self.folder is None else self.folder.path / CHECKPOINTS / f"{name.replace('/', '-')}-{inputs}"
 
-    def go_through(
+    def run_or_load(
         self,
         name: str,
         inputs: str,
@@ -87,37 +87,37 @@ class Journal:
         Raises:
             SetFitKDError: As ``make``, ``save`` and ``load``; what can be made and no longer loaded is made again.
         """
-        with logged_as(name):
+        with log_stage(name):
             before = self._before(name, inputs, load)
             if before is not None:
                 return before
             if self.folder is not None:
-                self.folder.forget(name)
+                self.folder.discard(name)
             started = time.perf_counter()
-            with remembering() as recoveries, recording() as losses:
-                n_before = len(recoveries)
+            with shared_backoff() as events, record_losses() as losses:
+                n_before = len(events)
                 made = make()
             told: dict[str, Any] = {
                 "inputs": inputs,
                 "seconds": round(time.perf_counter() - started, 2),
-                "out_of_memory": [recovery.as_dict() for recovery in recoveries[n_before:]],
+                "out_of_memory": [event.as_dict() for event in events[n_before:]],
                 "losses": losses,
             }
             logger.debug("Stage %s took %.1f s.", name, told["seconds"])
-            self.told[name] = told
+            self.records[name] = told
             if self.folder is not None:
                 save(made, self.folder.path / name)
-                self.folder.tell(stages={**self.folder.about["stages"], name: told})
+                self.folder.update_manifest(stages={**self.folder.about["stages"], name: told})
                 checkpoints = self.checkpoints(name, inputs)
                 if checkpoints is not None:
                     shutil.rmtree(checkpoints, ignore_errors=True)
             return made
 
-    def drop_others(self) -> None:
+    def discard_unused(self) -> None:
         """Take out of the folder what stages have made that are no part of this run any more."""
         if self.folder is not None:
-            for name in set(self.folder.about["stages"]) - set(self.told):
-                self.folder.forget(name)
+            for name in set(self.folder.about["stages"]) - set(self.records):
+                self.folder.discard(name)
 
     def _before(self, name: str, inputs: str, load: Callable[[Path], T]) -> T | None:
         told = self.folder.stage(name, inputs) if self.folder else None
@@ -129,5 +129,5 @@ class Journal:
             logger.warning("Stage %s is gone through again: %s", name, error.message)
             return None
         logger.info("Stage %s: taken from %s.", name, self.folder.path / name)
-        self.told[name] = told
+        self.records[name] = told
         return found

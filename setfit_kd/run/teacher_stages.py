@@ -19,20 +19,20 @@ from setfit_kd.models import (
     content_hash,
     family_of,
     load_folder,
-    put_head,
     replace_head,
     save_head,
     save_model,
-    with_head,
+    set_head,
+    with_saved_head,
 )
 from setfit_kd.run.data import RunData
-from setfit_kd.run.stage_cache import Journal
-from setfit_kd.run.student_stages import RunStages, key_of, placed
+from setfit_kd.run.stage_cache import StageCache
+from setfit_kd.run.student_stages import StudentStages, labeled_key, on_device
 from setfit_kd.run_folder import SCORED, SIGNALS, TEACHER, TEACHERS, WEIGHED
 from setfit_kd.signals import TeacherSignals
-from setfit_kd.student import slugs
-from setfit_kd.teacher import held_out_accuracy, refine_and_score, settled_batch_size, train_teacher
-from setfit_kd.utils.atomic_io import whole_folder
+from setfit_kd.student import folder_names
+from setfit_kd.teacher import cross_validated_accuracy, refine_and_score, resolve_teacher_batch_size, train_teacher
+from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import read_json
 from setfit_kd.utils.hashing import fingerprint
 
@@ -79,7 +79,7 @@ class TeacherStages:
         data: What it works on.
         prepared: The teacher.
         slug: Its folder's name among several; None where it is the only one.
-        journal: What has been gone through.
+        stage_cache: What has been gone through.
 
     Attributes:
         name: What the run's folder calls it.
@@ -87,19 +87,21 @@ class TeacherStages:
     """
 
     def __init__(
-        self, config: RunConfig, data: RunData, prepared: PreparedTeacher, slug: str | None, journal: Journal
+        self, config: RunConfig, data: RunData, prepared: PreparedTeacher, slug: str | None, stage_cache: StageCache
     ) -> None:
         self.config = config
         self.data = data
         self.prepared = prepared
-        self.journal = journal
+        self.stage_cache = stage_cache
         self.device = resolve_device(config.device)
         self.name, self._scored, self._weighed = (
             (TEACHER, SIGNALS, "") if slug is None else (f"{TEACHERS}/{slug}", f"{SCORED}/{slug}", f"{WEIGHED}/{slug}")
         )
         prepared.body = prepared.body or prepared.load()
-        self._key = fingerprint(key_of(data.labeled), content_hash(prepared.body), TeacherConfig.deciding(config))
-        self.signals_key = fingerprint(self._key, fingerprint(data.pool), SignalsConfig.deciding(config))
+        self._key = fingerprint(
+            labeled_key(data.labeled), content_hash(prepared.body), TeacherConfig.fingerprinted(config)
+        )
+        self.signals_key = fingerprint(self._key, fingerprint(data.pool), SignalsConfig.fingerprinted(config))
 
     def teacher(self) -> SetFitModel:
         """The teacher as it is trained on the labels, on the CPU."""
@@ -110,20 +112,20 @@ class TeacherStages:
 
         def make() -> SetFitModel:
             labeled, family = self.data.labeled, self.prepared.source.family
-            size = settled_batch_size(self.config, labeled, family=family, device=self.device)
+            size = resolve_teacher_batch_size(self.config, labeled, family=family, device=self.device)
             teacher = train_teacher(
                 labeled,
                 self.prepared.body or self.prepared.load(),
                 config=self.config,
-                checkpoints=self.journal.checkpoints(self.name, fingerprint(self._key, size)),
+                checkpoints=self.stage_cache.checkpoints(self.name, fingerprint(self._key, size)),
             )
             teacher.model_body.to("cpu")
             return teacher
 
         def restore(folder: Path) -> SetFitModel:
-            return with_head(load_folder(folder), folder / _TRAINED_HEAD)
+            return with_saved_head(load_folder(folder), folder / _TRAINED_HEAD)
 
-        teacher = self.journal.go_through(self.name, self._key, make=make, save=save, load=restore)
+        teacher = self.stage_cache.run_or_load(self.name, self._key, make=make, save=save, load=restore)
         self.prepared.body = None  # of a teacher that was trained before, it is not needed
         return teacher
 
@@ -131,7 +133,7 @@ class TeacherStages:
         """The teacher with its head refined on the pool, and what it says of the pool and the labeled texts."""
 
         def make() -> tuple[SetFitModel, TeacherSignals]:
-            with placed(teacher, self.device, "Scoring pool"):
+            with on_device(teacher, self.device, "Scoring pool"):
                 return refine_and_score(
                     teacher, self.data.labeled, self.data.pool, config=self.config, origin=self.prepared.name
                 )
@@ -141,20 +143,22 @@ class TeacherStages:
             _save_head(made[0], folder / _HEAD)
 
         def restore(folder: Path) -> tuple[SetFitModel, TeacherSignals]:
-            return with_head(teacher, folder / _HEAD), TeacherSignals.load(folder)
+            return with_saved_head(teacher, folder / _HEAD), TeacherSignals.load(folder)
 
-        refined, signals = self.journal.go_through(self._scored, self.signals_key, make=make, save=save, load=restore)
+        refined, signals = self.stage_cache.run_or_load(
+            self._scored, self.signals_key, make=make, save=save, load=restore
+        )
         if family_of(refined.model_body) == "transformer":
-            put_head(refined.model_head, refined.model_body)  # a student that copies its layers copies this one too
-        if self.journal.folder is not None:
-            replace_head(refined, self.journal.folder.path / self.name)
+            set_head(refined.model_head, refined.model_body)  # a student that copies its layers copies this one too
+        if self.stage_cache.folder is not None:
+            replace_head(refined, self.stage_cache.folder.path / self.name)
         return refined, signals
 
     def accuracy(self) -> float | None:
-        """How often it is right on labels held out from it; see `held_out_accuracy`."""
+        """How often it is right on labels held out from it; see `cross_validated_accuracy`."""
 
         def save(found: float | None, folder: Path) -> None:
-            with whole_folder(folder) as part:
+            with atomic_folder(folder) as part:
                 (part / _ACCURACY).write_text(json.dumps(found), encoding="utf-8")
 
         def restore(folder: Path) -> float | None:
@@ -164,12 +168,12 @@ class TeacherStages:
             except (OSError, ValueError, TypeError) as error:
                 raise DataError(f"{folder} holds no accuracy ({error}).", hint="Weigh the teacher again.") from None
 
-        make = partial(held_out_accuracy, self.data.labeled, self.prepared.load, config=self.config)
-        return self.journal.go_through(self._weighed, self._key, make=make, save=save, load=restore)
+        make = partial(cross_validated_accuracy, self.data.labeled, self.prepared.load, config=self.config)
+        return self.stage_cache.run_or_load(self._weighed, self._key, make=make, save=save, load=restore)
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeachersResult:
     """What comes out of the teachers.
 
     Attributes:
@@ -187,21 +191,21 @@ class Taught:
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
 
-def teach(
+def run_teachers(
     config: RunConfig,
     data: RunData,
     teachers: Sequence[PreparedTeacher],
-    journal: Journal,
+    stage_cache: StageCache,
     *,
     keep_first: bool,
-) -> Taught:
+) -> TeachersResult:
     """Go through the teachers' stages, one teacher after the other.
 
     Args:
         config: The settings, device and precision settled.
         data: What they work on.
         teachers: One or several.
-        journal: What has been gone through.
+        stage_cache: What has been gone through.
         keep_first: Whether the first of several is handed over, too: the others are held one at a time.
     """
     several = len(teachers) > 1
@@ -210,13 +214,13 @@ def teach(
     keys: list[str] = []
     evaluations: dict[str, Evaluation] = {}
     first: SetFitModel | None = None
-    for prepared, slug in zip(teachers, slugs(config.teacher), strict=True):
-        stages = TeacherStages(config, data, prepared, slug if several else None, journal)
+    for prepared, slug in zip(teachers, folder_names(config.teacher), strict=True):
+        stages = TeacherStages(config, data, prepared, slug if several else None, stage_cache)
         teacher, signals = stages.signals(stages.teacher())
         said.append(signals)
         keys.append(stages.signals_key)
         if data.evaluation:
-            measuring = RunStages(config, data, stages.signals_key, journal)
+            measuring = StudentStages(config, data, stages.signals_key, stage_cache)
             evaluations[stages.name] = measuring.evaluation(stages.name, teacher, data.evaluation, None)
         if len(said) == 1 and (keep_first or not several):
             first = teacher
@@ -225,7 +229,7 @@ def teach(
             weights.append(stages.accuracy())
         del stages
     if not several:
-        return Taught(said[0], keys[0], first, evaluations=evaluations)
+        return TeachersResult(said[0], keys[0], first, evaluations=evaluations)
     shares = _shares(config, weights)
     key = fingerprint(keys, shares)
     for name, share in zip(config.teacher, shares, strict=True):
@@ -233,10 +237,10 @@ def teach(
     average = TeacherSignals.average(said, shares)
     if data.evaluation:
         alone, temperatures = list(evaluations.values()), [signals.temperature for signals in said]
-        measuring = RunStages(config, data, key, journal)
+        measuring = StudentStages(config, data, key, stage_cache)
         evaluations[TEACHER] = measuring.evaluation_together(alone, shares, temperatures, average.temperature)
     by_name = dict(zip(config.teacher, shares, strict=True))
-    return Taught(average, key, first, by_name, evaluations)
+    return TeachersResult(average, key, first, by_name, evaluations)
 
 
 def _shares(config: RunConfig, accuracies: Sequence[float | None]) -> list[float]:
@@ -253,5 +257,5 @@ def _shares(config: RunConfig, accuracies: Sequence[float | None]) -> list[float
 
 
 def _save_head(model: SetFitModel, folder: Path) -> None:
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         save_head(model.model_head, part)

@@ -1,8 +1,8 @@
 """The folder of a run: names of its files, `run.json`, the log."""
 
 from setfit_kd.run_folder.folder import RunFolder
-from setfit_kd.run_folder.log import logged_as, recorded
-from setfit_kd.run_folder.manifest import About, versions
+from setfit_kd.run_folder.log import log_stage, record_log
+from setfit_kd.run_folder.manifest import Manifest, versions
 from setfit_kd.run_folder.names import (
     AUGMENTED,
     BASELINE,
@@ -21,9 +21,9 @@ from setfit_kd.run_folder.names import (
     TEACHER,
     TEACHERS,
     WEIGHED,
-    baseline_of,
-    compared_with,
+    baseline_path,
     default_folder,
+    reference_models,
 )
 
 __all__ = [
@@ -44,12 +44,12 @@ __all__ = [
     "TEACHER",
     "TEACHERS",
     "WEIGHED",
-    "About",
+    "Manifest",
     "RunFolder",
-    "baseline_of",
-    "compared_with",
+    "baseline_path",
     "default_folder",
-    "logged_as",
-    "recorded",
+    "log_stage",
+    "record_log",
+    "reference_models",
     "versions",
 ]

@@ -17,7 +17,15 @@ from setfit_kd.errors import ConfigError, DataError, OutputError
 from setfit_kd.run_folder.log import _LogFile
 from setfit_kd.run_folder.manifest import _is_run, _read_resumable
 from setfit_kd.run_folder.names import _CONTENTS, CHECKPOINTS, CONFIG, LOG, METRICS, RESULTS, RUN, SEEDS
-from setfit_kd.utils.atomic_io import HIDDEN_NAME, LOCK, hidden_name, locked_folder, refuse_links, write_whole, writing
+from setfit_kd.utils.atomic_io import (
+    LOCK,
+    TEMPORARY_NAME,
+    lock_folder,
+    refuse_links,
+    temporary_path,
+    write_errors,
+    write_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +53,7 @@ class RunFolder:
                 or holds no run to go on with.
         """
         another = "Choose another --output-dir"
-        with writing(path):
+        with write_errors(path):
             existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
             if not existing.is_dir():
                 raise OutputError(f"{existing} is a file, not a folder.", hint=f"{another}.")
@@ -67,7 +75,7 @@ class RunFolder:
         Raises:
             OutputError: It does.
         """
-        half_written = (file.name for file in path.glob(".*") if HIDDEN_NAME.fullmatch(file.name))
+        half_written = (file.name for file in path.glob(".*") if TEMPORARY_NAME.fullmatch(file.name))
         refuse_links(path, (*_CONTENTS, LOCK, *half_written))
 
     @staticmethod
@@ -82,13 +90,13 @@ class RunFolder:
         return read_config(path / CONFIG)
 
     @staticmethod
-    def has_begun(path: Path) -> bool:
+    def is_resumable(path: Path) -> bool:
         """Whether there is an unfinished run in a folder that has made something already and that nobody works in."""
         try:
             about = _read_resumable(path)
             if about.get("finished") or not (about["stages"] or any((path / CHECKPOINTS).glob("*/*"))):
                 return False
-            with locked_folder(path):
+            with lock_folder(path):
                 return True
         except (DataError, OutputError, OSError):
             return False
@@ -106,8 +114,8 @@ class RunFolder:
             if name != RUN:  # without which a folder that is half emptied would be nobody's run
                 folder._remove(name)
         folder._remove_half_written()
-        folder.tell()
-        write_whole(path / CONFIG, config.to_yaml())
+        folder.update_manifest()
+        write_text(path / CONFIG, config.to_yaml())
         return folder
 
     @classmethod
@@ -121,14 +129,14 @@ class RunFolder:
         cls.check(path, resume=True)
         folder = cls(path, _read_resumable(path))
         folder._remove_half_written()
-        write_whole(path / CONFIG, config.to_yaml())
+        write_text(path / CONFIG, config.to_yaml())
         return folder
 
     def _remove_half_written(self) -> None:
         """Take out what a process that was killed has left unfinished."""
         for pattern in (".*", *(f"{name}/{below}" for name in _CONTENTS for below in (".*", "*/.*"))):
             for left in self.path.glob(pattern):
-                if HIDDEN_NAME.fullmatch(left.name):
+                if TEMPORARY_NAME.fullmatch(left.name):
                     self._remove(str(left.relative_to(self.path)))
 
     def stage(self, name: str, inputs: str) -> dict[str, Any] | None:
@@ -136,14 +144,14 @@ class RunFolder:
         told: dict[str, Any] | None = self.about["stages"].get(name)
         return told if told is not None and told.get("inputs") == inputs and (self.path / name).is_dir() else None
 
-    def forget(self, name: str) -> None:
+    def discard(self, name: str) -> None:
         """Take out what a stage has made, and what was measured of the run."""
         self.about["stages"].pop(name, None)
-        self.tell(finished=False)
+        self.update_manifest(finished=False)
         for made in (*RESULTS, name):
             self._remove(made)
 
-    def tell(self, **what: Any) -> None:
+    def update_manifest(self, **what: Any) -> None:
         """Add to ``run.json``.
 
         Raises:
@@ -152,7 +160,7 @@ class RunFolder:
         self.about.update(what)
         self.write_json(RUN, self.about)
 
-    def holds_run(self, place: str) -> bool:
+    def has_resumable_run(self, place: str) -> bool:
         """Whether there is a run to go on with in a folder within this one; what else is there is taken out."""
         path = self.path / place
         try:
@@ -164,7 +172,7 @@ class RunFolder:
         self._remove(place)
         return False
 
-    def drop_seeds(self, *, keep: Collection[int]) -> None:
+    def discard_seeds(self, *, keep: Collection[int]) -> None:
         """Take out the runs of other seeds than these."""
         if not keep:
             self._remove(SEEDS)
@@ -179,17 +187,17 @@ class RunFolder:
             OutputError: It cannot be written.
         """
         self.write_json(METRICS, metrics)
-        self.tell(finished=True, **what)
+        self.update_manifest(finished=True, **what)
         self._remove(CHECKPOINTS)
 
     def _remove(self, name: str) -> None:
         target = self.path / name
-        with writing(target):
+        with write_errors(target):
             if not target.is_dir() or target.is_symlink():
                 target.unlink(missing_ok=True)
                 return
             # Renamed first, so that a kill leaves no folder that looks whole.
-            gone = target if target.name.startswith(".") else hidden_name(target)
+            gone = target if target.name.startswith(".") else temporary_path(target)
             shutil.rmtree(target.rename(gone))
         if target.parent != self.path:
             with suppress(OSError):  # others are in it still
@@ -201,15 +209,15 @@ class RunFolder:
         Raises:
             OutputError: It cannot be written.
         """
-        write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
-    def keep_log(self, recorder: logging.handlers.MemoryHandler) -> None:
+    def attach_log(self, recorder: logging.handlers.MemoryHandler) -> None:
         """Write what `recorded` has so far, and from now on everything, to ``run.log``.
 
         Raises:
             OutputError: It cannot be written.
         """
-        with writing(self.path / LOG):
+        with write_errors(self.path / LOG):
             file = _LogFile(self.path / LOG, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(stage)s: %(message)s"))
         recorder.setTarget(file)

@@ -16,7 +16,7 @@ _stage: ContextVar[str] = ContextVar("stage", default="")
 
 
 @contextmanager
-def logged_as(stage: str) -> Iterator[None]:
+def log_stage(stage: str) -> Iterator[None]:
     """Within this block, ``run.log`` tells that what happens is of this stage; blocks nest as folders do."""
     token = _stage.set("/".join(filter(None, (_stage.get(), stage))))
     try:
@@ -25,7 +25,7 @@ def logged_as(stage: str) -> Iterator[None]:
         _stage.reset(token)
 
 
-def _tell_stage(record: logging.LogRecord) -> bool:
+def _add_stage(record: logging.LogRecord) -> bool:
     record.stage = _stage.get() or "run"
     return True
 
@@ -46,7 +46,7 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
-class _PassOn(logging.Handler):
+class _Forwarder(logging.Handler):
     """Hands records to the handlers that a logger had, at the level that it had."""
 
     def __init__(self, logger: logging.Logger) -> None:
@@ -60,15 +60,15 @@ class _PassOn(logging.Handler):
 
 
 @contextmanager
-def recorded() -> Iterator[logging.handlers.MemoryHandler]:
-    """Within this block, keep everything that setfit-kd logs, until a run folder takes it; see `RunFolder.keep_log`.
+def record_log() -> Iterator[logging.handlers.MemoryHandler]:
+    """Within this block, keep everything that setfit-kd logs, until a run folder takes it; see `RunFolder.attach_log`.
 
     Handlers other than the recorder get what they would get without it.
     """
     recorder = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
-    recorder.addFilter(_tell_stage)
+    recorder.addFilter(_add_stage)
     logger = logging.getLogger("setfit_kd")
-    others = _PassOn(logger)
+    others = _Forwarder(logger)
     logger.handlers, logger.propagate = [recorder, others], False
     logger.setLevel(logging.DEBUG)
     try:

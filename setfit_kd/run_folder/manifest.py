@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from setfit_kd import __version__
 from setfit_kd.errors import DataError
-from setfit_kd.run_folder.names import RUN, Place
+from setfit_kd.run_folder.names import RUN, ArtifactPath
 from setfit_kd.utils.files import read_json
 
 _PACKAGES = (
@@ -73,7 +73,7 @@ class _Attempt(BaseModel):
 
 
 class _OutOfMemoryEvent(BaseModel):
-    """A step down the ladder."""
+    """A step down the backoff."""
 
     phase: str
     step: int | None
@@ -93,12 +93,12 @@ class _ResumableRun(_Run):
 
     model_config = ConfigDict(extra="allow")
 
-    stages: dict[Place, _ResumableStage]
+    stages: dict[ArtifactPath, _ResumableStage]
     device: str = ""
     precision: _Precision | None = None
 
 
-class About(_Run):
+class Manifest(_Run):
     """What ``run.json`` tells of a finished run."""
 
     stages: dict[str, _Stage]
@@ -107,15 +107,15 @@ class About(_Run):
     precision: _Precision
     data: dict[str, int]
     seconds: dict[str, float]
-    students: dict[str, Place]
-    evaluated: list[Place]
+    students: dict[str, ArtifactPath]
+    evaluated: list[ArtifactPath]
     out_of_memory: list[_OutOfMemoryEvent] = []
     seeds: Annotated[list[int], AfterValidator(_none_or_several)] = []
     revisions: dict[str, str] = {}
     teacher_shares: dict[str, float] = {}
 
     @classmethod
-    def read(cls, folder: Path) -> About:
+    def read(cls, folder: Path) -> Manifest:
         """Read the ``run.json`` in a run's folder.
 
         Raises:

@@ -23,31 +23,31 @@ RESULTS = (METRICS, REPORT_HTML, REPORT_MARKDOWN)
 """What is made of the stages' results at the end."""
 _MODELS = (TEACHER, TEACHERS, BASELINE, BASELINES, STUDENT, STUDENTS)
 _CONTENTS = (CONFIG, RUN, LOG, *RESULTS, *_MODELS, AUGMENTED, SIGNALS, SCORED, WEIGHED, EVALUATION, CHECKPOINTS, SEEDS)
-_PLACE = re.compile(
+_ARTIFACT_PATH = re.compile(
     rf"({EVALUATION}/)?({TEACHER}|{BASELINE}|{STUDENT}|({TEACHERS}|{BASELINES}|{STUDENTS})/\w[\w.-]*)"
     rf"|{AUGMENTED}|{SIGNALS}|({SCORED}|{WEIGHED})/\w[\w.-]*"
 )
 
 
-def _place(name: str) -> str:
-    if _PLACE.fullmatch(name) is None:
+def _check_artifact_path(name: str) -> str:
+    if _ARTIFACT_PATH.fullmatch(name) is None:
         raise ValueError(f"it tells of {name!r}, which no run has")
     return name
 
 
-Place = Annotated[str, AfterValidator(_place)]
+ArtifactPath = Annotated[str, AfterValidator(_check_artifact_path)]
 """A name that a run keeps something under in its folder; none leads out of it."""
 
 
-def baseline_of(student: str) -> str:
+def baseline_path(student: str) -> str:
     """What a student's baseline is called in the run's folder."""
     group, _, slug = student.partition("/")
     return f"{BASELINES}/{slug}" if group == STUDENTS else BASELINE
 
 
-def compared_with(student: str, evaluated: Collection[str]) -> dict[str, str]:
+def reference_models(student: str, evaluated: Collection[str]) -> dict[str, str]:
     """What a student is compared with among what was evaluated: names in the folder, by what they are to it."""
-    others = {TEACHER: TEACHER, BASELINE: baseline_of(student)}
+    others = {TEACHER: TEACHER, BASELINE: baseline_path(student)}
     return {called: name for called, name in others.items() if name in evaluated}
 
 

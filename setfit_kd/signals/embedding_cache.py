@@ -20,16 +20,16 @@ import numpy.typing as npt
 from setfit_kd.errors import OutputError
 from setfit_kd.models import content_hash, embed
 from setfit_kd.utils.arrays import load_rows, save_rows
-from setfit_kd.utils.atomic_io import whole_folder
+from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import cache_folder
-from setfit_kd.utils.hashing import content_name, file_hash
+from setfit_kd.utils.hashing import file_hash, hash_parts
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 2 << 30
+MAX_BYTES = 2 << 30
 """What the cache may hold; what was not used for longest goes first."""
 _LIBRARIES = ("torch", "transformers", "sentence-transformers", "tokenizers")
 _EMBEDDINGS, _ROWS, _CHECKSUM = "embeddings", "embeddings.npy", "embeddings.sha256"
@@ -63,10 +63,10 @@ def cached_embed(
         logger.info("%s: taken from the cache (%s).", description, place)
         return found
     embeddings = embed(body, texts, batch_size=batch_size, normalize=normalize, description=description)
-    if embeddings.nbytes > MOST_BYTES:
+    if embeddings.nbytes > MAX_BYTES:
         return embeddings
     try:
-        with whole_folder(place) as part:
+        with atomic_folder(place) as part:
             save_rows(embeddings, part / _ROWS)
             (part / _CHECKSUM).write_text(file_hash(part / _ROWS), encoding="utf-8")
         _prune(place.parent, keep=place)
@@ -100,7 +100,7 @@ def _name_of(body: SentenceTransformer, texts: Sequence[str], *, normalize: bool
     """A name for all that decides the embeddings: the body, the texts, and what computes them."""
     libraries = " ".join(f"{library} {version(library)}" for library in _LIBRARIES)
     parts = chain((f"4 {normalize} {body.device.type} {libraries}", content_hash(body)), texts)
-    return content_name(part.encode() for part in parts)
+    return hash_parts(part.encode() for part in parts)
 
 
 def _entries(folder: Path) -> list[tuple[float, int, Path]]:
@@ -121,6 +121,6 @@ def _prune(folder: Path, *, keep: Path) -> None:
     total = sum(size for _, size, _ in entries)
     for used, size, path in entries:
         is_old = time.time() - used > _ABANDONED_SECONDS
-        if is_old if path.name[0] == "." else total > MOST_BYTES and path != keep:
+        if is_old if path.name[0] == "." else total > MAX_BYTES and path != keep:
             _remove(path)
             total -= size

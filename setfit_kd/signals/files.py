@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from setfit_kd.data import LINE_NUMBERED, Problems, read_records, text_of
+from setfit_kd.data import LINE_NUMBERED, RowErrors, get_text, read_records
 from setfit_kd.errors import DataError
 from setfit_kd.signals.signals import TeacherSignals
 
@@ -38,12 +38,12 @@ def read_signals(path: str | Path) -> TeacherSignals:
     probabilities, embeddings = array("f"), array("f")
     names: tuple[str, ...] = ()
     width: int | None = None
-    problems = Problems(str(path), "line" if path.suffix.lower() in LINE_NUMBERED else "row")
+    problems = RowErrors(str(path), "line" if path.suffix.lower() in LINE_NUMBERED else "row")
     for number, record in read_records(path):
         if not names:
             names = _names(record, path)
             width = _width(record, path)
-        text, problem = text_of(record, (_TEXT,))
+        text, problem = get_text(record, (_TEXT,))
         row, wrong = _distribution(_told(record), names)
         vector, unlike = _vector(record, width)
         problem = problem or wrong or unlike

@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 from setfit_kd.errors import DataError
 from setfit_kd.models import at_temperature, fit_temperature, log_probabilities
-from setfit_kd.utils.arrays import at_most, in_parts, large_array, load_rows, save_rows, unit_rows
-from setfit_kd.utils.atomic_io import whole_folder
+from setfit_kd.utils.arrays import iter_chunks, large_array, load_rows, normalise_rows, sample_rows, save_rows
+from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import read_json, read_json_lines
 
 _FORMAT = 2
-_MOST_TEXTS = 10_000
+_MAX_TEXTS = 10_000
 """Texts that a temperature is fitted on; one number needs no more."""
-_PROBABILITIES, _EMBEDDINGS, _TEXTS, _ABOUT = "probabilities.npy", "embeddings.npy", "texts.jsonl", "signals.json"
+_PROBABILITIES, _EMBEDDINGS, _TEXTS, _METADATA = "probabilities.npy", "embeddings.npy", "texts.jsonl", "signals.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ class TeacherSignals:
                 hint="Each row must be non-negative and sum to 1.",
             )
         if self.embeddings is not None:
-            finite = [np.isfinite(part).all(axis=1) for part in in_parts(self.embeddings)]
+            finite = [np.isfinite(part).all(axis=1) for part in iter_chunks(self.embeddings)]
             broken = np.flatnonzero(~np.concatenate([*finite, np.empty(0, bool)]))
             if len(broken):
                 raise DataError(
@@ -125,7 +125,9 @@ class TeacherSignals:
         probabilities = np.average([s.probabilities for s in signals], axis=0, weights=shares)
         embeddings = None
         if all(s.embeddings is not None for s in signals):
-            embeddings = _side_by_side([s.embeddings for s in signals if s.embeddings is not None], np.sqrt(shares))
+            embeddings = _concatenate_embeddings(
+                [s.embeddings for s in signals if s.embeddings is not None], np.sqrt(shares)
+            )
         return cls(
             first.texts,
             np.asarray(probabilities, np.float32),
@@ -141,7 +143,7 @@ class TeacherSignals:
         Raises:
             OutputError: The folder exists already or cannot be written.
         """
-        with whole_folder(folder) as part:
+        with atomic_folder(folder) as part:
             save_rows(self.probabilities, part / _PROBABILITIES, half_if_large=False)
             if self.embeddings is not None:
                 save_rows(self.embeddings, part / _EMBEDDINGS)
@@ -154,7 +156,7 @@ class TeacherSignals:
                 "temperature": self.temperature,
                 "embeddings": self.embeddings is not None,
             }
-            (part / _ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (part / _METADATA).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> TeacherSignals:
@@ -165,7 +167,7 @@ class TeacherSignals:
         """
         folder = Path(folder)
         try:
-            about = read_json(folder / _ABOUT)
+            about = read_json(folder / _METADATA)
             texts = list(read_json_lines(folder / _TEXTS))
             if about["format"] != _FORMAT:
                 raise DataError(
@@ -193,12 +195,12 @@ def _common_temperature(
     """
     if all(of.temperature == 1 for of in signals):
         return 1.0
-    rows = at_most(np.arange(len(averaged)), _MOST_TEXTS, seed=[14])
+    rows = sample_rows(np.arange(len(averaged)), _MAX_TEXTS, seed=[14])
     meant = [at_temperature(of.probabilities[rows], of.temperature) for of in signals]
     return fit_temperature(log_probabilities(averaged[rows]), np.average(meant, axis=0, weights=shares))
 
 
-def _side_by_side(
+def _concatenate_embeddings(
     arrays: Sequence[npt.NDArray[np.floating]], factors: npt.NDArray[np.floating]
 ) -> npt.NDArray[np.floating]:
     """Arrays of n unit rows each, times their factors, as one of n rows."""
@@ -206,8 +208,8 @@ def _side_by_side(
     column = 0
     for array, factor in zip(arrays, factors, strict=True):
         row = 0
-        for part in in_parts(array):
-            joined[row : row + len(part), column : column + part.shape[1]] = factor * unit_rows(part)
+        for part in iter_chunks(array):
+            joined[row : row + len(part), column : column + part.shape[1]] = factor * normalise_rows(part)
             row += len(part)
         column += array.shape[1]
     return joined

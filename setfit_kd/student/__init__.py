@@ -1,19 +1,19 @@
 """Which bodies a student may have, and training one from a teacher's signals."""
 
 from setfit_kd.student.checks import check_pool
-from setfit_kd.student.distil import train_student, unseen_rows
-from setfit_kd.student.kinds import PreparedStudent, locate_student, slugs, student_body
-from setfit_kd.student.steps import on_labels_alone, student_steps, trains_on_unseen
+from setfit_kd.student.distil import rows_without_signals, train_student
+from setfit_kd.student.kinds import PreparedStudent, folder_names, locate_student, student_body
+from setfit_kd.student.steps import labels_only_config, student_steps, trains_on_labeled_texts
 
 __all__ = [
     "PreparedStudent",
     "check_pool",
+    "folder_names",
+    "labels_only_config",
     "locate_student",
-    "on_labels_alone",
-    "slugs",
+    "rows_without_signals",
     "student_body",
     "student_steps",
     "train_student",
-    "trains_on_unseen",
-    "unseen_rows",
+    "trains_on_labeled_texts",
 ]

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.models import embed, fit_head, settled_c
+from setfit_kd.models import embed, fit_head, resolve_c
 from setfit_kd.signals import TeacherSignals
-from setfit_kd.student.steps import MOST_HELD_OUT, held_out_texts, looks_in_pass
-from setfit_kd.training.callbacks import Looks
-from setfit_kd.utils.arrays import at_most
-from setfit_kd.utils.console import shown_on
+from setfit_kd.student.steps import MAX_HELD_OUT, evaluations_per_epoch, held_out_texts
+from setfit_kd.training.callbacks import EvaluationCallback
+from setfit_kd.utils.arrays import sample_rows
+from setfit_kd.utils.console import show_progress
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def soft_agreement(teacher: npt.NDArray[np.floating], student: npt.NDArray[np.fl
 
 
 @dataclass
-class AgreementStop(Looks):
+class AgreementCallback(EvaluationCallback):
     """Stops training once the student agrees no better with the teacher, and keeps its best weights.
 
     At each look a head is fitted on a sample of the training texts and compared with the teacher on held-out ones.
@@ -63,14 +63,14 @@ class AgreementStop(Looks):
     def is_due(self, step: int, args: Any, state: Any) -> bool:
         """At the end of a pass and, in a long one, at equal distances within it."""
         steps_per_pass = max(1, round(state.max_steps / args.num_train_epochs))
-        looks = looks_in_pass(steps_per_pass)
+        looks = evaluations_per_epoch(steps_per_pass)
         return bool(step * looks % steps_per_pass < looks)
 
     def measure(self, step: int) -> float:
         """The agreement."""
-        sample = at_most(self.training_rows, MOST_HELD_OUT, seed=[self.seed, 9])
+        sample = sample_rows(self.training_rows, MAX_HELD_OUT, seed=[self.seed, 9])
         rows = np.concatenate([sample, self.held_out_rows])
-        with shown_on(None):
+        with show_progress(None):
             embeddings = embed(
                 self.body,
                 [self.signals.texts[row] for row in rows],
@@ -80,7 +80,7 @@ class AgreementStop(Looks):
         head = fit_head(
             embeddings[: len(sample)],
             self.signals.probabilities[sample],
-            C=settled_c(self.head_c),
+            C=resolve_c(self.head_c),
             balance=self.balance,
         )
         student = head.predict_proba(embeddings[len(sample) :])

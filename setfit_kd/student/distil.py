@@ -11,10 +11,10 @@ import numpy as np
 from setfit_kd.config import StudentConfig
 from setfit_kd.data import LabeledSet, Source, encode_labels, normalise, read
 from setfit_kd.errors import DataError
-from setfit_kd.memory import remembering, resolve_device
+from setfit_kd.memory import resolve_device, shared_backoff
 from setfit_kd.models import family_of, locate_body, new_model
 from setfit_kd.student.checks import check_embeddings, check_pool
-from setfit_kd.student.steps import student_batch_texts, student_steps, trains_on_unseen
+from setfit_kd.student.steps import student_batch_texts, student_steps, trains_on_labeled_texts
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.console import quiet_libraries
 
@@ -59,7 +59,7 @@ def train_student(
         TrainingError: The loss or the weights are no longer finite.
         UnavailableError: The hub cannot be reached.
     """
-    config = StudentConfig.given(config, settings)
+    config = StudentConfig.merged(config, settings)
     check_pool(len(signals), config)
     if labeled is not None and not isinstance(labeled, LabeledSet):
         labeled = encode_labels(read(labeled, label_column="label"), signals.label_names)
@@ -78,11 +78,11 @@ def train_student(
         body = locate_body(student).load(signals.label_names, seed=config.seed)
     else:
         body = student
-    config = config.of_family(family_of(body))
-    if gold is not None and trains_on_unseen(family_of(body), config):
-        signals = _with_labels(signals, gold.take(unseen_rows(signals, gold)))
+    config = config.with_family_defaults(family_of(body))
+    if gold is not None and trains_on_labeled_texts(family_of(body), config):
+        signals = _with_labels(signals, gold.take(rows_without_signals(signals, gold)))
 
-    with quiet_libraries(), remembering(cpu_fallback=config.cpu_fallback):
+    with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
         from setfit_kd.student.trainer import StudentTrainer
         from setfit_kd.training.loop import train
 
@@ -102,7 +102,7 @@ def train_student(
         )
 
 
-def unseen_rows(signals: TeacherSignals, labeled: LabeledSet) -> list[int]:
+def rows_without_signals(signals: TeacherSignals, labeled: LabeledSet) -> list[int]:
     """Rows of labeled texts that the signals lack (see `normalise`), each text once."""
     known = set(map(normalise, signals.texts))
     return list({key: row for row, key in enumerate(map(normalise, labeled.texts)) if key not in known}.values())

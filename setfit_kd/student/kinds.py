@@ -12,20 +12,20 @@ import numpy as np
 
 from setfit_kd.config import Family
 from setfit_kd.errors import ConfigError
-from setfit_kd.memory import place
+from setfit_kd.memory import move_model
 from setfit_kd.models import (
     DEFAULT_DIMENSION,
-    TRANSFORMER,
+    TRANSFORMER_PREFIX,
     BodySource,
-    as_distilbert,
-    blank_transformer,
-    check_teacher,
+    check_static_teacher,
     cut_layers,
     family_of,
     locate,
     locate_body,
     n_layers,
     static_body,
+    to_distilbert,
+    untrained_transformer,
 )
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _loaded(body: SentenceTransformer) -> PreparedStudent:
     return PreparedStudent(lambda *_: body, reads=body, family=family_of(body))
 
 
-def _given(teacher: SentenceTransformer | None) -> SentenceTransformer:
+def _require_teacher(teacher: SentenceTransformer | None) -> SentenceTransformer:
     if teacher is None:
         raise ConfigError(
             "There is no teacher to make the student of.", hint="Name the model: layers:3@NAME, or static@NAME."
@@ -95,7 +95,7 @@ def _model(source: BodySource) -> StudentSource:
 def _blank(folder: Path) -> StudentSource:
     """An untrained transformer."""
     return StudentSource(
-        lambda teacher, label_names, seed: _loaded(blank_transformer(folder, label_names, like=teacher, seed=seed))
+        lambda teacher, label_names, seed: _loaded(untrained_transformer(folder, label_names, like=teacher, seed=seed))
     )
 
 
@@ -112,14 +112,14 @@ def _layers(written: str, other: BodySource | None) -> StudentSource:
             "as a DistilBERT: layers:6:distilbert.",
         )
     numbers = tuple(int(part) for part in match[1].split(","))
-    cut = as_distilbert if match[2] else cut_layers
+    cut = to_distilbert if match[2] else cut_layers
 
     def prepare(teacher: SentenceTransformer | None, label_names: Sequence[str], seed: int) -> PreparedStudent:
-        whole = _given(teacher) if other is None else other.load(label_names, seed=seed)
+        whole = _require_teacher(teacher) if other is None else other.load(label_names, seed=seed)
         layers = numbers if len(numbers) > 1 else spread_evenly(numbers[0], n_layers(whole))
         body = cut(whole, layers)  # what cannot be cut is told before anything is trained
         if other is None and family_of(whole) == "transformer":
-            return PreparedStudent(lambda tuned, *_: cut(_given(tuned), layers), family="transformer")
+            return PreparedStudent(lambda tuned, *_: cut(_require_teacher(tuned), layers), family="transformer")
         return _loaded(body)
 
     return StudentSource(prepare)
@@ -136,14 +136,14 @@ def _static(written: str, other: BodySource | None) -> StudentSource:
 
     def prepare(teacher: SentenceTransformer | None, label_names: Sequence[str], seed: int) -> PreparedStudent:
         own = None if other is None else other.load(label_names, seed=seed)
-        check_teacher(_given(teacher) if own is None else own, dimension)
+        check_static_teacher(_require_teacher(teacher) if own is None else own, dimension)
 
         def make(
             fine_tuned: SentenceTransformer | None, texts: Sequence[str], device: torch.device
         ) -> SentenceTransformer:
             if own is None:
-                return static_body(_given(fine_tuned), texts, dimension=dimension)
-            place(own, device, phase="Making student")
+                return static_body(_require_teacher(fine_tuned), texts, dimension=dimension)
+            move_model(own, device, phase="Making student")
             try:
                 return static_body(own, texts, dimension=dimension)
             finally:
@@ -208,12 +208,12 @@ def student_body(
     return source.prepare(teacher).make(teacher, texts, teacher.device)
 
 
-def slugs(names: Sequence[str]) -> list[str]:
+def folder_names(names: Sequence[str]) -> list[str]:
     """A folder's name for each of several students, no two alike."""
     found: list[str] = []  # no two alike where capitals make no difference to files, either
     for name in names:
         kind, _, model = name.partition("@") if name.startswith(tuple(_KINDS)) else ("", "", name)
-        family, _, model = model.partition(":") if model.startswith((TRANSFORMER, _BLANK)) else ("", "", model)
+        family, _, model = model.partition(":") if model.startswith((TRANSFORMER_PREFIX, _BLANK)) else ("", "", model)
         last = model.removeprefix("demo:").rstrip("/").rpartition("/")[2]
         parts = "-".join(part for part in (kind, family, last) if part)
         slug = base = re.sub(r"[^\w.-]+", "-", parts).strip(".-") or "student"

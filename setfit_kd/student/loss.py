@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.config import StudentConfig, parse_objectives, settled
+from setfit_kd.config import StudentConfig, parse_objectives, resolved
 from setfit_kd.data import normalise
 from setfit_kd.losses import (
     NO_GOLD,
-    EmbeddingObjective,
-    Objective,
-    Options,
-    SimilarityObjective,
-    SoftLabelsObjective,
-    WeightedSum,
+    BatchLoss,
+    EmbeddingLoss,
+    LossOptions,
+    SimilarityLoss,
+    SoftLabelLoss,
+    WeightedSumLoss,
 )
-from setfit_kd.models import embed, family_of, fit_head, last_layer, settled_c, softmax_weights
+from setfit_kd.models import embed, family_of, fit_head, last_layer, resolve_c, softmax_weights
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.student.checks import check_embeddings
 from setfit_kd.student.steps import START_TEXTS
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Given:
+class LossInputs:
     """All that an in-batch objective may be made of; ``rows`` of the signals are trained on, ``gold`` is of all."""
 
     body: SentenceTransformer
@@ -41,9 +41,9 @@ class Given:
     config: StudentConfig
 
     @property
-    def options(self) -> Options:
+    def options(self) -> LossOptions:
         """How objectives pass texts through the body."""
-        return {"dropout": settled(self.config.dropout), "micro_batch_size": self.config.micro_batch_size}
+        return {"dropout": resolved(self.config.dropout), "micro_batch_size": self.config.micro_batch_size}
 
     @property
     def teacher_embeddings(self) -> npt.NDArray[np.floating]:
@@ -72,26 +72,26 @@ class Given:
         return dimension or len(self.body.encode("a", show_progress_bar=False))
 
 
-def _similarity(given: Given) -> Objective:
-    return SimilarityObjective(given.body, given.teacher_embeddings, **given.options)
+def _similarity(given: LossInputs) -> BatchLoss:
+    return SimilarityLoss(given.body, given.teacher_embeddings, **given.options)
 
 
-def _embedding(given: Given) -> Objective:
-    objective = EmbeddingObjective(given.body, given.teacher_embeddings, dimension=given.dimension, **given.options)
+def _embedding(given: LossInputs) -> BatchLoss:
+    objective = EmbeddingLoss(given.body, given.teacher_embeddings, dimension=given.dimension, **given.options)
     if given.dimension != given.teacher_embeddings.shape[1]:
         rows, embeddings = given.start
         objective.start_from(embeddings, given.teacher_embeddings[rows])
     return objective
 
 
-def _soft_labels(given: Given) -> Objective:
+def _soft_labels(given: LossInputs) -> BatchLoss:
     signals, config = given.signals, given.config
-    objective = SoftLabelsObjective(
+    objective = SoftLabelLoss(
         given.body,
         signals.probabilities,
         dimension=given.dimension,
         gold=given.gold if (given.gold != NO_GOLD).any() else None,
-        temperature=settled(config.temperature),
+        temperature=resolved(config.temperature),
         alpha=config.alpha,
         **given.options,
     )
@@ -99,28 +99,30 @@ def _soft_labels(given: Given) -> Objective:
         objective.head = last_layer(given.body)
         return objective
     rows, embeddings = given.start
-    head = fit_head(embeddings, signals.probabilities[rows], C=settled_c(config.head_c), balance=config.balance)
+    head = fit_head(embeddings, signals.probabilities[rows], C=resolve_c(config.head_c), balance=config.balance)
     objective.start_from(*softmax_weights(head))
     return objective
 
 
-_MAKERS: dict[str, Callable[[Given], Objective]] = {
+_LOSSES: dict[str, Callable[[LossInputs], BatchLoss]] = {
     "similarity": _similarity,
     "embedding": _embedding,
     "soft-labels": _soft_labels,
 }
 
 
-def in_batch_objective(given: Given) -> Objective:
+def create_loss(given: LossInputs) -> BatchLoss:
     """The objective that the config names, on the body's device; labels are rows of the signals."""
-    weights = parse_objectives(settled(given.config.objective))
-    parts = [(weight, _MAKERS[name](given)) for name, weight in weights.items()]
+    weights = parse_objectives(resolved(given.config.objective))
+    parts = [(weight, _LOSSES[name](given)) for name, weight in weights.items()]
     (first_weight, first), *others = parts
-    objective = first if first_weight == 1 and not others else WeightedSum(given.body, parts, **given.options)
+    objective = first if first_weight == 1 and not others else WeightedSumLoss(given.body, parts, **given.options)
     return objective.to(given.body.device)
 
 
-def gold_of(signals: TeacherSignals, texts: list[str], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def match_gold_labels(
+    signals: TeacherSignals, texts: list[str], labels: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
     """(n,) gold class of each of the signals' texts, `NO_GOLD` where no labeled text is the same (see `normalise`)."""
     label_of = dict(zip(map(normalise, texts), labels.tolist(), strict=True))
     return np.array([label_of.get(normalise(text), NO_GOLD) for text in signals.texts], np.int64)

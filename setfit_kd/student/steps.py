@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-from setfit_kd.config import Family, RunConfig, StudentConfig, parse_objectives, settled
+from setfit_kd.config import Family, RunConfig, StudentConfig, parse_objectives, resolved
 
 HEAD_TEXTS = 20_000
 """Most pool texts that a head is fitted on; a linear head gains nothing from more, and each must be embedded."""
 START_TEXTS = 256
 """Pool texts that what an objective trains beside the body is fitted on before training; it goes on from there."""
-HELD_OUT_SHARE, MOST_HELD_OUT, LEAST_HELD_OUT = 0.1, 500, 16
-LOOK_STEPS = 500
+HELD_OUT_SHARE, MAX_HELD_OUT, MIN_HELD_OUT = 0.1, 500, 16
+EVALUATION_STEPS = 500
 """About so many steps lie between two looks at the held-out texts; a look comes at the end of each pass at least."""
 
 
 def held_out_texts(pool_size: int) -> int:
     """How many of a pool's texts early stopping holds out."""
-    return int(min(max(HELD_OUT_SHARE * pool_size, min(LEAST_HELD_OUT, pool_size // 2)), MOST_HELD_OUT))
+    return int(min(max(HELD_OUT_SHARE * pool_size, min(MIN_HELD_OUT, pool_size // 2)), MAX_HELD_OUT))
 
 
-def looks_in_pass(steps: int) -> int:
+def evaluations_per_epoch(steps: int) -> int:
     """How often a pass of so many steps is interrupted, or ended, by a look at the held-out texts."""
-    return max(1, round(steps / LOOK_STEPS))
+    return max(1, round(steps / EVALUATION_STEPS))
 
 
-def trains_own_head(family: Family, config: StudentConfig) -> bool:
+def has_trained_head(family: Family, config: StudentConfig) -> bool:
     """Whether a student comes out of its training with a head: a transformer whose last layer an objective trains."""
-    return family == "transformer" and "soft-labels" in parse_objectives(settled(config.objective))
+    return family == "transformer" and "soft-labels" in parse_objectives(resolved(config.objective))
 
 
-def trains_on_unseen(family: Family, config: StudentConfig) -> bool:
+def trains_on_labeled_texts(family: Family, config: StudentConfig) -> bool:
     """Whether a student's body is trained on labeled texts without signals: a transformer that needs no embeddings."""
-    objectives = set(parse_objectives(settled(config.objective)))
+    objectives = set(parse_objectives(resolved(config.objective)))
     return family == "transformer" and config.alpha > 0 and objectives == {"soft-labels"}
 
 
-def on_labels_alone(config: RunConfig, pool_size: int, unseen: int = 0) -> RunConfig:
+def labels_only_config(config: RunConfig, pool_size: int, unseen: int = 0) -> RunConfig:
     """How a transformer student's body is trained on hard labels alone, to compare: as the student, for its steps."""
-    student = config.of_family("transformer")
-    pool_size += unseen if trains_on_unseen("transformer", student) else 0
+    student = config.with_family_defaults("transformer")
+    pool_size += unseen if trains_on_labeled_texts("transformer", student) else 0
     return config.model_copy(
         update={
             "teacher_steps": student_steps(student, pool_size),

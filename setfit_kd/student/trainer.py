@@ -13,27 +13,27 @@ from datasets import Dataset
 from setfit import DistillationTrainer, SetFitModel, TrainingArguments
 from torch import nn
 
-from setfit_kd.config import StudentConfig, settled
+from setfit_kd.config import StudentConfig, resolved
 from setfit_kd.data import LabeledSet
-from setfit_kd.losses import NO_GOLD, PairsObjective, draw_pairs
+from setfit_kd.losses import NO_GOLD, PairSimilarityLoss, draw_pairs
 from setfit_kd.models import (
     at_temperature,
     embed,
     family_of,
     fit_head,
     fit_temperature,
+    get_head,
+    head_at_temperature,
     held_out_logits,
-    own_head,
-    settled_c,
-    shortened,
-    tempered,
+    resolve_c,
+    shorten_texts,
 )
 from setfit_kd.signals import TeacherSignals
-from setfit_kd.student.agreement import AgreementStop, hold_out
-from setfit_kd.student.loss import Given, gold_of, in_batch_objective
-from setfit_kd.student.steps import HEAD_TEXTS, trains_own_head
-from setfit_kd.training.loop import inner_trainer_on, settled_rate, training_arguments
-from setfit_kd.utils.arrays import at_most
+from setfit_kd.student.agreement import AgreementCallback, hold_out
+from setfit_kd.student.loss import LossInputs, create_loss, match_gold_labels
+from setfit_kd.student.steps import HEAD_TEXTS, has_trained_head
+from setfit_kd.training.loop import inner_trainer_options, resolve_learning_rate, training_arguments
+from setfit_kd.utils.arrays import sample_rows
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -64,29 +64,29 @@ class StudentTrainer(DistillationTrainer):
     ) -> None:
         self.signals = signals
         self.labeled = labeled
-        self.config = config = config.of_family(family_of(model.model_body))
+        self.config = config = config.with_family_defaults(family_of(model.model_body))
         arguments = training_arguments(
             output_dir,
             batch_size=config.batch_size,
             epochs=config.epochs,
-            learning_rate=settled_rate(config.learning_rate, model.model_body, usual=LEARNING_RATE),
+            learning_rate=resolve_learning_rate(config.learning_rate, model.model_body, usual=LEARNING_RATE),
             num_iterations=config.num_iterations,
             seed=config.seed,
             precision=config.precision,
         )
-        with inner_trainer_on(device, config.precision):
+        with inner_trainer_options(device, config.precision):
             super().__init__(teacher_model=None, student_model=model, args=arguments, metric=lambda *_: {})
         self.gold = np.full(len(signals), NO_GOLD)
         if labeled is not None:
-            self.gold = gold_of(signals, labeled.texts, labeled.labels)
+            self.gold = match_gold_labels(signals, labeled.texts, labeled.labels)
         self.rows = np.arange(len(signals))
-        self.early_stop: AgreementStop | None = None
+        self.early_stop: AgreementCallback | None = None
         if config.patience is not None:
             self.early_stop = self._make_early_stop(config.patience)
 
-    def _make_early_stop(self, patience: int) -> AgreementStop:
+    def _make_early_stop(self, patience: int) -> AgreementCallback:
         self.rows, held_out = hold_out(len(self.signals), seed=self.config.seed, spared=self.gold != NO_GOLD)
-        stop = AgreementStop(
+        stop = AgreementCallback(
             self.model.model_body,
             patience,
             self.signals,
@@ -108,22 +108,22 @@ class StudentTrainer(DistillationTrainer):
         self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
     ) -> tuple[Dataset, nn.Module]:
         """The texts to train on with the objective that the config names."""
-        given = Given(self.model.model_body, self.signals, self.rows, self.gold, self.config)
-        x = shortened(given.body, x)
+        given = LossInputs(self.model.model_body, self.signals, self.rows, self.gold, self.config)
+        x = shorten_texts(given.body, x)
         if self.config.objective == "pairs":
             left, right, cosines = draw_pairs(
                 given.teacher_embeddings, pairs_per_text=args.num_iterations, seed=args.seed, rows=self.rows
             )
             columns = {"sentence_1": [x[row] for row in left], "sentence_2": [x[row] for row in right]}
-            return Dataset.from_dict({**columns, "label": cosines}), PairsObjective(given.body, **given.options)
+            return Dataset.from_dict({**columns, "label": cosines}), PairSimilarityLoss(given.body, **given.options)
         # A last batch of one text would have no pair.
         self.st_trainer.args.dataloader_drop_last = len(self.rows) % args.embedding_batch_size == 1
         columns = {"sentence": [x[row] for row in self.rows], "label": self.rows.tolist()}
-        return Dataset.from_dict(columns), in_batch_objective(given)
+        return Dataset.from_dict(columns), create_loss(given)
 
     def train_embeddings(self, *args: Any, **kwargs: Any) -> None:
         """Train the body; with early stopping, its best weights are kept."""
-        with _frozen_embeddings(self.model.model_body, settled(self.config.freeze_embeddings)):
+        with _frozen_embeddings(self.model.model_body, resolved(self.config.freeze_embeddings)):
             super().train_embeddings(*args, **kwargs)
         if self.early_stop is not None:
             self.early_stop.restore()
@@ -133,22 +133,24 @@ class StudentTrainer(DistillationTrainer):
 
         A transformer that was trained on them has its own.
         """
-        if trains_own_head(family_of(self.model.model_body), self.config):
-            self.model.model_head = own_head(self.model.model_body)
+        if has_trained_head(family_of(self.model.model_body), self.config):
+            self.model.model_head = get_head(self.model.model_body)
             return
         texts, probabilities, weights = self._head_examples()
         embeddings = embed(
             self.model.model_body, texts, batch_size=self.config.encode_batch_size, description="Fitting head"
         )
         gold = self._gold_set
-        strength = settled_c(
+        strength = resolve_c(
             self.config.head_c,
             embeddings[-len(gold) :] if gold else None,
             gold.labels if gold else None,
             seed=self.config.seed,
         )
         head = fit_head(embeddings, probabilities, weights, C=strength, balance=self.config.balance)
-        self.model.model_head = tempered(head, self._temperature(embeddings, probabilities, weights, strength))
+        self.model.model_head = head_at_temperature(
+            head, self._temperature(embeddings, probabilities, weights, strength)
+        )
 
     def _temperature(
         self,
@@ -174,7 +176,7 @@ class StudentTrainer(DistillationTrainer):
         """m texts with their (m, n_classes) labels and (m,) weights: soft labels first, gold labels last."""
         gold = self._gold_set
         rows = np.flatnonzero(self.gold == NO_GOLD) if gold else np.arange(len(self.signals))
-        rows = at_most(rows, HEAD_TEXTS, seed=[self.config.seed, 7])
+        rows = sample_rows(rows, HEAD_TEXTS, seed=[self.config.seed, 7])
         texts = [self.signals.texts[row] for row in rows]
         probabilities, weights = self.signals.probabilities[rows], np.ones(len(rows), np.float32)
         if gold:

@@ -12,11 +12,11 @@ import numpy.typing as npt
 from setfit_kd.config import SignalsConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.memory import remembering
-from setfit_kd.models import embed, fit_temperature, head_proba, logits, tempered
+from setfit_kd.memory import shared_backoff
+from setfit_kd.models import embed, fit_temperature, head_at_temperature, head_proba, logits
 from setfit_kd.signals import TeacherSignals, cached_embed
-from setfit_kd.teacher.self_training import MOST_TEXTS, refine
-from setfit_kd.utils.arrays import at_most
+from setfit_kd.teacher.self_training import MAX_TEXTS, refine
+from setfit_kd.utils.arrays import sample_rows
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
@@ -105,8 +105,8 @@ def refine_and_score(
         ConfigError: A setting is unknown or out of range.
         DataError: There are no texts, or the teacher has no labels.
     """
-    config = SignalsConfig.given(config, settings)
-    with remembering(cpu_fallback=config.cpu_fallback):
+    config = SignalsConfig.merged(config, settings)
+    with shared_backoff(cpu_fallback=config.cpu_fallback):
         texts, embeddings = _embedded(teacher, [*pool, *labeled.texts], config.encode_batch_size, config.cache)
     refined = refine(
         teacher,
@@ -122,8 +122,8 @@ def refine_and_score(
     if refined is teacher:
         return refined, signals
     # Sharp labels teach well; what they mean is what the head says that has not heard itself.
-    rows = at_most(np.arange(len(pool)), MOST_TEXTS, seed=[config.seed, 8])
+    rows = sample_rows(np.arange(len(pool)), MAX_TEXTS, seed=[config.seed, 8])
     sample = np.asarray(embeddings[rows], np.float64)
     temperature = fit_temperature(logits(refined.model_head, sample), head_proba(teacher, sample))
-    refined.model_head = tempered(refined.model_head, temperature)
+    refined.model_head = head_at_temperature(refined.model_head, temperature)
     return refined, replace(signals, temperature=temperature)

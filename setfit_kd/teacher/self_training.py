@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.data import LabeledSet
-from setfit_kd.models import fit_head, new_model, settled_c
-from setfit_kd.utils.arrays import at_most
+from setfit_kd.models import fit_head, new_model, resolve_c
+from setfit_kd.utils.arrays import sample_rows
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
@@ -23,7 +23,7 @@ SHARPENING = 0.5
 """Temperature of the labels that a teacher learns from itself."""
 GOLD_WEIGHT = 3.0
 NEIGHBOURS = 30
-MOST_TEXTS = 10_000
+MAX_TEXTS = 10_000
 """Most pool texts that a head is refined on; a linear head gains nothing from more."""
 
 
@@ -54,16 +54,16 @@ def refine(
         method: ``self-training``, ``label-spreading``, or ``none`` to return the teacher itself.
         head_c: Inverse regularisation of the head, or ``auto``; see `RunConfig`.
         balance: Let every class weigh the same in the head.
-        seed: Of the texts drawn from a pool of more than `MOST_TEXTS`.
+        seed: Of the texts drawn from a pool of more than `MAX_TEXTS`.
     """
     if method == "none" or not len(pool_embeddings):
         return teacher
-    rows = at_most(np.arange(len(pool_embeddings)), MOST_TEXTS, seed=[seed, 8])
+    rows = sample_rows(np.arange(len(pool_embeddings)), MAX_TEXTS, seed=[seed, 8])
     gold = np.eye(len(labeled.label_names))[labeled.labels]
     pool = np.asarray(pool_embeddings[rows], np.float32)
     refined = new_model(teacher.model_body, labeled.label_names)
     refined.normalize_embeddings = teacher.normalize_embeddings
-    strength = settled_c(head_c, labeled_embeddings, labeled.labels, seed=seed)
+    strength = resolve_c(head_c, labeled_embeddings, labeled.labels, seed=seed)
     refined.model_head = _METHODS[method](gold, labeled_embeddings, pool, _Head(strength, balance))
     return refined
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from setfit_kd.config import TeacherConfig
 from setfit_kd.data import LabeledSet, Source, check_classes, encode_labels, read
 from setfit_kd.finetune import finetune
-from setfit_kd.memory import remembering, resolve_device
+from setfit_kd.memory import resolve_device, shared_backoff
 from setfit_kd.models import family_of, locate_body, new_model
-from setfit_kd.teacher.steps import as_finetuning, teacher_batch_texts, teacher_steps
+from setfit_kd.teacher.steps import teacher_batch_texts, teacher_steps, to_finetune_config
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.console import quiet_libraries
 
@@ -52,7 +52,7 @@ def train_teacher(
         TrainingError: The loss or the weights are no longer finite.
         UnavailableError: The hub cannot be reached.
     """
-    config = TeacherConfig.given(config, settings)
+    config = TeacherConfig.merged(config, settings)
     if not isinstance(labeled, LabeledSet):
         labeled = encode_labels(read(labeled, label_column="label"))
     check_classes(labeled)
@@ -63,11 +63,11 @@ def train_teacher(
     else:
         body = teacher
     if family_of(body) == "transformer":
-        how = as_finetuning(config, labeled, device)
+        how = to_finetune_config(config, labeled, device)
         return finetune(labeled, body, config=how, description=description, checkpoints=checkpoints)
-    config = config.of_family("setfit")
+    config = config.with_family_defaults("setfit")
 
-    with quiet_libraries(), remembering(cpu_fallback=config.cpu_fallback):
+    with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
         from setfit_kd.teacher.trainer import TeacherTrainer
         from setfit_kd.training.loop import train
 

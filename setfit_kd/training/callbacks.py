@@ -33,7 +33,7 @@ _STATE, _BEST_WEIGHTS = "early-stop.json", "early-stop.safetensors"
 
 
 @dataclass
-class Looks(TrainerCallback, ABC):
+class EvaluationCallback(TrainerCallback, ABC):
     """Measures a body from time to time.
 
     Attributes:
@@ -42,7 +42,7 @@ class Looks(TrainerCallback, ABC):
         history: Step and figure of each look.
         best: The best figure.
         best_weights: The weights that had it.
-        looks_since_best: Looks since then.
+        evaluations_since_best: Looks since then.
     """
 
     body: SentenceTransformer
@@ -50,7 +50,7 @@ class Looks(TrainerCallback, ABC):
     history: list[tuple[int, float]] = field(default_factory=list, kw_only=True)
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
     best: float = field(default=-1.0, kw_only=True)
-    looks_since_best: int = field(default=0, kw_only=True)
+    evaluations_since_best: int = field(default=0, kw_only=True)
 
     @abstractmethod
     def is_due(self, step: int, args: Any, state: Any) -> bool:
@@ -65,21 +65,21 @@ class Looks(TrainerCallback, ABC):
         if not self.is_due(state.global_step, args, state):
             return
         self.look(state.global_step)
-        if self.looks_since_best:
-            self.got_no_better(**given)
-        if self.patience is not None and self.looks_since_best >= self.patience:
+        if self.evaluations_since_best:
+            self.on_no_improvement(**given)
+        if self.patience is not None and self.evaluations_since_best >= self.patience:
             control.should_training_stop = True
 
-    def got_no_better(self, **given: Any) -> None:
+    def on_no_improvement(self, **given: Any) -> None:
         """What to do where a look brought nothing better, with what the trainer hands over."""
 
     def look(self, step: int) -> None:
         """Measure; keep the weights if they are the best so far."""
         figure = self.measure(step)
         self.history.append((step, figure))
-        self.looks_since_best += 1
+        self.evaluations_since_best += 1
         if figure > self.best:
-            self.best, self.looks_since_best = figure, 0
+            self.best, self.evaluations_since_best = figure, 0
             self.best_weights = {
                 name: value.detach().to("cpu", copy=True) for name, value in self.body.state_dict().items()
             }
@@ -91,7 +91,7 @@ class Looks(TrainerCallback, ABC):
 
     def save_state(self, folder: Path) -> None:
         """Write what has been seen, and the best weights, into a checkpoint's folder."""
-        about = {"history": self.history, "best": self.best, "looks_since_best": self.looks_since_best}
+        about = {"history": self.history, "best": self.best, "evaluations_since_best": self.evaluations_since_best}
         (folder / _STATE).write_text(json.dumps(about), encoding="utf-8")
         save_file(self.best_weights, folder / _BEST_WEIGHTS)
 
@@ -99,7 +99,7 @@ class Looks(TrainerCallback, ABC):
         """Take up what `save_state` wrote."""
         about = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         self.history = [(step, figure) for step, figure in about["history"]]
-        self.best, self.looks_since_best = about["best"], about["looks_since_best"]
+        self.best, self.evaluations_since_best = about["best"], about["evaluations_since_best"]
         self.best_weights = load_file(folder / _BEST_WEIGHTS)
 
     def restore(self) -> None:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from setfit_kd.errors import DataError, OutputError
 from setfit_kd.memory import is_out_of_memory
-from setfit_kd.utils.atomic_io import writing
+from setfit_kd.utils.atomic_io import write_errors
 from setfit_kd.utils.files import read_json
 from setfit_kd.utils.hashing import file_hash
 
@@ -86,14 +86,16 @@ class Checkpoints:
         inner._save = lambda output_dir, **_: _save_body(inner.model, Path(output_dir))
         inner._load_from_checkpoint = lambda folder, *_: inner.model.load_state_dict(load_file(Path(folder) / _BODY))
         latest = self.latest()
-        keeper = _Keeper(self, inner, latest, parts)
+        keeper = _CheckpointCallback(self, inner, latest, parts)
         inner.add_callback(keeper)
         inner._save_checkpoint = keeper.save
         if latest is not None:
             logger.info("Going on from step %s, kept in %s.", latest.name.removeprefix(_PREFIX), self.folder)
             inner.train = partial(self._resume, inner.train, keeper, latest)
 
-    def _resume(self, train: Callable[..., Any], keeper: _Keeper, latest: Path, *args: Any, **kwargs: Any) -> Any:
+    def _resume(
+        self, train: Callable[..., Any], keeper: _CheckpointCallback, latest: Path, *args: Any, **kwargs: Any
+    ) -> Any:
         """Train from a checkpoint; remove one that turns out to be unusable.
 
         Raises:
@@ -111,7 +113,7 @@ class Checkpoints:
             ) from error
 
 
-class _Keeper(TrainerCallback):
+class _CheckpointCallback(TrainerCallback):
     """Asks for a checkpoint every so often, and completes each with what the trainer does not know of.
 
     One that cannot be written is told of and ends nothing: the stages' own writes tell of a full disk.
@@ -143,7 +145,7 @@ class _Keeper(TrainerCallback):
     def save(self, *args: Any) -> None:
         folder = self.checkpoints.folder / f"{_PREFIX}{self.inner.state.global_step}"
         try:
-            with writing(folder):
+            with write_errors(folder):
                 self.plain_save(*args)
                 self._complete(folder)
             self.checkpoints.keep_newest()

@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, SchedulerType
 
 from setfit_kd.errors import OutOfMemoryError, TrainingError
-from setfit_kd.memory import Ladder, Rung, clear_cache, first_line, is_out_of_memory
+from setfit_kd.memory import Attempt, OOMBackoff, clear_cache, first_line, is_out_of_memory
 from setfit_kd.models import checkpointed_layers, default_prompt, is_static
 from setfit_kd.training.checkpoints import Checkpoints, Stateful
 from setfit_kd.training.precision import resolve_precision
@@ -70,7 +70,7 @@ STATIC_LEARNING_RATE = 1e-3
 """A token's vector is moved only by the texts that it stands in, so that it takes larger steps than a network."""
 
 
-def settled_rate(given: float | None, body: SentenceTransformer, *, usual: float) -> float:
+def resolve_learning_rate(given: float | None, body: SentenceTransformer, *, usual: float) -> float:
     """The learning rate given, or what is usual for this kind of body."""
     if given is not None:
         return given
@@ -81,7 +81,7 @@ _losses: ContextVar[list[float] | None] = ContextVar("losses", default=None)
 
 
 @contextmanager
-def recording() -> Iterator[list[float]]:
+def record_losses() -> Iterator[list[float]]:
     """Within this block, the loss of each step of a training that ends well is added to the list yielded."""
     losses: list[float] = []
     token = _losses.set(losses)
@@ -91,7 +91,7 @@ def recording() -> Iterator[list[float]]:
         _losses.reset(token)
 
 
-class FixedBatches(BatchSampler):
+class FixedBatchSampler(BatchSampler):
     """Batches laid out beforehand, as lists of row indices."""
 
     def __init__(self, batches: Sequence[list[int]]) -> None:
@@ -128,7 +128,7 @@ def train(
     description: str,
     checkpoints: str | Path | None = None,
 ) -> SetFitModel:
-    """Train the body, down the ladder where memory runs out, then fit the head.
+    """Train the body, down the backoff where memory runs out, then fit the head.
 
     A step that fails in its forward or backward pass is done again, in smaller micro-batches. What cannot go on in
     place, such as a failed optimizer step or a change of device, starts again from the weights that the body came with.
@@ -155,10 +155,10 @@ def train(
         body.max_seq_length = min(config.max_length, body.max_seq_length or config.max_length)
     size = min(config.micro_batch_size or batch_texts, batch_texts)
     start = {name: value.detach().to("cpu", copy=True) for name, value in body.state_dict().items()}
-    ladder = Ladder(description, kind="training", device=device, size=size, model=body)
+    backoff = OOMBackoff(description, kind="training", device=device, size=size, model=body)
     kept = None if checkpoints is None else Checkpoints(Path(checkpoints), seconds=config.checkpoint_seconds)
 
-    def settled(rung: Rung) -> Config:
+    def settled(rung: Attempt) -> Config:
         # What was asked of an accelerator is no word on the CPU that takes over.
         asked = config.precision if rung.device.type == device.type else "auto"
         if is_static(body):  # a table lookup is no faster in fewer bits
@@ -167,45 +167,45 @@ def train(
         whole = config.micro_batch_size is None and rung.size >= batch_texts
         return config.model_copy(update={"precision": precision.name, "micro_batch_size": None if whole else rung.size})
 
-    def attempt(rung: Rung) -> Trainer:
-        ladder.step = None
+    def attempt(rung: Attempt) -> Trainer:
+        backoff.step = None
         body.to(rung.device).load_state_dict(start)
         with TemporaryDirectory(prefix="setfit-kd-") as scratch:
             trainer = make(settled(rung), rung.device, scratch)
             _schedule(trainer.st_trainer.args, config, steps)
             if kept is not None:
                 kept.attach(trainer, *_stateful(trainer))
-            _train_body(trainer, ladder, description=description, steps=steps)
+            _train_body(trainer, backoff, description=description, steps=steps)
         return trainer
 
     def clear() -> None:
-        _rest(body)
+        _reset_body(body)
         if kept is not None:  # an attempt that begins anew has nothing to do with the one before
             kept.clear()
 
     try:
         with checkpointed_layers(body) if config.gradient_checkpointing else nullcontext():
-            trainer = ladder.climb(attempt, clear=clear)
+            trainer = backoff.run(attempt, clear=clear)
         _fit_head(trainer, description)
         recorded = _losses.get()
         if recorded is not None:
-            recorded.extend(losses_of(trainer))
+            recorded.extend(step_losses(trainer))
         return trainer.model
     except BaseException as error:
         if kept is not None and isinstance(error, TrainingError):  # to resume it would lead to the same end
             kept.clear()
-        _rest(body)
+        _reset_body(body)
         body.load_state_dict(start)
         raise
 
 
-_MOST_WARMUP_STEPS = 500
+_MAX_WARMUP_STEPS = 500
 
 
 def _schedule(arguments: Any, config: StageConfig, steps: int) -> None:
     """How the learning rate goes up and down, which SetFit does not pass on either."""
     warmup = config.warmup_steps
-    arguments.warmup_steps = min(_MOST_WARMUP_STEPS, math.ceil(steps / 10)) if warmup is None else warmup
+    arguments.warmup_steps = min(_MAX_WARMUP_STEPS, math.ceil(steps / 10)) if warmup is None else warmup
     arguments.lr_scheduler_type = SchedulerType(_SCHEDULES.get(config.schedule, config.schedule))
     arguments.weight_decay = config.weight_decay
 
@@ -213,13 +213,13 @@ def _schedule(arguments: Any, config: StageConfig, steps: int) -> None:
 _SCHEDULES = {"constant": "constant_with_warmup", "plateau": "constant_with_warmup"}
 
 
-def _train_body(trainer: Trainer, ladder: Ladder, *, description: str, steps: int) -> None:
+def _train_body(trainer: Trainer, backoff: OOMBackoff, *, description: str, steps: int) -> None:
     """Train the body on the trainer's own data, with a progress bar over its ``steps``."""
     started = time.perf_counter()
     parameters = trainer.dataset_to_parameters(trainer.train_dataset)
     with track(description, steps) as advance:
         prepare_inner_trainer(trainer, advance)
-        retry_steps(trainer.st_trainer, ladder)
+        retry_failed_steps(trainer.st_trainer, backoff)
         logger.debug("%s: %d steps begin.", description, steps)
         try:
             trainer.train_embeddings(*parameters)
@@ -228,14 +228,14 @@ def _train_body(trainer: Trainer, ladder: Ladder, *, description: str, steps: in
             raise
     _check_finite(trainer, description)
     _drop_optimizer(trainer.st_trainer)
-    settle(trainer, ladder.rung.device)
-    losses, seconds = losses_of(trainer), time.perf_counter() - started
+    finish_training(trainer, backoff.attempt.device)
+    losses, seconds = step_losses(trainer), time.perf_counter() - started
     logger.debug("%s: %d steps in %.1f s, loss %.4f to %.4f.", description, len(losses), seconds, losses[0], losses[-1])
 
 
 def _check_finite(trainer: Trainer, description: str) -> None:
     """Raise a `TrainingError` where the last loss or a weight of the body is not finite."""
-    losses = losses_of(trainer)
+    losses = step_losses(trainer)
     if losses and not math.isfinite(losses[-1]):
         what = f"the loss is {losses[-1]}"
     elif not all(bool(parameter.isfinite().all()) for parameter in trainer.model.model_body.parameters()):
@@ -274,41 +274,41 @@ def _drop_optimizer(inner: Any) -> None:
     clear_cache(inner.args.device)
 
 
-def retry_steps(inner: Any, ladder: Ladder) -> None:
+def retry_failed_steps(inner: Any, backoff: OOMBackoff) -> None:
     """Have the inner trainer do a step again whose forward or backward pass ran out of memory."""
     plain = inner.training_step
 
     def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
-        ladder.step = inner.state.global_step + 1
+        backoff.step = inner.state.global_step + 1
         while True:
             try:
                 loss: torch.Tensor = plain(*args, **kwargs)
             except Exception as error:
-                if not is_out_of_memory(error) or not ladder.can_go_on_in_place:
+                if not is_out_of_memory(error) or not backoff.can_retry_in_place:
                     raise
                 cause = str(error)
             else:
-                ladder.worked()
+                backoff.succeeded()
                 return loss
-            size = ladder.rung.size
-            ladder.step_down(cause, clear=partial(inner.loss.zero_grad, set_to_none=True))
-            if ladder.rung.size < size:
-                inner.loss.micro_batch_size = ladder.rung.size
+            size = backoff.attempt.size
+            backoff.back_off(cause, clear=partial(inner.loss.zero_grad, set_to_none=True))
+            if backoff.attempt.size < size:
+                inner.loss.micro_batch_size = backoff.attempt.size
 
     inner.training_step = training_step
 
 
-def losses_of(trainer: Trainer) -> list[float]:
+def step_losses(trainer: Trainer) -> list[float]:
     """The loss of each step of the last training."""
     return [entry["embedding_loss"] for entry in trainer.st_trainer.state.log_history if "embedding_loss" in entry]
 
 
-def settle(trainer: Trainer, device: torch.device) -> None:
+def finish_training(trainer: Trainer, device: torch.device) -> None:
     """Leave the trained model on its device, in evaluation mode and single precision, without gradients."""
-    _rest(trainer.model.model_body.to(device))
+    _reset_body(trainer.model.model_body.to(device))
 
 
-def _rest(body: SentenceTransformer) -> None:
+def _reset_body(body: SentenceTransformer) -> None:
     """Take from a body what training has put on it: mixed precision, training mode, gradients."""
     extract_model_from_parallel(body, keep_fp32_wrapper=False)
     body.eval()
@@ -316,7 +316,7 @@ def _rest(body: SentenceTransformer) -> None:
 
 
 @contextmanager
-def inner_trainer_on(device: torch.device, precision: str = "fp32") -> Iterator[None]:
+def inner_trainer_options(device: torch.device, precision: str = "fp32") -> Iterator[None]:
     """Within this block, SetFit's trainers are built for ``device`` and ``precision``.
 
     SetFit builds the arguments of its inner trainer itself and passes neither on, so that trainer would pick the

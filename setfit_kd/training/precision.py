@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from setfit_kd.errors import ConfigError
 from setfit_kd.memory import clear_cache, is_out_of_memory
-from setfit_kd.utils.atomic_io import write_whole
+from setfit_kd.utils.atomic_io import write_text
 from setfit_kd.utils.files import cache_folder, read_json
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_WORTH_IT = 1.1
+_MIN_SPEEDUP = 1.1
 """How many times as fast as fp32 bf16 must be, since it costs digits."""
 _PROBE_TEXTS = {"cpu": 8, "cuda": 64}
 """A GPU shows its speed on whole batches only."""
@@ -69,12 +69,12 @@ def resolve_precision(name: str, body: SentenceTransformer, texts: Sequence[str]
         speedup = kept.get(key) or _probe(body, texts[: _PROBE_TEXTS[device.type]])
         if speedup is None:
             return Precision("fp32")
-        _measured[key] = Precision("bf16" if speedup >= _WORTH_IT else "fp32", speedup)
+        _measured[key] = Precision("bf16" if speedup >= _MIN_SPEEDUP else "fp32", speedup)
         logger.info("Precision: %s (bf16 is %.2f times as fast as fp32 here).", _measured[key].name, speedup)
         if folder and key not in kept:
             with suppress(OSError):  # the cache never fails a run
                 folder.mkdir(parents=True, exist_ok=True)
-                write_whole(folder / _CACHE, json.dumps({**kept, key: speedup}, indent=2) + "\n")
+                write_text(folder / _CACHE, json.dumps({**kept, key: speedup}, indent=2) + "\n")
     return _measured[key]
 
 

@@ -12,8 +12,8 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.utils.atomic_io import writing
-from setfit_kd.utils.files import check_regular
+from setfit_kd.utils.atomic_io import write_errors
+from setfit_kd.utils.files import check_regular_file
 
 MAPPED_BYTES = 1 << 28
 """Embeddings that would take more than this in single precision are kept on disk, in half, and mapped into memory."""
@@ -28,7 +28,7 @@ def large_array(shape: tuple[int, int]) -> npt.NDArray[np.floating]:
     """
     if not is_large(shape):
         return np.empty(shape, np.float32)
-    with writing(Path(gettempdir()), elsewhere="point TMPDIR at a disk with room"):
+    with write_errors(Path(gettempdir()), elsewhere="point TMPDIR at a disk with room"):
         folder = TemporaryDirectory(prefix="setfit-kd-", ignore_cleanup_errors=True)
         path = Path(folder.name)
         _reserve(path / "rows.npy", shape)
@@ -42,13 +42,13 @@ def is_large(shape: tuple[int, ...]) -> bool:
     return int(np.prod(shape, dtype=np.int64)) * 4 > MAPPED_BYTES
 
 
-def in_parts(array: npt.NDArray[np.floating]) -> Iterator[npt.NDArray[np.floating]]:
+def iter_chunks(array: npt.NDArray[np.floating]) -> Iterator[npt.NDArray[np.floating]]:
     """The rows of an array in order, some at a time, so that what is computed of them stays small."""
     for start in range(0, len(array), _PART_ROWS):
         yield array[start : start + _PART_ROWS]
 
 
-def unit_rows(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+def normalise_rows(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
     """Rows scaled to length 1, zeros left as they are."""
     wide = np.asarray(rows, np.float32)
     lengths: npt.NDArray[np.float32] = np.linalg.norm(wide, axis=1, keepdims=True)
@@ -56,7 +56,7 @@ def unit_rows(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
     return unit
 
 
-def at_most(rows: npt.NDArray[np.int64], most: int, *, seed: list[int]) -> npt.NDArray[np.int64]:
+def sample_rows(rows: npt.NDArray[np.int64], most: int, *, seed: list[int]) -> npt.NDArray[np.int64]:
     """The rows, or where there are more than ``most``, so many of them, drawn by the seed and sorted."""
     if len(rows) <= most:
         return rows
@@ -68,7 +68,7 @@ def save_rows(array: npt.NDArray[np.floating], path: Path, *, half_if_large: boo
     kind = np.float16 if half_if_large and is_large(array.shape) else np.float32
     with path.open("wb") as file:  # numpy's own writer does not tell why it could not write
         _write_header(file, kind, array.shape)
-        for part in in_parts(array):
+        for part in iter_chunks(array):
             file.write(np.ascontiguousarray(part, kind).tobytes())
 
 
@@ -80,7 +80,7 @@ def load_rows(path: Path) -> npt.NDArray[np.floating]:
         ValueError: It is not one whole array of half or single precision.
     """
     try:
-        array = np.lib.format.open_memmap(check_regular(path), mode="r")
+        array = np.lib.format.open_memmap(check_regular_file(path), mode="r")
     except (SyntaxError, TokenError, TypeError, EOFError, OverflowError) as error:  # numpy parses the header as Python
         raise ValueError(f"{path.name} has a damaged header ({error})") from None
     if array.dtype not in (np.float16, np.float32):

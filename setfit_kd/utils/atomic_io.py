@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import IO
 from uuid import uuid4
 
-from setfit_kd.errors import OutputError, SetFitKDError, chain
+from setfit_kd.errors import OutputError, SetFitKDError, error_chain
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
-HIDDEN_NAME = re.compile(r"\..+\.[0-9a-f]{8}")
+TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}")
 _REASONS = {
     errno.ENOSPC: "The disk is full: free some space, or",
     errno.EDQUOT: "The disk quota is used up: free some space, or",
@@ -32,7 +32,7 @@ _TORCH_CANNOT_WRITE = ("inline_container.cc", "iostream error")
 
 
 @contextmanager
-def writing(path: Path, *, elsewhere: str = "choose another --output-dir") -> Iterator[None]:
+def write_errors(path: Path, *, elsewhere: str = "choose another --output-dir") -> Iterator[None]:
     """Turn any failure to write to ``path`` into an `OutputError` that says what to do.
 
     ``elsewhere`` says how to have it written to another place.
@@ -45,22 +45,22 @@ def writing(path: Path, *, elsewhere: str = "choose another --output-dir") -> It
     except SetFitKDError:
         raise
     except Exception as error:
-        code = _errno_of(error)
+        code = _find_errno(error)
         if code is None:
             raise
         hint = f"{_REASONS[code]} {elsewhere}." if code in _REASONS else f"{elsewhere[0].upper()}{elsewhere[1:]}."
         raise OutputError(f"Cannot write {path}: {error} [{errno.errorcode[code]}]", hint=hint) from error
 
 
-def hidden_name(path: Path) -> Path:
-    """A new name beside ``path`` for what is being written or deleted; it matches `HIDDEN_NAME`."""
+def temporary_path(path: Path) -> Path:
+    """A new name beside ``path`` for what is being written or deleted; it matches `TEMPORARY_NAME`."""
     return path.with_name(f".{path.name}.{uuid4().hex[:8]}")
 
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """Yield a name beside ``path``, and remove the file or folder that has it at the end."""
-    part = hidden_name(path)
+    part = temporary_path(path)
     try:
         yield part
     finally:
@@ -70,24 +70,24 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that is renamed to it at the end: whole, or not there at all.
 
     Raises:
         OutputError: Something is there already, or it cannot be written.
     """
     target = Path(path).absolute()
-    with writing(Path(path)), _temporary(target) as part:
+    with write_errors(Path(path)), _temporary(target) as part:
         if target.exists():
             raise OutputError(f"{path} is there already.", hint="Choose another name, or remove it first.")
         part.mkdir(parents=True)
         yield part
-        _usual_modes(part)
+        _apply_umask(part)
         part.rename(target)
 
 
 @contextmanager
-def replaced_folder(path: str | Path, *, is_ours: Callable[[str], bool]) -> Iterator[Path]:
+def replace_folder(path: str | Path, *, is_ours: Callable[[str], bool]) -> Iterator[Path]:
     """Yield the path of a folder to be made beside ``path``, which then takes its place and that of an earlier one.
 
     Until the new one is whole, the earlier one stays as it is. Files and folders in it whose names are not ``is_ours``
@@ -100,7 +100,7 @@ def replaced_folder(path: str | Path, *, is_ours: Callable[[str], bool]) -> Iter
     with _temporary(target) as part, _temporary(target) as earlier:
         yield part
         try:
-            with writing(Path(path)):
+            with write_errors(Path(path)):
                 if target.is_dir():
                     for kept in target.iterdir():
                         if not is_ours(kept.name):
@@ -128,7 +128,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def replaced_files(folder: Path) -> Iterator[Path]:
+def replace_files(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder within ``folder``, the files in which take the place of those of the same name.
 
     Each is whole or the earlier one at any moment; all together they are not.
@@ -136,10 +136,10 @@ def replaced_files(folder: Path) -> Iterator[Path]:
     Raises:
         OutputError: They cannot be written.
     """
-    with writing(folder), _temporary(folder / "new") as part:
+    with write_errors(folder), _temporary(folder / "new") as part:
         part.mkdir()
         yield part
-        _usual_modes(part)
+        _apply_umask(part)
         for file in part.iterdir():
             file.replace(folder / file.name)
 
@@ -163,7 +163,7 @@ def refuse_links(folder: Path, names: Iterable[str]) -> None:
 
 
 @contextmanager
-def locked_folder(path: Path) -> Iterator[None]:
+def lock_folder(path: Path) -> Iterator[None]:
     """Create a folder and let no other process work in it within this block; the lock of a process that ended is free.
 
     A folder that is created here and is still empty at the end is removed.
@@ -175,7 +175,7 @@ def locked_folder(path: Path) -> Iterator[None]:
 
     is_new = not path.exists()
     refuse_links(path, [LOCK])
-    with writing(path):
+    with write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / LOCK)
         try:
@@ -206,30 +206,30 @@ def _holder(lock: Path) -> str:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Yield a temporary file beside ``path`` that takes its place at the end: whole, or not there at all.
 
     Raises:
         OutputError: It cannot be written.
     """
-    with writing(path, elsewhere="choose another file"), _temporary(path) as part:
+    with write_errors(path, elsewhere="choose another file"), _temporary(path) as part:
         with part.open("wb") as file:
             yield file
         part.replace(path)
 
 
-def write_whole(path: Path, text: str, *, elsewhere: str = "choose another --output-dir") -> None:
-    """Write a text file whole, over an earlier one, or not at all; ``elsewhere`` as in `writing`.
+def write_text(path: Path, text: str, *, elsewhere: str = "choose another --output-dir") -> None:
+    """Write a text file whole, over an earlier one, or not at all; ``elsewhere`` as in `write_errors`.
 
     Raises:
         OutputError: It cannot be written.
     """
-    with writing(path, elsewhere=elsewhere), _temporary(path) as part:
+    with write_errors(path, elsewhere=elsewhere), _temporary(path) as part:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
 
 
-def _usual_modes(folder: Path) -> None:
+def _apply_umask(folder: Path) -> None:
     """Give files the mode that the user's umask gives to new ones: some writers below us leave them to one user."""
     probe = folder / ".mode"
     probe.touch()
@@ -240,8 +240,8 @@ def _usual_modes(folder: Path) -> None:
             path.chmod(mode)
 
 
-def _errno_of(error: BaseException) -> int | None:
-    for link in chain(error):
+def _find_errno(error: BaseException) -> int | None:
+    for link in error_chain(error):
         if isinstance(link, OSError) and link.errno in errno.errorcode:
             return link.errno
         text = str(link)

@@ -18,7 +18,7 @@ _console: ContextVar[Console | None] = ContextVar("console", default=None)
 
 
 @contextmanager
-def shown_on(console: Console | None) -> Iterator[None]:
+def show_progress(console: Console | None) -> Iterator[None]:
     """Show the progress of everything within this block on ``console``; None keeps silent."""
     token = _console.set(console)
     try:

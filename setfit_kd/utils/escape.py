@@ -6,13 +6,13 @@ import json
 import re
 from typing import Any
 
-MOST_CHARACTERS = 600
+MAX_CHARACTERS = 600
 """Longest piece of a text that is shown."""
-MOST_OF_A_NAME = 80
+MAX_NAME_CHARACTERS = 80
 """Longest piece of a class's name."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~!$&])")
 # Control characters, line separators, bidirectional marks and overrides, and halves of surrogate pairs.
-_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, limit: int | None = 2_000, *, keep: str = "\n") -> str:
@@ -25,7 +25,7 @@ def printable(text: str, limit: int | None = 2_000, *, keep: str = "\n") -> str:
     """
     if limit is not None and len(text) > limit:
         text = f"{text[: limit // 2]}… ({len(text) - limit:,} characters left out) …{text[len(text) - limit // 2 :]}"
-    return _UNSHOWN.sub(lambda it: it[0] if it[0] in keep else it[0].encode("unicode_escape").decode("ascii"), text)
+    return _UNPRINTABLE.sub(lambda it: it[0] if it[0] in keep else it[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
@@ -38,7 +38,7 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
     except ValueError:
         finite = json.loads(json.dumps(value, default=as_text), parse_constant=lambda _: None)
         text = json.dumps(finite, indent=indent, ensure_ascii=False)
-    return _UNSHOWN.sub(lambda it: it[0] if it[0] == "\n" else f"\\u{ord(it[0]):04x}", text)
+    return _UNPRINTABLE.sub(lambda it: it[0] if it[0] == "\n" else f"\\u{ord(it[0]):04x}", text)
 
 
 def as_text(value: Any) -> str:
@@ -48,19 +48,19 @@ def as_text(value: Any) -> str:
 
 def one_line(text: str) -> str:
     """A text on one line, without characters that disturb others."""
-    return " ".join(_UNSHOWN.sub(" ", text).split())
+    return " ".join(_UNPRINTABLE.sub(" ", text).split())
 
 
-def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
+def truncate(text: str, most: int = MAX_CHARACTERS) -> str:
     """A text on one line, cut where it is too long to be read."""
-    line = one_line(text[: 100 * MOST_CHARACTERS])
-    is_whole = len(line) <= most and len(text) <= 100 * MOST_CHARACTERS
+    line = one_line(text[: 100 * MAX_CHARACTERS])
+    is_whole = len(line) <= most and len(text) <= 100 * MAX_CHARACTERS
     return line if is_whole else line[: most - 1] + "…"
 
 
 def class_name(name: object) -> str:
     """A class's name as a table shows it."""
-    return shortened(str(name), MOST_OF_A_NAME)
+    return truncate(str(name), MAX_NAME_CHARACTERS)
 
 
 def markdown(value: object) -> str:

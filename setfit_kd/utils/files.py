@@ -30,7 +30,7 @@ def cache_folder() -> Path | None:
         return None
 
 
-def check_regular(path: Path, *, limit: float = float("inf")) -> Path:
+def check_regular_file(path: Path, *, limit: float = float("inf")) -> Path:
     """Return ``path`` if it is, links resolved, a regular file of at most ``limit`` bytes.
 
     Reading anything else, such as a pipe or a device, might never end.
@@ -53,7 +53,7 @@ def read_json(path: Path) -> Any:
         OSError: It cannot be read, is no regular file or too large.
         ValueError: It is not JSON in UTF-8.
     """
-    return _parse(check_regular(path, limit=MAX_JSON_BYTES).read_text(encoding="utf-8"))
+    return _parse(check_regular_file(path, limit=MAX_JSON_BYTES).read_text(encoding="utf-8"))
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
@@ -63,7 +63,7 @@ def read_json_lines(path: Path) -> Iterator[Any]:
         OSError: It cannot be read or is no regular file.
         ValueError: A line is too long or is not JSON in UTF-8.
     """
-    with check_regular(path).open(encoding="utf-8") as file:
+    with check_regular_file(path).open(encoding="utf-8") as file:
         while line := file.readline(MAX_JSON_BYTES + 1):
             if len(line) > MAX_JSON_BYTES:
                 raise ValueError(f"a line of more than {MAX_JSON_BYTES:,} characters")

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from setfit_kd.utils.files import check_regular
+from setfit_kd.utils.files import check_regular_file
 
 
-def content_name(parts: Iterable[bytes]) -> str:
+def hash_parts(parts: Iterable[bytes]) -> str:
     """32 hexadecimal digits for a sequence of byte strings; where one ends and the next begins makes a difference."""
     digest = hashlib.sha256()
     for part in parts:
@@ -30,7 +30,7 @@ def fingerprint(*parts: Any) -> str:
             for piece in part if is_list else [part]:  # a large pool is not written out a second time
                 yield json.dumps(piece, sort_keys=True)
 
-    return content_name(piece.encode() for piece in pieces())
+    return hash_parts(piece.encode() for piece in pieces())
 
 
 def file_hash(path: Path) -> str:
@@ -40,7 +40,7 @@ def file_hash(path: Path) -> str:
         OSError: It cannot be read or is no regular file.
     """
     digest = hashlib.sha256()
-    with check_regular(path).open("rb") as file:
+    with check_regular_file(path).open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -1,0 +1,77 @@
+"""Run ``setfit-kd predict`` and read what it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+
+from setfit_kd.cli import main
+
+LABELS = ('Sci/Tech, "new"', "Sports", "Geld\tund Zinsen", "سياسة 🗳")
+
+
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+
+
+def predict(model: str | Path, *arguments: str | Path, stdin: str | bytes | None = None) -> Result:
+    given = ["predict", str(model), "--device", "cpu", *map(str, arguments)]
+    return CliRunner().invoke(main, given, input=stdin)
+
+
+def predicted(model: str | Path, *arguments: str | Path, stdin: str | bytes | None = None) -> Result:
+    result = predict(model, *arguments, stdin=stdin)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+@dataclass(frozen=True)
+class Row:
+    """What an output says of a text."""
+
+    text: str | None
+    label: str | None
+    probabilities: dict[str, float] | None
+
+
+OURS = ["text", "label", "probability", *(f"probability_{label}" for label in LABELS)]
+
+
+def read_records(kind: str, result: Result) -> list[dict[str, Any]]:
+    """The rows that were written, as any other program would read them; an empty cell stands for null."""
+    if kind in ("stdout", "jsonl"):
+        content = result.stdout_bytes if kind == "stdout" else Path("out.jsonl").read_bytes()
+        return [json.loads(line, parse_constant=pytest.fail) for line in content.decode("utf-8").split("\n")[:-1]]
+    assert result.stdout == ""
+    if kind == "parquet":
+        records: list[dict[str, Any]] = pq.read_table("out.parquet").to_pylist()
+        return records
+    with Path(f"out.{kind}").open(encoding="utf-8", newline="") as file:
+        header, *lines = csv.reader(file, delimiter=DELIMITERS[kind], strict=True)
+    return [{name: cell or None for name, cell in zip(header, line, strict=True)} for line in lines]
+
+
+def read_output(kind: str, result: Result) -> list[Row]:
+    """What the output says of each text, without the input's other columns."""
+    rows = []
+    for record in read_records(kind, result):
+        if kind in ("stdout", "jsonl"):
+            assert list(record)[-3:] == ["text", "label", "probabilities"]
+            rows.append(Row(record["text"], record["label"], record["probabilities"]))
+            continue
+        assert list(record)[-len(OURS) :] == OURS
+        known = {label: record[f"probability_{label}"] for label in LABELS}
+        if record["probability"] is None:
+            assert set(known.values()) == {None}
+            rows.append(Row(record["text"], record["label"], None))
+            continue
+        numbers = {label: float(value) for label, value in known.items()}
+        assert float(record["probability"]) == max(numbers.values())
+        rows.append(Row(record["text"], record["label"], numbers))
+    return rows

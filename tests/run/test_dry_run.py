@@ -1,0 +1,90 @@
+"""The training steps that a plan lists are those that are then taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conftest import FAST
+from synthetic import POOL, QUICK, few_labels, pool_signals
+
+from setfit_kd import train_student, train_teacher
+from setfit_kd.config import FinetuneConfig, RunConfig, StudentConfig, TeacherConfig
+from setfit_kd.finetune import finetune, finetune_steps
+from setfit_kd.memory import resolve_device
+from setfit_kd.run import plan, prepare_run
+from setfit_kd.run import run as run_pipeline
+from setfit_kd.student import student_steps
+from setfit_kd.teacher import training_steps
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"epochs": 2, "batch_size": 8},  # the last text of 33 is left over
+        {"epochs": 2, "batch_size": 10},  # a last batch of 3
+        {"objective": "pairs", "num_iterations": 3},
+        {"patience": 9, "epochs": 3},
+    ],
+)
+def test_the_steps_of_a_student(
+    student_body: SentenceTransformer, trained: list[int], settings: dict[str, Any]
+) -> None:
+    config = StudentConfig.of(**{**QUICK, "learning_rate": 1e-4, **settings})
+    train_student(pool_signals(), student_body, labeled=few_labels(), config=config)
+    assert len(trained) == student_steps(config.with_family_defaults("setfit"), POOL)
+
+
+@pytest.mark.parametrize("name", ["{}", "transformer:{}"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"teacher_steps": 3}, {"teacher_steps": None}, {"teacher_objective": "pairs", "num_iterations": 1}],
+)
+def test_the_steps_of_a_teacher(
+    name: str, settings: dict[str, Any], tiny_student: Path, trained: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("setfit_kd.teacher.steps.MIN_UPDATES", 5)
+    labeled, device = few_labels(18), resolve_device("cpu")
+    config = TeacherConfig.of(**{"device": "cpu", "precision": "fp32", "teacher_batch_size": 12, **settings})
+    train_teacher(labeled, name.format(tiny_student), config=config)
+    family: Any = "transformer" if name.startswith("transformer") else "setfit"
+    assert len(trained) == training_steps(config, labeled, family=family, device=device)
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 6}, {"steps": 3}])
+def test_the_steps_of_a_fine_tuning(settings: dict[str, Any], tiny_student: Path, trained: list[int]) -> None:
+    config = FinetuneConfig.of(**{"device": "cpu", "precision": "fp32", "epochs": 2, "batch_size": 8, **settings})
+    finetune(few_labels(), tiny_student, config=config)
+    assert len(trained) == finetune_steps(config, 16, resolve_device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"student": ["static:8", "layers:1"]},
+        {"student": ["TINY", "static:4@TINY"], "baseline": False},
+        {"student": "layers:1", "augment": 20, "augment_confidence": 0.0},
+        {"teacher": ["TINY", "transformer:TINY"], "student": "transformer:TINY", "teacher_weights": "cross-validated"},
+    ],
+    ids=["several students", "without baseline", "augmented", "several teachers"],
+)
+def test_the_steps_of_a_run(settings: dict[str, Any], tiny_student: Path, trained: list[int]) -> None:
+    sources = dict.fromkeys(("labeled", "unlabeled", "eval"), "bundled:newswire")
+
+    def tiny(value: Any) -> Any:
+        if isinstance(value, list):
+            return [tiny(one) for one in value]
+        return value.replace("TINY", str(tiny_student)) if isinstance(value, str) else value
+
+    named = {name: tiny(value) for name, value in {"teacher": "TINY", **settings}.items()}
+    config = RunConfig.of(**{**FAST, **sources, "pool_size": 48, **named})
+    planned = {stage.stage: stage for stage in plan(config, prepare_run(config))}
+    assert planned["signals"].texts == 48 + planned["teacher"].texts + settings.get("augment", 0)
+    assert ("baseline" in planned) == settings.get("baseline", True)
+    run_pipeline(config)
+    assert len(trained) == sum(stage.steps for stage in planned.values())

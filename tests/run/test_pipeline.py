@@ -1,0 +1,278 @@
+"""Whole runs of tiny models."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import FAST, newswire
+from setfit import SetFitModel
+
+from setfit_kd import RunConfig, TeacherSignals, distill, evaluate, load, train_teacher
+from setfit_kd.cli.output import console_output
+from setfit_kd.config import read_config
+from setfit_kd.data import encode_labels, read, split_data
+from setfit_kd.errors import OutputError
+from setfit_kd.models import load_body, predict_proba
+from setfit_kd.models.temperature import at_temperature
+from setfit_kd.run_folder import RunFolder, record_log
+
+QUALITY = ("accuracy", "macro_f1", "classes", "confusion", "agreement")
+
+
+def small_run(teacher: Path, student: Path | str, **settings: Any) -> Any:
+    sources = ["bundled:newswire"] * 3
+    return distill(*sources, teacher=str(teacher), student=str(student), **{**FAST, **settings})
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_student: Path) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    small_run(tiny_teacher, tiny_student, output_dir=folder)
+    return folder
+
+
+def test_a_run_folder_holds_everything_and_nothing_else(run_folder: Path) -> None:
+    files = {"config.yaml", "metrics.json", "run.json", "run.log", "report.html", "report.md", ".lock"}
+    expected = files | {"teacher", "signals", "student", "baseline", "evaluation"}
+    assert {path.name for path in run_folder.iterdir()} == expected
+
+
+def test_metrics_are_complete(run_folder: Path) -> None:
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    assert list(metrics) == ["teacher", "baseline", "student"]
+    for name, measured in metrics.items():
+        cost = {"parameters", "megabytes", "texts_per_second", "device"}
+        figures = ("accuracy", "macro_f1", "ece", "brier", *(() if name == "teacher" else ("agreement",)))
+        believed = {"ece", "brier", "reliability", *(f"{figure}_interval" for figure in figures)}
+        against = {"against"} if name == "student" else set()
+        assert set(measured) == {*QUALITY, *cost, *believed, *against}
+        for figure in {*figures} - {"ece"}:  # see bootstrap_calibration
+            low, high = measured[f"{figure}_interval"]
+            assert low <= measured[figure] <= high
+        assert 0 <= measured["accuracy"] <= 1
+        assert sum(map(sum, measured["confusion"])) == 200
+        assert set(measured["classes"]) == {"World", "Sports", "Business", "Sci/Tech"}
+        assert measured["texts_per_second"] > 0
+        assert (measured["agreement"] is None) == (name == "teacher")
+    assert metrics["student"]["parameters"] < metrics["teacher"]["parameters"]
+    assert metrics["student"]["megabytes"] < metrics["teacher"]["megabytes"]
+
+
+def test_the_config_reads_back(run_folder: Path) -> None:
+    config = RunConfig.resolve(read_config(run_folder / "config.yaml"))
+    assert config.teacher_steps == FAST["teacher_steps"]
+    assert config.to_yaml() == (run_folder / "config.yaml").read_text()
+    assert yaml.safe_load((run_folder / "config.yaml").read_text())["seed"] == 0
+
+
+def test_versions_seed_and_data_are_recorded(run_folder: Path) -> None:
+    about = json.loads((run_folder / "run.json").read_text())
+    assert about["seed"] == 0
+    assert {"python", "torch", "setfit", "setfit-kd"} <= set(about["versions"])
+    assert about["data"]["labeled"] == 32
+    assert about["data"]["pool"] == 568
+    assert about["data"]["evaluation"] == 200
+    assert set(about["seconds"]) == {"teacher", "signals", "student", "baseline", "evaluation"}
+    assert "Stage student took" in (run_folder / "run.log").read_text()
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_the_models_load_with_setfit_alone(run_folder: Path, name: str) -> None:
+    texts = [row["text"] for row in newswire("eval")[:20]]
+    theirs = SetFitModel.from_pretrained(str(run_folder / name), device="cpu")
+    ours = load(run_folder / name, device="cpu")
+    np.testing.assert_allclose(theirs.predict_proba(texts, as_numpy=True), predict_proba(ours, texts), atol=1e-5)
+    assert theirs.predict(texts) == [ours.labels[i] for i in predict_proba(ours, texts).argmax(1)]
+
+
+def test_the_signals_are_the_teachers_word_on_the_pool(run_folder: Path) -> None:
+    signals = TeacherSignals.load(run_folder / "signals")
+    teacher = load(run_folder / "teacher", device="cpu")
+    assert len(signals) == 568 + 32  # the labeled texts follow the pool
+    meant = at_temperature(signals.probabilities, signals.temperature)
+    np.testing.assert_allclose(meant, predict_proba(teacher, signals.texts), atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_metrics(run_folder: Path, tiny_teacher: Path, tiny_student: Path) -> None:
+    again = small_run(tiny_teacher, tiny_student).metrics
+    first = json.loads((run_folder / "metrics.json").read_text())
+    for name in first:
+        assert {key: again[name][key] for key in QUALITY} == {key: first[name][key] for key in QUALITY}
+
+
+def test_the_baseline_knows_the_labels_alone(run_folder: Path, tiny_student: Path) -> None:
+    rows = encode_labels(read("bundled:newswire", label_column="label"))
+    held_out = encode_labels(read("bundled:newswire", label_column="label", role="test"), rows.label_names)
+    data = split_data(rows, rows.texts, held_out, RunConfig.of(**FAST))
+    alone = evaluate(train_teacher(data.labeled, tiny_student, config=RunConfig.of(**FAST)), held_out)
+    recorded = json.loads((run_folder / "metrics.json").read_text())["baseline"]
+    assert recorded["confusion"] == alone.quality.confusion
+
+
+def test_cut_layers_come_from_the_teacher_before_its_fine_tuning(tiny_teacher: Path) -> None:
+    settings = {**FAST, "learning_rate": 1e-9, "teacher_learning_rate": 1e-2}
+    result = small_run(tiny_teacher, "layers:0,2", baseline=False, **settings)
+    before = load_body(tiny_teacher)
+    [query] = [name for name, _ in before.named_parameters() if name.endswith("layer.2.attention.self.query.weight")]
+    cut = dict(result.student.model_body.named_parameters())[query.replace("layer.2", "layer.1")]
+    tuned = dict(result.teacher.model_body.named_parameters())[query]
+    original = dict(before.named_parameters())[query]
+    torch.testing.assert_close(cut, original, atol=1e-6, rtol=0)
+    assert (tuned - original).abs().max() > 1e-3
+
+
+def test_names_given_from_python_are_in_the_config(tiny_teacher: Path, tmp_path: Path) -> None:
+    small_run(tiny_teacher, "layers:1", output_dir=tmp_path / "run", baseline=False)
+    config = RunConfig.of(**read_config(tmp_path / "run" / "config.yaml"))
+    assert (config.labeled, config.unlabeled, config.eval) == ("bundled:newswire",) * 3
+
+
+def test_the_log_starts_with_the_data(run_folder: Path) -> None:
+    log = (run_folder / "run.log").read_text()
+    assert log.index("Data: 32 labeled, 568 pool") < log.index("Stage teacher took")
+
+
+@pytest.fixture
+def levels() -> Iterator[None]:
+    """Loggers have their levels back at the end."""
+    loggers = logging.root, logging.getLogger("setfit_kd")
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
+def configure(root: int, ours: int = logging.NOTSET) -> AbstractContextManager[None]:
+    logging.basicConfig(level=root, format="%(message)s")
+    logging.getLogger("setfit_kd").setLevel(ours)
+    return nullcontext()
+
+
+@pytest.mark.usefixtures("levels")
+@pytest.mark.parametrize(
+    ("caller", "expected"),
+    [
+        pytest.param(nullcontext, "warning", id="nothing"),
+        pytest.param(partial(configure, logging.WARNING), "warning", id="WARNING"),
+        pytest.param(partial(configure, logging.INFO), "info warning", id="INFO"),
+        pytest.param(partial(configure, logging.DEBUG), "debug info warning", id="DEBUG"),
+        pytest.param(partial(configure, logging.INFO, logging.DEBUG), "debug info warning", id="DEBUG of ours"),
+        pytest.param(partial(configure, logging.INFO, logging.ERROR), "", id="ERROR of ours"),
+        pytest.param(partial(console_output, quiet=True, verbose=False), "Warning: warning", id="--quiet"),
+        pytest.param(partial(console_output, quiet=False, verbose=False), "info Warning: warning", id="command line"),
+        pytest.param(partial(console_output, quiet=False, verbose=True), "debug info Warning: warning", id="--verbose"),
+    ],
+)
+def test_the_log_of_a_run_changes_nothing_for_other_handlers(
+    caller: Callable[[], AbstractContextManager[Any]],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def log() -> str:
+        logger = logging.getLogger("setfit_kd.training.loop")
+        logger.debug("debug")
+        logger.info("info")
+        logger.warning("warning")
+        return " ".join(capsys.readouterr().err.split())
+
+    monkeypatch.setattr(logging.root, "handlers", [])  # as in a new process
+    with caller():
+        before = log()
+        with record_log() as whole:
+            RunFolder(tmp_path).attach_log(whole)
+            during = log()
+            with record_log():  # as of one seed of several
+                nested = log()
+        assert [before, during, nested, log()] == [expected] * 4
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["debug", "info", "warning"] * 2
+
+
+def test_nothing_is_written_without_an_output_dir(tiny_teacher: Path, tmp_path: Path) -> None:
+    result = small_run(tiny_teacher, "layers:0,2", baseline=False)
+    assert result.output_dir is None
+    assert list(result.evaluations) == ["teacher", "student"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_objects_take_the_place_of_names(tiny_teacher: Path, tiny_student: Path) -> None:
+    rows = newswire("train")
+    pairs = [(row["text"], row["label"]) for row in rows[:80]]
+    result = distill(
+        pairs,
+        [row["text"] for row in rows],
+        teacher=str(tiny_teacher),
+        student=str(tiny_student),
+        **{**FAST, "shots": None},
+    )
+    assert result.evaluations == {}
+    assert len(result.signals) == 520 + 80
+    assert set(result.student.predict(["A new telescope", "The match ended"])) <= {row["label"] for row in rows}
+
+
+@pytest.mark.parametrize("objective", ["similarity", "pairs"])
+@pytest.mark.parametrize("teacher_objective", ["in-batch", "pairs"])
+def test_every_pairing_of_objectives_runs(
+    tiny_teacher: Path, tiny_student: Path, objective: str, teacher_objective: str
+) -> None:
+    settings = {"objective": objective, "teacher_objective": teacher_objective, "num_iterations": 1, "pool_size": 64}
+    result = small_run(tiny_teacher, tiny_student, baseline=False, **settings)
+    assert result.evaluations["student"].quality.agreement is not None
+
+
+def test_only_a_run_is_overwritten(tiny_teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "project" / "student").mkdir(parents=True)
+    (tmp_path / "project" / "student" / "a.py").write_text("mine")
+    (tmp_path / "project" / "config.yaml").write_text("name: mine")
+    with pytest.raises(OutputError, match="but no run"):
+        small_run(tiny_teacher, "layers:1", output_dir=tmp_path / "project", overwrite=True)
+    assert (tmp_path / "project" / "student" / "a.py").read_text() == "mine"
+
+
+def test_a_folder_in_use_is_refused_and_replaced_on_request(
+    tiny_teacher: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    (folder / "student").mkdir(parents=True)
+    (folder / "student" / "stale.bin").write_text("old")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "config.yaml").write_text(RunConfig.of().to_yaml())
+    with pytest.raises(OutputError, match="not empty"):
+        small_run(tiny_teacher, tiny_student, output_dir=folder)
+    with pytest.raises(OutputError, match="but no run"):  # any project may have a config.yaml
+        small_run(tiny_teacher, tiny_student, output_dir=folder, overwrite=True)
+    (folder / "run.json").write_text('{"format": 1, "finished": false, "stages": {}}')
+    small_run(tiny_teacher, tiny_student, output_dir=folder, overwrite=True, baseline=False)
+    assert not (folder / "student" / "stale.bin").exists()
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_the_real_model_distils_in_a_few_steps(demo_model: str) -> None:
+    settings: dict[str, Any] = {"shots": 8, "pool_size": 128, "teacher_steps": 6, "teacher_batch_size": 16, "epochs": 1}
+    result = distill(*["bundled:newswire"] * 3, teacher=demo_model, student="layers:0,2,5", device="cpu", **settings)
+    accuracy = {name: evaluation.quality.accuracy for name, evaluation in result.evaluations.items()}
+    assert accuracy["teacher"] > 0.75
+    assert accuracy["student"] > 0.7
+    assert result.evaluations["student"].cost.parameters < 18e6
+
+
+@pytest.mark.slow
+def test_the_real_model_distils_on_newswire(demo_model: str) -> None:
+    result = distill(
+        *["bundled:newswire"] * 3, teacher=demo_model, student="layers:0,2,5", shots=16, device="cpu", baseline=False
+    )
+    teacher, student = (result.evaluations[name].quality.accuracy for name in ("teacher", "student"))
+    assert teacher > 0.8
+    assert student >= teacher - 0.02
