@@ -1,9 +1,9 @@
-"""Transformers as teacher and student, two teachers in the place of one, and pools widened by texts that are made.
+"""Compare transformer classifiers, an ensemble of two teachers, and augmented pools.
 
 Run: python benchmarks/families.py AG_NEWS TREC [--seeds 3] [--only transformers|teachers|augment]
-Each folder holds train.csv and test.csv with the columns text and label; labels and pool are drawn from the training
-file, everything is tested on the test file. Results go to --output, a JSON file and a Markdown table each; runs are
-kept in --work, and one that was stopped goes on where it was.
+Each folder holds train.csv and test.csv with the columns text and label. Labels and pool are sampled from the training
+file, and all models are evaluated on the test file. --output receives a JSON file and a Markdown table per comparison,
+--work the runs. An interrupted run is resumed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import click
 import torch
 
 from setfit_kd import RunResult, distill
-from setfit_kd.report import SPREAD_HEADINGS, display_name, spread_cells
+from setfit_kd.report import SEED_HEADINGS, display_name, seed_cells
 from setfit_kd.run_folder import versions
 
 HERE = Path(__file__).parent
 MINILM, LAYERS = "demo:all-MiniLM-L6-v2", "layers:0,2,5"
-FEW = {"shots": 16, "student": LAYERS}
+FEW_LABELS = {"shots": 16, "student": LAYERS}
 SMALL, LARGE = 50, 1000
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "transformers": {
@@ -37,21 +37,21 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "teachers": {
-        "two teachers": {**FEW, "teacher": [MINILM, f"transformer:{MINILM}"], "pool_size": 1000},
+        "two teachers": {**FEW_LABELS, "teacher": [MINILM, f"transformer:{MINILM}"], "pool_size": 1000},
     },
     "augment": {
-        f"{pool} pool texts{f', {made} made' if made else ''}": {
-            **FEW,
+        f"{pool} pool texts{f', {n_augmented} made' if n_augmented else ''}": {
+            **FEW_LABELS,
             "teacher": MINILM,
             "pool_size": pool,
-            "augment": made,
+            "augment": n_augmented,
             "baseline": False,
         }
         for pool in (SMALL, 200, LARGE)
-        for made in (None, LARGE)
+        for n_augmented in (None, LARGE)
     },
 }
-"""What is run under each title; the last on TREC's questions, the others on AG News."""
+"""Runs by title of the comparison; augment uses TREC, the others AG News."""
 
 
 @click.command()
@@ -59,30 +59,30 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
 @click.argument("trec", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--seeds", default=3, type=click.IntRange(2))
 @click.option("--threads", default=1, type=click.IntRange(1))
-@click.option("--only", type=click.Choice(list(RUNS)), multiple=True, help="Some of the tables alone.")
+@click.option("--only", type=click.Choice(list(RUNS)), multiple=True, help="Run only these comparisons.")
 @click.option("--output", default=HERE / "results", type=click.Path(path_type=Path))
 @click.option("--work", default=Path("runs/families"), type=click.Path(path_type=Path))
 def main(ag_news: Path, trec: Path, seeds: int, threads: int, only: tuple[str, ...], output: Path, work: Path) -> None:
-    """Run what is not yet there, and write the tables."""
+    """Run the comparisons and write the tables."""
     torch.set_num_threads(threads)
     output.mkdir(parents=True, exist_ok=True)
     for title in only or RUNS:
         folder = trec if title == "augment" else ag_news
         results = {
-            name: run_of(folder, work / name.replace(", ", "-").replace(" ", "-"), seeds=seeds, **settings)
+            name: run_or_load(folder, work / name.replace(", ", "-").replace(" ", "-"), seeds=seeds, **settings)
             for name, settings in RUNS[title].items()
         }
         about = {"data": folder.name, "seeds": seeds, "threads": threads, "cores": os.cpu_count(), "runs": RUNS[title]}
-        measured = {name: result.metrics for name, result in results.items()}
-        told = {"about": {**about, "versions": versions()}, "metrics": measured}
-        (output / f"{title}.json").write_text(json.dumps(told, indent=1) + "\n")
+        metrics = {name: result.metrics for name, result in results.items()}
+        content = {"about": {**about, "versions": versions()}, "metrics": metrics}
+        (output / f"{title}.json").write_text(json.dumps(content, indent=1) + "\n")
         table = markdown(results)
         (output / f"{title}.md").write_text(table)
         click.echo(table)
 
 
-def run_of(folder: Path, target: Path, **settings: Any) -> RunResult:
-    """The run in a folder; one that was begun goes on."""
+def run_or_load(folder: Path, target: Path, **settings: Any) -> RunResult:
+    """Run the pipeline in a folder, or resume the run in it."""
     if (target / "config.yaml").is_file():
         return distill(resume=target)
     train, test = str(folder / "train.csv"), str(folder / "test.csv")
@@ -90,15 +90,15 @@ def run_of(folder: Path, target: Path, **settings: Any) -> RunResult:
 
 
 def markdown(results: Mapping[str, RunResult]) -> str:
-    """A row a model, figures as mean and deviation over the seeds, in percent."""
-    several = len(results) > 1
-    headings = (*(("run",) if several else ()), "", *SPREAD_HEADINGS, "parameters", "MB", "texts/s")
+    """Format a table with one row per model: mean and standard deviation over the seeds, in percent."""
+    has_several_runs = len(results) > 1
+    headings = (*(("run",) if has_several_runs else ()), "", *SEED_HEADINGS, "parameters", "MB", "texts/s")
     lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
     for name, result in results.items():
         for model, spread in result.over_seeds.items():
             cost = result.evaluations[model].cost
             size = f"{cost.parameters / 1e6:.1f} M", f"{cost.megabytes:.1f}", f"{cost.texts_per_second:,.0f}"
-            cells = (*((name,) if several else ()), display_name(model), *spread_cells(spread), *size)
+            cells = (*((name,) if has_several_runs else ()), display_name(model), *seed_cells(spread), *size)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

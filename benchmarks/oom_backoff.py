@@ -1,8 +1,8 @@
-"""What the out-of-memory backoff costs a training phase in which memory never runs out.
+"""Measure the overhead of the OOM backoff in a training that never runs out of memory.
 
-Run: python benchmarks/backoff.py [--steps 30]
-Its parts are timed one by one, since the whole is far below the noise of a training: the copy of the first weights that
-a new start would need, putting them back, and the watch over each step.
+Run: python benchmarks/oom_backoff.py [--steps 30]
+The overhead is far below the noise of a training, so its parts are timed separately: copying the initial weights for a
+restart, restoring them, and wrapping each training step.
 """
 
 from __future__ import annotations
@@ -19,48 +19,48 @@ import torch
 from setfit_kd import TeacherSignals, train_student
 from setfit_kd.data import read
 from setfit_kd.memory import OOMBackoff
-from setfit_kd.models import cut_layers, embed, load_body, locate
+from setfit_kd.models import cut_layers, embed, load_body, locate_model
 from setfit_kd.training.loop import retry_failed_steps
 
-BATCH = 32
+BATCH_SIZE = 32
 
 
-def seconds_of(work: Callable[[], Any], *, times: int) -> float:
-    """The best of three means over so many calls."""
+def time_calls(function: Callable[[], Any], *, n_calls: int) -> float:
+    """Return the best of three means of the seconds per call."""
 
     def mean() -> float:
         started = time.perf_counter()
-        for _ in range(times):
-            work()
-        return (time.perf_counter() - started) / times
+        for _ in range(n_calls):
+            function()
+        return (time.perf_counter() - started) / n_calls
 
     return min(mean() for _ in range(3))
 
 
 @click.command()
-@click.option("--steps", default=30, type=click.IntRange(4), help="Steps of 32 texts of the phase that is timed.")
+@click.option("--steps", default=30, type=click.IntRange(4), help="Training steps of 32 texts.")
 def main(steps: int) -> None:
-    """Time and print."""
-    body = cut_layers(load_body(locate("demo:all-MiniLM-L6-v2")), (0, 2, 5))
-    texts = (read("bundled:newswire").texts * 9)[: steps * BATCH]
+    """Measure and print the overhead."""
+    body = cut_layers(load_body(locate_model("demo:all-MiniLM-L6-v2")), (0, 2, 5))
+    texts = (read("bundled:newswire").texts * 9)[: steps * BATCH_SIZE]
     classes = np.arange(len(texts)) % 2
     signals = TeacherSignals(texts, np.eye(2, dtype=np.float32)[classes], ("a", "b"), embed(body, texts))
     started = time.perf_counter()
-    train_student(signals, body, device="cpu", precision="fp32", epochs=1, batch_size=BATCH)
-    phase = time.perf_counter() - started
+    train_student(signals, body, device="cpu", precision="fp32", epochs=1, batch_size=BATCH_SIZE)
+    training = time.perf_counter() - started
 
-    start = {name: value.detach().to("cpu", copy=True) for name, value in body.state_dict().items()}
-    copied = seconds_of(lambda: {name: value.to("cpu", copy=True) for name, value in start.items()}, times=3)
-    put_back = seconds_of(lambda: body.load_state_dict(start), times=3)
+    initial = {name: value.detach().to("cpu", copy=True) for name, value in body.state_dict().items()}
+    copying = time_calls(lambda: {name: value.to("cpu", copy=True) for name, value in initial.items()}, n_calls=3)
+    restoring = time_calls(lambda: body.load_state_dict(initial), n_calls=3)
     inner = SimpleNamespace(training_step=lambda: torch.zeros(()), state=SimpleNamespace(global_step=0))
-    plain = seconds_of(inner.training_step, times=10_000)
-    backoff = OOMBackoff("Phase", kind="training", device=torch.device("cpu"), size=BATCH, model=body)
+    unwrapped = time_calls(inner.training_step, n_calls=10_000)
+    backoff = OOMBackoff("Phase", kind="training", device=torch.device("cpu"), batch_size=BATCH_SIZE, model=body)
     retry_failed_steps(inner, backoff)
-    watched = seconds_of(inner.training_step, times=10_000) - plain
-    total = copied + put_back + steps * watched
-    click.echo(f"phase: {steps} steps of {BATCH} texts in {phase:.2f} s")
-    click.echo(f"copy of the weights {1e3 * copied:.1f} ms, putting them back {1e3 * put_back:.1f} ms,")
-    click.echo(f"watch over a step {1e6 * watched:.1f} µs: {100 * total / phase:.3f} % of the phase")
+    wrapping = time_calls(inner.training_step, n_calls=10_000) - unwrapped
+    total = copying + restoring + steps * wrapping
+    click.echo(f"training: {steps} steps of {BATCH_SIZE} texts in {training:.2f} s")
+    click.echo(f"copying the weights {1e3 * copying:.1f} ms, restoring them {1e3 * restoring:.1f} ms,")
+    click.echo(f"wrapping a step {1e6 * wrapping:.1f} µs: {100 * total / training:.3f}% of the training")
 
 
 if __name__ == "__main__":

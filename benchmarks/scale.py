@@ -1,9 +1,9 @@
-"""Seconds of computing and peak memory against the size of the pool, one process each.
+"""Measure CPU time and peak memory for growing pools, each in a separate process.
 
 Run: python benchmarks/scale.py [--sizes 1000,10000,100000] [--signals-only 1000000]
-The pool is made of twelve words drawn from the bundled news corpus a text, written to Parquet and streamed from there.
-Up to --sizes, all stages run with real models, the student passing over the pool once; for --signals-only, the pool is
-read, sampled, and scored by a random teacher of one layer.
+Each text of the pool has twelve random words of the bundled news corpus. The pool is streamed from a Parquet file. For
+--sizes, all stages run with real models, and the student trains for one epoch. For --signals-only, the pool is read,
+sampled and scored by a random teacher with one layer.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import click
 import numpy as np
 
 HERE = Path(__file__).parent
-WORDS = 12
+WORDS_PER_TEXT = 12
 
 
 @click.command()
-@click.option("--sizes", default="1000,10000,100000", help="Pools that go through all stages.")
-@click.option("--signals-only", default="1000000", help="Pools that are only read, sampled and scored.")
+@click.option("--sizes", default="1000,10000,100000", help="Pool sizes for all stages.")
+@click.option("--signals-only", default="1000000", help="Pool sizes for reading, sampling and scoring only.")
 @click.option("--threads", default=1, type=click.IntRange(1))
 @click.option("--output", default=HERE / "results", type=click.Path(path_type=Path))
 def main(sizes: str, signals_only: str, threads: int, output: Path) -> None:
@@ -38,13 +38,13 @@ def main(sizes: str, signals_only: str, threads: int, output: Path) -> None:
     cells: list[dict[str, Any]] = []
     for kind, n in jobs:
         with TemporaryDirectory(prefix="setfit-kd-") as scratch:
-            number = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-            environment = {**os.environ, **number, "TOKENIZERS_PARALLELISM": "false", "TMPDIR": scratch}
+            variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+            environment = {**os.environ, **variables, "TOKENIZERS_PARALLELISM": "false", "TMPDIR": scratch}
             command = [sys.executable, __file__, "--worker", kind, str(n), scratch]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise click.ClickException(f"{kind} {n} failed:\n{done.stderr[-3000:]}")
-            cells.append(json.loads(done.stdout.splitlines()[-1]))
+            process = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if process.returncode:
+                raise click.ClickException(f"{kind} {n} failed:\n{process.stderr[-3000:]}")
+            cells.append(json.loads(process.stdout.splitlines()[-1]))
             click.echo(cells[-1])
     output.mkdir(parents=True, exist_ok=True)
     (output / "scale.json").write_text(json.dumps(cells, indent=1) + "\n")
@@ -52,13 +52,13 @@ def main(sizes: str, signals_only: str, threads: int, output: Path) -> None:
 
 
 def table(cells: list[dict[str, Any]], threads: int) -> str:
-    """The cells as Markdown."""
+    """Format the results as Markdown."""
     lines = [
         "# Time and memory against the size of the pool",
         "",
-        f"Seconds of computing on {threads} of {os.cpu_count()} cores; texts of {WORDS} words. Whole runs are of",
-        "all-MiniLM-L6-v2 and its layers 0, 2 and 5, the student passing over the pool once; a row without a student",
-        "is read, sampled and scored only, by a random teacher of one layer.",
+        f"CPU seconds on {threads} of {os.cpu_count()} cores; texts of {WORDS_PER_TEXT} words. Complete runs use",
+        "all-MiniLM-L6-v2 and its layers 0, 2 and 5, and the student trains for one epoch. In rows without a student,",
+        "the pool is only read, sampled and scored, by a random teacher with one layer.",
         "",
         "| pool | reading, s | signals, s | student, s | peak memory, MiB | of that before the pool, MiB |",
         "|---|---|---|---|---|---|",
@@ -73,7 +73,7 @@ def table(cells: list[dict[str, Any]], threads: int) -> str:
 
 
 def write_pool(path: Path, n: int) -> None:
-    """A Parquet file of n texts, written a part at a time."""
+    """Write a Parquet file of n texts in chunks."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -83,26 +83,26 @@ def write_pool(path: Path, n: int) -> None:
     rng = np.random.default_rng(0)
     with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
         for start in range(0, n, 10_000):
-            words = vocabulary[rng.integers(0, len(vocabulary), (min(10_000, n - start), WORDS))]
+            words = vocabulary[rng.integers(0, len(vocabulary), (min(10_000, n - start), WORDS_PER_TEXT))]
             writer.write_table(pa.table({"text": [" ".join(row) for row in words]}))
 
 
 def tiny_body(folder: Path) -> Any:
-    """The demo model's tokenizer over a random body of one layer, 128 wide."""
+    """Create a random body with one layer of width 128 and the demo model's tokenizer."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    from setfit_kd.models import locate
+    from setfit_kd.models import locate_model
 
-    tokenizer = AutoTokenizer.from_pretrained(locate("demo:all-MiniLM-L6-v2"))
-    shape: dict[str, Any] = {
+    tokenizer = AutoTokenizer.from_pretrained(locate_model("demo:all-MiniLM-L6-v2"))
+    sizes: dict[str, Any] = {
         "hidden_size": 128,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "intermediate_size": 256,
     }
-    BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "tiny")
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "tiny")
     tokenizer.save_pretrained(folder / "tiny")
     return SentenceTransformer(
         modules=[Transformer(str(folder / "tiny"), max_seq_length=64), Pooling(128)], device="cpu"
@@ -110,14 +110,14 @@ def tiny_body(folder: Path) -> Any:
 
 
 def peak_mb() -> int:
-    """The process's largest resident size so far, in MiB; mapped pages that are in memory are counted."""
+    """Return the peak resident size of the process in MiB, including memory-mapped pages."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def work(kind: str, n: int, scratch: Path) -> dict[str, Any]:
-    """One measurement."""
+def measure(kind: str, n: int, scratch: Path) -> dict[str, Any]:
+    """Measure the stages with a pool of n texts."""
     from setfit_kd import RunConfig, train_student, train_teacher
-    from setfit_kd.models import cut_layers, load_body, locate
+    from setfit_kd.models import cut_layers, load_body, locate_model
     from setfit_kd.run.data import load_run_data
     from setfit_kd.teacher import refine_and_score
 
@@ -134,7 +134,7 @@ def work(kind: str, n: int, scratch: Path) -> dict[str, Any]:
     )
     small = RunConfig.of(**{**config.model_dump(), "unlabeled": "bundled:newswire", "pool_size": 64})
     labeled = load_run_data(small).labeled
-    body = tiny_body(scratch) if kind == "signals" else load_body(locate("demo:all-MiniLM-L6-v2"))
+    body = tiny_body(scratch) if kind == "signals" else load_body(locate_model("demo:all-MiniLM-L6-v2"))
     student = None if kind == "signals" else cut_layers(body, (0, 2, 5))
     teacher = train_teacher(labeled, body, config=config)
     cell: dict[str, Any] = {"pool": n, "before_mb": peak_mb()}
@@ -164,6 +164,6 @@ def work(kind: str, n: int, scratch: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        print(json.dumps(work(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))))
+        print(json.dumps(measure(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))))
     else:
         main()

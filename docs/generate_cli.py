@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the command line itself; with --check, fail where the file is not up to date."""
+"""Write docs/cli.md from the help of the commands; with --check, fail if the file is out of date."""
 
 import sys
 from pathlib import Path
@@ -12,8 +12,8 @@ TARGET = Path(__file__).parent / "cli.md"
 
 
 def reference() -> str:
-    """The help of every command as Markdown."""
-    parts = ["# Command line\n\nGenerated from the commands themselves by `make docs`.\n"]
+    """Return the help of all commands as Markdown."""
+    parts = ["# Command line\n\nGenerated from the help of the commands by `make docs`.\n"]
     commands = ["", *main.list_commands(click.Context(main))]
     for name in commands:
         result = CliRunner().invoke(
@@ -29,4 +29,4 @@ if __name__ == "__main__":
     if "--check" not in sys.argv:
         TARGET.write_text(text, encoding="utf-8")
     elif not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != text:
-        sys.exit("docs/cli.md is not up to date: run `make docs`.")
+        sys.exit("docs/cli.md is out of date: run `make docs`.")

@@ -1,4 +1,4 @@
-"""The reference case, which needs a hub: AG News, MPNet-base as the teacher, MiniLM-L3 as the student.
+"""Reference experiment on AG News: MPNet-base as teacher, MiniLM-L3 as student. Needs access to the hub.
 
 Run: python examples/ag_news.py
 """
@@ -18,8 +18,8 @@ def main(**settings: Any) -> RunResult:
         "overwrite": True,
     }
     result = distill("ag_news", "ag_news", "ag_news", **{**defaults, **settings})
-    for name, measured in result.metrics.items():
-        print(f"{name:<9} accuracy {measured['accuracy']:.1%}, {measured['parameters'] / 1e6:.1f} M parameters")
+    for name, metrics in result.metrics.items():
+        print(f"{name:<9} accuracy {metrics['accuracy']:.1%}, {metrics['parameters'] / 1e6:.1f} M parameters")
     return result
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune a transformer end to end on labels, with looks at validation texts, and write it as transformers has it.
+"""Fine-tune a transformer end to end on labels, with early stopping, and save it in transformers format.
 
 Run: python examples/finetune.py
 """
@@ -14,20 +14,20 @@ from setfit_kd.models import save_model
 
 def main(model: str = "demo:all-MiniLM-L6-v2", folder: str | Path = "runs/finetuned", **settings: Any) -> float:
     if Path(folder).exists():
-        raise SystemExit(f"{folder} is there already: remove it, or name another folder.")
+        raise SystemExit(f"{folder} already exists: remove it or choose another folder.")
     rows = encode_labels(read("bundled:newswire", label_column="label"))
     training, validation = rows.take(range(0, len(rows), 2)), rows.take(range(1, len(rows), 2))
     held_out = encode_labels(read("bundled:newswire", label_column="label", role="test"), rows.label_names)
 
-    looks: list[dict[str, float]] = []
+    history: list[dict[str, float]] = []
     defaults: dict[str, Any] = {"eval_steps": 10, "patience": 3, "epochs": 5}
-    classifier = finetune(training, model, validation=validation, looks=looks, **{**defaults, **settings})
+    classifier = finetune(training, model, validation=validation, history=history, **{**defaults, **settings})
 
-    for look in looks:
-        print(f"step {look['step']:>3}: accuracy {look['accuracy']:.1%}, macro-F1 {look['f1-macro']:.1%}")
-    save_model(classifier, folder)  # transformers.pipeline("text-classification", model=folder) reads it
+    for metrics in history:
+        print(f"step {metrics['step']:>3}: accuracy {metrics['accuracy']:.1%}, macro-F1 {metrics['f1-macro']:.1%}")
+    save_model(classifier, folder)  # loads with transformers.pipeline("text-classification", model=folder)
     accuracy = evaluate(classifier, held_out).quality.accuracy
-    print(f"accuracy {accuracy:.1%} on texts never seen; the model is in {folder}")
+    print(f"accuracy {accuracy:.1%} on held-out texts; model saved to {folder}")
     return accuracy
 
 

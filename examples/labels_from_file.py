@@ -1,4 +1,4 @@
-"""A student taught by a file: of a large language model's answers, of people's, of anything that names probabilities.
+"""Train a student on label probabilities from a file, for example from a large language model or from annotators.
 
 Run: python examples/labels_from_file.py
 """
@@ -13,14 +13,14 @@ from setfit_kd.data import read
 
 
 def write_answers(path: Path) -> None:
-    """A stand-in for a language model that was asked about each text: it is right, and never quite sure."""
+    """Write simulated language model answers: the correct label of each text with a probability of 0.7."""
     rows = read("bundled:newswire", label_column="label")
     assert rows.labels is not None
-    others = 0.3 / (len(rows.label_names) - 1)
+    rest = 0.3 / (len(rows.label_names) - 1)
     with path.open("w", encoding="utf-8") as file:
         for text, label in zip(rows.texts, rows.labels, strict=True):
-            said = {name: 0.7 if name == label else others for name in rows.label_names}
-            file.write(json.dumps({"text": text, "probabilities": said}) + "\n")
+            probabilities = {name: 0.7 if name == label else rest for name in rows.label_names}
+            file.write(json.dumps({"text": text, "probabilities": probabilities}) + "\n")
 
 
 def main(**settings: Any) -> RunResult:

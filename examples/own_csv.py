@@ -1,7 +1,7 @@
-"""Your own files: a CSV with labels, any file of raw texts, and a labeled CSV to measure on.
+"""Your own files: a labeled CSV, a file of unlabeled texts, and a labeled CSV to evaluate on.
 
 Run: python examples/own_csv.py labeled.csv unlabeled.txt test.csv
-The CSVs have the columns text and label; name others by text_column and label_column.
+The CSVs have the columns text and label; set text_column and label_column if yours have other names.
 """
 
 import sys
@@ -12,16 +12,16 @@ from setfit_kd import RunResult, distill
 
 def main(labeled: str, unlabeled: str, test: str, **settings: Any) -> RunResult:
     defaults: dict[str, Any] = {
-        "teacher": "demo:all-MiniLM-L6-v2",  # with a hub: sentence-transformers/paraphrase-mpnet-base-v2
-        "student": "layers:0,2,5",  # with a hub: sentence-transformers/paraphrase-MiniLM-L3-v2
+        "teacher": "demo:all-MiniLM-L6-v2",  # with access to the hub: sentence-transformers/paraphrase-mpnet-base-v2
+        "student": "layers:0,2,5",  # with access to the hub: sentence-transformers/paraphrase-MiniLM-L3-v2
         "output_dir": "runs/own",
         "overwrite": True,
     }
     result = distill(labeled, unlabeled, test, **{**defaults, **settings})
-    student = result.evaluations["student"].quality
-    print(f"accuracy {student.accuracy:.1%}, agrees with the teacher on {student.agreement:.1%}")
-    for name, quality in student.classes.items():
-        print(f"  {name:<20} F1 {quality.f1:.1%} over {quality.support} texts")
+    quality = result.evaluations["student"].quality
+    print(f"accuracy {quality.accuracy:.1%}, agreement with the teacher {quality.agreement:.1%}")
+    for label, scores in quality.classes.items():
+        print(f"  {label:<20} F1 {scores.f1:.1%} ({scores.support} texts)")
     return result
 
 

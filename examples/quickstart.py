@@ -1,4 +1,4 @@
-"""The bundled news corpus, offline: 16 labels a class teach a student half the teacher's depth.
+"""Distil a student with half of the teacher's layers from 16 labels per class of the bundled news corpus, offline.
 
 Run: python examples/quickstart.py
 """
@@ -16,8 +16,8 @@ def main(**settings: Any) -> RunResult:
     }
     result = distill("bundled:newswire", "bundled:newswire", "bundled:newswire", **{**defaults, **settings})
 
-    for name, measured in result.metrics.items():
-        print(f"{name:<9} accuracy {measured['accuracy']:.1%}, {measured['texts_per_second']:,.0f} texts/s")
+    for name, metrics in result.metrics.items():
+        print(f"{name:<9} accuracy {metrics['accuracy']:.1%}, {metrics['texts_per_second']:,.0f} texts/s")
     texts = ["Keeper saves two penalties as the islanders reach their first final"]
     print(texts[0], "->", result.student.predict(texts)[0])
     return result

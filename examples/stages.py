@@ -1,4 +1,4 @@
-"""The stages one by one, as you would use them inside your own code.
+"""Call the stages one by one, as in your own code.
 
 Run: python examples/stages.py
 """
@@ -22,23 +22,23 @@ def main(teacher: str = TEACHER, student: str = TEACHER, **settings: Any) -> flo
     labeled = draw_shots(encode_labels(rows), 16, seed=config.seed)
     held_out = encode_labels(read("bundled:newswire", label_column="label", role="test"), labeled.label_names)
 
-    # 1. A teacher from 64 labels.
+    # 1. Train a teacher on 64 labels.
     teacher_model = train_teacher(labeled, teacher, config=config)
 
     with TemporaryDirectory() as folder:
-        # 2. What it says about the pool, its head refined on it. Signals can be kept: a student needs no teacher.
+        # 2. Refine its head on the pool and score the pool. Saved signals are enough to train a student.
         teacher_model, signals = refine_and_score(teacher_model, labeled, rows.texts, config=config)
         signals.save(Path(folder) / "signals")
         signals = TeacherSignals.load(Path(folder) / "signals")
 
-        # 3. A student from the signals.
+        # 3. Train a student on the signals.
         student_model = train_student(signals, student, labeled=labeled, config=config)
         save_model(student_model, Path(folder) / "student")
 
-        # 4. Load it as anybody would, and measure it.
-        measured = evaluate(load(Path(folder) / "student", device=config.device), held_out)
-    print(f"accuracy {measured.quality.accuracy:.1%}, {measured.cost.texts_per_second:,.0f} texts/s")
-    return float(measured.quality.accuracy)
+        # 4. Load the student and evaluate it.
+        evaluation = evaluate(load(Path(folder) / "student", device=config.device), held_out)
+    print(f"accuracy {evaluation.quality.accuracy:.1%}, {evaluation.cost.texts_per_second:,.0f} texts/s")
+    return float(evaluation.quality.accuracy)
 
 
 if __name__ == "__main__":

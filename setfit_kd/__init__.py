@@ -1,6 +1,6 @@
-"""A few labels and a pile of raw text go in; a tiny, fast, trustworthy text classifier comes out.
+"""Distil a SetFit teacher, trained on a few labels, into a small and fast text classifier.
 
-The public names below are imported on first use, so that ``import setfit_kd`` stays instant and loads no torch.
+The public names below are imported on first use, so that ``import setfit_kd`` is fast and does not load torch.
 """
 
 from importlib import import_module
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from setfit_kd.teacher import score as score
     from setfit_kd.teacher import train_teacher as train_teacher
 
-_HOMES = {
+_LAZY_IMPORTS = {
     "RunConfig": "setfit_kd.config",
     "RunResult": "setfit_kd.run",
     "TeacherSignals": "setfit_kd.signals",
@@ -45,10 +45,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'setfit_kd' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_LAZY_IMPORTS[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_LAZY_IMPORTS])

@@ -1,4 +1,4 @@
-"""``python -m setfit_kd``."""
+"""Entry point of ``python -m setfit_kd``."""
 
 from setfit_kd.cli import main
 

@@ -1,4 +1,4 @@
-"""The errors a user may meet. Each says what happened, where, and what to do next, and owns its exit code."""
+"""Errors shown to the user, each with a message, a hint and an exit code."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 
 class SetFitKDError(Exception):
-    """Base of every error that setfit-kd raises on purpose.
+    """Base class of all errors that setfit-kd raises on purpose.
 
     Args:
-        message: What happened, and where.
-        hint: What to do next; shown on a line of its own.
+        message: What happened and where.
+        hint: What to do next; shown on a separate line.
     """
 
     exit_code = 1
@@ -25,31 +25,31 @@ class SetFitKDError(Exception):
 
 
 class InputError(SetFitKDError, ValueError):
-    """Something the user gave cannot be used: a setting, a file, a row, a model."""
+    """Invalid user input: a setting, a file, a row or a model."""
 
     exit_code = 2
 
 
 class ConfigError(InputError):
-    """A setting is unknown, out of range or contradicts another."""
+    """A setting is unknown, is out of range or contradicts another setting."""
 
 
 class DataError(InputError):
-    """A data set cannot be read or does not hold what the job needs."""
+    """A data set cannot be read or lacks required content."""
 
 
 class ModelError(InputError):
-    """A name or folder does not hold a usable model."""
+    """A model cannot be found or used."""
 
 
 class OutOfMemoryError(SetFitKDError, MemoryError):
-    """Memory ran out, and whatever could be done about it has been tried (sysexits' EX_OSERR)."""
+    """Memory ran out and every fallback failed (exit code EX_OSERR of sysexits.h)."""
 
     exit_code = 71
 
 
 class TrainingError(SetFitKDError):
-    """A training diverged: its loss or its weights are no longer finite."""
+    """Training diverged: the loss or the weights are no longer finite."""
 
 
 class OutputError(SetFitKDError, OSError):
@@ -59,13 +59,13 @@ class OutputError(SetFitKDError, OSError):
 
 
 class UnavailableError(SetFitKDError, ConnectionError):
-    """Something that lies outside this machine cannot be had now (sysexits' EX_UNAVAILABLE)."""
+    """A remote service is unavailable (exit code EX_UNAVAILABLE of sysexits.h)."""
 
     exit_code = 69
 
 
 def error_chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, then its cause or context, and so on; a ``raise … from None`` ends it."""
+    """Yield an error and the chain of its causes and contexts; ``raise … from None`` ends the chain."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         yield error

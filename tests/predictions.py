@@ -1,4 +1,4 @@
-"""Run ``setfit-kd predict`` and read what it writes."""
+"""Run ``setfit-kd predict`` and read its output."""
 
 from __future__ import annotations
 
@@ -15,36 +15,34 @@ from click.testing import CliRunner, Result
 from setfit_kd.cli import main
 
 LABELS = ('Sci/Tech, "new"', "Sports", "Geld\tund Zinsen", "سياسة 🗳")
-
-
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
-def predict(model: str | Path, *arguments: str | Path, stdin: str | bytes | None = None) -> Result:
-    given = ["predict", str(model), "--device", "cpu", *map(str, arguments)]
-    return CliRunner().invoke(main, given, input=stdin)
+def run_predict(model: str | Path, *arguments: str | Path, stdin: str | bytes | None = None) -> Result:
+    command = ["predict", str(model), "--device", "cpu", *map(str, arguments)]
+    return CliRunner().invoke(main, command, input=stdin)
 
 
-def predicted(model: str | Path, *arguments: str | Path, stdin: str | bytes | None = None) -> Result:
-    result = predict(model, *arguments, stdin=stdin)
+def predict_ok(model: str | Path, *arguments: str | Path, stdin: str | bytes | None = None) -> Result:
+    result = run_predict(model, *arguments, stdin=stdin)
     assert result.exit_code == 0, result.stderr
     return result
 
 
 @dataclass(frozen=True)
 class Row:
-    """What an output says of a text."""
+    """One row of an output."""
 
     text: str | None
     label: str | None
     probabilities: dict[str, float] | None
 
 
-OURS = ["text", "label", "probability", *(f"probability_{label}" for label in LABELS)]
+OUTPUT_COLUMNS = ["text", "label", "probability", *(f"probability_{label}" for label in LABELS)]
 
 
 def read_records(kind: str, result: Result) -> list[dict[str, Any]]:
-    """The rows that were written, as any other program would read them; an empty cell stands for null."""
+    """Read the rows of an output with standard libraries; an empty cell is null."""
     if kind in ("stdout", "jsonl"):
         content = result.stdout_bytes if kind == "stdout" else Path("out.jsonl").read_bytes()
         return [json.loads(line, parse_constant=pytest.fail) for line in content.decode("utf-8").split("\n")[:-1]]
@@ -58,20 +56,20 @@ def read_records(kind: str, result: Result) -> list[dict[str, Any]]:
 
 
 def read_output(kind: str, result: Result) -> list[Row]:
-    """What the output says of each text, without the input's other columns."""
+    """Read the rows of an output without the other columns of the input."""
     rows = []
     for record in read_records(kind, result):
         if kind in ("stdout", "jsonl"):
             assert list(record)[-3:] == ["text", "label", "probabilities"]
             rows.append(Row(record["text"], record["label"], record["probabilities"]))
             continue
-        assert list(record)[-len(OURS) :] == OURS
-        known = {label: record[f"probability_{label}"] for label in LABELS}
+        assert list(record)[-len(OUTPUT_COLUMNS) :] == OUTPUT_COLUMNS
+        cells = {label: record[f"probability_{label}"] for label in LABELS}
         if record["probability"] is None:
-            assert set(known.values()) == {None}
+            assert set(cells.values()) == {None}
             rows.append(Row(record["text"], record["label"], None))
             continue
-        numbers = {label: float(value) for label, value in known.items()}
-        assert float(record["probability"]) == max(numbers.values())
-        rows.append(Row(record["text"], record["label"], numbers))
+        probabilities = {label: float(value) for label, value in cells.items()}
+        assert float(record["probability"]) == max(probabilities.values())
+        rows.append(Row(record["text"], record["label"], probabilities))
     return rows

@@ -1,11 +1,12 @@
-"""A small stand-in for the Hugging Face hub on loopback, for tests that must not need the internet.
+"""Local stand-in for the Hugging Face hub, for tests without internet access.
 
-It answers the routes that ``huggingface_hub.snapshot_download`` uses: a repository's commit, its files (always
-recursive, in one page), and each file or a range of its bytes, at ``main`` or at the commit. No file is said to be
-in LFS or Xet storage, so all of them go over plain HTTP.
+It serves the routes of ``huggingface_hub.snapshot_download``: the commit of a repository, its list of files (always
+recursive, on one page), and each file or a range of its bytes, at ``main`` or at the commit. No file is in LFS or Xet
+storage, so all files are transferred over plain HTTP.
 
-It also answers what ``HfApi.create_repo``, ``create_commit`` and ``upload_folder`` ask: a new repository, a look at its
-card, how each file is to come (always within the commit), and commits to ``main`` that add, replace or delete files.
+It also serves the routes of ``HfApi.create_repo``, ``create_commit`` and ``upload_folder``: creation of a repository,
+validation of its card, the upload mode of each file (always within the commit), and commits to ``main`` that add,
+replace or delete files.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ _USER = "me"
 
 @cache
 def _blob_id(path: Path, size: int, mtime_ns: int) -> str:
-    """Git's name for the file's content, which is the hub's ETag; the other arguments are for the cache alone."""
+    """Return the Git blob hash of a file, which is the hub's ETag; size and mtime are part of the cache key."""
     return hashlib.sha1(b"blob %d\0" % size + path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
-def _listing(folder: Path) -> tuple[str, dict[str, dict[str, Any]]]:
-    """A commit made from the names and the contents of the folder's files, and its tree entries by path."""
+def _list_files(folder: Path) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Return a commit hash computed from names and contents of the files, and the tree entries by path."""
     entries: dict[str, dict[str, Any]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name, stat = path.relative_to(folder).as_posix(), path.stat()
@@ -53,21 +54,21 @@ def _listing(folder: Path) -> tuple[str, dict[str, dict[str, Any]]]:
     return hashlib.sha1(json.dumps(entries).encode(), usedforsecurity=False).hexdigest(), entries
 
 
-def _complaints(card: str) -> dict[str, list[dict[str, str]]]:
-    """What the hub finds wrong with the metadata at the top of a README.md; it looks at far more than this."""
+def _validate_card(card: str) -> dict[str, list[dict[str, str]]]:
+    """Return the errors and warnings for the metadata of a README.md; the real hub checks more."""
     errors, metadata = [], re.match(r"---\r?\n(.*?)^---\s*$", card, re.DOTALL | re.MULTILINE)
     try:
-        known = yaml.safe_load(metadata[1]) if metadata else None
+        content = yaml.safe_load(metadata[1]) if metadata else None
     except yaml.YAMLError as error:
-        errors, known = [{"message": str(error)}], {}
+        errors, content = [{"message": str(error)}], {}
     missing = {"message": "empty or missing yaml metadata in repo card"}
-    return {"errors": errors, "warnings": [missing] if known is None else []}
+    return {"errors": errors, "warnings": [missing] if content is None else []}
 
 
 class _Server(ThreadingHTTPServer):
-    """Keeps account of its open connections, so that closing it can end their threads."""
+    """Server that records its open connections, so that closing it can end their threads."""
 
-    daemon_threads = False  # server_close() joins only threads that are no daemons
+    daemon_threads = False  # server_close() does not join daemon threads
     request_queue_size = 64
 
     def __init__(self, hub: StandInHub) -> None:
@@ -83,19 +84,19 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that hung up is no news
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # ignore closed connections
             super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers one request, then closes the connection."""
+    """Handler that serves one request and closes the connection."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     body = b""
 
     def log_message(self, *args: Any, **kwargs: Any) -> None:
-        """Say nothing on stderr."""
+        """Do not log to stderr."""
 
     def do_GET(self) -> None:
         server = cast(_Server, self.server)
@@ -106,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif server.hub.failure == "unavailable":
             self._send(503, {"error": "Service Unavailable"}, {})
         elif server.hub.failure == "unauthorized":
-            self._ask_for_login()
+            self._require_login()
         else:
             self._route(server.hub)
 
@@ -114,11 +115,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_POST(self) -> None:
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))  # unread, it would reset the connection
+        self.body = self.rfile.read(
+            int(self.headers.get("Content-Length", 0))
+        )  # an unread body would reset the connection
         self.do_GET()
 
     def _route(self, hub: StandInHub) -> None:
-        path, mark, query = self.path.partition("?")
+        path, separator, query = self.path.partition("?")
         route = _ROUTE.fullmatch(path)
         name = (route["kind"] or "models/") + route["name"] if route else ""
         if hub.failure != "not_found" and f"{self.command} {path}" in _ACCOUNT_ROUTES:
@@ -127,16 +130,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404, "RepoNotFound", "Repository not found")
         elif name in hub.aliases:
             canonical = hub.aliases[name].partition("/")[2]
-            target = path[: route.start("name")] + canonical + path[route.end("name") :] + mark + query
+            target = path[: route.start("name")] + canonical + path[route.end("name") :] + separator + query
             self._send(307, {"error": f"Redirecting to {target}"}, {"Location": target})
         else:
-            commit, entries = _listing(hub.repos[name])
+            commit, entries = _list_files(hub.repos[name])
             action = (route["api"] or "") + (route["action"] or "revision")
             file = unquote(route["file"] or "")
             if unquote(route["revision"] or "main") not in ("main", commit):
                 self._error(404, "RevisionNotFound", f"Invalid rev id: {route['revision']}")
             elif self.command == "POST" and action in ("api/preupload", "api/commit") and not file:
-                self._take(hub, name, action)
+                self._serve_upload(hub, name, action)
             elif self.command == "POST":
                 self._error(404, "EntryNotFound", "Entry not found")
             elif action == "resolve" and file in entries:
@@ -151,37 +154,37 @@ class _Handler(BaseHTTPRequestHandler):
                 self._error(404, "EntryNotFound", "Entry not found")
 
     def _serve_account(self, hub: StandInHub, path: str) -> None:
-        """Answer what is not about a repository that is already there."""
-        asked = json.loads(self.body or b"{}")
+        """Serve the routes that do not belong to an existing repository."""
+        request = json.loads(self.body or b"{}")
         if path.endswith("validate-yaml"):
-            found = _complaints(asked["content"])
-            self._send(400 if found["errors"] else 200, found, {})
+            result = _validate_card(request["content"])
+            self._send(400 if result["errors"] else 200, result, {})
         elif not self._has_token(hub):
             pass
         elif path.endswith("whoami-v2"):
             self._send(200, {"type": "user", "name": _USER, "orgs": []}, {})
         else:
-            kind, owner = asked.get("type") or "model", asked.get("organization") or _USER
-            name = f"{kind}s/{owner}/{asked['name']}"
+            kind, owner = request.get("type") or "model", request.get("organization") or _USER
+            name = f"{kind}s/{owner}/{request['name']}"
             address = name.removeprefix("models/")
-            made = {"url": f"{hub.endpoint}/{address}", "name": f"{owner}/{asked['name']}"}
+            created = {"url": f"{hub.endpoint}/{address}", "name": f"{owner}/{request['name']}"}
             if hub.uploads is None:
                 self._error(403, "", f'You don\'t have the rights to create a {kind} under the namespace "{owner}"')
             elif name in {**hub.repos, **hub.aliases}:
-                self._error(409, "", f"You already created this {kind} repo", made)
+                self._error(409, "", f"You already created this {kind} repo", created)
             else:
                 hub.repos[name] = hub.uploads / address
                 hub.repos[name].mkdir(parents=True, exist_ok=True)
-                # The field was renamed from one version of huggingface_hub to another.
-                hub.private[name] = bool(asked.get("private")) or asked.get("visibility") == "private"
-                self._send(200, made, {})
+                # The field differs between versions of huggingface_hub.
+                hub.private[name] = bool(request.get("private")) or request.get("visibility") == "private"
+                self._send(200, created, {})
 
-    def _take(self, hub: StandInHub, name: str, action: str) -> None:
-        """Say how each file is to come, or take a commit, whole or not at all."""
-        commit, entries = _listing(hub.repos[name])
+    def _serve_upload(self, hub: StandInHub, name: str, action: str) -> None:
+        """Return the upload mode of each file, or apply a commit atomically."""
+        commit, entries = _list_files(hub.repos[name])
         if not self._has_token(hub):
             return
-        # What was not created here is somebody else's, such as a folder that several tests share.
+        # Repositories that were not created here are read-only, because several tests may share their folders.
         if name not in hub.private or (hub.failure == "refused_commit" and action == "api/commit"):
             self._error(403, "", "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
             return
@@ -198,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._error(404, "EntryNotFound", "A file with this name doesn't exist")
                 return
             if key not in ("file", "deletedFile"):
-                self._error(400, "", f"The stand-in takes no {key}")
+                self._error(400, "", f"The stand-in does not support {key}")
                 return
             changes[value["path"]] = base64.b64decode(value["content"]) if key == "file" else None
         if header["value"].get("parentCommit", commit) != commit:
@@ -211,73 +214,74 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content)
-        _blob_id.cache_clear()  # two commits may be closer together than the file system's clock tells apart
+        _blob_id.cache_clear()  # two commits may have the same mtime
         hub.commits.append(header["value"]["summary"])
-        commit, _ = _listing(hub.repos[name])
+        commit, _ = _list_files(hub.repos[name])
         url = f"{hub.endpoint}/{name.removeprefix('models/')}/commit/{commit}"
         self._send(200, {"success": True, "commitOid": commit, "commitUrl": url}, {})
 
     def _has_token(self, hub: StandInHub) -> bool:
-        """Whether the request brings the token that the hub asks for, if any; where it does not, it is answered."""
-        given = self.headers.get("Authorization")
-        if hub.token is None or given == f"Bearer {hub.token}":
+        """Whether the request has the required token; otherwise, send an error response."""
+        authorization = self.headers.get("Authorization")
+        if hub.token is None or authorization == f"Bearer {hub.token}":
             return True
-        if given is None:
-            self._ask_for_login()
+        if authorization is None:
+            self._require_login()
         else:
             self._error(401, "", "Invalid credentials in Authorization header")
         return False
 
-    def _ask_for_login(self) -> None:
-        """Refuse a request without a token; about a repository, this does not say whether there is one."""
-        # huggingface.co may leave out the code, but huggingface_hub guesses it from https addresses only.
-        about_repository = f"{self.command} {self.path.partition('?')[0]}" not in _ACCOUNT_ROUTES
-        self._error(401, "RepoNotFound" if about_repository else "", "Invalid username or password.")
+    def _require_login(self) -> None:
+        """Reject a request without a token; the response does not reveal whether a repository exists."""
+        # The real hub may omit the code, but huggingface_hub infers it for https URLs only.
+        is_repository_route = f"{self.command} {self.path.partition('?')[0]}" not in _ACCOUNT_ROUTES
+        self._error(401, "RepoNotFound" if is_repository_route else "", "Invalid username or password.")
 
     def _send_file(self, path: Path, headers: dict[str, str], cut_after: int | None) -> None:
         body = path.read_bytes()
-        status, start, size, keep = 200, 0, len(body), None
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked and int(asked[1]) < size:
-            start, stop = int(asked[1]), int(asked[2] or size) + 1
+        status, start, size, n_sent = 200, 0, len(body), None
+        requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if requested and int(requested[1]) < size:
+            start, stop = int(requested[1]), int(requested[2] or size) + 1
             status, body = 206, body[start:stop]
             headers["Content-Range"] = f"bytes {start}-{start + len(body) - 1}/{size}"
-        if cut_after is not None and size > cut_after:  # no request ever gets beyond the middle of the file
-            keep = min(len(body) // 2, max(0, size // 2 - start))
-        self._send(status, body, headers, keep)
+        if cut_after is not None and size > cut_after:  # no request gets beyond the middle of the file
+            n_sent = min(len(body) // 2, max(0, size // 2 - start))
+        self._send(status, body, headers, n_sent)
 
-    def _error(self, status: int, code: str, message: str, more: Mapping[str, str] | None = None) -> None:
-        """Fail in the hub's manner, which tells the reason in headers, the code not always, and as JSON."""
+    def _error(self, status: int, code: str, message: str, fields: Mapping[str, str] | None = None) -> None:
+        """Send an error like the hub: the message in a header and as JSON, and the code, if any, in a header."""
         headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
-        self._send(status, {"error": message, **(more or {})}, headers)
+        self._send(status, {"error": message, **(fields or {})}, headers)
 
-    def _send(self, status: int, body: object, headers: Mapping[str, str], keep: int | None = None) -> None:
-        """Send bytes, or anything else as JSON; with ``keep``, break off after so many bytes of the body."""
+    def _send(self, status: int, body: object, headers: Mapping[str, str], n_sent: int | None = None) -> None:
+        """Send bytes, or other values as JSON; ``n_sent`` cuts the body off after this number of bytes."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
         self.send_response(status)
-        fixed = {"Content-Type": kind, "Content-Length": str(len(data)), "Connection": "close"}
-        for key, value in {**fixed, **headers}.items():
+        defaults = {"Content-Type": kind, "Content-Length": str(len(data)), "Connection": "close"}
+        for key, value in {**defaults, **headers}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data[:keep])
+            self.wfile.write(data[:n_sent])
 
 
 class StandInHub:
-    """Serves folders as hub repositories on a loopback port, for as long as its ``with`` block lasts.
+    """Context manager that serves folders as hub repositories on a local port.
 
-    ``repos`` maps "models/OWNER/NAME" or "datasets/OWNER/NAME" to a folder, read anew for each request; ``aliases``
-    maps such a name to one in ``repos``, to which requests are redirected, as the hub does for "datasets/ag_news".
-    ``failure`` says how requests fail from now on: "unauthorized" as for a private repository without a token;
-    "cut_off" in the middle of each file of more than ``cut_after`` bytes, with the metadata intact; "stalled"
-    without any answer until the hub is closed; "refused_commit" at a commit and not before it.
-    ``requests`` has the lines "GET /api/models/...", query included.
-
-    With a folder ``uploads``, repositories can be created: "OWNER/NAME" becomes a folder in it and joins ``repos``; a
-    name without an owner is put under "me". ``private`` says of each under its name in ``repos`` how it was asked for,
-    which changes nothing about downloads, and ``commits`` has the first lines of the commit messages. ``token``, where
-    it is set, is asked for by uploads, never by downloads.
+    Attributes:
+        repos: Folders by "models/OWNER/NAME" or "datasets/OWNER/NAME". They are read again for each request.
+        aliases: Names in ``repos`` that other names redirect to, as the hub does for "datasets/ag_news".
+        uploads: Folder for new repositories, which are added to ``repos``; None forbids them. A name without an owner
+            belongs to "me".
+        token: Token that uploads require, if any. Downloads never require one.
+        private: Whether a new repository was requested as private, by its name in ``repos``. Downloads ignore it.
+        commits: First lines of the commit messages.
+        failure: How requests fail: "unauthorized" like a private repository without a token; "cut_off" in the middle
+            of each file of more than ``cut_after`` bytes, with the metadata intact; "stalled" without a response until
+            the hub is closed; "refused_commit" at a commit but not before.
+        requests: Requests as "GET /api/models/...", including the query.
     """
 
     def __init__(
@@ -296,19 +300,19 @@ class StandInHub:
 
     @property
     def endpoint(self) -> str:
-        """The hub's address, to be given as ``endpoint`` or ``HF_ENDPOINT``; known inside the ``with`` block."""
+        """URL for ``endpoint`` or ``HF_ENDPOINT``; available inside the ``with`` block."""
         assert self._server is not None, "the hub is not running"
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> StandInHub:
-        """Start to listen."""
+        """Start the server."""
         self._server = _Server(self)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Drop every connection, stop, and wait for all threads."""
+        """Close all connections, stop the server and wait for its threads."""
         if server := self._server:
             server.stopping.set()
             server.shutdown()

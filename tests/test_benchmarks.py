@@ -1,4 +1,4 @@
-"""The comparison: what it computes of its cells, and one whole round with tiny models."""
+"""Benchmark comparison: its calculations, and a complete comparison with tiny models."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ sys.path.insert(0, str(BENCHMARKS))
 import compare  # noqa: E402
 
 
-def test_the_contestants_are_those_of_the_table() -> None:
-    import contestants
+def test_methods_match_rows_of_the_table() -> None:
+    import methods
 
-    assert list(contestants.CONTESTANTS) == list(compare.ROWS)
-    assert set(compare.BEFORE) <= set(compare.ROWS)
+    assert list(methods.METHODS) == list(compare.ROWS)
+    assert set(compare.REQUIRED_ROWS) <= set(compare.ROWS)
     order = list(compare.ROWS)
-    for row, before in compare.BEFORE.items():
-        assert all(order.index(name) < order.index(row) for name in before)
+    for row, required in compare.REQUIRED_ROWS.items():
+        assert all(order.index(name) < order.index(row) for name in required)
 
 
 @pytest.mark.parametrize(
     ("values", "expected"), [([50.0], "50.0"), ([50.0, 70.0], "60.0 ± 14.1"), ([50.0, 50.0, 50.0], "50.0 ± 0.0")]
 )
-def test_a_cell_is_a_mean_and_where_there_are_several_its_spread(values: list[float], expected: str) -> None:
-    assert compare.spread(values) == expected
+def test_table_cell_is_mean_and_standard_deviation(values: list[float], expected: str) -> None:
+    assert compare.mean_and_deviation(values) == expected
 
 
-def test_what_a_cell_costs_is_computing_where_that_was_measured() -> None:
+def test_cost_is_cpu_time_if_measured() -> None:
     assert [compare.cost({"seconds": 9.0, "cpu_seconds": 3.0}), compare.cost({"seconds": 9.0})] == [3.0, 9.0]
 
 
-def test_cells_of_other_settings_are_refused(tmp_path: Path) -> None:
+def test_results_with_other_settings_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "case.json"
     for _ in range(2):
-        compare.keep_case(file, {"shots": 16, "threads": 1})
+        compare.save_case(file, {"shots": 16, "threads": 1})
     with pytest.raises(click.ClickException, match="other settings"):
-        compare.keep_case(file, {"shots": 16, "threads": 2})
+        compare.save_case(file, {"shots": 16, "threads": 2})
 
 
-def test_data_sets_are_told_apart_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_sets_need_distinct_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert compare.data_sets((Path("a"), Path("b")))["b"]["eval"] == str(tmp_path.resolve() / "b" / "test.csv")
     with pytest.raises(click.ClickException, match="are named a"):
@@ -53,15 +53,13 @@ def test_data_sets_are_told_apart_by_their_names(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_a_whole_round_writes_table_figures_and_plot_and_is_not_run_twice(
-    tmp_path: Path, tiny_teacher: Path, tiny_student: Path
-) -> None:
+def test_comparison_writes_results_and_is_not_repeated(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> None:
     pytest.importorskip("matplotlib")
     command: list[Any] = [sys.executable, BENCHMARKS / "compare.py", "--quick", "--shots", 4, "--threads", 1]
     command += ["--teacher", tiny_teacher, "--student", tiny_student]
     command += ["--output", tmp_path / "results", "--work", tmp_path / "work"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-    assert done.stdout.count("seed 0") == len(compare.ROWS)
+    first = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    assert first.stdout.count("seed 0") == len(compare.ROWS)
     results = tmp_path / "results" / "quick"
     assert {path.name for path in results.iterdir()} == {
         "newswire-4-shots.json",
@@ -69,8 +67,8 @@ def test_a_whole_round_writes_table_figures_and_plot_and_is_not_run_twice(
         "accuracy-4-shots.png",
     }
     rows = json.loads((results / "newswire-4-shots.json").read_text())["rows"]
-    whole = 125 * 16 * 2  # its last batch of an epoch holds what is left
-    assert whole - 2 * 16 < rows["stock_student"][0]["training_passes"] <= whole
+    full_batches = 125 * 16 * 2  # the last batch of an epoch may be smaller
+    assert full_batches - 2 * 16 < rows["stock_student"][0]["training_passes"] <= full_batches
     assert rows["pairs_student"][0]["training_passes"] == 2 * 8 * (250 + 16)
     assert rows["student"][0]["training_passes"] == 3 * (250 + 16)
     assert all(0 < rows[row][0]["accuracy"] < 1 and rows[row][0]["peak_mb"] > 0 for row in rows)

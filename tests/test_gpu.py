@@ -1,6 +1,6 @@
-"""The backoff on a real GPU: mpnet-base, without its weights, on a card made too small for its batch.
+"""OOM backoff on a real GPU: randomly initialized mpnet-base with too little GPU memory for its batch.
 
-Run by `make test-gpu`; skipped where there is no CUDA device.
+Run with `make test-gpu`; skipped if no CUDA device is available.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from conftest import newswire
-from synthetic import distance, weights
+from synthetic import weight_distance, weights
 
 from setfit_kd import RunConfig, distill
 from setfit_kd.data import LabeledSet, draw_shots, encode_labels, read
@@ -29,10 +29,10 @@ GIB = 1 << 30
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.skipif(
         torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 20 * GIB,
-        reason="the run without faults needs a card of 20 GiB",
+        reason="the run without errors needs a GPU with 20 GiB",
     ),
 ]
 
@@ -50,22 +50,22 @@ SETTINGS: dict[str, Any] = {
 
 
 def mpnet_base(folder: Path, layers: int = 12) -> SentenceTransformer:
-    """The architecture with random weights, the same at each call, and the demo model's tokenizer."""
+    """Create mpnet-base with fixed random weights and the demo model's tokenizer."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import AutoTokenizer, MPNetConfig, MPNetModel
 
-    from setfit_kd.models import locate
+    from setfit_kd.models import locate_model
 
     torch.manual_seed(0)
     MPNetModel(MPNetConfig(num_hidden_layers=layers)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(locate("demo:all-MiniLM-L6-v2")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(locate_model("demo:all-MiniLM-L6-v2")).save_pretrained(folder)
     return SentenceTransformer(modules=[Transformer(str(folder), max_seq_length=128), Pooling(768)], device="cpu")
 
 
 @contextmanager
-def card_of(gib: float) -> Iterator[None]:
-    """Within this block, the process may take so much of the first GPU."""
+def limited_gpu_memory(gib: float) -> Iterator[None]:
+    """Context manager that limits the memory of the process on the first GPU."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), 0)
@@ -75,17 +75,17 @@ def card_of(gib: float) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
 
 
-def data() -> tuple[LabeledSet, list[str]]:
+def load_data() -> tuple[LabeledSet, list[str]]:
     rows = read("bundled:newswire", label_column="label")
     pool = [" ".join([row["text"]] * 4) for row in newswire("train")[:128]]  # long enough to fill 128 tokens
     return draw_shots(encode_labels(rows), 16, seed=0), pool
 
 
 def run(folder: Path, gib: float) -> tuple[SetFitModel, SetFitModel, list[BackoffEvent]]:
-    """Teacher and student made on a card of so many GiB, and the steps down that it took."""
-    labeled, pool = data()
+    """Train teacher and student with limited GPU memory; return them and the backoff events."""
+    labeled, pool = load_data()
     config = RunConfig.of(device="cuda", **SETTINGS)
-    with card_of(gib), shared_backoff() as events:
+    with limited_gpu_memory(gib), shared_backoff() as events:
         teacher = train_teacher(labeled, mpnet_base(folder / "teacher"), config=config)
         teacher, signals = refine_and_score(teacher, labeled, pool, config=config)
         teacher.model_body.to("cpu")
@@ -96,35 +96,35 @@ def run(folder: Path, gib: float) -> tuple[SetFitModel, SetFitModel, list[Backof
     return teacher, student, list(events)
 
 
-def assert_close(one: SetFitModel, other: SetFitModel, start: SentenceTransformer) -> None:
-    """The two are next to each other, measured by the way that training has gone."""
-    way = distance(weights(other), list(start.state_dict().values()))
-    assert way > 0.1
-    assert distance(weights(one), weights(other)) < 0.05 * way
+def assert_close(actual: SetFitModel, expected: SetFitModel, start: SentenceTransformer) -> None:
+    """Check that the weights of two models differ little compared with the total update from the start."""
+    update = weight_distance(weights(expected), list(start.state_dict().values()))
+    assert update > 0.1
+    assert weight_distance(weights(actual), weights(expected)) < 0.05 * update
 
 
-def test_a_small_card_takes_micro_batches_and_a_tiny_one_the_cpu(tmp_path: Path) -> None:
+def test_little_memory_uses_micro_batches_and_very_little_the_cpu(tmp_path: Path) -> None:
     start = {"teacher": mpnet_base(tmp_path / "start"), "student": mpnet_base(tmp_path / "start-3", layers=3)}
     teacher, student, events = run(tmp_path / "large", 64)
     assert not events
-    # Weights, gradients and AdamW's state of 109 M parameters are 1.8 GB; a batch's activations do not fit beside them.
+    # Weights, gradients and AdamW state of 109 M parameters take 1.8 GB; the activations of a batch do not fit as well.
     small_teacher, small_student, events = run(tmp_path / "small", 2.6)
     assert events
     assert {event.after.device.type for event in events} == {"cuda"}
-    assert min(event.after.size for event in events if event.kind == "training") < 64
+    assert min(event.after.batch_size for event in events if event.kind == "training") < 64
     assert_close(small_teacher, teacher, start["teacher"])
     assert_close(small_student, student, start["student"])
-    # Here not even the weights with their gradients fit.
+    # Even the weights and their gradients do not fit.
     tiny_teacher, _, events = run(tmp_path / "tiny", 0.7)
     assert any(event.after.device.type == "cpu" for event in events)
     assert_close(tiny_teacher, teacher, start["teacher"])
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp16"])
-def test_a_whole_run_on_a_tiny_card_ends_well(tmp_path: Path, precision: str) -> None:
+def test_run_with_very_little_memory_succeeds(tmp_path: Path, precision: str) -> None:
     mpnet_base(tmp_path / "mpnet").save_pretrained(str(tmp_path / "body"))
     settings = {**SETTINGS, "precision": precision, "shots": 4, "pool_size": 64, "output_dir": tmp_path / "run"}
-    with card_of(0.7):
+    with limited_gpu_memory(0.7):
         result = distill(
             *("bundled:newswire", "bundled:newswire", "bundled:newswire"),
             teacher=str(tmp_path / "body"),

@@ -1,4 +1,4 @@
-"""The public face of the package, and which of its parts may know of which."""
+"""Public names, lazy imports and import rules between packages."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ PUBLIC = {
 PACKAGE = Path(setfit_kd.__file__).parent
 
 
-def test_the_public_names_are_exactly_these() -> None:
+def test_public_names() -> None:
     assert len(setfit_kd.__all__) <= 10
     assert set(setfit_kd.__all__) == PUBLIC
     assert set(dir(setfit_kd)) >= PUBLIC
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
-def test_each_public_name_can_be_had_and_explains_itself(name: str) -> None:
+def test_public_name_is_documented(name: str) -> None:
     value = getattr(setfit_kd, name)
     assert value.__name__ == name
     assert value.__doc__
     assert value.__module__.startswith("setfit_kd.")
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = setfit_kd.nonsense
 
@@ -52,7 +52,7 @@ HEAVY = ["torch", "setfit", "transformers", "sentence_transformers", "datasets",
 
 
 @pytest.mark.parametrize("statement", ["import setfit_kd", "import setfit_kd.cli", "from setfit_kd import RunConfig"])
-def test_importing_is_light(statement: str) -> None:
+def test_import_does_not_load_heavy_packages(statement: str) -> None:
     program = f"{statement}\nimport sys\nprint(*(set(sys.modules) & set({HEAVY!r})))"
     run = subprocess.run(
         [sys.executable, "-c", program],
@@ -64,13 +64,13 @@ def test_importing_is_light(statement: str) -> None:
     assert run.stdout.split() == []
 
 
-def test_the_package_ships_its_types() -> None:
+def test_package_includes_py_typed() -> None:
     assert files("setfit_kd").joinpath("py.typed").is_file()
 
 
-# Directions of import
+# Import rules between packages
 
-GROUND = {"errors", "utils", "config", "memory"}
+BASE = {"errors", "utils", "config", "memory"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "runtime": set(),
@@ -79,35 +79,36 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": {"errors"},
     "hub": {"errors", "utils", "config"},
     "losses": {"utils"},
-    "data": GROUND | {"hub"},
-    "models": GROUND | {"hub", "runtime"},
-    "signals": GROUND | {"data", "models"},
-    "training": GROUND | {"models"},
-    "evaluation": GROUND | {"data", "models"},
-    "augment": GROUND | {"data", "models", "signals", "runtime"},
-    "finetune": GROUND | {"data", "models", "losses", "training", "evaluation"},
-    "teacher": GROUND | {"data", "models", "losses", "training", "signals", "finetune"},
-    "student": GROUND | {"data", "models", "losses", "training", "signals"},
+    "data": BASE | {"hub"},
+    "models": BASE | {"hub", "runtime"},
+    "signals": BASE | {"data", "models"},
+    "training": BASE | {"models"},
+    "evaluation": BASE | {"data", "models"},
+    "augment": BASE | {"data", "models", "signals", "runtime"},
+    "finetune": BASE | {"data", "models", "losses", "training", "evaluation"},
+    "teacher": BASE | {"data", "models", "losses", "training", "signals", "finetune"},
+    "student": BASE | {"data", "models", "losses", "training", "signals"},
     "inference": {"errors", "utils", "models", "runtime"},
-    "export": GROUND | {"hub", "models", "runtime"},
+    "export": BASE | {"hub", "models", "runtime"},
     "run_folder": {"errors", "utils", "config"},
-    "report": GROUND | {"hub", "data", "evaluation", "run_folder"},
-    "run": GROUND
+    "report": BASE | {"hub", "data", "evaluation", "run_folder"},
+    "run": BASE
     | {"hub", "data", "models", "signals", "training", "evaluation", "augment", "teacher", "student", "run_folder"}
     | {"report"},
-    "cli": GROUND
+    "cli": BASE
     | {"hub", "data", "models", "signals", "evaluation", "finetune", "inference", "export", "run_folder", "report"}
     | {"run"},
     "__main__": {"cli"},
 }
-"""Packages that a package may import, lowest first: none imports one that comes after it."""
+"""Packages that a package may import. No package imports a later one."""
 
-OPEN = {"utils", "training", "inference"}
-"""Packages without a facade, whose modules are imported directly: some of them load torch and others must not."""
+WITHOUT_FACADE = {"utils", "training", "inference"}
+"""Packages whose modules are imported directly, because some of them load torch and others must not."""
 
 
 @cache
 def modules() -> dict[str, Path]:
+    """Return the files of all modules by dotted name."""
     by_name = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
@@ -116,7 +117,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Yield every name of setfit_kd that a file imports, also within functions."""
+    """Yield every name of setfit_kd that a file imports, including imports in functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -128,33 +129,33 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def imported_packages(module: str) -> set[str]:
-    """Packages of setfit_kd that a module imports from."""
+    """Return the packages of setfit_kd that a module imports from."""
     return {name.split(".")[1] for name in imports(modules()[module])} & set(MAY_IMPORT)
 
 
-def test_each_package_has_a_rule() -> None:
+def test_every_package_has_a_rule() -> None:
     assert set(MAY_IMPORT) == {name.split(".")[1] for name in modules() if "." in name}
 
 
-def test_the_rules_allow_no_cycles() -> None:
+def test_rules_allow_no_cycles() -> None:
     packages = list(MAY_IMPORT)
-    for number, package in enumerate(packages):
-        assert MAY_IMPORT[package] <= set(packages[:number])
+    for index, package in enumerate(packages):
+        assert MAY_IMPORT[package] <= set(packages[:index])
 
 
 @pytest.mark.parametrize("module", [name for name in modules() if "." in name])
-def test_a_module_imports_only_what_its_package_may(module: str) -> None:
+def test_module_follows_import_rules(module: str) -> None:
     package = module.split(".")[1]
     assert imported_packages(module) - {package} <= MAY_IMPORT[package]
 
 
 @pytest.mark.parametrize("module", [name for name in modules() if "." in name])
-def test_other_packages_are_imported_through_their_facade(module: str) -> None:
-    inner = {name for name in set(imports(modules()[module])) & set(modules()) if name.count(".") > 1}
-    assert {name for name in inner if name.split(".")[1] not in {module.split(".")[1], *OPEN}} == set()
+def test_module_imports_other_packages_through_their_facade(module: str) -> None:
+    submodules = {name for name in set(imports(modules()[module])) & set(modules()) if name.count(".") > 1}
+    assert {name for name in submodules if name.split(".")[1] not in {module.split(".")[1], *WITHOUT_FACADE}} == set()
 
 
-def test_the_import_checks_see_real_imports() -> None:
+def test_import_checks_detect_imports() -> None:
     assert "run" in imported_packages("setfit_kd.cli.run")
     assert "losses" in imported_packages("setfit_kd.student.trainer")
     assert all(importlib.util.find_spec(name) for name in modules())

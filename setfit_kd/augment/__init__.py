@@ -1,4 +1,4 @@
-"""Further pool texts, made by editing the texts there are."""
+"""Augment the pool with edited copies of the pool texts and labeled texts."""
 
 from setfit_kd.augment.edits import augment
 from setfit_kd.augment.fill_mask import load_fill_mask

@@ -1,6 +1,7 @@
-"""New texts out of given ones, for a pool that is too small.
+"""Create new texts by editing existing ones, for pools that are too small.
 
-They carry no labels, and need not make sense: they need only lie near what the teacher shall be asked about.
+The new texts have no labels and need not make sense: it is enough that they are similar to the texts the student will
+classify.
 """
 
 from __future__ import annotations
@@ -13,107 +14,107 @@ import numpy as np
 from setfit_kd.data import normalise
 
 Fill = Callable[[Sequence[str], int], list[str]]
-"""From texts and a seed to the texts, in their order, with some words replaced."""
+"""Function of texts and a seed that returns the texts, in the same order, with some words replaced."""
 
-Method = Callable[[str, str, np.random.Generator], str | None]
-"""From a text of two words or more and another such text to a new one, or to None where the method does not apply."""
+Edit = Callable[[str, str, np.random.Generator], str | None]
+"""Function of two texts, each of at least two words, that returns a new text, or None if the edit does not apply."""
 
-REPLACE = "replace"
-"""The method that is the caller's: all texts it is drawn for are handed over at once."""
+REPLACE_WORDS = "replace"
+"""Name of the edit that ``fill`` makes, on all texts it was chosen for at the same time."""
 
-_DELETED = 0.1
+_DELETE_PROBABILITY = 0.1
 _WORDS_PER_SWAP = 10
 _MAX_FAILED_DRAWS = 100
-# A lower-case letter goes on with a sentence: "approx. five".
+# A lower-case letter continues the sentence: "approx. five".
 _SENTENCE_END = re.compile(r"(?:(?<=[.!?…])|(?<=[.!?…][\"'”’)\]]))\s+(?=[^\sa-z])")
 
 
 def augment(
     texts: Sequence[str], n: int, *, seed: int, forbidden: Iterable[str] = (), fill: Fill | None = None
 ) -> list[str]:
-    """Make new texts by `METHODS`, and by masked words replaced where ``fill`` is given.
+    """Create new texts with `EDITS` and, if ``fill`` is set, by replacing masked words.
 
-    The texts are drawn evenly, and each goes to the method used least so far of those that make something new of it. A
-    text of one word only, as are those of languages written without spaces, is left out.
+    The texts are drawn evenly. To each, the least used of the edits that create something new is applied. Texts of a
+    single word, such as texts in languages written without spaces, are skipped.
 
     Args:
-        texts: What to make them from.
-        n: How many to make.
-        seed: The same seed makes the same texts.
-        forbidden: Texts that must not come out, however written (see `normalise`), such as the evaluation set's.
+        texts: Texts to edit.
+        n: Number of new texts.
+        seed: Random seed.
+        forbidden: Texts that must not be created, after `normalise`, such as those of the evaluation set.
         fill: Replaces words, such as a `FillMask` (Jiao et al., 2020, "TinyBERT").
 
     Returns:
-        n texts, no two the same and none the same as one of ``texts``, after `normalise`; fewer where a hundred draws
-        more than there are texts give nothing new.
+        n texts that differ from each other and from ``texts`` after `normalise`; fewer if 100 + len(texts) consecutive
+        draws create nothing new.
     """
     rng = np.random.default_rng([seed, 13])
-    own: dict[str, str] = {}
+    originals: dict[str, str] = {}
     for text in texts:
-        own.setdefault(normalise(text), text)
-    sources = [text for text in own.values() if len(text.split()) > 1]
-    seen = {"", *own, *map(normalise, forbidden)}
-    made: list[str] = []
+        originals.setdefault(normalise(text), text)
+    sources = [text for text in originals.values() if len(text.split()) > 1]
+    seen = {"", *originals, *map(normalise, forbidden)}
+    augmented: list[str] = []
 
     def add(text: str | None) -> bool:
         key = "" if text is None else normalise(text)
         if text is None or key in seen:
             return False
         seen.add(key)
-        made.append(text)
+        augmented.append(text)
         return True
 
-    used = dict.fromkeys([*METHODS, REPLACE] if fill else METHODS, 0)
+    counts = dict.fromkeys([*EDITS, REPLACE_WORDS] if fill else EDITS, 0)
     draws = _draw_pairs(sources, rng)
-    patience = len(sources) + _MAX_FAILED_DRAWS if sources else 0
-    idle = 0
-    while len(made) < n and idle < patience:
-        waiting: list[str] = []
-        while len(made) + len(waiting) < n and idle < patience:
-            idle += 1
+    max_failed = len(sources) + _MAX_FAILED_DRAWS if sources else 0
+    n_failed = 0
+    while len(augmented) < n and n_failed < max_failed:
+        to_fill: list[str] = []
+        while len(augmented) + len(to_fill) < n and n_failed < max_failed:
+            n_failed += 1
             text, other = next(draws)
-            for name in sorted(used, key=used.__getitem__):
-                if name == REPLACE:
-                    waiting.append(text)
-                elif add(METHODS[name](text, other, rng)):
-                    idle = 0
+            for name in sorted(counts, key=counts.__getitem__):
+                if name == REPLACE_WORDS:
+                    to_fill.append(text)
+                elif add(EDITS[name](text, other, rng)):
+                    n_failed = 0
                 else:
                     continue
-                used[name] += 1
+                counts[name] += 1
                 break
-        if fill and waiting:
-            for new in fill(waiting, int(rng.integers(2**31))):
-                if add(new):
-                    idle = 0
-    return made
+        if fill and to_fill:
+            for text in fill(to_fill, int(rng.integers(2**31))):
+                if add(text):
+                    n_failed = 0
+    return augmented
 
 
 def _draw_pairs(texts: Sequence[str], rng: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """Without end: a text and any other; each text once in random order, then each once more."""
+    """Yield pairs of a text and a random other text forever; each pass has every text once, in random order."""
     while True:
         for row, other in zip(rng.permutation(len(texts)), rng.integers(len(texts), size=len(texts)), strict=True):
             yield texts[row], texts[other]
 
 
-def _delete(text: str, _: str, rng: np.random.Generator) -> str:
+def _delete_words(text: str, _: str, rng: np.random.Generator) -> str:
     words = text.split()
-    kept = rng.random(len(words)) >= _DELETED
-    if kept.all() or not kept.any():
-        place = rng.integers(len(words))
-        kept[place] = not kept[place]
-    return " ".join(word for word, is_kept in zip(words, kept, strict=True) if is_kept)
+    keep = rng.random(len(words)) >= _DELETE_PROBABILITY
+    if keep.all() or not keep.any():
+        index = rng.integers(len(words))
+        keep[index] = not keep[index]
+    return " ".join(word for word, is_kept in zip(words, keep, strict=True) if is_kept)
 
 
-def _swap(text: str, _: str, rng: np.random.Generator) -> str:
+def _swap_words(text: str, _: str, rng: np.random.Generator) -> str:
     words = text.split()
     for _pair in range(max(1, round(len(words) / _WORDS_PER_SWAP))):
-        one = rng.integers(len(words))
-        two = (one + rng.integers(1, len(words))) % len(words)
-        words[one], words[two] = words[two], words[one]
+        i = rng.integers(len(words))
+        j = (i + rng.integers(1, len(words))) % len(words)
+        words[i], words[j] = words[j], words[i]
     return " ".join(words)
 
 
-def _sentences(text: str, _: str, __: np.random.Generator) -> str | None:
+def _reverse_sentences(text: str, _: str, __: np.random.Generator) -> str | None:
     sentences = _SENTENCE_END.split(text.strip())
     return " ".join(reversed(sentences)) if len(sentences) > 1 else None
 
@@ -123,12 +124,17 @@ def _crossover(text: str, other: str, _: np.random.Generator) -> str:
     return " ".join([*first[: len(first) // 2], *second[len(second) // 2 :]])
 
 
-METHODS: dict[str, Method] = {
-    "delete": _delete,
-    "swap": _swap,
-    "sentences": _sentences,
+EDITS: dict[str, Edit] = {
+    "delete": _delete_words,
+    "swap": _swap_words,
+    "sentences": _reverse_sentences,
     "crossover": _crossover,
 }
-"""By name: each word dropped with probability 0.1, but not none and not all; two words swapped for every ten (both Wei
-and Zou, 2019, "EDA"); the sentences in reverse order; the first half of one text's words before the second half of
-another's (Luque, 2019, "Atalaya at TASS 2019"), the best of the four for short questions."""
+"""The edits by name.
+
+- delete: Delete each word with probability 0.1, but at least one and not all (Wei and Zou, 2019, "EDA").
+- swap: Swap two words, once per ten words (same paper).
+- sentences: Reverse the order of the sentences.
+- crossover: Join the first half of a text's words and the second half of another's (Luque, 2019, "Atalaya at TASS
+  2019"). The best of the four for short questions.
+"""

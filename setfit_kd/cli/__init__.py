@@ -1,4 +1,4 @@
-"""The command line: one file a command. Commands parse, call the library and print; the work is done elsewhere."""
+"""Command line interface: one module per command, which parses options, calls the library and prints the result."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from setfit_kd.utils.escape import printable
 
 
 class _Group(click.Group):
-    """Shows our errors in two lines and ends with their exit codes; an interrupt ends with 130."""
+    """Command group that prints our errors in two lines and exits with their codes; an interrupt exits with 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except SetFitKDError as error:
-            _end_with(error, ctx)
+            _exit_with(error, ctx)
         except click.ClickException as error:
             error.message = printable(error.message)  # type: ignore[misc]
             raise
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            ran_out = f"Memory ran out ({first_line(str(error))})."
-            _end_with(OutOfMemoryError(ran_out, hint="Take a smaller model, or fewer texts."), ctx)
+            message = f"Out of memory ({first_line(str(error))})."
+            _exit_with(OutOfMemoryError(message, hint="Use a smaller model or fewer texts."), ctx)
         except KeyboardInterrupt:
             click.echo("\nInterrupted.", err=True)
             ctx.exit(130)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of the tokenizers library, and no Exception
+            if type(error).__name__ != "PanicException":  # raised by the tokenizers library; not an Exception
                 raise
-            _end_with(ModelError(f"The tokenizer failed: {error}.", hint="Take another model."), ctx)
+            _exit_with(ModelError(f"The tokenizer failed: {error}.", hint="Use another model."), ctx)
 
 
-def _end_with(error: SetFitKDError, ctx: click.Context) -> None:
+def _exit_with(error: SetFitKDError, ctx: click.Context) -> None:
     click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
     click.echo(printable(error.message), err=True)
     if error.hint:
@@ -58,9 +58,9 @@ def _end_with(error: SetFitKDError, ctx: click.Context) -> None:
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="setfit-kd")
 def main() -> None:
-    """A few labels and a pile of raw text go in; a tiny, fast, trustworthy text classifier comes out.
+    """Distil a SetFit teacher, trained on a few labels, into a small and fast text classifier.
 
-    Try `setfit-kd run --preset newswire --output-dir runs/newswire`, which needs no network.
+    Try `setfit-kd run --preset newswire --output-dir runs/newswire`, which works offline.
     """
 
 

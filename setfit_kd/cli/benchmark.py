@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @setting_options("unlabeled", "text_column")
 @click.option("--texts", "n_texts", type=click.IntRange(1), default=500, metavar="N",
-              help="How many texts to classify. [500]")  # fmt: skip
+              show_default=True, help="Number of texts to classify.")  # fmt: skip
 @threads_option
 @setting_options("device")
 @json_option
@@ -41,11 +41,12 @@ def benchmark(
     trust_pickle: bool,
     **flags: Any,
 ) -> None:
-    """Measure speed, memory and size of classifiers, side by side.
+    """Compare speed, memory and size of classifiers.
 
-    MODEL is a bundle, a run's folder, one of its students, or a SetFit model. Each is measured in a process of its
-    own, one after the other: texts one by one, then in batches of several sizes. Ratios are to the first. The texts
-    are those of --unlabeled, or of the bundled news corpus; without --device, the CPU does the work.
+    MODEL is a bundle, a run folder, one of its students, or a SetFit model. Each model is measured in a separate
+    process, one after the other: on single texts, then on batches of several sizes. Ratios are relative to the first
+    model. The texts come from --unlabeled, or from the bundled news corpus. The models run on the CPU unless --device
+    is set.
     """
     from setfit_kd.cli.output import echo, show_table
     from setfit_kd.data import read
@@ -55,26 +56,32 @@ def benchmark(
     config = RunConfig.of(**{"unlabeled": "bundled:newswire", "device": "cpu", **passed_settings(flags)})
     texts = read(config.unlabeled or "", text_column=config.text_column).texts
     texts = texts[:: max(1, len(texts) // n_texts)][:n_texts]
-    found: dict[str, Speed] = {}
+    speeds: dict[str, Speed] = {}
     with track("Measuring", len(models)) as advance:
         for model in dict.fromkeys(models):
-            found[model] = measure_speed(model, texts, threads=threads, device=config.device, trust_pickle=trust_pickle)
+            speeds[model] = measure_speed(
+                model, texts, threads=threads, device=config.device, trust_pickle=trust_pickle
+            )
             advance(1)
     if as_json:
-        about = {"texts": len(texts), "models": {name: asdict(speed) for name, speed in found.items()}}
-        echo(json_text(about, indent=2))
+        results = {"texts": len(texts), "models": {name: asdict(speed) for name, speed in speeds.items()}}
+        echo(json_text(results, indent=2))
         return
     headings = ("", "p50 ms", "p95 ms", "p99 ms", "texts/s", "ratio", "load s", "memory MB", "disk MB")
-    first = next(iter(found.values()))
-    rows = [_row(name, speed, first) for name, speed in zip(_short(tuple(found)), found.values(), strict=True)]
+    first = next(iter(speeds.values()))
+    names = _display_names(tuple(speeds))
+    rows = [_row(name, speed, first) for name, speed in zip(names, speeds.values(), strict=True)]
     show_table(headings, rows)
-    echo(f"\n{len(texts)} texts, {first.threads} threads. p50 to p99: a text alone. ratio: of texts/s.")
+    echo(
+        f"\n{len(texts)} texts, {first.threads} threads. p50 to p99: latency of a single text. "
+        "ratio: texts/s relative to the first model."
+    )
 
 
-def _short(models: tuple[str, ...]) -> list[str]:
-    """The last part of each path, or the whole where two end alike."""
-    ends = [Path(model).name or model for model in models]
-    return ends if len(set(ends)) == len(ends) else list(models)
+def _display_names(models: tuple[str, ...]) -> list[str]:
+    """Return the last part of each path, or the full paths if these are not unique."""
+    names = [Path(model).name or model for model in models]
+    return names if len(set(names)) == len(names) else list(models)
 
 
 def _row(name: str, speed: Speed, first: Speed) -> tuple[str, ...]:

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 def compare(runs: tuple[Path, ...]) -> None:
-    """Show the teachers and students of several runs side by side.
+    """Compare the teachers and students of several runs.
 
-    The difference is to the first run's first student, in points of accuracy with a 95 % interval; it is left out for
-    runs that were evaluated on other texts.
+    The difference is in accuracy to the first run's first student, in percentage points with a 95% interval. It is
+    left out for runs that were evaluated on other texts.
     """
     from setfit_kd.cli.output import show_table
     from setfit_kd.report import compare as compare_runs
@@ -27,17 +27,17 @@ def compare(runs: tuple[Path, ...]) -> None:
 
 
 def _row(model: ComparedModel) -> tuple[Any, ...]:
-    of, difference = model.evaluation, ""
+    evaluation, difference = model.evaluation, ""
     if model.difference is not None:
         value, low, high = (100 * x for x in (model.difference.value, model.difference.low, model.difference.high))
         difference = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
     return (
         str(model.run),
         model.name,
-        f"{of.quality.accuracy:.1%}",
+        f"{evaluation.quality.accuracy:.1%}",
         difference,
-        f"{of.quality.macro_f1:.1%}",
-        f"{of.calibration.ece:.1%}",
-        f"{of.cost.megabytes:.1f}",
-        f"{of.cost.texts_per_second:,.0f}",
+        f"{evaluation.quality.macro_f1:.1%}",
+        f"{evaluation.calibration.ece:.1%}",
+        f"{evaluation.cost.megabytes:.1f}",
+        f"{evaluation.cost.texts_per_second:,.0f}",
     )

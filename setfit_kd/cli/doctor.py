@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command()
 def doctor() -> None:
-    """Show versions, devices, whether the hub is reachable, and which presets can run."""
+    """Show versions, devices, whether the hub is reachable, and which presets can run here."""
     import torch
 
     from setfit_kd import hub
@@ -31,7 +31,7 @@ def doctor() -> None:
         click.echo(f"  {package:<22}{version}")
     device = resolve_device("auto")
     click.echo("Device")
-    click.echo(f"  --device auto takes   {device}")
+    click.echo(f"  --device auto uses    {device}")
     for index in range(torch.cuda.device_count()):
         click.echo(f"  cuda:{index:<17}{torch.cuda.get_device_name(index)}{_free(torch.device('cuda', index))}")
     if torch.backends.mps.is_available():
@@ -39,17 +39,17 @@ def doctor() -> None:
     threads = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     click.echo(f"  cpu                   {threads}{_free(torch.device('cpu'))}")
     reachable = hub.is_reachable()
-    why = " (HF_HUB_OFFLINE is set)" if hub.is_offline() else ""
+    reason = " (HF_HUB_OFFLINE is set)" if hub.is_offline() else ""
     click.echo("Hub")
-    click.echo(f"  {printable(hub.address()):<21} {'reachable' if reachable else 'not reachable'}{why}")
+    click.echo(f"  {printable(hub.display_endpoint()):<21} {'reachable' if reachable else 'not reachable'}{reason}")
     folder, size = cache_folder(), cache_bytes()
     click.echo("Cache")
-    where = f"{folder}  {size / 2**20:,.0f} MiB of embeddings" if folder else "none: there is no home folder"
-    click.echo(f"  {printable(where)}")
+    cache = f"{folder}  {size / 2**20:,.0f} MiB of embeddings" if folder else "none: no home folder"
+    click.echo(f"  {printable(cache)}")
     click.echo("Presets")
     for name in PRESETS:
-        obstacle = _obstacle(name, reachable)
-        click.echo(f"  {name:<22}{'can run' if obstacle is None else f'cannot run: {obstacle}'}")
+        problem = _problem(name, reachable)
+        click.echo(f"  {name:<22}{'can run' if problem is None else f'cannot run: {problem}'}")
 
 
 def _free(device: torch.device) -> str:
@@ -58,14 +58,14 @@ def _free(device: torch.device) -> str:
     try:
         free, total = free_memory(device)
     except RuntimeError as error:
-        return f", which does not answer: {first_line(str(error))}"
+        return f", not available: {first_line(str(error))}"
     return f", {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
 
 
-def _obstacle(name: str, reachable: bool) -> str | None:
-    """What keeps a preset from running here; None where nothing does. Downloads nothing."""
+def _problem(name: str, reachable: bool) -> str | None:
+    """Return why a preset cannot run here, or None if it can. Downloads nothing."""
     from setfit_kd import hub
-    from setfit_kd.models import locate
+    from setfit_kd.models import locate_model
 
     settings = PRESETS[name]
     for role in ("teacher", "student", "labeled"):
@@ -74,9 +74,9 @@ def _obstacle(name: str, reachable: bool) -> str | None:
             continue
         try:
             if value.startswith("demo:"):
-                locate(value)
+                locate_model(value)
             elif not reachable and hub.cached_snapshot(value, "dataset" if role == "labeled" else "model") is None:
-                return f"{value} is on the hub, which is not reachable, and not in the local cache"
+                return f"{value} is not in the local cache, and the hub is not reachable"
         except SetFitKDError as error:
             return printable(error.message)
     return None

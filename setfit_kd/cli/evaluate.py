@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @pickle_option
 @output_options
 def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> None:
-    """Measure a classifier on labeled texts: quality, size and speed."""
+    """Evaluate a classifier on labeled texts: quality, size and speed."""
     from setfit_kd.cli.output import echo, show_evaluations, show_table
     from setfit_kd.data import encode_labels, read
     from setfit_kd.evaluation import evaluate as evaluate_model
@@ -32,7 +32,7 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> Non
 
     config = RunConfig.of(**passed_settings(flags))
     if config.eval is None:
-        raise ConfigError("No labeled texts are given.", hint="Name them by --eval.")
+        raise ConfigError("No evaluation texts specified.", hint="Pass labeled texts with --eval.")
     with shared_backoff(cpu_fallback=config.cpu_fallback):
         classifier = load(model, device=config.device, trust_pickle=trust_pickle)
         rows = read(config.eval, text_column=config.text_column, label_column=config.label_column, role="test")
@@ -40,8 +40,7 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> Non
             classifier, encode_labels(rows, classifier.labels), encode_batch_size=config.encode_batch_size
         )
         if as_json:
-            told = evaluation.as_dict(target_accuracy=config.target_accuracy)
-            echo(json_text(told, indent=2))
+            echo(json_text(evaluation.as_dict(target_accuracy=config.target_accuracy), indent=2))
             return
         show_evaluations({model: evaluation})
         echo("")
@@ -54,13 +53,13 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> Non
         calibration = evaluation.calibration
         echo(f"Calibration error {calibration.ece:.1%}, Brier score {calibration.brier:.3f}.")
         if config.target_accuracy is not None:
-            echo(_told_of(evaluation.operating_point(config.target_accuracy), config.target_accuracy))
+            echo(_threshold_message(evaluation.operating_point(config.target_accuracy), config.target_accuracy))
 
 
-def _told_of(found: OperatingPoint | None, target: float) -> str:
-    if found is None:
-        return f"No threshold makes the answers {target:.1%} accurate."
+def _threshold_message(point: OperatingPoint | None, target: float) -> str:
+    if point is None:
+        return f"No threshold reaches an accuracy of {target:.1%}."
     return (
-        f"{target:.1%} accurate with --threshold {found.threshold:.9g}, which "
-        f"{found.coverage:.1%} of the texts have; 95 % interval {found.low:.1%} to {found.high:.1%}."
+        f"An accuracy of {target:.1%} needs --threshold {point.threshold:.9g}, which {point.coverage:.1%} of the texts "
+        f"reach. 95% interval of the accuracy: {point.low:.1%} to {point.high:.1%}."
     )

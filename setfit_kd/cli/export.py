@@ -8,25 +8,25 @@ from typing import Any
 
 import click
 
-from setfit_kd.cli.options import SHARE, output_options, passed_settings, pickle_option, setting_options
+from setfit_kd.cli.options import FRACTION, output_options, passed_settings, pickle_option, setting_options
 from setfit_kd.config import BUNDLE_FORMATS, RunConfig
 from setfit_kd.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_STAND_IN = "bundled:newswire"
+_DEFAULT_TEXTS = "bundled:newswire"
 
 
 @click.command()
 @click.argument("model", metavar="RUN_OR_MODEL")
 @click.option("--output-dir", required=True, type=click.Path(path_type=Path), metavar="FOLDER",
-              help="Folder that the bundle is written to.")  # fmt: skip
+              help="Output folder of the bundle.")  # fmt: skip
 @click.option("--format", "format_", type=click.Choice(BUNDLE_FORMATS), default=None,
-              help="ONNX in single precision, ONNX in 8 bits, or token vectors. [static for static students, "
+              help="Format: ONNX in fp32, ONNX in int8, or static token vectors. [default: static for static students, "
               "onnx-int8 for others]")  # fmt: skip
-@click.option("--min-agreement", type=SHARE, default=None, metavar="X",
-              help="Least share of texts that the bundle must label as the model does. [0.98 for onnx-int8, 0.999 for "
-              "the others]")  # fmt: skip
+@click.option("--min-agreement", type=FRACTION, default=None, metavar="X",
+              help="Minimum agreement of the bundle with the model, as a fraction of the texts. [default: 0.98 for "
+              "onnx-int8, 0.999 for others]")  # fmt: skip
 @setting_options("unlabeled", "text_column")
 @pickle_option
 @output_options
@@ -38,10 +38,10 @@ def export(
     trust_pickle: bool,
     **flags: Any,
 ) -> None:
-    """Write a classifier as a bundle: one folder that runs without torch.
+    """Export a classifier as a bundle: one folder that runs without torch.
 
-    RUN_OR_MODEL is a run's folder, one of its students, a SetFit model or a transformer. The bundle is checked on texts
-    of the run's pool, or on those of --unlabeled, against the model that it is made of.
+    RUN_OR_MODEL is a run folder, one of its students, a SetFit model or a transformer. The predictions of the bundle
+    are compared with those of the model on the run's pool, or on the texts of --unlabeled.
     """
     config = RunConfig.of(**passed_settings(flags))
 
@@ -56,34 +56,36 @@ def export(
         classifier, output_dir, texts=texts, format=format_, min_agreement=min_agreement, title=title
     )
     parity = bundle.parity
-    echo(f"{bundle.format} bundle in {output_dir}: {bundle.megabytes:.1f} MB.")
+    echo(f"Wrote {bundle.format} bundle to {output_dir} ({bundle.megabytes:.1f} MB).")
     echo(
-        f"It labels {parity.agreement:.1%} of {parity.texts:,} texts as the model does; probabilities differ by "
-        f"{parity.largest_difference:.2g} at most."
+        f"Agreement with the model: {parity.agreement:.1%} of {parity.texts:,} texts. Probabilities differ by at most "
+        f"{parity.largest_difference:.2g}."
     )
-    echo(f'To use it, there or anywhere: python {output_dir}/classify.py "..."')
+    echo(f'To use it, here or on another machine: python {output_dir}/classify.py "..."')
 
 
 def _texts(model: str, config: RunConfig) -> list[str]:
-    """Texts to check the bundle on: those named, the pool of the run that the model is of, or a stand-in's."""
+    """Return the texts to check the bundle on: from --unlabeled, else the pool of the run, else the bundled corpus."""
     from setfit_kd.data import read
-    from setfit_kd.run_folder import CONFIG, RUN, SCORED, SIGNALS, RunFolder
+    from setfit_kd.run_folder import CONFIG_FILE, RUN_FILE, SIGNALS, TEACHER_SIGNALS, RunFolder
     from setfit_kd.signals import TeacherSignals, read_signals
 
     if config.unlabeled is not None:
         return read(config.unlabeled, text_column=config.text_column).texts
-    path = Path(model).absolute()
-    for folder in (path, *path.parents[:2]):
-        if not all((folder / file).is_file() for file in (CONFIG, RUN)):
+    model_path = Path(model).absolute()
+    for folder in (model_path, *model_path.parents[:2]):
+        if not all((folder / file).is_file() for file in (CONFIG_FILE, RUN_FILE)):
             continue
-        kept = [kept for kept in (folder / SIGNALS, *(folder / SCORED).glob("*")) if kept.is_dir()]
-        others = RunFolder.settings(folder).get("signals")
-        if kept or others:
+        signals = [path for path in (folder / SIGNALS, *(folder / TEACHER_SIGNALS).glob("*")) if path.is_dir()]
+        source = RunFolder.read_settings(folder).get("signals")
+        if signals or source:
             try:
-                return TeacherSignals.load(kept[0]).texts if kept else read_signals(str(others)).texts
+                return TeacherSignals.load(signals[0]).texts if signals else read_signals(str(source)).texts
             except DataError as error:
-                raise DataError(error.message, hint="Name other texts to check the bundle on: --unlabeled.") from None
+                raise DataError(error.message, hint="Pass texts to check the bundle on with --unlabeled.") from None
     logger.warning(
-        "%s is in no run: the bundle is checked on the texts of %s. Name better ones by --unlabeled.", model, _STAND_IN
+        "%s is not part of a run: checking the bundle on %s. Pass your own texts with --unlabeled.",
+        model,
+        _DEFAULT_TEXTS,
     )
-    return read(_STAND_IN).texts
+    return read(_DEFAULT_TEXTS).texts

@@ -17,18 +17,18 @@ from setfit_kd.utils.escape import json_text
                  "epochs", "steps", "batch_size", "micro_batch_size", "learning_rate", "warmup_steps", "schedule",
                  "weight_decay", "dropout", "max_length", "eval_steps", "metric", "patience", "seed", "device",
                  "cpu_fallback", "precision", "gradient_checkpointing", "checkpoint_seconds", "encode_batch_size",
-                 of=FinetuneRunConfig)  # fmt: skip
+                 config_class=FinetuneRunConfig)  # fmt: skip
 @json_option
 @output_options
 def finetune(as_json: bool, **flags: Any) -> None:
-    """Fine-tune a transformer end to end on labels, and write it as transformers has it.
+    """Fine-tune a transformer end to end on labels and save it in transformers format.
 
-    MODEL is a hub name, a folder, or demo:all-MiniLM-L6-v2. SOURCE is as for `setfit-kd run`; a folder that datasets'
-    save_to_disk wrote may be tokenised already. Of a source with splits, --labeled takes train, --validation takes
-    validation and --eval takes test.
+    MODEL is a hub name, a folder, or demo:all-MiniLM-L6-v2. SOURCE is as for `setfit-kd run`; a folder written by
+    datasets' save_to_disk may be tokenized already. If a source has splits, --labeled uses train, --validation uses
+    validation and --eval uses test.
 
-    The weights that are best on the validation texts are kept. For larger batches than fit in memory, name the batch by
-    --batch-size and what is held at once by --micro-batch-size. What was stopped goes on when it is started again.
+    The checkpoint that is best on the validation texts is saved. For batches that do not fit in memory, set
+    --micro-batch-size below --batch-size. To resume an interrupted fine-tuning, start the same command again.
     """
     config = FinetuneRunConfig.of(**passed_settings(flags))
 
@@ -41,12 +41,12 @@ def finetune(as_json: bool, **flags: Any) -> None:
     if as_json:
         echo(json_text(result.metrics, indent=2))
         return
-    measured = result.evaluation or result.validation
-    if measured is not None:
+    evaluation = result.evaluation or result.validation
+    if evaluation is not None:
         name = f"{config.output_dir}{'' if result.evaluation else ' (validation)'}"
-        show_evaluations({name: measured})
+        show_evaluations({name: evaluation})
         echo("")
-        scores = [(name, f"{value:.1%}") for name, value in measured.quality.scores.items()]
+        scores = [(name, f"{value:.1%}") for name, value in evaluation.quality.scores.items()]
         show_table(("", ""), scores)
         echo("")
-    echo(f'Use it: setfit-kd predict {config.output_dir} "..."')
+    echo(f'To use it: setfit-kd predict {config.output_dir} "..."')

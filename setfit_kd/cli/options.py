@@ -1,4 +1,4 @@
-"""Command-line options made from the settings, so that a flag, its type and its help are written once."""
+"""Command-line options created from the configs, so that each flag, its type and its help are defined once."""
 
 from __future__ import annotations
 
@@ -26,47 +26,47 @@ from setfit_kd.config import (
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Share(click.FloatRange):
-    """A number from 0 to 1; what is no number is none."""
+class _Fraction(click.FloatRange):
+    """Number between 0 and 1; rejects NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
         if math.isnan(number):
-            self.fail(f"{value} is no number.", param, ctx)
+            self.fail(f"{value!r} is not a number.", param, ctx)
         return number
 
 
-SHARE = _Share(0, 1)
+FRACTION = _Fraction(0, 1)
 
 
-def setting_options(*names: str, of: type[StageConfig] = RunConfig) -> Callable[[F], F]:
-    """Add one option for each of a run's settings, or for those named; what is not given arrives as None."""
+def setting_options(*names: str, config_class: type[StageConfig] = RunConfig) -> Callable[[F], F]:
+    """Add one option per named setting, or per setting of a run; options that are not passed are None."""
 
     def decorate(function: F) -> F:
-        for name in reversed(names or _in_order()):
-            function = _option(name, of.model_fields[name])(function)
+        for name in reversed(names or _all_names()):
+            function = _option(name, config_class.model_fields[name])(function)
         return function
 
     return decorate
 
 
 def passed_settings(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that were given."""
+    """Return the settings whose flags were passed."""
     return {name: value for name, value in flags.items() if value is not None and value != ()}
 
 
 threads_option = click.option("--threads", type=click.IntRange(1), metavar="N",
-                              help="Most threads of the CPU to take. [the libraries' own choice]")  # fmt: skip
-json_option = click.option("--json", "as_json", is_flag=True, help="Print everything measured as JSON.")
+                              help="Maximum number of CPU threads. [default: chosen by the libraries]")  # fmt: skip
+json_option = click.option("--json", "as_json", is_flag=True, help="Print all results as JSON.")
 pickle_option = click.option("--trust-pickle", is_flag=True,
-                             help="Load a pickled head of somebody else's; it may run any code.")  # fmt: skip
+                             help="Load a pickled head that others wrote; it can run arbitrary code.")  # fmt: skip
 
 
 def output_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add -q and -v, and run the command within `console_output`."""
+    """Add -q and -v, and run the command inside `console_output`."""
 
-    @click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and results.")
-    @click.option("-v", "--verbose", is_flag=True, help="Say more.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print only warnings and results.")
+    @click.option("-v", "--verbose", is_flag=True, help="Print debug messages.")
     @wraps(function)
     def command(*, quiet: bool, verbose: bool, **arguments: Any) -> None:
         from setfit_kd.cli.output import console_output
@@ -77,20 +77,21 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _in_order() -> list[str]:
+def _all_names() -> list[str]:
     shared = list(StageConfig.model_fields)
-    in_order = (DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, StudentConfig)
-    stages = [name for stage in in_order for name in stage.model_fields]
-    own = [name for name in RunConfig.model_fields if name not in stages]
-    ordered = [*DataConfig.model_fields, "teacher", "student", *stages, *own]
+    stages = (DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, StudentConfig)
+    stage_names = [name for stage in stages for name in stage.model_fields]
+    run_names = [name for name in RunConfig.model_fields if name not in stage_names]
+    ordered = [*DataConfig.model_fields, "teacher", "student", *stage_names, *run_names]
     return list(dict.fromkeys([name for name in ordered if name not in shared] + shared))
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     flag = "--" + name.replace("_", "-")
-    kind = _plain(field.annotation)
+    kind = _base_type(field.annotation)
     text = field.description or ""
-    has_default = field.default is not None and field.default is not PydanticUndefined
+    if field.default is not None and field.default is not PydanticUndefined:
+        text = f"{text} [default: {_default_text(field.default)}]"
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, is_flag=True, default=None, help=text)
     if get_origin(kind) is Literal:
@@ -99,16 +100,19 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         parameter_type = kind
     else:
         parameter_type = str
-    if has_default:
-        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-        text = f"{text} [{default}]"
     metavar = None if isinstance(parameter_type, click.Choice) else _METAVARS.get(name, _METAVARS.get(kind, "TEXT"))
     repeated = name in _REPEATED
     return click.option(flag, name, type=parameter_type, default=None, metavar=metavar, help=text, multiple=repeated)
 
 
+def _default_text(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return ",".join(default) if isinstance(default, tuple) else str(default)
+
+
 _REPEATED = frozenset({"teacher", "student"})
-"""Settings with several values, each given by an option of its own."""
+"""Settings with several values, whose option may be repeated."""
 
 _METAVARS: dict[Any, str] = {
     int: "N",
@@ -128,11 +132,11 @@ _METAVARS: dict[Any, str] = {
 }
 
 
-def _plain(annotation: Any) -> Any:
-    """A setting's type without its ``| None`` and its validators; text where there are several."""
+def _base_type(annotation: Any) -> Any:
+    """Return the type of a setting without ``| None`` and validators; str if several types remain."""
     if get_origin(annotation) is Annotated:
-        return _plain(get_args(annotation)[0])
+        return _base_type(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
         kinds = [part for part in get_args(annotation) if part is not type(None)]
-        return _plain(kinds[0]) if len(kinds) == 1 else str
+        return _base_type(kinds[0]) if len(kinds) == 1 else str
     return annotation

@@ -1,4 +1,4 @@
-"""What the commands share in front of the user: progress and messages on stderr, results on stdout."""
+"""Console output of the commands: progress and messages on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 def _no_download_bars(quiet: bool) -> Iterator[None]:
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    silence = quiet and not are_progress_bars_disabled()
-    if silence:
+    disable = quiet and not are_progress_bars_disabled()
+    if disable:
         disable_progress_bars()
     try:
         yield
     finally:
-        if silence:
+        if disable:
             enable_progress_bars()
 
 
-class _ScreenHandler(logging.Handler):
-    """A message a line, never broken; warnings say that they are."""
+class _ConsoleHandler(logging.Handler):
+    """Logging handler that prints one unwrapped line per message; warnings and errors start with their level."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -50,12 +50,12 @@ class _ScreenHandler(logging.Handler):
 
 @contextmanager
 def console_output(*, quiet: bool, verbose: bool) -> Iterator[None]:
-    """Within this block, messages and progress go to stderr."""
+    """Context manager that sends log messages and progress bars to stderr."""
     console = Console(stderr=True)
-    handler = _ScreenHandler(console)
+    handler = _ConsoleHandler(console)
     handler.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
     logger = logging.getLogger("setfit_kd")
-    before = logger.level
+    previous_level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
@@ -63,7 +63,7 @@ def console_output(*, quiet: bool, verbose: bool) -> Iterator[None]:
             yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before)
+        logger.setLevel(previous_level)
 
 
 def echo(text: str) -> None:
@@ -72,26 +72,26 @@ def echo(text: str) -> None:
 
 
 def show_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table as wide as its rows are, be the screen narrower: headings break between words, figures never.
+    """Print a table, which may be wider than the terminal: headings wrap between words, cells never wrap.
 
-    Every column but the first is set right. Cells have no markup, and their control characters are escaped.
+    All columns but the first are right-aligned. Markup in cells is not interpreted; control characters are escaped.
     """
     table, console = Table(box=None, padding=(0, 2, 0, 0), header_style="bold"), Console()
     cells = [[printable(f"{cell:,}" if isinstance(cell, int) else str(cell), keep="") for cell in row] for row in rows]
-    least = 0
-    for number, heading in enumerate(headings):
-        width = max(map(cell_len, [*(row[number] for row in cells), *heading.split()]), default=0)
-        table.add_column(heading, justify="right" if number else "left", min_width=width)
-        least += width + 2
+    min_width = 0
+    for column, heading in enumerate(headings):
+        width = max(map(cell_len, [*(row[column] for row in cells), *heading.split()]), default=0)
+        table.add_column(heading, justify="right" if column else "left", min_width=width)
+        min_width += width + 2
     for row in cells:
         table.add_row(*map(Text, row))
-    console.print(table, width=max(console.width, least), crop=False)
+    console.print(table, width=max(console.width, min_width), crop=False)
 
 
 def show_evaluations(evaluations: Mapping[str, Evaluation]) -> None:
-    """Print one row a model: quality first, then cost."""
+    """Print one row per model: quality, then cost."""
     has_teacher = any(evaluation.quality.agreement is not None for evaluation in evaluations.values())
-    as_teacher = ("as teacher",) if has_teacher else ()
+    agreement_heading = ("agreement",) if has_teacher else ()
     rows = []
     for name, evaluation in evaluations.items():
         quality, cost, accuracy = evaluation.quality, evaluation.cost, evaluation.intervals["accuracy"]
@@ -108,4 +108,4 @@ def show_evaluations(evaluations: Mapping[str, Evaluation]) -> None:
                 f"{cost.texts_per_second:,.0f}",
             )
         )
-    show_table(("", "accuracy", "interval", "macro-F1", *as_teacher, "parameters", "MB", "texts/s"), rows)
+    show_table(("", "accuracy", "95% CI", "macro-F1", *agreement_heading, "parameters", "MB", "texts/s"), rows)

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from setfit_kd.cli.options import SHARE, output_options, passed_settings, pickle_option, setting_options, threads_option
+from setfit_kd.cli.options import (
+    FRACTION,
+    output_options,
+    passed_settings,
+    pickle_option,
+    setting_options,
+    threads_option,
+)
 from setfit_kd.config import RunConfig
 from setfit_kd.errors import ConfigError, DataError
 
@@ -23,11 +30,11 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="MODEL")
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @click.option("--input", "-i", "files", multiple=True, metavar="FILE",
-              help="Read texts from a CSV, TSV, JSONL, Parquet or text file; may be repeated.")  # fmt: skip
+              help="Read texts from a CSV, TSV, JSONL, Parquet or text file. May be repeated.")  # fmt: skip
 @click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE",
-              help="Write a JSONL, CSV, TSV or Parquet file, whole or not at all. [JSON lines on stdout]")  # fmt: skip
-@click.option("--threshold", type=SHARE, default=0.0, metavar="X",
-              help="Least probability of a label; below it, the label is null. [0]")  # fmt: skip
+              help="Write a JSONL, CSV, TSV or Parquet file, atomically. [default: JSON lines on stdout]")  # fmt: skip
+@click.option("--threshold", type=FRACTION, default=0.0, metavar="X", show_default=True,
+              help="Minimum probability of a label; below it, the label is null.")  # fmt: skip
 @setting_options("text_column", "device", "cpu_fallback", "encode_batch_size")
 @threads_option
 @pickle_option
@@ -42,14 +49,14 @@ def predict(
     trust_pickle: bool,
     **flags: Any,
 ) -> None:
-    """Classify texts: the arguments, files, or one a line from stdin. Any number of them; memory stays the same.
+    """Classify texts from arguments, files or lines of stdin. Memory use does not grow with the number of texts.
 
-    MODEL is a bundle, a run's folder, one of its students, or a SetFit model or a transformer that classifies texts, in
-    a folder or on the hub. Bundles are run without torch.
+    MODEL is a bundle, a run folder, one of its students, or a SetFit model or transformer classifier in a folder or on
+    the hub. Bundles run without torch.
 
-    There is a row out for each row in, in the same order: {"text": ..., "label": ..., "probabilities": {...}}. A row
-    without text has the label null. The input's other columns come first, under their names; one that is called like
-    one of the output's is named input_label and so on.
+    The output has one row per input row, in the same order: {"text": ..., "label": ..., "probabilities": {...}}. A row
+    without text has the label null. Other columns of the input come first, with their names; a column named like an
+    output column is prefixed by input_, as in input_label.
     """
     from setfit_kd.data import column_types
     from setfit_kd.inference.classifier import open_classifier
@@ -61,7 +68,7 @@ def predict(
     if output is not None:
         check_output(output)
         if any(Path(file).resolve() == output.resolve() for file in files):
-            raise ConfigError(f"{output} is both --input and --output.", hint="Name another --output.")
+            raise ConfigError(f"{output} is both --input and --output.", hint="Choose another --output.")
     _check_inputs(texts, files)
     with shared_backoff(cpu_fallback=config.cpu_fallback):
         classifier = open_classifier(
@@ -77,9 +84,13 @@ def predict(
             columns.pop("text", None)
         stdout = sys.stdout.buffer
         destination = predictions_file(output, names, columns) if output else predictions_stream(stdout, names)
-        # A bar would run through what is printed.
-        shown = show_progress(None) if output is None and sys.stdout.isatty() else nullcontext()
-        with shown, destination as write, track("Classifying", len(texts) if texts and not files else None) as advance:
+        # A progress bar would be mixed with the predictions on the terminal.
+        progress = show_progress(None) if output is None and sys.stdout.isatty() else nullcontext()
+        with (
+            progress,
+            destination as write,
+            track("Classifying", len(texts) if texts and not files else None) as advance,
+        ):
             for part in classify(classifier, _texts(texts, files, config.text_column), threshold=threshold):
                 write(part)
                 advance(len(part.texts))
@@ -88,21 +99,21 @@ def predict(
 def _check_inputs(texts: tuple[str, ...], files: tuple[str, ...]) -> None:
     for file in files:
         if not Path(file).is_file():
-            raise DataError(f"There is no file {file}.", hint="Check the path.")
+            raise DataError(f"No such file: {file}.", hint="Check the path.")
     if not texts and not files and sys.stdin.isatty():
-        raise DataError("There is nothing to classify.", hint="Give texts, --input FILE, or lines on stdin.")
+        raise DataError("No texts to classify.", hint="Pass texts, --input FILE, or lines on stdin.")
 
 
 def _texts(texts: tuple[str, ...], files: tuple[str, ...], text_column: tuple[str, ...]) -> Iterator[Row]:
-    from setfit_kd.data import checked_texts, stream_rows
+    from setfit_kd.data import check_texts, stream_rows
 
     if texts:
-        yield from checked_texts(texts, origin="the arguments", unit="text")
+        yield from check_texts(texts, origin="the arguments", unit="text")
     for file in files:
         yield from stream_rows(file, text_column=text_column)
     if not texts and not files:
         stdin = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig")
         try:
-            yield from checked_texts((line.rstrip("\r\n") for line in stdin), origin="stdin", unit="line")
+            yield from check_texts((line.rstrip("\r\n") for line in stdin), origin="stdin", unit="line")
         except UnicodeDecodeError as error:
             raise DataError(f"stdin is not UTF-8 (byte {error.start}).", hint="Convert it to UTF-8.") from None

@@ -12,13 +12,14 @@ from setfit_kd.utils.escape import printable
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
 def report(run: Path) -> None:
-    """Write a run's report anew: report.html, report.md, and a model card for each student.
+    """Rewrite the report of a run: report.html, report.md, and one model card per student.
 
-    Every run ends with it; this is for a run whose report was changed, lost, or made by an earlier version.
+    Every run writes its report at the end. Use this command if the report was changed, lost, or written by an earlier
+    version.
     """
     from setfit_kd.report import verdict, write_report
     from setfit_kd.run_folder import REPORT_HTML
 
-    account = write_report(run)
-    click.echo(printable(verdict(account)))
-    click.echo(printable(f"The report is {run / REPORT_HTML}."))
+    summary = write_report(run)
+    click.echo(printable(verdict(summary)))
+    click.echo(printable(f"Report: {run / REPORT_HTML}"))

@@ -1,7 +1,7 @@
-"""Settings: one frozen model a stage, all of them together as `RunConfig`, and the presets as data.
+"""Configuration: one frozen config per stage, `RunConfig` with all settings of a run, and the presets.
 
-A setting has one name everywhere: the field here, the keyword in Python, the key in a YAML file and, with dashes, the
-flag on the command line.
+A setting has the same name everywhere: as a config field, as a keyword argument, as a key in a YAML file and, with
+dashes, as a flag on the command line.
 """
 
 from setfit_kd.config.base import Family, StageConfig, resolved

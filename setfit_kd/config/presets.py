@@ -1,4 +1,4 @@
-"""Presets, and settings from a file."""
+"""Presets and configuration files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _MAX_BYTES = 1 << 18
 
 
 class _NoAliases(yaml.SafeLoader):
-    """Refuses aliases, by which a few lines can stand for gigabytes."""
+    """YAML loader that rejects aliases, because a few lines of nested aliases can expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -46,34 +46,37 @@ class _NoAliases(yaml.SafeLoader):
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The settings of a preset.
+    """Return the settings of a preset.
 
     Raises:
-        ConfigError: There is no such preset.
+        ConfigError: If the preset is unknown.
     """
     if name not in PRESETS:
-        raise ConfigError(f"There is no preset {name!r}.", hint=f"There are: {', '.join(PRESETS)}.")
+        raise ConfigError(f"Unknown preset {name!r}.", hint=f"Choose one of: {', '.join(PRESETS)}.")
     return dict(PRESETS[name])
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, not yet validated.
+    """Read settings from a YAML file, without validating them.
 
     Raises:
-        ConfigError: The file is missing, is not YAML, or is not a mapping.
+        ConfigError: If the file cannot be read, is not valid YAML, or is not a mapping.
     """
     try:
         content = yaml.load(check_regular_file(path, limit=_MAX_BYTES).read_text(encoding="utf-8"), _NoAliases)
     except OSError as error:
-        raise ConfigError(f"Cannot read the settings {path}: {error.strerror}.", hint="Check --config.") from None
+        raise ConfigError(f"Cannot read {path}: {error.strerror}.", hint="Check --config.") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}).", hint="Save it as UTF-8.") from None
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}).", hint="Save the file as UTF-8.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where else ""
-        raise ConfigError(f"{path}{line} is not valid YAML.", hint="Write one `name: value` a line.") from None
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"Invalid YAML in {path}{line}.", hint="Write one `name: value` per line.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} does not hold settings.", hint="Write one `name: value` a line.")
+        raise ConfigError(
+            f"Expected a mapping of settings in {path}, got a {type(content).__name__}.",
+            hint="Write one `name: value` per line.",
+        )
     return {str(name).replace("-", "_"): value for name, value in content.items()}

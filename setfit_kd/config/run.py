@@ -1,4 +1,4 @@
-"""Every setting of a run, and of a fine-tuning."""
+"""Configs of a distillation run and of a fine-tuning run."""
 
 from __future__ import annotations
 
@@ -24,99 +24,106 @@ if TYPE_CHECKING:
 
 
 class FinetuneRunConfig(FinetuneConfig):
-    """Every setting of a whole fine-tuning."""
+    """All settings of a fine-tuning run."""
 
-    model: Name = Field(description="The transformer: hub name, folder, or demo:all-MiniLM-L6-v2.")
+    model: Name = Field(description="Transformer: hub name, folder, or demo:all-MiniLM-L6-v2.")
     labeled: Name = Field(
-        description="Texts to train on: file (CSV, TSV, JSONL, Parquet), datasets folder, or hub name; of several "
-        "splits, train."
+        description="Training texts: file (CSV, TSV, JSONL, Parquet), datasets folder, or hub name. A source with "
+        "splits uses train."
     )
     validation: Name | None = Field(
-        None, description="Texts to look at while training: the same kinds; of several splits, validation."
+        None, description="Validation texts: as for --labeled. A source with splits uses validation."
     )
-    eval: Name | None = Field(
-        None, description="Texts to measure the model on at the end: the same kinds; of several splits, test."
+    eval: Name | None = Field(None, description="Evaluation texts: as for --labeled. A source with splits uses test.")
+    text_column: Columns = Field(
+        ("text",), description="Text column. Several, separated by commas, are joined by a space."
     )
-    text_column: Columns = Field(("text",), description="Text column; several, comma-separated, are joined by a space.")
     label_column: Name = Field("label", description="Label column.")
-    output_dir: OutputDir = Field(description="Folder that the model is written to.")
+    output_dir: OutputDir = Field(description="Output folder of the model.")
     overwrite: bool = Field(False, description="Replace an earlier model in the output folder.")
 
 
 class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, StudentConfig):
-    """Every setting of a run."""
+    """All settings of a distillation run."""
 
     teacher: Names = Field(
         ("sentence-transformers/paraphrase-mpnet-base-v2",),
-        description="Teacher's body: hub name, folder, or demo:all-MiniLM-L6-v2; transformer:NAME trains it end to end "
-        "as a sequence-classification transformer. May be repeated: the teachers are averaged.",
+        description="Teacher body: hub name, folder, or demo:all-MiniLM-L6-v2. transformer:NAME fine-tunes it end to "
+        "end as a sequence-classification transformer. Repeat the option to average several teachers.",
     )
     teacher_weights: Weights | None = Field(
         None,
-        description="Weights of several teachers, as in 2,1; or cross-validated, by how often each is right on labels "
-        "held out from it, which trains each four times more [all alike].",
+        description="Weights of several teachers, such as 2,1; or cross-validated to weight each by its accuracy on "
+        "held-out labels, which trains it four more times. [default: equal weights]",
     )
     student: Names = Field(
         ("sentence-transformers/paraphrase-MiniLM-L3-v2",),
-        description="Student's body: the same; layers:3 or layers:0,2,5, cut out of the teacher's; static[:128], a "
-        "vector a token; or blank:CONFIG, an untrained transformer. May be repeated.",
+        description="Student body: as for --teacher; layers:3 or layers:0,2,5 to copy layers of the teacher; "
+        "static[:128] for one vector per token; or blank:CONFIG for an untrained transformer. Repeat the option to "
+        "train several students.",
     )
-    baseline: bool = Field(True, description="Also train the student's body on the labels alone, to compare.")
-    output_dir: OutputDir | None = Field(None, description="Folder that the run is written to [runs/NAME].")
+    baseline: bool = Field(
+        True, description="Also train a baseline: the same student trained on the labels only, without distillation."
+    )
+    output_dir: OutputDir | None = Field(None, description="Output folder of the run. [default: runs/NAME]")
     target_accuracy: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Accuracy wanted of the answers: tells the confidence below which to answer nothing.",
+        description="Report the confidence threshold that reaches this accuracy.",
     )
     seeds: int = Field(
         1,
         ge=1,
         le=100,
-        description="Go through the run so many times, from --seed upwards, with draws and trainings of its own, and "
-        "tell mean and deviation; the first is the run itself.",
+        description="Number of seeds. Repeat sampling and training with consecutive seeds, starting at --seed, and "
+        "report mean and standard deviation. The run itself uses the first seed.",
     )
     overwrite: bool = Field(False, description="Replace an earlier run in the output folder.")
 
     @model_validator(mode="after")
-    def _seeds_exist(self) -> Self:
+    def _check_seeds(self) -> Self:
         if self.seed + self.seeds > MAX_SEED:
-            raise ValueError(f"seeds: there is no seed {self.seed + self.seeds - 1}")
+            raise ValueError(f"seeds: all seeds must be less than {MAX_SEED}, got {self.seed + self.seeds - 1}")
         return self
 
     @model_validator(mode="after")
-    def _augmenting_needs_a_teacher(self) -> Self:
+    def _check_augmentation(self) -> Self:
         if self.augment_model is not None and self.augment is None:
-            raise ValueError("augment_model: say by augment how many texts shall be made")
+            raise ValueError("augment_model: set augment to the number of augmented texts")
         if self.augment is not None and self.signals is not None:
-            raise ValueError("augment: with signals from elsewhere, there is no teacher to label texts that are made")
+            raise ValueError(
+                "augment: cannot be combined with signals, because a teacher must label the augmented texts"
+            )
         return self
 
     @model_validator(mode="after")
-    def _a_weight_a_teacher(self) -> Self:
-        written = self.teacher_weights
-        if written not in (None, CROSS_VALIDATED) and len(parse_weights(resolved(written))) != len(self.teacher):
-            raise ValueError(f"teacher_weights: {written} are not as many as the {len(self.teacher)} teachers")
+    def _check_teacher_weights(self) -> Self:
+        weights = self.teacher_weights
+        if weights not in (None, CROSS_VALIDATED) and len(parse_weights(resolved(weights))) != len(self.teacher):
+            raise ValueError(
+                f"teacher_weights: number of weights must be {len(self.teacher)}, one per teacher, got {weights}"
+            )
         return self
 
     @classmethod
     def resolve(cls, base: Mapping[str, Any], *layers: Mapping[str, Any]) -> RunConfig:
-        """Lay settings over a preset's; later layers win.
+        """Override the settings of a preset by ``layers``; later layers take precedence.
 
-        The data settings go together: where a layer names its own labeled or unlabeled texts, every data setting of the
-        preset is dropped, so that nobody's labels ever meet another data set's pool.
+        If a layer sets ``labeled``, ``unlabeled`` or ``signals``, all data settings of the preset are dropped, so that
+        labels are never combined with the pool of another dataset.
 
         Raises:
-            ConfigError: A setting is unknown or out of range.
+            ConfigError: If a setting is unknown or out of range.
         """
-        own = set(DataConfig.model_fields) - set(StageConfig.model_fields)
+        data_settings = set(DataConfig.model_fields) - set(StageConfig.model_fields)
         if any(layer.get(name) is not None for layer in layers for name in ("labeled", "unlabeled", "signals")):
-            base = {name: value for name, value in base.items() if name not in own}
+            base = {name: value for name, value in base.items() if name not in data_settings}
         merged = dict(base)
         for layer in layers:
             merged.update(layer)
         return cls.of(**merged)
 
     def to_yaml(self) -> str:
-        """The settings as YAML that `read_config` reads back to an equal `RunConfig`."""
+        """Return the settings as YAML, from which `read_config` restores an equal `RunConfig`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,8 +1,8 @@
-"""Labeled sets and pools: reading, cleaning, sampling, and the leak guard."""
+"""Read labeled sets and pools, clean them, draw samples and guard against leaks."""
 
 from setfit_kd.data.labeled_set import LabeledSet, check_classes, draw_shots, encode_labels
 from setfit_kd.data.readers import LINE_NUMBERED, column_types, read_records
-from setfit_kd.data.sources import RowErrors, Source, checked_texts, get_text, read, stream_rows, stream_texts
+from setfit_kd.data.sources import RowErrors, Source, check_texts, get_text, read, stream_rows, stream_texts
 from setfit_kd.data.splits import DataSplits, normalise, remove_leaks, split_data
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "RowErrors",
     "Source",
     "check_classes",
-    "checked_texts",
+    "check_texts",
     "column_types",
     "draw_shots",
     "encode_labels",

@@ -1,4 +1,4 @@
-"""Labeled sets, and drawing a few shots from them."""
+"""Labeled sets, and a few labeled texts per class drawn from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LabeledSet:
         texts: n texts.
         labels: (n,) int64, indices into ``label_names``.
         label_names: Names of the classes.
-        origin: What to call the set in a message.
+        origin: Name of the set in messages.
     """
 
     texts: list[str]
@@ -33,48 +33,53 @@ class LabeledSet:
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
-        """(n_classes,) int64, texts of each class."""
+        """(n_classes,) int64, number of texts per class."""
         return np.bincount(self.labels, minlength=len(self.label_names))
 
     def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> LabeledSet:
-        """The rows at ``indices``, in that order."""
+        """Select the rows at ``indices``, in that order."""
         return LabeledSet([self.texts[i] for i in indices], self.labels[indices], self.label_names, self.origin)
 
 
 def encode_labels(rows: Rows, label_names: Sequence[str] | None = None) -> LabeledSet:
-    """Rows to a `LabeledSet`, over the given classes or, without them, over the rows' own.
+    """Convert rows to a `LabeledSet`.
+
+    Args:
+        rows: Texts with labels.
+        label_names: Names of the classes; None uses those that occur in the rows.
 
     Raises:
-        DataError: A label is not among ``label_names``.
+        DataError: If the rows have no labels, or a label is not in ``label_names``.
     """
     if rows.labels is None:
-        raise DataError(f"{rows.origin} has no labels.", hint="Name the label column by --label-column.")
+        raise DataError(f"{rows.origin} has no labels.", hint="Name the label column with --label-column.")
     present = set(rows.labels)
-    names = tuple(label_names) if label_names is not None else tuple(n for n in rows.label_names if n in present)
-    strangers = sorted(present - set(names))
-    if strangers:
-        shown = ", ".join(map(repr, strangers[:5])) + (", ..." if len(strangers) > 5 else "")
+    names = tuple(name for name in rows.label_names if name in present) if label_names is None else tuple(label_names)
+    unknown = sorted(present - set(names))
+    if unknown:
+        listed = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise DataError(
-            f"{rows.origin} has labels that the training set lacks: {shown}; known: {', '.join(map(repr, names))}.",
-            hint="Give labeled texts of every class, or remove those rows.",
+            f"{rows.origin} has labels that are not in the training set: {listed}; expected one of "
+            f"{', '.join(map(repr, names))}.",
+            hint="Add labeled texts of these classes to the training set, or remove these rows.",
         )
     index = {name: i for i, name in enumerate(names)}
     return LabeledSet(rows.texts, np.array([index[label] for label in rows.labels], np.int64), names, rows.origin)
 
 
 def draw_shots(data: LabeledSet, shots: int | None, *, seed: int) -> LabeledSet:
-    """Draw ``shots`` texts of each class without replacement; a class that has fewer gives all it has.
+    """Draw ``shots`` texts per class without replacement, or all texts of a class that has fewer.
 
     Args:
-        data: At least two classes, each with two texts or more.
-        shots: Texts a class; None keeps everything.
-        seed: Same seed, same draw.
+        data: At least two classes, each with at least two texts.
+        shots: Texts per class; None keeps all texts.
+        seed: Random seed.
 
     Returns:
-        The drawn texts, classes interleaved in the source's order.
+        The drawn texts, in the order of ``data``.
 
     Raises:
-        DataError: There is one class only, or a class has a single text.
+        DataError: If there is only one class, or a class has fewer than two texts.
     """
     check_classes(data)
     if shots is None:
@@ -88,20 +93,19 @@ def draw_shots(data: LabeledSet, shots: int | None, *, seed: int) -> LabeledSet:
 
 
 def check_classes(data: LabeledSet) -> None:
-    """Refuse a set that no contrast can be drawn from.
+    """Check that a set has enough classes and texts for contrastive pairs.
 
     Raises:
-        DataError: There is one class only, or a class has fewer than two texts.
+        DataError: If there is only one class, or a class has fewer than two texts.
     """
     if len(data.label_names) < 2:
         raise DataError(
-            f"{data.origin} has one class only: {', '.join(map(repr, data.label_names))}.",
-            hint="A classifier needs at least two; check --label-column.",
+            f"{data.origin} has only one class: {', '.join(map(repr, data.label_names))}.",
+            hint="Use labeled texts of at least two classes, and check --label-column.",
         )
     for name, count in zip(data.label_names, data.counts, strict=True):
         if count < 2:
-            times = "once" if count == 1 else "in no text"
             raise DataError(
-                f"{data.origin}: label {name!r} occurs {times}.",
-                hint="Contrastive fine-tuning needs two texts a class or more: add some, or remove the class.",
+                f"{data.origin}: expected at least two texts with the label {name!r}, got {count}.",
+                hint="Add labeled texts of this class for contrastive fine-tuning, or remove the class.",
             )

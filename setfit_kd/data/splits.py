@@ -1,4 +1,4 @@
-"""From sources to what a run trains and evaluates on: clean, sampled, and free of leaks."""
+"""Split the data of a run into labeled texts, pool and evaluation set, without duplicates and leaks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,19 @@ _QUOTES = str.maketrans(dict.fromkeys("‘’‚‛‹›ʼ", "'") | dict.fromke
 
 @dataclass(frozen=True)
 class DataReport:
-    """What cleaning took out and what is left, in texts."""
+    """Numbers of texts used, and of texts removed by cleaning.
+
+    Attributes:
+        labeled: Labeled texts used.
+        pool: Pool texts used.
+        evaluation: Texts of the evaluation set.
+        labeled_duplicates: Labeled texts removed as duplicates.
+        labeled_conflicts: Labeled texts removed because they occur with different labels.
+        labeled_leaks: Labeled texts removed because they are in the evaluation set.
+        pool_duplicates: Pool texts removed as duplicates.
+        pool_labeled: Pool texts removed because they are labeled texts.
+        pool_leaks: Pool texts removed because they are in the evaluation set.
+    """
 
     labeled: int
     pool: int
@@ -35,13 +47,13 @@ class DataReport:
     pool_leaks: int
 
     def as_dict(self) -> dict[str, int]:
-        """The counts by name."""
+        """Return the counts by name."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class DataSplits:
-    """Labeled texts, pool, and evaluation set (None if there is none), without duplicates and leaks."""
+    """Labeled texts, pool and optional evaluation set, without duplicates and leaks."""
 
     labeled: LabeledSet
     pool: list[str]
@@ -50,11 +62,10 @@ class DataSplits:
 
 
 def normalise(text: str) -> str:
-    """The form in which two texts count as the same.
+    """Normalise a text for comparison: texts with the same result count as duplicates.
 
-    Compatible characters are made one (NFKC), invisible ones dropped, typographic quotes and apostrophes replaced by
-    ASCII ones, case folded, and runs of white space made one space. Folding can leave characters that compose anew,
-    hence the second normalisation.
+    Applies NFKC, removes invisible characters, replaces typographic quotes and apostrophes by ASCII ones, folds case
+    and collapses white space. NFKC is applied again at the end, since case folding can leave characters that compose.
     """
     if text.isascii():
         return " ".join(text.casefold().split())
@@ -63,13 +74,13 @@ def normalise(text: str) -> str:
 
 
 def remove_leaks(data: LabeledSet, held_out: set[str], *, name: str, held_out_name: str) -> LabeledSet:
-    """Leave out the texts whose `normalise`d form is in ``held_out``, with a warning that tells how many."""
-    kept = [row for row, text in enumerate(data.texts) if normalise(text) not in held_out]
-    leaks = len(data) - len(kept)
-    if not leaks:
+    """Remove the texts whose `normalise`d form is in ``held_out``, and log a warning with their number."""
+    rows = [row for row, text in enumerate(data.texts) if normalise(text) not in held_out]
+    n_leaks = len(data) - len(rows)
+    if not n_leaks:
         return data
-    logger.warning("Leak guard: %d %s texts are in the %s set and were taken out.", leaks, name, held_out_name)
-    return replace(data.take(kept), origin=f"{data.origin} without the texts of the {held_out_name} set")
+    logger.warning("Leak guard: removed %d %s texts that are also in the %s set.", n_leaks, name, held_out_name)
+    return replace(data.take(rows), origin=f"{data.origin} without the texts of the {held_out_name} set")
 
 
 def split_data(
@@ -78,47 +89,53 @@ def split_data(
     evaluation: LabeledSet | None,
     config: DataConfig,
     *,
-    apart: bool = True,
+    disjoint: bool = True,
 ) -> DataSplits:
-    """Clean and sample; without a pool, there is none.
+    """Remove leaks and duplicates, then draw the labeled texts and the pool.
 
-    The leak guard comes first: no text of the evaluation set, however written (see `normalise`), stays in the labeled
-    set or the pool. Then duplicates go, and labeled texts that occur with different labels. The shots are drawn, their
-    texts leave the pool, if the two shall be ``apart``, and the pool is drawn from what is left.
+    1. Leak guard: remove all texts of the evaluation set, after `normalise`, from the labeled set and the pool.
+    2. Remove duplicates, and labeled texts that occur with different labels.
+    3. Draw the labeled texts, and remove them from the pool if ``disjoint``.
+    4. Draw the pool from the rest. It is read only once: memory holds the drawn texts and about 100 bytes per text of
+       the pool to detect duplicates.
 
-    The pool is gone through once and only what is drawn of it is kept, with about 100 bytes for each of its texts to
-    know it again by.
+    Args:
+        labeled: Labeled texts.
+        pool: Unlabeled texts; None for no pool.
+        evaluation: Evaluation set, or None.
+        config: How many texts to draw, and the seed.
+        disjoint: Remove the labeled texts from the pool. Without it, ``labeled`` may be empty.
 
     Raises:
-        DataError: Too little is left to train on.
+        DataError: If too few texts are left for training.
     """
     held_out = {normalise(text) for text in evaluation.texts} if evaluation else set()
-    read, labeled = labeled, remove_leaks(labeled, held_out, name="labeled", held_out_name="evaluation")
+    n_labeled, labeled = len(labeled), remove_leaks(labeled, held_out, name="labeled", held_out_name="evaluation")
+    n_leaks = n_labeled - len(labeled)
 
     keys = [normalise(text) for text in labeled.texts]
-    labels_of: dict[str, set[int]] = {}
+    labels_by_key: dict[str, set[int]] = {}
     for key, label in zip(keys, labeled.labels.tolist(), strict=True):
-        labels_of.setdefault(key, set()).add(label)
-    kept = []
+        labels_by_key.setdefault(key, set()).add(label)
+    rows = []
     conflicts = duplicates = 0
     seen: set[str] = set()
     for row, key in enumerate(keys):
-        if len(labels_of[key]) > 1:
+        if len(labels_by_key[key]) > 1:
             conflicts += 1
         elif key in seen:
             duplicates += 1
         else:
             seen.add(key)
-            kept.append(row)
+            rows.append(row)
     if conflicts:
-        logger.warning("%d labeled texts occur with different labels and were taken out.", conflicts)
-    left = labeled.take(kept)
-    shots = left
-    if apart or (config.shots is not None and len(left)):
-        shots = draw_shots(left, config.shots, seed=config.seed)
-        _warn_of_small_classes(shots, config.shots)
+        logger.warning("Removed %d labeled texts that occur with different labels.", conflicts)
+    shots = cleaned = labeled.take(rows)
+    if disjoint or (config.shots is not None and len(cleaned)):
+        shots = draw_shots(cleaned, config.shots, seed=config.seed)
+        _warn_about_small_classes(shots, config.shots)
 
-    shot_keys = {normalise(text) for text in shots.texts} if apart else set()
+    shot_keys = {normalise(text) for text in shots.texts} if disjoint else set()
     texts, pool_leaks, pool_labeled, pool_duplicates = (
         ([], 0, 0, 0) if pool is None else _draw_pool(pool, held_out, shot_keys, config)
     )
@@ -128,7 +145,7 @@ def split_data(
         evaluation=len(evaluation) if evaluation else 0,
         labeled_duplicates=duplicates,
         labeled_conflicts=conflicts,
-        labeled_leaks=len(read) - len(labeled),
+        labeled_leaks=n_leaks,
         pool_duplicates=pool_duplicates,
         pool_labeled=pool_labeled,
         pool_leaks=pool_leaks,
@@ -140,16 +157,19 @@ def split_data(
 def _draw_pool(
     pool: Iterable[str], held_out: set[str], shots: set[str], config: DataConfig
 ) -> tuple[list[str], int, int, int]:
-    """The pool's texts, cleaned and drawn, in their order; and how many leaks, labeled texts and duplicates it had.
+    """Clean the pool and draw texts from it.
 
-    The texts drawn are those with the smallest keyed hashes, so that a draw depends on the seed and the texts alone,
-    and a smaller draw is part of a larger one.
+    The texts with the smallest keyed hashes are drawn. The draw therefore depends only on the seed and the texts, not
+    on their order, and a smaller draw is a subset of a larger one.
+
+    Returns:
+        The drawn texts in the order of the pool, and the numbers of leaks, labeled texts and duplicates removed.
     """
-    wanted = config.pool_size
-    drawn: list[tuple[int, int, str]] = []  # a heap, largest hash first: (-hash, place, text)
+    size = config.pool_size
+    drawn: list[tuple[int, int, str]] = []  # a heap with the largest hash first: (-hash, row, text)
     leaks = labeled = duplicates = 0
     seen: set[bytes] = set()
-    for place, text in enumerate(pool):
+    for row, text in enumerate(pool):
         key = normalise(text)
         if key in held_out:
             leaks += 1
@@ -164,36 +184,36 @@ def _draw_pool(
             continue
         seen.add(digest)
         rank = int.from_bytes(blake2b(encoded, digest_size=8, key=config.seed.to_bytes(4, "big")).digest(), "big")
-        if wanted is None:
-            drawn.append((-rank, place, text))
-        elif len(drawn) < wanted:
-            heappush(drawn, (-rank, place, text))
+        if size is None:
+            drawn.append((-rank, row, text))
+        elif len(drawn) < size:
+            heappush(drawn, (-rank, row, text))
         elif -rank > drawn[0][0]:
-            heapreplace(drawn, (-rank, place, text))
+            heapreplace(drawn, (-rank, row, text))
     if leaks:
-        logger.warning("Leak guard: %d pool texts are in the evaluation set and were taken out.", leaks)
+        logger.warning("Leak guard: removed %d pool texts that are also in the evaluation set.", leaks)
     if not drawn:
         raise DataError(
-            "No pool text is left after taking out the labeled and the evaluation texts.",
-            hint="Give unlabeled texts that are not among them.",
+            "The pool is empty after removing the labeled texts and the evaluation texts.",
+            hint="Add unlabeled texts that are not in these sets.",
         )
-    if wanted is not None and len(seen) < wanted:
-        logger.warning("The pool holds %d texts, fewer than the %d asked for: all are used.", len(seen), wanted)
+    if size is not None and len(seen) < size:
+        logger.warning("The pool has only %d texts, expected %d: using all of them.", len(seen), size)
     drawn.sort(key=itemgetter(1))
     return [text for _, _, text in drawn], leaks, labeled, duplicates
 
 
-def _warn_of_small_classes(shots: LabeledSet, wanted: int | None) -> None:
-    if wanted is None:
+def _warn_about_small_classes(labeled: LabeledSet, shots: int | None) -> None:
+    if shots is None:
         return
-    for name, count in zip(shots.label_names, shots.counts, strict=True):
-        if count < wanted:
-            logger.warning("Class %r has %d labeled texts, fewer than %d: all are used.", name, count, wanted)
+    for name, count in zip(labeled.label_names, labeled.counts, strict=True):
+        if count < shots:
+            logger.warning("Class %r has only %d labeled texts, expected %d: using all of them.", name, count, shots)
 
 
 def _log_report(report: DataReport) -> None:
     logger.info(
-        "Data: %d labeled, %d pool, %d evaluation texts (%d labeled and %d pool duplicates taken out).",
+        "Data: %d labeled, %d pool and %d evaluation texts (removed %d labeled and %d pool duplicates).",
         report.labeled,
         report.pool,
         report.evaluation,

@@ -1,4 +1,4 @@
-"""Quality and cost of classifiers, and how far both can be believed."""
+"""Evaluation of classifiers: quality, calibration, confidence intervals, size and speed."""
 
 from setfit_kd.evaluation.calibration import (
     Calibration,
@@ -7,10 +7,10 @@ from setfit_kd.evaluation.calibration import (
     measure_calibration,
     threshold_for,
 )
-from setfit_kd.evaluation.intervals import Interval, bootstrap, bootstrap_calibration, bootstrap_share
+from setfit_kd.evaluation.intervals import Interval, bootstrap_calibration, bootstrap_proportion, bootstrap_quality
 from setfit_kd.evaluation.measure import Evaluation, evaluate, evaluate_ensemble
 from setfit_kd.evaluation.metrics import measure_quality
-from setfit_kd.evaluation.seeds import OverSeeds, Spread, over_seeds
+from setfit_kd.evaluation.seeds import SeedSummary, Spread, summarize_seeds
 from setfit_kd.evaluation.texts import read_texts, write_texts
 
 __all__ = [
@@ -18,18 +18,18 @@ __all__ = [
     "Evaluation",
     "Interval",
     "OperatingPoint",
-    "OverSeeds",
+    "SeedSummary",
     "Spread",
-    "bootstrap",
     "bootstrap_calibration",
-    "bootstrap_share",
+    "bootstrap_proportion",
+    "bootstrap_quality",
     "coverage_curve",
     "evaluate",
     "evaluate_ensemble",
     "measure_calibration",
     "measure_quality",
-    "over_seeds",
     "read_texts",
+    "summarize_seeds",
     "threshold_for",
     "write_texts",
 ]

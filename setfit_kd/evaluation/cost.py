@@ -1,4 +1,4 @@
-"""What a classifier costs to keep and to run."""
+"""Size and speed of a classifier."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cost:
-    """Size and speed.
+    """Size and speed of a classifier.
 
     Attributes:
-        parameters: Weights of body and head.
+        parameters: Number of weights in body and head.
         megabytes: Size on disk of the saved model, in 10^6 bytes.
-        texts_per_second: Texts classified a second, tokenizing included, in batches sorted by length.
-        device: Where the speed was measured.
+        texts_per_second: Texts classified per second, including tokenization, in batches sorted by length.
+        device: Device on which the speed was measured.
     """
 
     parameters: int
@@ -32,9 +32,9 @@ class Cost:
 
 
 def count_parameters(model: SetFitModel) -> int:
-    """Weights of the body and of the head."""
+    """Count the weights of body and head."""
     body: int = sum(parameter.numel() for parameter in model.model_body.parameters())
-    if family_of(model.model_body) == "transformer":  # the head is the last layer's
+    if family_of(model.model_body) == "transformer":  # the body includes the head
         return body
     if model.has_differentiable_head:
         return body + int(sum(parameter.numel() for parameter in model.model_head.parameters()))
@@ -43,7 +43,7 @@ def count_parameters(model: SetFitModel) -> int:
 
 
 def model_megabytes(model: SetFitModel) -> float:
-    """Size on disk of a model that is not saved yet, in 10^6 bytes."""
+    """Measure the size on disk of an unsaved model, in 10^6 bytes."""
     with TemporaryDirectory(prefix="setfit-kd-") as scratch:
         folder = Path(scratch) / "model"
         save_model(model, folder)

@@ -1,4 +1,4 @@
-"""How right predictions are."""
+"""Accuracy, F1, confusion matrix and agreement of predictions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class ClassQuality:
-    """Quality on one class: fractions from 0 to 1, and how many gold texts it has."""
+    """Precision, recall and F1 of one class, from 0 to 1, and its number of gold texts."""
 
     precision: float
     recall: float
@@ -21,14 +21,14 @@ class ClassQuality:
 
 @dataclass(frozen=True)
 class Quality:
-    """Quality on n gold texts.
+    """Quality of predictions on gold labels.
 
     Attributes:
-        accuracy: Fraction of texts labeled right.
-        macro_f1: Mean of the classes' F1, each class counting alike.
-        classes: Quality a class, by name.
-        confusion: (n_classes, n_classes) counts, gold in rows and predicted in columns.
-        agreement: Fraction of texts labeled as the teacher does, where there is one to compare with.
+        accuracy: Fraction of correctly labeled texts.
+        macro_f1: Unweighted mean of the F1 scores of the classes.
+        classes: Quality per class, by class name.
+        confusion: (n_classes, n_classes) counts, with gold classes as rows and predicted classes as columns.
+        agreement: Fraction of texts with the same label as the teacher's; None without a teacher.
     """
 
     accuracy: float
@@ -39,18 +39,19 @@ class Quality:
 
     @property
     def scores(self) -> dict[str, float]:
-        """``accuracy`` and F1 as ``f1-macro``, ``f1-weighted`` by the classes' texts and, of two, ``f1-binary``.
+        """Accuracy and F1 by metric name.
 
-        The last is the second class's, as scikit-learn has it.
+        ``accuracy``, ``f1-macro``, ``f1-weighted`` (weighted by support) and, for two classes, ``f1-binary``: the F1 of
+        the second class, as in scikit-learn.
         """
         classes = list(self.classes.values())
-        total = sum(of.support for of in classes)
-        found = {
+        n_texts = sum(quality.support for quality in classes)
+        scores = {
             "accuracy": self.accuracy,
             "f1-macro": self.macro_f1,
-            "f1-weighted": sum(of.f1 * of.support for of in classes) / total,
+            "f1-weighted": sum(quality.f1 * quality.support for quality in classes) / n_texts,
         }
-        return {**found, "f1-binary": classes[1].f1} if len(classes) == 2 else found
+        return {**scores, "f1-binary": classes[1].f1} if len(classes) == 2 else scores
 
 
 def measure_quality(
@@ -59,10 +60,10 @@ def measure_quality(
     label_names: Sequence[str],
     reference: npt.NDArray[np.int64] | None = None,
 ) -> Quality:
-    """Compare predicted classes with gold ones, and with a teacher's where given; all are (n,), n at least 1.
+    """Compare predicted classes with gold classes and, if passed, with the teacher's predictions as ``reference``.
 
-    A class that is never predicted has precision 0, one without gold texts recall 0. The macro mean is over the
-    classes that occur among the gold texts.
+    All arrays have shape (n,), with n >= 1. A class that is never predicted has precision 0; a class without gold texts
+    has recall 0. Macro-F1 is averaged over the classes that occur in the gold labels.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 

@@ -1,4 +1,4 @@
-"""How much of a figure is the luck of a draw: the same models made with several seeds."""
+"""Mean and standard deviation of metrics over several random seeds."""
 
 from __future__ import annotations
 
@@ -11,62 +11,63 @@ from setfit_kd.evaluation.measure import Evaluation
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over several seeds: its mean, its standard deviation (of a sample: over n - 1), and each seed's own."""
+    """Mean, sample standard deviation (divided by n - 1) and values of a metric over several seeds."""
 
     mean: float
     std: float
     values: list[float]
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of at least two values."""
+    def from_values(cls, values: Sequence[float]) -> Spread:
+        """Compute the spread of at least two values."""
         return cls(fmean(values), stdev(values), [float(value) for value in values])
 
 
 @dataclass(frozen=True)
-class OverSeeds:
-    """What one model comes to over several seeds.
+class SeedSummary:
+    """Metrics of one model over several seeds.
 
     Attributes:
-        figures: ``accuracy``, ``macro_f1``, ``ece`` and ``brier``; for a student or baseline ``agreement``, too.
-        against: By the name of what it is compared with, ``accuracy`` and ``macro_f1`` less the other's of that seed.
+        figures: ``accuracy``, ``macro_f1``, ``ece``, ``brier`` and, for a student or baseline, ``agreement``.
+        against: Differences of ``accuracy`` and ``macro_f1`` to the reference models, computed within each seed, by
+            reference name (``teacher``, ``baseline``).
     """
 
     figures: dict[str, Spread]
     against: dict[str, dict[str, Spread]]
 
 
-def over_seeds(
-    by_seed: Sequence[Mapping[str, Evaluation]], compared_with: Mapping[str, Mapping[str, str]]
-) -> dict[str, OverSeeds]:
-    """Each model of a run that was made with several seeds.
+def summarize_seeds(
+    by_seed: Sequence[Mapping[str, Evaluation]], references: Mapping[str, Mapping[str, str]]
+) -> dict[str, SeedSummary]:
+    """Summarize the evaluations of each model over several seeds, by model name.
 
     Args:
-        by_seed: For each seed, the evaluations by the model's name; at least two seeds, with the same models.
-        compared_with: For a student's name, what it is compared with: the model's name by what to call it.
+        by_seed: For each of at least two seeds, the evaluations by model name; each seed has the same models.
+        references: For each student, the names of its reference models by role (``teacher``, ``baseline``).
     """
-    measured = [{name: _figures(of) for name, of in evaluations.items()} for evaluations in by_seed]
-    found = {}
-    for name in measured[0]:
-        figures = {figure: Spread.of([seed[name][figure] for seed in measured]) for figure in measured[0][name]}
+    seeds = [{name: _metrics(evaluation) for name, evaluation in evaluations.items()} for evaluations in by_seed]
+    summaries = {}
+    for name in seeds[0]:
+        figures = {metric: Spread.from_values([seed[name][metric] for seed in seeds]) for metric in seeds[0][name]}
         against = {
-            called: {
-                figure: Spread.of([seed[name][figure] - seed[other][figure] for seed in measured])
-                for figure in ("accuracy", "macro_f1")
+            role: {
+                metric: Spread.from_values([seed[name][metric] - seed[reference][metric] for seed in seeds])
+                for metric in ("accuracy", "macro_f1")
             }
-            for called, other in compared_with.get(name, {}).items()
+            for role, reference in references.get(name, {}).items()
         }
-        found[name] = OverSeeds(figures, against)
-    return found
+        summaries[name] = SeedSummary(figures, against)
+    return summaries
 
 
-def _figures(of: Evaluation) -> dict[str, float]:
-    quality, calibration = of.quality, of.calibration
-    figures = {
+def _metrics(evaluation: Evaluation) -> dict[str, float]:
+    quality, calibration = evaluation.quality, evaluation.calibration
+    metrics = {
         "accuracy": quality.accuracy,
         "macro_f1": quality.macro_f1,
         "agreement": quality.agreement,
         "ece": calibration.ece,
         "brier": calibration.brier,
     }
-    return {name: value for name, value in figures.items() if value is not None}
+    return {name: value for name, value in metrics.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Making a bundle, and checking it against the classifier that it was made of."""
+"""Export a classifier as a bundle and check the bundle against the classifier."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from setfit_kd.export.static import write_static
 from setfit_kd.export.tokenizer import head_weights, labels_json, tokenizer_settings
 from setfit_kd.models import check_finite, is_static, predict_proba
 from setfit_kd.utils.atomic_io import atomic_folder
-from setfit_kd.utils.escape import class_name, markdown, truncate
+from setfit_kd.utils.escape import escape_markdown, short_class_name, truncate
 from setfit_kd.utils.files import folder_megabytes
 from setfit_kd.utils.hashing import file_hash
 
@@ -32,15 +32,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MIN_AGREEMENT = {"onnx": 0.999, "onnx-int8": 0.98, "static": 0.999}
-"""Share of texts that a bundle must label as its classifier does, unless told otherwise."""
-MAX_TEXTS = 1000
-"""Texts of the check."""
-_TIMED_TEXTS, _TRIES = 128, 3
+"""Default minimum share of texts that the bundle must label like the classifier, by format."""
+MAX_PARITY_TEXTS = 1000
+"""Maximum number of texts in the check."""
+_N_TIMED_TEXTS, _N_TIMED_RUNS = 128, 3
+_SINGLE_PRECISION_MODEL = "single.onnx"
 _README = """# {title}
 
-A text classifier over {n_classes} classes: {labels}.
+A text classifier with {n_classes} classes: {labels}.
 
-It needs {needs}, and no torch:
+It requires {requirements}, but not torch:
 
 ```
 pip install {packages}
@@ -53,22 +54,23 @@ from classify import Classifier  # or: from setfit_kd.runtime import Classifier
 
 classifier = Classifier("path/to/this/folder")
 classifier.predict(["some text"])
-classifier.predict_proba(["some text"])  # (n, {n_classes}) float32, columns as in classifier.labels
+classifier.predict_proba(["some text"])  # (n, {n_classes}) float32, columns in the order of classifier.labels
 ```
 
-It labels {agreement:.1%} of {texts:,} texts as the model it was made of does; the largest difference of a probability
-is {largest_difference:.2g}. `manifest.json` tells how texts are read, and holds the hashes that are checked on loading.
+On {texts:,} texts, {agreement:.1%} of the labels are the same as those of the original model, and probabilities differ
+by at most {largest_difference:.2g}. `manifest.json` contains the tokenizer settings and the file hashes that are
+verified on loading.
 """
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How a bundle compares with the classifier that it was made of.
+    """Comparison of a bundle with the original classifier.
 
     Attributes:
-        texts: Texts that both classified.
-        agreement: Share of them that both give the same label.
-        largest_difference: Of any probability.
+        texts: Number of texts.
+        agreement: Share of texts with the same label.
+        largest_difference: Largest absolute difference between two probabilities.
     """
 
     texts: int
@@ -78,21 +80,21 @@ class Parity:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was made.
+    """An exported bundle.
 
     Attributes:
-        path: Its folder.
-        format: One of `BUNDLE_FORMATS`; ``onnx`` also where ``onnx-int8`` was asked for and would have been no gain.
-        parity: Its check.
-        megabytes: Its size, in 10^6 bytes.
-        why_not_int8: Why it is not in 8 bits although that was asked for.
+        path: Folder of the bundle.
+        format: One of `BUNDLE_FORMATS`; ``onnx`` also if ``onnx-int8`` was requested but rejected.
+        parity: Comparison with the original classifier.
+        megabytes: Size in 10^6 bytes.
+        int8_rejection_reason: Reason why ``onnx-int8`` was rejected; None if it was not.
     """
 
     path: Path
     format: str
     parity: Parity
     megabytes: float
-    why_not_int8: str | None = None
+    int8_rejection_reason: str | None = None
 
 
 def export_bundle(
@@ -100,132 +102,132 @@ def export_bundle(
     folder: str | Path,
     *,
     texts: Sequence[str],
-    format: str | None = None,  # noqa: A002 - the setting's name everywhere
+    format: str | None = None,  # noqa: A002 - the name of the setting
     min_agreement: float | None = None,
     title: str = "Text classifier",
 ) -> Bundle:
-    """Write a classifier as a bundle, a folder that `setfit_kd.runtime.Classifier` runs without torch.
+    """Export a classifier as a bundle, a folder that `setfit_kd.runtime.Classifier` runs without torch.
 
-    Every bundle is run on ``texts`` before it takes its place, and held against the classifier itself. Where 8 bits
-    cost too much agreement, or are slower on this CPU than single precision, single precision is kept.
+    Before it is saved, the bundle is compared with the classifier on ``texts``. If 8 bits reduce the agreement too much
+    or are not faster than single precision on this CPU, the bundle is saved in single precision.
 
     Args:
-        model: A classifier with a logistic regression as its head; it is moved to the CPU.
-        folder: Where to; there must be nothing yet.
-        texts: Texts of the kind that it is for, such as the pool; at most `MAX_TEXTS` are taken, evenly.
-        format: ``onnx``, ``onnx-int8`` or ``static``; None takes ``static`` for static bodies and ``onnx-int8`` for all
-            others.
-        min_agreement: Least share of the texts with the label that the classifier gives, from 0 to 1 [0.98 for
-            ``onnx-int8``, 0.999 for the others].
-        title: Of its README.
+        model: Classifier with a logistic regression head; it is moved to the CPU.
+        folder: Output folder; it must not exist.
+        texts: Typical texts, such as the pool; at most `MAX_PARITY_TEXTS` are used, evenly spaced.
+        format: ``onnx``, ``onnx-int8`` or ``static``; None selects ``static`` for static bodies and ``onnx-int8`` for
+            all others.
+        min_agreement: Minimum share of texts, from 0 to 1, that the bundle must label like the classifier. [default:
+            0.98 for ``onnx-int8``, 0.999 for the others]
+        title: Title of the bundle's README.
 
     Raises:
-        ConfigError: There is no such format, or the share is none.
-        DataError: There are no texts.
-        ModelError: The classifier cannot be exported, or its bundle agrees with it too little.
-        OutputError: The folder is there already or cannot be written.
-        UnavailableError: A package for ONNX is missing.
+        ConfigError: If the format is unknown or ``min_agreement`` is out of range.
+        DataError: If ``texts`` is empty.
+        ModelError: If the classifier cannot be exported, or its agreement with the bundle is too low.
+        OutputError: If the folder exists or cannot be written.
+        UnavailableError: If a package for ONNX is missing.
     """
     format = format or ("static" if is_static(model.model_body) else "onnx-int8")  # noqa: A001
     if format not in BUNDLE_FORMATS:
-        raise ConfigError(f"There is no format {format!r}.", hint=f"There are: {', '.join(BUNDLE_FORMATS)}.")
+        raise ConfigError(f"Unknown bundle format {format!r}.", hint=f"Use one of {', '.join(BUNDLE_FORMATS)}.")
     if min_agreement is not None and not 0 <= min_agreement <= 1:
-        raise ConfigError(f"An agreement of {min_agreement} cannot be.", hint="Give a share from 0 to 1.")
+        raise ConfigError(f"min_agreement must be from 0 to 1, got {min_agreement}.", hint="Pass a share such as 0.98.")
     if not len(texts):
-        raise DataError("There are no texts to check the bundle on.", hint="Give some of the kind that it is for.")
-    texts = [texts[row] for row in np.unique(np.linspace(0, len(texts) - 1, MAX_TEXTS).astype(int))]
-    floors = {name: floor if min_agreement is None else min_agreement for name, floor in MIN_AGREEMENT.items()}
-    head_weights(model)  # what has none cannot be exported, whatever the format
+        raise DataError("Cannot check a bundle without texts.", hint="Pass texts like those to be classified.")
+    texts = [texts[row] for row in np.unique(np.linspace(0, len(texts) - 1, MAX_PARITY_TEXTS).astype(int))]
+    thresholds = {name: value if min_agreement is None else min_agreement for name, value in MIN_AGREEMENT.items()}
+    head_weights(model)  # fail early if the head cannot be exported
     model.model_body.to("cpu")
     check_finite(model.model_body, title)
-    expected = predict_proba(model, texts, description="Classifying by torch")
+    expected = predict_proba(model, texts, description="Classifying with torch")
     if not np.isfinite(expected).all():
-        raise ModelError("The classifier gives probabilities that are not numbers.", hint="Train it again.")
-    with atomic_folder(folder) as part:
-        draft = _Draft(model, part, texts, expected)
+        raise ModelError("The classifier predicts probabilities that are not finite.", hint="Train it again.")
+    with atomic_folder(folder) as temporary:
+        writer = _BundleWriter(model, temporary, texts, expected)
         if format == "static":
-            draft.normalizes = write_static(model, part)
-            made = draft.checked("static", floors)
+            writer.normalizes = write_static(model, temporary)
+            bundle = writer.verify("static", thresholds)
         else:
-            write_onnx(model, part / runtime.ONNX_MODEL)
-            made = draft.checked("onnx", floors)
+            write_onnx(model, temporary / runtime.ONNX_MODEL)
+            bundle = writer.verify("onnx", thresholds)
             if format == "onnx-int8":
-                made = draft.in_8_bits(made, floors)
-        (part / "README.md").write_text(_readme(model, made, title), encoding="utf-8")
-        size = folder_megabytes(part)
-    return replace(made, path=Path(folder), megabytes=round(size, 1))
+                bundle = writer.try_int8(bundle, thresholds)
+        (temporary / "README.md").write_text(_readme(model, bundle, title), encoding="utf-8")
+        megabytes = folder_megabytes(temporary)
+    return replace(bundle, path=Path(folder), megabytes=round(megabytes, 1))
 
 
-class _Draft:
-    """A bundle in the making."""
+class _BundleWriter:
+    """Writes the files of a bundle and checks them against the predictions of the classifier."""
 
     def __init__(self, model: SetFitModel, folder: Path, texts: list[str], expected: npt.NDArray[np.float32]) -> None:
         self.model, self.folder, self.texts, self.expected = model, folder, texts, expected
         self.normalizes = False
-        self.reading = tokenizer_settings(model.model_body)
-        (folder / runtime.TOKENIZER).write_text(self.reading.tokenizer, encoding="utf-8")
+        self.tokenizer_settings = tokenizer_settings(model.model_body)
+        (folder / runtime.TOKENIZER).write_text(self.tokenizer_settings.tokenizer, encoding="utf-8")
         (folder / runtime.LABELS).write_text(labels_json(model), encoding="utf-8")
         shutil.copyfile(runtime.SOURCE, folder / "classify.py")
 
-    def checked(self, format: str, floors: dict[str, float]) -> Bundle:  # noqa: A002
-        """Write the manifest of what lies in the folder, with the figures of its check.
+    def verify(self, format: str, thresholds: dict[str, float]) -> Bundle:  # noqa: A002
+        """Compare the bundle with the classifier and write the manifest.
 
         Raises:
-            ModelError: It agrees too little.
+            ModelError: If the agreement is too low.
         """
         self._write_manifest(format, None)
-        found = runtime.Classifier(self.folder).predict_proba(self.texts)
+        probabilities = runtime.Classifier(self.folder).predict_proba(self.texts)
         parity = Parity(
             texts=len(self.texts),
-            agreement=float((found.argmax(axis=1) == self.expected.argmax(axis=1)).mean()),
-            largest_difference=float(np.abs(found - self.expected).max()),
+            agreement=float((probabilities.argmax(axis=1) == self.expected.argmax(axis=1)).mean()),
+            largest_difference=float(np.abs(probabilities - self.expected).max()),
         )
-        if parity.agreement < floors[format]:
+        if parity.agreement < thresholds[format]:
             raise ModelError(
-                f"As {format}, the classifier labels {parity.agreement:.2%} of {parity.texts:,} texts as it does in "
-                f"torch, less than {floors[format]:.2%}.",
-                hint="Take another --format, or a lower --min-agreement if that will do.",
+                f"The {format} bundle and the classifier agree on {parity.agreement:.2%} of {parity.texts:,} texts, "
+                f"expected at least {thresholds[format]:.2%}.",
+                hint="Use another --format or a lower --min-agreement.",
             )
         self._write_manifest(format, parity)
         return Bundle(self.folder, format, parity, 0.0)
 
-    def in_8_bits(self, single: Bundle, floors: dict[str, float]) -> Bundle:
-        """The bundle in 8 bits, or as it was with the reason why."""
-        model, kept = self.folder / runtime.ONNX_MODEL, self.folder / "single.onnx"
-        before = self._seconds()
-        model.rename(kept)
-        quantize(kept, model)
+    def try_int8(self, single: Bundle, thresholds: dict[str, float]) -> Bundle:
+        """Quantize the bundle to 8 bits; restore single precision if agreement or speed is not sufficient."""
+        model, backup = self.folder / runtime.ONNX_MODEL, self.folder / _SINGLE_PRECISION_MODEL
+        before = self._measure_seconds()
+        model.rename(backup)
+        quantize(backup, model)
         try:
-            made = self.checked("onnx-int8", floors)
-            after = self._seconds()
-            reason = None if after < before else f"it is not faster on this CPU ({after / before:.2f} times the time)"
+            bundle = self.verify("onnx-int8", thresholds)
+            after = self._measure_seconds()
+            reason = None if after < before else f"not faster on this CPU ({after / before:.2f} times the time)"
         except ModelError as error:
-            reason = f"too much is lost: {error.message[0].lower()}{error.message[1:-1]}"
+            reason = f"agreement too low: {error.message[0].lower()}{error.message[1:-1]}"
         if reason is None:
-            kept.unlink()
-            return made
-        logger.warning("The bundle stays in single precision. In 8 bits, %s.", reason)
-        kept.replace(model)
+            backup.unlink()
+            return bundle
+        logger.warning("The bundle is saved in single precision instead of 8 bits: %s.", reason)
+        backup.replace(model)
         self._write_manifest("onnx", single.parity)
-        return replace(single, why_not_int8=reason)
+        return replace(single, int8_rejection_reason=reason)
 
-    def _seconds(self) -> float:
-        """The least time that the bundle takes for some of the texts."""
-        classifier, texts = runtime.Classifier(self.folder), self.texts[:_TIMED_TEXTS]
-        return min(repeat(lambda: classifier.predict_proba(texts), number=1, repeat=1 + _TRIES))
+    def _measure_seconds(self) -> float:
+        """Return the shortest of several times that the bundle takes for some of the texts."""
+        classifier, texts = runtime.Classifier(self.folder), self.texts[:_N_TIMED_TEXTS]
+        return min(repeat(lambda: classifier.predict_proba(texts), number=1, repeat=1 + _N_TIMED_RUNS))
 
     def _write_manifest(self, format: str, parity: Parity | None) -> None:  # noqa: A002
         files = {
             file.name: file_hash(file)
             for file in sorted(self.folder.iterdir())
-            if file.name not in (runtime.MANIFEST, "single.onnx")
+            if file.name not in (runtime.MANIFEST, _SINGLE_PRECISION_MODEL)
         }
         manifest: dict[str, Any] = {
             "format": runtime.FORMAT,
             "kind": "static" if format == "static" else "onnx",
             "weights": {"static": "fp16", "onnx": "fp32", "onnx-int8": "int8"}[format],
             "n_classes": len(self.model.labels or ()),
-            **{name: value for name, value in vars(self.reading).items() if name != "tokenizer"},
+            **{name: value for name, value in vars(self.tokenizer_settings).items() if name != "tokenizer"},
             "normalize": self.normalizes,
             "parity": parity and asdict(parity),
             "made_by": f"setfit-kd {__version__}",
@@ -239,10 +241,10 @@ def _readme(model: SetFitModel, bundle: Bundle, title: str) -> str:
     packages = ["numpy", "tokenizers", *([] if bundle.format == "static" else ["onnxruntime"])]
     labels = model.labels or ()
     return _README.format(
-        title=markdown(truncate(title)),
+        title=escape_markdown(truncate(title)),
         n_classes=len(labels),
-        labels=markdown(", ".join(map(class_name, labels))),
-        needs=" and ".join([", ".join(packages[:-1]), packages[-1]]),
+        labels=escape_markdown(", ".join(map(short_class_name, labels))),
+        requirements=" and ".join([", ".join(packages[:-1]), packages[-1]]),
         packages=" ".join(packages),
         **asdict(bundle.parity),
     )

@@ -1,4 +1,4 @@
-"""A student on the hub: its files and its card in one commit."""
+"""Publish a classifier and its model card on the hub in one commit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from setfit_kd import hub
 from setfit_kd.errors import InputError, ModelError
-from setfit_kd.models import classifier_folder, load_folder, load_head, module_folders, transformer_classes
+from setfit_kd.models import classifier_folder, load_folder, load_head, module_folders, transformer_label_names
 
 CARD, _PICKLED_HEAD = "README.md", "model_head.pkl"
 _FILES = frozenset(
@@ -22,33 +22,33 @@ _FILES = frozenset(
         *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
     }
 )
-"""What sentence-transformers, transformers, SetFit and setfit-kd call the files of a model."""
+"""Names of the model files of sentence-transformers, transformers, SetFit and setfit-kd."""
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _PLACEHOLDER = b'"path/to/this/folder"'
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What goes to the hub.
+    """Files to upload to the hub.
 
     Attributes:
-        name: ``owner/name`` there.
-        files: What is uploaded, by its path in the repository.
-        left_out: Files of the folder that are no part of a model, and stay where they are.
+        name: ``owner/name`` of the repository.
+        files: Files or their content, by path in the repository.
+        skipped: Files of the folder that do not belong to the model and are not uploaded.
     """
 
     name: str
     files: Mapping[str, Path | bytes]
-    left_out: tuple[str, ...]
+    skipped: tuple[str, ...]
 
     @property
-    def address(self) -> str:
-        """Where it is to be found afterwards."""
-        return f"{hub.address()}/{self.name}"
+    def url(self) -> str:
+        """Address of the repository on the hub."""
+        return f"{hub.display_endpoint()}/{self.name}"
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
+        """Size of each file in bytes."""
         return {
             path: len(content) if isinstance(content, bytes) else content.stat().st_size
             for path, content in self.files.items()
@@ -56,58 +56,61 @@ class Publication:
 
 
 def prepare_publication(model: str | Path, name: str) -> Publication:
-    """Gather what belongs to a classifier on the hub; asks nobody.
+    """Collect the files of a classifier for the hub, without network access.
 
-    Only regular files that lie inside the folder are taken. The pickled head, without which SetFit itself would start
-    with a random one, is made from ``head.safetensors`` rather than taken as it is.
+    Only regular files inside the folder are included. SetFit loads a pickled head and otherwise starts with a random
+    one, so a pickle is created from ``head.safetensors``; an existing pickle is never uploaded.
 
     Args:
-        model: A run's folder, one of its students, or the folder of another SetFit model or transformer.
-        name: ``owner/name``.
+        model: Folder of a run, of one of its students, or of another SetFit model or transformer.
+        name: ``owner/name`` of the repository.
 
     Raises:
-        InputError: The name is none.
-        ModelError: There is no such classifier, or it does not load.
+        InputError: If the name is not a valid repository name.
+        ModelError: If the folder does not exist, is not a classifier, or cannot be loaded.
     """
-    if not hub.is_name(name):
-        raise InputError(f"{name!r} is no name on the hub.", hint="Name it OWNER/NAME.")
+    if not hub.is_repo_id(name):
+        raise InputError(f"{name!r} is not a valid repository name.", hint="Use the form OWNER/NAME.")
     if not Path(model).is_dir():
-        raise ModelError(f"There is no folder {model}.", hint="Name a run, or a model's folder.")
+        raise ModelError(f"No such folder: {model}.", hint="Pass the folder of a run or of a model.")
     folder = classifier_folder(model)
     head = load_head(folder)
-    if head is None and transformer_classes(folder) is None:
-        raise ModelError(f"{folder} holds no classifier of setfit-kd's.", hint="Name a run, or one of its students.")
-    load_folder(folder)  # what does not load here is of no use there
+    if head is None and transformer_label_names(folder) is None:
+        raise ModelError(
+            f"Found no classifier in {folder}.", hint="Pass the folder of a run or of one of its students."
+        )
+    load_folder(folder)  # a model that cannot be loaded must not be published
     modules = {"", *module_folders(folder)}
     files: dict[str, Path | bytes] = {}
-    left_out = []
+    skipped = []
     for path in sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()):
-        place = path.relative_to(folder).as_posix()
-        if place == _PICKLED_HEAD and head is not None:
+        name_in_repo = path.relative_to(folder).as_posix()
+        if name_in_repo == _PICKLED_HEAD and head is not None:
             continue
-        belongs = place.rpartition("/")[0] in modules and (path.name in _FILES or _WEIGHTS.fullmatch(path.name))
+        is_model_file = path.name in _FILES or _WEIGHTS.fullmatch(path.name)
+        belongs = name_in_repo.rpartition("/")[0] in modules and is_model_file
         if belongs and path.is_file() and path.resolve().is_relative_to(folder.resolve()):
-            files[place] = path
+            files[name_in_repo] = path
         else:
-            left_out.append(place)
-    if not any(_WEIGHTS.fullmatch(Path(place).name) for place in files):
-        raise ModelError(f"{folder} holds no weights in safetensors.", hint="Save the model anew.")
+            skipped.append(name_in_repo)
+    if not any(_WEIGHTS.fullmatch(Path(file).name) for file in files):
+        raise ModelError(f"Found no safetensors weights in {folder}.", hint="Save the model again.")
     if CARD in files:
         files[CARD] = (folder / CARD).read_bytes().replace(_PLACEHOLDER, f'"{name}"'.encode())
     if head is not None:
         import joblib
 
-        pickled = BytesIO()
-        joblib.dump(head, pickled)
-        files[_PICKLED_HEAD] = pickled.getvalue()
-    return Publication(name, files, tuple(left_out))
+        buffer = BytesIO()
+        joblib.dump(head, buffer)
+        files[_PICKLED_HEAD] = buffer.getvalue()
+    return Publication(name, files, tuple(skipped))
 
 
 def publish(publication: Publication, *, message: str | None = None, private: bool | None = None) -> str:
-    """Upload it, all in one commit, over what an earlier one has put there. Returns its address.
+    """Upload all files in one commit, replacing those of earlier uploads, and return the address of the repository.
 
     Raises:
-        UnavailableError: The hub cannot be reached, or fails; no file was committed, as far as it told.
-        InputError: The hub does not take it.
+        UnavailableError: If the hub cannot be reached or fails. No commit was reported.
+        InputError: If the hub rejects the upload.
     """
     return hub.upload(publication.name, publication.files, message=message or "Upload by setfit-kd", private=private)

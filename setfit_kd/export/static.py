@@ -1,4 +1,4 @@
-"""A static classifier as two tables."""
+"""Export a static classifier as token vectors and head weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 
 def write_static(model: SetFitModel, folder: Path) -> bool:
-    """Write token vectors in half precision and the head in single precision; returns whether means are normalised.
+    """Write token vectors in half precision and the head in single precision.
+
+    Returns:
+        Whether the mean vectors are normalized.
 
     Raises:
-        ModelError: The body is more than a vector a token.
+        ModelError: If the body is not static, or the head or labels cannot be exported.
     """
     from safetensors.numpy import save
     from sentence_transformers.sentence_transformer.modules import Normalize
@@ -28,15 +31,16 @@ def write_static(model: SetFitModel, folder: Path) -> bool:
     body = model.model_body
     if not is_static(body) or not all(isinstance(module, Normalize) for module in list(body)[1:]):
         raise ModelError(
-            "Only static bodies can be exported as static.", hint="Take --format onnx-int8, or train --student static."
+            "Only static bodies can be exported as static.",
+            hint="Use --format onnx-int8, or train with --student static.",
         )
     vectors = body[0].embedding.weight.detach().cpu().numpy()
     largest = float(np.abs(vectors).max(initial=0))
-    # Half precision goes from 6e-8 to 65,504; scaled vectors want a head scaled the other way.
+    # Half precision ranges from 6e-8 to 65,504. If vectors are scaled, the head is scaled inversely.
     scale = 1.0 if 0.1 <= largest <= 1e4 or not largest else 1 / largest
     coef, intercept = head_weights(model)
     normalizes = len(body) > 1 or bool(model.normalize_embeddings)
-    # Bytes, since safetensors' own files can be read by their owner alone.
+    # Written as bytes, because safetensors creates files that only their owner can read.
     (folder / VECTORS).write_bytes(save({"embeddings": (vectors * scale).astype(np.float16)}))
     scaled = coef if normalizes else coef / np.float32(scale)
     (folder / HEAD).write_bytes(save({"coef": scaled, "intercept": intercept}))

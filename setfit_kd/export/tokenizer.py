@@ -1,4 +1,4 @@
-"""What of a classifier goes into a bundle: its modules, its head and its tokenizer."""
+"""Convert the tokenizer, the head and the labels of a classifier for a bundle."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
-_ANY_LENGTH = 1_000_000
-"""Tokenizers that know no longest text say a number far above this."""
+_NO_LIMIT = 1_000_000
+"""Tokenizers without a length limit report a number far above this."""
 
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """How texts become token ids: the fields of a manifest that say so, and ``tokenizer.json``, which cuts texts."""
+    """Content of ``tokenizer.json``, which includes truncation, and the manifest fields about tokenization."""
 
     tokenizer: str
     max_length: int | None
@@ -32,25 +32,28 @@ class TokenizerSettings:
 
 
 def tokenizer_settings(body: SentenceTransformer) -> TokenizerSettings:
-    """How a body reads texts.
+    """Return the tokenizer settings of a body.
 
     Raises:
-        ModelError: Its tokenizer is not a fast one.
+        ModelError: If the body has no fast tokenizer, or excludes its prompt from the embedding.
     """
     from tokenizers import Tokenizer
 
     prefix = default_prompt(body)
     if prefix and not all(getattr(module, "include_prompt", True) for module in body):
-        raise ModelError("A body that leaves its prompt out of its embedding cannot be exported.")
+        raise ModelError("Cannot export a body that excludes its prompt from the embedding.")
     if is_static(body):
-        cut = body.tokenizer.truncation
-        return TokenizerSettings(body.tokenizer.to_str(), cut and int(cut["max_length"]), False, 0, prefix)
+        truncation = body.tokenizer.truncation
+        max_length = truncation and int(truncation["max_length"])
+        return TokenizerSettings(body.tokenizer.to_str(), max_length, False, 0, prefix)
     backend = getattr(body.tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ModelError("Only models with a fast tokenizer can be exported.", hint="Train a student on another body.")
+        raise ModelError(
+            "Only models with a fast tokenizer can be exported.", hint="Train a student with another body."
+        )
     limits = (body.max_seq_length, body.tokenizer.model_max_length)
-    length = min((limit for limit in limits if limit), default=_ANY_LENGTH)
-    max_length = int(length) if length < _ANY_LENGTH else None
+    length = min((limit for limit in limits if limit), default=_NO_LIMIT)
+    max_length = int(length) if length < _NO_LIMIT else None
     tokenizer = Tokenizer.from_str(backend.to_str())
     tokenizer.no_padding()
     if max_length is None:
@@ -62,10 +65,12 @@ def tokenizer_settings(body: SentenceTransformer) -> TokenizerSettings:
 
 
 def head_weights(model: SetFitModel) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """(n_classes, d) and (n_classes,) whose softmax gives the head's probabilities; two classes have two rows.
+    """Return the weights of a head: coefficients (n_classes, d) and intercept (n_classes,) of a softmax.
+
+    A binary head is converted to two rows.
 
     Raises:
-        ModelError: The head is no logistic regression.
+        ModelError: If the head is not a fitted logistic regression, or the model has no labels.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -76,7 +81,7 @@ def head_weights(model: SetFitModel) -> tuple[npt.NDArray[np.float32], npt.NDArr
             hint="Train the classifier with setfit-kd.",
         )
     if not model.labels:
-        raise ModelError("The model has no labels to name its classes by.", hint="Set model.labels.")
+        raise ModelError("The model has no labels.", hint="Set model.labels.")
     coef, intercept = np.asarray(head.coef_, np.float32), np.asarray(head.intercept_, np.float32)
     if len(coef) == 1:
         coef, intercept = np.concatenate([0 * coef, coef]), np.concatenate([0 * intercept, intercept])
@@ -84,5 +89,5 @@ def head_weights(model: SetFitModel) -> tuple[npt.NDArray[np.float32], npt.NDArr
 
 
 def labels_json(model: SetFitModel) -> str:
-    """The names of the classes as JSON."""
+    """Return the names of the classes as JSON."""
     return json.dumps([str(label) for label in model.labels or ()], ensure_ascii=False, indent=1) + "\n"

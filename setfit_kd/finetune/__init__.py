@@ -1,4 +1,4 @@
-"""Fine-tuning a transformer end to end on labels."""
+"""Fine-tuning of transformers end to end on labels."""
 
 from setfit_kd.finetune.run import FinetuneResult, finetune_run
 from setfit_kd.finetune.steps import finetune_steps, resolve_batch_size

@@ -1,4 +1,4 @@
-"""A whole fine-tuning: from named texts to a measured model in a folder."""
+"""Run of `setfit-kd finetune`: read the data, fine-tune, evaluate and write the model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,15 @@ from setfit_kd.evaluation import Evaluation, evaluate
 from setfit_kd.finetune.steps import resolve_batch_size
 from setfit_kd.finetune.train import finetune
 from setfit_kd.memory import move_model, resolve_device
-from setfit_kd.models import BodySource, content_hash, load_local, locate, model_errors, save_model
-from setfit_kd.utils.atomic_io import LOCK, lock_folder, refuse_links, replace_folder, write_errors, write_text
+from setfit_kd.models import BodySource, content_hash, load_local, locate_model, model_errors, save_model
+from setfit_kd.utils.atomic_io import (
+    LOCK_FILE,
+    lock_folder,
+    raise_output_errors,
+    refuse_links,
+    replace_folder,
+    write_text,
+)
 from setfit_kd.utils.files import read_json
 from setfit_kd.utils.hashing import fingerprint
 
@@ -31,60 +38,62 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 METRICS, _FILES = "metrics.json", "files"
-_LEAST_ROWS = 8
-"""So many rows of tokens tell whether they are of another tokenizer."""
-_TRAINING = re.compile(r"[0-9a-f]{32}")
-"""How the folder of one training's checkpoints is called."""
+_HISTORY, _OLD_HISTORY = "validation_history", "looks"
+"""Key of the history in ``metrics.json``, now and in earlier versions."""
+_MIN_ROWS = 8
+"""Minimum number of tokenized rows to decide whether another tokenizer was used."""
+_TRAINING_NAME = re.compile(r"[0-9a-f]{32}")
+"""Name of the checkpoint folder of one training: its fingerprint."""
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a fine-tuning made.
+    """Result of fine-tuning.
 
     Attributes:
         model: The classifier, on the device of the run.
-        evaluation: How good it is on the evaluation texts; None without any.
-        validation: How good it is on the validation texts, where there are no evaluation texts. The best weights were
-            chosen on them, so that it is optimistic.
-        looks: Step and figures of each look at the validation texts.
-        leaks: How many ``labeled`` and ``validation`` texts were left out since a later set holds them, too.
-        output_dir: Where the model is.
+        evaluation: Evaluation on the evaluation set; None without one.
+        validation: Evaluation on the validation texts, if there is no evaluation set. It is optimistic, since the best
+            weights were selected on the same texts.
+        history: Step and metrics of each evaluation on the validation texts during training.
+        leaks: Number of ``labeled`` and ``validation`` texts that were removed because a later set contains them.
+        output_dir: Folder of the model.
     """
 
     model: SetFitModel
     evaluation: Evaluation | None
     validation: Evaluation | None = None
-    looks: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
     leaks: dict[str, int] = field(default_factory=dict)
     output_dir: Path | None = None
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Everything measured, as in ``metrics.json``."""
-        measured = {
-            name: found and {**found.as_dict(), **found.quality.scores}
-            for name, found in (("evaluation", self.evaluation), ("validation", self.validation))
+        """All metrics, as in ``metrics.json``."""
+        metrics = {
+            name: evaluation and {**evaluation.as_dict(), **evaluation.quality.scores}
+            for name, evaluation in (("evaluation", self.evaluation), ("validation", self.validation))
         }
-        return {**measured, "leaks": self.leaks, "looks": self.looks}
+        return {**metrics, "leaks": self.leaks, _HISTORY: self.history}
 
 
 def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
-    """Fine-tune a transformer on named labels, measure it, and write it to a folder as transformers has it.
+    """Fine-tune a transformer on labeled texts, evaluate it, and write it to a folder in the format of transformers.
 
-    A run that was stopped goes on from its last checkpoint, beside the folder, when it is started again.
+    An interrupted run that is started again resumes from its last checkpoint, in a folder next to the output folder.
 
     Raises:
-        SetFitKDError: Something given cannot be used; nothing is left half-written.
+        SetFitKDError: If an input or a setting cannot be used; no partial files are left behind.
     """
-    _check_output(config.output_dir, overwrite=config.overwrite)  # what is refused is left without a lock
+    _check_output(config.output_dir, overwrite=config.overwrite)  # before the lock file is created
     with lock_folder(config.output_dir):
         return _finetune_run(config)
 
 
 def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     output_dir = config.output_dir
-    written = _check_output(output_dir, overwrite=config.overwrite)
-    source = BodySource(locate(config.model), "transformer")
+    replaceable = _check_output(output_dir, overwrite=config.overwrite)
+    source = BodySource(locate_model(config.model), "transformer")
     decode = _Decoder(source.folder)
     columns: dict[str, Any] = {
         "text_column": config.text_column,
@@ -98,12 +107,12 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
         None if name is None else encode_labels(read(name, **columns, role=role), names)
         for name, role in ((config.validation, "validation"), (config.eval, "test"))
     )
-    before = len(labeled), len(validation or ())
-    labeled, validation = _apart(labeled, validation, held_out, config.metric)
-    leaks = {"labeled": before[0] - len(labeled), "validation": before[1] - len(validation or ())}
+    n_labeled, n_validation = len(labeled), len(validation or ())
+    labeled, validation = _remove_leaks(labeled, validation, held_out, config.metric)
+    leaks = {"labeled": n_labeled - len(labeled), "validation": n_validation - len(validation or ())}
     body = source.load(names, seed=config.seed)
-    looks: list[dict[str, float]] = []
-    checkpoints = _checkpoints(output_dir)
+    history: list[dict[str, float]] = []
+    checkpoints = _checkpoint_folder(output_dir)
     refuse_links(checkpoints.parent, [checkpoints.name])
     model = finetune(
         labeled,
@@ -111,41 +120,41 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
         validation=validation,
         config=config,
         checkpoints=checkpoints / _fingerprint(config, labeled, validation, body),
-        looks=looks,
+        history=history,
     )
     move_model(model.model_body, resolve_device(config.device), phase="Evaluating")
-    evaluation, validated = (
+    evaluation, validation_evaluation = (
         None if data is None else evaluate(model, data, encode_batch_size=config.encode_batch_size)
         for data in (held_out, None if held_out else validation)
     )
-    result = FinetuneResult(model, evaluation, validated, looks, leaks, output_dir)
-    told = {**result.metrics, "settings": config.model_dump(mode="json")}
-    with replace_folder(output_dir, is_ours=written.__contains__) as folder:
+    result = FinetuneResult(model, evaluation, validation_evaluation, history, leaks, output_dir)
+    content = {**result.metrics, "settings": config.model_dump(mode="json")}
+    with replace_folder(output_dir, is_ours=replaceable.__contains__) as folder:
         save_model(model, folder, title="Text classifier")
-        told[_FILES] = sorted({METRICS, *(path.name for path in folder.iterdir())})
-        written.update(told[_FILES])
-        write_text(folder / METRICS, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
-    for training in checkpoints.glob("*"):
-        if _TRAINING.fullmatch(training.name):
-            shutil.rmtree(training, ignore_errors=True)
-    with suppress(OSError):  # it holds something else, or never was there
+        content[_FILES] = sorted({METRICS, *(path.name for path in folder.iterdir())})
+        replaceable.update(content[_FILES])
+        write_text(folder / METRICS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    for path in checkpoints.glob("*"):
+        if _TRAINING_NAME.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # it contains other files or does not exist
         checkpoints.rmdir()
     return result
 
 
 class _Decoder:
-    """From token ids to the text that they came from, by the tokenizer in a folder, loaded when it is first needed."""
+    """Decode token ids to text with the tokenizer in a folder, which is loaded on the first call."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._tokenizer: Any = None
-        self._seen = self._strange = 0
+        self._n_rows = self._n_mismatched = 0
 
     def __call__(self, ids: Sequence[int]) -> str:
-        """The text of one row.
+        """Return the text of one row.
 
         Raises:
-            DataError: Most rows so far are not what this tokenizer makes of their text.
+            DataError: If this tokenizer encodes the decoded text differently for most rows so far.
         """
         if self._tokenizer is None:
             from transformers import AutoTokenizer
@@ -153,38 +162,38 @@ class _Decoder:
             with model_errors(self._folder):
                 self._tokenizer = load_local(AutoTokenizer.from_pretrained, self._folder)
         tokenizer = self._tokenizer
-        added = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        own = [token for token in ids if token not in added]
-        text: str = tokenizer.decode(own)
-        self._seen += 1
-        self._strange += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] != own
-        if self._seen >= _LEAST_ROWS and self._strange > self._seen / 2:
+        special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        tokens = [token for token in ids if token not in special]
+        text: str = tokenizer.decode(tokens)
+        self._n_rows += 1
+        self._n_mismatched += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] != tokens
+        if self._n_rows >= _MIN_ROWS and self._n_mismatched > self._n_rows / 2:
             raise DataError(
-                f"The tokens of most rows are not what the tokenizer in {self._folder} makes of their texts, such as "
+                f"The tokens of most rows do not match the tokenizer in {self._folder}, for example those of "
                 f"{text[:40]!r}.",
-                hint="Give the texts themselves, or the model whose tokenizer was used.",
+                hint="Pass the texts themselves, or the model whose tokenizer was used.",
             )
         return text
 
 
-def _apart(
+def _remove_leaks(
     labeled: LabeledSet, validation: LabeledSet | None, held_out: LabeledSet | None, metric: str
 ) -> tuple[LabeledSet, LabeledSet | None]:
-    """Training and validation texts without those that a later set holds, too."""
-    evaluated = {normalise(text) for text in held_out.texts} if held_out else set()
-    later = evaluated | {normalise(text) for text in validation.texts} if validation else evaluated
-    labeled = remove_leaks(labeled, later, name="labeled", held_out_name="validation or evaluation")
+    """Remove labeled texts that are in the validation or evaluation set, and validation texts in the evaluation set."""
+    evaluation_texts = {normalise(text) for text in held_out.texts} if held_out else set()
+    all_held_out = evaluation_texts | {normalise(text) for text in validation.texts} if validation else evaluation_texts
+    labeled = remove_leaks(labeled, all_held_out, name="labeled", held_out_name="validation or evaluation")
     if validation is not None:
-        validation = remove_leaks(validation, evaluated, name="validation", held_out_name="evaluation")
+        validation = remove_leaks(validation, evaluation_texts, name="validation", held_out_name="evaluation")
         if not (validation.counts[-1] if metric == "f1-binary" else len(validation)):
             raise DataError(
-                f"{validation.origin}: no text is left that {metric} can be measured on.",
-                hint="Name other validation texts by --validation.",
+                f"{validation.origin}: no texts are left to compute {metric} on.",
+                hint="Pass other validation texts with --validation.",
             )
     return labeled, validation
 
 
-def _checkpoints(output_dir: Path) -> Path:
+def _checkpoint_folder(output_dir: Path) -> Path:
     output_dir = output_dir.absolute()
     return output_dir.with_name(f"{output_dir.name}.checkpoints")
 
@@ -192,33 +201,35 @@ def _checkpoints(output_dir: Path) -> Path:
 def _fingerprint(
     config: FinetuneRunConfig, labeled: LabeledSet, validation: LabeledSet | None, body: SentenceTransformer
 ) -> str:
-    """A name for all that decides what comes out of a training, the batches that are usual on the device among it."""
+    """Fingerprint everything that affects the trained model, including the default batch size of the device."""
     sets = [[data.texts, data.labels.tolist()] for data in (labeled, validation) if data is not None]
-    size = resolve_batch_size(resolve_device(config.device), config)
-    return fingerprint(FinetuneConfig.fingerprinted(config), size, content_hash(body), sets)
+    batch_size = resolve_batch_size(resolve_device(config.device), config)
+    return fingerprint(FinetuneConfig.fingerprint_inputs(config), batch_size, content_hash(body), sets)
 
 
 def _check_output(folder: Path, *, overwrite: bool) -> set[str]:
-    """Refuse a folder that cannot take a model, before any work is done; return the names that are replaced in it.
+    """Check that a model can be written to a folder; return the names of the files in it that may be replaced.
 
     Raises:
-        OutputError: It holds anything, and is not to be replaced or was not written by a fine-tuning.
+        OutputError: If the folder is not empty and ``overwrite`` is not set or fine-tuning did not write it.
     """
-    with write_errors(folder):
+    with raise_output_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"{folder} is a file, not a folder.", hint="Choose another --output-dir.")
-        if not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir()):
-            return {LOCK}
+        if not folder.is_dir() or all(path.name == LOCK_FILE for path in folder.iterdir()):
+            return {LOCK_FILE}
     try:
         metrics = read_json(folder / METRICS)
-        if not {"looks", "settings"} <= metrics.keys():
-            raise ValueError("it is not of a fine-tuning")
+        if "settings" not in metrics or not metrics.keys() & {_HISTORY, _OLD_HISTORY}:
+            raise ValueError("not written by fine-tuning")
         written = {str(name) for name in metrics.get(_FILES, [METRICS])}
     except (OSError, ValueError, AttributeError, TypeError):
         raise OutputError(
-            f"The folder {folder} holds something else than a model that was fine-tuned here.",
+            f"The folder {folder} contains other files than a model written by `setfit-kd finetune`.",
             hint="Choose another --output-dir.",
         ) from None
     if not overwrite:
-        raise OutputError(f"The folder {folder} is not empty.", hint="Choose another --output-dir, or add --overwrite.")
-    return {LOCK, *written}
+        raise OutputError(
+            f"The folder {folder} is not empty.", hint="Choose another --output-dir, or pass --overwrite."
+        )
+    return {LOCK_FILE, *written}

@@ -1,4 +1,4 @@
-"""From labels to a fine-tuned transformer."""
+"""Fine-tune a transformer on labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from setfit_kd.data import LabeledSet, Source, check_classes, encode_labels, rea
 from setfit_kd.errors import ConfigError, DataError, ModelError
 from setfit_kd.finetune.steps import finetune_steps, resolve_batch_size
 from setfit_kd.memory import resolve_device, shared_backoff
-from setfit_kd.models import BodySource, family_of, locate, new_model
+from setfit_kd.models import BodySource, family_of, locate_model, new_model
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.console import quiet_libraries
 
@@ -28,33 +28,34 @@ def finetune(
     config: FinetuneConfig | None = None,
     description: str = "Fine-tuning",
     checkpoints: str | Path | None = None,
-    looks: list[dict[str, float]] | None = None,
+    history: list[dict[str, float]] | None = None,
     **settings: Any,
 ) -> SetFitModel:
     """Fine-tune a transformer end to end on labels.
 
     Args:
-        labeled: The labels: a `LabeledSet`, or anything that `read` takes, with the columns ``text`` and ``label``.
+        labeled: Labeled texts: a `LabeledSet`, or any source of `read` with the columns ``text`` and ``label``.
         model: The transformer: a hub name, a folder, ``demo:all-MiniLM-L6-v2``, or a loaded body of the transformer
             family, which is changed in place.
-        validation: Labeled texts that are looked at from time to time: the weights that are best on them are kept.
-        config: The settings; any of them may also be given by keyword, as in ``finetune(..., epochs=5)``.
-        description: What to call the step on the progress bar.
-        checkpoints: Folder in which the training's state is kept from time to time. A training that finds the state of
-            an earlier one there goes on from it: give a folder to one training alone.
-        looks: A list that the looks at the validation texts are added to, each with its ``step``, ``accuracy`` and F1.
+        validation: Labeled texts to evaluate on during training; the weights with the best metric are restored.
+        config: The settings; they can also be passed as keyword arguments, as in ``finetune(..., epochs=5)``.
+        description: Label of the progress bar.
+        checkpoints: Folder for checkpoints. Training resumes from a checkpoint that is already in it, so use a separate
+            folder for each training.
+        history: List that the evaluations on the validation texts are appended to, each with ``step``, ``accuracy`` and
+            F1.
 
     Returns:
-        A `setfit.SetFitModel` whose body is the transformer up to its last layer, and whose head is that layer.
-        `save_model` writes it as transformers has it.
+        A `setfit.SetFitModel` with the transformer up to its classification layer as the body, and this layer as the
+        head. `save_model` writes it in the format of transformers.
 
     Raises:
-        ConfigError: A setting is unknown or out of range.
-        DataError: The labels cannot be used.
-        ModelError: The model does not load.
-        OutOfMemoryError: Not even one text at once fits, on the CPU neither.
-        TrainingError: The loss or the weights are no longer finite.
-        UnavailableError: The hub cannot be reached.
+        ConfigError: If a setting is unknown or out of range.
+        DataError: If the labels cannot be used.
+        ModelError: If the model cannot be loaded.
+        OutOfMemoryError: If memory runs out even for a single text on the CPU.
+        TrainingError: If the loss or the weights are not finite.
+        UnavailableError: If the hub cannot be reached.
     """
     config = FinetuneConfig.merged(config, settings).with_family_defaults("transformer")
     if not isinstance(labeled, LabeledSet):
@@ -64,25 +65,25 @@ def finetune(
         validation = encode_labels(read(validation, label_column="label", role="validation"), labeled.label_names)
     if validation is not None and validation.label_names != labeled.label_names:
         raise DataError(
-            f"{validation.origin} is over other classes than {labeled.origin}.", hint="Give both the same classes."
+            f"{validation.origin} and {labeled.origin} have different classes.", hint="Use the same classes in both."
         )
     if validation is None and (config.patience is not None or config.schedule == "plateau"):
         raise ConfigError(
-            "Without validation texts, nobody sees whether it gets better.",
-            hint="Name them by --validation, or drop --patience and --schedule plateau.",
+            "The settings patience and schedule=plateau require validation texts.",
+            hint="Pass --validation, or remove --patience and --schedule plateau.",
         )
     if config.metric == "f1-binary" and len(labeled.label_names) != 2:
         raise ConfigError(
-            f"There are {len(labeled.label_names)} classes, binary F1 is of two.", hint="Take --metric f1-macro."
+            f"The metric f1-binary requires 2 classes, got {len(labeled.label_names)}.", hint="Use --metric f1-macro."
         )
     device = resolve_device(config.device)
     check_precision(config.precision, device)
     if isinstance(model, str | Path):
-        body = BodySource(locate(model), "transformer").load(labeled.label_names, seed=config.seed)
+        body = BodySource(locate_model(model), "transformer").load(labeled.label_names, seed=config.seed)
     else:
         body = model
     if family_of(body) != "transformer":
-        raise ModelError("A SetFit body has no last layer to be fine-tuned with.", hint="Take setfit_kd.train_teacher.")
+        raise ModelError("A SetFit body has no classification layer to fine-tune.", hint="Use setfit_kd.train_teacher.")
 
     with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
         from setfit_kd.finetune.trainer import FinetuneTrainer
@@ -90,17 +91,16 @@ def finetune(
 
         trainer: FinetuneTrainer | None = None
 
-        def make(settled: FinetuneConfig, device: torch.device, scratch: str) -> FinetuneTrainer:
+        def create_trainer(resolved: FinetuneConfig, device: torch.device, scratch: str) -> FinetuneTrainer:
             nonlocal trainer
-            trainer = FinetuneTrainer(
-                new_model(body, labeled.label_names), labeled, validation, settled, device, scratch
-            )
+            model = new_model(body, labeled.label_names)
+            trainer = FinetuneTrainer(model, labeled, validation, resolved, device, scratch)
             return trainer
 
         trained = train(
             body,
-            make,
-            # A change of device on the way must not change the batches.
+            create_trainer,
+            # A CPU fallback must not change the batch size.
             config.model_copy(update={"batch_size": resolve_batch_size(device, config)}),
             device=device,
             texts=labeled.texts,
@@ -109,6 +109,6 @@ def finetune(
             description=description,
             checkpoints=checkpoints,
         )
-        if looks is not None and trainer is not None and trainer.looks is not None:
-            looks.extend(trainer.looks.scores)
+        if history is not None and trainer is not None and trainer.validation_callback is not None:
+            history.extend(trainer.validation_callback.results)
         return trained

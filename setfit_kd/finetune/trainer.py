@@ -1,4 +1,4 @@
-"""SetFit's trainer with cross-entropy on a transformer's own last layer in the place of its contrast."""
+"""SetFit's trainer with cross-entropy on a transformer's classification layer instead of the contrastive loss."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from setfit_kd.training.loop import inner_trainer_options, training_arguments
 
 
 class FinetuneTrainer(Trainer):
-    """Fine-tunes a transformer on labeled texts.
+    """Trainer that fine-tunes a transformer on labeled texts.
 
     Args:
         model: The model to train.
-        labeled: The labels.
-        validation: Texts to look at from time to time, where there are any.
-        config: How, with its precision settled.
-        device: Where.
-        output_dir: A folder for what the inner trainer may write.
+        labeled: Labeled texts to train on.
+        validation: Labeled texts to evaluate on during training; None for no evaluation.
+        config: The settings, with precision resolved.
+        device: The device to train on.
+        output_dir: Folder for files of the inner trainer.
     """
 
     def __init__(
@@ -54,38 +54,38 @@ class FinetuneTrainer(Trainer):
         dataset = Dataset.from_dict({"text": labeled.texts, "label": labeled.labels.tolist()})
         with inner_trainer_options(device, config.precision):
             super().__init__(model=model, args=arguments, train_dataset=dataset, metric=lambda *_: {})
-        self.looks: ValidationCallback | None = None
+        self.validation_callback: ValidationCallback | None = None
         if validation is not None:
-            self.looks = ValidationCallback(
+            self.validation_callback = ValidationCallback(
                 model.model_body,
                 config.patience,
                 validation,
                 metric=config.metric,
-                every=config.eval_steps or steps_per_epoch(config, len(labeled), device),
-                halves_rate=config.schedule == "plateau",
+                eval_steps=config.eval_steps or steps_per_epoch(config, len(labeled), device),
+                halve_learning_rate=config.schedule == "plateau",
                 encode_batch_size=config.encode_batch_size,
             )
-            self.st_trainer.add_callback(self.looks)
+            self.st_trainer.add_callback(self.validation_callback)
 
     def get_dataset(
         self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
     ) -> tuple[Dataset, nn.Module]:
-        """The texts with their classes, and cross-entropy."""
+        """Return the labeled texts and the cross-entropy loss."""
         body = self.model.model_body
-        objective = CrossEntropyLoss(
+        loss = CrossEntropyLoss(
             body,
             last_layer(body),
             dropout=resolved(self.config.dropout),
             micro_batch_size=self.config.micro_batch_size,
         )
-        return Dataset.from_dict({"sentence": shorten_texts(body, x), "label": y}), objective
+        return Dataset.from_dict({"sentence": shorten_texts(body, x), "label": y}), loss
 
     def train_embeddings(self, *args: Any, **kwargs: Any) -> None:
-        """Train; with validation texts, the best weights are kept."""
+        """Train the model; with validation texts, restore the best weights."""
         super().train_embeddings(*args, **kwargs)
-        if self.looks is not None:
-            self.looks.restore()
+        if self.validation_callback is not None:
+            self.validation_callback.restore_best_weights()
 
     def train_classifier(self, x_train: list[str], y_train: Any, args: TrainingArguments | None = None) -> None:
-        """The head is the last layer, which was trained along."""
+        """Set the head to the classification layer, which was trained with the body."""
         self.model.model_head = get_head(self.model.model_body)

@@ -1,4 +1,4 @@
-"""Looks at the validation texts while a transformer is fine-tuned."""
+"""Evaluation on validation texts during fine-tuning."""
 
 from __future__ import annotations
 
@@ -18,68 +18,68 @@ from setfit_kd.utils.console import show_progress
 
 logger = logging.getLogger(__name__)
 
-_SCORES = "validation.json"
+_RESULTS_FILE = "validation.json"
 
 
 @dataclass
 class ValidationCallback(EvaluationCallback):
-    """Measures accuracy and F1 on the validation texts, and keeps the best weights.
+    """Callback that measures accuracy and F1 on the validation texts, and keeps the best weights.
 
     Attributes:
-        validation: The texts, with the model's classes.
-        metric: By which looks are compared, as in `FinetuneConfig`.
-        every: Steps between two looks; one comes at the end, too.
-        halves_rate: Halve the learning rate after each look that was no better.
-        encode_batch_size: Texts a forward pass.
-        scores: Step, accuracy and F1 of each look.
+        validation: Validation texts, labeled with the model's classes.
+        metric: Metric that selects the best weights, as in `FinetuneConfig`.
+        eval_steps: Steps between evaluations; the last step is evaluated, too.
+        halve_learning_rate: Whether to halve the learning rate after each evaluation without improvement.
+        encode_batch_size: Texts per forward pass.
+        results: Step and all scores of each evaluation; ``history`` has the score of the metric only.
     """
 
     validation: LabeledSet
     metric: str
-    every: int
-    halves_rate: bool
+    eval_steps: int
+    halve_learning_rate: bool
     encode_batch_size: int
-    scores: list[dict[str, float]] = field(default_factory=list)
+    results: list[dict[str, float]] = field(default_factory=list)
 
     def is_due(self, step: int, args: Any, state: Any) -> bool:
-        """Every so many steps, and after the last."""
-        return step % self.every == 0 or step == state.max_steps
+        """Return whether to evaluate: every ``eval_steps`` steps and after the last step."""
+        return step % self.eval_steps == 0 or step == state.max_steps
 
     def measure(self, step: int) -> float:
-        """The metric on the validation texts."""
-        with show_progress(None):
-            features = embed(
+        """Evaluate on the validation texts; return the metric."""
+        with show_progress(None):  # no second bar below that of the training
+            embeddings = embed(
                 self.body, self.validation.texts, batch_size=self.encode_batch_size, description="Validating"
             )
-        predicted = get_head(self.body).predict_proba(np.asarray(features, np.float64)).argmax(axis=1)
-        found = measure_quality(predicted, self.validation.labels, self.validation.label_names).scores
-        told = ", ".join(f"{name} {value:.1%}" for name, value in found.items())
-        self.scores.append({"step": step, **found})
-        logger.info("Step %d: %s on %s.", step, told, self.validation.origin)
-        return found[self.metric]
+        head = get_head(self.body)  # the classification layer of the transformer
+        predicted = head.predict_proba(np.asarray(embeddings, np.float64)).argmax(axis=1)
+        scores = measure_quality(predicted, self.validation.labels, self.validation.label_names).scores
+        self.results.append({"step": step, **scores})
+        message = ", ".join(f"{name} {value:.1%}" for name, value in scores.items())
+        logger.info("Step %d: %s on %s.", step, message, self.validation.origin)
+        return scores[self.metric]
 
-    def on_no_improvement(self, **given: Any) -> None:
-        """Halve the rate, where that is asked for."""
-        scheduler = given["lr_scheduler"]
-        if self.halves_rate:
+    def on_no_improvement(self, **kwargs: Any) -> None:
+        """Halve the learning rate, if ``halve_learning_rate`` is set."""
+        scheduler = kwargs["lr_scheduler"]
+        if self.halve_learning_rate:
             scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
-            for group in given["optimizer"].param_groups:  # the next step's rate is settled already
+            for group in kwargs["optimizer"].param_groups:  # the scheduler has already set the rate of the next step
                 group["lr"] /= 2
-            logger.info("The learning rate is halved, to %g.", scheduler.base_lrs[0])
+            logger.info("Halved the learning rate to %g.", scheduler.base_lrs[0])
 
     def save_state(self, folder: Path) -> None:
-        """Write what has been seen, and the best weights, into a checkpoint's folder."""
+        """Write the results and the best weights to a checkpoint folder."""
         super().save_state(folder)
-        (folder / _SCORES).write_text(json.dumps(self.scores), encoding="utf-8")
+        (folder / _RESULTS_FILE).write_text(json.dumps(self.results), encoding="utf-8")
 
     def load_state(self, folder: Path) -> None:
-        """Take up what `save_state` wrote."""
+        """Load the state that `save_state` wrote."""
         super().load_state(folder)
-        self.scores = json.loads((folder / _SCORES).read_text(encoding="utf-8"))
+        self.results = json.loads((folder / _RESULTS_FILE).read_text(encoding="utf-8"))
 
-    def restore(self) -> None:
-        """Put the best weights back."""
-        super().restore()
+    def restore_best_weights(self) -> None:
+        """Load the best weights into the body."""
+        super().restore_best_weights()
         if self.best_weights:
-            logger.info("The weights after step %d are the best (%s %.1f %%).", self.best_step, self.metric,
-                        100 * self.best)  # fmt: skip
+            logger.info("Best weights: step %d (%s %.1f%%).", self.best_step, self.metric, 100 * self.best_score)

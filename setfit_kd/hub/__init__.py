@@ -1,24 +1,24 @@
-"""Client of the model hub."""
+"""Access to the model hub."""
 
 from setfit_kd.hub.client import (
-    address,
     cached_snapshot,
-    is_name,
+    display_endpoint,
     is_offline,
     is_reachable,
-    revisions,
+    is_repo_id,
+    record_revisions,
     snapshot,
     split_revision,
     upload,
 )
 
 __all__ = [
-    "address",
     "cached_snapshot",
-    "is_name",
+    "display_endpoint",
     "is_offline",
     "is_reachable",
-    "revisions",
+    "is_repo_id",
+    "record_revisions",
     "snapshot",
     "split_revision",
     "upload",

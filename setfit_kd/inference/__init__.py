@@ -1,1 +1,1 @@
-"""Classify texts with a trained model or a bundle, and measure how fast it is."""
+"""Classify texts with a trained model or a bundle, and measure its speed."""

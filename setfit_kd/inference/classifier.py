@@ -1,4 +1,4 @@
-"""Any classifier behind one face: a run's student, a SetFit model, or a bundle, which is run without torch."""
+"""Load a run's student, a SetFit model or a bundle behind one interface; bundles run without torch."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
 
 class TextClassifier(Protocol):
-    """What all classifiers can do.
+    """Interface of all classifiers.
 
     Attributes:
         labels: Names of the classes.
-        batch_size: Texts a forward pass.
+        batch_size: Texts per forward pass.
     """
 
     labels: list[str]
     batch_size: int
 
     def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Class probabilities of n texts: (n, n_classes)."""
+        """Predict the class probabilities (n, n_classes) of n texts."""
 
 
 class TorchClassifier:
-    """A SetFit model as `TextClassifier`."""
+    """`TextClassifier` around a SetFit model."""
 
     def __init__(self, model: SetFitModel, batch_size: int) -> None:
         self.model = model
@@ -42,7 +42,7 @@ class TorchClassifier:
         self.batch_size = batch_size
 
     def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Class probabilities of n texts: (n, n_classes)."""
+        """Predict the class probabilities (n, n_classes) of n texts."""
         from setfit_kd.models import predict_proba
 
         with show_progress(None):
@@ -50,30 +50,31 @@ class TorchClassifier:
 
 
 @contextmanager
-def _bundle_errors() -> Iterator[None]:
+def _convert_bundle_errors() -> Iterator[None]:
+    """Convert errors of `setfit_kd.runtime` to errors of setfit-kd."""
     try:
         yield
     except BundleError as error:
-        raise ModelError(str(error), hint="Export the bundle again, or copy it again.") from None
+        raise ModelError(str(error), hint="Export or copy the bundle again.") from None
     except ImportError as error:
         raise UnavailableError("This bundle needs onnxruntime.", hint="pip install onnxruntime") from error
 
 
-class _Bundle(Classifier):
-    """A bundle whose errors are ours."""
+class _BundleClassifier(Classifier):
+    """`TextClassifier` around a bundle, with errors of setfit-kd."""
 
     def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        with _bundle_errors():
+        with _convert_bundle_errors():
             return super().predict_proba(texts)
 
 
 def is_bundle(path: str | Path) -> bool:
-    """Whether a folder says that it is a bundle."""
+    """Whether a folder contains the manifest of a bundle."""
     return (Path(path) / MANIFEST).is_file()
 
 
 def classifier_path(path: str | Path) -> Path | None:
-    """The folder of a bundle or model, or of a run's student; None for a model on the hub."""
+    """Return the folder of a bundle, of a model or of a run's student; None for a model on the hub."""
     if not Path(path).is_dir():
         return None
     if is_bundle(path):
@@ -91,23 +92,23 @@ def open_classifier(
     threads: int | None = None,
     trust_pickle: bool = False,
 ) -> TextClassifier:
-    """Open a run, a SetFit folder, a SetFit model on the hub, or a bundle.
+    """Open the student of a run, a SetFit model in a folder or on the hub, or a bundle.
 
     Args:
         path: Folder or hub name.
         device: As in `RunConfig`; bundles run on the CPU.
-        batch_size: Texts a forward pass.
-        threads: Most threads of the CPU to take; None leaves it to the libraries.
-        trust_pickle: Also load a head that is stored as a pickle only.
+        batch_size: Texts per forward pass.
+        threads: Maximum number of CPU threads; None leaves the choice to the libraries.
+        trust_pickle: Also load a head that is stored only as a pickle.
 
     Raises:
-        ModelError: There is no classifier, or it is not whole.
-        UnavailableError: The hub cannot be reached, or a bundle needs a package that is not installed.
-        SetFitKDError: As `setfit_kd.load`.
+        ModelError: If the path is not a classifier, or the classifier is incomplete.
+        UnavailableError: If the hub cannot be reached, or a bundle needs a package that is not installed.
+        SetFitKDError: As in `setfit_kd.load`.
     """
     if is_bundle(path):
-        with _bundle_errors():
-            return _Bundle(path, threads=threads, batch_size=batch_size)
+        with _convert_bundle_errors():
+            return _BundleClassifier(path, threads=threads, batch_size=batch_size)
     from setfit_kd.models import load
 
     if threads is not None:

@@ -1,4 +1,4 @@
-"""From a stream of texts to a stream of predictions, and to files of them, in step: a row out for each row in."""
+"""Classify a stream of texts and write the predictions, one output row per input row."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ import numpy.typing as npt
 
 from setfit_kd.errors import ConfigError
 from setfit_kd.inference.classifier import TextClassifier
-from setfit_kd.runtime import in_windows
+from setfit_kd.runtime import chunk_texts
 from setfit_kd.utils.atomic_io import atomic_file
-from setfit_kd.utils.console import without_warnings
+from setfit_kd.utils.console import suppress_warnings
 from setfit_kd.utils.escape import as_text, json_text
 
 Row: TypeAlias = tuple[str | None, Mapping[str, Any]]
-"""A text, None where there is none that can be used, and the other columns of its row."""
+"""A text, or None if the row has no usable text, and the other columns of the row."""
 Columns: TypeAlias = Mapping[str, Any]
-"""The other columns that a table has, with their Arrow types."""
+"""The other columns of a table, with their Arrow types."""
 CHUNK_SIZE = 1024
-"""Most texts held in memory."""
+"""Maximum number of texts in memory."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier says of the next m texts.
+    """Predictions for one chunk of m texts.
 
     Attributes:
-        texts: m texts, None where a row has none.
-        labels: m labels; None where there is no text, or no class is probable enough.
-        probabilities: (m, n_classes) float32, NaN where there is no text.
-        columns: m mappings, the other columns of each text's row.
+        texts: m texts; None for rows without text.
+        labels: m labels; None for rows without text and for probabilities below the threshold.
+        probabilities: (m, n_classes) float32; NaN for rows without text.
+        columns: m mappings with the other columns of each row.
     """
 
     texts: list[str | None]
@@ -47,7 +47,7 @@ class Predictions:
     columns: list[Mapping[str, Any]]
 
     def rows(self) -> Iterator[tuple[str | None, str | None, list[float] | None, Mapping[str, Any]]]:
-        """Each text with its label, its rounded probabilities, None where there is no text, and its columns."""
+        """Iterate over text, label, rounded probabilities (None without text) and other columns of each row."""
         for text, label, row, columns in zip(
             self.texts, self.labels, self.probabilities.tolist(), self.columns, strict=True
         ):
@@ -55,53 +55,53 @@ class Predictions:
 
 
 WritePredictions = Callable[[Predictions], None]
-Format = Callable[[IO[bytes], list[str], Columns], AbstractContextManager[WritePredictions]]
-"""Within its block, the predictions for the named classes go to a binary file; tables have the other columns first."""
+OpenWriter = Callable[[IO[bytes], list[str], Columns], AbstractContextManager[WritePredictions]]
+"""Opens a writer of predictions for the named classes on a binary file; in tables, the other columns come first."""
 
 
 def classify(
-    classifier: TextClassifier, rows: Iterable[Row], *, threshold: float = 0.0, at_once: int = CHUNK_SIZE
+    classifier: TextClassifier, rows: Iterable[Row], *, threshold: float = 0.0, chunk_size: int = CHUNK_SIZE
 ) -> Iterator[Predictions]:
-    """Classify texts as they come; at most ``at_once`` of them are held in memory.
+    """Classify any number of texts in chunks, as they arrive.
 
     Args:
-        classifier: Any.
-        rows: However many.
-        threshold: Least probability of a label, from 0 to 1; below it there is none.
-        at_once: Most texts classified together.
+        classifier: Classifier to use.
+        rows: Texts with the other columns of their rows.
+        threshold: Minimum probability of a label, from 0 to 1; below it, the label is None.
+        chunk_size: Maximum number of texts that are in memory and classified together.
     """
     names = classifier.labels
-    for part in in_windows(rows, at_once, text_of=itemgetter(0)):
-        texts = {row: text for row, (text, _) in enumerate(part) if text is not None}
-        probabilities = np.full((len(part), len(names)), np.nan, np.float32)
-        with without_warnings("setfit_kd.runtime"):  # `in_windows` warns of all parts together
+    for chunk in chunk_texts(rows, chunk_size, get_text=itemgetter(0)):
+        texts = {row: text for row, (text, _) in enumerate(chunk) if text is not None}
+        probabilities = np.full((len(chunk), len(names)), np.nan, np.float32)
+        with suppress_warnings("setfit_kd.runtime"):  # `chunk_texts` logs one warning for all chunks
             probabilities[list(texts)] = classifier.predict_proba(list(texts.values()))
-        labels: list[str | None] = [None] * len(part)
+        labels: list[str | None] = [None] * len(chunk)
         for row in texts:
             column = int(probabilities[row].argmax())
             if probabilities[row, column] >= threshold:
                 labels[row] = names[column]
-        yield Predictions([text for text, _ in part], labels, probabilities, [columns for _, columns in part])
+        yield Predictions([text for text, _ in chunk], labels, probabilities, [columns for _, columns in chunk])
 
 
-def _kept_names(ours: list[str]) -> Callable[[Iterable[str]], list[str]]:
-    """From input columns to the names they are written under, the same in all rows: `input_` before a name of ours."""
-    taken, names = set(ours), dict[str, str]()
+def _column_renamer(reserved: list[str]) -> Callable[[Iterable[str]], list[str]]:
+    """Return a function that adds `input_` to input columns with a reserved name, in the same way for all rows."""
+    used, new_names = set(reserved), dict[str, str]()
 
-    def kept_names(columns: Iterable[str]) -> list[str]:
-        near = [name for name in columns if name not in names and re.sub("^(input_)+", "", name) in ours]
-        for column in sorted(near, key=ours.__contains__):  # those that can keep their names come first
-            names[column] = column
-            while names[column] in taken:
-                names[column] = f"input_{names[column]}"
-            taken.add(names[column])
-        return [names.get(name, name) for name in columns]
+    def rename(columns: Iterable[str]) -> list[str]:
+        similar = [name for name in columns if name not in new_names and re.sub("^(input_)+", "", name) in reserved]
+        for column in sorted(similar, key=reserved.__contains__):  # first the columns that may keep their names
+            new_names[column] = column
+            while new_names[column] in used:
+                new_names[column] = f"input_{new_names[column]}"
+            used.add(new_names[column])
+        return [new_names.get(name, name) for name in columns]
 
-    return kept_names
+    return rename
 
 
-def _cell(value: Any) -> Any:
-    """A value as a table has it: text, a number or None; lists and objects as JSON."""
+def _to_cell(value: Any) -> Any:
+    """Convert a value to a table cell: text, a number or None; lists and objects become JSON."""
     if value is None or value != value:
         return None
     if isinstance(value, bool | int | float):
@@ -112,13 +112,13 @@ def _cell(value: Any) -> Any:
 
 @contextmanager
 def _json_lines(file: IO[bytes], names: list[str], _: Columns) -> Iterator[WritePredictions]:
-    kept_names = _kept_names(["text", "label", "probabilities"])
+    rename = _column_renamer(["text", "label", "probabilities"])
 
-    def write(part: Predictions) -> None:
-        for text, label, row, columns in part.rows():
-            kept = dict(zip(kept_names(columns), columns.values(), strict=True))
-            known = row and dict(zip(names, row, strict=True))
-            record = {**kept, "text": text, "label": label, "probabilities": known}
+    def write(chunk: Predictions) -> None:
+        for text, label, row, columns in chunk.rows():
+            other = dict(zip(rename(columns), columns.values(), strict=True))
+            probabilities = row and dict(zip(names, row, strict=True))
+            record = {**other, "text": text, "label": label, "probabilities": probabilities}
             file.write(json_text(record).encode("utf-8") + b"\n")
         file.flush()
 
@@ -126,23 +126,23 @@ def _json_lines(file: IO[bytes], names: list[str], _: Columns) -> Iterator[Write
 
 
 def _header(names: list[str], columns: Columns) -> list[str]:
-    ours = ["text", "label", "probability", *(f"probability_{name}" for name in names)]
-    return [*map(_cell, _kept_names(ours)(columns)), *ours]
+    output_columns = ["text", "label", "probability", *(f"probability_{name}" for name in names)]
+    return [*map(_to_cell, _column_renamer(output_columns)(columns)), *output_columns]
 
 
-def _delimited(delimiter: str) -> Format:
+def _delimited(delimiter: str) -> OpenWriter:
     @contextmanager
     def delimited(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[WritePredictions]:
         def write_line(line: str) -> None:
             file.write(line.removesuffix("\r\n").encode("utf-8") + b"\n")
 
-        # The csv module quotes a carriage return only where its own lines end with one.
+        # The csv module quotes a carriage return only if its line terminator contains one.
         table = csv.writer(SimpleNamespace(write=write_line), delimiter=delimiter, lineterminator="\r\n")
 
-        def write(part: Predictions) -> None:
-            for text, label, row, kept in part.rows():
-                known = [max(row), *row] if row else [None] * (1 + len(names))
-                table.writerow([*(_cell(kept.get(name)) for name in columns), text, label, *known])
+        def write(chunk: Predictions) -> None:
+            for text, label, row, other in chunk.rows():
+                probabilities = [max(row), *row] if row else [None] * (1 + len(names))
+                table.writerow([*(_to_cell(other.get(name)) for name in columns), text, label, *probabilities])
 
         table.writerow(_header(names, columns))
         yield write
@@ -155,29 +155,31 @@ def _parquet(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[Wr
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = [*columns.values(), pa.string(), pa.string(), *[pa.float32()] * (1 + len(names))]
-    schema = pa.schema(list(zip(_header(names, columns), kinds, strict=True)))
+    types = [*columns.values(), pa.string(), pa.string(), *[pa.float32()] * (1 + len(names))]
+    schema = pa.schema(list(zip(_header(names, columns), types, strict=True)))
 
-    def column(values: list[Any], kind: pa.DataType) -> pa.Array:
-        if pa.types.is_string(kind) or pa.types.is_floating(kind):
-            convert = str if pa.types.is_string(kind) else float
-            values = [None if cell is None else convert(cell) for cell in map(_cell, values)]
-        return pa.array(values, kind, from_pandas=True)
+    def to_arrow(values: list[Any], dtype: pa.DataType) -> pa.Array:
+        if pa.types.is_string(dtype) or pa.types.is_floating(dtype):
+            convert = str if pa.types.is_string(dtype) else float
+            values = [None if cell is None else convert(cell) for cell in map(_to_cell, values)]
+        return pa.array(values, dtype, from_pandas=True)
 
     with pq.ParquetWriter(file, schema) as table:
 
-        def write(part: Predictions) -> None:
-            missing = np.array([text is None for text in part.texts])
-            best = part.probabilities.max(axis=1)
-            numbers = [pa.array(column, pa.float32(), mask=missing) for column in (best, *part.probabilities.T)]
-            kept = [column([row.get(name) for row in part.columns], kind) for name, kind in columns.items()]
-            ours = [pa.array(part.texts, pa.string()), pa.array(part.labels, pa.string()), *numbers]
-            table.write_batch(pa.record_batch([*kept, *ours], schema=schema))
+        def write(chunk: Predictions) -> None:
+            missing = np.array([text is None for text in chunk.texts])
+            highest = chunk.probabilities.max(axis=1)
+            probabilities = [
+                pa.array(values, pa.float32(), mask=missing) for values in (highest, *chunk.probabilities.T)
+            ]
+            other = [to_arrow([row.get(name) for row in chunk.columns], dtype) for name, dtype in columns.items()]
+            texts, labels = pa.array(chunk.texts, pa.string()), pa.array(chunk.labels, pa.string())
+            table.write_batch(pa.record_batch([*other, texts, labels, *probabilities], schema=schema))
 
         yield write
 
 
-_FORMATS: dict[str, Format] = {
+_FORMATS: dict[str, OpenWriter] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".csv": _delimited(","),
@@ -187,24 +189,28 @@ _FORMATS: dict[str, Format] = {
 
 
 def check_output(path: Path) -> None:
-    """Refuse a file whose ending says nothing about how to write it.
+    """Check that predictions can be written to a file with this extension.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: If the extension is unknown.
     """
     if path.suffix.lower() not in _FORMATS:
-        raise ConfigError(f"{path}: predictions cannot be written so.", hint=f"Known endings: {', '.join(_FORMATS)}.")
+        raise ConfigError(
+            f"Cannot write predictions to {path}: unknown file extension {path.suffix!r}.",
+            hint=f"Use one of {', '.join(_FORMATS)}.",
+        )
 
 
 @contextmanager
 def predictions_file(path: Path, names: list[str], columns: Columns | None = None) -> Iterator[WritePredictions]:
-    """Within this block, predictions are written to a file of the kind that its ending says: whole, or not at all.
+    """Open a file for predictions; its extension selects the format.
 
-    Yields a function that takes the next of them. Tables have the given ``columns`` before those of the predictions.
+    Yields a function that writes the next chunk. The file appears only if the block succeeds. Tables have ``columns``
+    before those of the predictions.
 
     Raises:
-        ConfigError: The ending is not known.
-        OutputError: The file cannot be written.
+        ConfigError: If the extension is unknown.
+        OutputError: If the file cannot be written.
     """
     check_output(path)
     with atomic_file(path) as file, _FORMATS[path.suffix.lower()](file, names, columns or {}) as write:
@@ -212,8 +218,5 @@ def predictions_file(path: Path, names: list[str], columns: Columns | None = Non
 
 
 def predictions_stream(file: IO[bytes], names: list[str]) -> AbstractContextManager[WritePredictions]:
-    """Within this block, predictions go to a binary stream as JSON lines.
-
-    Yields a function that takes the next of them.
-    """
+    """Open a binary stream for predictions as JSON lines; yields a function that writes the next chunk."""
     return _json_lines(file, names, {})

@@ -1,4 +1,4 @@
-"""Training losses, one per file, as modules that the trainer of sentence-transformers can call."""
+"""Training losses for the trainer of sentence-transformers, one per module."""
 
 from setfit_kd.losses.base import BatchLoss, LossOptions
 from setfit_kd.losses.contrastive import ContrastiveLoss, balanced_batches

@@ -1,4 +1,4 @@
-"""What all objectives share: embedding the batch, with dropout off unless asked for."""
+"""Base class of the losses, which embeds whole batches with gradient caching."""
 
 from __future__ import annotations
 
@@ -17,31 +17,37 @@ if TYPE_CHECKING:
 
 
 CPU_CHUNK = 16
-"""Texts that pass through the body at once on a CPU, where padding to the longest of a whole batch is what costs."""
+"""Texts per forward pass on a CPU, where padding a whole batch to its longest text is expensive."""
 
 
 class LossOptions(TypedDict, total=False):
-    """What every objective can be told about its passes; see `BatchLoss`."""
+    """Keyword arguments of every loss; see `BatchLoss`."""
 
     dropout: bool
     micro_batch_size: int | None
 
 
 class BatchLoss(nn.Module, ABC):
-    """A loss over embeddings, computed on whole batches whatever fits in memory.
+    """Loss over the embeddings of a whole batch, with gradients computed micro-batch by micro-batch.
+
+    Each micro-batch is embedded without keeping its activations, and embedded again in the backward pass (gradient
+    caching). Loss and gradient are the same for any micro-batch size. Memory is that of one micro-batch, for a third
+    more compute.
 
     Args:
         model: The body to train.
-        dropout: Keep the body's dropout on. Off by default: a student that must reproduce the teacher's geometry is
-            only disturbed by it.
-        micro_batch_size: Most texts whose activations are held at once. The loss is still that of the whole batch:
-            each micro-batch is embedded without keeping its activations, and embedded again when the gradient comes
-            back to it (gradient caching: Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory
-            Limited Setup"). Memory is that of one micro-batch, for a third more compute; loss and gradient are the
-            same at any size. None holds the whole batch.
+        dropout: Keep the body's dropout on. Off by default, because dropout only disturbs a student that must
+            reproduce the geometry of the teacher's embeddings.
+        micro_batch_size: Maximum number of texts whose activations are kept in memory. None keeps those of the whole
+            batch, without gradient caching.
 
-    Inputs, as sentence-transformers' trainer hands them over: one feature mapping a text column, of B texts each, and
-    ``labels``, B numbers whose meaning is the objective's own.
+    References:
+        - Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup".
+
+    Inputs:
+        sentence_features: One feature mapping per text column, of B texts each, as the trainer of
+            sentence-transformers passes them.
+        labels: (B,) numbers; their meaning depends on the loss.
     """
 
     def __init__(
@@ -53,20 +59,26 @@ class BatchLoss(nn.Module, ABC):
         self.micro_batch_size = micro_batch_size
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
-        """Embed each column and return the loss, a scalar."""
-        # The trainer sets training mode before every step; in evaluation mode gradients flow all the same.
+        """Embed each text column and compute the loss, a scalar."""
+        # The trainer sets training mode before every step. Gradients also flow in evaluation mode.
         self.model.train(self.dropout)
         columns = list(sentence_features)
-        return self.loss([self.embed(features, n_columns=len(columns)) for features in columns], labels)
+        return self.compute_loss([self.embed(features, n_columns=len(columns)) for features in columns], labels)
 
     def embed(self, features: dict[str, Tensor], *, n_columns: int = 1) -> Tensor:
-        """Embed one of ``n_columns`` columns of B texts, padded to T tokens: (B, d).
+        """Embed one text column.
 
-        In micro-batches, and on a CPU in parts of `CPU_CHUNK`, texts go through the body sorted by length, each part
-        cut to its own longest. Embeddings and gradients are the same as without, but for the draws of dropout where
-        that is on.
+        Texts are sorted by length and embedded in micro-batches, or on a CPU in chunks of `CPU_CHUNK`, each cut to its
+        longest text. Embeddings and gradients are the same as in one pass, except for the random draws of dropout.
+
+        Args:
+            features: Features of B texts, padded to T tokens.
+            n_columns: Number of text columns in the batch.
+
+        Returns:
+            (B, d) embeddings.
         """
-        mask = features.get("attention_mask")  # (B, T); a body without one, such as a static one, needs no parts
+        mask = features.get("attention_mask")  # (B, T); static bodies have none and need no chunks
         if mask is None:
             return self._encode(features)
         size = self.micro_batch_size or (CPU_CHUNK if mask.device.type == "cpu" else len(mask))
@@ -77,45 +89,45 @@ class BatchLoss(nn.Module, ABC):
         lengths = mask.sum(dim=1)
         order = lengths.argsort(descending=True, stable=True)
         padded_right = bool(mask[:, 0].all())
-        parts = []
+        embeddings = []
         for rows in torch.split(order, size):
-            longest = int(lengths[rows[0]]) if padded_right else mask.shape[1]
-            part = {name: _rows_of(value, rows, longest, like=mask) for name, value in features.items()}
-            parts.append(
-                # The masks of dropout are drawn again from the same state.
-                checkpoint(self._encode, part, use_reentrant=False, preserve_rng_state=self.dropout)
+            length = int(lengths[rows[0]]) if padded_right else mask.shape[1]
+            chunk = {name: _select_rows(value, rows, length, mask=mask) for name, value in features.items()}
+            embeddings.append(
+                # Both passes must draw the same dropout masks.
+                checkpoint(self._encode, chunk, use_reentrant=False, preserve_rng_state=self.dropout)
                 if recompute
-                else self._encode(part)
+                else self._encode(chunk)
             )
-        return torch.cat(parts)[order.argsort()]
+        return torch.cat(embeddings)[order.argsort()]
 
     def _encode(self, features: dict[str, Tensor]) -> Tensor:
-        # A copy, since the body's modules leave their activations in what they are given.
+        # Pass a copy, because the body's modules write their outputs into it.
         return cast("Tensor", self.model(dict(features))["sentence_embedding"])
 
     @abstractmethod
-    def loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        """The loss of ``embeddings``, one (B, d) tensor a text column, and ``labels`` (B,): a scalar."""
+    def compute_loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        """Compute the loss, a scalar, from one (B, d) tensor of embeddings per text column and (B,) labels."""
 
 
-def _rows_of(value: Tensor, rows: Tensor, longest: int, *, like: Tensor) -> Tensor:
-    """Some rows of a feature of B texts, without the padding past ``longest``; anything else as it is."""
-    if not isinstance(value, Tensor) or value.shape[:1] != like.shape[:1]:
+def _select_rows(value: Tensor, rows: Tensor, length: int, *, mask: Tensor) -> Tensor:
+    """Select rows of a feature and cut token features to ``length``; return features not per text unchanged."""
+    if not isinstance(value, Tensor) or value.shape[:1] != mask.shape[:1]:
         return value
-    return value[rows, :longest] if value.shape[:2] == like.shape else value[rows]
+    return value[rows, :length] if value.shape[:2] == mask.shape else value[rows]
 
 
 def to_float32(embeddings: Tensor) -> Tensor:
-    """The same numbers, half precision made single: cosines near 1 need more digits than it has."""
+    """Convert half precision to float32, because cosines near 1 need more digits."""
     return embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
 
 
 def cosine_matrix(embeddings: Tensor) -> Tensor:
-    """Cosines of all pairs of rows: (B, d) to (B, B)."""
+    """Compute the cosines of all pairs of rows: (B, d) to (B, B)."""
     unit = nn.functional.normalize(to_float32(embeddings), dim=1)
     return unit @ unit.T
 
 
-def rows_at(array: npt.NDArray[np.floating], labels: Tensor) -> Tensor:
-    """The rows ``labels`` (B,) of an (n, ...) array, as float32 on the labels' device; no other row is read."""
+def take_rows(array: npt.NDArray[np.floating], labels: Tensor) -> Tensor:
+    """Read only the rows ``labels`` (B,) of an (n, ...) array, as float32 on the device of the labels."""
     return torch.as_tensor(np.asarray(array[labels.cpu().numpy()], np.float32), device=labels.device)

@@ -1,4 +1,4 @@
-"""Supervised contrast over whole batches."""
+"""Supervised contrastive loss and batches balanced by class."""
 
 from __future__ import annotations
 
@@ -11,27 +11,34 @@ from setfit_kd.losses.base import BatchLoss, cosine_matrix
 
 
 class ContrastiveLoss(BatchLoss):
-    """Draw texts of a class together and push classes apart, over all pairs of a batch.
+    """Supervised contrastive loss over all pairs of texts in a batch.
 
-    The cosine of two texts is regressed to 1 where they share a class and to 0 where they do not, as SetFit does pair
-    by pair (Tunstall et al., 2022, "Efficient Few-Shot Learning Without Prompts"); the B texts of a batch give
-    B(B-1)/2 pairs for B forward passes. The mean over the pairs within classes and the mean over the pairs across
-    classes weigh the same, however many classes there are.
+    The cosine of two texts is regressed to 1 if they have the same class and to 0 otherwise, as SetFit does pair by
+    pair. B texts give B(B-1)/2 pairs for B forward passes. The mean over the pairs within classes and the mean over
+    the pairs across classes have the same weight, regardless of the number of classes.
 
-    Labels: (B,) integers, the class of each text.
+    Args:
+        model: The body to train.
+        dropout, micro_batch_size: See `BatchLoss`.
+
+    References:
+        - Tunstall et al., 2022, "Efficient Few-Shot Learning Without Prompts".
+
+    Inputs:
+        One text column; labels are (B,) integers, the class of each text.
 
     Example:
         >>> import torch
-        >>> objective = ContrastiveLoss(torch.nn.Identity())
+        >>> loss = ContrastiveLoss(torch.nn.Identity())
         >>> embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-        >>> objective.loss([embeddings], torch.tensor([0, 0, 1])).item()
+        >>> loss.compute_loss([embeddings], torch.tensor([0, 0, 1])).item()
         0.0
-        >>> objective.loss([embeddings], torch.tensor([0, 1, 1])).item()
+        >>> loss.compute_loss([embeddings], torch.tensor([0, 1, 1])).item()
         1.5
     """
 
-    def loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        """Mean of (1 - cos)² within classes plus mean of cos² across them."""
+    def compute_loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        """Compute the mean of (1 - cos)² within classes plus the mean of cos² across classes."""
         (rows,) = embeddings
         cosines = cosine_matrix(rows)
         same = labels[:, None] == labels[None, :]
@@ -44,17 +51,17 @@ class ContrastiveLoss(BatchLoss):
 
 
 def balanced_batches(labels: npt.NDArray[np.int64], *, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """Batches that hold every class evenly, or as many classes by twos as fit.
+    """Sample batches with an equal number of texts per class.
 
-    Where not all classes fit, they take turns. Each class is gone through in random order and reshuffled when used up,
-    so that all its texts come equally often. No text stands twice in a batch: a class with fewer texts than its share
-    gives all of them.
+    If the batch cannot hold two texts of every class, the classes take turns. The texts of each class are used in
+    random order and reshuffled after each pass, so that all are used equally often. No text occurs twice in a batch:
+    a class with fewer texts than its share contributes all of them.
 
     Args:
-        labels: (n,) class of each text; two texts a class or more.
-        batch_size: Most texts in a batch, 4 or more.
+        labels: (n,) class of each text; at least two texts per class.
+        batch_size: Maximum number of texts per batch, at least 4.
         steps: Number of batches.
-        seed: Same seed, same batches.
+        seed: Seed of the random order.
 
     Returns:
         ``steps`` lists of row indices.
@@ -66,18 +73,18 @@ def balanced_batches(labels: npt.NDArray[np.int64], *, batch_size: int, steps: i
     n_chosen = min(len(rows_of), batch_size // 2)
     batches = []
     for _ in range(steps):
-        chosen = _take(turns, np.arange(len(rows_of)), n_chosen, rng)
+        chosen = _take_rows(turns, np.arange(len(rows_of)), n_chosen, rng)
         shares = np.full(n_chosen, batch_size // n_chosen)
         shares[: batch_size % n_chosen] += 1
         batch: list[int] = []
         for label, share in zip(chosen, shares, strict=True):
-            batch += _take(queues[label], rows_of[label], int(share), rng)
+            batch += _take_rows(queues[label], rows_of[label], int(share), rng)
         batches.append(batch)
     return batches
 
 
-def _take(queue: list[int], rows: npt.NDArray[np.int64], count: int, rng: np.random.Generator) -> list[int]:
-    """Up to ``count`` different rows, from the queue first; what is refilled skips those just taken."""
+def _take_rows(queue: list[int], rows: npt.NDArray[np.int64], count: int, rng: np.random.Generator) -> list[int]:
+    """Take up to ``count`` distinct rows from the queue, refilling it with ``rows`` in random order if it runs out."""
     count = min(count, len(rows))
     taken = [queue.pop() for _ in range(min(count, len(queue)))]
     if len(taken) < count:

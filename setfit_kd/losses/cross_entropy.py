@@ -1,4 +1,4 @@
-"""The gold labels."""
+"""Cross-entropy loss against the gold labels."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ if TYPE_CHECKING:
 
 
 class CrossEntropyLoss(BatchLoss):
-    """Make a classifier's most probable class the gold one: the mean cross-entropy over a batch.
-
-    Labels: (B,) integers, the gold classes.
+    """Mean cross-entropy against the gold labels.
 
     Args:
         model: The body to train.
-        head: From (B, d) embeddings to (B, n_classes) logits; trained along.
-        options: As `BatchLoss`.
+        head: Maps (B, d) embeddings to (B, n_classes) logits; trained together with the body.
+        options: See `BatchLoss`.
+
+    Inputs:
+        One text column; labels are (B,) integers, the gold class of each text.
 
     Example:
         >>> import torch
         >>> head = torch.nn.Linear(2, 2)
         >>> _ = head.load_state_dict({"weight": torch.eye(2), "bias": torch.zeros(2)})
-        >>> objective = CrossEntropyLoss(torch.nn.Identity(), head)
-        >>> round(objective.loss([torch.tensor([[3.0, 0.0], [0.0, 0.0]])], torch.tensor([0, 1])).item(), 3)
+        >>> loss = CrossEntropyLoss(torch.nn.Identity(), head)
+        >>> round(loss.compute_loss([torch.tensor([[3.0, 0.0], [0.0, 0.0]])], torch.tensor([0, 1])).item(), 3)
         0.371
     """
 
@@ -36,8 +37,8 @@ class CrossEntropyLoss(BatchLoss):
         super().__init__(model, **options)
         self.head = head
 
-    def loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        """Mean of the texts' cross-entropies."""
+    def compute_loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        """Compute the mean cross-entropy over the texts."""
         (rows,) = embeddings
         logits = to_float32(self.head(rows.to(self.head.weight)))  # (B, n_classes)
         return nn.functional.cross_entropy(logits, labels)

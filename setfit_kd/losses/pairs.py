@@ -1,4 +1,4 @@
-"""SetFit's pairs, with the targets that they are meant to have."""
+"""Loss over text pairs with the teacher's cosines as targets."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ from setfit_kd.utils.arrays import normalise_rows
 
 
 class PairSimilarityLoss(BatchLoss):
-    """Make the student's cosine of a pair of texts that of the teacher.
+    """Mean squared difference between the student's and the teacher's cosine of text pairs.
 
-    What SetFit's ``DistillationTrainer`` describes. (SetFit 1.2.0 itself trains toward the constant 1, since its pairs
-    are drawn before their texts are numbered.)
+    This is the loss that SetFit documents for its ``DistillationTrainer``. SetFit 1.2.0 itself trains towards the
+    constant 1, because it draws the pairs before it numbers the texts.
 
-    Labels: (B,) floats from -1 to 1, the teacher's cosines.
+    Args:
+        model: The student's body.
+        dropout, micro_batch_size: See `BatchLoss`.
+
+    Inputs:
+        Two text columns, the texts of each pair; labels are (B,) floats from -1 to 1, the teacher's cosines.
 
     Example:
         >>> import torch
-        >>> objective = PairSimilarityLoss(torch.nn.Identity())
+        >>> loss = PairSimilarityLoss(torch.nn.Identity())
         >>> left, right = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-        >>> objective.loss([left, right], torch.tensor([0.5])).item()
+        >>> loss.compute_loss([left, right], torch.tensor([0.5])).item()
         0.25
     """
 
-    def loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        """Mean squared difference of the cosines over the pairs."""
+    def compute_loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        """Compute the mean squared difference of the cosines over the pairs."""
         left, right = embeddings
         cosines = torch.cosine_similarity(to_float32(left), to_float32(right))
         return nn.functional.mse_loss(cosines, labels.to(cosines))
@@ -41,27 +46,29 @@ def draw_pairs(
     seed: int,
     rows: npt.NDArray[np.int64] | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Random pairs of different texts with their cosines; each text opens ``pairs_per_text`` pairs.
+    """Draw random pairs of different texts and compute their cosines.
+
+    Memory is O(m * pairs_per_text).
 
     Args:
         embeddings: (n, d) of the teacher.
-        pairs_per_text: Pairs that each text opens.
-        seed: Same seed, same pairs.
-        rows: The m texts to pair, at least 2; None pairs all.
+        pairs_per_text: Number of pairs with each text on the left.
+        seed: Seed of the random draws.
+        rows: Rows of the m texts to pair, at least 2; None pairs all texts.
 
     Returns:
-        ``(left, right, cosines)``, each (m * pairs_per_text,): rows of the embeddings, and what memory is O of.
+        ``(left, right, cosines)``, each (m * pairs_per_text,); left and right are rows of the embeddings.
     """
     rows = np.arange(len(embeddings)) if rows is None else rows
     n = len(rows)
     rng = np.random.default_rng([seed, 3])
     left = np.repeat(np.arange(n), pairs_per_text)
-    # A step of 1 to n - 1 around the circle never ends where it began.
+    # A cyclic shift by 1 to n - 1 never pairs a text with itself.
     right = (left + rng.integers(1, n, size=len(left))) % n
     left, right = rows[left], rows[right]
     cosines = np.empty(len(left), np.float32)
     for start in range(0, len(left), 8192):
-        part = slice(start, start + 8192)
-        pairs = normalise_rows(embeddings[left[part]]), normalise_rows(embeddings[right[part]])
-        cosines[part] = np.einsum("ij,ij->i", *pairs)
+        chunk = slice(start, start + 8192)
+        pairs = normalise_rows(embeddings[left[chunk]]), normalise_rows(embeddings[right[chunk]])
+        cosines[chunk] = np.einsum("ij,ij->i", *pairs)
     return left, right, cosines.clip(-1, 1)

@@ -1,4 +1,4 @@
-"""The teacher's similarity matrix, batch by batch."""
+"""Loss against the teacher's similarity matrix of each batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from setfit_kd.losses.base import BatchLoss, LossOptions, cosine_matrix, rows_at
+from setfit_kd.losses.base import BatchLoss, LossOptions, cosine_matrix, take_rows
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -17,27 +17,31 @@ if TYPE_CHECKING:
 
 
 class SimilarityLoss(BatchLoss):
-    """Make the student's cosines of a batch those of the teacher.
+    """Mean squared difference between the student's and the teacher's cosine matrix of a batch.
 
-    The mean squared difference between the two B by B cosine matrices, diagonal left out (Tung and Mori, 2019,
-    "Similarity-Preserving Knowledge Distillation"). B texts give B(B-1)/2 targets for B forward passes. Teacher and
-    student may differ in dimension.
-
-    Labels: (B,) integers, each text's row in the teacher's embeddings.
+    The diagonals of the two (B, B) matrices are ignored. B texts give B(B-1)/2 targets for B forward passes. Teacher
+    and student may differ in dimension.
 
     Args:
         model: The student's body.
-        teacher_embeddings: (n, d), a row a pool text. Targets are made of the B rows of a batch alone: memory is
-            O(n d), never O(n²).
-        weights: (n,) weight of each pool text; a pair weighs the product of its two. None weighs all pairs alike.
-        options: As `BatchLoss`.
+        teacher_embeddings: (n, d), one row per pool text. Targets are computed from the B rows of each batch, so
+            memory is O(n d), never O(n²).
+        weights: (n,) weight of each pool text; the weight of a pair is the product of the weights of its texts. None
+            weights all pairs equally.
+        options: See `BatchLoss`.
+
+    References:
+        - Tung and Mori, 2019, "Similarity-Preserving Knowledge Distillation".
+
+    Inputs:
+        One text column; labels are (B,) integers, the row of each text in ``teacher_embeddings``.
 
     Example:
         >>> import numpy as np, torch
         >>> teacher = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=np.float32)
-        >>> objective = SimilarityLoss(torch.nn.Identity(), teacher)
-        >>> turned = torch.tensor([[0.0, 2.0, 0.0], [-3.0, 0.0, 0.0]])  # another basis, other lengths, same angle
-        >>> objective.loss([turned], torch.tensor([0, 1])).item()
+        >>> loss = SimilarityLoss(torch.nn.Identity(), teacher)
+        >>> rotated = torch.tensor([[0.0, 2.0, 0.0], [-3.0, 0.0, 0.0]])  # other lengths, same angle
+        >>> loss.compute_loss([rotated], torch.tensor([0, 1])).item()
         0.0
     """
 
@@ -54,19 +58,19 @@ class SimilarityLoss(BatchLoss):
         self.weights = weights
 
     def targets(self, labels: Tensor) -> Tensor:
-        """The teacher's cosines of the pool rows ``labels`` (B,): (B, B), on the same device."""
-        return cosine_matrix(rows_at(self.teacher_embeddings, labels))
+        """Compute the teacher's (B, B) cosines of the pool rows ``labels`` (B,), on the device of the labels."""
+        return cosine_matrix(take_rows(self.teacher_embeddings, labels))
 
-    def loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        """Weighted mean of the squared differences of the cosines, over the pairs of different texts."""
+    def compute_loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        """Compute the weighted mean squared difference of the cosines over all pairs of different texts."""
         (rows,) = embeddings
         student = cosine_matrix(rows)
         target = self.targets(labels).to(student)
         weight = 1 - torch.eye(len(labels), dtype=student.dtype, device=student.device)
         if self.weights is not None:
-            of_text = rows_at(self.weights, labels).to(student)
-            of_text = of_text / of_text.max().clamp_min(torch.finfo(of_text.dtype).tiny)
-            weight = weight * of_text[:, None] * of_text[None, :]
+            text_weight = take_rows(self.weights, labels).to(student)
+            text_weight = text_weight / text_weight.max().clamp_min(torch.finfo(text_weight.dtype).tiny)
+            weight = weight * text_weight[:, None] * text_weight[None, :]
         total = weight.sum()
-        # Weights of zero throughout leave nothing to learn, rather than 0 / 0.
+        # If all weights are zero, the loss is 0, not 0 / 0.
         return ((student - target).square() * weight).sum() / total.clamp_min(torch.finfo(weight.dtype).tiny)

@@ -1,4 +1,4 @@
-"""The teacher's soft labels."""
+"""Knowledge distillation loss against the teacher's soft labels."""
 
 from __future__ import annotations
 
@@ -9,42 +9,46 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from setfit_kd.losses.base import BatchLoss, LossOptions, rows_at, to_float32
+from setfit_kd.losses.base import BatchLoss, LossOptions, take_rows, to_float32
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from typing_extensions import Unpack
 
 NO_GOLD = -1
-"""The gold class of a text that has none."""
+"""Stands for the gold class of a text without a gold label."""
 
 
 class SoftLabelLoss(BatchLoss):
-    """Make the student's class probabilities the teacher's, at a temperature.
+    """KL divergence between the teacher's and the student's class probabilities at a temperature T.
 
-    Of each text, T² KL(teacher at T ‖ student at T); of a text with a gold label, (1 - alpha) of that and alpha times
-    the cross-entropy against gold at T = 1 (Hinton, Vinyals and Dean, 2015, "Distilling the Knowledge in a Neural
-    Network"). The mean over the batch is the loss. A linear head inside the objective turns embeddings into logits; it
-    is trained beside the body and dropped after, when the student's own head is fitted at T = 1.
-
-    Labels: (B,) integers, each text's row in the signals.
+    The loss of a text is T² KL(teacher at T ‖ student at T). For a text with a gold label, this term has weight
+    1 - alpha, and the cross-entropy against the gold label at T = 1 has weight alpha. The loss is the mean over the
+    batch. A linear head, part of the loss, maps embeddings to logits. It is trained together with the body and
+    discarded after training, when the student's own head is fitted at T = 1.
 
     Args:
         model: The student's body.
-        probabilities: (n, n_classes) of the teacher, a row a pool text, rows summing to 1.
-        dimension: Length of the student's embeddings.
-        gold: (n,) class of each pool text, `NO_GOLD` where it has none; None is none at all.
+        probabilities: (n, n_classes) of the teacher, one row per pool text, rows summing to 1.
+        dimension: Dimension of the student's embeddings.
+        gold: (n,) gold class of each pool text, or `NO_GOLD`; None if no text has a gold label.
         temperature: T, above 0.
-        alpha: Share of the gold label, from 0 to 1.
-        options: As `BatchLoss`.
+        alpha: Weight of the gold label, from 0 to 1.
+        options: See `BatchLoss`.
+
+    References:
+        - Hinton, Vinyals and Dean, 2015, "Distilling the Knowledge in a Neural Network".
+
+    Inputs:
+        One text column; labels are (B,) integers, the row of each text in the signals.
 
     Example:
         >>> import numpy as np, torch
         >>> probabilities = np.array([[0.5, 0.5], [0.9, 0.1]], dtype=np.float32)
-        >>> objective = SoftLabelLoss(torch.nn.Identity(), probabilities, dimension=2, temperature=2.0)
-        >>> objective.start_from(np.eye(2), np.zeros(2))  # the embeddings are the logits
+        >>> loss = SoftLabelLoss(torch.nn.Identity(), probabilities, dimension=2, temperature=2.0)
+        >>> loss.init_head(np.eye(2), np.zeros(2))  # the embeddings are the logits
         >>> logits = torch.tensor([[7.0, 7.0], [3.0, 0.0]])
-        >>> round(objective.loss([logits], torch.tensor([0, 0])).item(), 3)
+        >>> round(loss.compute_loss([logits], torch.tensor([0, 0])).item(), 3)
         0.517
     """
 
@@ -66,20 +70,20 @@ class SoftLabelLoss(BatchLoss):
         self.alpha = alpha
         self.head = nn.Linear(dimension, probabilities.shape[1])
 
-    def start_from(self, coef: npt.NDArray[np.floating], intercept: npt.NDArray[np.floating]) -> None:
-        """Begin with a fitted head: ``coef`` (n_classes, d) and ``intercept`` (n_classes,).
+    def init_head(self, coef: npt.NDArray[np.floating], intercept: npt.NDArray[np.floating]) -> None:
+        """Initialize the head with a fitted one: ``coef`` (n_classes, d) and ``intercept`` (n_classes,).
 
-        A body's learning rate is far too small to bring a random head anywhere.
+        The learning rate of a body is far too small to train a random head.
         """
         with torch.no_grad():
             self.head.weight.copy_(torch.as_tensor(coef).reshape(self.head.weight.shape))
             self.head.bias.copy_(torch.as_tensor(intercept).reshape(self.head.bias.shape))
 
-    def loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        """Mean over the texts of the soft and, where there is one, the gold term."""
+    def compute_loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        """Compute the mean over the texts of the soft-label term and, for texts with a gold label, the gold term."""
         (rows,) = embeddings
         logits = to_float32(self.head(rows.to(self.head.weight)))  # (B, n_classes)
-        soft_labels = rows_at(self.probabilities, labels).to(logits)
+        soft_labels = take_rows(self.probabilities, labels).to(logits)
         tiny = torch.finfo(logits.dtype).tiny
         target = torch.log_softmax(soft_labels.clamp_min(tiny).log() / self.temperature, dim=1)
         student = torch.log_softmax(logits / self.temperature, dim=1)

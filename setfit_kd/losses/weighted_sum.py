@@ -1,4 +1,4 @@
-"""Several objectives at once."""
+"""Weighted sum of several losses."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ if TYPE_CHECKING:
 
 
 class WeightedSumLoss(BatchLoss):
-    """The weighted sum of objectives over the same batch, which passes through the body once.
-
-    Labels: (B,), as the parts take them.
+    """Weighted sum of losses over the same batch, which is embedded only once.
 
     Args:
         model: The student's body.
-        parts: Pairs of weight and objective; the parts' own options are not looked at.
-        options: As `BatchLoss`.
+        parts: Pairs of weight and loss. The options of the losses are ignored.
+        options: See `BatchLoss`.
+
+    Requirements:
+        All losses expect the same text column and labels.
+
+    Inputs:
+        As for the losses.
 
     Example:
         >>> import numpy as np, torch
@@ -30,8 +34,8 @@ class WeightedSumLoss(BatchLoss):
         >>> from setfit_kd.losses import EmbeddingLoss, SimilarityLoss
         >>> similarity = SimilarityLoss(body, teacher)
         >>> embedding = EmbeddingLoss(body, teacher, dimension=2)
-        >>> both = WeightedSumLoss(body, [(1.0, similarity), (0.5, embedding)])
-        >>> both.loss([torch.tensor([[1.0, 0.0], [1.0, 0.0]])], torch.tensor([0, 1])).item()
+        >>> loss = WeightedSumLoss(body, [(1.0, similarity), (0.5, embedding)])
+        >>> loss.compute_loss([torch.tensor([[1.0, 0.0], [1.0, 0.0]])], torch.tensor([0, 1])).item()
         1.25
     """
 
@@ -42,10 +46,10 @@ class WeightedSumLoss(BatchLoss):
         self.weights = [weight for weight, _ in parts]
         self.parts = nn.ModuleList(part for _, part in parts)
 
-    def loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        """Sum of the parts' losses, each times its weight."""
+    def compute_loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        """Compute the weighted sum of the losses."""
         terms = [
-            weight * part.loss(embeddings, labels)
+            weight * part.compute_loss(embeddings, labels)
             for weight, part in zip(self.weights, self.parts, strict=True)
             if isinstance(part, BatchLoss)
         ]

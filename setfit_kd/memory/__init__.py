@@ -1,7 +1,4 @@
-"""Devices, what an out-of-memory error looks like, and the backoff down from one.
-
-The only room that knows any of the three.
-"""
+"""Devices, recognition of out-of-memory errors, and OOM backoff."""
 
 from setfit_kd.memory.backoff import Attempt, BackoffEvent, OOMBackoff, clear_cache, move_model, shared_backoff
 from setfit_kd.memory.devices import check_device, free_memory, resolve_device

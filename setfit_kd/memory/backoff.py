@@ -1,4 +1,4 @@
-"""The backoff: what is tried, one after the other, when memory runs out."""
+"""OOM backoff: retry with smaller batches, then on the CPU, if memory runs out."""
 
 from __future__ import annotations
 
@@ -24,27 +24,31 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a phase may take up: a device, and how many texts on it at once."""
+    """Device and batch size that a phase is run with.
+
+    Attributes:
+        device: Device to run on.
+        batch_size: Texts per forward pass; in training, the micro-batch size.
+    """
 
     device: torch.device
-    size: int
+    batch_size: int
 
     def __str__(self) -> str:
-        return f"{self.size} texts at once on {self.device}"
+        return f"batch size {self.batch_size} on {self.device}"
 
 
 @dataclass(frozen=True)
 class BackoffEvent:
-    """One step down the backoff.
+    """One out-of-memory error and the attempt that follows it.
 
     Attributes:
-        phase: What ran out of memory, such as ``Training teacher``.
-        kind: ``training`` or ``encoding``.
-        step: Where in it: the training step, from 1, or the texts that were encoded already; None at the beginning.
-        cause: The error's first line.
-        before, after: The rungs; the same one where only the cache was cleared.
-        free_before, free_after: Bytes free on the device when the error came, and after clearing up; None where the
-            system does not tell.
+        phase: Phase that ran out of memory, such as ``Training teacher``.
+        kind: ``training``, ``encoding`` or ``loading``.
+        step: Training step, from 1, or number of texts encoded so far; None at the beginning.
+        cause: First line of the error message.
+        before, after: Failed attempt and next attempt; equal if only the cache was cleared.
+        free_before, free_after: Bytes free on the device before and after clearing the cache; None if unknown.
     """
 
     phase: str
@@ -57,218 +61,236 @@ class BackoffEvent:
     free_after: int | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the event as plain values for JSON."""
         return {
             "phase": self.phase,
             "kind": self.kind,
             "step": self.step,
             "cause": self.cause,
-            "from": {"device": str(self.before.device), "texts": self.before.size},
-            "to": {"device": str(self.after.device), "texts": self.after.size},
+            "from": {"device": str(self.before.device), "texts": self.before.batch_size},
+            "to": {"device": str(self.after.device), "texts": self.after.batch_size},
             "free_mb_before": _megabytes(self.free_before),
             "free_mb_after": _megabytes(self.free_after),
         }
 
 
 @dataclass
-class _SharedState:
-    """What is settled and learned while `shared_backoff`."""
+class _BackoffState:
+    """Settings and results that the backoffs within `shared_backoff` share."""
 
     cpu_fallback: bool = True
     events: list[BackoffEvent] = field(default_factory=list)
-    learned: list[_Limit] = field(default_factory=list)
+    limits: list[_KnownLimit] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class _Limit:
-    """A model of so many parameters was too large for anything above a rung."""
+class _KnownLimit:
+    """Attempt that a model of this size has to start from, because larger attempts ran out of memory.
+
+    Attributes:
+        kind: Kind of phase.
+        requested_device: Device that the phase started on.
+        parameters: Parameters of the model.
+        attempt: Next attempt after the failed one.
+    """
 
     kind: str
-    asked: torch.device
+    requested_device: torch.device
     parameters: int
     attempt: Attempt
 
 
-_shared_state: ContextVar[_SharedState | None] = ContextVar("memory", default=None)
+_backoff_state: ContextVar[_BackoffState | None] = ContextVar("oom_backoff", default=None)
 
 
 @contextmanager
 def shared_backoff(*, cpu_fallback: bool | None = None) -> Iterator[list[BackoffEvent]]:
-    """Within this block, a phase begins where an earlier one of its kind ended that was of a model no larger.
+    """Context manager in which a phase starts from the limits found by earlier phases.
 
-    Blocks nest: an inner one knows and adds to what the outer one has learned.
+    A limit applies to phases of the same kind whose model is at least as large. Nested blocks share the limits and
+    events of the outermost block.
 
     Args:
-        cpu_fallback: Whether the CPU may take over from an accelerator, where no block around this one forbids it.
+        cpu_fallback: Whether to fall back from an accelerator to the CPU. None inherits the setting of the enclosing
+            block. True has no effect inside a block that forbids the fallback.
 
     Yields:
-        The steps down, as they come.
+        List of backoff events, extended as they occur.
     """
-    outer = _shared_state.get() or _SharedState()
+    outer = _backoff_state.get() or _BackoffState()
     inner = outer if cpu_fallback is None else replace(outer, cpu_fallback=cpu_fallback and outer.cpu_fallback)
-    token = _shared_state.set(inner)
+    token = _backoff_state.set(inner)
     try:
         yield inner.events
     finally:
-        _shared_state.reset(token)
+        _backoff_state.reset(token)
 
 
 def move_model(model: torch.nn.Module, device: torch.device, *, phase: str) -> None:
-    """Move a model to a device, or where it does not fit there to the CPU.
+    """Move a model to a device, or to the CPU if it does not fit on the device.
 
     Raises:
-        OutOfMemoryError: It fits neither, or the CPU may not take over.
+        OutOfMemoryError: If the model does not fit on the CPU either, or if the CPU fallback is off.
     """
-    OOMBackoff(phase, kind="loading", device=device, size=1, model=model).run(lambda rung: model.to(rung.device))
+    backoff = OOMBackoff(phase, kind="loading", device=device, batch_size=1, model=model)
+    backoff.run(lambda attempt: model.to(attempt.device))
 
 
 class OOMBackoff:
-    """One phase's way down: once more after clearing the cache, by halves to one text at once, then the CPU.
+    """Sequence of attempts to run a phase.
+
+    After an out-of-memory error, the cache is cleared and the attempt is retried once. Then the batch size is halved
+    down to 1. The last resort is the CPU, which starts with the initial batch size.
 
     Args:
-        phase: Its name, for messages and the report.
-        kind: What rungs are comparable: ``training`` or ``encoding``.
-        device: Where it begins.
-        size: Texts at once that it begins with.
-        model: What is to be run; what failed for a model is not tried with a larger one.
+        phase: Name of the phase, for messages and the report.
+        kind: ``training``, ``encoding`` or ``loading``. Known limits are shared between phases of the same kind.
+        device: Device of the first attempt.
+        batch_size: Batch size of the first attempt.
+        model: Model to run. An attempt that failed for a model is skipped for models that are at least as large.
 
     Attributes:
-        rung: Where it stands.
-        step: Where in the phase, for messages: the training step, or the texts encoded so far.
+        attempt: Current attempt.
+        step: Training step, or number of texts encoded so far, for messages.
     """
 
-    def __init__(self, phase: str, *, kind: str, device: torch.device, size: int, model: torch.nn.Module) -> None:
+    def __init__(self, phase: str, *, kind: str, device: torch.device, batch_size: int, model: torch.nn.Module) -> None:
         self.phase = phase
         self.step: int | None = None
-        self.attempt = self._first = Attempt(device, size)
+        self.attempt = self._first = Attempt(device, batch_size)
         self._kind = kind
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._memory = _shared_state.get() or _SharedState()
-        self._may_use_cpu = self._memory.cpu_fallback and _is_accelerator(device)
+        self._state = _backoff_state.get() or _BackoffState()
+        self._can_use_cpu = self._state.cpu_fallback and _is_accelerator(device)
         self._failed: list[Attempt] = []
         self._retried: list[Attempt] = []
-        self._worth_a_retry = True
-        learned = [
-            learned.attempt
-            for learned in self._memory.learned
-            if (learned.kind, learned.asked) == (kind, device) and self._parameters >= learned.parameters
+        self._can_repeat = True
+        limits = [
+            limit.attempt
+            for limit in self._state.limits
+            if (limit.kind, limit.requested_device) == (kind, device) and self._parameters >= limit.parameters
         ]
-        elsewhere = [rung for rung in learned if rung.device != device]
-        if elsewhere and self._may_use_cpu:
-            self.attempt, self._may_use_cpu = Attempt(_cpu(), min([size, *(rung.size for rung in elsewhere)])), False
-        elif learned:
-            self.attempt = Attempt(device, min([size, *(rung.size for rung in learned if rung not in elsewhere)]))
+        cpu_sizes = [limit.batch_size for limit in limits if limit.device != device]
+        device_sizes = [limit.batch_size for limit in limits if limit.device == device]
+        if cpu_sizes and self._can_use_cpu:
+            self.attempt, self._can_use_cpu = Attempt(_cpu(), min([batch_size, *cpu_sizes])), False
+        elif limits:
+            self.attempt = Attempt(device, min([batch_size, *device_sizes]))
 
     @property
-    def can_retry_in_place(self) -> bool:
-        """Whether the next rung is on the same device."""
-        return self._worth_a_retry or self.attempt.size > 1
+    def can_retry_on_device(self) -> bool:
+        """Whether the next attempt runs on the same device."""
+        return self._can_repeat or self.attempt.batch_size > 1
 
-    def succeeded(self) -> None:
-        """What was tried on this rung went well: a later failure there is worth another try."""
-        self._worth_a_retry = self.attempt not in self._retried
+    def record_success(self) -> None:
+        """Allow one retry of the current attempt after a later error, unless it has been retried before."""
+        self._can_repeat = self.attempt not in self._retried
 
     def run(
         self,
-        attempt: Callable[[Attempt], T],
+        function: Callable[[Attempt], T],
         *,
         clear: Callable[[], None] = lambda: None,
     ) -> T:
-        """Make an attempt, and while memory runs out another one a rung further down.
+        """Call a function with the current attempt, and back off until it no longer runs out of memory.
 
         Args:
-            attempt: What to do on a rung; it begins anew each time.
-            clear: Drops what a failed attempt has left on the model.
+            function: Function to run. It starts from the beginning at each attempt.
+            clear: Function that frees the remains of a failed attempt, such as gradients.
 
         Raises:
-            OutOfMemoryError: The last rung failed too.
+            OutOfMemoryError: If the last attempt failed.
         """
         while True:
             try:
-                result = attempt(self.attempt)
+                result = function(self.attempt)
             except Exception as error:
-                # The last word of a backoff within this one is the last word here too.
+                # An OutOfMemoryError comes from a nested backoff that has already tried everything.
                 if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
                     raise
                 cause = str(error)
             else:
-                self.succeeded()
+                self.record_success()
                 return result
-            # Only here, past the handler, nothing holds the failed attempt's tensors any more.
+            # Back off outside the except block: the traceback would keep the failed attempt's tensors alive.
             self.back_off(cause, clear=clear)
 
     def back_off(self, cause: str, *, clear: Callable[[], None] = lambda: None) -> None:
-        """Clear up and take the next rung. To be called when the error and its traceback are gone.
+        """Clear the cache and move on to the next attempt.
+
+        Call it outside the except block, when nothing refers to the error or its traceback any more.
 
         Raises:
-            OutOfMemoryError: There is none.
+            OutOfMemoryError: If no attempt is left.
         """
         failed = self.attempt
-        free_before = _free(failed.device)
+        free_before = _free_bytes(failed.device)
         clear()
         clear_cache(failed.device)
-        free_after = _free(failed.device)
+        free_after = _free_bytes(failed.device)
         if failed not in self._failed:
             self._failed.append(failed)
-        if self._worth_a_retry:
+        if self._can_repeat:
             self._retried.append(failed)
-        elif failed.size > 1 and (self._kind != "training" or self.step is not None):
-            # Before the first step of a training, its memory has nothing to do with how many texts there are at once.
-            self.attempt = Attempt(failed.device, failed.size // 2)
-        elif self._may_use_cpu:
-            self.attempt, self._may_use_cpu = Attempt(_cpu(), self._first.size), False
+        elif failed.batch_size > 1 and (self._kind != "training" or self.step is not None):
+            # Before the first step of a training, memory use does not depend on the batch size.
+            self.attempt = Attempt(failed.device, failed.batch_size // 2)
+        elif self._can_use_cpu:
+            self.attempt, self._can_use_cpu = Attempt(_cpu(), self._first.batch_size), False
         else:
             raise self._exhausted(cause)
-        self._worth_a_retry = False
+        self._can_repeat = False
         event = BackoffEvent(
             self.phase, self._kind, self.step or None, first_line(cause), failed, self.attempt, free_before, free_after
         )
-        self._memory.events.append(event)
+        self._state.events.append(event)
         if self.attempt != failed:
-            self._memory.learned.append(_Limit(self._kind, self._first.device, self._parameters, self.attempt))
-        logger.warning("%s", _describe(event))
+            self._state.limits.append(_KnownLimit(self._kind, self._first.device, self._parameters, self.attempt))
+        logger.warning("%s", _format_event(event))
 
     def _exhausted(self, cause: str) -> OutOfMemoryError:
         sizes: dict[str, list[str]] = {}
-        for rung in self._failed:
-            sizes.setdefault(str(rung.device), []).append(str(rung.size))
-        if self._kind == "loading":  # whole models have no sizes to try
+        for attempt in self._failed:
+            sizes.setdefault(str(attempt.device), []).append(str(attempt.batch_size))
+        if self._kind == "loading":  # loading has no batch size
             tried = " and ".join(f"on {device}" for device in sizes)
         else:
             tried = "with " + " and ".join(
-                f"{', '.join(texts)} texts at once on {device}" for device, texts in sizes.items()
+                f"batch size {', '.join(tried)} on {device}" for device, tried in sizes.items()
             )
-        remedies = ["Take a smaller model", *_REMEDIES[self._kind]]
-        if _is_accelerator(self._first.device) and not self._memory.cpu_fallback:
-            remedies.append("allow the CPU (--cpu-fallback)")
+        hints = ["Use a smaller model", *_HINTS[self._kind]]
+        if _is_accelerator(self._first.device) and not self._state.cpu_fallback:
+            hints.append("allow the CPU (--cpu-fallback)")
         return OutOfMemoryError(
-            f"{self.phase}{_where(self._kind, self.step)}: memory ran out {tried} ({first_line(cause)}).",
-            hint=f"{', or '.join(remedies)}.",
+            f"{self.phase}{_format_position(self._kind, self.step)}: out of memory {tried} ({first_line(cause)}).",
+            hint=f"{', or '.join(hints)}.",
         )
 
 
-_REMEDIES = {
-    "training": ["train on shorter texts (--max-length 64)", "with --gradient-checkpointing"],
-    "encoding": ["a model trained on shorter texts (--max-length 64)"],
+_HINTS = {
+    "training": ["train on shorter texts (--max-length 64)", "use --gradient-checkpointing"],
+    "encoding": ["use a model trained on shorter texts (--max-length 64)"],
     "loading": [],
 }
 
 
-def _describe(event: BackoffEvent) -> str:
+def _format_event(event: BackoffEvent) -> str:
     before, after = event.before, event.after
     if after == before:
-        action = "trying again"
+        action = "retrying"
     elif after.device != before.device:
-        action = f"going on on the CPU, {after.size} texts at once"
+        action = f"continuing on the CPU with batch size {after.batch_size}"
     else:
-        action = f"going on with {after.size} texts at once instead of {before.size}"
+        action = f"continuing with batch size {after.batch_size} instead of {before.batch_size}"
     free = ""
     if event.free_before is not None and event.free_after is not None:
-        free = f" ({_megabytes(event.free_before):,} MiB free, {_megabytes(event.free_after):,} after clearing up)"
-    return f"{event.phase}{_where(event.kind, event.step)}: out of memory on {before.device}{free}; {action}."
+        free_before, free_after = _megabytes(event.free_before), _megabytes(event.free_after)
+        free = f" ({free_before:,} MiB free, {free_after:,} MiB after clearing the cache)"
+    position = _format_position(event.kind, event.step)
+    return f"{event.phase}{position}: out of memory on {before.device}{free}; {action}."
 
 
-def _where(kind: str, step: int | None) -> str:
+def _format_position(kind: str, step: int | None) -> str:
     if not step:
         return ""
     return f", step {step}" if kind == "training" else f", after {step} texts"
@@ -278,14 +300,14 @@ def _megabytes(size: int | None) -> int | None:
     return None if size is None else size >> 20
 
 
-def _free(device: torch.device) -> int | None:
-    with suppress(RuntimeError):  # the device may not answer any more
+def _free_bytes(device: torch.device) -> int | None:
+    with suppress(RuntimeError):  # a device may stop responding after an error
         return free_memory(device)[0]
     return None
 
 
 def clear_cache(device: torch.device) -> None:
-    """Give back what nothing refers to any more."""
+    """Collect garbage and empty the device's memory cache."""
     import torch
 
     gc.collect()

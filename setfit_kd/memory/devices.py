@@ -1,4 +1,4 @@
-"""Which devices there are, which one a setting names, and how much memory is free on it."""
+"""Find devices and measure their free memory."""
 
 from __future__ import annotations
 
@@ -13,71 +13,70 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TRIED_BYTES = 1 << 20
+_PROBE_BYTES = 1 << 20
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that a setting names; ``auto`` takes CUDA, then MPS, then the CPU.
+    """Resolve a device name; ``auto`` prefers CUDA, then MPS, then the CPU.
 
-    ``auto`` takes a device only when a small allocation on it has worked: one that is there may be full, or too new or
-    too old for this torch.
+    ``auto`` uses a device only after a small test allocation on it, because the device may be full, or not supported
+    by the installed torch. A device requested by name may be full: the OOM backoff handles that.
 
     Raises:
-        ConfigError: The device is not there or does not work. One that is merely full is taken at the user's word.
+        ConfigError: If the device is unknown, is not available or does not work.
     """
     import torch
 
     if name == "auto":
-        for device in map(torch.device, _accelerators()):
-            obstacle = _obstacle(device)
-            if obstacle is None:
+        for device in map(torch.device, _available_accelerators()):
+            error = _probe_device(device)
+            if error is None:
                 return device
-            logger.warning("The device %s cannot be used: %s", device, first_line(str(obstacle)))
+            logger.warning("Cannot use device %s: %s", device, first_line(str(error)))
         return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"{name!r} is no device.", hint="There are auto, cuda, cuda:N, mps and cpu.") from None
+        raise ConfigError(f"Unknown device: {name!r}.", hint="Use auto, cuda, cuda:N, mps or cpu.") from None
     if device.type != "cpu":
         count = torch.cuda.device_count() if device.type == "cuda" else 1
-        if device.type not in _accelerators() or (device.index or 0) >= count:
+        if device.type not in _available_accelerators() or (device.index or 0) >= count:
             raise ConfigError(
-                f"There is no device {name!r} here.", hint="Take --device auto, or see `setfit-kd doctor`."
+                f"Device {name!r} is not available.",
+                hint="Use --device auto, or run `setfit-kd doctor` to list the devices.",
             )
-        obstacle = _obstacle(device)
-        if obstacle is not None and not is_out_of_memory(obstacle):  # a full one is for the backoff
-            raise ConfigError(
-                f"The device {name!r} cannot be used: {first_line(str(obstacle))}", hint="Take --device cpu."
-            )
+        error = _probe_device(device)
+        if error is not None and not is_out_of_memory(error):  # the OOM backoff handles a full device
+            raise ConfigError(f"Cannot use device {name!r}: {first_line(str(error))}", hint="Use --device cpu.")
     return device
 
 
-def _accelerators() -> list[str]:
+def _available_accelerators() -> list[str]:
     import torch
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return [name for name, is_there in there.items() if is_there]
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return [name for name, is_available in available.items() if is_available]
 
 
-def _obstacle(device: torch.device) -> RuntimeError | None:
-    """Why nothing can be allocated on a device; None where it can."""
+def _probe_device(device: torch.device) -> RuntimeError | None:
+    """Try a small allocation on a device; return the error if it fails."""
     import torch
 
     try:
-        torch.ones(_TRIED_BYTES // 4, device=device).sum().item()
+        torch.ones(_PROBE_BYTES // 4, device=device).sum().item()
     except RuntimeError as error:
         return error.with_traceback(None)
     return None
 
 
 def check_device(name: str) -> None:
-    """Raise where `resolve_device` would; loads torch only for an accelerator asked for by name."""
+    """Raise the errors of `resolve_device`; import torch only if an accelerator is requested by name."""
     if name not in ("auto", "cpu"):
         resolve_device(name)
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes free on a device and bytes in all."""
+    """Return the free and the total memory of a device in bytes."""
     import psutil
     import torch
 

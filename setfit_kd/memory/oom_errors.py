@@ -1,4 +1,4 @@
-"""Telling an out-of-memory error from all others."""
+"""Recognize out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OOM_MESSAGE = re.compile(
     r"|error: out of memory"
     r"|CUBLAS_STATUS_ALLOC_FAILED"
     r"|CUSOLVER_STATUS_ALLOC_FAILED"
-    r"|CUDNN_STATUS_(ALLOC_FAILED|NOT_SUPPORTED)"
+    r"|CUDNN_STATUS_(ALLOC_FAILED|NOT_SUPPORTED)"  # the latter is also seen when memory is short
     r"|DefaultCPUAllocator: (can't allocate|not enough) memory"
     r"|[Ff]ailed to allocate memory for requested buffer"
     r"|std::bad_alloc"
@@ -20,29 +20,30 @@ _OOM_MESSAGE = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or one that it was raised from or while handling, says that memory ran out.
+    """Whether an error, or any error in its chain of causes, reports that memory ran out.
 
-    By type where there is one (`torch.OutOfMemoryError`, `MemoryError`, the system's ENOMEM), else by what the
-    libraries write: CUDA, cuBLAS and cuDNN, HIP, MPS, torch's CPU allocator, onnxruntime. Only errors of the kinds that
-    those raise are read, so that a text about memory in, say, a `KeyError` is taken for nothing else.
+    Recognizes errors by type where possible (`torch.OutOfMemoryError`, `MemoryError`, errno ENOMEM), otherwise by the
+    messages of CUDA, cuBLAS and cuDNN, HIP, MPS, torch's CPU allocator and onnxruntime. Messages count only for the
+    error types that these libraries raise, so a `KeyError` that mentions memory does not match.
     """
-    return isinstance(error, Exception) and any(map(_is_oom, error_chain(error)))
+    # An interrupt while an out-of-memory error is handled stays an interrupt.
+    return isinstance(error, Exception) and any(map(_reports_oom, error_chain(error)))
 
 
-def _is_oom(error: BaseException) -> bool:
-    if isinstance(error, MemoryError):  # ours is one too
+def _reports_oom(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):  # includes our OutOfMemoryError
         return True
-    if isinstance(error, SetFitKDError):
+    if isinstance(error, SetFitKDError):  # may quote the message of another error
         return False
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     library = type(error).__module__.partition(".")[0]
     # torch.OutOfMemoryError is a RuntimeError; onnxruntime's own errors derive from Exception.
-    return (isinstance(error, RuntimeError) or library == "onnxruntime") and bool(
-        type(error).__name__ == "OutOfMemoryError" or _OOM_MESSAGE.search(str(error))
-    )
+    if not isinstance(error, RuntimeError) and library != "onnxruntime":
+        return False
+    return type(error).__name__ == "OutOfMemoryError" or _OOM_MESSAGE.search(str(error)) is not None
 
 
 def first_line(text: str) -> str:
-    """What an error says, without the explanations that CUDA adds to everything."""
-    return text.strip().partition("\n")[0] or "no reason given"
+    """Return the first line of an error message, without the explanations that CUDA adds."""
+    return text.strip().partition("\n")[0] or "unknown reason"

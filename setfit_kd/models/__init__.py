@@ -1,4 +1,4 @@
-"""Bodies, heads and whole SetFit models: finding, loading, running and saving them."""
+"""Bodies, heads and SetFit models: locate, load, run and save them."""
 
 from setfit_kd.models.bodies import (
     TRANSFORMER_PREFIX,
@@ -7,9 +7,9 @@ from setfit_kd.models.bodies import (
     family_of,
     is_static,
     load_body,
-    locate,
     locate_body,
-    transformer_classes,
+    locate_model,
+    transformer_label_names,
 )
 from setfit_kd.models.encode import embed, embed_tokens, head_proba, predict_proba, run_batches, shorten_texts
 from setfit_kd.models.fingerprint import content_hash
@@ -30,9 +30,9 @@ from setfit_kd.models.temperature import (
     at_temperature,
     fit_temperature,
     head_at_temperature,
+    head_logits,
     held_out_logits,
     log_probabilities,
-    logits,
 )
 from setfit_kd.models.transformer_head import get_head, last_layer, set_head
 
@@ -55,6 +55,7 @@ __all__ = [
     "fit_temperature",
     "get_head",
     "head_at_temperature",
+    "head_logits",
     "head_proba",
     "held_out_logits",
     "is_static",
@@ -64,10 +65,9 @@ __all__ = [
     "load_folder",
     "load_head",
     "load_local",
-    "locate",
     "locate_body",
+    "locate_model",
     "log_probabilities",
-    "logits",
     "model_errors",
     "module_folders",
     "n_layers",
@@ -84,7 +84,7 @@ __all__ = [
     "softmax_weights",
     "static_body",
     "to_distilbert",
-    "transformer_classes",
+    "transformer_label_names",
     "untrained_transformer",
     "with_saved_head",
 ]

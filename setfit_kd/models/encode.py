@@ -1,4 +1,4 @@
-"""Running a body over many texts."""
+"""Embed and classify many texts in batches, with OOM backoff."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from setfit_kd.memory import Attempt, OOMBackoff, move_model
 from setfit_kd.models.bodies import vocabulary_size
-from setfit_kd.runtime import in_windows, shorten
-from setfit_kd.utils.arrays import iter_chunks, large_array
+from setfit_kd.runtime import chunk_texts, shorten
+from setfit_kd.utils.arrays import allocate_array, iter_chunks
 from setfit_kd.utils.console import track
 
 if TYPE_CHECKING:
@@ -23,39 +23,39 @@ Batch = TypeVar("Batch", bound=Sized)
 Result = TypeVar("Result")
 
 _CHUNK = 256
-"""Most texts handed over at once, or a batch if that is more; between two the progress bar moves."""
+"""Texts per progress-bar update, or the batch size if that is larger."""
 
 
 def run_batches(
     model: Any, batches: Iterable[Batch], run: Callable[[Batch, int], Result], total: int, size: int, description: str
 ) -> Iterator[Result]:
-    """Call ``run`` on batches of ``total`` items and ``size``, the number of items that a forward pass may take.
+    """Call ``run(batch, size)`` on batches of ``total`` items; ``size`` is the number of items per forward pass.
 
-    Where memory runs out, it goes on with a smaller size, and at last on the CPU; the model is moved back at the end.
+    If memory runs out, the size is reduced, and finally the CPU is used. The model is moved back at the end.
 
     Raises:
-        OutOfMemoryError: Not even one item at once fits.
+        OutOfMemoryError: If a single item does not fit into memory.
     """
-    home = model.device
-    backoff = OOMBackoff(description, kind="encoding", device=home, size=size, model=model)
+    device = model.device
+    backoff = OOMBackoff(description, kind="encoding", device=device, batch_size=size, model=model)
     done = 0
 
-    def attempt(rung: Attempt) -> Result:
-        model.to(rung.device)
-        return run(batch, rung.size)
+    def run_batch(attempt: Attempt) -> Result:
+        model.to(attempt.device)
+        return run(batch, attempt.batch_size)
 
     with track(description, total) as advance:
         for batch in batches:
             backoff.step = done
-            yield backoff.run(attempt)
+            yield backoff.run(run_batch)
             done += len(batch)
             advance(len(batch))
-    if backoff.attempt.device != home:
-        move_model(model, home, phase=description)
+    if backoff.attempt.device != device:
+        move_model(model, device, phase=description)
 
 
 def shorten_texts(body: SentenceTransformer, texts: Sequence[str]) -> list[str]:
-    """Texts cut to little more than a body reads of them, see `setfit_kd.runtime.shorten`."""
+    """Cut texts to little more than the tokens that a body reads, see `setfit_kd.runtime.shorten`."""
     body.preprocess(["a"])  # sets the truncation of its tokenizer
     tokenizer = getattr(body.tokenizer, "backend_tokenizer", body.tokenizer)
     return [shorten(text, tokenizer) for text in texts]
@@ -69,74 +69,75 @@ def embed(
     normalize: bool = False,
     description: str = "Encoding",
 ) -> npt.NDArray[np.floating]:
-    """Embed texts, longest first so that a batch holds texts of like length; order is kept.
+    """Embed texts, in the order of the texts.
 
-    Where memory runs out, it goes on in smaller batches, and at last on the CPU.
+    Texts are processed longest first, so that a batch holds texts of similar length. If memory runs out, the batch
+    size is reduced, and finally the CPU is used.
 
     Args:
-        body: The body, on the device it shall run on.
+        body: The body, on the device to run on.
         texts: n texts.
-        batch_size: Texts a forward pass.
+        batch_size: Texts per forward pass.
         normalize: Scale every embedding to length 1.
-        description: What to call the step on the progress bar.
+        description: Label of the progress bar.
 
     Returns:
-        (n, d) float32; above `MAPPED_BYTES`, float16 mapped from a temporary file.
+        (n, d) float32; above `MAX_IN_MEMORY_BYTES`, float16 mapped from a temporary file.
 
     Raises:
-        OutOfMemoryError: Not even one text at once fits.
+        OutOfMemoryError: If a single text does not fit into memory.
     """
     order = np.argsort([-len(text) for text in texts], kind="stable")
     embeddings: npt.NDArray[np.floating] | None = None
-    windows = in_windows((texts[row] for row in order), max(_CHUNK, batch_size))
-    batches = (shorten_texts(body, window) for window in windows)
+    chunks = chunk_texts((texts[row] for row in order), max(_CHUNK, batch_size))
+    batches = (shorten_texts(body, chunk) for chunk in chunks)
     encode = partial(_encode, body, normalize)
     start = 0
-    for part in run_batches(body, batches, encode, len(texts), size=batch_size, description=description):
+    for rows in run_batches(body, batches, encode, len(texts), size=batch_size, description=description):
         if embeddings is None:
-            embeddings = large_array((len(texts), part.shape[1]))
-        embeddings[order[start : start + len(part)]] = part
-        start += len(part)
+            embeddings = allocate_array((len(texts), rows.shape[1]))
+        embeddings[order[start : start + len(rows)]] = rows
+        start += len(rows)
     return np.empty((0, body.get_embedding_dimension() or 0), np.float32) if embeddings is None else embeddings
 
 
 def _encode(body: SentenceTransformer, normalize: bool, texts: list[str], size: int) -> npt.NDArray[np.float32]:
-    found: npt.NDArray[np.float32] = body.encode(
+    embeddings: npt.NDArray[np.float32] = body.encode(
         texts, batch_size=size, normalize_embeddings=normalize, show_progress_bar=False
     )
-    return found
+    return embeddings
 
 
 def embed_tokens(
     body: SentenceTransformer, *, batch_size: int = 1024, description: str = "Reading vocabulary"
 ) -> npt.NDArray[np.float32]:
-    """Embed each token of a body's vocabulary as a text of its own: (n_tokens, d).
+    """Embed each token of a body's vocabulary as a separate text: (n_tokens, d).
 
-    Where memory runs out, it goes on in smaller batches, and at last on the CPU.
+    If memory runs out, the batch size is reduced, and finally the CPU is used.
 
     Args:
-        body: A transformer body with a fast tokenizer, on the device it shall run on.
-        batch_size: Tokens a forward pass.
-        description: What to call the step on the progress bar.
+        body: A transformer body with a fast tokenizer, on the device to run on.
+        batch_size: Tokens per forward pass.
+        description: Label of the progress bar.
 
     Raises:
-        OutOfMemoryError: Not even one token at once fits.
+        OutOfMemoryError: If a single token does not fit into memory.
     """
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(body.tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()  # some pad every text to a fixed length
-    alone = backend.encode("a")
-    is_special = alone.special_tokens_mask
+    backend.no_padding()  # some tokenizers pad every text to a fixed length
+    encoding = backend.encode("a")
+    is_special = encoding.special_tokens_mask
     first, last = is_special.index(0), len(is_special) - is_special[::-1].index(0)
-    before, after = alone.ids[:first], alone.ids[last:]
+    before, after = encoding.ids[:first], encoding.ids[last:]
     total = vocabulary_size(body)
     rows = np.tile(np.array([*before, 0, *after]), (total, 1))
     rows[:, len(before)] = np.arange(total)
     batches = (rows[start : start + batch_size] for start in range(0, total, batch_size))
     encode = partial(_encode_ids, body)
-    parts = run_batches(body, batches, encode, total, size=batch_size, description=description)
-    return np.concatenate(list(parts))
+    chunks = run_batches(body, batches, encode, total, size=batch_size, description=description)
+    return np.concatenate(list(chunks))
 
 
 def _encode_ids(body: SentenceTransformer, rows: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.float32]:
@@ -144,18 +145,18 @@ def _encode_ids(body: SentenceTransformer, rows: npt.NDArray[np.int64], size: in
     import torch
 
     body.eval()
-    parts = []
+    embeddings = []
     with torch.inference_mode():
         for ids in torch.split(torch.as_tensor(rows).to(body.device), size):
             features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            parts.append(body(features)["sentence_embedding"].float().cpu().numpy())
-    return np.concatenate(parts)
+            embeddings.append(body(features)["sentence_embedding"].float().cpu().numpy())
+    return np.concatenate(embeddings)
 
 
 def predict_proba(
     model: SetFitModel, texts: Sequence[str], *, batch_size: int = 32, description: str = "Predicting"
 ) -> npt.NDArray[np.float32]:
-    """Class probabilities of texts: (n, n_classes) float32, rows summing to 1."""
+    """Predict the class probabilities of texts: (n, n_classes) float32, rows summing to 1."""
     embeddings = embed(
         model.model_body,
         texts,
@@ -167,10 +168,10 @@ def predict_proba(
 
 
 def head_proba(model: SetFitModel, embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-    """Class probabilities of (n, d) embeddings, as (n, n_classes) float32 summing to 1 in float64."""
+    """Predict class probabilities from (n, d) embeddings: (n, n_classes) float32, rows summing to 1 in float64."""
     if not len(embeddings):
         return np.empty((0, len(model.labels or ())), np.float32)
-    return np.concatenate([_head_proba(model, part) for part in iter_chunks(embeddings)])
+    return np.concatenate([_head_proba(model, chunk) for chunk in iter_chunks(embeddings)])
 
 
 def _head_proba(model: SetFitModel, embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""What a body is, whatever it is called and wherever it lies."""
+"""Content hash of a body, independent of its name and folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _TOKENIZER_SETTINGS = (
 
 
 def content_hash(body: SentenceTransformer) -> str:
-    """A name for all of a body that decides its embeddings: modules, weights, tokenizer, settings."""
-    return hash_parts(_parts(body))
+    """Hash everything that affects the embeddings of a body: modules, weights, tokenizer and settings."""
+    return hash_parts(_hashed_parts(body))
 
 
-def _parts(body: SentenceTransformer) -> Iterator[bytes]:
+def _hashed_parts(body: SentenceTransformer) -> Iterator[bytes]:
     import torch
 
     prompt = body.prompts.get(body.default_prompt_name or "")
@@ -34,23 +34,23 @@ def _parts(body: SentenceTransformer) -> Iterator[bytes]:
     config = getattr(getattr(body[0], "auto_model", None), "config", None)
     if config is not None:
         yield json.dumps({**config.to_dict(), "_name_or_path": ""}, sort_keys=True, default=str).encode()
-    yield json.dumps(_tokenizer(body.tokenizer), sort_keys=True, default=str).encode()
+    yield json.dumps(_describe_tokenizer(body.tokenizer), sort_keys=True, default=str).encode()
     for name, value in body.state_dict().items():
         yield f"{name} {value.dtype} {tuple(value.shape)}".encode()
         yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """All of a tokenizer that decides its tokens, but for where it lies."""
+def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Return everything that affects the tokens of a tokenizer, without its path."""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if hasattr(backend, "to_str"):
-        described: dict[str, Any] = json.loads(backend.to_str())
+        description: dict[str, Any] = json.loads(backend.to_str())
     else:
         path = repr(getattr(tokenizer, "name_or_path", ""))
-        described = {
+        description = {
             "tokenizer": repr(tokenizer).replace(path, ""),
             "vocabulary": getattr(tokenizer, "get_vocab", dict)(),
         }
-    if backend is not tokenizer:  # transformers sets these two at each use; those of a bare tokenizer hold
-        described.update(truncation=None, padding=None)
-    return {**described, **{name: getattr(tokenizer, name, None) for name in _TOKENIZER_SETTINGS}}
+    if backend is not tokenizer:  # transformers sets both before each use; a bare tokenizer keeps its own
+        description.update(truncation=None, padding=None)
+    return {**description, **{name: getattr(tokenizer, name, None) for name in _TOKENIZER_SETTINGS}}

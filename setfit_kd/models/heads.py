@@ -1,4 +1,4 @@
-"""Heads: scikit-learn's logistic regression, fitted on soft and gold labels alike."""
+"""Heads: scikit-learn's logistic regression, fitted on soft or gold labels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEFAULT_C = 10.0
 
 
 def new_head() -> LogisticRegression:
-    """An unfitted head."""
+    """Create an unfitted head."""
     from sklearn.linear_model import LogisticRegression
 
     return LogisticRegression(C=DEFAULT_C, max_iter=1000)
@@ -41,16 +41,16 @@ def fit_head(
 ) -> LogisticRegression:
     """Fit a logistic regression to soft labels.
 
-    Minimises ``C * sum_i w_i CE(p_i, softmax(W x_i + b)) + |W|² / 2`` by L-BFGS: what scikit-learn minimises for hard
-    labels, with distributions in the place of classes. Memory is that of the embeddings in double precision, whatever
-    the number of classes.
+    Minimises ``C * sum_i w_i CE(p_i, softmax(W x_i + b)) + |W|² / 2`` by L-BFGS. This is scikit-learn's objective with
+    distributions instead of hard labels. Memory is that of the embeddings in double precision, regardless of the
+    number of classes.
 
     Args:
         embeddings: (n, d).
-        probabilities: (n, n_classes), rows summing to 1; two classes or more.
-        weights: (n,) weight of each text; None weighs all alike.
-        C: Inverse strength of the regularisation, as scikit-learn's.
-        balance: Let every class weigh the same in all, however many texts it has a share of.
+        probabilities: (n, n_classes), rows summing to 1; at least two classes.
+        weights: (n,) weight of each text; None weights all texts equally.
+        C: Inverse of the regularisation strength, as in scikit-learn.
+        balance: Give all classes the same total weight, regardless of their frequency.
 
     Returns:
         A head over the classes 0 to n_classes - 1.
@@ -87,27 +87,27 @@ def fit_head(
         gradient[:, d] = slope.sum(axis=0)
         return float(loss + 0.5 * penalty * np.square(coef).sum()), gradient.ravel()
 
-    found = minimize(
+    result = minimize(
         objective,
         np.zeros(n_rows * (d + 1)),
         jac=True,
         method="L-BFGS-B",
         options={"maxiter": 1000, "gtol": 1e-5, "ftol": 1e-10},
     )
-    if not found.success:
-        logger.debug("The head is not fully settled: %s", found.message)
-    matrix = found.x.reshape(n_rows, d + 1)
+    if not result.success:
+        logger.debug("Fitting the head did not converge: %s", result.message)
+    matrix = result.x.reshape(n_rows, d + 1)
     head = new_head().set_params(C=C)
     head.classes_ = np.arange(targets.shape[1])
     head.coef_, head.intercept_ = matrix[:, :d].copy(), matrix[:, d].copy()
-    head.n_features_in_, head.n_iter_ = d, np.array([found.nit], np.int32)
+    head.n_features_in_, head.n_iter_ = d, np.array([result.nit], np.int32)
     return head
 
 
 def softmax_weights(head: LogisticRegression) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
-    """(n_classes, d) and (n_classes,) whose softmax gives a head's probabilities; two classes share its one row."""
+    """Return weights (n_classes, d) and biases (n_classes,) of a softmax with the probabilities of a head."""
     coef, intercept = head.coef_, head.intercept_
-    if len(coef) == 1:
+    if len(coef) == 1:  # a binary head has a single row
         coef, intercept = np.concatenate([-coef, coef]) / 2, np.concatenate([-intercept, intercept]) / 2
     return coef, intercept
 
@@ -115,13 +115,13 @@ def softmax_weights(head: LogisticRegression) -> tuple[npt.NDArray[np.floating],
 def _balanced(
     targets: npt.NDArray[np.float64], share: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Labels and weights under which every class that has any weight has the same, and the sum is what it was."""
+    """Rescale labels and weights so that all classes with any weight have the same total; the overall sum is kept."""
     mass = share @ targets  # (n_classes,)
     present = mass > 1e-9 * share.sum()
     factor = np.where(present, share.sum() / present.sum() / np.where(present, mass, 1), 0)
     scaled = targets * factor
-    of_text = scaled.sum(axis=1)
-    return scaled / np.maximum(of_text, 1e-300)[:, None], share * of_text
+    row_sums = scaled.sum(axis=1)
+    return scaled / np.maximum(row_sums, 1e-300)[:, None], share * row_sums
 
 
 def resolve_c(
@@ -131,7 +131,7 @@ def resolve_c(
     *,
     seed: int = 0,
 ) -> float:
-    """The C that a setting names; ``auto`` is `choose_c` on labeled texts, or `DEFAULT_C` where there are none."""
+    """Resolve the setting of C: ``auto`` means `choose_c`, or `DEFAULT_C` without labeled texts."""
     if not isinstance(head_c, str):
         return head_c
     if embeddings is None or labels is None or not len(labels):
@@ -144,14 +144,14 @@ _FOLDS = 5
 
 
 def choose_c(embeddings: npt.NDArray[np.floating], labels: npt.NDArray[np.int64], *, seed: int = 0) -> float:
-    """The C of `C_GRID` with the lowest log loss on gold labels in stratified cross-validation.
+    """Choose the C of `C_GRID` with the lowest log loss on gold labels in stratified cross-validation.
 
-    Where a class has a single text, which cannot be held out, `DEFAULT_C`.
+    If a class has only one text, which cannot be held out, the result is `DEFAULT_C`.
 
     Args:
         embeddings: (n, d) of labeled texts.
         labels: (n,) their classes, from 0.
-        seed: Of the folds.
+        seed: Seed of the folds.
     """
     from sklearn.model_selection import StratifiedKFold
 
@@ -164,8 +164,8 @@ def choose_c(embeddings: npt.NDArray[np.floating], labels: npt.NDArray[np.int64]
     def loss(c: float) -> float:
         losses = []
         for training, held_out in splits:
-            said = fit_head(embeddings[training], one_hot[training], C=c).predict_proba(embeddings[held_out])
-            losses.append(-np.log(np.maximum(said[np.arange(len(held_out)), labels[held_out]], 1e-12)).mean())
+            predicted = fit_head(embeddings[training], one_hot[training], C=c).predict_proba(embeddings[held_out])
+            losses.append(-np.log(np.maximum(predicted[np.arange(len(held_out)), labels[held_out]], 1e-12)).mean())
         return float(np.mean(losses))
 
     return min(C_GRID, key=loss)
@@ -186,10 +186,10 @@ def save_head(head: Any, folder: Path) -> bool:
 
 
 def load_head(folder: Path) -> LogisticRegression | None:
-    """Read a head that `save_head` wrote; None where there is none.
+    """Read a head written by `save_head`; None if the folder has none.
 
     Raises:
-        ModelError: The files do not belong together or are of a later format.
+        ModelError: If the files are damaged, do not match or have a newer format.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -201,8 +201,8 @@ def load_head(folder: Path) -> LogisticRegression | None:
         weights = load_file(check_regular_file(folder / HEAD_WEIGHTS))
         if description["format"] != _FORMAT or description["kind"] != _KIND:
             raise ModelError(
-                f"The head in {folder} is {description['kind']} of format {description['format']}; this version reads "
-                f"{_KIND} of format {_FORMAT}.",
+                f"The head in {folder} must be {_KIND} of format {_FORMAT}, got {description['kind']} of format "
+                f"{description['format']}.",
                 hint="Upgrade setfit-kd.",
             )
         head = new_head()
@@ -211,10 +211,14 @@ def load_head(folder: Path) -> LogisticRegression | None:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"The head in {folder} cannot be read ({error}).", hint="Train the model again.") from None
+        raise ModelError(f"Cannot read the head in {folder}: {error}", hint="Train the model again.") from None
     n_rows = 1 if len(head.classes_) == 2 else len(head.classes_)
     if head.coef_.ndim != 2 or head.coef_.shape[0] != n_rows or head.intercept_.shape != (n_rows,):
-        raise ModelError(f"The head in {folder} does not fit its {len(head.classes_)} classes.", hint="Train it again.")
+        raise ModelError(
+            f"The head in {folder} must have {n_rows} rows for {len(head.classes_)} classes, got weights of shape "
+            f"{head.coef_.shape} and intercepts of shape {head.intercept_.shape}.",
+            hint="Train the model again.",
+        )
     if not (np.isfinite(head.coef_).all() and np.isfinite(head.intercept_).all()):
         raise ModelError(f"The weights of the head in {folder} are not all finite.", hint="Train the model again.")
     head.n_features_in_ = head.coef_.shape[1]

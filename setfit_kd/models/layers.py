@@ -1,9 +1,13 @@
-"""Cut, copy and checkpoint transformer layers."""
+"""Cut, convert and checkpoint transformer layers."""
 
 from __future__ import annotations
 
+import copy
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,27 +19,16 @@ from setfit_kd.utils.console import quiet_libraries
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
-import copy
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-    from torch import nn
-
 logger = logging.getLogger(__name__)
-# Where the common encoders keep their list of layers.
+# Attribute paths of the list of layers in common encoders.
 _LAYER_PATHS = ("encoder.layer", "transformer.layer", "encoder.layers", "layers")
 
 
-def _layers(body: SentenceTransformer) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The module that owns the list of layers, the list's name in it, and the list."""
+def _find_layers(body: SentenceTransformer) -> tuple[nn.Module, str, nn.ModuleList]:
+    """Find the list of layers: return the module that owns it, its attribute name there, and the list."""
     from torch import nn
 
     model = getattr(getattr(body[0], "auto_model", None), "base_model", None)
@@ -48,23 +41,23 @@ def _layers(body: SentenceTransformer) -> tuple[nn.Module, str, nn.ModuleList]:
         layers = getattr(parent, attribute, None)
         if isinstance(parent, nn.Module) and isinstance(layers, nn.ModuleList):
             return parent, attribute, layers
-    raise ModelError("Layers can only be cut out of a transformer encoder.", hint="Name a model as the student.")
+    raise ModelError("Layers can only be cut out of a transformer encoder.", hint="Pass a model name as the student.")
 
 
 @contextmanager
 def checkpointed_layers(body: SentenceTransformer) -> Iterator[None]:
-    """Within this block, no transformer layer keeps its activations: they are computed again in the backward pass.
+    """Context manager that recomputes the activations of transformer layers in the backward pass.
 
-    Gradients are the same, dropout's draws included (Chen et al., 2016, "Training Deep Nets with Sublinear Memory
-    Cost"). transformers' own checkpointing knows not every kind of layer, and none in evaluation mode. A body without
-    transformer layers is left alone, with a warning.
+    Gradients and dropout masks stay the same (Chen et al., 2016, "Training Deep Nets with Sublinear Memory Cost"). The
+    gradient checkpointing of transformers does not support all layer types, nor evaluation mode. A body without
+    transformer layers is left unchanged, with a warning.
     """
     from torch.utils.checkpoint import checkpoint
 
     try:
-        layers = list(_layers(body)[2])
+        layers = list(_find_layers(body)[2])
     except ModelError:
-        logger.warning("This body has no transformer layers whose activations could be left out.")
+        logger.warning("The body has no transformer layers to checkpoint: keeping all activations.")
         layers = []
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -76,44 +69,44 @@ def checkpointed_layers(body: SentenceTransformer) -> Iterator[None]:
 
 
 def n_layers(body: SentenceTransformer) -> int:
-    """How many transformer layers a body has."""
-    return len(_layers(body)[2])
+    """Return the number of transformer layers of a body."""
+    return len(_find_layers(body)[2])
 
 
 def cut_layers(body: SentenceTransformer, keep: Sequence[int]) -> SentenceTransformer:
-    """A copy of a body with only some of its transformer layers; embeddings, tokenizer and pooling are kept.
+    """Copy a body with only some of its transformer layers; embeddings, tokenizer and pooling are kept.
 
     Args:
         body: A transformer body with L layers.
-        keep: Indices of the layers to keep, each from 0 to L - 1, in the order they shall have.
+        keep: Indices of the layers to keep, from 0 to L - 1, in their new order.
 
     Raises:
-        ModelError: An index is out of range or stands twice, or the body has no such layers.
+        ModelError: If an index is out of range or occurs twice, or the body has no layers that can be cut out.
     """
     from torch import nn
 
     total = n_layers(body)
     if not keep or len(set(keep)) != len(keep) or not all(0 <= index < total for index in keep):
         raise ModelError(
-            f"Cannot keep layers {', '.join(map(str, keep))} of a body with {total}.",
-            hint=f"Name different layers from 0 to {total - 1}, as in layers:0,2,5.",
+            f"Cannot keep layers {', '.join(map(str, keep))} of a body with {total} layers.",
+            hint=f"Choose distinct layers from 0 to {total - 1}, for example layers:0,2,5.",
         )
     encoder: Any = body[0]
     if getattr(encoder.auto_model.config, "layer_types", None):
         raise ModelError(
-            f"The layers of a {encoder.auto_model.config.model_type} differ in kind and cannot be cut out.",
-            hint="Name a model as the student.",
+            f"The layers of {encoder.auto_model.config.model_type} differ in type and cannot be cut out.",
+            hint="Pass a model name as the student.",
         )
     small = copy.deepcopy(body)
-    owner, attribute, layers = _layers(small)
+    owner, attribute, layers = _find_layers(small)
     setattr(owner, attribute, nn.ModuleList(layers[index] for index in keep))
     encoder = small[0]
     encoder.auto_model.config.num_hidden_layers = len(keep)
     return small
 
 
-_EMBEDDINGS, _LAYER = "bert.embeddings.", re.compile(r"bert\.encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
-_NAMES = {
+_BERT_EMBEDDINGS, _BERT_LAYER = "bert.embeddings.", re.compile(r"bert\.encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
+_DISTILBERT_NAMES = {
     "attention.self.query": "attention.q_lin",
     "attention.self.key": "attention.k_lin",
     "attention.self.value": "attention.v_lin",
@@ -123,34 +116,39 @@ _NAMES = {
     "output.dense": "ffn.lin2",
     "output.LayerNorm": "output_layer_norm",
 }
-"""What the parts of BERT's layers are called in DistilBERT's."""
+"""Maps the parameter names in a BERT layer to those in a DistilBERT layer."""
 
 
 def to_distilbert(body: SentenceTransformer, layers: Sequence[int]) -> SentenceTransformer:
-    """A DistilBERT of some of a BERT's layers, with its embeddings, its pooler's weights and its last layer.
+    """Create a DistilBERT from layers of a BERT, with its embeddings, its pooler's weights and its last layer.
 
-    As DistilBERT was made of BERT (Sanh et al., 2019), which has no token types: the vector of the first type, which
-    every token of a single text has, is added to that of its position, so that the sum is BERT's.
+    This is how DistilBERT was initialized (Sanh et al., 2019). DistilBERT has no token types: the vector of the first
+    type, which all tokens of a single text have, is added to the position embeddings, so that the sum is the same.
 
     Args:
         body: A transformer body that is a BERT.
         layers: Indices of the layers to keep.
 
     Raises:
-        ModelError: It is another kind of model, or has no such layers.
+        ModelError: If the body is not a BERT or does not have these layers.
     """
     from transformers.models.distilbert import DistilBertConfig, DistilBertForSequenceClassification
 
-    from setfit_kd.models.transformer import from_parts
+    from setfit_kd.models.transformer import body_from_model
 
     if family_of(body) != "transformer" or transformer_module(body).model.config.model_type != "bert":
         raise ModelError(
-            "Only a BERT's layers make a DistilBERT.", hint="Take layers without :distilbert, which keep the kind."
+            "Only layers of a BERT can be converted to a DistilBERT.",
+            hint="Use layers without :distilbert, which keeps the model type.",
         )
     small = transformer_module(cut_layers(body, layers))
     bert: Any = small.model.config
     if bert.hidden_act not in ("gelu", "relu") or bert.is_decoder:
-        raise ModelError(f"A DistilBERT has no {bert.hidden_act} layers.", hint="Take layers without :distilbert.")
+        raise ModelError(
+            f"To convert a BERT to a DistilBERT, it must be an encoder with gelu or relu activation, got "
+            f"hidden_act={bert.hidden_act}, is_decoder={bert.is_decoder}.",
+            hint="Use layers without :distilbert.",
+        )
     config = DistilBertConfig(
         vocab_size=bert.vocab_size,
         max_position_embeddings=bert.max_position_embeddings,
@@ -171,63 +169,65 @@ def to_distilbert(body: SentenceTransformer, layers: Sequence[int]) -> SentenceT
     model.load_state_dict(distilbert_weights(weights))
     tokenizer = small.tokenizer
     assert tokenizer is not None
-    return from_parts(model, tokenizer, list(bert.id2label.values()))
+    return body_from_model(model, tokenizer, list(bert.id2label.values()))
 
 
 def distilbert_weights(bert: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A sequence-classification BERT's weights under the names, and in the form, that a DistilBERT has them in."""
-    found: dict[str, Tensor] = {}
+    """Convert the weights of a sequence-classification BERT to those of a DistilBERT."""
+    converted: dict[str, Tensor] = {}
     for name, value in bert.items():
-        layer = _LAYER.fullmatch(name)
+        layer = _BERT_LAYER.fullmatch(name)
         if layer:
             number, part, kind = layer.groups()
-            found[f"distilbert.transformer.layer.{number}.{_NAMES[part]}.{kind}"] = value
+            converted[f"distilbert.transformer.layer.{number}.{_DISTILBERT_NAMES[part]}.{kind}"] = value
         elif name.startswith("bert.pooler.dense."):
-            found[f"pre_classifier.{name.rpartition('.')[2]}"] = value
+            converted[f"pre_classifier.{name.rpartition('.')[2]}"] = value
         elif name.startswith("classifier."):
-            found[name] = value
-        elif name == f"{_EMBEDDINGS}position_embeddings.weight":
-            first_type = bert[f"{_EMBEDDINGS}token_type_embeddings.weight"][0]
-            found["distilbert.embeddings.position_embeddings.weight"] = value + first_type
-        elif name.startswith((f"{_EMBEDDINGS}word_embeddings.", f"{_EMBEDDINGS}LayerNorm.")):
-            found["distilbert." + name.removeprefix("bert.")] = value
-    return found
+            converted[name] = value
+        elif name == f"{_BERT_EMBEDDINGS}position_embeddings.weight":
+            first_type = bert[f"{_BERT_EMBEDDINGS}token_type_embeddings.weight"][0]
+            converted["distilbert.embeddings.position_embeddings.weight"] = value + first_type
+        elif name.startswith((f"{_BERT_EMBEDDINGS}word_embeddings.", f"{_BERT_EMBEDDINGS}LayerNorm.")):
+            converted["distilbert." + name.removeprefix("bert.")] = value
+    return converted
 
 
 def untrained_transformer(
-    folder: Path, label_names: Sequence[str], *, like: SentenceTransformer | None, seed: int = 0
+    folder: Path, label_names: Sequence[str], *, teacher: SentenceTransformer | None, seed: int = 0
 ) -> SentenceTransformer:
-    """An untrained transformer as a config describes it.
+    """Create an untrained transformer from its config.
 
     Args:
-        folder: Where ``config.json`` lies and, by choice, a tokenizer.
+        folder: Folder with ``config.json`` and, optionally, a tokenizer.
         label_names: Names of the classes.
-        like: A body whose tokenizer is taken where the folder has none.
-        seed: Of the weights.
+        teacher: Body whose tokenizer is used if the folder has none.
+        seed: Seed of the weights.
 
     Raises:
-        ModelError: The config is none, or knows fewer tokens than the tokenizer.
+        ModelError: If the config cannot be loaded, there is no tokenizer, or the vocabulary of the config is smaller
+            than that of the tokenizer.
     """
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    from setfit_kd.models.transformer import from_parts
+    from setfit_kd.models.transformer import body_from_model
 
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"))
-    if not has_tokenizer and (like is None or not hasattr(like.tokenizer, "save_pretrained")):
-        raise ModelError(f"There is no tokenizer in {folder}.", hint="Put one beside the config.")
+    if not has_tokenizer and (teacher is None or not hasattr(teacher.tokenizer, "save_pretrained")):
+        raise ModelError(f"Found no tokenizer in {folder}.", hint="Add a tokenizer to the folder.")
     with model_errors(folder), quiet_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = load_local(AutoConfig.from_pretrained, folder, num_labels=len(label_names))
         tokenizer: PreTrainedTokenizerBase = (
-            load_local(AutoTokenizer.from_pretrained, folder) if like is None or has_tokenizer else like.tokenizer
+            load_local(AutoTokenizer.from_pretrained, folder) if teacher is None or has_tokenizer else teacher.tokenizer
         )
         if len(tokenizer) > config.vocab_size:
-            whose = "its" if has_tokenizer else "the teacher's"
+            owner = "its" if has_tokenizer else "the teacher's"
             raise ModelError(
-                f"The config in {folder} knows {config.vocab_size} tokens, {whose} tokenizer {len(tokenizer)}.",
-                hint="Put a tokenizer beside the config, or raise its vocab_size.",
+                f"The vocab_size of the config in {folder} must be at least {len(tokenizer)}, the size of {owner} "
+                f"tokenizer, got {config.vocab_size}.",
+                hint="Add a matching tokenizer to the folder, or increase vocab_size.",
             )
         from_config: Any = AutoModelForSequenceClassification.from_config
         model = from_config(config, trust_remote_code=False)
-        return from_parts(model, tokenizer, label_names, seed=seed)
+        return body_from_model(model, tokenizer, label_names, seed=seed)

@@ -1,31 +1,23 @@
-"""Loading models from folders that anybody may have made: their code never runs, and only regular files are read."""
+"""Load models from untrusted folders without running their code, reading only regular files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.errors import ModelError
 from setfit_kd.memory import first_line, is_out_of_memory
-from setfit_kd.utils.files import read_json
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-from setfit_kd.utils.files import check_regular_file
+from setfit_kd.utils.files import check_regular_file, read_json
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 MODULES = "modules.json"
-"""What a sentence-transformers folder has."""
+"""File in a sentence-transformers folder that lists its modules."""
 LOCAL_OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-"""Options of every load. Without the second, transformers asks on stdin whether it may run a model's own code."""
+"""Options of every load. Without the second, transformers asks on stdin whether to run code from the model."""
 _MAX_BYTES = {
     **dict.fromkeys((".json", ".txt", ".model", ".jinja", ".md"), 64 << 20),
     **dict.fromkeys((".safetensors", ".bin", ".pkl"), float("inf")),
@@ -33,12 +25,12 @@ _MAX_BYTES = {
 
 
 def load_local(load: Callable[..., Any], folder: Path, **options: Any) -> Any:
-    """Call ``load``, such as ``AutoTokenizer.from_pretrained``, on a checked folder, with `LOCAL_OPTIONS`.
+    """Check a folder and call ``load``, such as ``AutoTokenizer.from_pretrained``, with `LOCAL_OPTIONS`.
 
     Raises:
-        OSError: A file is not a regular one, or too large.
-        ModelError: ``modules.json`` names a folder outside.
-        Exception: Whatever ``load`` raises, for a model that needs code of its own among the rest.
+        OSError: If a file is too large or not a regular file.
+        ModelError: If ``modules.json`` points outside the folder.
+        Exception: If ``load`` fails, for example because the model needs custom code.
     """
     for pattern in ("*", "*/*"):
         for path in folder.glob(pattern):
@@ -49,32 +41,32 @@ def load_local(load: Callable[..., Any], folder: Path, **options: Any) -> Any:
 
 
 def module_folders(folder: Path) -> list[str]:
-    """The folders of a model's modules, relative to its own, in their order; ``[""]`` without ``modules.json``.
+    """Return the folders of a model's modules, in order and relative to its own; ``[""]`` without ``modules.json``.
 
     Raises:
-        OSError: ``modules.json`` cannot be read.
-        ModelError: It does not hold what it must, or names a folder outside.
+        OSError: If ``modules.json`` cannot be read.
+        ModelError: If ``modules.json`` is not a list of modules, or points outside the folder.
     """
     if not (folder / MODULES).exists():
         return [""]
     modules = read_json(folder / MODULES)
     if not isinstance(modules, list) or not modules or not all(isinstance(module, dict) for module in modules):
-        raise ModelError(f"{folder / MODULES} does not list modules.", hint="Get the model again.")
+        raise ModelError(f"{folder / MODULES} must hold a list of modules.", hint="Download the model again.")
     paths = [module.get("path") for module in modules]
     for path in paths:
         if not isinstance(path, str) or not (folder / path).resolve().is_relative_to(folder.resolve()):
             raise ModelError(
-                f"{folder / MODULES} names the folder {path!r}, which is not inside the model's.",
-                hint="Get the model from somebody you trust.",
+                f"{folder / MODULES} points to {path!r}, which is not in the model folder.",
+                hint="Use a model from a source you trust.",
             )
     return paths
 
 
 def check_finite(body: SentenceTransformer, name: str | Path) -> None:
-    """Refuse weights that are not numbers.
+    """Check that all weights are finite.
 
     Raises:
-        ModelError: There are some.
+        ModelError: If a weight is infinite or NaN.
     """
     import torch
 
@@ -88,20 +80,23 @@ def model_errors(
     folder: Path,
     *,
     kind: str = "",
-    hint: str = "Give a sentence-transformers, SetFit or transformers model in safetensors.",
+    hint: str = "Use a sentence-transformers, SetFit or transformers model with safetensors weights.",
 ) -> Iterator[None]:
-    """Within this block, what keeps the model in a folder from being loaded is told as a `ModelError`.
+    """Context manager that raises a `ModelError` for any error while loading the model in a folder.
 
-    ``kind`` says as what it was to be loaded, and ``hint`` what to give instead.
+    Args:
+        folder: The model folder, named in the message.
+        kind: Ending of the message for a model of a certain type, such as " as a masked language model".
+        hint: Hint of the `ModelError`.
     """
     try:
         yield
     except ModelError as error:
-        where = "" if str(folder) in error.message else f"{folder}: "
-        raise ModelError(where + error.message, hint=error.hint) from None
+        prefix = "" if str(folder) in error.message else f"{folder}: "
+        raise ModelError(prefix + error.message, hint=error.hint) from None
     except BaseException as error:
-        # A panic of the tokenizers library is no Exception.
+        # A panic in the tokenizers library is not an Exception.
         if is_out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         reason = f"{type(error).__name__}: {first_line(str(error))}"
-        raise ModelError(f"The model in {folder} does not load{kind} ({reason}).", hint=hint) from error
+        raise ModelError(f"Cannot load the model in {folder}{kind} ({reason}).", hint=hint) from error

@@ -1,4 +1,4 @@
-"""Static bodies: a vector a token, no network to run."""
+"""Static embeddings: one vector per token and no network, distilled from a teacher's body."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from setfit_kd.errors import ModelError
 from setfit_kd.models.encode import embed_tokens
-from setfit_kd.runtime import in_windows, shorten
+from setfit_kd.runtime import chunk_texts, shorten
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -18,52 +18,52 @@ if TYPE_CHECKING:
 
 DEFAULT_DIMENSION = 128
 _SIF = 1e-3
-"""The parameter a of smooth inverse frequency; Arora et al. found 1e-3 to 1e-4 best on all their tasks."""
-_COUNTED = 10_000
-"""Most texts handed to the tokenizer at once."""
+"""Parameter a of smooth inverse frequency; 1e-3 to 1e-4 were best on all tasks of Arora et al."""
+_TOKENIZE_CHUNK = 10_000
+"""Texts per call of the tokenizer."""
 
 
 def check_static_teacher(teacher: SentenceTransformer, dimension: int) -> None:
-    """Refuse a body that vectors of so many dimensions cannot be taken from.
+    """Check that static embeddings of this dimension can be distilled from a body.
 
     Raises:
-        ModelError: It has no fast tokenizer, or shorter embeddings.
+        ModelError: If the body has no fast tokenizer, or its embeddings are smaller.
     """
     if getattr(teacher.tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(
-            "Token vectors can only be taken from a transformer with a fast tokenizer.",
-            hint="Name another model: static@NAME.",
+            "Static embeddings can only be distilled from a transformer with a fast tokenizer.",
+            hint="Choose another model with static@NAME.",
         )
-    width = teacher.get_embedding_dimension() or 0
-    if dimension > width:
+    max_dimension = teacher.get_embedding_dimension() or 0
+    if dimension > max_dimension:
         raise ModelError(
-            f"The teacher's embeddings have {width} dimensions, {dimension} are asked for.",
-            hint=f"Take static:{width} or less.",
+            f"Static embeddings must have at most {max_dimension} dimensions, as the teacher has, got {dimension}.",
+            hint=f"Use static:{max_dimension} or less.",
         )
 
 
 def static_body(
     teacher: SentenceTransformer, texts: Sequence[str], *, dimension: int = DEFAULT_DIMENSION, batch_size: int = 1024
 ) -> SentenceTransformer:
-    """A body whose embedding of a text is the mean of its tokens' vectors, taken from a teacher's body.
+    """Distil static embeddings from a teacher's body: the embedding of a text is the mean of its token vectors.
 
-    Each token of the vocabulary passes through the teacher alone; the vectors are reduced by PCA and weighted by smooth
-    inverse frequency, a / (a + p), p being the token's share of the texts (Arora et al., 2017, "A Simple but
-    Tough-to-Beat Baseline for Sentence Embeddings"; Tulkens and van Dongen, 2024, model2vec). It trains like any other
-    body.
+    The teacher embeds each token of its vocabulary as a separate text. The vectors are reduced by PCA and weighted by
+    smooth inverse frequency, a / (a + p), where p is the relative frequency of the token in the texts (Arora et al.,
+    2017, "A Simple but Tough-to-Beat Baseline for Sentence Embeddings"; Tulkens and van Dongen, 2024, model2vec). The
+    result can be trained like any other body.
 
     Args:
         teacher: A transformer body with a fast tokenizer.
         texts: Texts to count tokens in, such as the pool.
-        dimension: Length of the vectors, at most the teacher's.
-        batch_size: Tokens that pass through the teacher at once.
+        dimension: Dimension of the vectors, at most the teacher's.
+        batch_size: Tokens per forward pass of the teacher.
 
     Returns:
-        A body of one `StaticEmbedding`, on the CPU.
+        A body with one `StaticEmbedding` module, on the CPU.
 
     Raises:
         ModelError: See `check_static_teacher`.
-        OutOfMemoryError: Not even one token at once fits.
+        OutOfMemoryError: If a single token does not fit into memory.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -79,7 +79,7 @@ def static_body(
 
 
 def _plain_tokenizer(teacher: SentenceTransformer) -> Tokenizer:
-    """The teacher's tokenizer, neither cutting nor padding."""
+    """Copy the teacher's tokenizer without truncation and padding."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(teacher.tokenizer.backend_tokenizer.to_str())
@@ -89,10 +89,10 @@ def _plain_tokenizer(teacher: SentenceTransformer) -> Tokenizer:
 
 
 def _sif_weights(tokenizer: Tokenizer, texts: Sequence[str], n_tokens: int) -> npt.NDArray[np.float64]:
-    """(n_tokens, 1) weight of each token."""
+    """Compute the weight of each token: (n_tokens, 1)."""
     counts = np.zeros(n_tokens, np.int64)
-    for window in in_windows(texts, _COUNTED):
-        shortened = [shorten(text, tokenizer) for text in window]
+    for chunk in chunk_texts(texts, _TOKENIZE_CHUNK):
+        shortened = [shorten(text, tokenizer) for text in chunk]
         for encoding in tokenizer.encode_batch_fast(shortened, add_special_tokens=False):
             np.add.at(counts, encoding.ids, 1)
     share = counts / max(counts.sum(), 1)

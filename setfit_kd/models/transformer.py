@@ -1,4 +1,4 @@
-"""Sequence-classification transformers as bodies: what a text is to their last layer, and that layer as a head."""
+"""Sequence-classification transformers as bodies: the input of the last layer is the embedding, that layer the head."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ from transformers import AutoConfig
 from setfit_kd.errors import ModelError
 from setfit_kd.models.bodies import CLASSIFIER_SUFFIX
 from setfit_kd.models.safe_loading import check_finite, load_local, module_folders
-from setfit_kd.utils.console import quiet_libraries, without_warnings
+from setfit_kd.utils.console import quiet_libraries, suppress_warnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class TransformerFeatures(Transformer):
-    """The features from which a sequence-classification transformer's last linear layer takes its logits.
+    """Module that outputs the features before the last linear layer of a sequence-classification transformer.
 
-    Alone in a sentence-transformers body, it makes a classifier trained end to end a body like any other: its
-    ``sentence_embedding`` of B texts is (B, d), dropout before the last layer included, and ``head`` is that layer.
+    As the only module of a body, it lets a transformer that is trained end to end be used like any other body: its
+    ``sentence_embedding`` of B texts is (B, d), after any dropout before the last layer, and ``head`` is that layer.
 
     Args:
         folder: A transformers model with its tokenizer.
-        label_names: Names of the classes. A last layer that the folder has for exactly these, in any order, is kept.
-        local: Options of every load, see `load_local`.
+        label_names: Names of the classes. The last layer in the folder is kept if it has exactly these classes, in any
+            order.
+        local: Options for loading, see `load_local`.
 
     Attributes:
-        head: From (B, d) features to (B, n_classes) logits.
+        head: Maps (B, d) features to (B, n_classes) logits.
     """
 
     head: nn.Linear
 
     def __init__(self, folder: str, label_names: Sequence[str], **local: Any) -> None:
-        before = AutoConfig.from_pretrained(folder, **local)
-        is_classifier = any(name.endswith(CLASSIFIER_SUFFIX) for name in before.architectures or ())
-        before_names = [str(before.id2label[index]) for index in sorted(before.id2label)]
-        self._is_whole = is_classifier and sorted(before_names) == sorted(label_names)
+        config = AutoConfig.from_pretrained(folder, **local)
+        is_classifier = any(name.endswith(CLASSIFIER_SUFFIX) for name in config.architectures or ())
+        saved_names = [str(config.id2label[index]) for index in sorted(config.id2label)]
+        self._keeps_head = is_classifier and sorted(saved_names) == sorted(label_names)
         names = {
             "num_labels": len(label_names),
             "id2label": dict(enumerate(label_names)),
@@ -57,98 +58,97 @@ class TransformerFeatures(Transformer):
             config_kwargs={**local, **names, "problem_type": "single_label_classification"},
         )
         self.module_output_name = "sentence_embedding"
-        self._read_no_further_than_positions()
-        found = [
+        self._limit_max_seq_length()
+        linear_layers = [
             name
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and module.out_features == len(label_names) and module.bias is not None
         ]
-        if not found:
+        if not linear_layers:
             raise ModelError(
-                f"A {type(self.model).__name__} does not end in a linear layer with a bias, as encoders do.",
-                hint="Take an encoder, such as a BERT or RoBERTa.",
+                f"The last layer of {type(self.model).__name__} must be linear with a bias.",
+                hint="Use an encoder such as BERT or RoBERTa.",
             )
-        self._place = found[-1]
-        last = self.model.get_submodule(self._place)
-        assert isinstance(last, nn.Linear)
-        self.head = last
-        self._put_last(nn.Identity())
-        if self._is_whole:
-            order = [before_names.index(name) for name in label_names]
+        self._head_path = linear_layers[-1]
+        head = self.model.get_submodule(self._head_path)
+        assert isinstance(head, nn.Linear)
+        self.head = head
+        self._set_last_layer(nn.Identity())
+        if self._keeps_head:
+            order = [saved_names.index(name) for name in label_names]
             with torch.no_grad():
                 self.head.weight.copy_(self.head.weight[order])
                 self.head.bias.copy_(self.head.bias[order])
         else:
-            nn.init.normal_(self.head.weight, std=getattr(before, "initializer_range", 0.02))
+            nn.init.normal_(self.head.weight, std=getattr(config, "initializer_range", 0.02))
             nn.init.zeros_(self.head.bias)
 
-    def _read_no_further_than_positions(self) -> None:
-        """RoBERTa and MPNet count positions from the one after padding's, and have so many fewer for tokens."""
+    def _limit_max_seq_length(self) -> None:
+        """Limit the tokens of models such as RoBERTa and MPNet, whose positions start after the padding index."""
         for name, table in self.model.named_modules():
             if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
                 assert isinstance(table, nn.Embedding)
-                places = table.num_embeddings - (table.padding_idx or 0) - 1
-                self.max_seq_length = min(self.max_seq_length or places, places)
+                n_positions = table.num_embeddings - (table.padding_idx or 0) - 1
+                self.max_seq_length = min(self.max_seq_length or n_positions, n_positions)
 
-    def _put_last(self, layer: nn.Module) -> None:
-        owner, _, name = self._place.rpartition(".")
+    def _set_last_layer(self, layer: nn.Module) -> None:
+        owner, _, name = self._head_path.rpartition(".")
         setattr(self.model.get_submodule(owner), name, layer)
 
     def _load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
         loaded: Any = super()._load_model(*args, **kwargs, output_loading_info=True)
         model: PreTrainedModel = loaded[0]
-        told: dict[str, Any] = loaded[1]
+        info: dict[str, Any] = loaded[1]
         prefix = model.base_model_prefix + "."
-        lacking = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
-        missing = [key for key in sorted(lacking) if self._is_whole or (key.startswith(prefix) and "pooler" not in key)]
+        keys = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+        missing = [key for key in keys if self._keeps_head or (key.startswith(prefix) and "pooler" not in key)]
         if missing:
             raise ModelError(
-                f"The model has no weights for {len(missing)} parts of a {type(model).__name__}, {missing[0]} among "
-                "them.",
-                hint="Give a transformers model whose weights are whole.",
+                f"The model lacks {len(missing)} weights of {type(model).__name__}, including {missing[0]}.",
+                hint="Use a transformers model with complete weights.",
             )
         return model
 
     def get_embedding_dimension(self) -> int:
-        """The d of the features."""
+        """Return the dimension d of the features."""
         return self.head.in_features
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Write a folder that transformers' ``AutoModelForSequenceClassification`` reads."""
-        self._put_last(self.head)
+        """Save in the format of transformers' ``AutoModelForSequenceClassification``."""
+        self._set_last_layer(self.head)
         try:
             self.model.save_pretrained(output_path)
         finally:
-            self._put_last(nn.Identity())
+            self._set_last_layer(nn.Identity())
         self.processor.save_pretrained(output_path)
 
 
 def load_transformer(folder: Path, label_names: Sequence[str], *, seed: int = 0) -> SentenceTransformer:
-    """Load a transformer to classify by, in single precision, on the CPU; code that comes with it is never run.
+    """Load a transformer classifier in fp32 on the CPU, without running code from the model folder.
 
     Args:
         folder: A transformers or sentence-transformers model.
         label_names: Names of the classes.
-        seed: Of what the folder has no weights for: the last layer, and in some models the one before it.
+        seed: Seed of the weights that the folder lacks: the last layer, and in some models the one before it.
 
     Raises:
-        ModelError: The folder does not load.
+        ModelError: If the model cannot be used as a classifier or lacks weights.
     """
-    with quiet_libraries(), without_warnings("transformers"), torch.random.fork_rng(devices=[]):
+    with quiet_libraries(), suppress_warnings("transformers"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # A sentence-transformers folder keeps its transformer in the folder of its first module.
+        # In a sentence-transformers folder, the transformer is in the folder of the first module.
         features = load_local(TransformerFeatures, folder / module_folders(folder)[0], label_names=label_names)
         body = SentenceTransformer(modules=[features], device="cpu").float().eval()
     check_finite(body, folder)
     return body
 
 
-def from_parts(
+def body_from_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], *, seed: int = 0
 ) -> SentenceTransformer:
-    """The same from a model and a tokenizer in memory."""
-    with TemporaryDirectory(prefix="setfit-kd-") as scratch:
+    """Convert a model and a tokenizer in memory to a body, see `load_transformer`."""
+    with TemporaryDirectory(prefix="setfit-kd-") as folder:
         with quiet_libraries():
-            model.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-        return load_transformer(Path(scratch), label_names, seed=seed)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return load_transformer(Path(folder), label_names, seed=seed)

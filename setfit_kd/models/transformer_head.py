@@ -1,4 +1,4 @@
-"""The last layer of a transformer, which is its head."""
+"""Convert between the last layer of a transformer and a logistic regression."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 def transformer_module(body: SentenceTransformer) -> TransformerFeatures:
-    """The one module of a body of the transformer family."""
+    """Return the only module of a body of the transformer family."""
     first: Any = body[0]
     return first  # type: ignore[no-any-return]
 
 
 def last_layer(body: SentenceTransformer) -> nn.Linear:
-    """From (B, d) features, the embeddings of a body of the transformer family, to (B, n_classes) logits."""
+    """Return the last layer of a transformer, which maps (B, d) embeddings to (B, n_classes) logits."""
     return transformer_module(body).head
 
 
 def get_head(body: SentenceTransformer) -> LogisticRegression:
-    """The last layer of a transformer as the logistic regression that gives the same probabilities."""
+    """Convert the last layer of a transformer to a logistic regression with the same probabilities."""
     layer = last_layer(body)
     weight, bias = layer.weight.detach().cpu().double().numpy(), layer.bias.detach().cpu().double().numpy()
     head = new_head()
@@ -41,12 +41,12 @@ def get_head(body: SentenceTransformer) -> LogisticRegression:
 
 
 def set_head(head: LogisticRegression, body: SentenceTransformer) -> None:
-    """Make the last layer of a transformer give the probabilities of a logistic regression over its features."""
+    """Set the last layer of a transformer to the probabilities of a logistic regression over its features."""
     import torch
 
-    own = get_head(body)
-    if np.array_equal(own.coef_, head.coef_) and np.array_equal(own.intercept_, head.intercept_):
-        return  # two rows less one another would not come back to the last digit
+    current = get_head(body)
+    if np.array_equal(current.coef_, head.coef_) and np.array_equal(current.intercept_, head.intercept_):
+        return  # converting a binary head back and forth would change the last digits
     layer = last_layer(body)
     weight, bias = softmax_weights(head)
     with torch.no_grad():

@@ -1,17 +1,17 @@
-"""What a run has come to, to be read and to be shown."""
+"""Report of a run: summary, HTML page, Markdown and model cards."""
 
 from setfit_kd.report.comparison import ComparedModel, compare
-from setfit_kd.report.render import SPREAD_HEADINGS, spread_cells, verdict
+from setfit_kd.report.render import SEED_HEADINGS, seed_cells, verdict
 from setfit_kd.report.summary import display_name, read_summary
 from setfit_kd.report.write import write_report
 
 __all__ = [
-    "SPREAD_HEADINGS",
+    "SEED_HEADINGS",
     "ComparedModel",
     "compare",
     "display_name",
     "read_summary",
-    "spread_cells",
+    "seed_cells",
     "verdict",
     "write_report",
 ]

@@ -1,4 +1,4 @@
-"""Several runs side by side."""
+"""Comparison of several runs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from setfit_kd.run_folder import EVALUATION
 
 @dataclass(frozen=True)
 class ComparedModel:
-    """A teacher or a student of one of the runs.
+    """The teacher or a student of one of the compared runs.
 
     Attributes:
-        run: The run's folder.
-        name: What the model is called there.
-        evaluation: How good it is.
-        difference: Accuracy less that of the first run's first student, with its 95 % interval; None for that student
-            itself, and where the two were evaluated on other texts.
+        run: The run folder.
+        name: Name of the model in the report of the run.
+        evaluation: Its evaluation.
+        difference: Difference in accuracy to the first student of the first run, with its 95% interval; None for that
+            student itself, and if the two were evaluated on different texts.
     """
 
     run: Path
@@ -33,34 +33,36 @@ class ComparedModel:
 
 
 def compare(runs: Sequence[str | Path]) -> list[ComparedModel]:
-    """The teachers and students of several runs, in the order given.
+    """Compare the teachers and students of several runs, in the order of ``runs``.
 
     Raises:
-        DataError: One of them is no finished run, or was not evaluated.
+        DataError: If one of the runs is not finished or was not evaluated.
     """
     compared: list[ComparedModel] = []
     reference: tuple[Evaluation, list[str]] | None = None
-    for account in map(read_summary, runs):
-        if not account.students:
+    for summary in map(read_summary, runs):
+        if not summary.students:
             raise DataError(
-                f"The run in {account.folder} was not evaluated.", hint="Compare runs that were given --eval."
+                f"The run in {summary.folder} was not evaluated.", hint="Compare runs with an evaluation set (--eval)."
             )
-        texts = read_texts(account.folder / EVALUATION).texts
+        texts = read_texts(summary.folder / EVALUATION).texts
         if reference is None:
-            reference = account.students[0].evaluation, texts
-        for name, of in account.compared.items():
-            alike = _in_order_of(reference[0], of) if texts == reference[1] else None
-            same = alike is not None and np.array_equal(alike.gold, reference[0].gold) and of is not reference[0]
-            difference = alike.against(reference[0])["accuracy"] if same and alike is not None else None
-            compared.append(ComparedModel(account.folder, name, of, difference))
+            reference = summary.students[0].evaluation, texts
+        first, first_texts = reference
+        for name, evaluation in summary.without_baselines.items():
+            aligned = _align_classes(evaluation, first) if texts == first_texts else None
+            difference = None
+            if aligned is not None and evaluation is not first and np.array_equal(aligned.gold, first.gold):
+                difference = aligned.difference_to(first)["accuracy"]
+            compared.append(ComparedModel(summary.folder, name, evaluation, difference))
     return compared
 
 
-def _in_order_of(reference: Evaluation, of: Evaluation) -> Evaluation | None:
-    """An evaluation with its classes in another's order; None where they are not the same."""
-    names, wanted = list(of.quality.classes), list(reference.quality.classes)
-    if sorted(names) != sorted(wanted):
+def _align_classes(evaluation: Evaluation, reference: Evaluation) -> Evaluation | None:
+    """Reorder the classes of an evaluation to those of ``reference``; None if the two have different classes."""
+    names, reference_names = list(evaluation.quality.classes), list(reference.quality.classes)
+    if sorted(names) != sorted(reference_names):
         return None
-    columns = [names.index(name) for name in wanted]
-    places = np.argsort(columns)
-    return replace(of, probabilities=of.probabilities[:, columns], gold=places[of.gold])
+    columns = [names.index(name) for name in reference_names]
+    new_index = np.argsort(columns)
+    return replace(evaluation, probabilities=evaluation.probabilities[:, columns], gold=new_index[evaluation.gold])

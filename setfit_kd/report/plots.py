@@ -1,4 +1,4 @@
-"""Plots as SVG whose colours are the page's own, so that one drawing is right in light, in dark and on paper."""
+"""SVG plots that use the CSS colours of the page, so that they work in light mode, dark mode and print."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from setfit_kd.evaluation import Evaluation
 
 N_COLOURS = 10
-_MOST_POINTS, _LEAST_SHOWN = 500, 0.02
-"""Points of a curve that are drawn; and the share of answers below which their accuracy tells of nothing but chance."""
-_MOST_TICKS = 6
+_MAX_POINTS, _MIN_COVERAGE = 500, 0.02
+"""Maximum number of points per curve; minimum coverage to plot, because the accuracy of few answers is mostly noise."""
+_MAX_TICKS = 6
 _INK, _FAINT = "#010101", "#020202"
 _SERIES = [f"#0300{number:02x}" for number in range(1, N_COLOURS + 1)]
 _PAGE_COLOURS = {
@@ -29,7 +29,7 @@ _PAGE_COLOURS = {
     _FAINT: "var(--line)",
     **{colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)},
 }
-"""Colours that are drawn with, and what the page calls them."""
+"""CSS variable of the page for each colour used in the plots."""
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -53,125 +53,126 @@ _STYLE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A drawing, and what its colours stand for: the page's name of each with a label."""
+class Plot:
+    """A plot as SVG, with its legend as pairs of CSS colour and label."""
 
     svg: str
     legend: Sequence[tuple[str, str]]
 
 
-def pareto(evaluations: Mapping[str, Evaluation]) -> Drawing:
-    """Accuracy with its interval against texts a second, a dot a model, its area the size on disk."""
+def speed(evaluations: Mapping[str, Evaluation]) -> Plot:
+    """Plot accuracy with its interval against speed, one dot per model; its area shows the size on disk."""
     with _figure("Accuracy against speed") as (figure, axes):
-        largest = max(1e-9, *(of.cost.megabytes for of in evaluations.values()))
+        max_megabytes = max(1e-9, *(evaluation.cost.megabytes for evaluation in evaluations.values()))
         legend = []
-        for name, of in evaluations.items():
-            colour, accuracy = _colour(name, list(evaluations)), of.intervals["accuracy"]
-            speed = max(of.cost.texts_per_second, 0.1)
-            axes.vlines(speed, 100 * accuracy.low, 100 * accuracy.high, color=colour, linewidth=1.2)
-            area = 25 + 400 * of.cost.megabytes / largest
-            axes.scatter(speed, 100 * accuracy.value, s=area, color=colour, alpha=0.75, linewidth=0)
-            legend.append((colour, f"{name}, {of.cost.megabytes:.0f} MB"))
-        ticks = _round_numbers(axes.dataLim.x0, axes.dataLim.x1)
+        for name, evaluation in evaluations.items():
+            colour, accuracy = _colour(name, list(evaluations)), evaluation.intervals["accuracy"]
+            texts_per_second = max(evaluation.cost.texts_per_second, 0.1)
+            axes.vlines(texts_per_second, 100 * accuracy.low, 100 * accuracy.high, color=colour, linewidth=1.2)
+            area = 25 + 400 * evaluation.cost.megabytes / max_megabytes
+            axes.scatter(texts_per_second, 100 * accuracy.value, s=area, color=colour, alpha=0.75, linewidth=0)
+            legend.append((colour, f"{name}, {evaluation.cost.megabytes:.0f} MB"))
+        ticks = _round_ticks(axes.dataLim.x0, axes.dataLim.x1)
         axes.set_xscale("log")
         axes.margins(y=0.15)
         axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
         axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
         axes.minorticks_off()
-        axes.set(xlabel="texts a second", ylabel="accuracy, %")
-        return _drawing(figure, legend)
+        axes.set(xlabel="texts per second", ylabel="accuracy, %")
+        return _to_plot(figure, legend)
 
 
-def reliability(evaluations: Mapping[str, Evaluation], names: Sequence[str]) -> Drawing:
-    """Accuracy against confidence, a line a model; on the diagonal, probabilities mean what they say."""
+def reliability(evaluations: Mapping[str, Evaluation], names: Sequence[str]) -> Plot:
+    """Plot accuracy against confidence, one line per model; a calibrated model lies on the diagonal."""
     with _figure("Reliability") as (figure, axes):
         axes.plot([0, 1], [0, 1], color=_FAINT, linestyle="--")
         legend = []
-        for name, of in evaluations.items():
-            # A bin of a few texts tells of nothing but chance.
-            bins = [found for found in of.calibration.reliability if found.texts >= max(5, len(of.gold) / 200)]
+        for name, evaluation in evaluations.items():
+            calibration = evaluation.calibration
+            # The accuracy of a bin with few texts is mostly noise.
+            bins = [b for b in calibration.reliability if b.texts >= max(5, len(evaluation.gold) / 200)]
             axes.plot(
-                [found.confidence for found in bins],
-                [found.accuracy for found in bins],
+                [b.confidence for b in bins],
+                [b.accuracy for b in bins],
                 color=_colour(name, names),
                 marker="o",
                 markersize=4,
             )
-            legend.append((_colour(name, names), f"{name}, error {of.calibration.ece:.1%}"))
+            legend.append((_colour(name, names), f"{name}, calibration error {calibration.ece:.1%}"))
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
-        return _drawing(figure, legend)
+        return _to_plot(figure, legend)
 
 
-def coverage(curves: Mapping[str, npt.NDArray[np.floating]], names: Sequence[str]) -> Drawing:
-    """Accuracy of the answers against the share of texts that are answered: (k, 3) of each model."""
+def coverage(curves: Mapping[str, npt.NDArray[np.floating]], names: Sequence[str]) -> Plot:
+    """Plot the accuracy of the answers against coverage, from the (k, 3) `coverage_curve` of each model."""
     with _figure("Accuracy of the answers") as (figure, axes):
         for name, curve in curves.items():
-            shown = curve[curve[:, 1] >= _LEAST_SHOWN]
-            shown = shown[np.linspace(0, len(shown) - 1, min(len(shown), _MOST_POINTS)).astype(int)]
+            shown = curve[curve[:, 1] >= _MIN_COVERAGE]
+            shown = shown[np.linspace(0, len(shown) - 1, min(len(shown), _MAX_POINTS)).astype(int)]
             axes.plot(100 * shown[:, 1], 100 * shown[:, 2], color=_colour(name, names))
-        axes.set(xlabel="texts answered, most confident first, %", ylabel="accuracy of the answers, %", xlim=(0, 101))
-        return _drawing(figure, [(_colour(name, names), name) for name in curves])
+        axes.set(xlabel="coverage (texts answered), %", ylabel="accuracy of the answers, %", xlim=(0, 101))
+        return _to_plot(figure, [(_colour(name, names), name) for name in curves])
 
 
-def training(losses: Mapping[str, Sequence[float]], names: Sequence[str]) -> Drawing:
-    """Loss by step, each training relative to its first steps."""
+def training(losses: Mapping[str, Sequence[float]], names: Sequence[str]) -> Plot:
+    """Plot the training loss by step."""
     with _figure("Training") as (figure, axes):
         for name, curve in losses.items():
-            steps = np.linspace(1, len(curve), min(len(curve), _MOST_POINTS)).astype(int)
-            axes.plot(steps, np.array(_smoothed(curve))[steps - 1], color=_colour(name, names))
+            steps = np.linspace(1, len(curve), min(len(curve), _MAX_POINTS)).astype(int)
+            axes.plot(steps, np.array(_smooth(curve))[steps - 1], color=_colour(name, names))
         axes.set(xlabel="step", ylabel="loss")
-        return _drawing(figure, [(_colour(name, names), name) for name in losses])
+        return _to_plot(figure, [(_colour(name, names), name) for name in losses])
 
 
-def _round_numbers(low: float, high: float) -> list[float]:
-    """Few round numbers around a range above 0, for an axis of powers: 1, 2, 5, 10, or 1, 10, 100."""
+def _round_ticks(low: float, high: float) -> list[float]:
+    """Choose round ticks around a range above 0 for a logarithmic axis: 1, 2, 5, 10, or 1, 10, 100."""
     for multiples in ((1, 2, 5), (1,)):
         steps = [multiple * 10.0**power for power in range(-3, 12) for multiple in multiples]
         first = max(number for number in steps if number <= low * 1.001)
         last = min(number for number in steps if number >= high / 1.001)
-        found = [number for number in steps if first <= number <= last]
-        if len(found) <= _MOST_TICKS:
+        ticks = [number for number in steps if first <= number <= last]
+        if len(ticks) <= _MAX_TICKS:
             break
-    return found
+    return ticks
 
 
 def _colour(name: str, names: Sequence[str]) -> str:
-    """A model's colour, the same in every drawing that has been given the same names."""
+    """Colour of a model, the same in all plots with the same ``names``."""
     return _SERIES[names.index(name) % N_COLOURS]
 
 
-def _smoothed(curve: Sequence[float], *, weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its beginning; short curves are left as they are."""
+def _smooth(curve: Sequence[float], *, weight: float = 0.9) -> list[float]:
+    """Compute the bias-corrected exponential moving average; short curves are not smoothed."""
     if len(curve) < 50:
         return list(curve)
-    mean, smooth = 0.0, []
+    mean, smoothed = 0.0, []
     for step, loss in enumerate(curve, 1):
         mean = weight * mean + (1 - weight) * loss
-        smooth.append(mean / (1 - weight**step))
-    return smooth
+        smoothed.append(mean / (1 - weight**step))
+    return smoothed
 
 
 @contextmanager
 def _figure(title: str) -> Iterator[tuple[Figure, Axes]]:
-    """A figure outside matplotlib's own list of them, and its axes."""
+    """Context manager that creates a figure and its axes without registering them in pyplot."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context():
-        mpl.rcdefaults()  # whatever the user draws with elsewhere
-        # Salted by the title: no two drawings on a page share an id, and the same data give the same file.
+        mpl.rcdefaults()  # ignore the user's own style
+        # The salt makes ids unique across the plots of a page, and the SVG reproducible.
         mpl.rcParams.update({**_STYLE, "svg.hashsalt": title})
         figure = Figure(figsize=(5.0, 3.6), layout="constrained")
         yield figure, figure.subplots()
 
 
-def _drawing(figure: Figure, legend: Sequence[tuple[str, str]]) -> Drawing:
-    out = StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = out.getvalue()
+def _to_plot(figure: Figure, legend: Sequence[tuple[str, str]]) -> Plot:
+    file = StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
-    referred_to = set(re.findall(r'"#([^"]+)"', svg)) | set(re.findall(r"url\(#([^)]+)\)", svg))
-    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in referred_to else "", svg)
-    for drawn, named in _PAGE_COLOURS.items():
-        svg = svg.replace(drawn, named)
-    return Drawing(svg, [(_PAGE_COLOURS[colour], label) for colour, label in legend])
+    referenced = set(re.findall(r'"#([^"]+)"', svg)) | set(re.findall(r"url\(#([^)]+)\)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in referenced else "", svg)
+    for colour, variable in _PAGE_COLOURS.items():
+        svg = svg.replace(colour, variable)
+    return Plot(svg, [(_PAGE_COLOURS[colour], label) for colour, label in legend])

@@ -1,10 +1,10 @@
-"""A run's account as HTML, as Markdown and as a model card."""
+"""Rendering of a run summary as HTML page, Markdown report and model cards."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -14,22 +14,37 @@ import numpy as np
 from setfit_kd import hub
 from setfit_kd.report import plots
 from setfit_kd.report.environment import template_environment
-from setfit_kd.report.summary import ExamplePrediction, RunSummary, StudentSummary, curves
+from setfit_kd.report.summary import ExamplePrediction, RunSummary, StudentSummary, coverage_curves
 from setfit_kd.run_folder import BASELINE, TEACHER, Manifest
-from setfit_kd.utils.escape import class_name, truncate
+from setfit_kd.utils.escape import short_class_name, truncate
 
 if TYPE_CHECKING:
-    from setfit_kd.evaluation import Evaluation, Interval, OverSeeds, Spread
+    from setfit_kd.evaluation import Evaluation, Interval, SeedSummary, Spread
 
-SPREAD_HEADINGS = ("accuracy", "macro F1", "as teacher", "calibration error", "minus teacher", "minus baseline")
+SEED_HEADINGS = (
+    "accuracy",
+    "macro-F1",
+    "agreement",
+    "calibration error",
+    "difference to teacher",
+    "difference to baseline",
+)
 _SETFIT = "config_setfit.json"
+_REMOVED = {
+    "labeled_duplicates": "labeled texts removed (duplicates)",
+    "labeled_conflicts": "labeled texts removed (conflicting labels)",
+    "labeled_leaks": "labeled texts removed (in the evaluation set)",
+    "pool_duplicates": "pool texts removed (duplicates)",
+    "pool_labeled": "pool texts removed (in the labeled texts)",
+    "pool_leaks": "pool texts removed (in the evaluation set)",
+}
 MAX_CLASSES = 20
-"""Above so many, confusions are listed in place of a matrix."""
+"""Maximum size of a confusion matrix; with more classes, the most frequent confusions are listed."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Headings, and rows of as many cells; none is longer than is read there."""
+    """A table with one heading per column; long cells are truncated."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -38,101 +53,107 @@ class Table:
         object.__setattr__(self, "rows", [[truncate(str(cell)) for cell in row] for row in self.rows])
 
 
-def html(account: RunSummary) -> str:
-    """The report as one page that needs nothing else."""
-    drawings = {}
-    names = list(dict.fromkeys([*account.evaluations, *account.losses]))
-    if account.evaluations:
-        drawings = {
-            "pareto": plots.pareto(account.evaluations),
-            "reliability": plots.reliability(account.compared, names),
-            "abstaining": plots.coverage(curves(account), names),
+def render_html(summary: RunSummary) -> str:
+    """Render the report as a self-contained HTML page."""
+    plots_by_name = {}
+    names = list(dict.fromkeys([*summary.evaluations, *summary.losses]))
+    if summary.evaluations:
+        plots_by_name = {
+            "speed": plots.speed(summary.evaluations),
+            "reliability": plots.reliability(summary.without_baselines, names),
+            "coverage": plots.coverage(coverage_curves(summary), names),
         }
-    if account.losses:
-        drawings["training"] = plots.training(account.losses, names)
-    return template_environment().get_template("report.html").render(**_template_values(account), plots=drawings)
+    if summary.losses:
+        plots_by_name["training"] = plots.training(summary.losses, names)
+    return template_environment().get_template("report.html").render(**_template_values(summary), plots=plots_by_name)
 
 
-def markdown(account: RunSummary) -> str:
-    """The report as Markdown, without its plots."""
-    return template_environment().get_template("report.md").render(**_template_values(account))
+def render_markdown(summary: RunSummary) -> str:
+    """Render the report as Markdown, without plots."""
+    return template_environment().get_template("report.md").render(**_template_values(summary))
 
 
-def card(account: RunSummary, source: str) -> str:
-    """A model card for one student, by the name that the settings give it."""
-    student = next((one for one in account.students if one.source == source), None)
-    is_setfit = (account.folder / account.about.students[source] / _SETFIT).is_file()
-    over = f" over the classes {', '.join(map(class_name, account.labels))}" if account.labels else ""
-    told: dict[str, Any] = {
+def render_card(summary: RunSummary, source: str) -> str:
+    """Render the model card of a student, selected by its name in the config."""
+    student = next((student for student in summary.students if student.source == source), None)
+    is_setfit = (summary.folder / summary.manifest.students[source] / _SETFIT).is_file()
+    classes = f" for the classes {', '.join(map(short_class_name, summary.label_names))}" if summary.label_names else ""
+    values: dict[str, Any] = {
         "is_setfit": is_setfit,
         "title": "Distilled text classifier",
-        "about": f"A {'SetFit model' if is_setfit else 'transformer'}{over}, distilled by setfit-kd from "
-        f"{_source_of(account)}.",
-        "base_model": hub.split_revision(source)[0] if source in account.about.revisions else None,
-        "dataset": _public(account.config.eval or "the evaluation set", account),
+        "about": f"A {'SetFit model' if is_setfit else 'transformer'}{classes}, distilled by setfit-kd from "
+        f"{_source_of(summary)}.",
+        "base_model": hub.split_revision(source)[0] if source in summary.manifest.revisions else None,
+        "dataset": _public(summary.config.eval or "the evaluation set", summary),
     }
     if student is not None:
         quality = student.evaluation.quality
-        told["metrics"] = {"accuracy": round(quality.accuracy, 4), "macro_f1": round(quality.macro_f1, 4)}
-        told["comparison"] = _comparison(account)
-        told["comparison_note"] = _comparison_note(account)
-    return template_environment().get_template("card.md").render(**told)
+        values["metrics"] = {"accuracy": round(quality.accuracy, 4), "macro_f1": round(quality.macro_f1, 4)}
+        values["comparison"] = _comparison(summary)
+        values["comparison_note"] = _comparison_note(summary)
+    return template_environment().get_template("card.md").render(**values)
 
 
-def _source_of(account: RunSummary) -> str:
-    """What a model card says that a student was distilled from."""
-    config, data = account.config, account.about.data
+def _source_of(summary: RunSummary) -> str:
+    """Describe the teachers or signals from which the students were distilled."""
+    config, data = summary.config, summary.manifest.data
     if config.signals is not None:
-        return f"the probabilities of {_public(config.signals, account)} for {data.get('pool', 0):,} texts"
-    teachers = " and ".join(_public(name, account) for name in config.teacher)
-    if not account.labels:
+        return f"the probabilities of {_public(config.signals, summary)} for {data.get('pool', 0):,} texts"
+    teachers = " and ".join(_public(name, summary) for name in config.teacher)
+    if not summary.label_names:
         return teachers
     which = "which was" if len(config.teacher) == 1 else "which were"
-    trained = f"{teachers}, {which} fine-tuned on {data.get('labeled', 0):,} labeled texts"
-    return f"{trained} and labeled {data['pool']:,} more" if data.get("pool") else trained
+    description = f"{teachers}, {which} fine-tuned on {data.get('labeled', 0):,} labeled texts"
+    return f"{description} and labeled {data['pool']:,} more texts" if data.get("pool") else description
 
 
-def _public(source: str, account: RunSummary) -> str:
-    """What a model card calls a data set or a model: what came from the hub in full, of a path its last part."""
-    from_hub = (name.removeprefix("datasets/") for name in account.about.revisions)
+def _public(source: str, summary: RunSummary) -> str:
+    """Name of a data set or model in a model card: the full name on the hub, but only the last part of a path."""
+    from_hub = (name.removeprefix("datasets/") for name in summary.manifest.revisions)
     source = source.removeprefix("transformer:")
     if source.startswith(("bundled:", "demo:")) or any(
         re.match(rf"{re.escape(name)}($|[:[])", source) for name in from_hub
     ):
         return source
-    return PureWindowsPath(source).name  # which takes slashes of both kinds
+    return PureWindowsPath(source).name  # accepts slashes and backslashes
 
 
-def _template_values(account: RunSummary) -> dict[str, Any]:
-    """What the templates tell, as plain values."""
-    config, about = account.config, account.about
-    told: dict[str, Any] = {
-        "title": f"Distilled: {truncate(account.folder.absolute().name)}",
-        "subtitle": f"{_taught_by(account)}; {'student' if len(config.student) == 1 else 'students'} "
-        f"{', '.join(config.student)}. setfit-kd {about.versions.get('setfit-kd', '')}, seed {config.seed}.",
-        "has_teacher": account.teacher is not None,
-        "verdict": verdict(account),
-        "out_of_memory": _out_of_memory(about),
-        "usage": [_usage(account, place) for place in about.students.values()],
-        "data": _data(about),
+def _template_values(summary: RunSummary) -> dict[str, Any]:
+    """Return the values for the report templates."""
+    config, manifest = summary.config, summary.manifest
+    values: dict[str, Any] = {
+        "title": f"Distillation report: {truncate(summary.folder.absolute().name)}",
+        "subtitle": f"{_teachers_of(summary)}; {'student' if len(config.student) == 1 else 'students'} "
+        f"{', '.join(config.student)}. setfit-kd {manifest.versions.get('setfit-kd', '')}, seed {config.seed}.",
+        "has_teacher": summary.teacher is not None,
+        "verdict": verdict(summary),
+        "out_of_memory": _out_of_memory(manifest),
+        "usage": [_usage(summary, path) for path in manifest.students.values()],
+        "data": _data(manifest),
         "settings": config.to_yaml().strip(),
-        "versions": Table(("", "version"), [*about.versions.items(), *about.revisions.items()]),
+        "versions": Table(("", "version"), [*manifest.versions.items(), *manifest.revisions.items()]),
     }
-    if account.evaluations:
-        alone = len(account.students) == 1
-        told |= {
-            "comparison": _comparison(account),
-            "comparison_note": _comparison_note(account),
-            "over_seeds": _over_seeds(account),
-            "calibration": _calibration(account),
-            "students": [_student(student, alone=alone) for student in account.students],
-            "matrices": [_matrix(name, of, account.labels) for name, of in account.evaluations.items()],
+    if summary.evaluations:
+        is_only = len(summary.students) == 1
+        values |= {
+            "comparison": _comparison(summary),
+            "comparison_note": _comparison_note(summary),
+            "seeds": _seeds(summary),
+            "calibration": _calibration(summary),
+            "students": [_student_values(student, is_only=is_only) for student in summary.students],
+            "confusions_title": (
+                "Confusion matrix" if len(summary.label_names) <= MAX_CLASSES else "Most frequent confusions"
+            ),
+            "matrices": [
+                _confusion_matrix(name, evaluation, summary.label_names)
+                for name, evaluation in summary.evaluations.items()
+            ],
         }
-    return told
+    return values
 
 
-def _taught_by(account: RunSummary) -> str:
-    config, shares = account.config, account.about.teacher_shares
+def _teachers_of(summary: RunSummary) -> str:
+    config, shares = summary.config, summary.manifest.teacher_shares
     if config.signals is not None:
         return f"Signals {config.signals}"
     if len(config.teacher) == 1:
@@ -142,189 +163,195 @@ def _taught_by(account: RunSummary) -> str:
     )
 
 
-def verdict(account: RunSummary) -> str:
-    """What is lost and what is gained, in a sentence or two."""
-    if not account.students:
-        return "Nothing was measured: there was no evaluation set."
-    best = max(account.students, key=lambda student: _accuracy(account, student))
-    teacher = account.teacher
-    of = best.evaluation
-    name = "The student" if len(account.students) == 1 else f"The best student, {best.name},"
-    sentence = f"{name} is right on {of.quality.accuracy:.1%} of the texts"
+def verdict(summary: RunSummary) -> str:
+    """Compare the best student with the teacher and the baseline, in one to three sentences."""
+    if not summary.students:
+        return "No results: the run has no evaluation set."
+    best = max(summary.students, key=lambda student: _accuracy(summary, student))
+    teacher, evaluation = summary.teacher, best.evaluation
+    name = "The student" if len(summary.students) == 1 else f"The best student, {best.name},"
+    text = f"{name} has an accuracy of {evaluation.quality.accuracy:.1%}"
     if teacher is None:
-        sentence += "."
+        text += "."
     else:
-        whose = "its teacher" if len(account.config.teacher) == 1 else "the average of its teachers"
-        faster = of.cost.texts_per_second / max(teacher.cost.texts_per_second, 0.1)
-        smaller = max(teacher.cost.megabytes, 0.1) / max(of.cost.megabytes, 0.1)
-        sentence += (
-            f", {_compared(best.against['teacher'], whose)}, at {faster:,.1f} times the speed and "
-            f"{_times(smaller)} the size."
+        teacher_name = "its teacher" if len(summary.config.teacher) == 1 else "the average of its teachers"
+        speedup = evaluation.cost.texts_per_second / max(teacher.cost.texts_per_second, 0.1)
+        size_ratio = max(teacher.cost.megabytes, 0.1) / max(evaluation.cost.megabytes, 0.1)
+        text += (
+            f", {_difference_to(teacher_name, best.differences[TEACHER])}, at {speedup:,.1f} times the speed and "
+            f"{_size(size_ratio)} the size."
         )
-    if "baseline" in best.against:
-        sentence += f" It is {_compared(best.against['baseline'], 'the same body trained on the labels alone')}."
-    if account.over_seeds:
-        found = [account.over_seeds[name].figures["accuracy"] for name in (best.name, TEACHER)
-                 if name in account.over_seeds]  # fmt: skip
-        sentence += f" Over {len(account.about.seeds)} seeds it has {_spread(found[0])} %"
-        sentence += f", and its teacher {_spread(found[1])} %." if found[1:] else "."
-    return sentence
+    if BASELINE in best.differences:
+        baseline = "the baseline trained on the labels only"
+        text += f" Its accuracy is {_difference_to(baseline, best.differences[BASELINE])}."
+    if summary.seed_summaries:
+        names = [name for name in (best.name, TEACHER) if name in summary.seed_summaries]
+        student, *teachers = (_spread(summary.seed_summaries[name].figures["accuracy"]) for name in names)
+        text += f" Over {len(summary.manifest.seeds)} seeds, the accuracy of the student is {student}%"
+        text += f" and that of its teacher {teachers[0]}%." if teachers else "."
+    return text
 
 
-def _accuracy(account: RunSummary, student: StudentSummary) -> float:
-    """A student's accuracy; over several seeds, its mean."""
-    spread = account.over_seeds.get(student.name)
-    return spread.figures["accuracy"].mean if spread else student.evaluation.quality.accuracy
+def _accuracy(summary: RunSummary, student: StudentSummary) -> float:
+    """Accuracy of a student; its mean in a run with several seeds."""
+    seeds = summary.seed_summaries.get(student.name)
+    return seeds.figures["accuracy"].mean if seeds else student.evaluation.quality.accuracy
 
 
-def _times(smaller: float) -> str:
-    return f"1/{smaller:,.1f} of" if smaller >= 1 else f"{1 / smaller:,.1f} times"
+def _size(ratio: float) -> str:
+    return f"1/{ratio:,.1f} of" if ratio >= 1 else f"{1 / ratio:,.1f} times"
 
 
-def _compared(against: dict[str, Any], other: str) -> str:
-    found = against["accuracy"]
-    points = 100 * found.value
+def _difference_to(reference: str, difference: Mapping[str, Interval]) -> str:
+    accuracy = difference["accuracy"]
+    points = 100 * accuracy.value
     if abs(points) < 0.05:
-        return f"as {other} is"
-    word = "above" if points > 0 else "below"
-    chance = "" if found.low > 0 or found.high < 0 else ", within chance"
-    interval = f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
-    return f"{abs(points):.1f} points {word} {other} (95 % interval {interval}{chance})"
+        return f"the same as that of {reference}"
+    side = "above" if points > 0 else "below"
+    significance = "" if accuracy.low > 0 or accuracy.high < 0 else ", not significant"
+    return f"{abs(points):.1f} points {side} {reference} (95% interval {_range(accuracy)}{significance})"
 
 
-def _comparison(account: RunSummary) -> Table:
-    teacher = account.teacher
-    headings = ("", "accuracy", "95 %", "macro F1", "as teacher", "parameters", "MB", "texts/s", "to teacher")
+def _comparison(summary: RunSummary) -> Table:
+    teacher = summary.teacher
+    headings = ["", "accuracy", "95% CI", "macro-F1", "agreement", "parameters", "MB", "texts/s", "speedup"]
     rows = []
-    for name, of in account.evaluations.items():
-        accuracy = of.intervals["accuracy"]
+    for name, evaluation in summary.evaluations.items():
+        quality, cost, accuracy = evaluation.quality, evaluation.cost, evaluation.intervals["accuracy"]
+        speedup = "" if teacher is None else f"{cost.texts_per_second / max(teacher.cost.texts_per_second, 0.1):.1f}"
         rows.append(
             (
                 name,
-                f"{of.quality.accuracy:.1%}",
+                f"{quality.accuracy:.1%}",
                 f"{accuracy.low:.1%} to {accuracy.high:.1%}",
-                f"{of.quality.macro_f1:.1%}",
-                "" if of.quality.agreement is None else f"{of.quality.agreement:.1%}",
-                f"{of.cost.parameters / 1e6:.1f} M",
-                f"{of.cost.megabytes:.1f}",
-                f"{of.cost.texts_per_second:,.0f}",
-                "" if teacher is None else f"{of.cost.texts_per_second / max(teacher.cost.texts_per_second, 0.1):.1f}",
+                f"{quality.macro_f1:.1%}",
+                "" if quality.agreement is None else f"{quality.agreement:.1%}",
+                f"{cost.parameters / 1e6:.1f} M",
+                f"{cost.megabytes:.1f}",
+                f"{cost.texts_per_second:,.0f}",
+                speedup,
             )
         )
-    # Without a teacher, nothing is compared with it.
-    kept = [column for column, heading in enumerate(headings) if teacher is not None or "teacher" not in heading]
-    return Table([headings[column] for column in kept], [[row[column] for column in kept] for row in rows])
+    needs_teacher = ("agreement", "speedup")
+    columns = [i for i, heading in enumerate(headings) if teacher is not None or heading not in needs_teacher]
+    return Table([headings[i] for i in columns], [[row[i] for i in columns] for row in rows])
 
 
-def _comparison_note(account: RunSummary) -> str:
-    first = next(iter(account.evaluations.values()))
-    notes = [f"{len(first.gold):,} texts, on {first.cost.device}."]
-    if any(BASELINE in student.against for student in account.students):
-        notes.append("The baseline is the student's body trained on the labels alone.")
-    if account.teacher is not None:
-        notes.append("As teacher: texts with the teacher's label.")
-    if len(account.config.teacher) > 1 and account.teacher is not None:
-        notes.append("Teacher: all of them, averaged.")
-    notes.append("Intervals are of a bootstrap over the texts.")
+def _comparison_note(summary: RunSummary) -> str:
+    first = next(iter(summary.evaluations.values()))
+    notes = [f"Evaluated on {len(first.gold):,} texts; speed measured on {first.cost.device}."]
+    if any(BASELINE in student.differences for student in summary.students):
+        notes.append("Baseline: the same student trained on the labels only, without distillation.")
+    if summary.teacher is not None:
+        notes.append("Agreement: share of texts with the same label as the teacher's.")
+        notes.append("Speedup: texts per second relative to the teacher.")
+    if len(summary.config.teacher) > 1 and summary.teacher is not None:
+        notes.append("Teacher: the average of all teachers.")
+    notes.append("95% CI: bootstrap over the texts.")
     return " ".join(notes)
 
 
-def _over_seeds(account: RunSummary) -> dict[str, Any] | None:
-    if not account.over_seeds:
+def _seeds(summary: RunSummary) -> dict[str, Any] | None:
+    if not summary.seed_summaries:
         return None
-    seeds = account.about.seeds
-    by_seed = [
-        (name, *(f"{value:.1%}" for value in of.figures["accuracy"].values)) for name, of in account.over_seeds.items()
-    ]
+    seeds = summary.manifest.seeds
+    summaries = summary.seed_summaries.items()
+    by_seed = [(name, *(f"{value:.1%}" for value in model.figures["accuracy"].values)) for name, model in summaries]
     return {
-        "title": f"Over {len(seeds)} seeds",
-        "table": Table(("", *SPREAD_HEADINGS), [(name, *spread_cells(of)) for name, of in account.over_seeds.items()]),
-        "note": f"Mean ± standard deviation over the seeds {seeds[0]} to {seeds[-1]}, in percent; labels and "
-        "pool are drawn anew where any are drawn, and all is trained anew. The other sections are of the first.",
-        "by_seed": Table(("accuracy with seed", *map(str, seeds)), by_seed),
+        "title": f"Results over {len(seeds)} seeds",
+        "table": Table(("", *SEED_HEADINGS), [(name, *seed_cells(model)) for name, model in summaries]),
+        "note": f"Mean ± standard deviation over the seeds {seeds[0]} to {seeds[-1]}, in percent. Differences are in "
+        "accuracy. For each seed, labels and pool are sampled again (if the run samples them), and all models are "
+        "trained again. The other sections show the first seed.",
+        "by_seed": Table(("accuracy by seed", *map(str, seeds)), by_seed),
     }
 
 
-def spread_cells(of: OverSeeds) -> tuple[str, ...]:
-    """One model's figures over the seeds, as mean ± standard deviation in percent, under `SPREAD_HEADINGS`."""
+def seed_cells(model: SeedSummary) -> tuple[str, ...]:
+    """Format the metrics of one model as mean ± standard deviation in percent, in the order of `SEED_HEADINGS`."""
     return (
-        *(_spread(of.figures.get(figure)) for figure in ("accuracy", "macro_f1", "agreement", "ece")),
-        *(_spread(of.against.get(other, {}).get("accuracy"), "+") for other in (TEACHER, BASELINE)),
+        *(_spread(model.figures.get(metric)) for metric in ("accuracy", "macro_f1", "agreement", "ece")),
+        *(_spread(model.against.get(reference, {}).get("accuracy"), "+") for reference in (TEACHER, BASELINE)),
     )
 
 
-def _spread(of: Spread | None, sign: str = "") -> str:
-    return "" if of is None else f"{100 * of.mean:{sign}.1f} ± {100 * of.std:.1f}"
+def _spread(spread: Spread | None, sign: str = "") -> str:
+    return "" if spread is None else f"{100 * spread.mean:{sign}.1f} ± {100 * spread.std:.1f}"
 
 
-def _calibration(account: RunSummary) -> Table:
-    headings = ("", "calibration error", "95 %", "Brier score", "mean confidence", "accuracy")
+def _calibration(summary: RunSummary) -> Table:
+    headings = ("", "calibration error", "95% CI", "Brier score", "mean confidence", "accuracy")
     rows = [
         (
             name,
-            f"{of.calibration.ece:.1%}",
-            f"{of.calibration_intervals['ece'].low:.1%} to {of.calibration_intervals['ece'].high:.1%}",
-            f"{of.calibration.brier:.3f}",
-            f"{of.probabilities.max(axis=1).mean():.1%}",
-            f"{of.quality.accuracy:.1%}",
+            f"{e.calibration.ece:.1%}",
+            f"{e.calibration_intervals['ece'].low:.1%} to {e.calibration_intervals['ece'].high:.1%}",
+            f"{e.calibration.brier:.3f}",
+            f"{e.probabilities.max(axis=1).mean():.1%}",
+            f"{e.quality.accuracy:.1%}",
         )
-        for name, of in account.evaluations.items()
+        for name, e in summary.evaluations.items()
     ]
     return Table(headings, rows)
 
 
-def _student(student: StudentSummary, *, alone: bool) -> dict[str, Any]:
-    named = "" if alone else f" ({student.name})"
+def _student_values(student: StudentSummary, *, is_only: bool) -> dict[str, Any]:
+    suffix = "" if is_only else f" ({student.name})"
     classes = [
-        (class_name(name), f"{of.precision:.1%}", f"{of.recall:.1%}", f"{of.f1:.1%}", f"{of.support:,}")
-        for name, of in student.evaluation.quality.classes.items()
+        (short_class_name(name), f"{q.precision:.1%}", f"{q.recall:.1%}", f"{q.f1:.1%}", f"{q.support:,}")
+        for name, q in student.evaluation.quality.classes.items()
     ]
     thresholds = [
-        (f"{target:.1%}", f"{found.threshold:.9g}", f"{found.coverage:.1%}", f"{found.low:.1%} to {found.high:.1%}")
-        if found
-        else (f"{target:.1%}", "none reaches it", "", "")
-        for target, found in student.thresholds.items()
+        (f"{target:.1%}", f"{point.threshold:.9g}", f"{point.coverage:.1%}", f"{point.low:.1%} to {point.high:.1%}")
+        if point
+        else (f"{target:.1%}", "not reached", "", "")
+        for target, point in student.thresholds.items()
     ]
     return {
         "name": student.name,
         "differences": [
-            f"{student.name if not alone else 'Student'} and {other}: "
-            f"{_signed(of['accuracy'])} points of accuracy, {_signed(of['macro_f1'])} of macro F1."
-            for other, of in student.against.items()
+            f"{'Student' if is_only else student.name} minus {reference}: "
+            f"accuracy {_points(difference['accuracy'])}, macro-F1 {_points(difference['macro_f1'])}."
+            for reference, difference in student.differences.items()
         ],
         "classes": Table(("class", "precision", "recall", "F1", "texts"), classes),
-        "thresholds_title": f"Answering only when sure{named}",
-        "thresholds": Table(("accuracy wanted", "threshold", "texts answered", "95 % of the accuracy"), thresholds),
-        "disagreements_title": f"Where student and teacher disagree most{named}",
-        "disagreements": [_shown_text(one) for one in student.disagreements],
-        "errors_title": f"The most confident errors{named}",
-        "errors": [_shown_text(one) for one in student.errors],
+        "thresholds_title": f"Confidence thresholds{suffix}",
+        "thresholds": Table(("target accuracy", "threshold", "coverage", "95% CI of the accuracy"), thresholds),
+        "disagreements_title": f"Largest disagreements with the teacher{suffix}",
+        "disagreements": [_example_values(example) for example in student.disagreements],
+        "errors_title": f"Errors with the highest confidence{suffix}",
+        "errors": [_example_values(example) for example in student.errors],
     }
 
 
-def _signed(interval: Interval) -> str:
-    return f"{100 * interval.value:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
+def _points(interval: Interval) -> str:
+    return f"{100 * interval.value:+.1f} points (95% interval {_range(interval)})"
 
 
-def _shown_text(told: ExamplePrediction) -> dict[str, Any]:
+def _range(interval: Interval) -> str:
+    return f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"
+
+
+def _example_values(example: ExamplePrediction) -> dict[str, Any]:
     return {
-        "text": truncate(told.text),
-        "gold": class_name(told.gold),
-        "student": class_name(told.student),
-        "student_confidence": f"{told.confidence:.0%}",
-        "teacher": class_name(told.teacher),
-        "teacher_confidence": f"{told.teacher_confidence:.0%}" if told.teacher else "",
+        "text": truncate(example.text),
+        "gold": short_class_name(example.gold),
+        "student": short_class_name(example.student),
+        "student_confidence": f"{example.confidence:.0%}",
+        "teacher": short_class_name(example.teacher),
+        "teacher_confidence": f"{example.teacher_confidence:.0%}" if example.teacher else "",
     }
 
 
-def _matrix(name: str, of: Evaluation, labels: Sequence[str]) -> dict[str, Any]:
-    labels = [class_name(name) for name in labels]
-    counts = np.array(of.quality.confusion)
-    off = counts.copy()
-    np.fill_diagonal(off, 0)
-    places = [divmod(int(place), len(labels)) for place in np.argsort(-off, axis=None, kind="stable")[:MAX_CLASSES]]
+def _confusion_matrix(name: str, evaluation: Evaluation, label_names: Sequence[str]) -> dict[str, Any]:
+    labels = [short_class_name(label) for label in label_names]
+    counts = np.array(evaluation.quality.confusion)
+    errors = counts.copy()
+    np.fill_diagonal(errors, 0)
+    most_frequent = np.argsort(-errors, axis=None, kind="stable")[:MAX_CLASSES]
+    pairs = [divmod(int(index), len(labels)) for index in most_frequent]  # (gold, predicted)
     confusions = Table(
-        ("gold", "predicted", "texts"), [(labels[g], labels[p], int(off[g, p])) for g, p in places if off[g, p]]
+        ("gold", "predicted", "texts"), [(labels[g], labels[p], int(errors[g, p])) for g, p in pairs if errors[g, p]]
     )
     if len(labels) > MAX_CLASSES:
         return {"name": name, "rows": None, "confusions": confusions, "plain": confusions}
@@ -340,28 +367,28 @@ def _matrix(name: str, of: Evaluation, labels: Sequence[str]) -> dict[str, Any]:
     return {"name": name, "labels": labels, "rows": rows, "plain": plain}
 
 
-def _out_of_memory(about: Manifest) -> Table | None:
+def _out_of_memory(manifest: Manifest) -> Table | None:
     rows = [
         (event.phase, "" if event.step is None else event.step, str(event.before), str(event.after))
-        for event in about.out_of_memory
+        for event in manifest.out_of_memory
     ]
-    return Table(("phase", "step", "failed with", "went on with"), rows) if rows else None
+    return Table(("phase", "step", "failed with", "retried with"), rows) if rows else None
 
 
-def _data(about: Manifest) -> Table:
-    rows = [(f"{name.replace('_', ' ')} texts", f"{count:,}") for name, count in about.data.items()]
-    rows += [(f"{stage}, seconds", f"{seconds:,.1f}") for stage, seconds in about.seconds.items()]
-    rows += [("device", about.device), ("precision", about.precision.name)]
+def _data(manifest: Manifest) -> Table:
+    rows = [(_REMOVED.get(name, f"{name} texts"), f"{count:,}") for name, count in manifest.data.items()]
+    rows += [(f"{stage}, seconds", f"{seconds:,.1f}") for stage, seconds in manifest.seconds.items()]
+    rows += [("device", manifest.device), ("precision", manifest.precision.name)]
     return Table(("", ""), rows)
 
 
-def _usage(account: RunSummary, student: str) -> str:
-    # A run of one student is called by its own name.
-    place = f"{account.folder}/{student}" if "/" in student else str(account.folder)
-    quoted = shlex.quote(place)
+def _usage(summary: RunSummary, student: str) -> str:
+    # With a single student, the run folder itself can be loaded.
+    path = f"{summary.folder}/{student}" if "/" in student else str(summary.folder)
+    quoted = shlex.quote(path)
     return (
         f'setfit-kd predict {quoted} "..."\n'
         f"setfit-kd export {quoted} --output-dir bundle\n\n"
         "from setfit_kd import load\n"
-        f'load({place!r}).predict(["..."])'
+        f'load({path!r}).predict(["..."])'
     )

@@ -1,39 +1,47 @@
-"""What there is to tell of a run, read from its folder."""
+"""Summary of a finished run, read from its folder."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from setfit_kd.config import RunConfig, read_config
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation import Evaluation, OperatingPoint, OverSeeds, coverage_curve, over_seeds, read_texts
+from setfit_kd.evaluation import (
+    Evaluation,
+    Interval,
+    OperatingPoint,
+    SeedSummary,
+    coverage_curve,
+    read_texts,
+    summarize_seeds,
+)
 from setfit_kd.run_folder import (
     BASELINES,
-    CONFIG,
+    CONFIG_FILE,
     EVALUATION,
-    RUN,
-    SCORED,
+    RUN_FILE,
     SEEDS,
     STUDENTS,
     TEACHER,
+    TEACHER_ACCURACIES,
+    TEACHER_SIGNALS,
     TEACHERS,
-    WEIGHED,
     Manifest,
     reference_models,
 )
 
-MAX_TEXTS = 20
-TARGETS = (0.9, 0.95, 0.99)
+MAX_EXAMPLES = 20
+TARGET_ACCURACIES = (0.9, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
 class ExamplePrediction:
-    """A text with its gold label and what student and teacher say of it; without a teacher, it says nothing."""
+    """A text with its gold label and the predictions of student and teacher; ``teacher`` is empty without a teacher."""
 
     text: str
     gold: str
@@ -45,22 +53,22 @@ class ExamplePrediction:
 
 @dataclass(frozen=True)
 class StudentSummary:
-    """What there is to tell of one student.
+    """Results of one student.
 
     Attributes:
-        name: What the table calls it.
-        source: What the settings call it.
-        evaluation: How good it is.
-        against: Differences to the teacher and the baseline, by name and figure.
-        thresholds: For each accuracy of `TARGETS`, the threshold that gives it, where one does.
-        disagreements: Texts on which it is furthest from the teacher.
-        errors: Texts that it is most confidently wrong about.
+        name: Name of the student in the report.
+        source: The student as named in the config, such as ``static:256``.
+        evaluation: Its evaluation.
+        differences: Differences to ``teacher`` and ``baseline``, by metric.
+        thresholds: Operating point for each target accuracy; None if no threshold reaches it.
+        disagreements: Texts with the largest disagreements with the teacher.
+        errors: Errors with the highest confidence.
     """
 
     name: str
     source: str
     evaluation: Evaluation
-    against: dict[str, dict[str, Any]]
+    differences: dict[str, dict[str, Interval]]
     thresholds: dict[float, OperatingPoint | None]
     disagreements: list[ExamplePrediction]
     errors: list[ExamplePrediction]
@@ -68,126 +76,136 @@ class StudentSummary:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """All that a report tells.
+    """Results of a run, from which its report is written.
 
     Attributes:
-        folder: The run's folder.
-        config: Its settings.
-        about: Its ``run.json``.
-        evaluations: By the name that the table gives to each model; empty without an evaluation set.
-        labels: Names of the classes.
-        students: One a student that was evaluated.
-        losses: Loss by step, of each training.
-        over_seeds: What each model comes to over the seeds that it was made with; empty for a single one.
+        folder: The run folder.
+        config: The config of the run.
+        manifest: The content of ``run.json``.
+        evaluations: Evaluation of each model, by `display_name`; empty without an evaluation set.
+        label_names: Names of the classes.
+        students: Results of each evaluated student.
+        losses: Training loss by step, for each training.
+        seed_summaries: Metrics of each model over the seeds; empty for a run with one seed.
     """
 
     folder: Path
     config: RunConfig
-    about: Manifest
+    manifest: Manifest
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    labels: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
     students: list[StudentSummary] = field(default_factory=list)
     losses: dict[str, list[float]] = field(default_factory=dict)
-    over_seeds: dict[str, OverSeeds] = field(default_factory=dict)
+    seed_summaries: dict[str, SeedSummary] = field(default_factory=dict)
 
     @property
-    def compared(self) -> dict[str, Evaluation]:
-        """The evaluations of the teacher and the students, without the baselines."""
-        students = {student.name: student.evaluation for student in self.students}
-        return {name: of for name, of in self.evaluations.items() if name == TEACHER or name in students}
+    def without_baselines(self) -> dict[str, Evaluation]:
+        """Evaluations of the teacher and the students."""
+        names = {TEACHER, *(student.name for student in self.students)}
+        return {name: evaluation for name, evaluation in self.evaluations.items() if name in names}
 
     @property
     def teacher(self) -> Evaluation | None:
-        """The teacher's evaluation; of several, all together's. None where signals came from elsewhere."""
+        """Evaluation of the teacher or of the ensemble of teachers; None if the run started from signals."""
         return self.evaluations.get(TEACHER)
 
 
 def read_summary(folder: str | Path) -> RunSummary:
-    """Read the folder of a finished run.
+    """Read the results of a finished run.
 
     Raises:
-        DataError: It is none, or what it holds cannot be read.
+        DataError: If the folder contains no finished run, or if its files cannot be read.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file() or not (folder / RUN).is_file():
-        raise DataError(f"There is no run in {folder}.", hint="Name the folder of a run.")
-    config = RunConfig.of(**read_config(folder / CONFIG))
-    about = Manifest.read(folder)
+    if not (folder / CONFIG_FILE).is_file() or not (folder / RUN_FILE).is_file():
+        raise DataError(f"Found no run in {folder}.", hint="Pass the folder of a finished run.")
+    config = RunConfig.of(**read_config(folder / CONFIG_FILE))
+    manifest = Manifest.read(folder)
     losses = {
-        display_name(name): told.losses
-        for name, told in about.stages.items()
-        if told.losses and not name.startswith(f"{WEIGHED}/")  # several trainings, one after the other
+        display_name(name): stage.losses
+        for name, stage in manifest.stages.items()
+        if stage.losses and not name.startswith(f"{TEACHER_ACCURACIES}/")  # losses of several consecutive trainings
     }
-    evaluations = {name: Evaluation.load(folder / EVALUATION / name) for name in about.evaluated}
+    evaluations = {name: Evaluation.load(folder / EVALUATION / name) for name in manifest.evaluated}
     if not evaluations:
-        return RunSummary(folder, config, about, losses=losses)
+        return RunSummary(folder, config, manifest, losses=losses)
     data = read_texts(folder / EVALUATION)
-    for name, of in evaluations.items():
-        if list(of.quality.classes) != list(data.label_names) or not np.array_equal(of.gold, data.labels):
+    for name, evaluation in evaluations.items():
+        same_classes = list(evaluation.quality.classes) == list(data.label_names)
+        if not same_classes or not np.array_equal(evaluation.gold, data.labels):
             raise DataError(
-                f"{folder / EVALUATION / name} was measured on other texts than those beside it.",
-                hint=f"Evaluate again: setfit-kd run --resume {folder}",
+                f"The evaluation in {folder / EVALUATION / name} does not match the texts in {folder / EVALUATION}.",
+                hint=f"Run `setfit-kd run --resume {folder}` to evaluate again.",
             )
     has_teacher = TEACHER in evaluations or config.signals is not None
-    if not has_teacher or not about.students or not set(about.students.values()) <= set(evaluations):
-        raise DataError(f"{folder / RUN} does not tell of every model.", hint="Run anew.")
-    targets = sorted({*TARGETS, *([] if config.target_accuracy is None else [config.target_accuracy])})
-    students = [_student(place, source, evaluations, data, targets) for source, place in about.students.items()]
+    if not has_teacher or not manifest.students or not set(manifest.students.values()) <= set(evaluations):
+        raise DataError(
+            f"{folder / RUN_FILE} does not list all models.", hint="Start a new run in another --output-dir."
+        )
+    targets = sorted({*TARGET_ACCURACIES, *([] if config.target_accuracy is None else [config.target_accuracy])})
+    students = [
+        _summarize_student(path, source, evaluations, data, targets) for source, path in manifest.students.items()
+    ]
     return RunSummary(
         folder,
         config,
-        about,
-        {display_name(name): of for name, of in evaluations.items()},
+        manifest,
+        {display_name(name): evaluation for name, evaluation in evaluations.items()},
         data.label_names,
         students,
         losses,
-        _over_seeds(folder, about, evaluations),
+        _summarize_seeds(folder, manifest, evaluations),
     )
 
 
-def _over_seeds(folder: Path, about: Manifest, evaluations: dict[str, Evaluation]) -> dict[str, OverSeeds]:
-    if not about.seeds:
+def _summarize_seeds(folder: Path, manifest: Manifest, evaluations: dict[str, Evaluation]) -> dict[str, SeedSummary]:
+    if not manifest.seeds:
         return {}
     try:
-        others = [
+        further_seeds = [
             {name: Evaluation.load(folder / SEEDS / str(seed) / EVALUATION / name) for name in evaluations}
-            for seed in about.seeds[1:]
+            for seed in manifest.seeds[1:]
         ]
     except DataError as error:
-        raise DataError(error.message, hint=f"Go on: setfit-kd run --resume {folder}") from None
-    one = next(iter(evaluations))
-    if any(not np.array_equal(of[one].gold, evaluations[one].gold) for of in others):
         raise DataError(
-            f"The seeds in {folder} were not evaluated on the same texts.", hint=f"Run: setfit-kd run --resume {folder}"
+            error.message, hint=f"Run `setfit-kd run --resume {folder}` to evaluate the missing seeds."
+        ) from None
+    first = next(iter(evaluations))
+    if any(not np.array_equal(seed[first].gold, evaluations[first].gold) for seed in further_seeds):
+        raise DataError(
+            f"The seeds in {folder} were not evaluated on the same texts.",
+            hint=f"Run `setfit-kd run --resume {folder}` to evaluate again.",
         )
-    compared = {name: reference_models(name, evaluations) for name in about.students.values()}
-    return {display_name(name): of for name, of in over_seeds([evaluations, *others], compared).items()}
+    references = {name: reference_models(name, evaluations) for name in manifest.students.values()}
+    summaries = summarize_seeds([evaluations, *further_seeds], references)
+    return {display_name(name): summary for name, summary in summaries.items()}
 
 
 def display_name(name: str) -> str:
-    """What the table calls a model or a training; of several students, their names alone."""
+    """Name of a model or training in the report: ``x`` for ``students/x``, ``x (baseline)`` for ``baselines/x``."""
     group, _, slug = name.partition("/")
     student = f"{slug} (student)" if slug == TEACHER else slug
-    kinds = {TEACHERS: f"{slug} (teacher)", SCORED: f"{slug} (teacher)", BASELINES: f"{slug} (baseline)"}
+    kinds = {TEACHERS: f"{slug} (teacher)", TEACHER_SIGNALS: f"{slug} (teacher)", BASELINES: f"{slug} (baseline)"}
     return {**kinds, STUDENTS: student}.get(group, name)
 
 
-def _student(
+def _summarize_student(
     name: str, source: str, evaluations: dict[str, Evaluation], data: LabeledSet, targets: list[float]
 ) -> StudentSummary:
     student = evaluations[name]
     teacher = evaluations.get(TEACHER, student)
-    against = {
-        called: student.against(evaluations[other]) for called, other in reference_models(name, evaluations).items()
+    differences = {
+        role: student.difference_to(evaluations[reference])
+        for role, reference in reference_models(name, evaluations).items()
     }
     confidence = student.probabilities.max(axis=1)
     distance = np.abs(student.probabilities - teacher.probabilities).sum(axis=1)
     distance[student.predicted == teacher.predicted] = 0
-    furthest = np.argsort(-distance, kind="stable")[:MAX_TEXTS]
-    wrong = np.where(student.predicted != data.labels, confidence, 0)
-    worst = np.argsort(-wrong, kind="stable")[:MAX_TEXTS]
+    disagreements = np.argsort(-distance, kind="stable")[:MAX_EXAMPLES]
+    error_confidence = np.where(student.predicted != data.labels, confidence, 0)
+    errors = np.argsort(-error_confidence, kind="stable")[:MAX_EXAMPLES]
 
-    def told(row: int) -> ExamplePrediction:
+    def example(row: int) -> ExamplePrediction:
         labels = data.label_names
         return ExamplePrediction(
             data.texts[row],
@@ -202,13 +220,13 @@ def _student(
         display_name(name),
         source,
         student,
-        against,
+        differences,
         {target: student.operating_point(target) for target in targets},
-        [told(int(row)) for row in furthest if distance[row] > 0],
-        [told(int(row)) for row in worst if wrong[row] > 0],
+        [example(int(row)) for row in disagreements if distance[row] > 0],
+        [example(int(row)) for row in errors if error_confidence[row] > 0],
     )
 
 
-def curves(account: RunSummary) -> dict[str, Any]:
-    """Coverage and accuracy at every threshold, of each model."""
-    return {name: coverage_curve(of.probabilities, of.gold) for name, of in account.compared.items()}
+def coverage_curves(summary: RunSummary) -> dict[str, npt.NDArray[np.float64]]:
+    """Compute the `coverage_curve` of the teacher and of each student."""
+    return {name: coverage_curve(e.probabilities, e.gold) for name, e in summary.without_baselines.items()}

@@ -1,28 +1,28 @@
-"""Writing a run's report into its folder."""
+"""Writing of the report to the run folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from setfit_kd.report.render import card, html, markdown
+from setfit_kd.report.render import render_card, render_html, render_markdown
 from setfit_kd.report.summary import RunSummary, read_summary
 from setfit_kd.run_folder import REPORT_HTML, REPORT_MARKDOWN, RunFolder
 from setfit_kd.utils.atomic_io import write_text
 
-_ELSEWHERE = "copy the run to where you may write"
+_ELSEWHERE = "copy the run to a writable folder"
 
 
 def write_report(folder: str | Path) -> RunSummary:
-    """Write ``report.html``, ``report.md`` and each student's model card anew, from what the run's folder holds.
+    """Write ``report.html``, ``report.md`` and the model card of each student from the results in a run folder.
 
     Raises:
-        DataError: There is no finished run, or it cannot be read.
-        OutputError: They cannot be written, or the folder holds links.
+        DataError: If the folder contains no finished run or cannot be read.
+        OutputError: If a file cannot be written, or the folder contains links.
     """
-    account = read_summary(folder)
-    RunFolder.refuse_links(account.folder)
-    write_text(account.folder / REPORT_HTML, html(account), elsewhere=_ELSEWHERE)
-    write_text(account.folder / REPORT_MARKDOWN, markdown(account), elsewhere=_ELSEWHERE)
-    for source, place in account.about.students.items():
-        write_text(account.folder / place / "README.md", card(account, source), elsewhere=_ELSEWHERE)
-    return account
+    summary = read_summary(folder)
+    RunFolder.refuse_links(summary.folder)
+    write_text(summary.folder / REPORT_HTML, render_html(summary), alternative=_ELSEWHERE)
+    write_text(summary.folder / REPORT_MARKDOWN, render_markdown(summary), alternative=_ELSEWHERE)
+    for source, path in summary.manifest.students.items():
+        write_text(summary.folder / path / "README.md", render_card(summary, source), alternative=_ELSEWHERE)
+    return summary

@@ -32,48 +32,54 @@ def load_run_data(
     unlabeled: Source | None = None,
     eval: Source | None = None,  # noqa: A002 - the setting's name everywhere
 ) -> RunData:
-    """Read what the config names, or the given objects in its place, and `split_data` it.
+    """Read the data of a run and split it with `split_data`.
+
+    Args:
+        config: The settings; they name the sources that are not passed as objects.
+        labeled: Labeled texts.
+        unlabeled: The pool.
+        eval: The evaluation set.
 
     Raises:
-        ConfigError: No labeled texts are named.
-        DataError: A source cannot be used.
-        UnavailableError: A hub data set cannot be reached.
+        ConfigError: If there are no labeled texts and no signals.
+        DataError: If a source cannot be used.
+        UnavailableError: If a hub data set cannot be reached.
     """
     labeled = config.labeled if labeled is None else labeled
     unlabeled = config.unlabeled if unlabeled is None else unlabeled
     evaluation = config.eval if eval is None else eval
     if config.signals is not None and unlabeled is not None:
-        raise ConfigError("Signals bring their own texts.", hint="Drop --unlabeled, or --signals.")
+        raise ConfigError("Signals contain their own pool texts.", hint="Remove --unlabeled or --signals.")
     if labeled is None and config.signals is None:
-        raise ConfigError("No labeled texts are given.", hint="Name them by --labeled, or choose a --preset.")
+        raise ConfigError("Labeled texts are required.", hint="Pass --labeled or choose a --preset.")
     columns = config.text_column
-    given = None if config.signals is None else read_signals(config.signals)
-    names = None if given is None else given.label_names
+    signals = None if config.signals is None else read_signals(config.signals)
+    names = None if signals is None else signals.label_names
     if labeled is None:
         rows = LabeledSet([], np.empty(0, np.int64), names or ())
     else:
         rows = encode_labels(read(labeled, text_column=columns, label_column=config.label_column), names)
-    if given is None:
+    if signals is None:
         check_classes(rows)
     held_out = None
     if evaluation is not None:
         held_out = encode_labels(
             read(evaluation, text_column=columns, label_column=config.label_column, role="test"), rows.label_names
         )
-    if given is not None:
-        return _prepare_signals(rows, given, held_out, config)
+    if signals is not None:
+        return _split_signals(rows, signals, held_out, config)
     if unlabeled is None:
-        logger.warning("There are no unlabeled texts: the student learns from the labeled ones alone.")
+        logger.warning("There are no unlabeled texts: the student is trained on the labeled texts only.")
     pool = None if unlabeled is None else stream_texts(unlabeled, text_column=columns)
     return RunData(**vars(split_data(rows, pool, held_out, config)))
 
 
-def _prepare_signals(
+def _split_signals(
     labeled: LabeledSet, signals: TeacherSignals, evaluation: LabeledSet | None, config: DataConfig
 ) -> RunData:
-    """As `split_data`, with the texts of signals as the pool; labeled texts stay in it, since they have signals."""
-    data = split_data(labeled, signals.texts, evaluation, config, apart=False)
+    """Split the data with the texts of the signals as the pool; labeled texts stay in it, since they have signals."""
+    data = split_data(labeled, signals.texts, evaluation, config, disjoint=False)
     if len(data.labeled):
         check_classes(data.labeled)
-    first = {text: row for row, text in reversed(list(enumerate(signals.texts)))}
-    return RunData(**vars(data), signals=signals.take(np.array([first[text] for text in data.pool], np.int64)))
+    first_row = {text: row for row, text in reversed(list(enumerate(signals.texts)))}
+    return RunData(**vars(data), signals=signals.take(np.array([first_row[text] for text in data.pool], np.int64)))

@@ -1,4 +1,4 @@
-"""The stages of a run, listed before it begins."""
+"""List the stages of a run before it starts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage with the texts it works on and its training steps, all its models together; 0 where none is trained."""
+    """A stage, its number of texts, and the training steps of all its models; 0 if it trains no model."""
 
-    stage: str
+    name: str
     texts: int
     steps: int = 0
 
 
 def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
-    """The stages of a run."""
+    """List the stages of a run."""
     data, report = inputs.data, inputs.data.report
     device, labeled = resolve_device(config.device), inputs.data.labeled
     n_texts = report.pool + (config.augment or 0) + (0 if data.signals else report.labeled)
@@ -36,13 +36,16 @@ def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
             steps += sum(cross_validation_steps(config, labeled, family=family, device=device) for family in families)
         stages = [PlannedStage("teacher", report.labeled, steps), PlannedStage("signals", n_texts)]
     students = [student.family for student in inputs.students]
-    unseen = len(rows_without_signals(data.signals, labeled)) if data.signals else 0
-    own = [(family, config.with_family_defaults(family)) for family in students]
-    steps = sum(student_steps(how, n_texts + unseen * trains_on_labeled_texts(family, how)) for family, how in own)
+    n_without_signals = len(rows_without_signals(data.signals, labeled)) if data.signals else 0
+    steps = 0
+    for family in students:
+        student_config = config.with_family_defaults(family)
+        n_extra = n_without_signals * trains_on_labeled_texts(family, student_config)
+        steps += student_steps(student_config, n_texts + n_extra)
     stages.append(PlannedStage("student", n_texts, steps))
     if data.evaluation and config.baseline and report.labeled:
-        alone = {"setfit": config, "transformer": labels_only_config(config, n_texts, unseen)}
-        steps = sum(training_steps(alone[family], labeled, family=family, device=device) for family in students)
+        configs = {"setfit": config, "transformer": labels_only_config(config, n_texts, n_without_signals)}
+        steps = sum(training_steps(configs[family], labeled, family=family, device=device) for family in students)
         stages.append(PlannedStage("baseline", report.labeled, steps))
     if data.evaluation:
         stages.append(PlannedStage("evaluation", report.evaluation))

@@ -13,12 +13,10 @@ from setfit_kd.config import RunConfig
 from setfit_kd.data import Source
 from setfit_kd.errors import ConfigError
 from setfit_kd.memory import check_device, resolve_device
-from setfit_kd.models import locate, locate_body
+from setfit_kd.models import locate_body, locate_model
 from setfit_kd.run.data import RunData, load_run_data
 from setfit_kd.run.teacher_stages import PreparedTeacher
-from setfit_kd.run_folder import (
-    RunFolder,
-)
+from setfit_kd.run_folder import RunFolder
 from setfit_kd.student import PreparedStudent, check_pool, locate_student
 from setfit_kd.training.precision import check_precision
 
@@ -30,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunInputs:
-    """All that a run starts from: clean data, the models as they come, and the commits of what came from the hub.
+    """Inputs of a run: cleaned data, models before training, and the revisions of everything from the hub.
 
-    There is no teacher where signals come from elsewhere.
+    If signals come from a file, there are no teachers.
     """
 
     data: RunData
@@ -50,36 +48,36 @@ def prepare_run(
     eval: Source | None = None,  # noqa: A002
     resume: bool = False,
 ) -> RunInputs:
-    """Find, check and load everything that a run needs before it writes or trains anything.
+    """Find, check and load all inputs of a run before it writes or trains anything.
 
     Raises:
-        SetFitKDError: Something is missing or cannot be used.
+        SetFitKDError: If an input is missing or cannot be used.
     """
     check_device(config.device)
     if config.output_dir:
         RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=resume)
-    with hub.revisions() as revisions:
+    with hub.record_revisions() as revisions:
         teachers = {} if config.signals else {name: locate_body(name) for name in config.teacher}
-        fill_mask = None if config.augment_model is None else locate(config.augment_model)
+        fill_mask = None if config.augment_model is None else locate_model(config.augment_model)
         if fill_mask:
-            load_fill_mask(fill_mask, device=resolve_device("cpu"))  # it must load, and is held when its turn comes
+            load_fill_mask(fill_mask, device=resolve_device("cpu"))  # only to check that it loads
         sources = [locate_student(name) for name in config.student]
         data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
     check_pool(len(data.pool) + (0 if data.signals else len(data.labeled) + (config.augment or 0)), config)
     if data.evaluation is None:
         if config.seeds > 1:
             raise ConfigError(
-                f"{config.seeds} seeds tell how much the figures vary, and there is nothing to measure them on.",
-                hint="Name an evaluation set by --eval.",
+                f"Running {config.seeds} seeds requires an evaluation set to measure how the metrics vary.",
+                hint="Pass --eval.",
             )
-        logger.warning("There is no evaluation set: nothing will be measured. Name one by --eval.")
+        logger.warning("There is no evaluation set: the models are not evaluated. Pass --eval to evaluate them.")
     check_precision(config.precision, resolve_device(config.device))
     names, seed = data.labeled.label_names, config.seed
     prepared = [PreparedTeacher(name, source, names, seed) for name, source in teachers.items()]
-    first: SentenceTransformer | None = None
-    for teacher in reversed(prepared):  # all must load, and one at a time is held
-        first = teacher.load()
+    first_body: SentenceTransformer | None = None
+    for teacher in reversed(prepared):  # check that all of them load, with one at a time in memory
+        first_body = teacher.load()
     if prepared:
-        prepared[0].body = first
-    students = [source.prepare(first, names, seed=seed) for source in sources]
+        prepared[0].body = first_body
+    students = [source.prepare(first_body, names, seed=seed) for source in sources]
     return RunInputs(data, prepared, students, revisions, fill_mask)

@@ -1,4 +1,4 @@
-"""What a run has gone through: a stage is gone through once, and taken from the run's folder after that."""
+"""Cache of stage results: run a stage, or load its result from the run folder."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from setfit_kd.run_folder import (
     BASELINE,
     BASELINES,
     CHECKPOINTS,
-    SCORED,
     SIGNALS,
     STUDENT,
     STUDENTS,
     TEACHER,
+    TEACHER_ACCURACIES,
+    TEACHER_SIGNALS,
     TEACHERS,
-    WEIGHED,
     RunFolder,
-    log_stage,
+    stage_in_log,
 )
 from setfit_kd.training.loop import record_losses
 
@@ -31,17 +31,23 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_STAGE_GROUPS = {TEACHERS: TEACHER, WEIGHED: TEACHER, SCORED: SIGNALS, STUDENTS: STUDENT, BASELINES: BASELINE}
+_STAGE_GROUPS = {
+    TEACHERS: TEACHER,
+    TEACHER_ACCURACIES: TEACHER,
+    TEACHER_SIGNALS: SIGNALS,
+    STUDENTS: STUDENT,
+    BASELINES: BASELINE,
+}
 
 
 class StageCache:
-    """Goes through stages, in a run's folder or without one.
+    """Cache of stage results in a run folder.
 
     Args:
-        folder: Where what they make is kept, and what is taken from.
+        folder: The run folder; without one, every stage runs and nothing is saved.
 
     Attributes:
-        told: What there is to tell of each stage: ``seconds``, ``out_of_memory``, ``losses``.
+        records: ``seconds``, ``out_of_memory`` and ``losses`` of each stage.
     """
 
     def __init__(self, folder: RunFolder | None) -> None:
@@ -50,84 +56,91 @@ class StageCache:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Wall time by kind of stage: those of several students, baselines and evaluations are added up."""
-        found: dict[str, float] = {}
-        for name, told in self.records.items():
-            kind = _STAGE_GROUPS.get(name.partition("/")[0], name.partition("/")[0])
-            found[kind] = round(found.get(kind, 0) + told["seconds"], 2)
-        return found
+        """Wall time by kind of stage, summed over all students, baselines or evaluations."""
+        seconds: dict[str, float] = {}
+        for name, record in self.records.items():
+            group = name.partition("/")[0]
+            kind = _STAGE_GROUPS.get(group, group)
+            seconds[kind] = round(seconds.get(kind, 0) + record["seconds"], 2)
+        return seconds
 
     @property
     def out_of_memory(self) -> list[dict[str, Any]]:
-        """Every step down the backoff, in the order of the stages."""
-        return [event for told in self.records.values() for event in told["out_of_memory"]]
+        """All OOM backoff events, in the order of the stages."""
+        return [event for record in self.records.values() for event in record["out_of_memory"]]
 
-    def checkpoints(self, name: str, inputs: str) -> Path | None:
-        """Where the training of a stage may keep its state; another folder for other inputs."""
-        return None if self.folder is None else self.folder.path / CHECKPOINTS / f"{name.replace('/', '-')}-{inputs}"
+    def checkpoint_folder(self, name: str, fingerprint: str) -> Path | None:
+        """Return the folder for the checkpoints of a stage; it depends on the fingerprint of the inputs."""
+        if self.folder is None:
+            return None
+        return self.folder.path / CHECKPOINTS / f"{name.replace('/', '-')}-{fingerprint}"
 
     def run_or_load(
         self,
         name: str,
-        inputs: str,
+        fingerprint: str,
         *,
-        make: Callable[[], T],
+        run: Callable[[], T],
         save: Callable[[T, Path], None],
         load: Callable[[Path], T],
     ) -> T:
-        """What a stage makes.
+        """Run a stage, or load its result if it was run before on the same inputs.
 
         Args:
-            name: The stage, and the folder within the run's that it is kept in.
-            inputs: Fingerprint of what it is made from.
-            make: Makes it.
-            save: Writes it to a folder that is not there yet, whole or not at all.
-            load: Reads it back; what comes out is equal to what was written.
+            name: Name of the stage and of its folder in the run folder.
+            fingerprint: Fingerprint of the inputs.
+            run: Function that computes the result.
+            save: Function that writes the result atomically to a folder that does not exist yet.
+            load: Function that reads the result; it equals the saved one.
+
+        Returns:
+            The result.
 
         Raises:
-            SetFitKDError: As ``make``, ``save`` and ``load``; what can be made and no longer loaded is made again.
+            SetFitKDError: As ``run`` and ``save``. If ``load`` fails on a damaged result, the stage runs again.
         """
-        with log_stage(name):
-            before = self._before(name, inputs, load)
-            if before is not None:
-                return before
+        with stage_in_log(name):
+            cached = self._load_cached(name, fingerprint, load)
+            if cached is not None:
+                return cached
             if self.folder is not None:
-                self.folder.discard(name)
+                self.folder.discard_stage(name)
             started = time.perf_counter()
             with shared_backoff() as events, record_losses() as losses:
                 n_before = len(events)
-                made = make()
-            told: dict[str, Any] = {
-                "inputs": inputs,
+                result = run()
+            record: dict[str, Any] = {
+                "inputs": fingerprint,
                 "seconds": round(time.perf_counter() - started, 2),
                 "out_of_memory": [event.as_dict() for event in events[n_before:]],
                 "losses": losses,
             }
-            logger.debug("Stage %s took %.1f s.", name, told["seconds"])
-            self.records[name] = told
+            logger.debug("Stage %s took %.1f s.", name, record["seconds"])
+            self.records[name] = record
             if self.folder is not None:
-                save(made, self.folder.path / name)
-                self.folder.update_manifest(stages={**self.folder.about["stages"], name: told})
-                checkpoints = self.checkpoints(name, inputs)
+                save(result, self.folder.path / name)
+                self.folder.update_manifest(stages={**self.folder.manifest["stages"], name: record})
+                checkpoints = self.checkpoint_folder(name, fingerprint)
                 if checkpoints is not None:
                     shutil.rmtree(checkpoints, ignore_errors=True)
-            return made
+            return result
 
     def discard_unused(self) -> None:
-        """Take out of the folder what stages have made that are no part of this run any more."""
+        """Remove the results of stages that are no longer part of the run."""
         if self.folder is not None:
-            for name in set(self.folder.about["stages"]) - set(self.records):
-                self.folder.discard(name)
+            for name in set(self.folder.manifest["stages"]) - set(self.records):
+                self.folder.discard_stage(name)
 
-    def _before(self, name: str, inputs: str, load: Callable[[Path], T]) -> T | None:
-        told = self.folder.stage(name, inputs) if self.folder else None
-        if self.folder is None or told is None:
+    def _load_cached(self, name: str, fingerprint: str, load: Callable[[Path], T]) -> T | None:
+        record = self.folder.cached_stage(name, fingerprint) if self.folder else None
+        if self.folder is None or record is None:
             return None
+        folder = self.folder.path / name
         try:
-            found = load(self.folder.path / name)
+            result = load(folder)
         except InputError as error:
-            logger.warning("Stage %s is gone through again: %s", name, error.message)
+            logger.warning("Running stage %s again: %s", name, error.message)
             return None
-        logger.info("Stage %s: taken from %s.", name, self.folder.path / name)
-        self.records[name] = told
-        return found
+        logger.info("Stage %s: loaded from %s.", name, folder)
+        self.records[name] = record
+        return result

@@ -1,4 +1,4 @@
-"""The stages that follow the signals: what each is made by and from, and how it is kept."""
+"""Stages after the signals: train students and baselines, and evaluate models."""
 
 from __future__ import annotations
 
@@ -30,35 +30,35 @@ if TYPE_CHECKING:
     from setfit import SetFitModel
 
 
-def signals_hash(signals: TeacherSignals) -> str:
-    """A name for all that a student learns from signals, wherever they came from."""
-    said = [np.ascontiguousarray(signals.probabilities).tobytes()]
+def fingerprint_signals(signals: TeacherSignals) -> str:
+    """Fingerprint everything in signals that affects the training of a student; their origin does not."""
+    content = [np.ascontiguousarray(signals.probabilities).tobytes()]
     if signals.embeddings is not None:
-        said += [np.ascontiguousarray(part).tobytes() for part in iter_chunks(signals.embeddings)]
-    return fingerprint(signals.texts, list(signals.label_names), signals.temperature, hash_parts(said))
+        content += [np.ascontiguousarray(part).tobytes() for part in iter_chunks(signals.embeddings)]
+    return fingerprint(signals.texts, list(signals.label_names), signals.temperature, hash_parts(content))
 
 
 class StudentStages:
-    """Goes through the stages that follow the signals.
+    """Stages after the signals: training of students and baselines, and evaluation.
 
     Args:
-        config: The settings, device and precision settled.
-        data: What it works on.
-        signals_key: Fingerprint of what the signals are made from.
-        stage_cache: What has been gone through.
+        config: The settings, with device and precision resolved.
+        data: Data of the run.
+        signals_fingerprint: Fingerprint of the signals' inputs.
+        stage_cache: Cache of stage results.
     """
 
-    def __init__(self, config: RunConfig, data: RunData, signals_key: str, stage_cache: StageCache) -> None:
+    def __init__(self, config: RunConfig, data: RunData, signals_fingerprint: str, stage_cache: StageCache) -> None:
         self.config = config
         self.data = data
         self.stage_cache = stage_cache
         self.device = resolve_device(config.device)
-        self._signals_key = signals_key
-        self._labeled_key = labeled_key(data.labeled)
-        self._evaluation_key = labeled_key(data.evaluation)
-        self._keys = {TEACHER: signals_key}
+        self._signals_fingerprint = signals_fingerprint
+        self._labeled_fingerprint = fingerprint_labeled(data.labeled)
+        self._evaluation_fingerprint = fingerprint_labeled(data.evaluation)
+        self._fingerprints = {TEACHER: signals_fingerprint}
 
-    def student_and_baseline(
+    def train_student_and_baseline(
         self,
         names: tuple[str, str | None],
         source: str,
@@ -66,71 +66,79 @@ class StudentStages:
         teacher: SetFitModel | None,
         signals: TeacherSignals,
     ) -> tuple[SetFitModel, SetFitModel | None]:
-        """The distilled student and, to compare, its body trained on the labels alone; both on the CPU.
+        """Distil a student, and train the baseline: the same student without distillation.
 
         Args:
-            names: What the two are called in the folder; without a name for it, there is no baseline.
-            source: The student's name in the settings.
-            prepared: Its body.
-            teacher: The refined teacher whose layers or vectors a student may have; of several, the first.
-            signals: What they say.
+            names: Paths of student and baseline in the run folder; None as the second one for no baseline.
+            source: Name of the student in the settings.
+            prepared: The student before training.
+            teacher: The refined teacher, or the first of several, for students made from its layers or embeddings.
+            signals: Signals of the teacher, or the average of several.
+
+        Returns:
+            Student and baseline, on the CPU.
         """
-        origin = self._signals_key if prepared.reads is None else content_hash(prepared.reads)
-        read = fingerprint(self.data.pool) if prepared.reads_texts else ""
-        body_key = fingerprint(source, origin, read)
+        origin = self._signals_fingerprint if prepared.source_body is None else content_hash(prepared.source_body)
+        pool = fingerprint(self.data.pool) if prepared.needs_texts else ""
+        body_fingerprint = fingerprint(source, origin, pool)
         student_name, baseline_name = names
-        settings = StudentConfig.fingerprinted(self.config)
-        student_key = fingerprint(self._signals_key, self._labeled_key, body_key, settings)
+        settings = StudentConfig.fingerprint_inputs(self.config)
+        student_fingerprint = fingerprint(
+            self._signals_fingerprint, self._labeled_fingerprint, body_fingerprint, settings
+        )
         baseline_config = self.config
         if prepared.family == "transformer":
-            unseen = len(rows_without_signals(signals, self.data.labeled))
-            baseline_config = labels_only_config(self.config, len(signals), unseen)
-        baseline_key = fingerprint(self._labeled_key, body_key, TeacherConfig.fingerprinted(baseline_config))
-        body = cache(partial(self._student_body, prepared, teacher))  # made only where one of the two is trained
+            n_without_signals = len(rows_without_signals(signals, self.data.labeled))
+            baseline_config = labels_only_config(self.config, len(signals), n_without_signals)
+        settings = TeacherConfig.fingerprint_inputs(baseline_config)
+        baseline_fingerprint = fingerprint(self._labeled_fingerprint, body_fingerprint, settings)
+        body = cache(partial(self._create_body, prepared, teacher))  # created only if one of the two is trained
         train = partial(train_student, signals, labeled=self.data.labeled, config=self.config)
-        student = self._trained("Student", student_name, student_key, train, body)
+        student = self._train_or_load("Student", student_name, student_fingerprint, train, body)
         if baseline_name is None:
             return student, None
         train = partial(train_teacher, self.data.labeled, config=baseline_config, description="Training baseline")
-        return student, self._trained("Baseline", baseline_name, baseline_key, train, body)
+        return student, self._train_or_load("Baseline", baseline_name, baseline_fingerprint, train, body)
 
-    def _trained(
+    def _train_or_load(
         self,
         title: str,
         name: str,
-        key: str,
+        inputs_fingerprint: str,
         train: Callable[..., SetFitModel],
         body: Callable[[], SentenceTransformer],
     ) -> SetFitModel:
-        """Train a copy of a body, or load what was trained before."""
-        self._keys[name] = key
+        """Train a copy of a body, or load the trained model."""
+        self._fingerprints[name] = inputs_fingerprint
 
-        def make() -> SetFitModel:
-            model = train(copy.deepcopy(body()), checkpoints=self.stage_cache.checkpoints(name, key))
+        def run() -> SetFitModel:
+            model = train(
+                copy.deepcopy(body()), checkpoints=self.stage_cache.checkpoint_folder(name, inputs_fingerprint)
+            )
             model.model_body.to("cpu")
             return model
 
         return self.stage_cache.run_or_load(
-            name, key, make=make, save=partial(save_model, title=title), load=load_folder
+            name, inputs_fingerprint, run=run, save=partial(save_model, title=title), load=load_folder
         )
 
-    def _student_body(self, prepared: PreparedStudent, teacher: SetFitModel | None) -> SentenceTransformer:
-        if teacher is None or not prepared.reads_texts or prepared.reads is not None:
-            return prepared.make(teacher and teacher.model_body, self.data.pool, self.device)
-        with on_device(teacher, self.device, "Making student"):
-            return prepared.make(teacher.model_body, self.data.pool, self.device)
+    def _create_body(self, prepared: PreparedStudent, teacher: SetFitModel | None) -> SentenceTransformer:
+        if teacher is None or not prepared.needs_texts or prepared.source_body is not None:
+            return prepared.build(teacher and teacher.model_body, self.data.pool, self.device)
+        with on_device(teacher, self.device, "Creating student"):
+            return prepared.build(teacher.model_body, self.data.pool, self.device)
 
-    def evaluation(self, name: str, model: SetFitModel, data: LabeledSet, teacher: Evaluation | None) -> Evaluation:
-        """How good a model is, and what it costs.
+    def evaluate(self, name: str, model: SetFitModel, data: LabeledSet, teacher: Evaluation | None) -> Evaluation:
+        """Evaluate a model, including its size and speed.
 
         Args:
-            name: What it is called in the folder.
+            name: Path of the model in the run folder.
             model: The model.
             data: Labeled texts that it was not trained on.
-            teacher: The teacher's evaluation; None for a teacher itself, and where there is none.
+            teacher: Evaluation of the teacher; None for a teacher and if there is no teacher.
         """
 
-        def make() -> Evaluation:
+        def run() -> Evaluation:
             folder = None if self.stage_cache.folder is None else self.stage_cache.folder.path / name
             with on_device(model, self.device, f"Evaluating {name}"):
                 return evaluate(
@@ -142,26 +150,28 @@ class StudentStages:
                     description=f"Evaluating {name}",
                 )
 
-        inputs = fingerprint(self._keys[TEACHER], self._keys.get(name, ""), self._evaluation_key)
+        inputs_fingerprint = fingerprint(
+            self._fingerprints[TEACHER], self._fingerprints.get(name, ""), self._evaluation_fingerprint
+        )
         return self.stage_cache.run_or_load(
-            f"{EVALUATION}/{name}", inputs, make=make, save=Evaluation.save, load=Evaluation.load
+            f"{EVALUATION}/{name}", inputs_fingerprint, run=run, save=Evaluation.save, load=Evaluation.load
         )
 
-    def evaluation_together(
+    def evaluate_ensemble(
         self, evaluations: Sequence[Evaluation], shares: Sequence[float], temperatures: Sequence[float], average: float
     ) -> Evaluation:
-        """How good several teachers are together; see `evaluate_ensemble`."""
+        """Evaluate an ensemble of teachers; see `setfit_kd.evaluation.evaluate_ensemble`."""
         return self.stage_cache.run_or_load(
             f"{EVALUATION}/{TEACHER}",
-            fingerprint(self._keys[TEACHER], self._evaluation_key, list(temperatures), average),
-            make=lambda: evaluate_ensemble(evaluations, shares, temperatures, average),
+            fingerprint(self._fingerprints[TEACHER], self._evaluation_fingerprint, list(temperatures), average),
+            run=lambda: evaluate_ensemble(evaluations, shares, temperatures, average),
             save=Evaluation.save,
             load=Evaluation.load,
         )
 
 
-def labeled_key(data: LabeledSet | None) -> str:
-    """Fingerprint of labeled texts; empty where there are none."""
+def fingerprint_labeled(data: LabeledSet | None) -> str:
+    """Fingerprint labeled texts; the empty string for None."""
     if data is None:
         return ""
     return fingerprint(data.texts, data.labels.tolist(), list(data.label_names))
@@ -169,7 +179,7 @@ def labeled_key(data: LabeledSet | None) -> str:
 
 @contextmanager
 def on_device(model: SetFitModel, device: torch.device, phase: str) -> Iterator[None]:
-    """Within this block, a model is on the device; outside it, the device's memory is for others."""
+    """Context manager that moves a model to a device, and back to the CPU to free the device's memory."""
     move_model(model.model_body, device, phase=phase)
     try:
         yield

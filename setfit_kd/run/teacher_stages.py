@@ -1,4 +1,4 @@
-"""The stages of the teachers: each is trained, scores the pool, and is measured; several are averaged."""
+"""Stages of the teachers: train each one, score the pool, evaluate, and average the signals of several."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from setfit_kd.models import (
 )
 from setfit_kd.run.data import RunData
 from setfit_kd.run.stage_cache import StageCache
-from setfit_kd.run.student_stages import StudentStages, labeled_key, on_device
-from setfit_kd.run_folder import SCORED, SIGNALS, TEACHER, TEACHERS, WEIGHED
+from setfit_kd.run.student_stages import StudentStages, fingerprint_labeled, on_device
+from setfit_kd.run_folder import SIGNALS, TEACHER, TEACHER_ACCURACIES, TEACHER_SIGNALS, TEACHERS
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.student import folder_names
 from setfit_kd.teacher import cross_validated_accuracy, refine_and_score, resolve_teacher_batch_size, train_teacher
@@ -44,20 +44,19 @@ logger = logging.getLogger(__name__)
 
 _ACCURACY = "accuracy.json"
 _TRAINED_HEAD, _HEAD = "trained_head", "head"
-"""Where a teacher's folder keeps the head that it had before the pool refined it, and where its signals' keeps the one
-that made them."""
+"""Subfolder of the teacher for the head before its refinement, and of the signals for the refined head."""
 
 
 @dataclass
 class PreparedTeacher:
-    """A teacher that only has to be trained.
+    """A teacher before training.
 
     Attributes:
-        name: What the settings call it.
-        source: Where its body comes from.
+        name: Name of the teacher in the settings.
+        source: Source of its body.
         label_names: Names of the classes.
-        seed: Of what a transformer has no weights for.
-        body: The body as it comes, where it is at hand.
+        seed: Random seed for weights that a transformer lacks.
+        body: The pretrained body, if it is loaded.
     """
 
     name: str
@@ -67,125 +66,140 @@ class PreparedTeacher:
     body: SentenceTransformer | None = None
 
     def load(self) -> SentenceTransformer:
-        """The body as it comes, a new one."""
+        """Load the pretrained body."""
         return self.source.load(self.label_names, seed=self.seed)
 
 
 class TeacherStages:
-    """Goes through one teacher's stages.
+    """Stages of one teacher: training, scoring and cross-validation.
 
     Args:
-        config: The settings, device and precision settled.
-        data: What it works on.
-        prepared: The teacher.
-        slug: Its folder's name among several; None where it is the only one.
-        stage_cache: What has been gone through.
+        config: The settings, with device and precision resolved.
+        data: Data of the run.
+        prepared: The teacher before training.
+        folder_name: Name of its folder among those of several teachers; None for a single teacher.
+        stage_cache: Cache of stage results.
 
     Attributes:
-        name: What the run's folder calls it.
-        signals_key: Fingerprint of what its signals are made from.
+        name: Path of the teacher in the run folder.
+        signals_fingerprint: Fingerprint of the signals' inputs.
     """
 
     def __init__(
-        self, config: RunConfig, data: RunData, prepared: PreparedTeacher, slug: str | None, stage_cache: StageCache
+        self,
+        config: RunConfig,
+        data: RunData,
+        prepared: PreparedTeacher,
+        folder_name: str | None,
+        stage_cache: StageCache,
     ) -> None:
         self.config = config
         self.data = data
         self.prepared = prepared
         self.stage_cache = stage_cache
         self.device = resolve_device(config.device)
-        self.name, self._scored, self._weighed = (
-            (TEACHER, SIGNALS, "") if slug is None else (f"{TEACHERS}/{slug}", f"{SCORED}/{slug}", f"{WEIGHED}/{slug}")
-        )
+        self.name, self._signals_path, self._accuracy_path = TEACHER, SIGNALS, ""
+        if folder_name is not None:
+            self.name, self._signals_path, self._accuracy_path = (
+                f"{group}/{folder_name}" for group in (TEACHERS, TEACHER_SIGNALS, TEACHER_ACCURACIES)
+            )
         prepared.body = prepared.body or prepared.load()
-        self._key = fingerprint(
-            labeled_key(data.labeled), content_hash(prepared.body), TeacherConfig.fingerprinted(config)
+        self._fingerprint = fingerprint(
+            fingerprint_labeled(data.labeled), content_hash(prepared.body), TeacherConfig.fingerprint_inputs(config)
         )
-        self.signals_key = fingerprint(self._key, fingerprint(data.pool), SignalsConfig.fingerprinted(config))
+        self.signals_fingerprint = fingerprint(
+            self._fingerprint, fingerprint(data.pool), SignalsConfig.fingerprint_inputs(config)
+        )
 
-    def teacher(self) -> SetFitModel:
-        """The teacher as it is trained on the labels, on the CPU."""
+    def train(self) -> SetFitModel:
+        """Train the teacher on the labels, or load it; return it on the CPU."""
 
         def save(teacher: SetFitModel, folder: Path) -> None:
             save_model(teacher, folder, title="Teacher")
             _save_head(teacher, folder / _TRAINED_HEAD)
 
-        def make() -> SetFitModel:
+        def run() -> SetFitModel:
             labeled, family = self.data.labeled, self.prepared.source.family
-            size = resolve_teacher_batch_size(self.config, labeled, family=family, device=self.device)
+            batch_size = resolve_teacher_batch_size(self.config, labeled, family=family, device=self.device)
             teacher = train_teacher(
                 labeled,
                 self.prepared.body or self.prepared.load(),
                 config=self.config,
-                checkpoints=self.stage_cache.checkpoints(self.name, fingerprint(self._key, size)),
+                checkpoints=self.stage_cache.checkpoint_folder(self.name, fingerprint(self._fingerprint, batch_size)),
             )
             teacher.model_body.to("cpu")
             return teacher
 
-        def restore(folder: Path) -> SetFitModel:
+        def load(folder: Path) -> SetFitModel:
             return with_saved_head(load_folder(folder), folder / _TRAINED_HEAD)
 
-        teacher = self.stage_cache.run_or_load(self.name, self._key, make=make, save=save, load=restore)
-        self.prepared.body = None  # of a teacher that was trained before, it is not needed
+        teacher = self.stage_cache.run_or_load(self.name, self._fingerprint, run=run, save=save, load=load)
+        self.prepared.body = None  # free the memory if the teacher was loaded
         return teacher
 
-    def signals(self, teacher: SetFitModel) -> tuple[SetFitModel, TeacherSignals]:
-        """The teacher with its head refined on the pool, and what it says of the pool and the labeled texts."""
+    def score(self, teacher: SetFitModel) -> tuple[SetFitModel, TeacherSignals]:
+        """Refine the teacher's head on the pool, and score the pool and the labeled texts.
 
-        def make() -> tuple[SetFitModel, TeacherSignals]:
+        Returns:
+            The teacher with the refined head, and its signals.
+        """
+
+        def run() -> tuple[SetFitModel, TeacherSignals]:
             with on_device(teacher, self.device, "Scoring pool"):
                 return refine_and_score(
                     teacher, self.data.labeled, self.data.pool, config=self.config, origin=self.prepared.name
                 )
 
-        def save(made: tuple[SetFitModel, TeacherSignals], folder: Path) -> None:
-            made[1].save(folder)
-            _save_head(made[0], folder / _HEAD)
+        def save(result: tuple[SetFitModel, TeacherSignals], folder: Path) -> None:
+            model, signals = result
+            signals.save(folder)
+            _save_head(model, folder / _HEAD)
 
-        def restore(folder: Path) -> tuple[SetFitModel, TeacherSignals]:
+        def load(folder: Path) -> tuple[SetFitModel, TeacherSignals]:
             return with_saved_head(teacher, folder / _HEAD), TeacherSignals.load(folder)
 
         refined, signals = self.stage_cache.run_or_load(
-            self._scored, self.signals_key, make=make, save=save, load=restore
+            self._signals_path, self.signals_fingerprint, run=run, save=save, load=load
         )
         if family_of(refined.model_body) == "transformer":
-            set_head(refined.model_head, refined.model_body)  # a student that copies its layers copies this one too
+            set_head(refined.model_head, refined.model_body)  # the last layer, which a student may copy
         if self.stage_cache.folder is not None:
             replace_head(refined, self.stage_cache.folder.path / self.name)
         return refined, signals
 
-    def accuracy(self) -> float | None:
-        """How often it is right on labels held out from it; see `cross_validated_accuracy`."""
+    def cross_validate(self) -> float | None:
+        """Measure the accuracy on held-out labels; see `cross_validated_accuracy`."""
 
-        def save(found: float | None, folder: Path) -> None:
-            with atomic_folder(folder) as part:
-                (part / _ACCURACY).write_text(json.dumps(found), encoding="utf-8")
+        def save(accuracy: float | None, folder: Path) -> None:
+            with atomic_folder(folder) as temporary:
+                (temporary / _ACCURACY).write_text(json.dumps(accuracy), encoding="utf-8")
 
-        def restore(folder: Path) -> float | None:
+        def load(folder: Path) -> float | None:
             try:
-                found = read_json(folder / _ACCURACY)
-                return None if found is None else float(found)
+                accuracy = read_json(folder / _ACCURACY)
+                return None if accuracy is None else float(accuracy)
             except (OSError, ValueError, TypeError) as error:
-                raise DataError(f"{folder} holds no accuracy ({error}).", hint="Weigh the teacher again.") from None
+                message = f"Cannot read the accuracy of a teacher from {folder}: {error}."
+                raise DataError(message, hint="Run the stage again.") from None
 
-        make = partial(cross_validated_accuracy, self.data.labeled, self.prepared.load, config=self.config)
-        return self.stage_cache.run_or_load(self._weighed, self._key, make=make, save=save, load=restore)
+        run = partial(cross_validated_accuracy, self.data.labeled, self.prepared.load, config=self.config)
+        return self.stage_cache.run_or_load(self._accuracy_path, self._fingerprint, run=run, save=save, load=load)
 
 
 @dataclass(frozen=True)
 class TeachersResult:
-    """What comes out of the teachers.
+    """Result of the teacher stages.
 
     Attributes:
-        signals: What they say, on average.
-        key: Fingerprint of what that was made from.
-        first: The first of them, where a student is made of it.
-        shares: Of several, each one's weight by its name.
-        evaluations: Each teacher's and, of several, that of all together, by the name in the run's folder.
+        signals: Signals of the teacher, or the weighted average of several.
+        fingerprint: Fingerprint of the signals' inputs.
+        first: The teacher, or the first of several if a student is made from it.
+        shares: With several teachers, the weight of each by its name; the weights sum to 1.
+        evaluations: Evaluation of each teacher and, with several, of the ensemble, by path in the run folder.
     """
 
     signals: TeacherSignals
-    key: str
+    fingerprint: str
     first: SetFitModel | None = None
     shares: dict[str, float] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
@@ -199,56 +213,58 @@ def run_teachers(
     *,
     keep_first: bool,
 ) -> TeachersResult:
-    """Go through the teachers' stages, one teacher after the other.
+    """Run the stages of all teachers, one teacher at a time.
 
     Args:
-        config: The settings, device and precision settled.
-        data: What they work on.
-        teachers: One or several.
-        stage_cache: What has been gone through.
-        keep_first: Whether the first of several is handed over, too: the others are held one at a time.
+        config: The settings, with device and precision resolved.
+        data: Data of the run.
+        teachers: The teachers before training.
+        stage_cache: Cache of stage results.
+        keep_first: Whether to return the first of several teachers; the others are not kept in memory.
     """
     several = len(teachers) > 1
-    said: list[TeacherSignals] = []
-    weights: list[float | None] = []
-    keys: list[str] = []
+    all_signals: list[TeacherSignals] = []
+    accuracies: list[float | None] = []
+    fingerprints: list[str] = []
     evaluations: dict[str, Evaluation] = {}
     first: SetFitModel | None = None
-    for prepared, slug in zip(teachers, folder_names(config.teacher), strict=True):
-        stages = TeacherStages(config, data, prepared, slug if several else None, stage_cache)
-        teacher, signals = stages.signals(stages.teacher())
-        said.append(signals)
-        keys.append(stages.signals_key)
+    for prepared, folder_name in zip(teachers, folder_names(config.teacher), strict=True):
+        stages = TeacherStages(config, data, prepared, folder_name if several else None, stage_cache)
+        teacher, signals = stages.score(stages.train())
+        all_signals.append(signals)
+        fingerprints.append(stages.signals_fingerprint)
         if data.evaluation:
-            measuring = StudentStages(config, data, stages.signals_key, stage_cache)
-            evaluations[stages.name] = measuring.evaluation(stages.name, teacher, data.evaluation, None)
-        if len(said) == 1 and (keep_first or not several):
+            evaluation_stages = StudentStages(config, data, stages.signals_fingerprint, stage_cache)
+            evaluations[stages.name] = evaluation_stages.evaluate(stages.name, teacher, data.evaluation, None)
+        if len(all_signals) == 1 and (keep_first or not several):
             first = teacher
         del teacher
         if several and config.teacher_weights == CROSS_VALIDATED:
-            weights.append(stages.accuracy())
+            accuracies.append(stages.cross_validate())
         del stages
     if not several:
-        return TeachersResult(said[0], keys[0], first, evaluations=evaluations)
-    shares = _shares(config, weights)
-    key = fingerprint(keys, shares)
+        return TeachersResult(all_signals[0], fingerprints[0], first, evaluations=evaluations)
+    shares = _normalise_weights(config, accuracies)
+    ensemble_fingerprint = fingerprint(fingerprints, shares)
     for name, share in zip(config.teacher, shares, strict=True):
-        logger.info("Teacher %s has a share of %.1f %%.", name, 100 * share)
-    average = TeacherSignals.average(said, shares)
+        logger.info("Teacher %s: weight %.1f%%.", name, 100 * share)
+    average = TeacherSignals.average(all_signals, shares)
     if data.evaluation:
-        alone, temperatures = list(evaluations.values()), [signals.temperature for signals in said]
-        measuring = StudentStages(config, data, key, stage_cache)
-        evaluations[TEACHER] = measuring.evaluation_together(alone, shares, temperatures, average.temperature)
-    by_name = dict(zip(config.teacher, shares, strict=True))
-    return TeachersResult(average, key, first, by_name, evaluations)
+        temperatures = [signals.temperature for signals in all_signals]
+        evaluation_stages = StudentStages(config, data, ensemble_fingerprint, stage_cache)
+        evaluations[TEACHER] = evaluation_stages.evaluate_ensemble(
+            list(evaluations.values()), shares, temperatures, average.temperature
+        )
+    shares_by_name = dict(zip(config.teacher, shares, strict=True))
+    return TeachersResult(average, ensemble_fingerprint, first, shares_by_name, evaluations)
 
 
-def _shares(config: RunConfig, accuracies: Sequence[float | None]) -> list[float]:
-    """The teachers' weights, which sum to 1."""
+def _normalise_weights(config: RunConfig, accuracies: Sequence[float | None]) -> list[float]:
+    """Return the weights of the teachers, which sum to 1."""
     weights = [1.0] * len(config.teacher)
     if config.teacher_weights == CROSS_VALIDATED:
         if any(not accuracy for accuracy in accuracies):
-            logger.warning("There are too few labels to weigh the teachers by: they count alike.")
+            logger.warning("There are too few labels to cross-validate the teachers: they are weighted equally.")
         else:
             weights = [accuracy or 0.0 for accuracy in accuracies]
     elif config.teacher_weights is not None:
@@ -257,5 +273,5 @@ def _shares(config: RunConfig, accuracies: Sequence[float | None]) -> list[float
 
 
 def _save_head(model: SetFitModel, folder: Path) -> None:
-    with atomic_folder(folder) as part:
-        save_head(model.model_head, part)
+    with atomic_folder(folder) as temporary:
+        save_head(model.model_head, temporary)

@@ -1,4 +1,4 @@
-"""The folder that a run is written to."""
+"""The folder of a run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,24 @@ from typing import Any
 from setfit_kd.config import RunConfig, read_config
 from setfit_kd.errors import ConfigError, DataError, OutputError
 from setfit_kd.run_folder.log import _LogFile
-from setfit_kd.run_folder.manifest import _is_run, _read_resumable
-from setfit_kd.run_folder.names import _CONTENTS, CHECKPOINTS, CONFIG, LOG, METRICS, RESULTS, RUN, SEEDS
+from setfit_kd.run_folder.manifest import _is_run_folder, _read_resumable_manifest
+from setfit_kd.run_folder.names import (
+    ALL_NAMES,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    LOG_FILE,
+    METRICS_FILE,
+    RESULTS,
+    RUN_FILE,
+    SEEDS,
+)
 from setfit_kd.utils.atomic_io import (
-    LOCK,
+    LOCK_FILE,
     TEMPORARY_NAME,
     lock_folder,
+    raise_output_errors,
     refuse_links,
     temporary_path,
-    write_errors,
     write_text,
 )
 
@@ -31,70 +40,77 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """A run's folder. Every file and folder in it is written beside its place and renamed: whole or not there.
+    """Folder of a run. Its files and folders are written to temporary paths and then renamed: they are never partial.
 
-    ``run.json`` tells what has been made, and from what; what it does not tell of counts as not there.
+    ``run.json`` lists the finished stages with fingerprints of their inputs; other stages count as not run.
 
     Attributes:
-        path: Where it is.
-        about: What ``run.json`` holds.
+        path: Path of the folder.
+        manifest: Content of ``run.json``.
     """
 
-    def __init__(self, path: Path, about: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any] | None = None) -> None:
         self.path = path
-        self.about: dict[str, Any] = {"format": 1, "finished": False, "stages": {}} if about is None else about
+        self.manifest: dict[str, Any] = {"format": 1, "finished": False, "stages": {}} if manifest is None else manifest
 
     @staticmethod
     def check(path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
-        """Refuse a folder that cannot take a run, before any work is done; changes nothing.
+        """Check that a run can be written to a folder, without changing anything.
 
         Raises:
-            OutputError: It is a file, cannot be written, is not empty and neither ``overwrite`` nor ``resume`` is set,
-                or holds no run to go on with.
+            OutputError: If the path is a file, the folder is not writable, it is not empty and neither ``overwrite``
+                nor ``resume`` is set, or it contains files with the names of run files but no run.
         """
         another = "Choose another --output-dir"
-        with write_errors(path):
+        with raise_output_errors(path):
             existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
             if not existing.is_dir():
                 raise OutputError(f"{existing} is a file, not a folder.", hint=f"{another}.")
-            holds_files = path.is_dir() and any(file.name != LOCK for file in path.iterdir())
-            if holds_files and not overwrite and not resume:
-                go_on = f", or go on with the run in it: --resume {path}" if (path / RUN).is_file() else ""
-                raise OutputError(f"The folder {path} is not empty.", hint=f"{another}, add --overwrite{go_on}.")
-            if holds_files and not resume and any((path / name).exists() for name in _CONTENTS) and not _is_run(path):
-                raise OutputError(f"The folder {path} holds files with a run's names, but no run.", hint=f"{another}.")
+            has_files = path.is_dir() and any(file.name != LOCK_FILE for file in path.iterdir())
+            if has_files and not overwrite and not resume:
+                or_resume = f", or resume the run in it with --resume {path}" if (path / RUN_FILE).is_file() else ""
+                hint = f"{another}, pass --overwrite{or_resume}."
+                raise OutputError(f"The folder {path} is not empty.", hint=hint)
+            if (
+                has_files
+                and not resume
+                and any((path / name).exists() for name in ALL_NAMES)
+                and not _is_run_folder(path)
+            ):
+                message = f"The folder {path} contains files with the names of run files, but no run."
+                raise OutputError(message, hint=f"{another}.")
             RunFolder.refuse_links(path)
             if not os.access(existing, os.W_OK | os.X_OK):
-                there = "Copy the run to where you may write." if resume else f"{another} that you may write to."
-                raise OutputError(f"The folder {existing} cannot be written to.", hint=there)
+                hint = "Copy the run to a writable folder." if resume else "Choose a writable --output-dir."
+                raise OutputError(f"The folder {existing} is not writable.", hint=hint)
 
     @staticmethod
     def refuse_links(path: Path) -> None:
-        """Refuse a folder in which what a run writes or deletes is a link, or lies behind one.
+        """Raise an error if anything that a run writes or deletes in a folder is a link or is behind one.
 
         Raises:
-            OutputError: It does.
+            OutputError: If there is such a link.
         """
-        half_written = (file.name for file in path.glob(".*") if TEMPORARY_NAME.fullmatch(file.name))
-        refuse_links(path, (*_CONTENTS, LOCK, *half_written))
+        temporary = (file.name for file in path.glob(".*") if TEMPORARY_NAME.fullmatch(file.name))
+        refuse_links(path, (*ALL_NAMES, LOCK_FILE, *temporary))
 
     @staticmethod
-    def settings(path: Path) -> dict[str, Any]:
-        """The settings of the run in a folder.
+    def read_settings(path: Path) -> dict[str, Any]:
+        """Read the settings of the run in a folder.
 
         Raises:
-            InputError: There is no run.
+            InputError: If the folder contains no run.
         """
-        if not all((path / name).is_file() for name in (CONFIG, RUN)):
-            raise ConfigError(f"There is no run in {path} to go on with.", hint="Name a run's folder.")
-        return read_config(path / CONFIG)
+        if not all((path / name).is_file() for name in (CONFIG_FILE, RUN_FILE)):
+            raise ConfigError(f"Found no run in {path}.", hint="Pass the folder of a run.")
+        return read_config(path / CONFIG_FILE)
 
     @staticmethod
-    def is_resumable(path: Path) -> bool:
-        """Whether there is an unfinished run in a folder that has made something already and that nobody works in."""
+    def contains_interrupted_run(path: Path) -> bool:
+        """Return whether a folder contains an unfinished run with a result or checkpoint and no process uses it."""
         try:
-            about = _read_resumable(path)
-            if about.get("finished") or not (about["stages"] or any((path / CHECKPOINTS).glob("*/*"))):
+            manifest = _read_resumable_manifest(path)
+            if manifest.get("finished") or not (manifest["stages"] or any((path / CHECKPOINTS).glob("*/*"))):
                 return False
             with lock_folder(path):
                 return True
@@ -103,122 +119,123 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: RunConfig, path: Path) -> RunFolder:
-        """Make the folder, take an earlier run's files out of it, and write the settings.
+        """Create the folder of a new run: remove the files of an earlier run and write the settings.
 
         Raises:
-            OutputError: As `check`, or the disk is full.
+            OutputError: As `check`, or if the disk is full.
         """
         cls.check(path, overwrite=config.overwrite)
         folder = cls(path)
-        for name in _CONTENTS:
-            if name != RUN:  # without which a folder that is half emptied would be nobody's run
+        for name in ALL_NAMES:
+            if name != RUN_FILE:  # it identifies the folder as a run even if the removal is interrupted
                 folder._remove(name)
-        folder._remove_half_written()
+        folder._remove_temporary_files()
         folder.update_manifest()
-        write_text(path / CONFIG, config.to_yaml())
+        write_text(path / CONFIG_FILE, config.to_yaml())
         return folder
 
     @classmethod
     def reopen(cls, config: RunConfig, path: Path) -> RunFolder:
-        """Go on with the run in a folder, under these settings.
+        """Open the folder of a run to resume it with these settings.
 
         Raises:
-            DataError: What ``run.json`` says cannot be understood.
-            OutputError: As `check`, or the disk is full.
+            DataError: If ``run.json`` is not valid.
+            OutputError: As `check`, or if the disk is full.
         """
         cls.check(path, resume=True)
-        folder = cls(path, _read_resumable(path))
-        folder._remove_half_written()
-        write_text(path / CONFIG, config.to_yaml())
+        folder = cls(path, _read_resumable_manifest(path))
+        folder._remove_temporary_files()
+        write_text(path / CONFIG_FILE, config.to_yaml())
         return folder
 
-    def _remove_half_written(self) -> None:
-        """Take out what a process that was killed has left unfinished."""
-        for pattern in (".*", *(f"{name}/{below}" for name in _CONTENTS for below in (".*", "*/.*"))):
-            for left in self.path.glob(pattern):
-                if TEMPORARY_NAME.fullmatch(left.name):
-                    self._remove(str(left.relative_to(self.path)))
+    def _remove_temporary_files(self) -> None:
+        """Remove the unfinished files and folders of a killed process."""
+        for pattern in (".*", *(f"{name}/{below}" for name in ALL_NAMES for below in (".*", "*/.*"))):
+            for path in self.path.glob(pattern):
+                if TEMPORARY_NAME.fullmatch(path.name):
+                    self._remove(str(path.relative_to(self.path)))
 
-    def stage(self, name: str, inputs: str) -> dict[str, Any] | None:
-        """What is told of a stage, if it has been made from these inputs."""
-        told: dict[str, Any] | None = self.about["stages"].get(name)
-        return told if told is not None and told.get("inputs") == inputs and (self.path / name).is_dir() else None
+    def cached_stage(self, name: str, fingerprint: str) -> dict[str, Any] | None:
+        """Return the manifest entry of a stage if its result exists for inputs with this fingerprint."""
+        entry: dict[str, Any] | None = self.manifest["stages"].get(name)
+        is_cached = entry is not None and entry.get("inputs") == fingerprint and (self.path / name).is_dir()
+        return entry if is_cached else None
 
-    def discard(self, name: str) -> None:
-        """Take out what a stage has made, and what was measured of the run."""
-        self.about["stages"].pop(name, None)
+    def discard_stage(self, name: str) -> None:
+        """Remove the result of a stage, and the metrics and report of the run."""
+        self.manifest["stages"].pop(name, None)
         self.update_manifest(finished=False)
-        for made in (*RESULTS, name):
-            self._remove(made)
+        for path in (*RESULTS, name):
+            self._remove(path)
 
-    def update_manifest(self, **what: Any) -> None:
-        """Add to ``run.json``.
+    def update_manifest(self, **entries: Any) -> None:
+        """Set entries of ``run.json`` and write it.
 
         Raises:
-            OutputError: It cannot be written.
+            OutputError: If it cannot be written.
         """
-        self.about.update(what)
-        self.write_json(RUN, self.about)
+        self.manifest.update(entries)
+        self.write_json(RUN_FILE, self.manifest)
 
-    def has_resumable_run(self, place: str) -> bool:
-        """Whether there is a run to go on with in a folder within this one; what else is there is taken out."""
-        path = self.path / place
+    def prepare_nested_run(self, name: str) -> bool:
+        """Return whether a subfolder contains a run that can be resumed; remove the subfolder if it does not."""
+        path = self.path / name
         try:
-            if _is_run(path):
-                _read_resumable(path)
+            if _is_run_folder(path):
+                _read_resumable_manifest(path)
                 return True
         except DataError as error:
-            logger.warning("It is gone through again: %s", error.message)
-        self._remove(place)
+            logger.warning("Starting the run in %s again: %s", path, error.message)
+        self._remove(name)
         return False
 
     def discard_seeds(self, *, keep: Collection[int]) -> None:
-        """Take out the runs of other seeds than these."""
+        """Remove the runs of all seeds except these."""
         if not keep:
             self._remove(SEEDS)
         for path in (self.path / SEEDS).glob("*"):
             if path.name not in map(str, keep):
                 self._remove(f"{SEEDS}/{path.name}")
 
-    def finish(self, metrics: Mapping[str, Any], **what: Any) -> None:
-        """Write what was measured, and that the run is whole.
+    def finish(self, metrics: Mapping[str, Any], **entries: Any) -> None:
+        """Write the metrics, set entries of ``run.json``, mark the run as finished and remove its checkpoints.
 
         Raises:
-            OutputError: It cannot be written.
+            OutputError: If a file cannot be written.
         """
-        self.write_json(METRICS, metrics)
-        self.update_manifest(finished=True, **what)
+        self.write_json(METRICS_FILE, metrics)
+        self.update_manifest(finished=True, **entries)
         self._remove(CHECKPOINTS)
 
     def _remove(self, name: str) -> None:
         target = self.path / name
-        with write_errors(target):
+        with raise_output_errors(target):
             if not target.is_dir() or target.is_symlink():
                 target.unlink(missing_ok=True)
                 return
-            # Renamed first, so that a kill leaves no folder that looks whole.
-            gone = target if target.name.startswith(".") else temporary_path(target)
-            shutil.rmtree(target.rename(gone))
+            # Renamed first, so that a killed process leaves no folder that seems complete.
+            renamed = target if target.name.startswith(".") else temporary_path(target)
+            shutil.rmtree(target.rename(renamed))
         if target.parent != self.path:
-            with suppress(OSError):  # others are in it still
+            with suppress(OSError):  # it is not empty
                 target.parent.rmdir()
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file whole.
+        """Write a JSON file atomically.
 
         Raises:
-            OutputError: It cannot be written.
+            OutputError: If it cannot be written.
         """
         write_text(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def attach_log(self, recorder: logging.handlers.MemoryHandler) -> None:
-        """Write what `recorded` has so far, and from now on everything, to ``run.log``.
+        """Write the messages recorded by `record_log` so far, and all later ones, to ``run.log``.
 
         Raises:
-            OutputError: It cannot be written.
+            OutputError: If the file cannot be opened.
         """
-        with write_errors(self.path / LOG):
-            file = _LogFile(self.path / LOG, encoding="utf-8")
+        with raise_output_errors(self.path / LOG_FILE):
+            file = _LogFile(self.path / LOG_FILE, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(stage)s: %(message)s"))
         recorder.setTarget(file)
         recorder.flushLevel = logging.DEBUG

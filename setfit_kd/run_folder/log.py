@@ -11,13 +11,12 @@ from contextvars import ContextVar
 from setfit_kd.errors import SetFitKDError
 from setfit_kd.utils.escape import printable
 
-logger = logging.getLogger(__name__)
 _stage: ContextVar[str] = ContextVar("stage", default="")
 
 
 @contextmanager
-def log_stage(stage: str) -> Iterator[None]:
-    """Within this block, ``run.log`` tells that what happens is of this stage; blocks nest as folders do."""
+def stage_in_log(stage: str) -> Iterator[None]:
+    """Context manager that adds the name of a stage to all log records; nested names are joined by slashes."""
     token = _stage.set("/".join(filter(None, (_stage.get(), stage))))
     try:
         yield
@@ -31,57 +30,59 @@ def _add_stage(record: logging.LogRecord) -> bool:
 
 
 class _LogFile(logging.FileHandler):
-    """A log that gives up quietly where it cannot be written: the stages' own writes tell of a full disk."""
+    """Log file that ignores write errors. If the disk is full, the next stage that writes its result fails."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
         """Drop the record."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record's lines, with control characters escaped."""
-        return printable(super().format(record), None)
+        """Format a record and escape control characters."""
+        return printable(super().format(record), limit=None)
 
     def close(self) -> None:
-        """Close the file, whether or not its last lines fit."""
+        """Close the file, even if its last lines cannot be written."""
         with suppress(OSError):
             super().close()
 
 
 class _Forwarder(logging.Handler):
-    """Hands records to the handlers that a logger had, at the level that it had."""
+    """Handler that forwards records to a logger's original handlers, at its original level."""
 
     def __init__(self, logger: logging.Logger) -> None:
         super().__init__(logger.getEffectiveLevel())
-        self.before = logging.Logger(logger.name)
-        vars(self.before).update(vars(logger))
+        # A copy, because `buffer_log` replaces the handlers, level and propagation of the logger.
+        self.original = logging.Logger(logger.name)
+        vars(self.original).update(vars(logger))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Do what the logger would have done; a warning that nobody handles goes to stderr."""
-        self.before.callHandlers(record)
+        """Handle a record as the original logger would have."""
+        self.original.callHandlers(record)
 
 
 @contextmanager
-def record_log() -> Iterator[logging.handlers.MemoryHandler]:
-    """Within this block, keep everything that setfit-kd logs, until a run folder takes it; see `RunFolder.attach_log`.
+def buffer_log() -> Iterator[logging.handlers.MemoryHandler]:
+    """Context manager that keeps all log messages of setfit-kd in memory until `RunFolder.attach_log` opens a file.
 
-    Handlers other than the recorder get what they would get without it.
+    From then on, they are written to the file. All other handlers receive the same records as before.
     """
-    recorder = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
-    recorder.addFilter(_add_stage)
-    logger = logging.getLogger("setfit_kd")
-    others = _Forwarder(logger)
-    logger.handlers, logger.propagate = [recorder, others], False
-    logger.setLevel(logging.DEBUG)
+    # Nothing is flushed until `attach_log` sets a target and lowers the flush level.
+    buffer = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    buffer.addFilter(_add_stage)
+    package_logger = logging.getLogger("setfit_kd")
+    forwarder = _Forwarder(package_logger)
+    package_logger.handlers, package_logger.propagate = [buffer, forwarder], False
+    package_logger.setLevel(logging.DEBUG)
     try:
-        yield recorder
+        yield buffer
     except SetFitKDError as error:
-        logger.debug("The run ended: %s", error)
+        package_logger.debug("The run failed: %s", error)
         raise
     except BaseException:
-        logger.debug("The run ended.", exc_info=True)
+        package_logger.debug("The run failed.", exc_info=True)
         raise
     finally:
-        logger.handlers, logger.propagate = others.before.handlers, others.before.propagate
-        logger.setLevel(others.before.level)
-        if recorder.target is not None:
-            recorder.target.close()
-        recorder.close()
+        package_logger.handlers, package_logger.propagate = forwarder.original.handlers, forwarder.original.propagate
+        package_logger.setLevel(forwarder.original.level)
+        if buffer.target is not None:
+            buffer.target.close()
+        buffer.close()

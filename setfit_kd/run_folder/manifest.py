@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from setfit_kd import __version__
 from setfit_kd.errors import DataError
-from setfit_kd.run_folder.names import RUN, ArtifactPath
+from setfit_kd.run_folder.names import RUN_FILE, StagePath
 from setfit_kd.utils.files import read_json
 
 _PACKAGES = (
@@ -25,23 +25,23 @@ _PACKAGES = (
     "numpy",
 )
 
-_Kind = TypeVar("_Kind", bound="_Run")
+_ManifestType = TypeVar("_ManifestType", bound="_BaseManifest")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version(), "setfit-kd": __version__}
+    """Return the versions of Python and of the packages that affect the results."""
+    result = {"python": platform.python_version(), "setfit-kd": __version__}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            result[package] = "not installed"
+    return result
 
 
-def _none_or_several(seeds: list[int]) -> list[int]:
+def _check_seeds(seeds: list[int]) -> list[int]:
     if len(seeds) == 1:
-        raise ValueError("one seed alone")
+        raise ValueError("expected at least two seeds, got one")
     return seeds
 
 
@@ -63,17 +63,17 @@ class _Precision(BaseModel):
 
 
 class _Attempt(BaseModel):
-    """What was tried where memory ran out."""
+    """Micro-batch size and device of an attempt."""
 
     texts: int
     device: str
 
     def __str__(self) -> str:
-        return f"{self.texts} texts on {self.device}"
+        return f"batch size {self.texts} on {self.device}"
 
 
 class _OutOfMemoryEvent(BaseModel):
-    """A step down the backoff."""
+    """A step of the OOM backoff."""
 
     phase: str
     step: int | None
@@ -81,25 +81,25 @@ class _OutOfMemoryEvent(BaseModel):
     after: _Attempt = Field(alias="to")
 
 
-class _Run(BaseModel):
-    """What every ``run.json`` holds."""
+class _BaseManifest(BaseModel):
+    """Fields of every ``run.json``."""
 
     format: Literal[1]
     finished: bool
 
 
-class _ResumableRun(_Run):
-    """What ``run.json`` holds of a run to go on with, besides what is only written again."""
+class _ResumableManifest(_BaseManifest):
+    """Fields of ``run.json`` that a resumed run reads; all others are kept as they are."""
 
     model_config = ConfigDict(extra="allow")
 
-    stages: dict[ArtifactPath, _ResumableStage]
+    stages: dict[StagePath, _ResumableStage]
     device: str = ""
     precision: _Precision | None = None
 
 
-class Manifest(_Run):
-    """What ``run.json`` tells of a finished run."""
+class Manifest(_BaseManifest):
+    """Fields of the ``run.json`` of a finished run."""
 
     stages: dict[str, _Stage]
     versions: dict[str, str]
@@ -107,51 +107,52 @@ class Manifest(_Run):
     precision: _Precision
     data: dict[str, int]
     seconds: dict[str, float]
-    students: dict[str, ArtifactPath]
-    evaluated: list[ArtifactPath]
+    students: dict[str, StagePath]
+    evaluated: list[StagePath]
     out_of_memory: list[_OutOfMemoryEvent] = []
-    seeds: Annotated[list[int], AfterValidator(_none_or_several)] = []
+    seeds: Annotated[list[int], AfterValidator(_check_seeds)] = []
     revisions: dict[str, str] = {}
     teacher_shares: dict[str, float] = {}
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read the ``run.json`` in a run's folder.
+        """Read the ``run.json`` of a finished run.
 
         Raises:
-            DataError: It cannot be read, or the run is not finished.
+            DataError: If it cannot be read or the run is not finished.
         """
-        go_on = f"setfit-kd run --resume {folder}"
-        again = f"Go through it again: {go_on}"
-        if not _read_run(folder, _Run, to="tell of", hint=again).finished:
-            raise DataError(f"The run in {folder} has not come to its end.", hint=f"Go on: {go_on}")
-        return _read_run(folder, cls, to="tell of", hint=again)
+        command = f"setfit-kd run --resume {folder}"
+        hint = f"Run it again with `{command}`."
+        if not _read_manifest(folder, _BaseManifest, action="read", hint=hint).finished:
+            raise DataError(f"The run in {folder} is not finished.", hint=f"Resume it with `{command}`.")
+        return _read_manifest(folder, cls, action="read", hint=hint)
 
 
-def _read_run(folder: Path, kind: type[_Kind], *, to: str, hint: str) -> _Kind:
-    """Read the ``run.json`` in a folder as one of the models above; ``to`` and ``hint`` are parts of the error."""
-    path = folder / RUN
+def _read_manifest(folder: Path, manifest_type: type[_ManifestType], *, action: str, hint: str) -> _ManifestType:
+    """Read the ``run.json`` in a folder as one of the models above; ``action`` and ``hint`` are parts of the error."""
+    path = folder / RUN_FILE
     try:
-        return kind.model_validate(read_json(path))
+        return manifest_type.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        field = ".".join(map(str, first["loc"]))
         raise DataError(
-            f"{path} is not of a run that this version can {to} ({where}: {first['msg']}).", hint=hint
+            f"Cannot {action} {path} with this version of setfit-kd ({field}: {first['msg']}).", hint=hint
         ) from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}).", hint="Run anew. Choose another --output-dir.") from None
+        raise DataError(f"Cannot read {path}: {error}.", hint="Start a new run in another --output-dir.") from None
 
 
-def _read_resumable(folder: Path) -> dict[str, Any]:
-    hint = "Run anew, with --overwrite, or take the version that began it."
-    return _read_run(folder, _ResumableRun, to="go on with", hint=hint).model_dump(exclude_unset=True)
+def _read_resumable_manifest(folder: Path) -> dict[str, Any]:
+    hint = "Start again with --overwrite, or use the version of setfit-kd that started the run."
+    manifest = _read_manifest(folder, _ResumableManifest, action="resume the run of", hint=hint)
+    return manifest.model_dump(exclude_unset=True)
 
 
-def _is_run(path: Path) -> bool:
-    """Whether a folder was written by a run: it holds a ``run.json`` of one."""
+def _is_run_folder(path: Path) -> bool:
+    """Return whether a folder contains the ``run.json`` of a run."""
     try:
-        about = read_json(path / RUN)
+        manifest = read_json(path / RUN_FILE)
     except (OSError, ValueError):
         return False
-    return isinstance(about, dict) and {"format", "stages"} <= about.keys()
+    return isinstance(manifest, dict) and {"format", "stages"} <= manifest.keys()

@@ -11,47 +11,62 @@ from pydantic import AfterValidator
 
 from setfit_kd.config import RunConfig
 
-CONFIG, METRICS, RUN, LOG = "config.yaml", "metrics.json", "run.json", "run.log"
+CONFIG_FILE, METRICS_FILE, RUN_FILE, LOG_FILE = "config.yaml", "metrics.json", "run.json", "run.log"
 TEACHER, BASELINE, STUDENT, SIGNALS = "teacher", "baseline", "student", "signals"
 TEACHERS, BASELINES, STUDENTS = "teachers", "baselines", "students"
-AUGMENTED, SCORED, WEIGHED = "augmented", "scored", "weighed"
-"""Texts that were made; what each of several teachers says, and how often it is right on labels held out from it."""
+AUGMENTED = "augmented"
+TEACHER_SIGNALS, TEACHER_ACCURACIES = "scored", "weighed"
+"""Signals and cross-validated accuracy of each of several teachers."""
 SEEDS = "seeds"
 EVALUATION, CHECKPOINTS = "evaluation", "checkpoints"
 REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"
-RESULTS = (METRICS, REPORT_HTML, REPORT_MARKDOWN)
-"""What is made of the stages' results at the end."""
+RESULTS = (METRICS_FILE, REPORT_HTML, REPORT_MARKDOWN)
+"""Files written at the end from the results of all stages."""
 _MODELS = (TEACHER, TEACHERS, BASELINE, BASELINES, STUDENT, STUDENTS)
-_CONTENTS = (CONFIG, RUN, LOG, *RESULTS, *_MODELS, AUGMENTED, SIGNALS, SCORED, WEIGHED, EVALUATION, CHECKPOINTS, SEEDS)
-_ARTIFACT_PATH = re.compile(
-    rf"({EVALUATION}/)?({TEACHER}|{BASELINE}|{STUDENT}|({TEACHERS}|{BASELINES}|{STUDENTS})/\w[\w.-]*)"
-    rf"|{AUGMENTED}|{SIGNALS}|({SCORED}|{WEIGHED})/\w[\w.-]*"
+ALL_NAMES = (
+    CONFIG_FILE,
+    RUN_FILE,
+    LOG_FILE,
+    *RESULTS,
+    *_MODELS,
+    AUGMENTED,
+    SIGNALS,
+    TEACHER_SIGNALS,
+    TEACHER_ACCURACIES,
+    EVALUATION,
+    CHECKPOINTS,
+    SEEDS,
 )
+_STAGE_PATH = re.compile(
+    rf"({EVALUATION}/)?({TEACHER}|{BASELINE}|{STUDENT}|({TEACHERS}|{BASELINES}|{STUDENTS})/\w[\w.-]*)"
+    rf"|{AUGMENTED}|{SIGNALS}|({TEACHER_SIGNALS}|{TEACHER_ACCURACIES})/\w[\w.-]*"
+)
+"""Folder of a stage, such as ``student``, ``teachers/NAME``, ``evaluation/students/NAME`` or ``signals``."""
 
 
-def _check_artifact_path(name: str) -> str:
-    if _ARTIFACT_PATH.fullmatch(name) is None:
-        raise ValueError(f"it tells of {name!r}, which no run has")
+def _check_stage_path(name: str) -> str:
+    if _STAGE_PATH.fullmatch(name) is None:
+        raise ValueError(f"unknown stage {name!r}")
     return name
 
 
-ArtifactPath = Annotated[str, AfterValidator(_check_artifact_path)]
-"""A name that a run keeps something under in its folder; none leads out of it."""
+StagePath = Annotated[str, AfterValidator(_check_stage_path)]
+"""Path of a stage's result relative to the run folder; it never leads out of the folder."""
 
 
-def baseline_path(student: str) -> str:
-    """What a student's baseline is called in the run's folder."""
-    group, _, slug = student.partition("/")
+def baseline_path(student_path: str) -> str:
+    """Return the path of a student's baseline in the run folder."""
+    group, _, slug = student_path.partition("/")
     return f"{BASELINES}/{slug}" if group == STUDENTS else BASELINE
 
 
-def reference_models(student: str, evaluated: Collection[str]) -> dict[str, str]:
-    """What a student is compared with among what was evaluated: names in the folder, by what they are to it."""
-    others = {TEACHER: TEACHER, BASELINE: baseline_path(student)}
-    return {called: name for called, name in others.items() if name in evaluated}
+def reference_models(student_path: str, evaluated: Collection[str]) -> dict[str, str]:
+    """Map ``teacher`` and ``baseline`` to the models to compare a student with, if they were evaluated."""
+    paths = {TEACHER: TEACHER, BASELINE: baseline_path(student_path)}
+    return {role: path for role, path in paths.items() if path in evaluated}
 
 
 def default_folder(config: RunConfig) -> Path:
-    """Where a run goes that names no folder: ``runs/`` and the name of its labeled texts."""
+    """Return the default output folder of a run: ``runs/`` and the name of the labeled data."""
     name = Path((config.labeled or "").removeprefix("bundled:")).stem
     return Path("runs") / (re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run")

@@ -1,6 +1,6 @@
-"""Classifying from a bundle: numpy and tokenizers, and for ONNX bundles onnxruntime; no torch, no other room.
+"""Classify texts with a bundle, using numpy and tokenizers, and onnxruntime for ONNX bundles.
 
-A copy of its one file, `SOURCE`, lies in every bundle.
+It does not import torch or other packages of setfit-kd. Every bundle contains a copy of `SOURCE`.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from setfit_kd.runtime.classify import (
     BundleError,
     Classifier,
     Prediction,
-    in_windows,
+    chunk_texts,
     shorten,
 )
 
@@ -34,6 +34,6 @@ __all__ = [
     "BundleError",
     "Classifier",
     "Prediction",
-    "in_windows",
+    "chunk_texts",
     "shorten",
 ]

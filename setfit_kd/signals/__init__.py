@@ -1,4 +1,4 @@
-"""Teacher signals: all that a student learns from, and how they are stored."""
+"""Teacher signals (soft labels and embeddings), their files, and a cache of embeddings."""
 
 from setfit_kd.signals.embedding_cache import cache_bytes, cached_embed
 from setfit_kd.signals.files import read_signals

@@ -1,4 +1,4 @@
-"""Embeddings kept on disk, by the content that they were made from."""
+"""On-disk cache of embeddings, keyed by body and texts."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 2 << 30
-"""What the cache may hold; what was not used for longest goes first."""
+"""Size limit of the cache; the least recently used entries are removed first."""
 _LIBRARIES = ("torch", "transformers", "sentence-transformers", "tokenizers")
 _EMBEDDINGS, _ROWS, _CHECKSUM = "embeddings", "embeddings.npy", "embeddings.sha256"
 _ENTRY = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.[0-9a-f]{8}")
-"""Name of an entry, or of one that is being written."""
+"""Folder name of an entry, or of an entry that is being written."""
 _ABANDONED_SECONDS = 3600.0
-"""Age at which an entry that was never finished is removed."""
+"""Age at which an unfinished entry is removed."""
 
 
 def cache_bytes() -> int:
-    """Size of the cache, unfinished entries included."""
+    """Return the size of the cache in bytes, including unfinished entries."""
     folder = cache_folder()
     return sum(size for _, size, _ in _entries(folder / _EMBEDDINGS)) if folder else 0
 
@@ -48,66 +48,76 @@ def cache_bytes() -> int:
 def cached_embed(
     body: SentenceTransformer, texts: Sequence[str], *, batch_size: int, normalize: bool, description: str
 ) -> npt.NDArray[np.floating]:
-    """As `embed`, from the cache where the same body has met the same texts before.
+    """Compute embeddings with `embed`, or load them if the same body has embedded the same texts before.
 
-    The cache helps where it can and is silent where it cannot: it never fails a run.
+    Problems with the cache are logged and never raise an error.
+
+    Args:
+        body: Body that embeds the texts.
+        texts: n texts.
+        batch_size: Texts per forward pass.
+        normalize: Scale the embeddings to unit length.
+        description: Label of the progress bar and the log messages.
+
+    Returns:
+        (n, d) embeddings.
     """
     folder = cache_folder()
     if folder is None:
         return embed(body, texts, batch_size=batch_size, normalize=normalize, description=description)
-    place = folder / _EMBEDDINGS / _name_of(body, texts, normalize=normalize)
-    found = _load(place)
-    if found is not None:
-        with suppress(OSError):  # others' caches may only be read
-            os.utime(place)
-        logger.info("%s: taken from the cache (%s).", description, place)
-        return found
+    entry = folder / _EMBEDDINGS / _entry_name(body, texts, normalize=normalize)
+    cached = _load(entry)
+    if cached is not None:
+        with suppress(OSError):  # a shared cache may be read-only
+            os.utime(entry)
+        logger.info("%s: loaded from the cache (%s).", description, entry)
+        return cached
     embeddings = embed(body, texts, batch_size=batch_size, normalize=normalize, description=description)
     if embeddings.nbytes > MAX_BYTES:
         return embeddings
     try:
-        with atomic_folder(place) as part:
+        with atomic_folder(entry) as part:
             save_rows(embeddings, part / _ROWS)
             (part / _CHECKSUM).write_text(file_hash(part / _ROWS), encoding="utf-8")
-        _prune(place.parent, keep=place)
+        _prune(entry.parent, keep=entry)
     except (OSError, OutputError) as error:
-        logger.debug("The embeddings are not kept: %s", error)
+        logger.debug("Could not cache the embeddings: %s", error)
     return embeddings
 
 
-def _load(place: Path) -> npt.NDArray[np.floating] | None:
-    """The embeddings of an entry; None, and no entry any more, unless they match their checksum."""
-    if not os.path.lexists(place):
+def _load(entry: Path) -> npt.NDArray[np.floating] | None:
+    """Load the embeddings of an entry; remove the entry and return None if they do not match their checksum."""
+    if not os.path.lexists(entry):
         return None
     try:
-        if any(path.is_symlink() for path in (place, place / _ROWS, place / _CHECKSUM)):
-            raise ValueError("it holds a symbolic link")
-        if file_hash(place / _ROWS) != (place / _CHECKSUM).read_text(encoding="utf-8"):
+        if any(path.is_symlink() for path in (entry, entry / _ROWS, entry / _CHECKSUM)):
+            raise ValueError("it contains a symbolic link")
+        if file_hash(entry / _ROWS) != (entry / _CHECKSUM).read_text(encoding="utf-8"):
             raise ValueError("its checksum does not match")
-        return load_rows(place / _ROWS)
+        return load_rows(entry / _ROWS)
     except (OSError, ValueError) as error:
-        logger.warning("Cached embeddings in %s cannot be used (%s): they are computed again.", place, error)
-        _remove(place)
+        logger.warning("Cannot use the cached embeddings in %s (%s): computing them again.", entry, error)
+        _remove(entry)
         return None
 
 
-def _remove(place: Path) -> None:
+def _remove(entry: Path) -> None:
     with suppress(OSError):
-        shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink()
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def _name_of(body: SentenceTransformer, texts: Sequence[str], *, normalize: bool) -> str:
-    """A name for all that decides the embeddings: the body, the texts, and what computes them."""
+def _entry_name(body: SentenceTransformer, texts: Sequence[str], *, normalize: bool) -> str:
+    """Hash everything that determines the embeddings: body, texts, normalisation, device type and library versions."""
     libraries = " ".join(f"{library} {version(library)}" for library in _LIBRARIES)
     parts = chain((f"4 {normalize} {body.device.type} {libraries}", content_hash(body)), texts)
     return hash_parts(part.encode() for part in parts)
 
 
 def _entries(folder: Path) -> list[tuple[float, int, Path]]:
-    """When each was last used, its bytes, and where it is; a name that begins with a dot is of an unfinished one."""
+    """List the time of last use, the size in bytes and the path of each entry; unfinished names start with a dot."""
     entries = []
     for path in folder.glob("*"):
-        with suppress(OSError):  # another process may just have removed it
+        with suppress(OSError):  # another process may have removed it
             if _ENTRY.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 files = [file.lstat() for file in path.iterdir()]
                 used = max([path.stat().st_mtime, *(file.st_mtime for file in files if path.name[0] == ".")])
@@ -116,7 +126,7 @@ def _entries(folder: Path) -> list[tuple[float, int, Path]]:
 
 
 def _prune(folder: Path, *, keep: Path) -> None:
-    """Remove what was abandoned, and then what was used least lately until the rest fits."""
+    """Remove abandoned entries, then the least recently used ones until the rest fits in `MAX_BYTES`."""
     entries = sorted(_entries(folder), key=lambda entry: (entry[2].name[0] != ".", entry[0]))
     total = sum(size for _, size, _ in entries)
     for used, size, path in entries:

@@ -1,4 +1,4 @@
-"""`TeacherSignals`, the narrow waist: everything a student learns from, and all that it ever sees of a teacher."""
+"""`TeacherSignals`: the teacher outputs that a student is trained on."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ import numpy.typing as npt
 
 from setfit_kd.errors import DataError
 from setfit_kd.models import at_temperature, fit_temperature, log_probabilities
-from setfit_kd.utils.arrays import iter_chunks, large_array, load_rows, normalise_rows, sample_rows, save_rows
+from setfit_kd.utils.arrays import allocate_array, iter_chunks, load_rows, normalise_rows, sample_rows, save_rows
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import read_json, read_json_lines
 
 _FORMAT = 2
 _MAX_TEXTS = 10_000
-"""Texts that a temperature is fitted on; one number needs no more."""
+"""Maximum number of texts that a temperature is fitted on; more would not improve the fit of one number."""
 _PROBABILITIES, _EMBEDDINGS, _TEXTS, _METADATA = "probabilities.npy", "embeddings.npy", "texts.jsonl", "signals.json"
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherSignals:
-    """What a teacher says about n pool texts.
+    """Soft labels and embeddings of n pool texts, computed by a teacher.
 
     Attributes:
         texts: n texts.
-        probabilities: (n, n_classes) float32, rows summing to 1: the soft labels.
+        probabilities: (n, n_classes) float32, soft labels; each row sums to 1.
         label_names: Names of the classes.
-        embeddings: (n, d), or None for teachers that have none. float32; for large pools float16, mapped from disk.
-        origin: Where the signals came from.
-        temperature: At which the probabilities mean what they say: softmax(log p / temperature); 1 is as they are.
+        embeddings: (n, d), or None if the teacher has no embeddings. float32; for large pools memory-mapped float16.
+        origin: Name of the source in messages.
+        temperature: Temperature that calibrates the probabilities: softmax(log p / temperature). 1 leaves them
+            unchanged.
 
     Raises:
-        DataError: The parts do not fit together, or a row is no distribution.
+        DataError: If the shapes do not match, a row of ``probabilities`` is not a distribution, or an embedding is not
+            finite.
     """
 
     texts: list[str]
@@ -46,81 +48,86 @@ class TeacherSignals:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        as_given = object.__setattr__  # the class is frozen
-        as_given(self, "texts", list(self.texts))
-        as_given(self, "label_names", tuple(self.label_names))
-        as_given(self, "probabilities", np.asarray(self.probabilities, np.float32))
+        set_field = object.__setattr__  # the class is frozen
+        set_field(self, "texts", list(self.texts))
+        set_field(self, "label_names", tuple(self.label_names))
+        set_field(self, "probabilities", np.asarray(self.probabilities, np.float32))
         if self.embeddings is not None and getattr(self.embeddings, "dtype", None) != np.float16:
-            as_given(self, "embeddings", np.asarray(self.embeddings, np.float32))
+            set_field(self, "embeddings", np.asarray(self.embeddings, np.float32))
         if not 0 < self.temperature < float("inf"):
-            raise DataError(f"Signals of temperature {self.temperature}.", hint="It must be above 0; 1 is none.")
+            raise DataError(
+                f"The temperature must be positive and finite, got {self.temperature}.", hint="Use 1 for no scaling."
+            )
         if len(set(self.label_names)) < len(self.label_names):
-            raise DataError("A label name stands twice.", hint=f"Got {', '.join(map(str, self.label_names))}.")
+            raise DataError(
+                f"The label names must be distinct, got {', '.join(map(str, self.label_names))}.",
+                hint="Rename the duplicates.",
+            )
         n, c = len(self.texts), len(self.label_names)
         if self.probabilities.shape != (n, c):
             raise DataError(
-                f"Signals of {n} texts and {c} classes need probabilities of shape ({n}, {c}), "
-                f"not {self.probabilities.shape}.",
-                hint="Give one row a text and one column a class.",
+                f"Expected probabilities of shape ({n}, {c}) for {n} texts and {c} classes, "
+                f"got {self.probabilities.shape}.",
+                hint="Use one row per text and one column per class.",
             )
         if self.embeddings is not None and (self.embeddings.ndim != 2 or len(self.embeddings) != n):
             raise DataError(
-                f"Signals of {n} texts need embeddings of shape ({n}, d), not {self.embeddings.shape}.",
-                hint="Give one row a text.",
+                f"Expected embeddings of shape ({n}, d) for {n} texts, got {self.embeddings.shape}.",
+                hint="Use one row per text.",
             )
         in_range = np.all((self.probabilities >= 0) & (self.probabilities <= 1.001), axis=1, keepdims=True)
         sums = np.where(in_range, self.probabilities, 0).sum(axis=1, dtype=np.float64)
-        wrong = np.flatnonzero(~in_range[:, 0] | (np.abs(sums - 1) >= 1e-3))
-        if len(wrong):
+        invalid = np.flatnonzero(~in_range[:, 0] | (np.abs(sums - 1) >= 1e-3))
+        if len(invalid):
             raise DataError(
-                f"Signals, row {wrong[0] + 1}: the probabilities {self.probabilities[wrong[0]].tolist()} are no "
-                f"distribution ({len(wrong)} such rows).",
-                hint="Each row must be non-negative and sum to 1.",
+                f"Row {invalid[0] + 1} of the probabilities is not a distribution: "
+                f"{self.probabilities[invalid[0]].tolist()} ({len(invalid)} such rows).",
+                hint="Make each row non-negative with a sum of 1.",
             )
         if self.embeddings is not None:
             finite = [np.isfinite(part).all(axis=1) for part in iter_chunks(self.embeddings)]
-            broken = np.flatnonzero(~np.concatenate([*finite, np.empty(0, bool)]))
-            if len(broken):
+            invalid = np.flatnonzero(~np.concatenate([*finite, np.empty(0, bool)]))
+            if len(invalid):
                 raise DataError(
-                    f"Signals, row {broken[0] + 1}: the embedding is not finite.", hint="Train the teacher again."
+                    f"Row {invalid[0] + 1} of the embeddings is not finite.", hint="Train the teacher again."
                 )
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def take(self, rows: npt.NDArray[np.int64]) -> TeacherSignals:
-        """The signals of the texts at ``rows``, in that order."""
+        """Select the signals of the texts at ``rows``, in that order."""
         embeddings = None if self.embeddings is None else self.embeddings[rows]
         texts = [self.texts[row] for row in rows]
         return replace(self, texts=texts, probabilities=self.probabilities[rows], embeddings=embeddings)
 
     @classmethod
     def average(cls, signals: Sequence[TeacherSignals], weights: Sequence[float] | None = None) -> TeacherSignals:
-        """Several teachers' signals on the same texts as one.
+        """Average the signals of several teachers on the same texts.
 
-        Probabilities are averaged; their temperature is the one that brings them closest to the average of what the
-        teachers mean, each at its own. Embeddings are scaled to unit length, weighted by the root of their teacher's
-        share and laid side by side: the cosine of two such rows is the weighted mean of the teachers' cosines,
-        whatever their dimensions.
+        The probabilities are averaged. Their temperature is fitted so that they come closest to the average of the
+        teachers' calibrated probabilities. The embeddings are scaled to unit length, multiplied by the square root of
+        the teacher's weight and concatenated: the cosine similarity of two rows is then the weighted mean of the
+        teachers' cosine similarities, whatever their dimensions.
 
         Args:
-            signals: Signals of the same texts and classes, one a teacher.
-            weights: One a teacher, positive; None weighs all alike.
+            signals: Signals of each teacher, for the same texts and classes.
+            weights: Positive weight per teacher; None weights all teachers equally.
 
         Raises:
-            DataError: The signals are of different texts or classes.
+            DataError: If there are no signals, their texts or classes differ, or the weights are invalid.
         """
         if not signals:
-            raise DataError("There are no signals to average.", hint="Give one a teacher.")
+            raise DataError("Expected the signals of at least one teacher, got none.", hint="Pass one per teacher.")
         first = signals[0]
         for other in signals[1:]:
             if other.texts != first.texts or other.label_names != first.label_names:
                 raise DataError(
-                    "The signals are of different texts or classes.", hint="Score one pool by all teachers."
+                    "The signals have different texts or classes.", hint="Score the same pool with all teachers."
                 )
         shares = np.ones(len(signals)) if weights is None else np.asarray(weights, np.float64)
         if shares.shape != (len(signals),) or not ((shares > 0) & np.isfinite(shares)).all():
-            raise DataError(f"{len(signals)} teachers need as many positive weights.", hint="Check the weights.")
+            raise DataError(f"Expected {len(signals)} positive weights, one per teacher.", hint="Check the weights.")
         shares = shares / shares.sum()
         probabilities = np.average([s.probabilities for s in signals], axis=0, weights=shares)
         embeddings = None
@@ -138,10 +145,10 @@ class TeacherSignals:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write the signals to a folder, whole or not at all.
+        """Write the signals to a new folder, atomically.
 
         Raises:
-            OutputError: The folder exists already or cannot be written.
+            OutputError: If the folder exists or cannot be written.
         """
         with atomic_folder(folder) as part:
             save_rows(self.probabilities, part / _PROBABILITIES, half_if_large=False)
@@ -149,62 +156,63 @@ class TeacherSignals:
                 save_rows(self.embeddings, part / _EMBEDDINGS)
             with (part / _TEXTS).open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in self.texts)
-            about = {
+            metadata = {
                 "format": _FORMAT,
                 "label_names": list(self.label_names),
                 "origin": self.origin,
                 "temperature": self.temperature,
                 "embeddings": self.embeddings is not None,
             }
-            (part / _METADATA).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (part / _METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> TeacherSignals:
-        """Read signals that `save` wrote.
+        """Read signals written by `save`.
 
         Raises:
-            DataError: The folder holds no whole signals.
+            DataError: If the folder does not contain complete signals.
         """
         folder = Path(folder)
         try:
-            about = read_json(folder / _METADATA)
+            metadata = read_json(folder / _METADATA)
             texts = list(read_json_lines(folder / _TEXTS))
-            if about["format"] != _FORMAT:
+            if metadata["format"] != _FORMAT:
                 raise DataError(
-                    f"The signals in {folder} are of format {about['format']}, this version reads {_FORMAT}.",
-                    hint="Score the pool again, or take the version that wrote them.",
+                    f"Expected signals of format {_FORMAT} in {folder}, got format {metadata['format']}.",
+                    hint="Score the pool again, or use the version that wrote them.",
                 )
             probabilities = load_rows(folder / _PROBABILITIES)
-            embeddings = load_rows(folder / _EMBEDDINGS) if about["embeddings"] else None
-            if not all(isinstance(text, str) for text in texts) or not isinstance(about["label_names"], list):
-                raise DataError(f"The signals in {folder} hold no texts or no labels.", hint="Score the pool again.")
-            temperature = float(about.get("temperature", 1.0))
-            return cls(texts, probabilities, tuple(about["label_names"]), embeddings, about["origin"], temperature)
+            embeddings = load_rows(folder / _EMBEDDINGS) if metadata["embeddings"] else None
+            names = metadata["label_names"]
+            if not all(isinstance(text, str) for text in texts) or not isinstance(names, list):
+                raise DataError(f"The signals in {folder} have no texts or no labels.", hint="Score the pool again.")
+            temperature = float(metadata.get("temperature", 1.0))
+            return cls(texts, probabilities, tuple(names), embeddings, metadata["origin"], temperature)
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{folder} holds no whole signals ({error}).", hint="Score the pool again.") from None
+            raise DataError(f"Cannot read the signals in {folder} ({error}).", hint="Score the pool again.") from None
 
 
 def _common_temperature(
     signals: Sequence[TeacherSignals], shares: npt.NDArray[np.float64], averaged: npt.NDArray[np.floating]
 ) -> float:
-    """The temperature at which averaged probabilities (n, n_classes) come closest to the average of what is meant.
+    """Fit the temperature at which the average (n, n_classes) comes closest to the average of calibrated probabilities.
 
-    Where teachers differ, averaging has made the probabilities flatter already, so that it lies below their own.
+    If teachers disagree, averaging already flattens the probabilities, so this temperature is below the teachers' own.
     """
-    if all(of.temperature == 1 for of in signals):
+    if all(teacher.temperature == 1 for teacher in signals):
         return 1.0
     rows = sample_rows(np.arange(len(averaged)), _MAX_TEXTS, seed=[14])
-    meant = [at_temperature(of.probabilities[rows], of.temperature) for of in signals]
-    return fit_temperature(log_probabilities(averaged[rows]), np.average(meant, axis=0, weights=shares))
+    calibrated = [at_temperature(teacher.probabilities[rows], teacher.temperature) for teacher in signals]
+    return fit_temperature(log_probabilities(averaged[rows]), np.average(calibrated, axis=0, weights=shares))
 
 
 def _concatenate_embeddings(
     arrays: Sequence[npt.NDArray[np.floating]], factors: npt.NDArray[np.floating]
 ) -> npt.NDArray[np.floating]:
-    """Arrays of n unit rows each, times their factors, as one of n rows."""
-    joined = large_array((len(arrays[0]), sum(array.shape[1] for array in arrays)))
+    """Normalise the rows of each (n, d) array, multiply them by the array's factor and concatenate them."""
+    joined = allocate_array((len(arrays[0]), sum(array.shape[1] for array in arrays)))
     column = 0
     for array, factor in zip(arrays, factors, strict=True):
         row = 0

@@ -1,4 +1,4 @@
-"""Early stopping on agreement with the teacher, for which no labels are needed."""
+"""Early stopping by agreement with the teacher, which needs no labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from setfit_kd.models import embed, fit_head, resolve_c
 from setfit_kd.signals import TeacherSignals
-from setfit_kd.student.steps import MAX_HELD_OUT, evaluations_per_epoch, held_out_texts
+from setfit_kd.student.steps import MAX_HELD_OUT, evaluations_per_epoch, n_held_out
 from setfit_kd.training.callbacks import EvaluationCallback
 from setfit_kd.utils.arrays import sample_rows
 from setfit_kd.utils.console import show_progress
@@ -20,36 +20,42 @@ logger = logging.getLogger(__name__)
 
 
 def hold_out(
-    n: int, *, seed: int, spared: npt.NDArray[np.bool_] | None = None
+    n: int, *, seed: int, avoid: npt.NDArray[np.bool_] | None = None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows to train on and rows to hold out of a pool of n texts, both sorted; ``spared`` ones are held out last."""
-    count = held_out_texts(n)
+    """Split the rows of a pool into training rows and held-out rows, both sorted.
+
+    Args:
+        n: Number of texts in the pool.
+        seed: Random seed.
+        avoid: (n,) mask of rows to hold out only if there are too few others.
+    """
+    count = n_held_out(n)
     order = np.random.default_rng([seed, 6]).permutation(n)
-    if spared is not None:
-        order = np.concatenate([order[~spared[order]], order[spared[order]]])
+    if avoid is not None:
+        order = np.concatenate([order[~avoid[order]], order[avoid[order]]])
     return np.sort(order[count:]), np.sort(order[:count])
 
 
 def soft_agreement(teacher: npt.NDArray[np.floating], student: npt.NDArray[np.floating]) -> float:
-    """Mean probability that two (n, n_classes) distributions share, 0 to 1: one minus their total variation.
+    """Compute the mean overlap, 0 to 1, of two (n, n_classes) distributions: one minus their total variation distance.
 
-    Smoother than the share of equal classes, and so the better guide where few texts are held out.
+    It is smoother than the share of equal predictions, and so more reliable on few held-out texts.
     """
     return float(np.minimum(teacher, student).sum(axis=1).mean())
 
 
 @dataclass
 class AgreementCallback(EvaluationCallback):
-    """Stops training once the student agrees no better with the teacher, and keeps its best weights.
+    """Callback that stops training when agreement with the teacher stops improving, and keeps the best weights.
 
-    At each look a head is fitted on a sample of the training texts and compared with the teacher on held-out ones.
+    Each evaluation fits a head on a sample of the training texts and compares it with the teacher on held-out texts.
 
     Attributes:
         signals: The teacher's signals.
-        training_rows, held_out_rows: Rows of the signals, see `hold_out`.
+        training_rows, held_out_rows: Rows of the signals, from `hold_out`.
         head_c, balance: As in `RunConfig`.
-        encode_batch_size: Texts a forward pass.
-        seed: Of the sample.
+        encode_batch_size: Texts per forward pass.
+        seed: Random seed of the sample.
     """
 
     signals: TeacherSignals
@@ -61,13 +67,13 @@ class AgreementCallback(EvaluationCallback):
     seed: int
 
     def is_due(self, step: int, args: Any, state: Any) -> bool:
-        """At the end of a pass and, in a long one, at equal distances within it."""
-        steps_per_pass = max(1, round(state.max_steps / args.num_train_epochs))
-        looks = evaluations_per_epoch(steps_per_pass)
-        return bool(step * looks % steps_per_pass < looks)
+        """Evaluate at the end of each epoch, and at equal intervals within long epochs."""
+        steps_per_epoch = max(1, round(state.max_steps / args.num_train_epochs))
+        n_evaluations = evaluations_per_epoch(steps_per_epoch)
+        return bool(step * n_evaluations % steps_per_epoch < n_evaluations)
 
     def measure(self, step: int) -> float:
-        """The agreement."""
+        """Compute the agreement on the held-out texts."""
         sample = sample_rows(self.training_rows, MAX_HELD_OUT, seed=[self.seed, 9])
         rows = np.concatenate([sample, self.held_out_rows])
         with show_progress(None):
@@ -75,7 +81,7 @@ class AgreementCallback(EvaluationCallback):
                 self.body,
                 [self.signals.texts[row] for row in rows],
                 batch_size=self.encode_batch_size,
-                description="Comparing with teacher",
+                description="Measuring agreement",
             )
         head = fit_head(
             embeddings[: len(sample)],
@@ -85,11 +91,11 @@ class AgreementCallback(EvaluationCallback):
         )
         student = head.predict_proba(embeddings[len(sample) :])
         agreement = soft_agreement(self.signals.probabilities[self.held_out_rows], student)
-        logger.debug("Step %d: agreement with the teacher %.4f on held-out texts.", step, agreement)
+        logger.debug("Step %d: agreement with the teacher on held-out texts is %.4f.", step, agreement)
         return agreement
 
-    def restore(self) -> None:
-        """Put the best weights back."""
-        super().restore()
+    def restore_best_weights(self) -> None:
+        """Load the best weights into the body."""
+        super().restore_best_weights()
         if self.best_weights:
-            logger.info("The student agrees best with the teacher after step %d.", self.best_step)
+            logger.info("Restored the weights of step %d, which agree best with the teacher.", self.best_step)

@@ -1,4 +1,4 @@
-"""What a student's training asks of its pool and signals, told before anything is trained."""
+"""Checks of pool and signals before a student is trained."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from setfit_kd.signals import TeacherSignals
 
 
 def check_pool(pool_size: int, config: StudentConfig) -> None:
-    """Refuse texts, those of the pool and the labeled ones, that do not fill one batch.
+    """Check that the texts, pool and labeled texts together, fill at least one batch.
 
     Raises:
-        DataError: It does not.
+        DataError: If they do not.
     """
     if pool_size < config.batch_size:
         raise DataError(
-            f"There are {pool_size} texts to learn from, fewer than one batch of {config.batch_size}.",
-            hint=f"Give more texts by --unlabeled, or --batch-size {max(pool_size, 4)} or less.",
+            f"Expected at least one batch of {config.batch_size} training texts, got {pool_size}.",
+            hint=f"Add texts with --unlabeled, or use --batch-size {max(pool_size, 4)} or less.",
         )
 
 
 def check_embeddings(signals: TeacherSignals, config: StudentConfig) -> None:
-    """Refuse signals without the teacher's embeddings where the objective needs them.
-
-    Raises:
-        DataError: It does, and there are none.
+    """Check that the signals have the teacher's embeddings if the objective needs them.
 
     Args:
-        signals: What a student shall learn from.
-        config: How; an objective that is not given needs none.
+        signals: The signals to train a student on.
+        config: The student's settings. If the objective is None, embeddings are not needed.
+
+    Raises:
+        DataError: If the objective needs embeddings and the signals have none.
     """
     if signals.embeddings is None and set(parse_objectives(config.objective or "soft-labels")) != {"soft-labels"}:
         raise DataError(
-            f"The signals of {signals.origin} hold no embeddings, which the objective needs.",
-            hint="Take --objective soft-labels, or score the pool by a SetFit teacher.",
+            f"The signals of {signals.origin} have no embeddings, which the objective needs.",
+            hint="Use --objective soft-labels, or score the pool with a SetFit teacher.",
         )

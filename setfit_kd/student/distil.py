@@ -1,4 +1,4 @@
-"""From signals to a student."""
+"""Train a student on a teacher's signals."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ def train_student(
     """Distil a teacher's signals into a student; the teacher itself is not needed.
 
     Args:
-        signals: The teacher's signals over the pool.
-        student: The body: a hub name, a folder, ``demo:all-MiniLM-L6-v2``, any of them after ``transformer:`` to be
-            trained end to end, or a loaded body, which is changed in place.
-        labeled: Texts with gold labels, which the head is fitted on too. A transformer trained on soft labels alone
-            learns from those that the signals lack as well, by their one-hot labels; not at ``alpha`` 0.
-        config: The settings; any of them may also be given by keyword, as in ``train_student(..., epochs=5)``.
-        checkpoints: Folder in which the training's state is kept from time to time. A training that finds the state of
-            an earlier one there goes on from it: give a folder to one training alone.
+        signals: The teacher's signals on the pool.
+        student: The body: a hub name, a folder or ``demo:all-MiniLM-L6-v2``, with the prefix ``transformer:`` to train
+            it end to end; or a loaded body, which is trained in place.
+        labeled: Texts with gold labels, which are also used to fit the head. A transformer trained on soft labels only
+            is also trained on those without signals, with one-hot labels, unless ``alpha`` is 0.
+        config: The settings. Each can also be passed by keyword, as in ``train_student(..., epochs=5)``.
+        checkpoints: Folder for checkpoints. If it holds checkpoints of an interrupted training, training resumes from
+            them, so each training needs its own folder.
 
     Returns:
-        A `setfit.SetFitModel` with a fitted `sklearn.linear_model.LogisticRegression`; of a transformer, that is its
-        last layer.
+        A `setfit.SetFitModel` with a fitted `sklearn.linear_model.LogisticRegression`; for a transformer, the head has
+        the weights of its last layer.
 
     Raises:
-        ConfigError: A setting is unknown or out of range.
-        DataError: The pool is smaller than a batch, or labels do not match.
-        ModelError: The body does not load.
-        OutOfMemoryError: Not even one text at once fits, on the CPU neither.
-        TrainingError: The loss or the weights are no longer finite.
-        UnavailableError: The hub cannot be reached.
+        ConfigError: If a setting is unknown or out of range.
+        DataError: If the pool is smaller than a batch, or the labels do not match the signals.
+        ModelError: If the body cannot be loaded.
+        OutOfMemoryError: If memory runs out even with one text at a time, also on the CPU.
+        TrainingError: If the loss or the weights are not finite.
+        UnavailableError: If the hub cannot be reached.
     """
     config = StudentConfig.merged(config, settings)
     check_pool(len(signals), config)
@@ -66,8 +66,8 @@ def train_student(
     gold = labeled
     if gold is not None and gold.label_names != signals.label_names:
         raise DataError(
-            f"The labels {', '.join(gold.label_names)} are not the teacher's: {', '.join(signals.label_names)}.",
-            hint="Give the same classes in the same order.",
+            f"The classes must be the teacher's ({', '.join(signals.label_names)}), got {', '.join(gold.label_names)}.",
+            hint="Use the same classes in the same order.",
         )
     if config.objective is None and signals.embeddings is None:
         config = config.model_copy(update={"objective": "soft-labels"})
@@ -80,18 +80,18 @@ def train_student(
         body = student
     config = config.with_family_defaults(family_of(body))
     if gold is not None and trains_on_labeled_texts(family_of(body), config):
-        signals = _with_labels(signals, gold.take(rows_without_signals(signals, gold)))
+        signals = _append_labeled(signals, gold.take(rows_without_signals(signals, gold)))
 
     with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
         from setfit_kd.student.trainer import StudentTrainer
         from setfit_kd.training.loop import train
 
-        def make(settled: StudentConfig, device: torch.device, scratch: str) -> StudentTrainer:
-            return StudentTrainer(new_model(body, signals.label_names), signals, gold, settled, device, scratch)
+        def make_trainer(config: StudentConfig, device: torch.device, folder: str) -> StudentTrainer:
+            return StudentTrainer(new_model(body, signals.label_names), signals, gold, config, device, folder)
 
         return train(
             body,
-            make,
+            make_trainer,
             config,
             device=device,
             texts=signals.texts,
@@ -103,13 +103,13 @@ def train_student(
 
 
 def rows_without_signals(signals: TeacherSignals, labeled: LabeledSet) -> list[int]:
-    """Rows of labeled texts that the signals lack (see `normalise`), each text once."""
-    known = set(map(normalise, signals.texts))
-    return list({key: row for row, key in enumerate(map(normalise, labeled.texts)) if key not in known}.values())
+    """Find the rows of the labeled texts without signals (compared by `normalise`), each text once."""
+    scored = set(map(normalise, signals.texts))
+    return list({text: row for row, text in enumerate(map(normalise, labeled.texts)) if text not in scored}.values())
 
 
-def _with_labels(signals: TeacherSignals, labeled: LabeledSet) -> TeacherSignals:
-    """Signals without embeddings, followed by labeled texts with one-hot probabilities."""
+def _append_labeled(signals: TeacherSignals, labeled: LabeledSet) -> TeacherSignals:
+    """Append labeled texts with one-hot probabilities to signals, without the embeddings."""
     one_hot = np.eye(len(labeled.label_names), dtype=np.float32)[labeled.labels]
     probabilities = np.concatenate([signals.probabilities, one_hot])
     return replace(signals, texts=[*signals.texts, *labeled.texts], probabilities=probabilities, embeddings=None)

@@ -1,4 +1,4 @@
-"""The bodies a student may have: a model, layers cut out of one, or a vector a token."""
+"""Kinds of student bodies: a model, layers of a model, or static embeddings."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from setfit_kd.models import (
     check_static_teacher,
     cut_layers,
     family_of,
-    locate,
     locate_body,
+    locate_model,
     n_layers,
     static_body,
     to_distilbert,
@@ -35,190 +35,193 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreparedStudent:
-    """A student's body that only has to be made.
+    """A student whose body is ready to be built.
 
     Attributes:
-        make: From the fine-tuned teacher's body, the pool's texts and a device to the student's body, untrained. There
-            need be no teacher where ``reads`` is given.
-        reads_texts: Whether the pool's texts, and a model that embeds its vocabulary, are needed in making it.
-        reads: The body that it is made from; None where that is the fine-tuned teacher's.
-        family: Which it is of.
+        build: Function of the fine-tuned teacher's body, the pool's texts and a device that returns the student's
+            untrained body. The teacher's body may be None if ``source_body`` is not None.
+        needs_texts: Whether ``build`` uses the pool's texts and embeds a vocabulary.
+        source_body: The body that the student's is built from; None for the fine-tuned teacher's.
+        family: Family of the student's body.
     """
 
-    make: Callable[[SentenceTransformer | None, Sequence[str], torch.device], SentenceTransformer]
-    reads_texts: bool = False
-    reads: SentenceTransformer | None = None
+    build: Callable[[SentenceTransformer | None, Sequence[str], torch.device], SentenceTransformer]
+    needs_texts: bool = False
+    source_body: SentenceTransformer | None = None
     family: Family = "setfit"
 
 
 @dataclass(frozen=True)
 class StudentSource:
-    """Where a student's body comes from."""
+    """Source of a student's body."""
 
     _prepare: Callable[[SentenceTransformer | None, Sequence[str], int], PreparedStudent]
 
     def prepare(
         self, teacher: SentenceTransformer | None, label_names: Sequence[str] = (), *, seed: int = 0
     ) -> PreparedStudent:
-        """Load and check all that there is before the teacher, as it comes, is fine-tuned.
+        """Load and check everything that is available before the teacher is fine-tuned.
 
         Args:
-            teacher: Its body; None where signals come from elsewhere.
+            teacher: The teacher's body before fine-tuning; None if the signals come from elsewhere.
             label_names: Names of the classes, for students of the transformer family.
-            seed: Of what such a student has no weights for.
+            seed: Random seed for weights that such a student's model does not have.
 
         Raises:
-            ConfigError: It is made of the teacher, and there is none.
-            ModelError: A body does not load, or does not have what is asked for.
+            ConfigError: If the student is built from the teacher and there is no teacher.
+            ModelError: If a body cannot be loaded, or does not have the requested layers or dimensions.
         """
         return self._prepare(teacher, label_names, seed)
 
 
-def _loaded(body: SentenceTransformer) -> PreparedStudent:
-    """A student whose body needs nothing of the fine-tuned teacher."""
-    return PreparedStudent(lambda *_: body, reads=body, family=family_of(body))
+def _from_body(body: SentenceTransformer) -> PreparedStudent:
+    """Prepare a student whose body does not depend on the fine-tuned teacher."""
+    return PreparedStudent(lambda *_: body, source_body=body, family=family_of(body))
 
 
 def _require_teacher(teacher: SentenceTransformer | None) -> SentenceTransformer:
     if teacher is None:
         raise ConfigError(
-            "There is no teacher to make the student of.", hint="Name the model: layers:3@NAME, or static@NAME."
+            "Cannot build the student from the teacher: this run has no teacher.",
+            hint="Name a model, as in layers:3@NAME or static@NAME.",
         )
     return teacher
 
 
 def _model(source: BodySource) -> StudentSource:
-    """A model of its own."""
-    return StudentSource(lambda _, label_names, seed: _loaded(source.load(label_names, seed=seed)))
+    """Source of a body loaded from a model."""
+    return StudentSource(lambda _, label_names, seed: _from_body(source.load(label_names, seed=seed)))
 
 
 def _blank(folder: Path) -> StudentSource:
-    """An untrained transformer."""
+    """Source of an untrained transformer."""
     return StudentSource(
-        lambda teacher, label_names, seed: _loaded(untrained_transformer(folder, label_names, like=teacher, seed=seed))
+        lambda teacher, label_names, seed: _from_body(
+            untrained_transformer(folder, label_names, teacher=teacher, seed=seed)
+        )
     )
 
 
-def _layers(written: str, other: BodySource | None) -> StudentSource:
-    """Layers cut out of the teacher or of another model: those named, or a number evenly spread.
+def _layers(spec: str, model: BodySource | None) -> StudentSource:
+    """Source of a body with some layers of the teacher or of another model: listed, or a number spread evenly.
 
-    Of a SetFit teacher, as it comes; of a transformer, as it is fine-tuned, since its last layer goes along.
+    The layers of a SetFit teacher are copied before fine-tuning; those of a transformer after it, together with the
+    last layer.
     """
-    match = re.fullmatch(r"([1-9][0-9]{0,3}|[0-9]{1,4}(?:,[0-9]{1,4})+)(:distilbert)?", written)
+    match = re.fullmatch(r"([1-9][0-9]{0,3}|[0-9]{1,4}(?:,[0-9]{1,4})+)(:distilbert)?", spec)
     if match is None:
         raise ConfigError(
-            f"{'layers:' + written!r} does not name layers.",
-            hint="Write them as in layers:0,2,5, or how many as in layers:3; of another model: layers:3@NAME; a BERT's "
-            "as a DistilBERT: layers:6:distilbert.",
+            f"Expected layer numbers or a number of layers, got {'layers:' + spec!r}.",
+            hint="Write layers:0,2,5 or layers:3; for another model's layers, layers:3@NAME; for a DistilBERT with the "
+            "layers of a BERT, layers:6:distilbert.",
         )
     numbers = tuple(int(part) for part in match[1].split(","))
     cut = to_distilbert if match[2] else cut_layers
 
     def prepare(teacher: SentenceTransformer | None, label_names: Sequence[str], seed: int) -> PreparedStudent:
-        whole = _require_teacher(teacher) if other is None else other.load(label_names, seed=seed)
-        layers = numbers if len(numbers) > 1 else spread_evenly(numbers[0], n_layers(whole))
-        body = cut(whole, layers)  # what cannot be cut is told before anything is trained
-        if other is None and family_of(whole) == "transformer":
+        source = _require_teacher(teacher) if model is None else model.load(label_names, seed=seed)
+        layers = numbers if len(numbers) > 1 else spread_evenly(numbers[0], n_layers(source))
+        body = cut(source, layers)  # raises errors before anything is trained
+        if model is None and family_of(source) == "transformer":
             return PreparedStudent(lambda tuned, *_: cut(_require_teacher(tuned), layers), family="transformer")
-        return _loaded(body)
+        return _from_body(body)
 
     return StudentSource(prepare)
 
 
-def _static(written: str, other: BodySource | None) -> StudentSource:
-    """A vector a token, taken from the fine-tuned teacher, or from another model."""
-    if written and (not re.fullmatch(r"[0-9]{1,5}", written) or int(written) < 2):
+def _static(spec: str, model: BodySource | None) -> StudentSource:
+    """Source of static embeddings computed by the fine-tuned teacher or by another model."""
+    if spec and (not re.fullmatch(r"[0-9]{1,5}", spec) or int(spec) < 2):
         raise ConfigError(
-            f"{'static:' + written!r} does not name a number of dimensions.",
-            hint="Write static, or static:256; with another model's vectors: static:256@NAME.",
+            f"Expected a number of dimensions, at least 2, got {'static:' + spec!r}.",
+            hint="Write static or static:256; for another model's embeddings, static:256@NAME.",
         )
-    dimension = int(written) if written else DEFAULT_DIMENSION
+    dimension = int(spec) if spec else DEFAULT_DIMENSION
 
     def prepare(teacher: SentenceTransformer | None, label_names: Sequence[str], seed: int) -> PreparedStudent:
-        own = None if other is None else other.load(label_names, seed=seed)
-        check_static_teacher(_require_teacher(teacher) if own is None else own, dimension)
+        source_body = None if model is None else model.load(label_names, seed=seed)
+        check_static_teacher(_require_teacher(teacher) if source_body is None else source_body, dimension)
 
-        def make(
-            fine_tuned: SentenceTransformer | None, texts: Sequence[str], device: torch.device
-        ) -> SentenceTransformer:
-            if own is None:
-                return static_body(_require_teacher(fine_tuned), texts, dimension=dimension)
-            move_model(own, device, phase="Making student")
+        def build(tuned: SentenceTransformer | None, texts: Sequence[str], device: torch.device) -> SentenceTransformer:
+            if source_body is None:
+                return static_body(_require_teacher(tuned), texts, dimension=dimension)
+            move_model(source_body, device, phase="Creating student")
             try:
-                return static_body(own, texts, dimension=dimension)
+                return static_body(source_body, texts, dimension=dimension)
             finally:
-                own.to("cpu")
+                source_body.to("cpu")
 
-        return PreparedStudent(make, reads_texts=True, reads=own)
+        return PreparedStudent(build, needs_texts=True, source_body=source_body)
 
     return StudentSource(prepare)
 
 
 _KINDS = {"layers": _layers, "static": _static}
-_BLANK = "blank:"
+_BLANK_PREFIX = "blank:"
 
 
 def locate_student(name: str) -> StudentSource:
-    """Where the student of this name comes from; finds or downloads models, and loads none.
+    """Find the source of a student by its name; download models if necessary, but do not load them.
 
     Args:
-        name: A hub name or folder, after ``transformer:`` to be trained end to end; ``layers:0,2,5`` or ``layers:3``
-            for layers of the teacher, ``layers:3:distilbert`` for a BERT's in a DistilBERT, ``static`` or
-            ``static:256`` for a vector a token, each with ``@NAME`` to take them from another model; ``blank:CONFIG``
-            for an untrained transformer.
+        name: A hub name or folder, with the prefix ``transformer:`` to train it end to end; ``layers:0,2,5`` or
+            ``layers:3`` for layers of the teacher, ``layers:3:distilbert`` for a DistilBERT with layers of a BERT,
+            ``static`` or ``static:256`` for static embeddings, each with ``@NAME`` to use another model than the
+            teacher; or ``blank:CONFIG`` for an untrained transformer.
 
     Raises:
-        ConfigError: It is written wrongly.
-        ModelError: A folder holds no model.
-        UnavailableError: The hub cannot be reached.
+        ConfigError: If the name is malformed.
+        ModelError: If a folder does not contain a model.
+        UnavailableError: If the hub cannot be reached.
     """
     match = re.fullmatch(rf"({'|'.join(_KINDS)})(?::([^@]*))?(?:@(.+))?", name)
-    if name.startswith(_BLANK) and not Path(name).is_dir():
-        return _blank(locate(name.removeprefix(_BLANK)))
+    if name.startswith(_BLANK_PREFIX) and not Path(name).is_dir():
+        return _blank(locate_model(name.removeprefix(_BLANK_PREFIX)))
     if match is None or Path(name).is_dir():
         return _model(locate_body(name))
-    kind, written, other = match.groups()
-    source = _KINDS[kind](written or "", None)  # what is written wrongly is told before anything is downloaded
-    return source if other is None else _KINDS[kind](written or "", locate_body(other))
+    kind, spec, model = match.groups()
+    source = _KINDS[kind](spec or "", None)  # raises errors in the spec before anything is downloaded
+    return source if model is None else _KINDS[kind](spec or "", locate_body(model))
 
 
 def spread_evenly(number: int, total: int) -> tuple[int, ...]:
-    """``number`` of ``total`` layers, the first and the last among them: (3, 6) to (0, 2, 5).
+    """Choose ``number`` of ``total`` layers at equal distances, including the first and the last: (3, 6) to (0, 2, 5).
 
-    More than there are are asked for as they stand, to be refused where layers are cut.
+    If ``number`` is larger than ``total``, return the indices 0 to ``number`` - 1, which cutting the layers rejects.
     """
     if number > total:
         return tuple(range(number))
     return tuple(int(index) for index in np.linspace(0, total - 1, number).round())
 
 
-def student_body(
+def build_student_body(
     source: StudentSource, *, teacher: SentenceTransformer, texts: Sequence[str] = ()
 ) -> SentenceTransformer:
-    """A student's body, untrained, on the CPU or where the teacher is.
+    """Build a student's untrained body, on the CPU or on the teacher's device.
 
     Args:
-        source: What `locate_student` says.
+        source: The source, from `locate_student`.
         teacher: The teacher's body.
-        texts: The pool, for the weights of a static body.
+        texts: The pool, to weight the tokens of static embeddings.
 
     Raises:
-        ModelError: The body does not load, or does not have what is asked for.
+        ModelError: If the body cannot be loaded, or does not have the requested layers or dimensions.
     """
-    return source.prepare(teacher).make(teacher, texts, teacher.device)
+    return source.prepare(teacher).build(teacher, texts, teacher.device)
 
 
 def folder_names(names: Sequence[str]) -> list[str]:
-    """A folder's name for each of several students, no two alike."""
-    found: list[str] = []  # no two alike where capitals make no difference to files, either
+    """Derive a distinct folder name for each of several students or teachers."""
+    slugs: list[str] = []
     for name in names:
         kind, _, model = name.partition("@") if name.startswith(tuple(_KINDS)) else ("", "", name)
-        family, _, model = model.partition(":") if model.startswith((TRANSFORMER_PREFIX, _BLANK)) else ("", "", model)
+        has_prefix = model.startswith((TRANSFORMER_PREFIX, _BLANK_PREFIX))
+        family, _, model = model.partition(":") if has_prefix else ("", "", model)
         last = model.removeprefix("demo:").rstrip("/").rpartition("/")[2]
         parts = "-".join(part for part in (kind, family, last) if part)
         slug = base = re.sub(r"[^\w.-]+", "-", parts).strip(".-") or "student"
         number = 2
-        while slug.lower() in map(str.lower, found):
+        while slug.lower() in map(str.lower, slugs):  # some file systems ignore case
             slug, number = f"{base}-{number}", number + 1
-        found.append(slug)
-    return found
+        slugs.append(slug)
+    return slugs

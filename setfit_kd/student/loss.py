@@ -1,4 +1,4 @@
-"""From a config and signals to what a student is trained on, and by which objective."""
+"""Create the loss that a student is trained with from its config and the signals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from setfit_kd.losses import (
 from setfit_kd.models import embed, family_of, fit_head, last_layer, resolve_c, softmax_weights
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.student.checks import check_embeddings
-from setfit_kd.student.steps import START_TEXTS
+from setfit_kd.student.steps import MAX_INIT_TEXTS
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -32,7 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """All that an in-batch objective may be made of; ``rows`` of the signals are trained on, ``gold`` is of all."""
+    """Inputs of every loss.
+
+    Attributes:
+        body: The student's body.
+        signals: The teacher's signals on n texts.
+        rows: Rows of the signals to train on.
+        gold: (n,) gold class of each text, or `NO_GOLD`.
+        config: The student's settings.
+    """
 
     body: SentenceTransformer
     signals: TeacherSignals
@@ -42,28 +50,28 @@ class LossInputs:
 
     @property
     def options(self) -> LossOptions:
-        """How objectives pass texts through the body."""
+        """Keyword arguments of every loss."""
         return {"dropout": resolved(self.config.dropout), "micro_batch_size": self.config.micro_batch_size}
 
     @property
     def teacher_embeddings(self) -> npt.NDArray[np.floating]:
-        """(n, d) of the teacher.
+        """(n, d) embeddings of the teacher.
 
         Raises:
-            DataError: The signals hold none.
+            DataError: If the signals have no embeddings.
         """
         check_embeddings(self.signals, self.config)
         assert self.signals.embeddings is not None
         return self.signals.embeddings
 
     @cached_property
-    def start(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.floating]]:
-        """Some rows of the signals, and the untrained student's embeddings of their texts."""
+    def initial_embeddings(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.floating]]:
+        """A sample of the training rows, and the untrained student's embeddings of their texts."""
         rng = np.random.default_rng([self.config.seed, 5])
-        rows = np.sort(rng.permutation(self.rows)[:START_TEXTS])
+        rows = np.sort(rng.permutation(self.rows)[:MAX_INIT_TEXTS])
         texts = [self.signals.texts[row] for row in rows]
         batch_size = self.config.encode_batch_size
-        return rows, embed(self.body, texts, batch_size=batch_size, description="Starting head")
+        return rows, embed(self.body, texts, batch_size=batch_size, description="Initialising loss")
 
     @property
     def dimension(self) -> int:
@@ -72,36 +80,36 @@ class LossInputs:
         return dimension or len(self.body.encode("a", show_progress_bar=False))
 
 
-def _similarity(given: LossInputs) -> BatchLoss:
-    return SimilarityLoss(given.body, given.teacher_embeddings, **given.options)
+def _similarity(inputs: LossInputs) -> BatchLoss:
+    return SimilarityLoss(inputs.body, inputs.teacher_embeddings, **inputs.options)
 
 
-def _embedding(given: LossInputs) -> BatchLoss:
-    objective = EmbeddingLoss(given.body, given.teacher_embeddings, dimension=given.dimension, **given.options)
-    if given.dimension != given.teacher_embeddings.shape[1]:
-        rows, embeddings = given.start
-        objective.start_from(embeddings, given.teacher_embeddings[rows])
-    return objective
+def _embedding(inputs: LossInputs) -> BatchLoss:
+    loss = EmbeddingLoss(inputs.body, inputs.teacher_embeddings, dimension=inputs.dimension, **inputs.options)
+    if inputs.dimension != inputs.teacher_embeddings.shape[1]:
+        rows, embeddings = inputs.initial_embeddings
+        loss.init_projection(embeddings, inputs.teacher_embeddings[rows])
+    return loss
 
 
-def _soft_labels(given: LossInputs) -> BatchLoss:
-    signals, config = given.signals, given.config
-    objective = SoftLabelLoss(
-        given.body,
+def _soft_labels(inputs: LossInputs) -> BatchLoss:
+    signals, config = inputs.signals, inputs.config
+    loss = SoftLabelLoss(
+        inputs.body,
         signals.probabilities,
-        dimension=given.dimension,
-        gold=given.gold if (given.gold != NO_GOLD).any() else None,
+        dimension=inputs.dimension,
+        gold=inputs.gold if (inputs.gold != NO_GOLD).any() else None,
         temperature=resolved(config.temperature),
         alpha=config.alpha,
-        **given.options,
+        **inputs.options,
     )
-    if family_of(given.body) == "transformer":
-        objective.head = last_layer(given.body)
-        return objective
-    rows, embeddings = given.start
+    if family_of(inputs.body) == "transformer":
+        loss.head = last_layer(inputs.body)
+        return loss
+    rows, embeddings = inputs.initial_embeddings
     head = fit_head(embeddings, signals.probabilities[rows], C=resolve_c(config.head_c), balance=config.balance)
-    objective.start_from(*softmax_weights(head))
-    return objective
+    loss.init_head(*softmax_weights(head))
+    return loss
 
 
 _LOSSES: dict[str, Callable[[LossInputs], BatchLoss]] = {
@@ -111,18 +119,18 @@ _LOSSES: dict[str, Callable[[LossInputs], BatchLoss]] = {
 }
 
 
-def create_loss(given: LossInputs) -> BatchLoss:
-    """The objective that the config names, on the body's device; labels are rows of the signals."""
-    weights = parse_objectives(resolved(given.config.objective))
-    parts = [(weight, _LOSSES[name](given)) for name, weight in weights.items()]
+def create_loss(inputs: LossInputs) -> BatchLoss:
+    """Create the loss of the config's objective, on the body's device; its labels are rows of the signals."""
+    weights = parse_objectives(resolved(inputs.config.objective))
+    parts = [(weight, _LOSSES[name](inputs)) for name, weight in weights.items()]
     (first_weight, first), *others = parts
-    objective = first if first_weight == 1 and not others else WeightedSumLoss(given.body, parts, **given.options)
-    return objective.to(given.body.device)
+    loss = first if first_weight == 1 and not others else WeightedSumLoss(inputs.body, parts, **inputs.options)
+    return loss.to(inputs.body.device)
 
 
 def match_gold_labels(
     signals: TeacherSignals, texts: list[str], labels: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """(n,) gold class of each of the signals' texts, `NO_GOLD` where no labeled text is the same (see `normalise`)."""
+    """Find the (n,) gold class of each text of the signals; `NO_GOLD` if no labeled text is equal by `normalise`."""
     label_of = dict(zip(map(normalise, texts), labels.tolist(), strict=True))
     return np.array([label_of.get(normalise(text), NO_GOLD) for text in signals.texts], np.int64)

@@ -1,41 +1,50 @@
-"""How many steps a student's training takes at most."""
+"""Number of steps and evaluations of a student's training."""
 
 from __future__ import annotations
 
 from setfit_kd.config import Family, RunConfig, StudentConfig, parse_objectives, resolved
 
-HEAD_TEXTS = 20_000
-"""Most pool texts that a head is fitted on; a linear head gains nothing from more, and each must be embedded."""
-START_TEXTS = 256
-"""Pool texts that what an objective trains beside the body is fitted on before training; it goes on from there."""
+MAX_HEAD_TEXTS = 20_000
+"""Maximum number of pool texts to fit a head on. More do not improve a linear head, and each must be embedded."""
+MAX_INIT_TEXTS = 256
+"""Maximum number of pool texts to fit a loss's initial weights on, before they are trained with the body."""
 HELD_OUT_SHARE, MAX_HELD_OUT, MIN_HELD_OUT = 0.1, 500, 16
 EVALUATION_STEPS = 500
-"""About so many steps lie between two looks at the held-out texts; a look comes at the end of each pass at least."""
+"""Approximate number of steps between two evaluations; there is one at the end of each epoch in any case."""
 
 
-def held_out_texts(pool_size: int) -> int:
-    """How many of a pool's texts early stopping holds out."""
+def n_held_out(pool_size: int) -> int:
+    """Number of pool texts that early stopping holds out."""
     return int(min(max(HELD_OUT_SHARE * pool_size, min(MIN_HELD_OUT, pool_size // 2)), MAX_HELD_OUT))
 
 
 def evaluations_per_epoch(steps: int) -> int:
-    """How often a pass of so many steps is interrupted, or ended, by a look at the held-out texts."""
+    """Number of evaluations in an epoch of ``steps`` steps."""
     return max(1, round(steps / EVALUATION_STEPS))
 
 
 def has_trained_head(family: Family, config: StudentConfig) -> bool:
-    """Whether a student comes out of its training with a head: a transformer whose last layer an objective trains."""
+    """Return whether the head is trained with the body: a transformer whose last layer the objective trains."""
     return family == "transformer" and "soft-labels" in parse_objectives(resolved(config.objective))
 
 
 def trains_on_labeled_texts(family: Family, config: StudentConfig) -> bool:
-    """Whether a student's body is trained on labeled texts without signals: a transformer that needs no embeddings."""
+    """Return whether the body is trained on labeled texts without signals: a transformer trained on soft labels only.
+
+    With ``alpha`` 0, it is not.
+    """
     objectives = set(parse_objectives(resolved(config.objective)))
     return family == "transformer" and config.alpha > 0 and objectives == {"soft-labels"}
 
 
 def labels_only_config(config: RunConfig, pool_size: int, unseen: int = 0) -> RunConfig:
-    """How a transformer student's body is trained on hard labels alone, to compare: as the student, for its steps."""
+    """Create the config of a transformer student's baseline: trained on the labels only, for as many steps.
+
+    Args:
+        config: The run's config.
+        pool_size: Number of texts with signals.
+        unseen: Number of labeled texts without signals.
+    """
     student = config.with_family_defaults("transformer")
     pool_size += unseen if trains_on_labeled_texts("transformer", student) else 0
     return config.model_copy(
@@ -49,14 +58,14 @@ def labels_only_config(config: RunConfig, pool_size: int, unseen: int = 0) -> Ru
 
 
 def student_batch_texts(config: StudentConfig) -> int:
-    """Texts in a whole batch."""
+    """Number of texts in a full batch."""
     return config.batch_size * (2 if config.objective == "pairs" else 1)
 
 
 def student_steps(config: StudentConfig, pool_size: int) -> int:
-    """Steps of training a student's body on ``pool_size`` texts."""
-    texts = pool_size - (held_out_texts(pool_size) if config.patience is not None else 0)
+    """Maximum number of training steps of a student on ``pool_size`` texts."""
+    texts = pool_size - (n_held_out(pool_size) if config.patience is not None else 0)
     if config.objective == "pairs":
         return config.epochs * -(-texts * config.num_iterations // config.batch_size)
     full, rest = divmod(texts, config.batch_size)
-    return config.epochs * (full + (rest > 1))  # a last text alone has no pair
+    return config.epochs * (full + (rest > 1))  # a last batch of one text has no pair and is dropped

@@ -1,4 +1,4 @@
-"""SetFit's distillation trainer made right: true targets, in memory O(pool), and a head on soft labels."""
+"""SetFit's distillation trainer, with the teacher's cosines as targets, O(pool) memory and a head on soft labels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from setfit_kd.models import (
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.student.agreement import AgreementCallback, hold_out
 from setfit_kd.student.loss import LossInputs, create_loss, match_gold_labels
-from setfit_kd.student.steps import HEAD_TEXTS, has_trained_head
+from setfit_kd.student.steps import MAX_HEAD_TEXTS, has_trained_head
 from setfit_kd.training.loop import inner_trainer_options, resolve_learning_rate, training_arguments
 from setfit_kd.utils.arrays import sample_rows
 
@@ -42,15 +42,15 @@ LEARNING_RATE = 3e-4
 
 
 class StudentTrainer(DistillationTrainer):
-    """Trains a SetFit model from a teacher's signals; the teacher itself is never needed.
+    """Trainer of a SetFit model on a teacher's signals; the teacher itself is not needed.
 
     Args:
-        model: The student, head unfitted.
-        signals: The teacher's signals over the pool.
-        labeled: Texts with gold labels, where there are any.
-        config: How, with its precision settled.
-        device: Where.
-        output_dir: A folder for what the inner trainer may write.
+        model: The student, without a fitted head.
+        signals: The teacher's signals on the pool.
+        labeled: Texts with gold labels, if any.
+        config: The settings, with the precision resolved.
+        device: Device to train on.
+        output_dir: Folder for files of the inner trainer.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class StudentTrainer(DistillationTrainer):
             output_dir,
             batch_size=config.batch_size,
             epochs=config.epochs,
-            learning_rate=resolve_learning_rate(config.learning_rate, model.model_body, usual=LEARNING_RATE),
+            learning_rate=resolve_learning_rate(config.learning_rate, model.model_body, default=LEARNING_RATE),
             num_iterations=config.num_iterations,
             seed=config.seed,
             precision=config.precision,
@@ -80,13 +80,13 @@ class StudentTrainer(DistillationTrainer):
         if labeled is not None:
             self.gold = match_gold_labels(signals, labeled.texts, labeled.labels)
         self.rows = np.arange(len(signals))
-        self.early_stop: AgreementCallback | None = None
+        self.agreement_callback: AgreementCallback | None = None
         if config.patience is not None:
-            self.early_stop = self._make_early_stop(config.patience)
+            self.agreement_callback = self._add_early_stopping(config.patience)
 
-    def _make_early_stop(self, patience: int) -> AgreementCallback:
-        self.rows, held_out = hold_out(len(self.signals), seed=self.config.seed, spared=self.gold != NO_GOLD)
-        stop = AgreementCallback(
+    def _add_early_stopping(self, patience: int) -> AgreementCallback:
+        self.rows, held_out = hold_out(len(self.signals), seed=self.config.seed, avoid=self.gold != NO_GOLD)
+        callback = AgreementCallback(
             self.model.model_body,
             patience,
             self.signals,
@@ -97,41 +97,41 @@ class StudentTrainer(DistillationTrainer):
             encode_batch_size=self.config.encode_batch_size,
             seed=self.config.seed,
         )
-        self.st_trainer.add_callback(stop)
-        return stop
+        self.st_trainer.add_callback(callback)
+        return callback
 
     def dataset_to_parameters(self, dataset: Dataset | None) -> list[Any]:
-        """The pool's texts. They are not SetFit's ``train_dataset``: it would map over every one for its model card."""
+        """Return the pool's texts; as SetFit's ``train_dataset``, each would be processed for its model card."""
         return [self.signals.texts]
 
     def get_dataset(
         self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
     ) -> tuple[Dataset, nn.Module]:
-        """The texts to train on with the objective that the config names."""
-        given = LossInputs(self.model.model_body, self.signals, self.rows, self.gold, self.config)
-        x = shorten_texts(given.body, x)
+        """Create the training dataset and the loss of the config's objective."""
+        inputs = LossInputs(self.model.model_body, self.signals, self.rows, self.gold, self.config)
+        x = shorten_texts(inputs.body, x)
         if self.config.objective == "pairs":
             left, right, cosines = draw_pairs(
-                given.teacher_embeddings, pairs_per_text=args.num_iterations, seed=args.seed, rows=self.rows
+                inputs.teacher_embeddings, pairs_per_text=args.num_iterations, seed=args.seed, rows=self.rows
             )
             columns = {"sentence_1": [x[row] for row in left], "sentence_2": [x[row] for row in right]}
-            return Dataset.from_dict({**columns, "label": cosines}), PairSimilarityLoss(given.body, **given.options)
-        # A last batch of one text would have no pair.
+            return Dataset.from_dict({**columns, "label": cosines}), PairSimilarityLoss(inputs.body, **inputs.options)
+        # A last batch of one text has no pair.
         self.st_trainer.args.dataloader_drop_last = len(self.rows) % args.embedding_batch_size == 1
         columns = {"sentence": [x[row] for row in self.rows], "label": self.rows.tolist()}
-        return Dataset.from_dict(columns), create_loss(given)
+        return Dataset.from_dict(columns), create_loss(inputs)
 
     def train_embeddings(self, *args: Any, **kwargs: Any) -> None:
-        """Train the body; with early stopping, its best weights are kept."""
+        """Train the body; with early stopping, restore its best weights."""
         with _frozen_embeddings(self.model.model_body, resolved(self.config.freeze_embeddings)):
             super().train_embeddings(*args, **kwargs)
-        if self.early_stop is not None:
-            self.early_stop.restore()
+        if self.agreement_callback is not None:
+            self.agreement_callback.restore_best_weights()
 
     def train_classifier(self, x_train: list[str], args: TrainingArguments | None = None) -> None:
-        """Fit the head on the teacher's soft labels and, weighing more, the gold labels.
+        """Fit the head on the teacher's soft labels and, with a larger weight, on the gold labels.
 
-        A transformer that was trained on them has its own.
+        A transformer trained on soft labels has a head already: its last layer.
         """
         if has_trained_head(family_of(self.model.model_body), self.config):
             self.model.model_head = get_head(self.model.model_body)
@@ -141,42 +141,45 @@ class StudentTrainer(DistillationTrainer):
             self.model.model_body, texts, batch_size=self.config.encode_batch_size, description="Fitting head"
         )
         gold = self._gold_set
-        strength = resolve_c(
+        c = resolve_c(
             self.config.head_c,
             embeddings[-len(gold) :] if gold else None,
             gold.labels if gold else None,
             seed=self.config.seed,
         )
-        head = fit_head(embeddings, probabilities, weights, C=strength, balance=self.config.balance)
-        self.model.model_head = head_at_temperature(
-            head, self._temperature(embeddings, probabilities, weights, strength)
-        )
+        head = fit_head(embeddings, probabilities, weights, C=c, balance=self.config.balance)
+        self.model.model_head = head_at_temperature(head, self._temperature(embeddings, probabilities, weights, c))
 
     def _temperature(
         self,
         embeddings: npt.NDArray[np.floating],
         probabilities: npt.NDArray[np.float32],
         weights: npt.NDArray[np.float32],
-        strength: float,
+        c: float,
     ) -> float:
-        """What brings the student's probabilities for held-out texts to what the teacher's mean there."""
-        rows, held_out = held_out_logits(
-            embeddings, probabilities, weights, C=strength, balance=self.config.balance, seed=self.config.seed
+        """Fit the temperature at which the student's probabilities on held-out texts match the teacher's."""
+        rows, logits = held_out_logits(
+            embeddings,
+            probabilities,
+            weights,
+            C=c,
+            balance=self.config.balance,
+            seed=self.config.seed,
         )
-        soft = rows < len(embeddings) - (len(self._gold_set) if self._gold_set else 0)
-        meant = at_temperature(probabilities[rows[soft]], self.signals.temperature)
-        return fit_temperature(held_out[soft], meant)
+        is_soft = rows < len(embeddings) - (len(self._gold_set) if self._gold_set else 0)
+        targets = at_temperature(probabilities[rows[is_soft]], self.signals.temperature)
+        return fit_temperature(logits[is_soft], targets)
 
     @property
     def _gold_set(self) -> LabeledSet | None:
-        """The labeled texts, where they count for anything in the head."""
+        """The labeled texts, unless their weight in the head is 0."""
         return self.labeled if self.labeled and self.config.gold_weight > 0 else None
 
     def _head_examples(self) -> tuple[list[str], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """m texts with their (m, n_classes) labels and (m,) weights: soft labels first, gold labels last."""
+        """Return m texts with (m, n_classes) labels and (m,) weights: soft labels first, gold labels last."""
         gold = self._gold_set
         rows = np.flatnonzero(self.gold == NO_GOLD) if gold else np.arange(len(self.signals))
-        rows = sample_rows(rows, HEAD_TEXTS, seed=[self.config.seed, 7])
+        rows = sample_rows(rows, MAX_HEAD_TEXTS, seed=[self.config.seed, 7])
         texts = [self.signals.texts[row] for row in rows]
         probabilities, weights = self.signals.probabilities[rows], np.ones(len(rows), np.float32)
         if gold:
@@ -189,16 +192,16 @@ class StudentTrainer(DistillationTrainer):
 
 @contextmanager
 def _frozen_embeddings(body: SentenceTransformer, frozen: bool) -> Iterator[None]:
-    """Within this block, the word embeddings of a transformer body are not trained, if ``frozen``."""
+    """Context manager that, if ``frozen``, excludes a transformer's word embeddings from training."""
     model = getattr(body[0], "auto_model", None)
-    table = model.get_input_embeddings() if frozen and model is not None else None
-    if table is None:
+    embeddings = model.get_input_embeddings() if frozen and model is not None else None
+    if embeddings is None:
         yield
         return
-    trained = [(parameter, parameter.requires_grad) for parameter in table.parameters()]
-    table.requires_grad_(False)
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in embeddings.parameters()]
+    embeddings.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter, before in trained:
-            parameter.requires_grad_(before)
+        for parameter, value in requires_grad:
+            parameter.requires_grad_(value)

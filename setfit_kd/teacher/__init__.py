@@ -1,4 +1,4 @@
-"""Training a teacher on the few labels, and scoring a pool with it."""
+"""Train a teacher on a few labels and score a pool with it."""
 
 from setfit_kd.teacher.ensemble import cross_validated_accuracy, cross_validation_steps
 from setfit_kd.teacher.scoring import refine_and_score, score

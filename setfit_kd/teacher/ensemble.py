@@ -1,4 +1,4 @@
-"""How far a teacher can be trusted, measured on the few labels alone."""
+"""Cross-validated accuracy of a teacher, by which several teachers can be weighted."""
 
 from __future__ import annotations
 
@@ -22,56 +22,55 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FOLDS, MIN_LABELS = 4, 3
-"""Parts of the labels that are held out in turn; and labels that each class must have for that."""
-
+MAX_FOLDS, MIN_LABELS_PER_CLASS = 4, 3
 
 Rows = npt.NDArray[np.int64]
 
 
 def _folds(labeled: LabeledSet, seed: int) -> list[tuple[Rows, Rows]]:
-    """Rows to train on and rows held out, of each part; none where there are too few labels."""
+    """Split the labels into folds of training rows and held-out rows; return none if there are too few labels."""
     from sklearn.model_selection import StratifiedKFold
 
-    if labeled.counts.min() < MIN_LABELS:
+    if labeled.counts.min() < MIN_LABELS_PER_CLASS:
         return []
-    folds = StratifiedKFold(min(FOLDS, int(labeled.counts.min())), shuffle=True, random_state=seed)
-    return list(folds.split(labeled.texts, labeled.labels))
+    splitter = StratifiedKFold(min(MAX_FOLDS, int(labeled.counts.min())), shuffle=True, random_state=seed)
+    return list(splitter.split(labeled.texts, labeled.labels))
 
 
 def cross_validation_steps(config: TeacherConfig, labeled: LabeledSet, *, family: Family, device: torch.device) -> int:
-    """Training steps of `cross_validated_accuracy`."""
-    parts = _folds(labeled, config.seed)
-    return sum(training_steps(config, labeled.take(rest), family=family, device=device) for rest, _ in parts)
+    """Count the training steps of `cross_validated_accuracy`."""
+    folds = _folds(labeled, config.seed)
+    return sum(training_steps(config, labeled.take(train), family=family, device=device) for train, _ in folds)
 
 
 def cross_validated_accuracy(
-    labeled: LabeledSet, fresh_body: Callable[[], SentenceTransformer], *, config: TeacherConfig
+    labeled: LabeledSet, load_body: Callable[[], SentenceTransformer], *, config: TeacherConfig
 ) -> float | None:
-    """Share of the labels that a teacher gets right which was trained on the others.
+    """Measure a teacher's accuracy by stratified cross-validation on its labels.
 
-    The labels are cut into `FOLDS` parts with as much of each class, and the teacher is trained anew without each: a
-    teacher that has seen a label knows it.
+    There are at most `MAX_FOLDS` folds; for each, a new teacher is trained on the other folds.
 
     Args:
         labeled: The labels.
-        fresh_body: Gives the body as it comes, a new one each time.
-        config: How the teacher is trained.
+        load_body: Function that returns a new copy of the body.
+        config: The teacher's settings.
 
     Returns:
-        The accuracy, from 0 to 1; None where a class has fewer than `MIN_LABELS` labels.
+        The accuracy, from 0 to 1; None if a class has fewer than `MIN_LABELS_PER_CLASS` labels.
     """
-    parts = _folds(labeled, config.seed)
-    if not parts:
+    folds = _folds(labeled, config.seed)
+    if not folds:
         return None
-    right = 0
-    for number, (rest, held_out) in enumerate(parts, 1):
-        name = f"Weighing teacher, part {number} of {len(parts)}"
+    n_correct = 0
+    for number, (train_rows, held_out_rows) in enumerate(folds, 1):
+        description = f"Cross-validating teacher, fold {number} of {len(folds)}"
         with shared_backoff(cpu_fallback=config.cpu_fallback):
-            model = train_teacher(labeled.take(rest), fresh_body(), config=config, description=name)
-            move_model(model.model_body, resolve_device(config.device), phase=name)
-            apart = labeled.take(held_out)
-            said = predict_proba(model, apart.texts, batch_size=config.encode_batch_size, description=name)
-            del model  # before the next one is trained
-        right += int((np.asarray(said).argmax(axis=1) == apart.labels).sum())
-    return right / len(labeled)
+            model = train_teacher(labeled.take(train_rows), load_body(), config=config, description=description)
+            move_model(model.model_body, resolve_device(config.device), phase=description)
+            held_out = labeled.take(held_out_rows)
+            probabilities = predict_proba(
+                model, held_out.texts, batch_size=config.encode_batch_size, description=description
+            )
+            del model  # free its memory before the next one is trained
+        n_correct += int((np.asarray(probabilities).argmax(axis=1) == held_out.labels).sum())
+    return n_correct / len(labeled)

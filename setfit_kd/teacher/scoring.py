@@ -1,4 +1,4 @@
-"""A teacher's one pass over the pool."""
+"""Score a pool with a teacher: compute its embeddings and soft labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from setfit_kd.config import SignalsConfig
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.memory import shared_backoff
-from setfit_kd.models import embed, fit_temperature, head_at_temperature, head_proba, logits
+from setfit_kd.models import embed, fit_temperature, head_at_temperature, head_logits, head_proba
 from setfit_kd.signals import TeacherSignals, cached_embed
 from setfit_kd.teacher.self_training import MAX_TEXTS, refine
 from setfit_kd.utils.arrays import sample_rows
@@ -30,37 +30,37 @@ def score(
     origin: str = "a SetFit teacher",
     cache: bool = False,
 ) -> TeacherSignals:
-    """Embed a pool and label it softly; each text passes through the teacher once.
+    """Compute a teacher's embeddings and probabilities for a pool, in one pass over the texts.
 
     Args:
-        teacher: A trained SetFit model, on the device it shall run on.
+        teacher: A trained SetFit model, on the device to use.
         texts: n texts.
-        encode_batch_size: Texts a forward pass.
-        origin: Where the signals come from, for the record.
-        cache: Take the embeddings from disk where the same teacher has met the same texts before, and keep them there
-            otherwise; the environment's ``SETFIT_KD_CACHE`` names the folder.
+        encode_batch_size: Texts per forward pass.
+        origin: Name of the signals' source, stored with them.
+        cache: Read the embeddings from disk if the same teacher has embedded the same texts before, and store them
+            otherwise. The environment variable ``SETFIT_KD_CACHE`` sets the folder.
 
     Returns:
         Signals with probabilities (n, n_classes) and embeddings (n, d).
 
     Raises:
-        DataError: There are no texts, or the teacher has no labels.
+        DataError: If there are no texts, or the teacher has no label names.
     """
-    texts, embeddings = _embedded(teacher, texts, encode_batch_size, cache)
-    return _signals(teacher, texts, embeddings, origin)
+    texts, embeddings = _embed_texts(teacher, texts, encode_batch_size, cache)
+    return _to_signals(teacher, texts, embeddings, origin)
 
 
-def _embedded(
+def _embed_texts(
     teacher: SetFitModel, texts: Sequence[str], encode_batch_size: int, cache: bool
 ) -> tuple[list[str], npt.NDArray[np.floating]]:
-    """The n texts and their (n, d) embeddings."""
+    """Return the n texts and their (n, d) embeddings."""
     if isinstance(texts, str):
-        raise DataError("A single string is no pool.", hint="Give a list of texts.")
+        raise DataError("The texts to score must be a list, got a single string.", hint="Pass a list of texts.")
     texts = [str(text) for text in texts]
     if not texts:
-        raise DataError("There are no texts to score.", hint="Give a pool of at least two.")
+        raise DataError("Expected at least one text to score, got no texts.", hint="Pass the texts of the pool.")
     if not teacher.labels:
-        raise DataError("The teacher does not name its labels.", hint="Set teacher.labels.")
+        raise DataError("The teacher has no label names.", hint="Set teacher.labels.")
     embeddings = (cached_embed if cache else embed)(
         teacher.model_body,
         texts,
@@ -71,10 +71,10 @@ def _embedded(
     return texts, embeddings
 
 
-def _signals(
+def _to_signals(
     teacher: SetFitModel, texts: list[str], embeddings: npt.NDArray[np.floating], origin: str
 ) -> TeacherSignals:
-    """What the teacher's head says of embedded texts."""
+    """Compute the probabilities of the teacher's head and return the signals."""
     return TeacherSignals(texts, head_proba(teacher, embeddings), tuple(teacher.labels or ()), embeddings, origin)
 
 
@@ -87,27 +87,27 @@ def refine_and_score(
     origin: str = "a SetFit teacher",
     **settings: Any,
 ) -> tuple[SetFitModel, TeacherSignals]:
-    """Refine a teacher's head on the pool, and take its signals on the pool and the labeled texts.
+    """Refine a teacher's head on the pool, then score the pool and the labeled texts.
 
     Args:
-        teacher: A trained SetFit model, on the device it shall run on; it is not changed.
-        labeled: The m labels it was trained on.
+        teacher: A trained SetFit model, on the device to use; it is not changed.
+        labeled: The m labeled texts it was trained on.
         pool: n unlabeled texts.
-        config: The settings; any of them may also be given by keyword, as in ``refine_and_score(..., refine="none")``.
-        origin: Where the signals come from, for the record.
+        config: The settings. Each can also be passed by keyword, as in ``refine_and_score(..., refine="none")``.
+        origin: Name of the signals' source, stored with them.
 
     Returns:
-        The refined teacher, which shares its body with ``teacher``, and n + m signals: labeled texts are texts like any
-        other to a student, and follow the pool's. The signals are as sharp as the refinement leaves them, with the
-        temperature that they are meant at; the teacher's own probabilities are at that temperature.
+        The refined teacher, which shares its body with ``teacher``, and n + m signals: the pool's texts, followed by
+        the labeled texts, which a student treats as any other text. Refinement sharpens the signals' probabilities;
+        their temperature calibrates them. The refined teacher's own probabilities are at that temperature.
 
     Raises:
-        ConfigError: A setting is unknown or out of range.
-        DataError: There are no texts, or the teacher has no labels.
+        ConfigError: If a setting is unknown or out of range.
+        DataError: If there are no texts, or the teacher has no label names.
     """
     config = SignalsConfig.merged(config, settings)
     with shared_backoff(cpu_fallback=config.cpu_fallback):
-        texts, embeddings = _embedded(teacher, [*pool, *labeled.texts], config.encode_batch_size, config.cache)
+        texts, embeddings = _embed_texts(teacher, [*pool, *labeled.texts], config.encode_batch_size, config.cache)
     refined = refine(
         teacher,
         labeled,
@@ -118,12 +118,12 @@ def refine_and_score(
         balance=config.balance,
         seed=config.seed,
     )
-    signals = _signals(refined, texts, embeddings, origin)
+    signals = _to_signals(refined, texts, embeddings, origin)
     if refined is teacher:
         return refined, signals
-    # Sharp labels teach well; what they mean is what the head says that has not heard itself.
+    # Sharp labels are good targets but overconfident; the head from before the refinement calibrates them.
     rows = sample_rows(np.arange(len(pool)), MAX_TEXTS, seed=[config.seed, 8])
     sample = np.asarray(embeddings[rows], np.float64)
-    temperature = fit_temperature(logits(refined.model_head, sample), head_proba(teacher, sample))
+    temperature = fit_temperature(head_logits(refined.model_head, sample), head_proba(teacher, sample))
     refined.model_head = head_at_temperature(refined.model_head, temperature)
     return refined, replace(signals, temperature=temperature)

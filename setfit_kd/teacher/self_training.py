@@ -1,4 +1,4 @@
-"""A teacher bettered by the pool: its head fitted anew on texts that nobody labeled."""
+"""Refine a teacher's head on the unlabeled pool, by self-training or label spreading."""
 
 from __future__ import annotations
 
@@ -16,45 +16,44 @@ from setfit_kd.utils.arrays import sample_rows
 if TYPE_CHECKING:
     from setfit import SetFitModel
 
-Rows = npt.NDArray[np.floating]
+Floats = npt.NDArray[np.floating]
 
-ROUNDS = 5
+N_ROUNDS = 5
 SHARPENING = 0.5
-"""Temperature of the labels that a teacher learns from itself."""
+"""Temperature of the pseudo-labels."""
 GOLD_WEIGHT = 3.0
-NEIGHBOURS = 30
+MAX_NEIGHBOURS = 30
 MAX_TEXTS = 10_000
-"""Most pool texts that a head is refined on; a linear head gains nothing from more."""
+"""Maximum number of pool texts to refine a head on; more do not improve a linear head."""
 
 
 def refine(
     teacher: SetFitModel,
     labeled: LabeledSet,
-    labeled_embeddings: Rows,
-    pool_embeddings: Rows,
+    labeled_embeddings: Floats,
+    pool_embeddings: Floats,
     *,
     method: str = "self-training",
     head_c: float | str = 10.0,
     balance: bool = False,
     seed: int = 0,
 ) -> SetFitModel:
-    """A teacher with the same body and a head fitted on the gold labels and on labels of its own for the pool.
+    """Create a teacher with the same body and a head fitted on gold labels and on pseudo-labels of the pool.
 
-    ``self-training`` fits the head in `ROUNDS` rounds on gold and on what it said of the pool the round before,
-    sharpened at a temperature of `SHARPENING` and weighted by the square of its confidence (pseudo-labels: Lee, 2013;
-    sharpening: Berthelot et al., 2019, "MixMatch"). ``label-spreading`` labels the pool by
-    `sklearn.semi_supervised.LabelSpreading` over nearest neighbours (Zhou et al., 2004), and the head is fitted on
-    that.
+    ``self-training`` fits the head in `N_ROUNDS` rounds on the gold labels and the probabilities that the previous head
+    predicts for the pool, sharpened at a temperature of `SHARPENING` and weighted by the square of their confidence
+    (pseudo-labels: Lee, 2013; sharpening: Berthelot et al., 2019, "MixMatch"). ``label-spreading`` labels the pool with
+    `sklearn.semi_supervised.LabelSpreading` on nearest neighbours (Zhou et al., 2004) and fits the head once.
 
     Args:
-        teacher: A trained model; it is not changed, its body is shared.
+        teacher: A trained model; it is not changed, and its body is shared.
         labeled: The m gold labels.
-        labeled_embeddings: (m, d) of the teacher.
-        pool_embeddings: (n, d) of the teacher.
+        labeled_embeddings: (m, d) embeddings of the labeled texts by the teacher.
+        pool_embeddings: (n, d) embeddings of the pool by the teacher.
         method: ``self-training``, ``label-spreading``, or ``none`` to return the teacher itself.
-        head_c: Inverse regularisation of the head, or ``auto``; see `RunConfig`.
-        balance: Let every class weigh the same in the head.
-        seed: Of the texts drawn from a pool of more than `MAX_TEXTS`.
+        head_c: Inverse regularisation strength of the head, or ``auto``; see `RunConfig`.
+        balance: Weight all classes equally in the head.
+        seed: Random seed of the sample drawn from a pool of more than `MAX_TEXTS`.
     """
     if method == "none" or not len(pool_embeddings):
         return teacher
@@ -63,53 +62,53 @@ def refine(
     pool = np.asarray(pool_embeddings[rows], np.float32)
     refined = new_model(teacher.model_body, labeled.label_names)
     refined.normalize_embeddings = teacher.normalize_embeddings
-    strength = resolve_c(head_c, labeled_embeddings, labeled.labels, seed=seed)
-    refined.model_head = _METHODS[method](gold, labeled_embeddings, pool, _Head(strength, balance))
+    c = resolve_c(head_c, labeled_embeddings, labeled.labels, seed=seed)
+    refined.model_head = _METHODS[method](gold, labeled_embeddings, pool, _HeadOptions(c, balance))
     return refined
 
 
 @dataclass(frozen=True)
-class _Head:
-    """How heads are fitted."""
+class _HeadOptions:
+    """Options of `fit_head`."""
 
     C: float
     balance: bool
 
 
-def _self_training(gold: Rows, labeled: Rows, pool: Rows, how: _Head) -> Any:
-    head = fit_head(labeled, gold, C=how.C, balance=how.balance)
-    for _ in range(ROUNDS):
-        head = _fit(gold, labeled, head.predict_proba(pool), pool, how)
+def _self_training(gold: Floats, labeled: Floats, pool: Floats, options: _HeadOptions) -> Any:
+    head = fit_head(labeled, gold, C=options.C, balance=options.balance)
+    for _ in range(N_ROUNDS):
+        head = _fit(gold, labeled, head.predict_proba(pool), pool, options)
     return head
 
 
-def _label_spreading(gold: Rows, labeled: Rows, pool: Rows, how: _Head) -> Any:
+def _label_spreading(gold: Floats, labeled: Floats, pool: Floats, options: _HeadOptions) -> Any:
     from sklearn.semi_supervised import LabelSpreading
 
-    known = np.concatenate([gold.argmax(axis=1), np.full(len(pool), -1)])
-    # More neighbours than half a class has would reach across classes.
-    neighbours = min(NEIGHBOURS, max(2, len(known) // (2 * gold.shape[1])), len(known) - 1)
-    spreading = LabelSpreading(kernel="knn", n_neighbors=neighbours, max_iter=200)
-    spreading.fit(np.concatenate([labeled, pool]), known)
-    return _fit(gold, labeled, spreading.label_distributions_[len(gold) :], pool, how)
+    labels = np.concatenate([gold.argmax(axis=1), np.full(len(pool), -1)])
+    # With more neighbours than half the size of a class, labels would spread to other classes.
+    n_neighbours = min(MAX_NEIGHBOURS, max(2, len(labels) // (2 * gold.shape[1])), len(labels) - 1)
+    spreading = LabelSpreading(kernel="knn", n_neighbors=n_neighbours, max_iter=200)
+    spreading.fit(np.concatenate([labeled, pool]), labels)
+    return _fit(gold, labeled, spreading.label_distributions_[len(gold) :], pool, options)
 
 
-def _fit(gold: Rows, labeled: Rows, said: Rows, pool: Rows, how: _Head) -> Any:
-    """A head on the gold labels and on what was ``said`` of the pool, sharpened and weighted by its confidence."""
-    confidence = said.max(axis=1)
-    sharp = (said / np.maximum(confidence, 1e-12)[:, None]) ** (1 / SHARPENING)
+def _fit(gold: Floats, labeled: Floats, probabilities: Floats, pool: Floats, options: _HeadOptions) -> Any:
+    """Fit a head on the gold labels and on the pool's probabilities, sharpened and weighted by their confidence."""
+    confidence = probabilities.max(axis=1)
+    sharp = (probabilities / np.maximum(confidence, 1e-12)[:, None]) ** (1 / SHARPENING)
     sharp /= np.maximum(sharp.sum(axis=1, keepdims=True), 1e-12)
-    sharp[confidence <= 0] = 1 / said.shape[1]  # a text that no label has reached; it weighs nothing
+    sharp[confidence <= 0] = 1 / probabilities.shape[1]  # no label has spread to these texts; their weight is 0
     return fit_head(
         np.concatenate([labeled, pool]),
         np.concatenate([gold, sharp]),
         np.concatenate([np.full(len(gold), GOLD_WEIGHT), confidence**2]),
-        C=how.C,
-        balance=how.balance,
+        C=options.C,
+        balance=options.balance,
     )
 
 
-_METHODS: dict[str, Callable[[Rows, Rows, Rows, _Head], Any]] = {
+_METHODS: dict[str, Callable[[Floats, Floats, Floats, _HeadOptions], Any]] = {
     "self-training": _self_training,
     "label-spreading": _label_spreading,
 }

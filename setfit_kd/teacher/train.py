@@ -1,4 +1,4 @@
-"""From a body and a few labels to a teacher."""
+"""Train a teacher on a few labels."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ def train_teacher(
     checkpoints: str | Path | None = None,
     **settings: Any,
 ) -> SetFitModel:
-    """Fine-tune a body on a few labels and fit its head; a transformer, end to end.
+    """Fine-tune a body on a few labels and fit its head; a transformer is fine-tuned end to end.
 
     Args:
-        labeled: The labels: a `LabeledSet`, or anything that `read` takes, with the columns ``text`` and ``label``.
-        teacher: The body: a hub name, a folder, ``demo:all-MiniLM-L6-v2``, any of them after ``transformer:`` to be
-            trained end to end, or a loaded body, which is changed in place.
-        config: The settings; any of them may also be given by keyword, as in ``train_teacher(..., teacher_steps=40)``.
-        description: What to call the step on the progress bar.
-        checkpoints: Folder in which the training's state is kept from time to time. A training that finds the state of
-            an earlier one there goes on from it: give a folder to one training alone.
+        labeled: The labels: a `LabeledSet`, or anything that `read` accepts, with the columns ``text`` and ``label``.
+        teacher: The body: a hub name, a folder or ``demo:all-MiniLM-L6-v2``, with the prefix ``transformer:`` to train
+            it end to end; or a loaded body, which is trained in place.
+        config: The settings. Each can also be passed by keyword, as in ``train_teacher(..., teacher_steps=40)``.
+        description: Name of the phase in the progress bar and in messages.
+        checkpoints: Folder for checkpoints. If it holds checkpoints of an interrupted training, training resumes from
+            them, so each training needs its own folder.
 
     Returns:
-        A `setfit.SetFitModel` with a fitted `sklearn.linear_model.LogisticRegression`; of a transformer, that is its
-        last layer.
+        A `setfit.SetFitModel` with a fitted `sklearn.linear_model.LogisticRegression`; for a transformer, the head has
+        the weights of its last layer.
 
     Raises:
-        ConfigError: A setting is unknown or out of range.
-        DataError: The labels cannot be used.
-        ModelError: The body does not load.
-        OutOfMemoryError: Not even one text at once fits, on the CPU neither.
-        TrainingError: The loss or the weights are no longer finite.
-        UnavailableError: The hub cannot be reached.
+        ConfigError: If a setting is unknown or out of range.
+        DataError: If the labels cannot be used.
+        ModelError: If the body cannot be loaded.
+        OutOfMemoryError: If memory runs out even with one text at a time, also on the CPU.
+        TrainingError: If the loss or the weights are not finite.
+        UnavailableError: If the hub cannot be reached.
     """
     config = TeacherConfig.merged(config, settings)
     if not isinstance(labeled, LabeledSet):
@@ -63,20 +63,20 @@ def train_teacher(
     else:
         body = teacher
     if family_of(body) == "transformer":
-        how = to_finetune_config(config, labeled, device)
-        return finetune(labeled, body, config=how, description=description, checkpoints=checkpoints)
+        finetune_config = to_finetune_config(config, labeled, device)
+        return finetune(labeled, body, config=finetune_config, description=description, checkpoints=checkpoints)
     config = config.with_family_defaults("setfit")
 
     with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
         from setfit_kd.teacher.trainer import TeacherTrainer
         from setfit_kd.training.loop import train
 
-        def make(settled: TeacherConfig, device: torch.device, scratch: str) -> TeacherTrainer:
-            return TeacherTrainer(new_model(body, labeled.label_names), labeled, settled, device, scratch)
+        def make_trainer(config: TeacherConfig, device: torch.device, folder: str) -> TeacherTrainer:
+            return TeacherTrainer(new_model(body, labeled.label_names), labeled, config, device, folder)
 
         return train(
             body,
-            make,
+            make_trainer,
             config,
             device=device,
             texts=labeled.texts,

@@ -1,4 +1,4 @@
-"""SetFit's trainer with whole-batch contrast beside its pairs."""
+"""SetFit's trainer, with a contrastive loss over whole batches besides SetFit's pairs."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from setfit_kd.config import TeacherConfig, resolved
 from setfit_kd.data import LabeledSet
 from setfit_kd.losses import ContrastiveLoss, LossOptions, PairSimilarityLoss
 from setfit_kd.models import embed, fit_head, resolve_c, shorten_texts
-from setfit_kd.teacher.steps import PAIRS_BATCH, teacher_batches
+from setfit_kd.teacher.steps import PAIRS_PER_BATCH, teacher_batches
 from setfit_kd.training.loop import FixedBatchSampler, inner_trainer_options, resolve_learning_rate, training_arguments
 
 LEARNING_RATE = 6e-5
 
 
 class TeacherTrainer(Trainer):
-    """Fine-tunes a SetFit model on labeled texts.
+    """Trainer of a SetFit model on labeled texts.
 
     Args:
-        model: The model to train, head unfitted.
-        labeled: The few labels.
-        config: How, with its precision settled.
-        device: Where.
-        output_dir: A folder for what the inner trainer may write.
+        model: The model to train, without a fitted head.
+        labeled: The labels.
+        config: The settings, with the precision resolved.
+        device: Device to train on.
+        output_dir: Folder for files of the inner trainer.
     """
 
     def __init__(
@@ -36,11 +36,12 @@ class TeacherTrainer(Trainer):
     ) -> None:
         self.labeled = labeled
         self.config = config = config.with_family_defaults("setfit")
+        is_in_batch = config.teacher_objective == "in-batch"
         arguments = training_arguments(
             output_dir,
-            batch_size=resolved(config.teacher_batch_size) if config.teacher_objective == "in-batch" else PAIRS_BATCH,
+            batch_size=resolved(config.teacher_batch_size) if is_in_batch else PAIRS_PER_BATCH,
             epochs=1,
-            learning_rate=resolve_learning_rate(config.teacher_learning_rate, model.model_body, usual=LEARNING_RATE),
+            learning_rate=resolve_learning_rate(config.teacher_learning_rate, model.model_body, default=LEARNING_RATE),
             num_iterations=config.num_iterations,
             seed=config.seed,
             precision=config.precision,
@@ -52,7 +53,7 @@ class TeacherTrainer(Trainer):
     def get_dataset(
         self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
     ) -> tuple[Dataset, nn.Module]:
-        """The texts with their classes and the contrastive objective, or SetFit's own pairs."""
+        """Create the dataset and the loss: texts with classes and a contrastive loss, or SetFit's pairs."""
         body = self.model.model_body
         x = shorten_texts(body, x)
         options: LossOptions = {
@@ -60,7 +61,7 @@ class TeacherTrainer(Trainer):
             "micro_batch_size": self.config.micro_batch_size,
         }
         if self.config.teacher_objective == "pairs":
-            # SetFit draws its pairs by a constant seed: the order of the texts is where ours comes in.
+            # SetFit draws pairs with a constant seed; shuffling the texts makes them depend on our seed.
             order = np.random.default_rng([self.config.seed, 4]).permutation(len(x))
             shuffled = [x[i] for i in order], [y[i] for i in order]
             dataset, _ = super().get_dataset(*shuffled, args=args, max_pairs=max_pairs)
@@ -75,11 +76,11 @@ class TeacherTrainer(Trainer):
             self.model.model_body, x_train, batch_size=self.config.encode_batch_size, description="Fitting head"
         )
         labels = np.asarray(y_train)
-        strength = resolve_c(self.config.head_c, embeddings, labels, seed=self.config.seed)
+        c = resolve_c(self.config.head_c, embeddings, labels, seed=self.config.seed)
         one_hot = np.eye(len(self.labeled.label_names), dtype=np.float32)[labels]
-        self.model.model_head = fit_head(embeddings, one_hot, C=strength, balance=self.config.balance)
+        self.model.model_head = fit_head(embeddings, one_hot, C=c, balance=self.config.balance)
 
 
 def _no_metric(*_: Any) -> dict[str, float]:
-    """SetFit's default metric would be fetched over the network; evaluation has a room of its own."""
+    """Replace SetFit's default metric, which would be downloaded."""
     return {}

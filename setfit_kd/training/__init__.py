@@ -1,1 +1,1 @@
-"""What all trainers share: the training loop, callbacks, checkpoints and precision."""
+"""The training loop that all trainers share, with callbacks, checkpoints and precision."""

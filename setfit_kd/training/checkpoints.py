@@ -1,4 +1,4 @@
-"""The state of a training, kept in a folder from time to time, so that one that was killed goes on from there."""
+"""Checkpoints from which an interrupted training resumes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from setfit_kd.errors import DataError, OutputError
 from setfit_kd.memory import is_out_of_memory
-from setfit_kd.utils.atomic_io import write_errors
+from setfit_kd.utils.atomic_io import raise_output_errors
 from setfit_kd.utils.files import read_json
 from setfit_kd.utils.hashing import file_hash
 
@@ -26,29 +26,30 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MARKER, _BODY, _BESIDE, _PREFIX = "whole.json", "body.safetensors", "beside-body.safetensors", "checkpoint-"
+_PREFIX = "checkpoint-"
+_HASHES, _BODY, _LOSS_WEIGHTS = "whole.json", "body.safetensors", "beside-body.safetensors"
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """A callback with a state of its own, which the checkpoints of its training hold too."""
+    """A callback whose state is saved in checkpoints."""
 
     def save_state(self, folder: Path) -> None:
-        """Write the state into a checkpoint's folder."""
+        """Write the state to a checkpoint folder."""
 
     def load_state(self, folder: Path) -> None:
-        """Take up the state that `save_state` wrote."""
+        """Load the state that `save_state` wrote."""
 
 
 class Checkpoints:
-    """Checkpoints of one training: body, what its objective trains beside it, optimizer, random states, progress.
+    """Checkpoints of one training: body, weights of the loss, optimizer, random states and progress.
 
-    They are transformers' own, with a marker that is written last and holds the hash of every file: what a kill has
-    left unfinished, and what has been damaged since, is never taken up.
+    They are written by transformers, followed by a file with the hash of every other file. A checkpoint that is
+    incomplete or damaged is never loaded.
 
     Args:
-        folder: Where they are kept; of this training alone.
-        seconds: About how long lies between two.
+        folder: Folder for the checkpoints; no other training may use it.
+        seconds: Approximate time between two checkpoints.
     """
 
     def __init__(self, folder: Path, *, seconds: float) -> None:
@@ -56,127 +57,138 @@ class Checkpoints:
         self.seconds = seconds
 
     def latest(self) -> Path | None:
-        """The folder of the newest whole checkpoint; what is not whole is removed."""
+        """Return the folder of the newest complete checkpoint; remove newer ones that are not complete."""
         for path in self._newest_first():
-            if _is_whole(path):
+            if _is_complete(path):
                 return path
-            logger.warning("The checkpoint %s is not whole; it is left out.", path)
+            logger.warning("The checkpoint %s is incomplete or damaged: it is ignored.", path)
             shutil.rmtree(path, ignore_errors=True)
         return None
 
     def _newest_first(self) -> list[Path]:
-        found = [path for path in self.folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-        return sorted(found, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
+        paths = [path for path in self.folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+        return sorted(paths, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
 
-    def keep_newest(self) -> None:
-        """Remove all others."""
+    def remove_older(self) -> None:
+        """Remove all checkpoints but the newest."""
         for path in self._newest_first()[1:]:
             shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove them all."""
+        """Remove all checkpoints."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def attach(self, trainer: Trainer, *parts: Stateful) -> None:
-        """Have a trainer keep checkpoints, and go on from the newest one there is."""
+    def attach(self, trainer: Trainer, *callbacks: Stateful) -> None:
+        """Make a trainer write checkpoints and resume from the newest one, if any."""
         inner = trainer.st_trainer
         inner.args.output_dir = str(self.folder)
-        inner._train_batch_size = inner.args.train_batch_size  # SetFit sets the one after the other was taken from it
-        # The library's own would pickle all arguments, write a model card, and load the whole model anew.
+        inner._train_batch_size = inner.args.train_batch_size  # SetFit sets the latter after the former was copied
+        # The library's own methods would pickle all arguments, write a model card and reload the whole model.
         inner._save = lambda output_dir, **_: _save_body(inner.model, Path(output_dir))
         inner._load_from_checkpoint = lambda folder, *_: inner.model.load_state_dict(load_file(Path(folder) / _BODY))
         latest = self.latest()
-        keeper = _CheckpointCallback(self, inner, latest, parts)
-        inner.add_callback(keeper)
-        inner._save_checkpoint = keeper.save
+        checkpoint_callback = _CheckpointCallback(self, inner, latest, callbacks)
+        inner.add_callback(checkpoint_callback)
+        inner._save_checkpoint = checkpoint_callback.save
         if latest is not None:
-            logger.info("Going on from step %s, kept in %s.", latest.name.removeprefix(_PREFIX), self.folder)
-            inner.train = partial(self._resume, inner.train, keeper, latest)
+            logger.info("Resuming from step %s (checkpoint in %s).", latest.name.removeprefix(_PREFIX), self.folder)
+            inner.train = partial(self._resume, inner.train, checkpoint_callback, latest)
 
     def _resume(
-        self, train: Callable[..., Any], keeper: _CheckpointCallback, latest: Path, *args: Any, **kwargs: Any
+        self,
+        train: Callable[..., Any],
+        checkpoint_callback: _CheckpointCallback,
+        latest: Path,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        """Train from a checkpoint; remove one that turns out to be unusable.
+        """Train from a checkpoint; remove all checkpoints if it cannot be loaded.
 
         Raises:
-            DataError: It is unusable: a damaged or foreign file, such as a pickle, which is never loaded.
+            DataError: If a file is damaged or in another format, such as a pickle, which is never loaded.
         """
         try:
             return train(*args, resume_from_checkpoint=str(latest), **kwargs)
         except Exception as error:
-            if keeper.has_stepped or is_out_of_memory(error):
+            if checkpoint_callback.has_stepped or is_out_of_memory(error):
                 raise
             self.clear()
             raise DataError(
-                f"The checkpoint {latest} cannot be used ({type(error).__name__}: {error}).",
-                hint="It was removed: run the same command again to train from the start.",
+                f"Cannot resume from the checkpoint {latest} ({type(error).__name__}: {error}).",
+                hint="It was removed. Run the same command again to train from the start.",
             ) from error
 
 
 class _CheckpointCallback(TrainerCallback):
-    """Asks for a checkpoint every so often, and completes each with what the trainer does not know of.
+    """Callback that requests checkpoints at intervals and adds to them what the trainer does not save.
 
-    One that cannot be written is told of and ends nothing: the stages' own writes tell of a full disk.
+    A checkpoint that cannot be written causes a warning only; if the disk is full, saving the result reports it.
     """
 
-    def __init__(self, checkpoints: Checkpoints, inner: Any, latest: Path | None, parts: tuple[Stateful, ...]) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, inner: Any, latest: Path | None, callbacks: tuple[Stateful, ...]
+    ) -> None:
         self.checkpoints = checkpoints
         self.inner = inner
         self.latest = latest
-        self.parts = parts
-        self.plain_save = inner._save_checkpoint
+        self.callbacks = callbacks
+        self.original_save = inner._save_checkpoint
         self.has_failed = self.has_stepped = False
-        self.due = time.monotonic() + checkpoints.seconds
+        self.next_save = time.monotonic() + checkpoints.seconds
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         if self.latest is None:
             return
-        kept = load_file(self.latest / _BESIDE)
-        for name, parameter in self._beside_body().items():
-            parameter.data.copy_(kept[name])
-        for part in self.parts:
-            part.load_state(self.latest)
+        saved = load_file(self.latest / _LOSS_WEIGHTS)
+        for name, parameter in self._loss_parameters().items():
+            parameter.data.copy_(saved[name])
+        for callback in self.callbacks:
+            callback.load_state(self.latest)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.has_stepped = True
-        if time.monotonic() >= self.due and state.global_step < state.max_steps:
+        if time.monotonic() >= self.next_save and state.global_step < state.max_steps:
             control.should_save = True
 
     def save(self, *args: Any) -> None:
         folder = self.checkpoints.folder / f"{_PREFIX}{self.inner.state.global_step}"
         try:
-            with write_errors(folder):
-                self.plain_save(*args)
+            with raise_output_errors(folder):
+                self.original_save(*args)
                 self._complete(folder)
-            self.checkpoints.keep_newest()
+            self.checkpoints.remove_older()
         except OutputError as error:
             shutil.rmtree(folder, ignore_errors=True)
             level = logging.DEBUG if self.has_failed else logging.WARNING
-            logger.log(level, "A checkpoint is left out, so that a kill would cost more: %s", error.message)
+            logger.log(level, "Skipped a checkpoint, training continues: %s", error.message)
             self.has_failed = True
-        self.due = time.monotonic() + self.checkpoints.seconds
+        self.next_save = time.monotonic() + self.checkpoints.seconds
 
     def _complete(self, folder: Path) -> None:
-        save_file({name: value.detach().cpu() for name, value in self._beside_body().items()}, folder / _BESIDE)
-        for part in self.parts:
-            part.save_state(folder)
-        files = {str(path.relative_to(folder)): file_hash(path) for path in folder.rglob("*") if path.is_file()}
-        (folder / _MARKER).write_text(json.dumps(files), encoding="utf-8")
+        """Add the weights of the loss, the callbacks' states and the hashes to a checkpoint."""
+        save_file(
+            {name: value.detach().cpu() for name, value in self._loss_parameters().items()}, folder / _LOSS_WEIGHTS
+        )
+        for callback in self.callbacks:
+            callback.save_state(folder)
+        hashes = {str(path.relative_to(folder)): file_hash(path) for path in folder.rglob("*") if path.is_file()}
+        (folder / _HASHES).write_text(json.dumps(hashes), encoding="utf-8")
 
-    def _beside_body(self) -> dict[str, torch.nn.Parameter]:
+    def _loss_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters that belong to the loss and not to the body."""
         body = {id(parameter) for parameter in self.inner.model.parameters()}
         return {name: value for name, value in self.inner.loss.named_parameters() if id(value) not in body}
 
 
 def _save_body(body: torch.nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    # Copies, since weights that share memory cannot be written.
+    # Copies, because safetensors cannot write weights that share memory.
     save_file({name: value.detach().to("cpu", copy=True) for name, value in body.state_dict().items()}, folder / _BODY)
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     try:
-        files = read_json(folder / _MARKER)
-        return all(file_hash(folder / name) == expected for name, expected in files.items())
+        hashes = read_json(folder / _HASHES)
+        return all(file_hash(folder / name) == expected for name, expected in hashes.items())
     except (OSError, ValueError, AttributeError, TypeError):
         return False

@@ -1,4 +1,4 @@
-"""Which numbers to train in: single precision, or half where the machine is the faster for it."""
+"""Precision of training: fp32, or bf16 if it is faster on this machine."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MIN_SPEEDUP = 1.1
-"""How many times as fast as fp32 bf16 must be, since it costs digits."""
-_PROBE_TEXTS = {"cpu": 8, "cuda": 64}
-"""A GPU shows its speed on whole batches only."""
-_ROUNDS = 5
-_CACHE = "precision.json"
+"""Minimum speedup over fp32 to choose bf16, which has fewer digits."""
+_N_PROBE_TEXTS = {"cpu": 8, "cuda": 64}
+"""More on a GPU, which is only fast on large batches."""
+_N_ROUNDS = 5
+_CACHE_FILE = "precision.json"
 _measured: dict[str, Precision] = {}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What to train in, and why.
+    """A precision, with the measured speedup.
 
     Attributes:
         name: ``fp32``, ``bf16`` or ``fp16``.
-        speedup: How many times as fast as fp32 the probe found bf16; None where nothing was probed.
+        speedup: Measured speedup of bf16 over fp32; None if it was not measured.
     """
 
     name: str
@@ -48,14 +48,14 @@ class Precision:
 
 
 def resolve_precision(name: str, body: SentenceTransformer, texts: Sequence[str]) -> Precision:
-    """The precision that a setting names; ``auto`` times one small training step in fp32 and in bf16.
+    """Resolve a precision setting; ``auto`` times one small training step in fp32 and in bf16.
 
-    A machine is probed once for bodies of one width: the speedup is kept in ``precision.json`` in the cache folder.
+    The speedup is measured once per machine and embedding size, and stored in ``precision.json`` in the cache folder.
 
     Args:
-        name: As in `RunConfig`.
-        body: The body that shall be trained, on its device; it is left as it is.
-        texts: Some of the texts that it shall be trained on.
+        name: The setting, as in `RunConfig`.
+        body: The body to be trained, on its device; it is not changed.
+        texts: Some of the training texts.
     """
     device = body.device
     if name != "auto":
@@ -65,21 +65,21 @@ def resolve_precision(name: str, body: SentenceTransformer, texts: Sequence[str]
     key = f"{_machine(device)}, width {body.get_embedding_dimension()}"
     if key not in _measured:
         folder = cache_folder()
-        kept = _read_speedups(folder / _CACHE) if folder else {}
-        speedup = kept.get(key) or _probe(body, texts[: _PROBE_TEXTS[device.type]])
+        cached = _read_speedups(folder / _CACHE_FILE) if folder else {}
+        speedup = cached.get(key) or _measure_speedup(body, texts[: _N_PROBE_TEXTS[device.type]])
         if speedup is None:
             return Precision("fp32")
         _measured[key] = Precision("bf16" if speedup >= _MIN_SPEEDUP else "fp32", speedup)
-        logger.info("Precision: %s (bf16 is %.2f times as fast as fp32 here).", _measured[key].name, speedup)
-        if folder and key not in kept:
-            with suppress(OSError):  # the cache never fails a run
+        logger.info("Precision: %s (speedup of bf16 over fp32: %.2f).", _measured[key].name, speedup)
+        if folder and key not in cached:
+            with suppress(OSError):  # an error in the cache must not fail a run
                 folder.mkdir(parents=True, exist_ok=True)
-                write_text(folder / _CACHE, json.dumps({**kept, key: speedup}, indent=2) + "\n")
+                write_text(folder / _CACHE_FILE, json.dumps({**cached, key: speedup}, indent=2) + "\n")
     return _measured[key]
 
 
 def _machine(device: torch.device) -> str:
-    """What decides the speed of a training step, apart from the body."""
+    """Describe what the speed of a training step depends on, apart from the body."""
     import torch
 
     name = platform.processor() or platform.machine()
@@ -91,23 +91,23 @@ def _machine(device: torch.device) -> str:
 
 
 def _read_speedups(path: Path) -> dict[str, float]:
-    """The speedups in a file, by machine and width; none where it cannot be read or holds anything else."""
+    """Read the speedups by machine and width; return an empty dict if the file is missing or invalid."""
     try:
-        kept: dict[str, float] = read_json(path)
-        return kept if all(0 < speedup < math.inf for speedup in kept.values()) else {}
+        speedups: dict[str, float] = read_json(path)
+        return speedups if all(0 < speedup < math.inf for speedup in speedups.values()) else {}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
-def _probe(body: SentenceTransformer, texts: Sequence[str]) -> float | None:
-    """How many times as fast as fp32 bf16 is, by fewer texts where so many do not fit; None where it does not run."""
+def _measure_speedup(body: SentenceTransformer, texts: Sequence[str]) -> float | None:
+    """Measure the speedup of bf16 over fp32, halving the texts if memory runs out; None if bf16 does not run."""
     while True:
         try:
             fp32, bf16 = _step_seconds(body, texts)
             break
         except RuntimeError as error:
             if not is_out_of_memory(error):
-                logger.debug("Precision: fp32, since bf16 does not run here (%s).", str(error))
+                logger.debug("Precision: fp32, because bf16 does not run on this machine (%s).", str(error))
                 return None
             if len(texts) == 1:
                 raise
@@ -118,17 +118,17 @@ def _probe(body: SentenceTransformer, texts: Sequence[str]) -> float | None:
 
 
 def check_precision(name: str, device: torch.device) -> None:
-    """Refuse a precision that a device cannot train in.
+    """Check that a device can train in a precision.
 
     Raises:
-        ConfigError: It cannot.
+        ConfigError: If it cannot.
     """
     if name == "fp16" and device.type != "cuda":
         raise ConfigError(
-            f"Training in fp16 needs a CUDA device, not {device.type}.", hint="Take --precision auto, fp32 or bf16."
+            f"Training in fp16 needs a CUDA device, got {device.type}.", hint="Use --precision auto, fp32 or bf16."
         )
     if name == "bf16" and not _has_bf16(device):
-        raise ConfigError(f"{device} cannot train in bf16.", hint="Take --precision auto or fp32.")
+        raise ConfigError(f"The device {device} cannot train in bf16.", hint="Use --precision auto or fp32.")
 
 
 def _has_bf16(device: torch.device) -> bool:
@@ -138,7 +138,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def _step_seconds(body: SentenceTransformer, texts: Sequence[str]) -> tuple[float, float]:
-    """Seconds of a forward and a backward pass over the texts, in fp32 and in bf16, by turns: the best of each."""
+    """Time a forward and backward pass over the texts in fp32 and in bf16, in alternation; the minimum of each."""
     import torch
     from sentence_transformers.util import batch_to_device
 
@@ -154,5 +154,5 @@ def _step_seconds(body: SentenceTransformer, texts: Sequence[str]) -> tuple[floa
             torch.cuda.synchronize(body.device)
         return time.perf_counter() - started
 
-    rounds = [(step(False), step(True)) for _ in range(_ROUNDS + 1)][1:]  # the first one warms up
+    rounds = [(step(False), step(True)) for _ in range(_N_ROUNDS + 1)][1:]  # the first round is a warmup
     return min(fp32 for fp32, _ in rounds), min(bf16 for _, bf16 in rounds)

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of models or data: files, hashes, arrays, console output."""
+"""General helpers for files, hashes, arrays and console output."""

@@ -1,4 +1,4 @@
-"""Writing files and folders: whole or not at all, and with an error that says what to do."""
+"""Write files and folders atomically, with helpful errors."""
 
 from __future__ import annotations
 
@@ -16,29 +16,31 @@ from uuid import uuid4
 from setfit_kd.errors import OutputError, SetFitKDError, error_chain
 
 logger = logging.getLogger(__name__)
-LOCK = ".lock"
+LOCK_FILE = ".lock"
 TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}")
-_REASONS = {
+_ERRNO_HINTS = {
     errno.ENOSPC: "The disk is full: free some space, or",
     errno.EDQUOT: "The disk quota is used up: free some space, or",
     errno.EROFS: "The file system is read-only:",
-    errno.EACCES: "Permission is missing:",
-    errno.EPERM: "Permission is missing:",
-    errno.ENOTDIR: "A part of the path is a file:",
+    errno.EACCES: "No permission to write:",
+    errno.EPERM: "No permission to write:",
+    errno.ENOTDIR: "Part of the path is a file:",
 }
 
-_TORCH_CANNOT_WRITE = ("inline_container.cc", "iostream error")
-"""What torch says where it cannot write an archive; it does not tell why."""
+_TORCH_WRITE_ERRORS = ("inline_container.cc", "iostream error")
+"""Parts of torch's messages for a failed write, which do not include the cause."""
 
 
 @contextmanager
-def write_errors(path: Path, *, elsewhere: str = "choose another --output-dir") -> Iterator[None]:
-    """Turn any failure to write to ``path`` into an `OutputError` that says what to do.
+def raise_output_errors(path: Path, *, alternative: str = "choose another --output-dir") -> Iterator[None]:
+    """Context manager that turns failures to write to ``path`` into an `OutputError` with a hint.
 
-    ``elsewhere`` says how to have it written to another place.
+    torch and safetensors wrap the system's error in their own types, so the errno is read from the chain of causes or
+    from the messages.
 
-    The tensor writers below us wrap the system's error in types of their own, so its number is looked for in the
-    chain of causes and, failing that, in the text.
+    Args:
+        path: File or folder that is written.
+        alternative: How to choose another path, as an imperative clause for the hint.
     """
     try:
         yield
@@ -48,38 +50,39 @@ def write_errors(path: Path, *, elsewhere: str = "choose another --output-dir") 
         code = _find_errno(error)
         if code is None:
             raise
-        hint = f"{_REASONS[code]} {elsewhere}." if code in _REASONS else f"{elsewhere[0].upper()}{elsewhere[1:]}."
+        known = _ERRNO_HINTS.get(code)
+        hint = f"{known} {alternative}." if known else f"{alternative[0].upper()}{alternative[1:]}."
         raise OutputError(f"Cannot write {path}: {error} [{errno.errorcode[code]}]", hint=hint) from error
 
 
 def temporary_path(path: Path) -> Path:
-    """A new name beside ``path`` for what is being written or deleted; it matches `TEMPORARY_NAME`."""
+    """Return a new hidden path beside ``path`` that matches `TEMPORARY_NAME`."""
     return path.with_name(f".{path.name}.{uuid4().hex[:8]}")
 
 
 @contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """Yield a name beside ``path``, and remove the file or folder that has it at the end."""
+def _temporary_sibling(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; at the end, remove the file or folder at it."""
     part = temporary_path(path)
     try:
         yield part
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        with suppress(OSError):  # what keeps it from being removed has kept it from being written
+        with suppress(OSError):  # it does not exist, or the folder is read-only
             part.unlink()
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path`` that is renamed to it at the end: whole, or not there at all.
+    """Create a folder atomically: yield a temporary folder that is renamed to ``path`` at the end.
 
     Raises:
-        OutputError: Something is there already, or it cannot be written.
+        OutputError: If ``path`` exists or cannot be written.
     """
     target = Path(path).absolute()
-    with write_errors(Path(path)), _temporary(target) as part:
+    with raise_output_errors(Path(path)), _temporary_sibling(target) as part:
         if target.exists():
-            raise OutputError(f"{path} is there already.", hint="Choose another name, or remove it first.")
+            raise OutputError(f"{path} already exists.", hint="Choose another path, or remove it.")
         part.mkdir(parents=True)
         yield part
         _apply_umask(part)
@@ -88,38 +91,38 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replace_folder(path: str | Path, *, is_ours: Callable[[str], bool]) -> Iterator[Path]:
-    """Yield the path of a folder to be made beside ``path``, which then takes its place and that of an earlier one.
+    """Create or replace a folder atomically: yield a temporary path that is renamed to ``path`` at the end.
 
-    Until the new one is whole, the earlier one stays as it is. Files and folders in it whose names are not ``is_ours``
-    are kept.
+    The caller creates the folder at the temporary path. Files and folders of the replaced folder are kept if
+    ``is_ours`` is false for their names.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: If the folder cannot be written.
     """
-    target = Path(path).resolve()  # a link to a folder stays one
-    with _temporary(target) as part, _temporary(target) as earlier:
+    target = Path(path).resolve()  # a symbolic link to a folder is kept
+    with _temporary_sibling(target) as part, _temporary_sibling(target) as previous:
         yield part
         try:
-            with write_errors(Path(path)):
+            with raise_output_errors(Path(path)):
                 if target.is_dir():
-                    for kept in target.iterdir():
-                        if not is_ours(kept.name):
-                            _link_or_copy(kept, part / kept.name)
-                    target.rename(earlier)
+                    for file in target.iterdir():
+                        if not is_ours(file.name):
+                            _link_or_copy(file, part / file.name)
+                    target.rename(previous)
                 part.rename(target)
         finally:
-            if earlier.is_dir() and not target.exists():
-                earlier.rename(target)
+            if previous.is_dir() and not target.exists():
+                previous.rename(target)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Make a file or folder appear at ``target`` too, without copying its content where the file system allows that."""
+    """Hard-link a file or the files of a folder to ``target``, or copy them if links are not supported."""
 
-    def link(one: str, other: str) -> None:
+    def link(source: str, target: str) -> None:
         try:
-            os.link(one, other, follow_symlinks=False)
+            os.link(source, target, follow_symlinks=False)
         except OSError:
-            shutil.copy2(one, other, follow_symlinks=False)
+            shutil.copy2(source, target, follow_symlinks=False)
 
     if source.is_dir() and not source.is_symlink():
         shutil.copytree(source, target, symlinks=True, copy_function=link)
@@ -129,14 +132,14 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def replace_files(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder within ``folder``, the files in which take the place of those of the same name.
+    """Replace files of a folder: yield a temporary folder whose files are moved to ``folder`` at the end.
 
-    Each is whole or the earlier one at any moment; all together they are not.
+    Each file is replaced atomically, but not all files together.
 
     Raises:
-        OutputError: They cannot be written.
+        OutputError: If the files cannot be written.
     """
-    with write_errors(folder), _temporary(folder / "new") as part:
+    with raise_output_errors(folder), _temporary_sibling(folder / "new") as part:
         part.mkdir()
         yield part
         _apply_umask(part)
@@ -145,60 +148,60 @@ def replace_files(folder: Path) -> Iterator[Path]:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Refuse links among the named files and folders within ``folder``, and anywhere below them.
+    """Raise an error if the named files and folders of ``folder`` are or contain symbolic links.
 
-    Writing or deleting through a link would change what lies elsewhere. Links at or above ``folder`` are followed.
+    Writing or deleting through a link would change files outside the folder. Links at or above ``folder`` are allowed.
 
     Raises:
-        OutputError: There is one.
+        OutputError: If there is a link.
     """
     for name in names:
-        below = (Path(parent) / each for parent, folders, files in os.walk(folder / name) for each in folders + files)
-        link = next((path for path in (folder / name, *below) if path.is_symlink()), None)
+        contents = (Path(root) / entry for root, folders, files in os.walk(folder / name) for entry in folders + files)
+        link = next((path for path in (folder / name, *contents) if path.is_symlink()), None)
         if link is not None:
             raise OutputError(
-                f"{link} is a link: nothing is written or deleted through links inside an output folder.",
-                hint="Replace it by what it points to, or choose another folder.",
+                f"{link} is a symbolic link, which is not allowed inside an output folder.",
+                hint="Replace the link with its target, or choose another folder.",
             )
 
 
 @contextmanager
 def lock_folder(path: Path) -> Iterator[None]:
-    """Create a folder and let no other process work in it within this block; the lock of a process that ended is free.
+    """Create a folder and lock it for the duration of the block; the lock of a dead process is ignored.
 
-    A folder that is created here and is still empty at the end is removed.
+    If the folder did not exist before and is empty at the end, it is removed.
 
     Raises:
-        OutputError: Another process works in it, or it cannot be written.
+        OutputError: If another process holds the lock, or if the folder cannot be written.
     """
     from filelock import FileLock, Timeout
 
     is_new = not path.exists()
-    refuse_links(path, [LOCK])
-    with write_errors(path):
+    refuse_links(path, [LOCK_FILE])
+    with raise_output_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / LOCK)
+        lock = FileLock(path / LOCK_FILE)
         try:
             lock.acquire(blocking=False)
         except Timeout:
             raise OutputError(
-                f"Another process{_holder(path / LOCK)} is working in {path}.",
-                hint="Wait until it has ended, or choose another --output-dir.",
+                f"Another process{_lock_owner(path / LOCK_FILE)} is using {path}.",
+                hint="Wait until it has finished, or choose another --output-dir.",
             ) from None
         except NotImplementedError:
-            logger.debug("%s lies on a file system without locks.", path)
+            logger.debug("The file system of %s does not support locks.", path)
     try:
         if lock.is_locked:
             with suppress(OSError):
-                (path / LOCK).write_text(str(os.getpid()), encoding="utf-8")
+                (path / LOCK_FILE).write_text(str(os.getpid()), encoding="utf-8")
         yield
     finally:
-        if is_new and path.is_dir() and not any(file.name != LOCK for file in path.iterdir()):
+        if is_new and path.is_dir() and not any(file.name != LOCK_FILE for file in path.iterdir()):
             shutil.rmtree(path, ignore_errors=True)
         lock.release()
 
 
-def _holder(lock: Path) -> str:
+def _lock_owner(lock: Path) -> str:
     try:
         return f" ({int(lock.read_text(encoding='utf-8'))})"
     except (OSError, ValueError):
@@ -207,30 +210,30 @@ def _holder(lock: Path) -> str:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a temporary file beside ``path`` that takes its place at the end: whole, or not there at all.
+    """Write a file atomically: yield a temporary file that is renamed to ``path`` at the end.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: If the file cannot be written.
     """
-    with write_errors(path, elsewhere="choose another file"), _temporary(path) as part:
+    with raise_output_errors(path, alternative="choose another file"), _temporary_sibling(path) as part:
         with part.open("wb") as file:
             yield file
         part.replace(path)
 
 
-def write_text(path: Path, text: str, *, elsewhere: str = "choose another --output-dir") -> None:
-    """Write a text file whole, over an earlier one, or not at all; ``elsewhere`` as in `write_errors`.
+def write_text(path: Path, text: str, *, alternative: str = "choose another --output-dir") -> None:
+    """Write or replace a text file atomically; see `raise_output_errors` for ``alternative``.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: If the file cannot be written.
     """
-    with write_errors(path, elsewhere=elsewhere), _temporary(path) as part:
+    with raise_output_errors(path, alternative=alternative), _temporary_sibling(path) as part:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
 
 
 def _apply_umask(folder: Path) -> None:
-    """Give files the mode that the user's umask gives to new ones: some writers below us leave them to one user."""
+    """Set the mode of files to that of the user's umask; some libraries create files readable by the owner only."""
     probe = folder / ".mode"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
@@ -241,17 +244,17 @@ def _apply_umask(folder: Path) -> None:
 
 
 def _find_errno(error: BaseException) -> int | None:
-    for link in error_chain(error):
-        if isinstance(link, OSError) and link.errno in errno.errorcode:
-            return link.errno
-        text = str(link)
-        told = re.search(r"\(os error (\d+)\)", text)  # as the tensor writers tell it
-        if told and int(told[1]) in errno.errorcode:
-            return int(told[1])
+    for cause in error_chain(error):
+        if isinstance(cause, OSError) and cause.errno in errno.errorcode:
+            return cause.errno
+        text = str(cause)
+        match = re.search(r"\(os error (\d+)\)", text)  # format of safetensors
+        if match and int(match[1]) in errno.errorcode:
+            return int(match[1])
         if "No space left on device" in text:
             return errno.ENOSPC
         if "Read-only file system" in text:
             return errno.EROFS
-        if any(sign in text for sign in _TORCH_CANNOT_WRITE):
+        if any(fragment in text for fragment in _TORCH_WRITE_ERRORS):
             return errno.EIO
     return None

@@ -1,4 +1,4 @@
-"""Progress bars, and how libraries are kept quiet."""
+"""Progress bars and the output of libraries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _console: ContextVar[Console | None] = ContextVar("console", default=None)
 
 @contextmanager
 def show_progress(console: Console | None) -> Iterator[None]:
-    """Show the progress of everything within this block on ``console``; None keeps silent."""
+    """Context manager that shows progress bars on ``console``; None disables them."""
     token = _console.set(console)
     try:
         yield
@@ -29,9 +29,9 @@ def show_progress(console: Console | None) -> Iterator[None]:
 
 @contextmanager
 def track(description: str, total: int | None) -> Iterator[Advance]:
-    """A step of ``total`` units, or of an unknown number.
+    """Context manager that shows a progress bar of ``total`` units; None means an unknown number.
 
-    Call the yielded function with the units done since the last call.
+    Call the yielded function with the number of units completed since the last call.
     """
     console = _console.get()
     if console is None:
@@ -53,8 +53,11 @@ def track(description: str, total: int | None) -> Iterator[Advance]:
 
 
 @contextmanager
-def without_warnings(library: str) -> Iterator[None]:
-    """Within this block, a library logs errors only: what it would warn of is checked by us."""
+def suppress_warnings(library: str) -> Iterator[None]:
+    """Context manager that raises the log level of a library to ERROR.
+
+    The calling code checks the conditions that the library would warn about.
+    """
     logger = logging.getLogger(library)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -66,10 +69,12 @@ def without_warnings(library: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Within this block, the libraries below draw no progress bars of their own and SetFit logs warnings only.
+    """Context manager that hides libraries' progress bars and SetFit's info logs.
 
-    Importing SetFit raises its log level to INFO in five modules; where this block is the first to import it, the
-    level stays at WARNING afterwards too.
+    The libraries are datasets, huggingface_hub and transformers.
+
+    Importing SetFit sets the log level of five of its modules to INFO. If this block imports it first, the level stays
+    at WARNING after the block.
     """
     was_imported = "setfit" in sys.modules
     import datasets

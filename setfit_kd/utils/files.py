@@ -1,4 +1,4 @@
-"""Read files safely, and find the cache folder."""
+"""Read files safely and find the cache folder."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 32 << 20
-"""Size above which no JSON document or line is read: parsed, it takes about twenty times as much memory."""
+"""Maximum size of a JSON document or line. Parsed, it takes about twenty times as much memory."""
 
 CACHE_VARIABLE = "SETFIT_KD_CACHE"
 
 
 def cache_folder() -> Path | None:
-    """Where caches are kept: what the environment's ``SETFIT_KD_CACHE`` says, or the user's cache folder.
+    """Return the cache folder: the environment variable ``SETFIT_KD_CACHE``, or the user's cache folder.
 
-    None for a user without a home.
+    Returns None if the user has no home folder.
     """
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named)
+    configured = os.environ.get(CACHE_VARIABLE)
+    if configured:
+        return Path(configured)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setfit-kd"
     except RuntimeError:
@@ -31,18 +31,18 @@ def cache_folder() -> Path | None:
 
 
 def check_regular_file(path: Path, *, limit: float = float("inf")) -> Path:
-    """Return ``path`` if it is, links resolved, a regular file of at most ``limit`` bytes.
+    """Return ``path`` if it is a regular file, or a link to one, of at most ``limit`` bytes.
 
     Reading anything else, such as a pipe or a device, might never end.
 
     Raises:
-        OSError: It does not exist, is something else or is larger.
+        OSError: If the path does not exist, is not a regular file or is larger.
     """
-    about = path.stat()
-    if not stat.S_ISREG(about.st_mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    if about.st_size > limit:
-        raise OSError(errno.EFBIG, f"{about.st_size:,} bytes, expected at most {limit:,}", str(path))
+    if status.st_size > limit:
+        raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, expected at most {limit:,}", str(path))
     return path
 
 
@@ -50,27 +50,27 @@ def read_json(path: Path) -> Any:
     """Read a JSON document of at most `MAX_JSON_BYTES` from a regular file.
 
     Raises:
-        OSError: It cannot be read, is no regular file or too large.
-        ValueError: It is not JSON in UTF-8.
+        OSError: If the file cannot be read, is not a regular file or is too large.
+        ValueError: If the content is not JSON in UTF-8.
     """
-    return _parse(check_regular_file(path, limit=MAX_JSON_BYTES).read_text(encoding="utf-8"))
+    return _parse_json(check_regular_file(path, limit=MAX_JSON_BYTES).read_text(encoding="utf-8"))
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
     """Read a regular file of one JSON value per line, each of at most `MAX_JSON_BYTES` characters.
 
     Raises:
-        OSError: It cannot be read or is no regular file.
-        ValueError: A line is too long or is not JSON in UTF-8.
+        OSError: If the file cannot be read or is not a regular file.
+        ValueError: If a line is too long or is not JSON in UTF-8.
     """
     with check_regular_file(path).open(encoding="utf-8") as file:
         while line := file.readline(MAX_JSON_BYTES + 1):
             if len(line) > MAX_JSON_BYTES:
-                raise ValueError(f"a line of more than {MAX_JSON_BYTES:,} characters")
-            yield _parse(line)
+                raise ValueError(f"a line has more than {MAX_JSON_BYTES:,} characters")
+            yield _parse_json(line)
 
 
-def _parse(text: str) -> Any:
+def _parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
@@ -78,5 +78,5 @@ def _parse(text: str) -> Any:
 
 
 def folder_megabytes(folder: Path) -> float:
-    """Size of the files in a folder, in 10^6 bytes."""
+    """Return the total size of the files in a folder in 10^6 bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6

@@ -1,4 +1,4 @@
-"""Names for content: what is equal has the same, whatever it is called and wherever it lies."""
+"""Hashes and fingerprints of content."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from setfit_kd.utils.files import check_regular_file
 
 
 def hash_parts(parts: Iterable[bytes]) -> str:
-    """32 hexadecimal digits for a sequence of byte strings; where one ends and the next begins makes a difference."""
+    """Hash a sequence of byte strings to 32 hexadecimal digits; the boundaries between the strings count."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "big"))
@@ -21,23 +21,23 @@ def hash_parts(parts: Iterable[bytes]) -> str:
 
 
 def fingerprint(*parts: Any) -> str:
-    """A name for everything that something is made from: 32 hexadecimal digits, equal for equal parts."""
+    """Hash JSON-serializable values to 32 hexadecimal digits."""
 
     def pieces() -> Iterator[str]:
         for part in parts:
             is_list = isinstance(part, list)
             yield f"{is_list} {len(part) if is_list else 1}"
-            for piece in part if is_list else [part]:  # a large pool is not written out a second time
+            for piece in part if is_list else [part]:  # avoids a JSON copy of a large pool
                 yield json.dumps(piece, sort_keys=True)
 
     return hash_parts(piece.encode() for piece in pieces())
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal.
+    """Return the SHA-256 of a file's content in hexadecimal.
 
     Raises:
-        OSError: It cannot be read or is no regular file.
+        OSError: If the file cannot be read or is not a regular file.
     """
     digest = hashlib.sha256()
     with check_regular_file(path).open("rb") as file:

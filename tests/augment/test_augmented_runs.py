@@ -1,4 +1,4 @@
-"""Pools widened by texts that are made: what a run makes of them, keeps of them, and makes anew."""
+"""Tests of runs with augmented texts: which are created, which are kept, and which are created again on resume."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from setfit_kd.data import LabeledSet, normalise
 from setfit_kd.errors import ConfigError, ModelError
 from setfit_kd.models import predict_proba
 from setfit_kd.models.temperature import at_temperature
-from setfit_kd.run.augment_stage import augmented_texts
+from setfit_kd.run.augment_stage import augment_or_load
 from setfit_kd.run.data import RunData, load_run_data
 from setfit_kd.run.stage_cache import StageCache
 
-WANTED = 40
+N_AUGMENTED = 40
 TRAIN = newswire("train")
 LABELED, POOL = TRAIN[:24], [row["text"] for row in TRAIN[24:54]]
 
@@ -42,9 +42,9 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def would_be_made() -> list[str]:
-    """What comes out where nothing is forbidden."""
-    return augment([*POOL, *(row["text"] for row in LABELED)], WANTED, seed=0)
+def augment_unrestricted() -> list[str]:
+    """Augment the data of the runs without forbidden texts."""
+    return augment([*POOL, *(row["text"] for row in LABELED)], N_AUGMENTED, seed=0)
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -54,9 +54,9 @@ def write(path: Path, rows: list[Any]) -> str:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> dict[str, Any]:
-    """Settings of a run whose evaluation set holds texts that would be made."""
-    folder = tmp_path_factory.mktemp("given")
-    leaked = [{"text": f" {text.upper()}", "label": "World"} for text in would_be_made()[::4]]
+    """Settings of a run whose evaluation set contains texts that would otherwise be created."""
+    folder = tmp_path_factory.mktemp("data")
+    leaked = [{"text": f" {text.upper()}", "label": "World"} for text in augment_unrestricted()[::4]]
     return {
         **FAST,
         "labeled": write(folder / "labeled.jsonl", LABELED),
@@ -68,14 +68,14 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> dict[s
         "batch_size": 16,
         "baseline": False,
         "cache": False,
-        "augment": WANTED,
+        "augment": N_AUGMENTED,
         "augment_confidence": 0.0,
     }
 
 
 @pytest.fixture(scope="module")
 def masked_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random masked language model of 64 positions."""
+    """Folder of a random masked language model with 64 positions."""
     from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
     folder = tmp_path_factory.mktemp("models") / "masked-lm"
@@ -87,57 +87,54 @@ def masked_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclass(frozen=True)
-class Widened:
-    """A run whose pool was widened, every text kept."""
+class AugmentedRun:
+    """A run with an augmented pool that kept every text."""
 
     folder: Path
     result: RunResult
 
     @property
-    def made(self) -> list[str]:
-        return made_in(self.folder)
+    def texts(self) -> list[str]:
+        return read_augmented(self.folder)
 
     @property
     def confidence(self) -> Any:
-        """Of the teacher in the texts that were made."""
-        said = TeacherSignals.load(self.folder / "signals")
-        assert said.temperature != 1
-        return at_temperature(said.probabilities[rows_made()], said.temperature).max(axis=1)
+        """The teacher's confidence in each augmented text."""
+        signals = TeacherSignals.load(self.folder / "signals")
+        assert signals.temperature != 1
+        rows = slice(len(POOL), len(POOL) + N_AUGMENTED)
+        return at_temperature(signals.probabilities[rows], signals.temperature).max(axis=1)
 
 
-def made_in(folder: Path) -> list[str]:
+def read_augmented(folder: Path) -> list[str]:
     lines = (folder / "augmented" / "texts.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
-def rows_made() -> slice:
-    return slice(len(POOL), len(POOL) + WANTED)
-
-
 @pytest.fixture(scope="module")
-def widened(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Widened:
-    folder = tmp_path_factory.mktemp("runs") / "widened"
-    return Widened(folder, run(output_dir=folder))
+def augmented(run: Run, tmp_path_factory: pytest.TempPathFactory) -> AugmentedRun:
+    folder = tmp_path_factory.mktemp("runs") / "augmented"
+    return AugmentedRun(folder, run(output_dir=folder))
 
 
 @pytest.fixture
-def copied(widened: Widened, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(widened.folder, tmp_path / "run"))
+def run_copy(augmented: AugmentedRun, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(augmented.folder, tmp_path / "run"))
 
 
-def refuse(*_: Any, **__: Any) -> Any:
-    raise AssertionError("This was made before.")
+def fail_if_called(*_: Any, **__: Any) -> Any:
+    raise AssertionError("unexpected call")
 
 
 @contextmanager
-def nothing_made_anew(*names: str) -> Iterator[None]:
+def forbid_calls(*names: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
-            patch.setattr(f"setfit_kd.{name}", refuse)
+            patch.setattr(f"setfit_kd.{name}", fail_if_called)
         yield
 
 
-TEXTS, TEACHER, SCORES = (
+AUGMENT, TEACHER, SCORES = (
     "augment.stage.augment",
     "run.teacher_stages.train_teacher",
     "run.teacher_stages.refine_and_score",
@@ -145,106 +142,110 @@ TEXTS, TEACHER, SCORES = (
 STUDENT = "run.student_stages.train_student"
 
 
-# What is made, and what the teacher says of it
+# Creation and signals of augmented texts
 
 
-def test_the_teacher_labels_the_pool_what_was_made_of_it_and_the_labeled_texts(widened: Widened) -> None:
-    assert len(widened.made) == WANTED
-    expected = [*POOL, *widened.made, *(row["text"] for row in LABELED)]
-    assert TeacherSignals.load(widened.folder / "signals").texts == expected
-    assert widened.result.signals.texts == expected
+def test_signals_contain_pool_augmented_and_labeled_texts(augmented: AugmentedRun) -> None:
+    assert len(augmented.texts) == N_AUGMENTED
+    expected = [*POOL, *augmented.texts, *(row["text"] for row in LABELED)]
+    assert TeacherSignals.load(augmented.folder / "signals").texts == expected
+    assert augmented.result.signals.texts == expected
 
 
-def test_what_the_teacher_says_is_of_the_texts_as_they_were_made(widened: Widened) -> None:
-    signals = TeacherSignals.load(widened.folder / "signals")
-    said = predict_proba(load(widened.folder / "teacher", device="cpu"), signals.texts)
-    sharp = np.log(np.maximum(signals.probabilities, 1e-30)) / signals.temperature
-    meant = np.exp(sharp) / np.exp(sharp).sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(said, meant, atol=1e-4)
+def test_signals_match_the_augmented_texts(augmented: AugmentedRun) -> None:
+    signals = TeacherSignals.load(augmented.folder / "signals")
+    predicted = predict_proba(load(augmented.folder / "teacher", device="cpu"), signals.texts)
+    logits = np.log(np.maximum(signals.probabilities, 1e-30)) / signals.temperature
+    calibrated = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(predicted, calibrated, atol=1e-4)
 
 
-def test_no_text_that_was_made_is_there_already(widened: Widened, base: dict[str, Any]) -> None:
-    made = [normalise(text) for text in widened.made]
+def test_augmented_texts_are_new(augmented: AugmentedRun, base: dict[str, Any]) -> None:
+    keys = [normalise(text) for text in augmented.texts]
     held_out = [json.loads(line)["text"] for line in Path(base["eval"]).read_text(encoding="utf-8").splitlines()]
-    there = {normalise(text) for text in (*POOL, *held_out, *(row["text"] for row in LABELED))}
-    assert there & {normalise(text) for text in would_be_made()}, "nothing is to be seen"
-    assert len(set(made)) == WANTED
-    assert not there & set(made)
+    known = {normalise(text) for text in (*POOL, *held_out, *(row["text"] for row in LABELED))}
+    assert known & {normalise(text) for text in augment_unrestricted()}, "the test needs forbidden texts"
+    assert len(set(keys)) == N_AUGMENTED
+    assert not known & set(keys)
 
 
-def test_without_an_evaluation_set_nothing_is_forbidden(base: dict[str, Any]) -> None:
+def test_no_text_is_forbidden_without_evaluation_set(base: dict[str, Any]) -> None:
     config = RunConfig.of(**{**base, "eval": None})
-    assert augmented_texts(config, load_run_data(config), None, StageCache(None)) == would_be_made()
+    assert augment_or_load(config, load_run_data(config), None, StageCache(None)) == augment_unrestricted()
 
 
-def test_nothing_is_made_unless_it_is_asked_for(run: Run, copied: Path) -> None:
-    result = run(augment=None, resume=copied)
+def test_no_texts_are_augmented_by_default(run: Run, run_copy: Path) -> None:
+    result = run(augment=None, resume=run_copy)
     assert result.signals.texts == [*POOL, *(row["text"] for row in LABELED)]
-    assert not (copied / "augmented").exists()
+    assert not (run_copy / "augmented").exists()
 
 
-def test_fewer_than_are_wanted_are_warned_of(base: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_warning_if_fewer_texts_can_be_created(base: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     config = RunConfig.of(**base)
     labeled = LabeledSet(["rain fell", "play stopped"], np.arange(2), ("a", "b"))
-    few = RunData(labeled, ["one word"], None, load_run_data(config).report)
-    made = augmented_texts(config, few, None, StageCache(None))
-    assert {"fell rain", "rain stopped"} <= set(made)
-    assert len(made) < WANTED
-    assert f"Of 3 texts, only {len(made)} others could be made." in caplog.messages
+    small = RunData(labeled, ["one word"], None, load_run_data(config).report)
+    texts = augment_or_load(config, small, None, StageCache(None))
+    assert {"fell rain", "rain stopped"} <= set(texts)
+    assert len(texts) < N_AUGMENTED
+    assert f"Could create only {len(texts)} different texts from 3 texts." in caplog.messages
 
 
-def test_a_run_of_no_more_than_pieces_goes_on_without_texts(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_run_continues_if_no_text_can_be_created(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     single = [row["text"].replace(" ", "_") for row in TRAIN[:40]]
-    labeled = [(text, "ab"[place % 2]) for place, text in enumerate(single[:20])]
+    labeled = [(text, "ab"[row % 2]) for row, text in enumerate(single[:20])]
     result = run(labeled=labeled, unlabeled=single[20:], eval=None)
     assert result.signals.texts == [*single[20:], *single[:20]]
-    assert "Of 40 texts, only 0 others could be made." in caplog.messages
+    assert "Could create only 0 different texts from 40 texts." in caplog.messages
 
 
-# What is kept
+# Which augmented texts are kept
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
-def test_what_the_teacher_is_not_sure_of_is_dropped(
-    share: float, widened: Widened, copied: Path, caplog: pytest.LogCaptureFixture
+def test_uncertain_augmented_texts_are_dropped(
+    share: float, augmented: AugmentedRun, run_copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    least = float(np.quantile(widened.confidence, share))
-    with caplog.at_level(logging.INFO, "setfit_kd"), nothing_made_anew(TEXTS, TEACHER, SCORES):
-        result = distill(resume=copied, augment_confidence=least)
-    kept = [text for text, sure in zip(widened.made, widened.confidence, strict=True) if sure >= least]
-    assert 0 < len(kept) < WANTED
+    min_confidence = float(np.quantile(augmented.confidence, share))
+    with caplog.at_level(logging.INFO, "setfit_kd"), forbid_calls(AUGMENT, TEACHER, SCORES):
+        result = distill(resume=run_copy, augment_confidence=min_confidence)
+    kept = [
+        text
+        for text, confidence in zip(augmented.texts, augmented.confidence, strict=True)
+        if confidence >= min_confidence
+    ]
+    assert 0 < len(kept) < N_AUGMENTED
     assert result.signals.texts == [*POOL, *kept, *(row["text"] for row in LABELED)]
-    before = TeacherSignals.load(copied / "signals")
-    assert len(before) == len(POOL) + WANTED + len(LABELED)
-    place = {text: row for row, text in enumerate(before.texts)}
-    rows = [place[text] for text in result.signals.texts]
-    np.testing.assert_array_equal(result.signals.probabilities, before.probabilities[rows])
-    assert before.embeddings is not None
-    np.testing.assert_array_equal(result.signals.embeddings, before.embeddings[rows])
-    assert f"Of {WANTED} texts that were made, the teacher is sure enough of {len(kept)}." in caplog.messages
-    assert "Stage student: taken from" not in caplog.text
+    unfiltered = TeacherSignals.load(run_copy / "signals")
+    assert len(unfiltered) == len(POOL) + N_AUGMENTED + len(LABELED)
+    row_of = {text: row for row, text in enumerate(unfiltered.texts)}
+    rows = [row_of[text] for text in result.signals.texts]
+    np.testing.assert_array_equal(result.signals.probabilities, unfiltered.probabilities[rows])
+    assert unfiltered.embeddings is not None
+    np.testing.assert_array_equal(result.signals.embeddings, unfiltered.embeddings[rows])
+    assert f"The teacher is confident about {len(kept)} of {N_AUGMENTED} augmented texts." in caplog.messages
+    assert "Stage student: loaded from" not in caplog.text
 
 
-def test_texts_that_were_not_made_are_kept_however_doubtful(copied: Path) -> None:
-    result = distill(resume=copied, augment_confidence=1.0)
-    said = TeacherSignals.load(copied / "signals").probabilities.max(axis=1)
-    assert said[: len(POOL)].min() < 1
+def test_uncertain_pool_and_labeled_texts_are_kept(run_copy: Path) -> None:
+    result = distill(resume=run_copy, augment_confidence=1.0)
+    confidence = TeacherSignals.load(run_copy / "signals").probabilities.max(axis=1)
+    assert confidence[: len(POOL)].min() < 1
     assert result.signals.texts[: len(POOL)] == POOL
     assert result.signals.texts[-len(LABELED) :] == [row["text"] for row in LABELED]
 
 
 def signals(confidence: list[float], temperature: float = 1.0) -> TeacherSignals:
-    said = np.array([[one, 1 - one] for one in confidence], np.float32)
-    return TeacherSignals([f"text {row}" for row in range(len(said))], said, ("a", "b"), said, temperature=temperature)
+    rows = np.array([[value, 1 - value] for value in confidence], np.float32)
+    return TeacherSignals([f"text {row}" for row in range(len(rows))], rows, ("a", "b"), rows, temperature=temperature)
 
 
-def test_texts_are_doubted_by_what_the_signals_mean() -> None:
-    sharp = signals([0.9, 0.6, 0.999], temperature=4.0)  # 0.63, 0.53 and 0.85
-    assert drop_uncertain(sharp, range(3), min_confidence=0.6).texts == ["text 0", "text 2"]
+def test_confidence_is_compared_after_temperature_scaling() -> None:
+    scaled = signals([0.9, 0.6, 0.999], temperature=4.0)  # 0.63, 0.53 and 0.85
+    assert drop_uncertain(scaled, range(3), min_confidence=0.6).texts == ["text 0", "text 2"]
 
 
 @pytest.mark.parametrize(
-    ("rows", "least", "kept"),
+    ("rows", "min_confidence", "kept"),
     [
         (range(1, 4), 0.75, [0, 1, 3, 4]),  # 0.75 is enough, for the second label too
         (range(1, 4), 0.0, [0, 1, 2, 3, 4]),
@@ -253,144 +254,148 @@ def test_texts_are_doubted_by_what_the_signals_mean() -> None:
         (range(0), 1.0, [0, 1, 2, 3, 4]),
     ],
 )
-def test_only_what_was_made_must_be_sure(rows: range, least: float, kept: list[int]) -> None:
-    found = drop_uncertain(signals([0.5, 0.75, 0.6, 0.125, 0.55]), rows, min_confidence=least)
-    assert found.texts == [f"text {row}" for row in kept]
-    assert len(found.probabilities) == len(kept)
+def test_only_augmented_rows_are_dropped(rows: range, min_confidence: float, kept: list[int]) -> None:
+    result = drop_uncertain(signals([0.5, 0.75, 0.6, 0.125, 0.55]), rows, min_confidence=min_confidence)
+    assert result.texts == [f"text {row}" for row in kept]
+    assert len(result.probabilities) == len(kept)
 
 
-# What a resumed run does again
+# Resumed runs
 
 
-def test_a_finished_run_is_taken_whole_from_its_folder(widened: Widened, copied: Path) -> None:
-    with nothing_made_anew(TEXTS, TEACHER, SCORES, STUDENT, "run.student_stages.evaluate"):
-        result = distill(resume=copied)
-    assert (copied / "metrics.json").read_bytes() == (widened.folder / "metrics.json").read_bytes()
-    assert result.signals.texts == widened.result.signals.texts
+def test_finished_run_is_loaded_from_its_folder(augmented: AugmentedRun, run_copy: Path) -> None:
+    with forbid_calls(AUGMENT, TEACHER, SCORES, STUDENT, "run.student_stages.evaluate"):
+        result = distill(resume=run_copy)
+    assert (run_copy / "metrics.json").read_bytes() == (augmented.folder / "metrics.json").read_bytes()
+    assert result.signals.texts == augmented.result.signals.texts
 
 
-@pytest.mark.parametrize("damage", ["gone", "broken"])
-def test_damaged_texts_are_made_again_and_are_the_same(
-    damage: str, widened: Widened, copied: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("damage", ["missing", "broken"])
+def test_damaged_texts_are_created_again_identically(
+    damage: str, augmented: AugmentedRun, run_copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = copied / "augmented" / "texts.jsonl"
-    file.unlink() if damage == "gone" else file.write_text('"cut o')
-    with nothing_made_anew(TEACHER, SCORES, STUDENT):
-        distill(resume=copied)
-    assert "Stage augmented is gone through again" in caplog.text
-    assert made_in(copied) == widened.made
+    file = run_copy / "augmented" / "texts.jsonl"
+    file.unlink() if damage == "missing" else file.write_text('"cut o')
+    with forbid_calls(TEACHER, SCORES, STUDENT):
+        distill(resume=run_copy)
+    assert "Running stage augmented again" in caplog.text
+    assert read_augmented(run_copy) == augmented.texts
 
 
-def test_a_run_that_is_stopped_goes_on_with_the_texts_that_it_made(
-    run: Run, widened: Widened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_resume_loads_augmented_texts(
+    run: Run, augmented: AugmentedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: Any, **__: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"setfit_kd.{TEACHER}", stop)
+        patch.setattr(f"setfit_kd.{TEACHER}", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(output_dir=tmp_path / "run")
-    with nothing_made_anew(TEXTS):
+    with forbid_calls(AUGMENT):
         result = distill(resume=tmp_path / "run")
-    assert result.signals.texts == widened.result.signals.texts
-    for name, of in widened.result.evaluations.items():
-        assert result.evaluations[name].quality == of.quality
+    assert result.signals.texts == augmented.result.signals.texts
+    for name, evaluation in augmented.result.evaluations.items():
+        assert result.evaluations[name].quality == evaluation.quality
 
 
-def test_each_seed_makes_texts_of_its_own(base: dict[str, Any]) -> None:
-    made = []
+def test_each_seed_creates_different_texts(base: dict[str, Any]) -> None:
+    texts = []
     for seed in (0, 1):
         config = RunConfig.of(**{**base, "seed": seed})
-        made.append(augmented_texts(config, load_run_data(config), None, StageCache(None)))
-    assert len(made[0]) == len(made[1]) == WANTED
-    assert set(made[0]) != set(made[1])
+        texts.append(augment_or_load(config, load_run_data(config), None, StageCache(None)))
+    assert len(texts[0]) == len(texts[1]) == N_AUGMENTED
+    assert set(texts[0]) != set(texts[1])
 
 
-# A masked language model
+# Masked language model
 
 
-def test_some_are_made_by_a_masked_language_model(base: dict[str, Any], masked_lm: Path) -> None:
+def test_masked_language_model_creates_some_texts(base: dict[str, Any], masked_lm: Path) -> None:
     config = RunConfig.of(**base, augment_model=str(masked_lm))
     data = load_run_data(config)
     assert data.evaluation is not None
-    made = augmented_texts(config, data, masked_lm, StageCache(None))
+    texts = augment_or_load(config, data, masked_lm, StageCache(None))
     fill = load_fill_mask(masked_lm, device=torch.device("cpu"))
-    own = [*data.pool, *data.labeled.texts]
-    assert made == augment(own, WANTED, seed=0, forbidden=data.evaluation.texts, fill=fill)
-    alone = augmented_texts(RunConfig.of(**base), data, None, StageCache(None))
-    words = {word for text in own for word in text.split()}
-    assert {word for text in alone for word in text.split()} <= words
-    assert len({word for text in made for word in text.split()} - words) > 10  # which none of the texts has
+    originals = [*data.pool, *data.labeled.texts]
+    assert texts == augment(originals, N_AUGMENTED, seed=0, forbidden=data.evaluation.texts, fill=fill)
+    without_model = augment_or_load(RunConfig.of(**base), data, None, StageCache(None))
+    words = {word for text in originals for word in text.split()}
+    assert {word for text in without_model for word in text.split()} <= words
+    assert len({word for text in texts for word in text.split()} - words) > 10
 
 
-def test_a_run_with_a_model_by_command(base: dict[str, Any], masked_lm: Path, widened: Widened, tmp_path: Path) -> None:
+def test_run_command_with_masked_language_model(
+    base: dict[str, Any], masked_lm: Path, augmented: AugmentedRun, tmp_path: Path
+) -> None:
     settings = {name: value for name, value in base.items() if value is not None and not isinstance(value, bool)}
     flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
     command = ["run", *flags, "--no-cache", "--no-baseline", "--output-dir", tmp_path / "run"]
-    done = invoke(*command, "--augment-model", masked_lm)
-    assert done.exit_code == 0, done.output
-    made = made_in(tmp_path / "run")
-    assert len(made) == WANTED
-    assert made != widened.made
+    result = invoke(*command, "--augment-model", masked_lm)
+    assert result.exit_code == 0, result.output
+    texts = read_augmented(tmp_path / "run")
+    assert len(texts) == N_AUGMENTED
+    assert texts != augmented.texts
     assert read_json(tmp_path / "run/run.json")["seconds"]["augmented"] >= 0
     assert str(masked_lm) in (tmp_path / "run/report.md").read_text(encoding="utf-8").replace("\\", "")
 
 
-@pytest.mark.parametrize("by_model", [False, True])
-def test_other_texts_train_no_teacher(by_model: bool, copied: Path, widened: Widened, masked_lm: Path) -> None:
-    with nothing_made_anew(TEACHER):
-        result = distill(resume=copied, **({"augment_model": str(masked_lm)} if by_model else {"augment": 20}))
-    made = made_in(copied)
-    assert len(made) == (WANTED if by_model else 20)
-    assert made != widened.made
-    assert result.signals.texts[len(POOL) : -len(LABELED)] == made
+@pytest.mark.parametrize("with_model", [False, True])
+def test_changed_augmentation_keeps_the_teacher(
+    with_model: bool, run_copy: Path, augmented: AugmentedRun, masked_lm: Path
+) -> None:
+    with forbid_calls(TEACHER):
+        result = distill(resume=run_copy, **({"augment_model": str(masked_lm)} if with_model else {"augment": 20}))
+    texts = read_augmented(run_copy)
+    assert len(texts) == (N_AUGMENTED if with_model else 20)
+    assert texts != augmented.texts
+    assert result.signals.texts[len(POOL) : -len(LABELED)] == texts
 
 
-def test_with_another_evaluation_set_none_of_its_texts_is_kept(copied: Path, widened: Widened, tmp_path: Path) -> None:
-    leaked = [{"text": text.upper(), "label": "World"} for text in widened.made[:3]]
-    result = distill(resume=copied, eval=write(tmp_path / "other.jsonl", [*newswire("eval")[:10], *leaked]))
-    assert not set(widened.made[:3]) & {*made_in(copied), *result.signals.texts}
+def test_resume_removes_texts_of_a_new_evaluation_set(run_copy: Path, augmented: AugmentedRun, tmp_path: Path) -> None:
+    leaked = [{"text": text.upper(), "label": "World"} for text in augmented.texts[:3]]
+    result = distill(resume=run_copy, eval=write(tmp_path / "other.jsonl", [*newswire("eval")[:10], *leaked]))
+    assert not set(augmented.texts[:3]) & {*read_augmented(run_copy), *result.signals.texts}
 
 
-def test_a_model_that_has_changed_makes_other_texts(copied: Path, masked_lm: Path, tmp_path: Path) -> None:
+def test_changed_model_creates_texts_again(run_copy: Path, masked_lm: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(masked_lm, tmp_path / "model"))
-    distill(resume=copied, augment_model=str(model))
+    distill(resume=run_copy, augment_model=str(model))
     (model / "note.txt").write_text("trained further")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("setfit_kd.augment.stage.augment", refuse)
-        with pytest.raises(AssertionError, match="made before"):
-            distill(resume=copied)
+        patch.setattr("setfit_kd.augment.stage.augment", fail_if_called)
+        with pytest.raises(AssertionError, match="unexpected call"):
+            distill(resume=run_copy)
 
 
-def test_labels_alone_are_widened_to_a_pool(run: Run) -> None:
+def test_labeled_texts_are_augmented_without_a_pool(run: Run) -> None:
     result = run(unlabeled=None, batch_size=32)
     assert len(LABELED) < 32 < len(result.signals)
 
 
-@pytest.mark.parametrize(("name", "message"), [("BODY", "masked language model"), ("/not/there", "no model folder")])
-def test_what_is_no_such_model_is_refused(
-    name: str, message: str, run: Run, tiny_student: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"), [("BODY", "masked language model"), ("/not/there", "No such model folder")]
+)
+def test_unusable_model_is_rejected(name: str, message: str, run: Run, tiny_student: Path, tmp_path: Path) -> None:
     model = name.replace("BODY", str(tiny_student.with_name("student-plain")))
-    with nothing_made_anew(TEACHER), pytest.raises(ModelError, match=message):
+    with forbid_calls(TEACHER), pytest.raises(ModelError, match=message):
         run(augment_model=model, output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-# Settings and plans
+# Settings
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"augment": 5, "signals": "said.jsonl"}, "augment: with signals from elsewhere, there is no teacher"),
-        ({"augment_model": "a-model"}, "augment_model: say by augment how many"),
+        ({"augment": 5, "signals": "signals.jsonl"}, "augment: cannot be combined with signals"),
+        ({"augment_model": "a-model"}, "augment_model: set augment to the number"),
         ({"augment": 0}, "augment: "),
         ({"augment": 5, "augment_confidence": 1.5}, "augment_confidence: "),
         ({"augment": 5, "augment_model": " "}, "augment_model: must not be empty"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig.of(**settings)

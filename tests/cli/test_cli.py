@@ -1,4 +1,4 @@
-"""The command line in front of a user."""
+"""Commands of the command line interface."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> 
     return folder
 
 
-def test_help_is_instant_and_loads_no_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     program = (
         "import sys\n"
         "from setfit_kd.cli import main\n"
@@ -45,15 +45,15 @@ def test_help_is_instant_and_loads_no_torch() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_every_setting_is_a_flag_and_every_flag_of_run_a_setting() -> None:
-    own = {"preset_name", "config_file", "resume", "dry_run", "quiet", "verbose"}
+def test_flags_of_run_match_settings() -> None:
+    other_flags = {"preset_name", "config_file", "resume", "dry_run", "quiet", "verbose"}
     run = main.commands["run"]
     names = {parameter.name for parameter in run.params}
-    assert names - own == set(RunConfig.model_fields)
+    assert names - other_flags == set(RunConfig.model_fields)
     for stage in (DataConfig, TeacherConfig, StudentConfig):
         assert set(stage.model_fields) <= names
     for parameter in run.params:
-        if isinstance(parameter, click.Option) and parameter.name not in own:
+        if isinstance(parameter, click.Option) and parameter.name not in other_flags:
             assert parameter.name is not None
             assert "--" + parameter.name.replace("_", "-") in parameter.opts
 
@@ -69,7 +69,7 @@ def test_every_setting_is_a_flag_and_every_flag_of_run_a_setting() -> None:
         ("dropout: true\n", ["--no-dropout"], {"dropout": False}),
     ],
 )
-def test_flags_override_the_file_and_the_file_the_preset(
+def test_flags_override_file_and_file_overrides_preset(
     file: str, flags: list[str], expected: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "settings.yaml").write_text(file)
@@ -81,15 +81,15 @@ def test_flags_override_the_file_and_the_file_the_preset(
     assert list(tmp_path.iterdir()) == [tmp_path / "settings.yaml"]
 
 
-def test_naming_the_labels_drops_the_presets_data(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_labeled_flag_drops_data_of_the_preset(tiny_teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "few.csv").write_text("text,label\nred,a\nblue,b\nrose,a\nsky,b\n")
     result = invoke("run", "--preset", "newswire", "--labeled", "few.csv", "--teacher", tiny_teacher, "--device", "cpu")
     assert result.exit_code == 2
     assert "There are no unlabeled texts" in result.stderr
-    assert "There are 4 texts to learn from, fewer than one batch of 32" in " ".join(result.stderr.split())
+    assert "Expected at least one batch of 32 training texts, got 4" in " ".join(result.stderr.split())
 
 
-def test_a_dry_run_lists_texts_and_training_steps(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> None:
+def test_dry_run_lists_texts_and_training_steps(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> None:
     result = invoke(
         *("run", "--preset", "newswire", "--teacher", tiny_teacher, "--student", tiny_student, "--device", "cpu"),
         *("--shots", "8", "--pool-size", "100", "--teacher-steps", "3", "--teacher-batch-size", "16", "--epochs", "2"),
@@ -104,14 +104,14 @@ def test_a_dry_run_lists_texts_and_training_steps(tiny_teacher: Path, tiny_stude
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_prints_a_table_and_what_to_do_next(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> None:
+def test_run_prints_results_and_predict_command(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> None:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
     result = invoke(
         *("run", "--preset", "newswire", "--teacher", tiny_teacher, "--student", tiny_student, "--output-dir", "out"),
         *flags,
     )
     assert result.exit_code == 0, result.stderr
-    rows = [line.split()[0] for line in result.stdout.splitlines() if "%" in line]
+    rows = [line.split()[0] for line in result.stdout.splitlines() if line.count("%") > 1]
     assert rows == ["teacher", "baseline", "student"]
     assert "setfit-kd predict out" in result.stdout
     assert "Training student" in result.stderr
@@ -145,27 +145,27 @@ def test_predict_from_arguments_stdin_and_files(run_folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "stdin", "code", "fragment"),
+    ("arguments", "stdin", "exit_code", "message"),
     [
-        (["nowhere", "x"], None, 69, "no hub answers"),
-        (["./nowhere", "x"], None, 2, "no model folder"),
+        (["nowhere", "x"], None, 69, "cannot connect to the hub"),
+        (["./nowhere", "x"], None, 2, "No such model folder"),
         (["RUN", "--input", "nowhere.csv"], None, 2, "nowhere.csv"),
         (["RUN"], b"caf\xe9\n", 2, "not UTF-8"),
         (["BODY", "x"], None, 2, "no head"),
-        (["RUN", "x", "--device", "cuda:9"], None, 2, "no device 'cuda:9' here"),
-        (["RUN", "x", "--device", "tpu"], None, 2, "there are auto, cuda, cuda:N, mps and cpu"),
+        (["RUN", "x", "--device", "cuda:9"], None, 2, "Device 'cuda:9' is not available"),
+        (["RUN", "x", "--device", "tpu"], None, 2, "must be auto, cuda, cuda:N, mps or cpu"),
     ],
 )
-def test_predict_explains_what_it_cannot_use(
-    run_folder: Path, tiny_teacher: Path, arguments: list[str], stdin: bytes | None, code: int, fragment: str
+def test_predict_explains_bad_input(
+    run_folder: Path, tiny_teacher: Path, arguments: list[str], stdin: bytes | None, exit_code: int, message: str
 ) -> None:
-    places = {"RUN": str(run_folder), "BODY": str(tiny_teacher)}
-    result = invoke("predict", *(places.get(argument, argument) for argument in arguments), stdin=stdin)
-    assert result.exit_code == code
-    assert fragment in result.stderr
+    paths = {"RUN": str(run_folder), "BODY": str(tiny_teacher)}
+    result = invoke("predict", *(paths.get(argument, argument) for argument in arguments), stdin=stdin)
+    assert result.exit_code == exit_code
+    assert message in result.stderr
 
 
-def test_predict_of_nothing_prints_nothing(run_folder: Path) -> None:
+def test_predict_prints_nothing_without_texts(run_folder: Path) -> None:
     result = invoke("predict", run_folder, "--device", "cpu", stdin="")
     assert (result.exit_code, result.stdout) == (0, "")
 
@@ -179,7 +179,7 @@ def test_evaluate_prints_a_table_or_json(run_folder: Path) -> None:
     assert json.loads(as_json.stdout)["confusion"] == recorded["confusion"]
 
 
-def test_doctor_tells_what_can_run() -> None:
+def test_doctor_shows_which_presets_can_run() -> None:
     result = invoke("doctor")
     assert result.exit_code == 0, result.stderr
     assert "http://127.0.0.1:9    not reachable" in result.stdout
@@ -189,7 +189,7 @@ def test_doctor_tells_what_can_run() -> None:
     assert "0 MiB of embeddings" in result.stdout
 
 
-def test_an_interrupt_ends_at_once_with_130(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> None:
+def test_interrupt_exits_with_130(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "setfit_kd", "run", "--preset", "newswire", "--device", "cpu"]
     command += ["--teacher", str(tiny_teacher), "--student", str(tiny_student), "--teacher-steps", "100000"]
     with subprocess.Popen(
@@ -197,13 +197,13 @@ def test_an_interrupt_ends_at_once_with_130(tiny_teacher: Path, tiny_student: Pa
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Where the tests themselves run in the background, interrupts are ignored, and children inherit that.
+        # If the tests run in the background, they ignore interrupts, and child processes inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             log = tmp_path / "out" / "run.log"
             deadline = time.monotonic() + 120
-            while not (log.exists() and "Training teacher: 100000 steps begin" in log.read_text()):
+            while not (log.exists() and "Training teacher: starting 100000 steps" in log.read_text()):
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
             process.send_signal(signal.SIGINT)

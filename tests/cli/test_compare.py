@@ -1,4 +1,4 @@
-"""Runs side by side."""
+"""Comparison of runs."""
 
 from __future__ import annotations
 
@@ -20,38 +20,40 @@ NEWSWIRE = "bundled:newswire"
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_student: Path) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    other = folder / "other.csv"
-    other.write_text("text,label\nThe bank sells its shares,Business\nThe team wins the cup,Sports\n", encoding="utf-8")
+    other_texts = folder / "other.csv"
+    other_texts.write_text(
+        "text,label\nThe bank sells its shares,Business\nThe team wins the cup,Sports\n", encoding="utf-8"
+    )
     settings: dict[str, tuple[str | None, dict[str, int]]] = {
         "one": (NEWSWIRE, {}),
         "two": (NEWSWIRE, {"seed": 1}),
-        "other": (str(other), {}),
-        "blind": (None, {}),
+        "other": (str(other_texts), {}),
+        "unevaluated": (None, {}),
     }
-    for name, (evaluation, more) in settings.items():
-        every: dict[str, Any] = {**FAST, "pool_size": 48, "baseline": False, **more}
-        models: dict[str, Any] = {"teacher": str(tiny_teacher), "student": str(tiny_student)}
-        distill(NEWSWIRE, NEWSWIRE, evaluation, output_dir=folder / name, **{**models, **every})
+    models: dict[str, Any] = {"teacher": str(tiny_teacher), "student": str(tiny_student)}
+    for name, (evaluation, changes) in settings.items():
+        run_settings: dict[str, Any] = {**models, **FAST, "pool_size": 48, "baseline": False, **changes}
+        distill(NEWSWIRE, NEWSWIRE, evaluation, output_dir=folder / name, **run_settings)
     return {name: folder / name for name in settings}
 
 
-def test_the_first_runs_student_is_what_the_others_are_held_to(runs: dict[str, Path]) -> None:
-    found = compare([runs["one"], runs["two"], runs["other"]])
-    assert [(one.run.name, one.name) for one in found] == [
-        (run, model) for run in ("one", "two", "other") for model in ("teacher", "student")
+def test_difference_is_to_student_of_first_run(runs: dict[str, Path]) -> None:
+    models = compare([runs["one"], runs["two"], runs["other"]])
+    assert [(model.run.name, model.name) for model in models] == [
+        (run, name) for run in ("one", "two", "other") for name in ("teacher", "student")
     ]
-    reference = found[1].evaluation
-    for one in found[:4]:
-        if one is found[1]:
-            assert one.difference is None
+    reference = models[1].evaluation
+    for model in models[:4]:
+        if model is models[1]:
+            assert model.difference is None
             continue
-        assert one.difference is not None
-        assert one.difference.value == pytest.approx(one.evaluation.quality.accuracy - reference.quality.accuracy)
-        assert one.difference.low <= one.difference.value <= one.difference.high
-    assert [one.difference for one in found[4:]] == [None, None]  # evaluated on other texts
+        assert model.difference is not None
+        assert model.difference.value == pytest.approx(model.evaluation.quality.accuracy - reference.quality.accuracy)
+        assert model.difference.low <= model.difference.value <= model.difference.high
+    assert [model.difference for model in models[4:]] == [None, None]  # evaluated on other texts
 
 
-def test_the_command_shows_a_row_a_model(runs: dict[str, Path]) -> None:
+def test_command_prints_one_row_per_model(runs: dict[str, Path]) -> None:
     result = CliRunner().invoke(main, ["compare", str(runs["one"]), str(runs["two"])])
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.rstrip().splitlines()
@@ -62,11 +64,11 @@ def test_the_command_shows_a_row_a_model(runs: dict[str, Path]) -> None:
     ]
 
 
-@pytest.mark.parametrize(("name", "wrong"), [("blind", "was not evaluated"), ("nowhere", "There is no run in")])
-def test_what_cannot_be_compared_is_told(name: str, wrong: str, runs: dict[str, Path]) -> None:
+@pytest.mark.parametrize(("name", "message"), [("unevaluated", "was not evaluated"), ("nowhere", "Found no run in")])
+def test_explains_runs_that_cannot_be_compared(name: str, message: str, runs: dict[str, Path]) -> None:
     folder = runs["one"].parent / name
-    with pytest.raises(DataError, match=wrong):
+    with pytest.raises(DataError, match=message):
         compare([runs["one"], folder])
     result = CliRunner().invoke(main, ["compare", str(folder)])
     assert result.exit_code == 2
-    assert wrong in result.stderr
+    assert message in result.stderr

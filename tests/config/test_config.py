@@ -1,4 +1,4 @@
-"""Settings: what may be written, and what is said of what may not."""
+"""Parsing and validation of settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from setfit_kd.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    ("written", "weights"),
+    ("text", "weights"),
     [
         ("similarity", {"similarity": 1}),
         ("embedding", {"embedding": 1}),
@@ -24,52 +24,52 @@ from setfit_kd.errors import ConfigError
         (" similarity , soft-labels = 0.5 ", {"similarity": 1, "soft-labels": 0.5}),
     ],
 )
-def test_objectives_and_their_weights(written: str, weights: dict[str, float]) -> None:
-    parsed = parse_objectives(written)
+def test_parses_objectives_and_weights(text: str, weights: dict[str, float]) -> None:
+    parsed = parse_objectives(text)
     assert parsed == weights
     assert list(parsed) == list(weights)
-    assert StudentConfig.of(objective=written).objective
+    assert StudentConfig.of(objective=text).objective
 
 
 @pytest.mark.parametrize(
-    ("written", "says"),
+    ("text", "message"),
     [
-        ("", "no ''"),
-        ("nonsense", "no 'nonsense'"),
-        ("Similarity", "no 'Similarity'"),
-        ("soft_labels", "no 'soft_labels'"),
-        ("similarity,", "no ''"),
-        (",similarity", "no ''"),
-        ("similarity;embedding", "no 'similarity;embedding'"),
-        ("similarity soft-labels", "no 'similarity soft-labels'"),
-        ("=1", "no ''"),
-        ("similarity,similarity=2", "similarity stands twice"),
-        ("similarity=", "the weight '' of similarity is no number"),
-        ("similarity=much", "the weight 'much' of similarity is no number"),
-        ("similarity=1=2", "the weight '1=2' of similarity is no number"),
-        ("similarity=0", "the weight of similarity must be above 0"),
-        ("similarity,embedding=-1", "the weight of embedding must be above 0"),
-        ("similarity=nan", "the weight of similarity must be above 0"),
-        ("similarity=inf", "the weight of similarity must be above 0"),
-        ("similarity=1e-999", "the weight of similarity must be above 0"),
-        ("pairs,similarity", "pairs goes alone"),
-        ("soft-labels=0.5,pairs", "pairs goes alone"),
+        ("", "unknown objective ''"),
+        ("nonsense", "unknown objective 'nonsense'"),
+        ("Similarity", "unknown objective 'Similarity'"),
+        ("soft_labels", "unknown objective 'soft_labels'"),
+        ("similarity,", "unknown objective ''"),
+        (",similarity", "unknown objective ''"),
+        ("similarity;embedding", "unknown objective 'similarity;embedding'"),
+        ("similarity soft-labels", "unknown objective 'similarity soft-labels'"),
+        ("=1", "unknown objective ''"),
+        ("similarity,similarity=2", "similarity is listed twice"),
+        ("similarity=", "the weight of similarity must be a number, got ''"),
+        ("similarity=much", "the weight of similarity must be a number, got 'much'"),
+        ("similarity=1=2", "the weight of similarity must be a number, got '1=2'"),
+        ("similarity=0", "the weight of similarity must be positive and finite"),
+        ("similarity,embedding=-1", "the weight of embedding must be positive and finite"),
+        ("similarity=nan", "the weight of similarity must be positive and finite"),
+        ("similarity=inf", "the weight of similarity must be positive and finite"),
+        ("similarity=1e-999", "the weight of similarity must be positive and finite"),
+        ("pairs,similarity", "pairs cannot be combined"),
+        ("soft-labels=0.5,pairs", "pairs cannot be combined"),
     ],
 )
-def test_objectives_written_wrongly(written: str, says: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(says)):
-        parse_objectives(written)
-    with pytest.raises(ConfigError) as refused:
-        StudentConfig.of(objective=written)
-    assert says in refused.value.message
-    assert "objective" in refused.value.message
-    assert refused.value.hint
+def test_rejects_invalid_objectives(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_objectives(text)
+    with pytest.raises(ConfigError) as error:
+        StudentConfig.of(objective=text)
+    assert message in error.value.message
+    assert "objective" in error.value.message
+    assert error.value.hint
 
 
-@pytest.mark.parametrize("written", [5, 0.5, ["similarity"]])
-def test_objectives_are_a_string(written: Any) -> None:
+@pytest.mark.parametrize("value", [5, 0.5, ["similarity"]])
+def test_rejects_objectives_that_are_not_a_string(value: Any) -> None:
     with pytest.raises(ConfigError, match="objective"):
-        StudentConfig.of(objective=written)
+        StudentConfig.of(objective=value)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_objectives_are_a_string(written: Any) -> None:
         ("refine", "magic"),
     ],
 )
-def test_settings_out_of_range(name: str, value: Any) -> None:
+def test_rejects_settings_out_of_range(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
         RunConfig.of(**{name: value})
 
@@ -103,5 +103,5 @@ def test_settings_out_of_range(name: str, value: Any) -> None:
         ("gold_weight", 0),
     ],
 )
-def test_settings_at_the_edge(name: str, value: Any) -> None:
+def test_accepts_settings_at_the_limit(name: str, value: Any) -> None:
     assert getattr(RunConfig.of(**{name: value}), name) == value

@@ -1,4 +1,4 @@
-"""The bundled corpus keeps its promises."""
+"""Tests of the bundled corpus."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def tokens(text: str) -> set[str]:
     return set(re.findall(r"[a-z0-9]+(?:['’][a-z]+)?", text.lower()))
 
 
-@pytest.mark.parametrize(("split", "each", "hard"), [("train", 150, 30), ("eval", 50, 10)])
-def test_counts(split: str, each: int, hard: int) -> None:
+@pytest.mark.parametrize(("split", "per_class", "hard"), [("train", 150, 30), ("eval", 50, 10)])
+def test_class_counts(split: str, per_class: int, hard: int) -> None:
     rows = newswire(split)
-    assert Counter(row["label"] for row in rows) == dict.fromkeys(CLASSES, each)
+    assert Counter(row["label"] for row in rows) == dict.fromkeys(CLASSES, per_class)
     assert Counter(row["label"] for row in rows if row["hard"]) == dict.fromkeys(CLASSES, hard)
     assert all(set(row) == {"text", "label", "hard"} for row in rows)
 
@@ -32,25 +32,25 @@ def test_lengths_are_20_to_45_words() -> None:
 
 
 def test_no_near_duplicates() -> None:
-    sets = [tokens(row["text"]) for row in ROWS]
-    closest = max(len(a & b) / len(a | b) for a, b in combinations(sets, 2))
-    assert closest < 0.5
+    token_sets = [tokens(row["text"]) for row in ROWS]
+    max_similarity = max(len(a & b) / len(a | b) for a, b in combinations(token_sets, 2))
+    assert max_similarity < 0.5
 
 
-def test_no_word_gives_a_class_away() -> None:
-    """A word decides a class alone where nine in ten items that hold it are of that class."""
-    per_class = {name: Counter[str]() for name in CLASSES}
+def test_no_word_identifies_a_class() -> None:
+    """A word identifies a class if 90% of the texts with the word, and more than 20 texts, are of that class."""
+    counts = {name: Counter[str]() for name in CLASSES}
     for row in ROWS:
-        per_class[row["label"]].update(tokens(row["text"]))
-    everywhere = sum(per_class.values(), Counter())
+        counts[row["label"]].update(tokens(row["text"]))
+    total_counts = sum(counts.values(), Counter())
     for name in CLASSES:
-        giveaways = {
+        identifying = {
             word: count
-            for word, count in per_class[name].items()
-            if count > 0.1 * 200 and count >= 0.9 * everywhere[word]
+            for word, count in counts[name].items()
+            if count > 0.1 * 200 and count >= 0.9 * total_counts[word]
         }
-        assert giveaways == {}, name
+        assert identifying == {}, name
 
 
-def test_texts_are_plain() -> None:
+def test_texts_are_single_stripped_lines() -> None:
     assert all(row["text"] == row["text"].strip() and "\n" not in row["text"] for row in ROWS)

@@ -1,4 +1,4 @@
-"""Quality against scikit-learn and by hand, and cost against what can be counted."""
+"""Quality against scikit-learn and hand-computed values, and cost against exact counts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def model(student_body: SentenceTransformer) -> SetFitModel:
 # Quality
 
 
-def test_quality_by_hand() -> None:
+def test_quality_matches_hand_computed_values() -> None:
     quality = measure_quality(ints([0, 0, 1, 1, 1, 0]), ints([0, 1, 1, 1, 0, 0]), ["a", "b"], ints([0, 0, 1, 1, 1, 1]))
     assert quality.accuracy == pytest.approx(4 / 6)
     assert quality.macro_f1 == pytest.approx(2 / 3)
@@ -60,7 +60,7 @@ def test_quality_by_hand() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
-def test_quality_is_what_scikit_learn_says(pairs: list[tuple[int, int]]) -> None:
+def test_quality_matches_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
     predicted, gold = ints([pair[0] for pair in pairs]), ints([pair[1] for pair in pairs])
@@ -81,7 +81,7 @@ def test_quality_is_what_scikit_learn_says(pairs: list[tuple[int, int]]) -> None
     assert quality.agreement is None
 
 
-def test_a_class_without_gold_texts_counts_as_zero_but_not_in_the_mean() -> None:
+def test_class_without_gold_texts_scores_zero_and_is_excluded_from_macro_f1() -> None:
     quality = measure_quality(ints([0, 2, 1, 1]), ints([0, 0, 1, 1]), ["a", "b", "absent"])
     absent = quality.classes["absent"]
     assert (absent.precision, absent.recall, absent.f1, absent.support) == (0, 0, 0, 0)
@@ -89,14 +89,14 @@ def test_a_class_without_gold_texts_counts_as_zero_but_not_in_the_mean() -> None
     assert quality.confusion[2] == [0, 0, 0]
 
 
-def test_a_class_that_is_never_predicted_counts_as_zero_and_in_the_mean() -> None:
+def test_class_never_predicted_scores_zero_and_counts_in_macro_f1() -> None:
     quality = measure_quality(ints([0, 0, 0, 0]), ints([0, 0, 0, 1]), ["a", "missed"])
     assert (quality.classes["missed"].precision, quality.classes["missed"].f1) == (0, 0)
     assert quality.macro_f1 == pytest.approx((6 / 7 + 0) / 2)
 
 
 @pytest.mark.parametrize(("reference", "agreement"), [([0, 1, 0, 1], 1.0), ([1, 0, 1, 0], 0.0), ([0, 1, 1, 1], 0.75)])
-def test_agreement_is_with_the_teacher_whoever_is_right(reference: list[int], agreement: float) -> None:
+def test_agreement_does_not_depend_on_gold_labels(reference: list[int], agreement: float) -> None:
     quality = measure_quality(ints([0, 1, 0, 1]), ints([1, 1, 1, 1]), ["a", "b"], ints(reference))
     assert quality.agreement == agreement
     assert quality.accuracy == 0.5
@@ -105,7 +105,7 @@ def test_agreement_is_with_the_teacher_whoever_is_right(reference: list[int], ag
 # Cost
 
 
-def test_parameters_are_those_of_body_and_head(model: SetFitModel) -> None:
+def test_parameters_include_body_and_head(model: SetFitModel) -> None:
     vocabulary = model.model_body[0].auto_model.config.vocab_size
     width, inner, positions, layers = 16, 32, 64, 2
     embeddings = (vocabulary + positions + 2) * width + 2 * width
@@ -116,7 +116,7 @@ def test_parameters_are_those_of_body_and_head(model: SetFitModel) -> None:
     assert count_parameters(model) == embeddings + layers * (attention + feed_forward) + pooler + head
 
 
-def test_parameters_of_a_torch_head_count(student_body: SentenceTransformer) -> None:
+def test_parameters_include_torch_head(student_body: SentenceTransformer) -> None:
     from setfit import SetFitHead, SetFitModel
 
     body = sum(parameter.numel() for parameter in student_body.parameters())
@@ -124,17 +124,17 @@ def test_parameters_of_a_torch_head_count(student_body: SentenceTransformer) -> 
     assert count_parameters(SetFitModel(student_body, head, labels=list(NAMES))) == body + 16 * 4 + 4
 
 
-def test_megabytes_are_those_of_the_files(tmp_path: Path) -> None:
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    (tmp_path / "one").write_bytes(b"x" * 1_000_000)
-    (tmp_path / "deep" / "er" / "two").write_bytes(b"x" * 500_000)
+def test_megabytes_sum_file_sizes(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "first").write_bytes(b"x" * 1_000_000)
+    (tmp_path / "a" / "b" / "second").write_bytes(b"x" * 500_000)
     assert folder_megabytes(tmp_path) == pytest.approx(1.5)
 
 
-# Both, of a model
+# Evaluation of a model
 
 
-def test_an_evaluation_measures_the_models_own_predictions(model: SetFitModel, tmp_path: Path) -> None:
+def test_evaluation_matches_model_predictions(model: SetFitModel, tmp_path: Path) -> None:
     evaluation = evaluate(model, DATA)
     expected = predict_proba(model, DATA.texts)
     np.testing.assert_allclose(evaluation.probabilities, expected, atol=1e-6)
@@ -151,45 +151,45 @@ def test_an_evaluation_measures_the_models_own_predictions(model: SetFitModel, t
     assert evaluate(model, DATA, folder=tmp_path / "saved").cost.megabytes == pytest.approx(size, abs=0.06)
 
 
-def test_plain_rows_are_a_labeled_set_too(model: SetFitModel) -> None:
-    rows = {"text": DATA.texts, "label": [NAMES[label] for label in DATA.labels]}
-    assert evaluate(model, rows).quality == evaluate(model, DATA).quality
+def test_columns_are_accepted_as_evaluation_set(model: SetFitModel) -> None:
+    columns = {"text": DATA.texts, "label": [NAMES[label] for label in DATA.labels]}
+    assert evaluate(model, columns).quality == evaluate(model, DATA).quality
 
 
-def test_a_model_agrees_with_itself(model: SetFitModel) -> None:
+def test_model_agrees_with_itself(model: SetFitModel) -> None:
     teacher = evaluate(model, DATA)
     assert teacher.quality.agreement is None
     assert evaluate(model, DATA, teacher=teacher).quality.agreement == 1
 
 
-def test_agreement_follows_the_teachers_evaluation(model: SetFitModel) -> None:
-    own = evaluate(model, DATA)
-    turned = own.probabilities.copy()
-    turned[:5] = np.roll(turned[:5], 1, axis=1)
-    teacher = Evaluation(own.quality, own.cost, turned, own.gold)
+def test_agreement_uses_teacher_evaluation(model: SetFitModel) -> None:
+    student = evaluate(model, DATA)
+    probabilities = student.probabilities.copy()
+    probabilities[:5] = np.roll(probabilities[:5], 1, axis=1)
+    teacher = Evaluation(student.quality, student.cost, probabilities, student.gold)
     assert evaluate(model, DATA, teacher=teacher).quality.agreement == pytest.approx(0.75)
 
 
-def test_the_plain_values_are_flat_and_complete(model: SetFitModel) -> None:
+def test_as_dict_is_flat_and_complete(model: SetFitModel) -> None:
     values = evaluate(model, DATA).as_dict()
     assert {"accuracy", "macro_f1", "classes", "confusion", "agreement", "parameters", "megabytes"} <= values.keys()
     assert values["classes"]["World"]["support"] == int((DATA.labels == 3).sum())
 
 
-def test_other_classes_are_refused(model: SetFitModel) -> None:
-    turned = LabeledSet(DATA.texts, DATA.labels, NAMES[::-1])
-    strange = {"text": ["a text"], "label": ["Weather"]}
-    for data, message in [(turned, "World, Sports"), (strange, "'Weather'")]:
+def test_different_classes_are_rejected(model: SetFitModel) -> None:
+    reordered = LabeledSet(DATA.texts, DATA.labels, NAMES[::-1])
+    unknown = {"text": ["a text"], "label": ["Weather"]}
+    for data, message in [(reordered, "World, Sports"), (unknown, "'Weather'")]:
         with pytest.raises(DataError, match=message):
             evaluate(model, data)
 
 
-def test_a_teacher_evaluated_on_another_set_is_refused(model: SetFitModel) -> None:
+def test_teacher_evaluation_on_another_set_is_rejected(model: SetFitModel) -> None:
     teacher = evaluate(model, DATA.take(range(5)))
     with pytest.raises(DataError):
         evaluate(model, DATA, teacher=teacher)
 
 
-def test_an_empty_set_is_refused(model: SetFitModel) -> None:
+def test_empty_set_is_rejected(model: SetFitModel) -> None:
     with pytest.raises(DataError):
         evaluate(model, LabeledSet([], ints([]), NAMES))

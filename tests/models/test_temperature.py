@@ -1,4 +1,4 @@
-"""Temperatures: probabilities that mean what they say, without another class being the most probable."""
+"""Temperature scaling, which calibrates probabilities without changing the predicted class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from setfit_kd.data import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation import measure_calibration
-from setfit_kd.models import fit_head, head_at_temperature, held_out_logits, load_body, logits, new_model
+from setfit_kd.models import fit_head, head_at_temperature, head_logits, held_out_logits, load_body, new_model
 from setfit_kd.models.temperature import at_temperature, fit_temperature
 from setfit_kd.signals import TeacherSignals
 from setfit_kd.teacher import refine_and_score
@@ -33,51 +33,51 @@ def blobs(n: int, n_classes: int, *, spread: float, seed: int = 0) -> tuple[Rows
 
 
 @given(st.floats(0.06, 15), st.integers(2, 5), st.integers(0, 2**16))
-def test_the_temperature_that_labels_were_made_at_is_found(temperature: float, n_classes: int, seed: int) -> None:
-    said = np.random.default_rng(seed).normal(size=(40, n_classes)) * 3
-    assert fit_temperature(said, softmax(said / temperature)) == pytest.approx(temperature, rel=0.02)
+def test_fit_temperature_recovers_the_temperature(temperature: float, n_classes: int, seed: int) -> None:
+    logits = np.random.default_rng(seed).normal(size=(40, n_classes)) * 3
+    assert fit_temperature(logits, softmax(logits / temperature)) == pytest.approx(temperature, rel=0.02)
 
 
 @given(st.floats(0.1, 10), st.floats(0.1, 10))
-def test_temperatures_multiply_and_1_changes_nothing(one: float, other: float) -> None:
+def test_temperatures_multiply_and_1_is_the_identity(first: float, second: float) -> None:
     probabilities = softmax(np.random.default_rng(0).normal(size=(20, 3)))
     np.testing.assert_allclose(at_temperature(probabilities, 1), probabilities, atol=1e-12)
-    twice = at_temperature(at_temperature(probabilities, one), other)
-    np.testing.assert_allclose(twice, at_temperature(probabilities, one * other), atol=1e-6)
+    twice = at_temperature(at_temperature(probabilities, first), second)
+    np.testing.assert_allclose(twice, at_temperature(probabilities, first * second), atol=1e-6)
 
 
-def test_a_class_that_is_ruled_out_stays_so() -> None:
+def test_probability_of_zero_stays_zero() -> None:
     assert at_temperature(np.array([[1.0, 0.0], [0.0, 1.0]]), 2.0)[:, 0] == pytest.approx([1, 0], abs=1e-9)
 
 
-def test_without_texts_nothing_is_tempered() -> None:
+def test_fit_temperature_without_texts_is_1() -> None:
     assert fit_temperature(np.empty((0, 3)), np.empty((0, 3))) == 1
 
 
 @pytest.mark.parametrize("n_classes", [2, 4])
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
-def test_a_tempered_head_says_the_same_less_or_more_surely(n_classes: int, temperature: float) -> None:
+def test_head_at_temperature_scales_logits_and_keeps_predictions(n_classes: int, temperature: float) -> None:
     embeddings, gold = blobs(60, n_classes, spread=0.4)
     head = fit_head(embeddings, np.eye(n_classes)[gold])
-    other = head_at_temperature(head, temperature)
-    np.testing.assert_allclose(softmax(logits(head, embeddings)), head.predict_proba(embeddings), atol=1e-9)
-    expected = softmax(logits(head, embeddings) / temperature)
-    np.testing.assert_allclose(other.predict_proba(embeddings), expected, atol=1e-9)
-    np.testing.assert_array_equal(other.predict(embeddings), head.predict(embeddings))
+    scaled = head_at_temperature(head, temperature)
+    np.testing.assert_allclose(softmax(head_logits(head, embeddings)), head.predict_proba(embeddings), atol=1e-9)
+    expected = softmax(head_logits(head, embeddings) / temperature)
+    np.testing.assert_allclose(scaled.predict_proba(embeddings), expected, atol=1e-9)
+    np.testing.assert_array_equal(scaled.predict(embeddings), head.predict(embeddings))
 
 
-def test_held_out_logits_are_of_heads_that_have_not_seen_the_texts() -> None:
+def test_held_out_logits_come_from_heads_fitted_on_other_texts() -> None:
     rng = np.random.default_rng(0)
     embeddings, noise = rng.normal(size=(40, 30)), np.eye(2)[rng.integers(0, 2, 40)]
     rows, held_out = held_out_logits(embeddings, noise, np.ones(40), C=1000.0, balance=False, seed=0)
     np.testing.assert_array_equal(rows, np.arange(40))
-    seen = fit_head(embeddings, noise, C=1000.0).predict_proba(embeddings).argmax(axis=1)
-    assert (seen == noise.argmax(axis=1)).mean() == 1  # learnt by heart
-    assert (held_out.argmax(axis=1) == noise.argmax(axis=1)).mean() < 0.8  # there is nothing to learn
+    fitted = fit_head(embeddings, noise, C=1000.0).predict_proba(embeddings).argmax(axis=1)
+    assert (fitted == noise.argmax(axis=1)).mean() == 1  # memorized
+    assert (held_out.argmax(axis=1) == noise.argmax(axis=1)).mean() < 0.8  # noise cannot be predicted
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
-def test_few_texts_are_enough_to_go_on(n: int) -> None:
+def test_held_out_logits_work_with_few_texts(n: int) -> None:
     embeddings, gold = blobs(n, 3, spread=0.1)
     rows, held_out = held_out_logits(embeddings, np.eye(3)[gold], np.ones(n), C=10.0, balance=False, seed=0)
     assert rows.shape == (n,)
@@ -85,39 +85,39 @@ def test_few_texts_are_enough_to_go_on(n: int) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
-def test_signals_have_a_temperature_above_0(temperature: float) -> None:
+def test_signals_reject_invalid_temperatures(temperature: float) -> None:
     with pytest.raises(DataError, match="temperature"):
         TeacherSignals(["a"], np.array([[0.5, 0.5]], np.float32), ("x", "y"), temperature=temperature)
 
 
-def test_signals_keep_their_temperature(tmp_path: Path) -> None:
+def test_signals_save_their_temperature(tmp_path: Path) -> None:
     signals = TeacherSignals(["a"], np.array([[0.5, 0.5]], np.float32), ("x", "y"), temperature=2.5)
     signals.save(tmp_path / "signals")
     assert TeacherSignals.load(tmp_path / "signals").temperature == 2.5
 
 
 def sharp_signals(temperature: float, seed: int, n: int = 2000) -> TeacherSignals:
-    """Three classes, sharper by the temperature than what is meant; any two seeds mostly agree."""
+    """Overconfident signals of three classes that are calibrated at the temperature; any two seeds mostly agree."""
     common = 1.5 * np.random.default_rng(99).normal(size=(n, 3))
-    meant = softmax(common + 0.5 * np.random.default_rng(seed).normal(size=(n, 3)))
-    sharp = at_temperature(meant, 1 / temperature).astype(np.float32)
+    calibrated = softmax(common + 0.5 * np.random.default_rng(seed).normal(size=(n, 3)))
+    sharp = at_temperature(calibrated, 1 / temperature).astype(np.float32)
     return TeacherSignals([f"text {row}" for row in range(n)], sharp, ("x", "y", "z"), temperature=temperature)
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
 @pytest.mark.parametrize("temperatures", [(4.0, 4.0), (6.0, 2.0), (2.0, 1.0)])
-def test_averaged_signals_mean_what_their_teachers_mean_on_average(
+def test_averaged_signals_have_the_confidence_of_their_teachers(
     temperatures: tuple[float, float], weights: list[float] | None
 ) -> None:
-    said = [sharp_signals(temperature, seed) for seed, temperature in enumerate(temperatures)]
-    mean = TeacherSignals.average(said, weights)
-    meant = [at_temperature(of.probabilities, of.temperature) for of in said]
-    expected = np.average(meant, axis=0, weights=weights)
-    found = at_temperature(mean.probabilities, mean.temperature)
-    pooled = at_temperature(mean.probabilities, float(np.average(temperatures, weights=weights)))
-    off, off_pooled = (abs(of.max(axis=1).mean() - expected.max(axis=1).mean()) for of in (found, pooled))
-    assert off < 0.02
-    assert off < 0.7 * off_pooled
+    signals = [sharp_signals(temperature, seed) for seed, temperature in enumerate(temperatures)]
+    mean = TeacherSignals.average(signals, weights)
+    calibrated = [at_temperature(teacher.probabilities, teacher.temperature) for teacher in signals]
+    expected = np.average(calibrated, axis=0, weights=weights)
+    result = at_temperature(mean.probabilities, mean.temperature)
+    naive = at_temperature(mean.probabilities, float(np.average(temperatures, weights=weights)))
+    error, naive_error = (abs(p.max(axis=1).mean() - expected.max(axis=1).mean()) for p in (result, naive))
+    assert error < 0.02
+    assert error < 0.7 * naive_error
 
 
 @given(st.floats(0.5, 8))
@@ -126,31 +126,31 @@ def test_signals_averaged_with_themselves_keep_their_temperature(temperature: fl
     assert TeacherSignals.average([signals, signals]).temperature == pytest.approx(temperature, rel=0.01)
 
 
-def test_averaged_signals_that_mean_what_they_say_still_do() -> None:
+def test_averaging_calibrated_signals_gives_temperature_1() -> None:
     assert TeacherSignals.average([sharp_signals(1.0, seed, n=50) for seed in (0, 1)]).temperature == 1
 
 
-def test_a_refined_teacher_is_believable(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The refined head hears its own sharpened labels; its probabilities are brought back to what it knew before."""
+def test_refined_teacher_is_calibrated(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-training makes the head overconfident; the temperature of the refined teacher corrects that."""
     body = load_body(tiny_teacher)
     rng = np.random.default_rng(0)
     texts = [f"text {number}" for number in range(432)]
     points, gold = blobs(len(texts), 3, spread=0.9)
     by_text = dict(zip(texts, points, strict=True))
 
-    def embedded(_: object, given: list[str], **__: object) -> Rows:
-        return np.array([by_text[text] for text in given], np.float32)
+    def embed_points(_: object, texts: list[str], **__: object) -> Rows:
+        return np.array([by_text[text] for text in texts], np.float32)
 
-    monkeypatch.setattr("setfit_kd.teacher.scoring.embed", embedded)
+    monkeypatch.setattr("setfit_kd.teacher.scoring.embed", embed_points)
     labeled = LabeledSet(texts[:32], gold[:32], ("a", "b", "c"))
     teacher = new_model(body, labeled.label_names)
     teacher.model_head = fit_head(points[:32], np.eye(3)[gold[:32]], C=1.0)
     refined, signals = refine_and_score(teacher, labeled, texts[32:], cache=False, head_c=1.0)
-    held_out, truth = blobs(2000, 3, spread=0.9, seed=int(rng.integers(100)))
-    before = measure_calibration(teacher.model_head.predict_proba(held_out), truth)
-    after = measure_calibration(refined.model_head.predict_proba(held_out), truth)
+    held_out, held_out_gold = blobs(2000, 3, spread=0.9, seed=int(rng.integers(100)))
+    before = measure_calibration(teacher.model_head.predict_proba(held_out), held_out_gold)
+    after = measure_calibration(refined.model_head.predict_proba(held_out), held_out_gold)
     sharp = measure_calibration(
-        head_at_temperature(refined.model_head, 1 / signals.temperature).predict_proba(held_out), truth
+        head_at_temperature(refined.model_head, 1 / signals.temperature).predict_proba(held_out), held_out_gold
     )
     assert signals.temperature > 1.5
     assert after.ece < sharp.ece

@@ -1,7 +1,8 @@
-"""Kills a run, over and over, until it has come to its end: python kills.py FOLDER SETTINGS.json [MOST]
+"""Run `distill` in child processes that are killed again and again until one finishes.
 
-Prints how often it was killed. Every try is a process of its own, forked from this one, which has imported everything
-and run nothing.
+Usage: python kills.py FOLDER SETTINGS_JSON [MAX_EVENTS]
+
+Prints the number of kills. Each attempt is forked from this process, which has imported everything and run nothing.
 """
 
 from __future__ import annotations
@@ -21,51 +22,51 @@ from transformers import Trainer
 
 import setfit_kd.models.encode
 from setfit_kd.run import distill
-from setfit_kd.student import trainer as student_trainer  # noqa: F401 - imported once, for all tries
+from setfit_kd.student import trainer as student_trainer  # noqa: F401 - imported once, for all attempts
 from setfit_kd.teacher import trainer as teacher_trainer  # noqa: F401
 
-BUDGETS = (12, 17, 14, 11, 15)
-MOST = 40
-"""Events that a try may live to see: the least are too few to come any further, the most must be enough for any stage
-without checkpoints (about 100 with the preset newswire)."""
+EVENTS_PER_ATTEMPT = (12, 17, 14, 11, 15)
+MAX_EVENTS = 40
+"""Numbers of events before an attempt is killed. The smallest allow no progress; the largest must be enough for any
+stage without checkpoints (about 100 with the preset newswire)."""
 
 
 class Deadline:
-    """Kills the process at an event of this number.
+    """Kills the process after a number of events.
 
-    Events are the beginnings and the ends of training steps, of encoded chunks, and of putting something in its place.
+    An event is the start or end of a training step, of encoding a chunk, or of renaming a file to its final path.
     """
 
-    def __init__(self, events: int) -> None:
-        self.left = events
+    def __init__(self, n_events: int) -> None:
+        self.n_remaining = n_events
 
-    def pass_event(self) -> None:
-        self.left -= 1
-        if self.left == 0:
+    def count_event(self) -> None:
+        self.n_remaining -= 1
+        if self.n_remaining == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(self, owner: Any, name: str) -> None:
         function: Callable[..., Any] = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self.pass_event()
-            done = function(*args, **kwargs)
-            self.pass_event()
-            return done
+            self.count_event()
+            result = function(*args, **kwargs)
+            self.count_event()
+            return result
 
         setattr(owner, name, watched)
 
 
-def go(folder: Path, events: int, settings: dict[str, Any]) -> NoReturn:
+def run_attempt(folder: Path, n_events: int, settings: dict[str, Any]) -> NoReturn:
     try:
-        deadline = Deadline(events)
+        deadline = Deadline(n_events)
         deadline.watch(Trainer, "training_step")
         deadline.watch(setfit_kd.models.encode, "_encode")
         deadline.watch(Path, "rename")
         deadline.watch(Path, "replace")
-        where = "resume" if (folder / "config.yaml").is_file() else "output_dir"
+        folder_setting = "resume" if (folder / "config.yaml").is_file() else "output_dir"
         sources = dict.fromkeys(("labeled", "unlabeled", "eval"), "bundled:newswire")
-        distill(**{**sources, **settings, where: folder})
+        distill(**{**sources, **settings, folder_setting: folder})
     except BaseException:
         traceback.print_exc()
         os._exit(1)
@@ -75,14 +76,14 @@ def go(folder: Path, events: int, settings: dict[str, Any]) -> NoReturn:
 def main() -> None:
     folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    most = int(sys.argv[3]) if len(sys.argv) > 3 else MOST
-    for kills, events in enumerate(itertools.cycle((*BUDGETS, most))):
+    max_events = int(sys.argv[3]) if len(sys.argv) > 3 else MAX_EVENTS
+    for n_kills, n_events in enumerate(itertools.cycle((*EVENTS_PER_ATTEMPT, max_events))):
         child = os.fork()
         if child == 0:
-            go(folder, events, settings)
+            run_attempt(folder, n_events, settings)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
-            print(kills)
+            print(n_kills)
             sys.exit(os.WEXITSTATUS(status))
 
 

@@ -1,4 +1,4 @@
-"""The training steps that a plan lists are those that are then taken."""
+"""A dry run lists the training steps that the run then takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import FAST
-from synthetic import POOL, QUICK, few_labels, pool_signals
+from synthetic import POOL_SIZE, QUICK, few_labels, pool_signals
 
 from setfit_kd import train_student, train_teacher
 from setfit_kd.config import FinetuneConfig, RunConfig, StudentConfig, TeacherConfig
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     "settings",
     [
         {},
-        {"epochs": 2, "batch_size": 8},  # the last text of 33 is left over
+        {"epochs": 2, "batch_size": 8},  # the last of 33 texts is dropped
         {"epochs": 2, "batch_size": 10},  # a last batch of 3
         {"objective": "pairs", "num_iterations": 3},
         {"patience": 9, "epochs": 3},
     ],
 )
-def test_the_steps_of_a_student(
-    student_body: SentenceTransformer, trained: list[int], settings: dict[str, Any]
+def test_student_steps_are_counted(
+    student_body: SentenceTransformer, trained_steps: list[int], settings: dict[str, Any]
 ) -> None:
     config = StudentConfig.of(**{**QUICK, "learning_rate": 1e-4, **settings})
     train_student(pool_signals(), student_body, labeled=few_labels(), config=config)
-    assert len(trained) == student_steps(config.with_family_defaults("setfit"), POOL)
+    assert len(trained_steps) == student_steps(config.with_family_defaults("setfit"), POOL_SIZE)
 
 
 @pytest.mark.parametrize("name", ["{}", "transformer:{}"])
@@ -45,22 +45,22 @@ def test_the_steps_of_a_student(
     "settings",
     [{"teacher_steps": 3}, {"teacher_steps": None}, {"teacher_objective": "pairs", "num_iterations": 1}],
 )
-def test_the_steps_of_a_teacher(
-    name: str, settings: dict[str, Any], tiny_student: Path, trained: list[int], monkeypatch: pytest.MonkeyPatch
+def test_teacher_steps_are_counted(
+    name: str, settings: dict[str, Any], tiny_student: Path, trained_steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("setfit_kd.teacher.steps.MIN_UPDATES", 5)
+    monkeypatch.setattr("setfit_kd.teacher.steps.MIN_TRANSFORMER_STEPS", 5)
     labeled, device = few_labels(18), resolve_device("cpu")
     config = TeacherConfig.of(**{"device": "cpu", "precision": "fp32", "teacher_batch_size": 12, **settings})
     train_teacher(labeled, name.format(tiny_student), config=config)
     family: Any = "transformer" if name.startswith("transformer") else "setfit"
-    assert len(trained) == training_steps(config, labeled, family=family, device=device)
+    assert len(trained_steps) == training_steps(config, labeled, family=family, device=device)
 
 
 @pytest.mark.parametrize("settings", [{}, {"batch_size": 6}, {"steps": 3}])
-def test_the_steps_of_a_fine_tuning(settings: dict[str, Any], tiny_student: Path, trained: list[int]) -> None:
+def test_finetune_steps_are_counted(settings: dict[str, Any], tiny_student: Path, trained_steps: list[int]) -> None:
     config = FinetuneConfig.of(**{"device": "cpu", "precision": "fp32", "epochs": 2, "batch_size": 8, **settings})
     finetune(few_labels(), tiny_student, config=config)
-    assert len(trained) == finetune_steps(config, 16, resolve_device("cpu"))
+    assert len(trained_steps) == finetune_steps(config, 16, resolve_device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -73,18 +73,18 @@ def test_the_steps_of_a_fine_tuning(settings: dict[str, Any], tiny_student: Path
     ],
     ids=["several students", "without baseline", "augmented", "several teachers"],
 )
-def test_the_steps_of_a_run(settings: dict[str, Any], tiny_student: Path, trained: list[int]) -> None:
+def test_run_steps_are_counted(settings: dict[str, Any], tiny_student: Path, trained_steps: list[int]) -> None:
     sources = dict.fromkeys(("labeled", "unlabeled", "eval"), "bundled:newswire")
 
-    def tiny(value: Any) -> Any:
+    def fill_in(value: Any) -> Any:
         if isinstance(value, list):
-            return [tiny(one) for one in value]
+            return [fill_in(item) for item in value]
         return value.replace("TINY", str(tiny_student)) if isinstance(value, str) else value
 
-    named = {name: tiny(value) for name, value in {"teacher": "TINY", **settings}.items()}
-    config = RunConfig.of(**{**FAST, **sources, "pool_size": 48, **named})
-    planned = {stage.stage: stage for stage in plan(config, prepare_run(config))}
+    settings = {name: fill_in(value) for name, value in {"teacher": "TINY", **settings}.items()}
+    config = RunConfig.of(**{**FAST, **sources, "pool_size": 48, **settings})
+    planned = {stage.name: stage for stage in plan(config, prepare_run(config))}
     assert planned["signals"].texts == 48 + planned["teacher"].texts + settings.get("augment", 0)
     assert ("baseline" in planned) == settings.get("baseline", True)
     run_pipeline(config)
-    assert len(trained) == sum(stage.steps for stage in planned.values())
+    assert len(trained_steps) == sum(stage.steps for stage in planned.values())

@@ -1,4 +1,4 @@
-"""Whole runs of tiny models."""
+"""Complete runs with tiny models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from setfit_kd.data import encode_labels, read, split_data
 from setfit_kd.errors import OutputError
 from setfit_kd.models import load_body, predict_proba
 from setfit_kd.models.temperature import at_temperature
-from setfit_kd.run_folder import RunFolder, record_log
+from setfit_kd.run_folder import RunFolder, buffer_log
 
 QUALITY = ("accuracy", "macro_f1", "classes", "confusion", "agreement")
 
@@ -41,7 +41,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tin
     return folder
 
 
-def test_a_run_folder_holds_everything_and_nothing_else(run_folder: Path) -> None:
+def test_run_folder_contains_exactly_the_expected_files(run_folder: Path) -> None:
     files = {"config.yaml", "metrics.json", "run.json", "run.log", "report.html", "report.md", ".lock"}
     expected = files | {"teacher", "signals", "student", "baseline", "evaluation"}
     assert {path.name for path in run_folder.iterdir()} == expected
@@ -50,25 +50,25 @@ def test_a_run_folder_holds_everything_and_nothing_else(run_folder: Path) -> Non
 def test_metrics_are_complete(run_folder: Path) -> None:
     metrics = json.loads((run_folder / "metrics.json").read_text())
     assert list(metrics) == ["teacher", "baseline", "student"]
-    for name, measured in metrics.items():
+    for name, values in metrics.items():
         cost = {"parameters", "megabytes", "texts_per_second", "device"}
-        figures = ("accuracy", "macro_f1", "ece", "brier", *(() if name == "teacher" else ("agreement",)))
-        believed = {"ece", "brier", "reliability", *(f"{figure}_interval" for figure in figures)}
+        with_interval = ("accuracy", "macro_f1", "ece", "brier", *(() if name == "teacher" else ("agreement",)))
+        calibration = {"ece", "brier", "reliability", *(f"{metric}_interval" for metric in with_interval)}
         against = {"against"} if name == "student" else set()
-        assert set(measured) == {*QUALITY, *cost, *believed, *against}
-        for figure in {*figures} - {"ece"}:  # see bootstrap_calibration
-            low, high = measured[f"{figure}_interval"]
-            assert low <= measured[figure] <= high
-        assert 0 <= measured["accuracy"] <= 1
-        assert sum(map(sum, measured["confusion"])) == 200
-        assert set(measured["classes"]) == {"World", "Sports", "Business", "Sci/Tech"}
-        assert measured["texts_per_second"] > 0
-        assert (measured["agreement"] is None) == (name == "teacher")
+        assert set(values) == {*QUALITY, *cost, *calibration, *against}
+        for metric in {*with_interval} - {"ece"}:  # see bootstrap_calibration
+            low, high = values[f"{metric}_interval"]
+            assert low <= values[metric] <= high
+        assert 0 <= values["accuracy"] <= 1
+        assert sum(map(sum, values["confusion"])) == 200
+        assert set(values["classes"]) == {"World", "Sports", "Business", "Sci/Tech"}
+        assert values["texts_per_second"] > 0
+        assert (values["agreement"] is None) == (name == "teacher")
     assert metrics["student"]["parameters"] < metrics["teacher"]["parameters"]
     assert metrics["student"]["megabytes"] < metrics["teacher"]["megabytes"]
 
 
-def test_the_config_reads_back(run_folder: Path) -> None:
+def test_config_can_be_read_again(run_folder: Path) -> None:
     config = RunConfig.resolve(read_config(run_folder / "config.yaml"))
     assert config.teacher_steps == FAST["teacher_steps"]
     assert config.to_yaml() == (run_folder / "config.yaml").read_text()
@@ -76,105 +76,105 @@ def test_the_config_reads_back(run_folder: Path) -> None:
 
 
 def test_versions_seed_and_data_are_recorded(run_folder: Path) -> None:
-    about = json.loads((run_folder / "run.json").read_text())
-    assert about["seed"] == 0
-    assert {"python", "torch", "setfit", "setfit-kd"} <= set(about["versions"])
-    assert about["data"]["labeled"] == 32
-    assert about["data"]["pool"] == 568
-    assert about["data"]["evaluation"] == 200
-    assert set(about["seconds"]) == {"teacher", "signals", "student", "baseline", "evaluation"}
+    manifest = json.loads((run_folder / "run.json").read_text())
+    assert manifest["seed"] == 0
+    assert {"python", "torch", "setfit", "setfit-kd"} <= set(manifest["versions"])
+    assert manifest["data"]["labeled"] == 32
+    assert manifest["data"]["pool"] == 568
+    assert manifest["data"]["evaluation"] == 200
+    assert set(manifest["seconds"]) == {"teacher", "signals", "student", "baseline", "evaluation"}
     assert "Stage student took" in (run_folder / "run.log").read_text()
 
 
 @pytest.mark.parametrize("name", ["teacher", "student"])
-def test_the_models_load_with_setfit_alone(run_folder: Path, name: str) -> None:
+def test_models_load_with_setfit_only(run_folder: Path, name: str) -> None:
     texts = [row["text"] for row in newswire("eval")[:20]]
-    theirs = SetFitModel.from_pretrained(str(run_folder / name), device="cpu")
-    ours = load(run_folder / name, device="cpu")
-    np.testing.assert_allclose(theirs.predict_proba(texts, as_numpy=True), predict_proba(ours, texts), atol=1e-5)
-    assert theirs.predict(texts) == [ours.labels[i] for i in predict_proba(ours, texts).argmax(1)]
+    by_setfit = SetFitModel.from_pretrained(str(run_folder / name), device="cpu")
+    model = load(run_folder / name, device="cpu")
+    np.testing.assert_allclose(by_setfit.predict_proba(texts, as_numpy=True), predict_proba(model, texts), atol=1e-5)
+    assert by_setfit.predict(texts) == [model.labels[i] for i in predict_proba(model, texts).argmax(1)]
 
 
-def test_the_signals_are_the_teachers_word_on_the_pool(run_folder: Path) -> None:
+def test_signals_are_the_predictions_of_the_teacher(run_folder: Path) -> None:
     signals = TeacherSignals.load(run_folder / "signals")
     teacher = load(run_folder / "teacher", device="cpu")
     assert len(signals) == 568 + 32  # the labeled texts follow the pool
-    meant = at_temperature(signals.probabilities, signals.temperature)
-    np.testing.assert_allclose(meant, predict_proba(teacher, signals.texts), atol=1e-5)
+    probabilities = at_temperature(signals.probabilities, signals.temperature)
+    np.testing.assert_allclose(probabilities, predict_proba(teacher, signals.texts), atol=1e-5)
 
 
-def test_the_same_seed_gives_the_same_metrics(run_folder: Path, tiny_teacher: Path, tiny_student: Path) -> None:
-    again = small_run(tiny_teacher, tiny_student).metrics
+def test_same_seed_gives_the_same_metrics(run_folder: Path, tiny_teacher: Path, tiny_student: Path) -> None:
+    second = small_run(tiny_teacher, tiny_student).metrics
     first = json.loads((run_folder / "metrics.json").read_text())
     for name in first:
-        assert {key: again[name][key] for key in QUALITY} == {key: first[name][key] for key in QUALITY}
+        assert {key: second[name][key] for key in QUALITY} == {key: first[name][key] for key in QUALITY}
 
 
-def test_the_baseline_knows_the_labels_alone(run_folder: Path, tiny_student: Path) -> None:
+def test_baseline_is_trained_on_the_labels_only(run_folder: Path, tiny_student: Path) -> None:
     rows = encode_labels(read("bundled:newswire", label_column="label"))
     held_out = encode_labels(read("bundled:newswire", label_column="label", role="test"), rows.label_names)
     data = split_data(rows, rows.texts, held_out, RunConfig.of(**FAST))
-    alone = evaluate(train_teacher(data.labeled, tiny_student, config=RunConfig.of(**FAST)), held_out)
+    expected = evaluate(train_teacher(data.labeled, tiny_student, config=RunConfig.of(**FAST)), held_out)
     recorded = json.loads((run_folder / "metrics.json").read_text())["baseline"]
-    assert recorded["confusion"] == alone.quality.confusion
+    assert recorded["confusion"] == expected.quality.confusion
 
 
-def test_cut_layers_come_from_the_teacher_before_its_fine_tuning(tiny_teacher: Path) -> None:
+def test_student_layers_are_cut_from_the_teacher_before_training(tiny_teacher: Path) -> None:
     settings = {**FAST, "learning_rate": 1e-9, "teacher_learning_rate": 1e-2}
     result = small_run(tiny_teacher, "layers:0,2", baseline=False, **settings)
     before = load_body(tiny_teacher)
     [query] = [name for name, _ in before.named_parameters() if name.endswith("layer.2.attention.self.query.weight")]
-    cut = dict(result.student.model_body.named_parameters())[query.replace("layer.2", "layer.1")]
-    tuned = dict(result.teacher.model_body.named_parameters())[query]
-    original = dict(before.named_parameters())[query]
-    torch.testing.assert_close(cut, original, atol=1e-6, rtol=0)
-    assert (tuned - original).abs().max() > 1e-3
+    cut_weights = dict(result.student.model_body.named_parameters())[query.replace("layer.2", "layer.1")]
+    tuned_weights = dict(result.teacher.model_body.named_parameters())[query]
+    original_weights = dict(before.named_parameters())[query]
+    torch.testing.assert_close(cut_weights, original_weights, atol=1e-6, rtol=0)
+    assert (tuned_weights - original_weights).abs().max() > 1e-3
 
 
-def test_names_given_from_python_are_in_the_config(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_names_passed_from_python_are_in_the_config(tiny_teacher: Path, tmp_path: Path) -> None:
     small_run(tiny_teacher, "layers:1", output_dir=tmp_path / "run", baseline=False)
     config = RunConfig.of(**read_config(tmp_path / "run" / "config.yaml"))
     assert (config.labeled, config.unlabeled, config.eval) == ("bundled:newswire",) * 3
 
 
-def test_the_log_starts_with_the_data(run_folder: Path) -> None:
+def test_log_starts_with_the_data(run_folder: Path) -> None:
     log = (run_folder / "run.log").read_text()
     assert log.index("Data: 32 labeled, 568 pool") < log.index("Stage teacher took")
 
 
 @pytest.fixture
-def levels() -> Iterator[None]:
-    """Loggers have their levels back at the end."""
+def restore_log_levels() -> Iterator[None]:
+    """Restore the levels of the loggers after the test."""
     loggers = logging.root, logging.getLogger("setfit_kd")
-    before = [logger.level for logger in loggers]
+    levels = [logger.level for logger in loggers]
     yield
-    for logger, level in zip(loggers, before, strict=True):
+    for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
 
 
-def configure(root: int, ours: int = logging.NOTSET) -> AbstractContextManager[None]:
-    logging.basicConfig(level=root, format="%(message)s")
-    logging.getLogger("setfit_kd").setLevel(ours)
+def configure(root_level: int, level: int = logging.NOTSET) -> AbstractContextManager[None]:
+    logging.basicConfig(level=root_level, format="%(message)s")
+    logging.getLogger("setfit_kd").setLevel(level)
     return nullcontext()
 
 
-@pytest.mark.usefixtures("levels")
+@pytest.mark.usefixtures("restore_log_levels")
 @pytest.mark.parametrize(
-    ("caller", "expected"),
+    ("configure_logging", "expected"),
     [
-        pytest.param(nullcontext, "warning", id="nothing"),
+        pytest.param(nullcontext, "warning", id="unconfigured"),
         pytest.param(partial(configure, logging.WARNING), "warning", id="WARNING"),
         pytest.param(partial(configure, logging.INFO), "info warning", id="INFO"),
         pytest.param(partial(configure, logging.DEBUG), "debug info warning", id="DEBUG"),
-        pytest.param(partial(configure, logging.INFO, logging.DEBUG), "debug info warning", id="DEBUG of ours"),
-        pytest.param(partial(configure, logging.INFO, logging.ERROR), "", id="ERROR of ours"),
+        pytest.param(partial(configure, logging.INFO, logging.DEBUG), "debug info warning", id="DEBUG of setfit_kd"),
+        pytest.param(partial(configure, logging.INFO, logging.ERROR), "", id="ERROR of setfit_kd"),
         pytest.param(partial(console_output, quiet=True, verbose=False), "Warning: warning", id="--quiet"),
         pytest.param(partial(console_output, quiet=False, verbose=False), "info Warning: warning", id="command line"),
         pytest.param(partial(console_output, quiet=False, verbose=True), "debug info Warning: warning", id="--verbose"),
     ],
 )
-def test_the_log_of_a_run_changes_nothing_for_other_handlers(
-    caller: Callable[[], AbstractContextManager[Any]],
+def test_recording_the_log_does_not_affect_other_handlers(
+    configure_logging: Callable[[], AbstractContextManager[Any]],
     expected: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -188,12 +188,12 @@ def test_the_log_of_a_run_changes_nothing_for_other_handlers(
         return " ".join(capsys.readouterr().err.split())
 
     monkeypatch.setattr(logging.root, "handlers", [])  # as in a new process
-    with caller():
+    with configure_logging():
         before = log()
-        with record_log() as whole:
-            RunFolder(tmp_path).attach_log(whole)
+        with buffer_log() as recorder:
+            RunFolder(tmp_path).attach_log(recorder)
             during = log()
-            with record_log():  # as of one seed of several
+            with buffer_log():  # as for each further seed
                 nested = log()
         assert [before, during, nested, log()] == [expected] * 4
     lines = (tmp_path / "run.log").read_text().splitlines()
@@ -207,7 +207,7 @@ def test_nothing_is_written_without_an_output_dir(tiny_teacher: Path, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_objects_take_the_place_of_names(tiny_teacher: Path, tiny_student: Path) -> None:
+def test_data_can_be_passed_as_objects(tiny_teacher: Path, tiny_student: Path) -> None:
     rows = newswire("train")
     pairs = [(row["text"], row["label"]) for row in rows[:80]]
     result = distill(
@@ -224,7 +224,7 @@ def test_objects_take_the_place_of_names(tiny_teacher: Path, tiny_student: Path)
 
 @pytest.mark.parametrize("objective", ["similarity", "pairs"])
 @pytest.mark.parametrize("teacher_objective", ["in-batch", "pairs"])
-def test_every_pairing_of_objectives_runs(
+def test_all_combinations_of_objectives_run(
     tiny_teacher: Path, tiny_student: Path, objective: str, teacher_objective: str
 ) -> None:
     settings = {"objective": objective, "teacher_objective": teacher_objective, "num_iterations": 1, "pool_size": 64}
@@ -232,7 +232,7 @@ def test_every_pairing_of_objectives_runs(
     assert result.evaluations["student"].quality.agreement is not None
 
 
-def test_only_a_run_is_overwritten(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_only_a_run_folder_is_overwritten(tiny_teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "project" / "student").mkdir(parents=True)
     (tmp_path / "project" / "student" / "a.py").write_text("mine")
     (tmp_path / "project" / "config.yaml").write_text("name: mine")
@@ -241,9 +241,7 @@ def test_only_a_run_is_overwritten(tiny_teacher: Path, tmp_path: Path) -> None:
     assert (tmp_path / "project" / "student" / "a.py").read_text() == "mine"
 
 
-def test_a_folder_in_use_is_refused_and_replaced_on_request(
-    tiny_teacher: Path, tiny_student: Path, tmp_path: Path
-) -> None:
+def test_non_empty_folder_requires_overwrite(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "student").mkdir(parents=True)
     (folder / "student" / "stale.bin").write_text("old")
@@ -259,7 +257,7 @@ def test_a_folder_in_use_is_refused_and_replaced_on_request(
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-def test_the_real_model_distils_in_a_few_steps(demo_model: str) -> None:
+def test_real_model_can_be_distilled_in_a_few_steps(demo_model: str) -> None:
     settings: dict[str, Any] = {"shots": 8, "pool_size": 128, "teacher_steps": 6, "teacher_batch_size": 16, "epochs": 1}
     result = distill(*["bundled:newswire"] * 3, teacher=demo_model, student="layers:0,2,5", device="cpu", **settings)
     accuracy = {name: evaluation.quality.accuracy for name, evaluation in result.evaluations.items()}
@@ -269,7 +267,7 @@ def test_the_real_model_distils_in_a_few_steps(demo_model: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_real_model_distils_on_newswire(demo_model: str) -> None:
+def test_real_model_can_be_distilled_on_newswire(demo_model: str) -> None:
     result = distill(
         *["bundled:newswire"] * 3, teacher=demo_model, student="layers:0,2,5", shots=16, device="cpu", baseline=False
     )

@@ -1,4 +1,4 @@
-"""Embeddings kept on disk: taken from there when nothing has changed, and never in the way."""
+"""Tests of the embedding cache: when it is used, and that its problems never fail a run."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ TEXTS = [row["text"] for row in newswire("train")[:9]]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where embeddings are kept; not made yet."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "kept"))
-    return tmp_path / "kept" / "embeddings"
+    """Folder of the cached embeddings, which does not exist yet."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache" / "embeddings"
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def teacher(student_body: SentenceTransformer) -> SetFitModel:
 
 
 @pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many texts each pass through a body had."""
+def encode_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of texts in each call of `SentenceTransformer.encode`."""
     from sentence_transformers import SentenceTransformer
 
     counts: list[int] = []
@@ -62,8 +62,8 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def kept(folder: Path) -> list[Path]:
-    """The rows that the cache holds, the oldest first."""
+def cached_files(folder: Path) -> list[Path]:
+    """List the cached arrays, oldest first."""
     files = [path for path in folder.rglob("*.npy") if path.is_file()]
     return sorted(files, key=lambda path: path.parent.stat().st_mtime)
 
@@ -74,278 +74,290 @@ def embeddings(teacher: SetFitModel, texts: list[str] | None = None) -> npt.NDAr
     return signals.embeddings
 
 
-# What is taken from it
+# Cache hits and misses
 
 
-def test_the_same_teacher_and_texts_are_embedded_once(teacher: SetFitModel, folder: Path, encoded: list[int]) -> None:
-    plain = score(teacher, TEXTS)
+def test_same_teacher_and_texts_are_embedded_once(teacher: SetFitModel, folder: Path, encode_calls: list[int]) -> None:
+    uncached = score(teacher, TEXTS)
     assert not folder.exists()
-    encoded.clear()
+    encode_calls.clear()
     for signals in (score(teacher, TEXTS, cache=True), score(teacher, TEXTS, cache=True, encode_batch_size=3)):
         assert signals.texts == TEXTS
-        np.testing.assert_array_equal(np.asarray(signals.embeddings), np.asarray(plain.embeddings))
-        np.testing.assert_array_equal(signals.probabilities, plain.probabilities)
-    assert encoded == [len(TEXTS)]
+        np.testing.assert_array_equal(np.asarray(signals.embeddings), np.asarray(uncached.embeddings))
+        np.testing.assert_array_equal(signals.probabilities, uncached.probabilities)
+    assert encode_calls == [len(TEXTS)]
 
 
 @pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize(
-    "used_before",
-    [False, True],
-)
-def test_a_teacher_loaded_anew_is_the_same_teacher(
-    teacher: SetFitModel, tiny_student: Path, encoded: list[int], used_before: bool
+@pytest.mark.parametrize("used_before", [False, True])
+def test_reloaded_teacher_uses_the_cache(
+    teacher: SetFitModel, tiny_student: Path, encode_calls: list[int], used_before: bool
 ) -> None:
     embeddings(teacher)
-    twin = new_model(load_body(tiny_student), ("a", "b"))
-    twin.model_head = teacher.model_head
+    reloaded = new_model(load_body(tiny_student), ("a", "b"))
+    reloaded.model_head = teacher.model_head
     if used_before:
-        twin.model_body.encode("a text")
-    encoded.clear()
-    embeddings(twin)
-    embeddings(twin)
-    assert not encoded
+        reloaded.model_body.encode("a text")
+    encode_calls.clear()
+    embeddings(reloaded)
+    embeddings(reloaded)
+    assert not encode_calls
 
 
-def test_another_head_needs_no_other_embeddings(teacher: SetFitModel, folder: Path, encoded: list[int]) -> None:
+def test_other_head_uses_the_cache(teacher: SetFitModel, folder: Path, encode_calls: list[int]) -> None:
     rows = embeddings(teacher)
     teacher.model_head = fit_head(rows, np.eye(2)[np.arange(len(TEXTS)) % 2][::-1])
     embeddings(teacher)
-    assert encoded == [len(TEXTS)]
+    assert encode_calls == [len(TEXTS)]
 
 
-def weight(model: SetFitModel) -> None:
+def change_weight(model: SetFitModel) -> None:
     with torch.no_grad():
         [*_, bias] = [value for name, value in model.model_body.named_parameters() if "output.LayerNorm.bias" in name]
         bias[0] += 1e-4
 
 
-def length(model: SetFitModel) -> None:
+def change_max_length(model: SetFitModel) -> None:
     model.model_body.max_seq_length = 7
 
 
-def normalise(model: SetFitModel) -> None:
+def normalise_embeddings(model: SetFitModel) -> None:
     model.normalize_embeddings = True
 
 
-def prompt(model: SetFitModel) -> None:
-    model.model_body.prompts = {"query": "What of "}
+def add_prompt(model: SetFitModel) -> None:
+    model.model_body.prompts = {"query": "Question: "}
     model.model_body.default_prompt_name = "query"
 
 
-def pooling(model: SetFitModel) -> None:
+def change_pooling(model: SetFitModel) -> None:
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     model.model_body[1] = Pooling(16, "cls")
 
 
-def more_modules(model: SetFitModel) -> None:
+def add_module(model: SetFitModel) -> None:
     from sentence_transformers.sentence_transformer.modules import Normalize
 
     model.model_body.append(Normalize())
 
 
-def tokenizer(model: SetFitModel) -> None:
+def change_tokenizer(model: SetFitModel) -> None:
     backend: Any = model.model_body.tokenizer
     backend.backend_tokenizer.normalizer = None  # the vocabulary has no capital letters
 
 
-def activation(model: SetFitModel) -> None:
-    """As another config of the same weights would have it."""
+def change_activation(model: SetFitModel) -> None:
+    """Change the activation function, as a different config with the same weights does."""
     encoder: Any = model.model_body[0]
     encoder.auto_model.config.hidden_act = "relu"
     for layer in encoder.auto_model.encoder.layer:
         layer.intermediate.intermediate_act_fn = torch.nn.ReLU()
 
 
-@pytest.mark.parametrize("change", [weight, length, normalise, prompt, pooling, more_modules, tokenizer, activation])
-def test_another_teacher_embeds_anew(
-    teacher: SetFitModel, folder: Path, encoded: list[int], change: Callable[[SetFitModel], None]
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_weight,
+        change_max_length,
+        normalise_embeddings,
+        add_prompt,
+        change_pooling,
+        add_module,
+        change_tokenizer,
+        change_activation,
+    ],
+)
+def test_changed_teacher_embeds_again(
+    teacher: SetFitModel, folder: Path, encode_calls: list[int], change: Callable[[SetFitModel], None]
 ) -> None:
     before = embeddings(teacher)
     change(teacher)
     expected = np.asarray(score(teacher, TEXTS).embeddings)
-    encoded.clear()
+    encode_calls.clear()
     np.testing.assert_array_equal(embeddings(teacher), expected)
-    assert encoded == [len(TEXTS)]
+    assert encode_calls == [len(TEXTS)]
     assert np.abs(expected - before).max() > 0
-    assert len(kept(folder)) == 2
+    assert len(cached_files(folder)) == 2
 
 
 @pytest.mark.parametrize(
     "texts",
     [
-        pytest.param([*TEXTS[:-1], TEXTS[-1] + "."], id="a text changed"),
-        pytest.param([*TEXTS, "more"], id="a text more"),
-        pytest.param(TEXTS[:-1], id="a text less"),
-        pytest.param(TEXTS[::-1], id="another order"),
-        pytest.param([TEXTS[0] + TEXTS[1][:1], TEXTS[1][1:], *TEXTS[2:]], id="another border between texts"),
+        pytest.param([*TEXTS[:-1], TEXTS[-1] + "."], id="changed text"),
+        pytest.param([*TEXTS, "more"], id="additional text"),
+        pytest.param(TEXTS[:-1], id="missing text"),
+        pytest.param(TEXTS[::-1], id="other order"),
+        pytest.param([TEXTS[0] + TEXTS[1][:1], TEXTS[1][1:], *TEXTS[2:]], id="other boundary between texts"),
     ],
 )
-def test_other_texts_are_embedded_anew(
-    teacher: SetFitModel, folder: Path, encoded: list[int], texts: list[str]
+def test_other_texts_are_embedded_again(
+    teacher: SetFitModel, folder: Path, encode_calls: list[int], texts: list[str]
 ) -> None:
     embeddings(teacher)
     expected = np.asarray(score(teacher, texts).embeddings)
-    encoded.clear()
+    encode_calls.clear()
     np.testing.assert_array_equal(embeddings(teacher, texts), expected)
-    assert encoded == [len(texts)]
+    assert encode_calls == [len(texts)]
     np.testing.assert_array_equal(embeddings(teacher), np.asarray(score(teacher, TEXTS).embeddings))
 
 
 @pytest.mark.usefixtures("folder")
-def test_large_embeddings_are_mapped_from_the_cache(
-    teacher: SetFitModel, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+def test_large_cached_embeddings_are_memory_mapped(
+    teacher: SetFitModel, encode_calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arrays, "MAPPED_BYTES", 100)
-    first, again = embeddings(teacher), embeddings(teacher)
-    assert encoded == [len(TEXTS)]
-    assert isinstance(again, np.memmap)
-    assert again.dtype == np.float16
-    np.testing.assert_array_equal(np.asarray(first), np.asarray(again))
+    monkeypatch.setattr(arrays, "MAX_IN_MEMORY_BYTES", 100)
+    computed, cached = embeddings(teacher), embeddings(teacher)
+    assert encode_calls == [len(TEXTS)]
+    assert isinstance(cached, np.memmap)
+    assert cached.dtype == np.float16
+    np.testing.assert_array_equal(np.asarray(computed), np.asarray(cached))
 
 
-# What stands there may be anything
+# Damaged entries
 
 
-def shortened(file: Path) -> None:
+def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def emptied(file: Path) -> None:
+def clear(file: Path) -> None:
     file.write_bytes(b"")
 
 
-def overwritten(file: Path) -> None:
+def overwrite(file: Path) -> None:
     file.write_bytes(b"not an array" * 50)
 
 
-def header_open(file: Path) -> None:
+def break_header(file: Path) -> None:
     file.write_bytes(file.read_bytes().replace(b"(9, 16)", b"((9, 16"))
 
 
-def of_objects(file: Path) -> None:
+def write_objects(file: Path) -> None:
     np.save(file, np.array([{}, []], dtype=object), allow_pickle=True)
 
 
-def of_integers(file: Path) -> None:
+def write_integers(file: Path) -> None:
     np.save(file, np.zeros((len(TEXTS), 16), np.int64))
 
 
-def too_few_rows(file: Path) -> None:
+def write_fewer_rows(file: Path) -> None:
     save_rows(np.zeros((len(TEXTS) - 1, 16), np.float32), file)
 
 
-def too_flat(file: Path) -> None:
+def write_vector(file: Path) -> None:
     save_rows(np.zeros(len(TEXTS), np.float32), file)
 
 
-def too_narrow(file: Path) -> None:
+def write_narrow_rows(file: Path) -> None:
     save_rows(np.zeros((len(TEXTS), 5), np.float32), file)
 
 
-def not_finite(file: Path) -> None:
+def write_nan(file: Path) -> None:
     save_rows(np.full((len(TEXTS), 16), np.nan, np.float32), file)
 
 
-def permuted(file: Path) -> None:
+def reverse_rows(file: Path) -> None:
     save_rows(load_rows(file)[::-1], file)
 
 
-def without_checksum(file: Path) -> None:
+def remove_checksum(file: Path) -> None:
     file.with_suffix(".sha256").unlink()
 
 
-def linked(file: Path) -> None:
+def link_file(file: Path) -> None:
     file.symlink_to(file.rename(file.parents[3] / "elsewhere.npy"))
 
 
-def linked_folder(file: Path) -> None:
+def link_folder(file: Path) -> None:
     file.parent.symlink_to(file.parent.rename(file.parents[3] / "elsewhere"))
 
 
-def gone(file: Path) -> None:
+def remove_file(file: Path) -> None:
     file.unlink()
 
 
-def a_folder(file: Path) -> None:
+def replace_file_by_folder(file: Path) -> None:
     file.unlink()
     file.mkdir()
 
 
-def a_file_for_the_folder(file: Path) -> None:
+def replace_folder_by_file(file: Path) -> None:
     shutil.rmtree(file.parent)
-    file.parent.write_text("mine")
+    file.parent.write_text("other content")
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        shortened,
-        emptied,
-        overwritten,
-        header_open,
-        of_objects,
-        of_integers,
-        too_few_rows,
-        too_flat,
-        too_narrow,
-        not_finite,
-        permuted,
-        without_checksum,
-        linked,
-        linked_folder,
-        gone,
-        a_folder,
-        a_file_for_the_folder,
+        truncate,
+        clear,
+        overwrite,
+        break_header,
+        write_objects,
+        write_integers,
+        write_fewer_rows,
+        write_vector,
+        write_narrow_rows,
+        write_nan,
+        reverse_rows,
+        remove_checksum,
+        link_file,
+        link_folder,
+        remove_file,
+        replace_file_by_folder,
+        replace_folder_by_file,
     ],
 )
-def test_a_file_that_is_not_right_is_replaced(
+def test_damaged_entry_is_replaced(
     teacher: SetFitModel,
     folder: Path,
-    encoded: list[int],
+    encode_calls: list[int],
     damage: Callable[[Path], None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     expected = embeddings(teacher).copy()
-    [file] = kept(folder)
+    [file] = cached_files(folder)
     assert not caplog.text
     damage(file)
     np.testing.assert_array_equal(embeddings(teacher), expected)
-    assert len(encoded) == 2
-    assert f"Cached embeddings in {file.parent} cannot be used" in caplog.text
+    assert len(encode_calls) == 2
+    assert f"Cannot use the cached embeddings in {file.parent}" in caplog.text
     assert not any(path.is_symlink() for path in (file, file.parent))
     assert all(path.exists() for path in folder.parents[1].glob("elsewhere*"))
     np.testing.assert_array_equal(load_rows(file), expected)
     np.testing.assert_array_equal(embeddings(teacher), expected)
-    assert len(encoded) == 2
+    assert len(encode_calls) == 2
 
 
-def test_any_damage_to_a_file_is_survived(teacher: SetFitModel, folder: Path) -> None:
+def test_random_damage_never_fails(teacher: SetFitModel, folder: Path) -> None:
     embeddings(teacher)
-    [file] = kept(folder)
-    good, rng = file.read_bytes(), random.Random(0)
+    [file] = cached_files(folder)
+    valid, rng = file.read_bytes(), random.Random(0)
     for _ in range(40):
-        bad = bytearray(good)
+        damaged = bytearray(valid)
         for _ in range(rng.choice([1, 2, 5])):
-            bad[rng.randrange(128)] = rng.choice(b"()' 9\n\x00\xff")
-        file.write_bytes(bad)
+            damaged[rng.randrange(128)] = rng.choice(b"()' 9\n\x00\xff")
+        file.write_bytes(damaged)
         assert embeddings(teacher).shape == (len(TEXTS), 16)
 
 
-# What it may not do
+# Unwritable caches
 
 
-def full(*_: Any, **__: Any) -> None:
+def raise_disk_full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def refused(*_: Any, **__: Any) -> None:
+def raise_permission_error(*_: Any, **__: Any) -> None:
     raise PermissionError(errno.EACCES, "Permission denied")
 
 
-@pytest.mark.parametrize(("name", "failure"), [("save_rows", full), ("save_rows", refused), ("_prune", refused)])
-def test_a_disk_that_cannot_be_written_does_not_matter(
+@pytest.mark.parametrize(
+    ("name", "failure"),
+    [("save_rows", raise_disk_full), ("save_rows", raise_permission_error), ("_prune", raise_permission_error)],
+)
+def test_write_errors_do_not_fail(
     teacher: SetFitModel, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, failure: Callable[..., None]
 ) -> None:
     expected = np.asarray(score(teacher, TEXTS).embeddings)
@@ -355,80 +367,78 @@ def test_a_disk_that_cannot_be_written_does_not_matter(
         assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("place", ["kept", "kept/embeddings"])
-def test_a_file_in_the_folders_place_does_not_matter(teacher: SetFitModel, folder: Path, place: str) -> None:
-    file = folder.parent.parent / place
+@pytest.mark.parametrize("path", ["cache", "cache/embeddings"])
+def test_file_at_the_path_of_the_cache_does_not_fail(teacher: SetFitModel, folder: Path, path: str) -> None:
+    file = folder.parent.parent / path
     file.parent.mkdir(exist_ok=True)
-    file.write_text("mine")
+    file.write_text("other content")
     expected = np.asarray(score(teacher, TEXTS).embeddings)
     np.testing.assert_array_equal(embeddings(teacher), expected)
-    assert file.read_text() == "mine"
+    assert file.read_text() == "other content"
 
 
-def test_a_cache_that_may_only_be_read_is_read(
-    teacher: SetFitModel, folder: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+def test_read_only_cache_is_used(
+    teacher: SetFitModel, folder: Path, encode_calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embeddings(teacher)
-    monkeypatch.setattr(os, "utime", refused)
-    monkeypatch.setattr(cache, "save_rows", refused)
+    monkeypatch.setattr(os, "utime", raise_permission_error)
+    monkeypatch.setattr(cache, "save_rows", raise_permission_error)
     embeddings(teacher)
-    assert len(encoded) == 1
+    assert len(encode_calls) == 1
 
 
-# What it may hold
+# Size limit
 
 
-def test_what_was_not_used_for_longest_goes_first(
-    teacher: SetFitModel, folder: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+def test_least_recently_used_entries_are_removed_first(
+    teacher: SetFitModel, folder: Path, encode_calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = [[text] for text in TEXTS[:5]]
-    places: list[Path] = []
+    entries: list[Path] = []
     for age, part in enumerate(texts[:4]):
         embeddings(teacher, part)
-        [place] = {file.parent for file in kept(folder)} - set(places)
-        places.append(place)
-        os.utime(place, (1000 + age, 1000 + age))
+        [entry] = {file.parent for file in cached_files(folder)} - set(entries)
+        entries.append(entry)
+        os.utime(entry, (1000 + age, 1000 + age))
     size = cache.cache_bytes() // 4
     embeddings(teacher, texts[0])  # used just now
     monkeypatch.setattr(cache, "MAX_BYTES", 3 * size)
     embeddings(teacher, texts[4])
-    assert [place.exists() for place in places] == [True, False, False, True]
-    assert len(kept(folder)) == 3
-    encoded.clear()
+    assert [entry.exists() for entry in entries] == [True, False, False, True]
+    assert len(cached_files(folder)) == 3
+    encode_calls.clear()
     for part in (texts[0], texts[3], texts[4]):
         embeddings(teacher, part)
-    assert not encoded
+    assert not encode_calls
 
 
-def test_what_is_too_large_alone_is_not_kept_and_drives_nothing_out(
-    teacher: SetFitModel, folder: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+def test_too_large_embeddings_are_not_cached(
+    teacher: SetFitModel, folder: Path, encode_calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = embeddings(teacher, TEXTS[:3])
     monkeypatch.setattr(cache, "MAX_BYTES", small.nbytes)
     embeddings(teacher)
-    assert len(kept(folder)) == 1
+    assert len(cached_files(folder)) == 1
     embeddings(teacher, TEXTS[:3])
-    assert encoded == [3, len(TEXTS)]
+    assert encode_calls == [3, len(TEXTS)]
 
 
-def test_pruning_takes_nothing_that_is_not_its_own(
-    teacher: SetFitModel, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pruning_keeps_other_files(teacher: SetFitModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "notes").mkdir(parents=True)
-    (folder / "notes" / "a.txt").write_text("mine")
-    (folder / "b.txt").write_text("mine")
-    (folder.parent / "c.txt").write_text("mine")
-    (folder / "embeddings" / ".part").mkdir(parents=True)  # as another process is just writing it
+    (folder / "notes" / "a.txt").write_text("other content")
+    (folder / "b.txt").write_text("other content")
+    (folder.parent / "c.txt").write_text("other content")
+    (folder / "embeddings" / ".part").mkdir(parents=True)  # as if another process were writing it
     (folder / "embeddings" / ".part" / "embeddings.npy").write_text("half")
     monkeypatch.setattr(cache, "MAX_BYTES", embeddings(teacher).nbytes + 200)
     embeddings(teacher, TEXTS[1:])
-    assert len(kept(folder)) == 2
+    assert len(cached_files(folder)) == 2
     assert {file.name for file in folder.parent.rglob("*") if file.is_file()} == {
         *("a.txt", "b.txt", "c.txt", "embeddings.npy", "embeddings.sha256")
     }
 
 
-def test_unfinished_entries_are_counted_and_go_after_an_hour(teacher: SetFitModel, folder: Path) -> None:
+def test_unfinished_entries_are_counted_and_removed_after_an_hour(teacher: SetFitModel, folder: Path) -> None:
     ages = {f".{'0' * 32}.{'0' * 8}": 7200, f".{'0' * 32}.{'1' * 8}": 60, ".notes": 7200}
     for name, age in ages.items():
         (folder / name).mkdir(parents=True)
@@ -440,7 +450,7 @@ def test_unfinished_entries_are_counted_and_go_after_an_hour(teacher: SetFitMode
     assert [(folder / name).exists() for name in ages] == [False, True, True]
 
 
-# Where it is
+# Cache folder and versions
 
 
 @pytest.mark.parametrize(
@@ -453,7 +463,7 @@ def test_unfinished_entries_are_counted_and_go_after_an_hour(teacher: SetFitMode
         ({}, "/home/me/.cache/setfit-kd"),
     ],
 )
-def test_the_environment_decides_the_folder(
+def test_environment_selects_the_folder(
     environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
@@ -464,43 +474,43 @@ def test_the_environment_decides_the_folder(
     assert cache_folder() == Path(expected)
 
 
-def test_another_version_of_a_library_embeds_anew(
-    teacher: SetFitModel, folder: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+def test_other_library_version_embeds_again(
+    teacher: SetFitModel, folder: Path, encode_calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embeddings(teacher)
     monkeypatch.setattr(cache, "version", lambda library: "99" if library == "torch" else "1")
     embeddings(teacher)
-    assert encoded == [len(TEXTS)] * 2
-    assert len(kept(folder)) == 2
+    assert encode_calls == [len(TEXTS)] * 2
+    assert len(cached_files(folder)) == 2
 
 
-def test_a_user_without_a_home_has_no_cache(
-    teacher: SetFitModel, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+def test_no_cache_without_home_folder(
+    teacher: SetFitModel, encode_calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def homeless() -> Path:
+    def raise_no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(Path, "home", raise_no_home)
     for name in (CACHE_VARIABLE, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     assert (cache_folder(), cache.cache_bytes()) == (None, 0)
     embeddings(teacher)
     embeddings(teacher)
-    assert encoded == [len(TEXTS)] * 2
+    assert encode_calls == [len(TEXTS)] * 2
 
 
-def test_a_run_keeps_its_teachers_embeddings_unless_told_not_to(tiny_teacher: Path, folder: Path) -> None:
+def test_run_caches_embeddings_unless_disabled(tiny_teacher: Path, folder: Path) -> None:
     def small_run(cache: bool) -> Any:
         settings = {**FAST, "pool_size": 64, "eval": None, "cache": cache}
         return distill(
             "bundled:newswire", "bundled:newswire", teacher=str(tiny_teacher), student="layers:1", **settings
         )
 
-    without = small_run(False)
+    uncached = small_run(False)
     assert not folder.parent.exists()
     small_run(True)
-    [file] = kept(folder)
+    [file] = cached_files(folder)
     assert load_rows(file).shape == (64 + 32, 32)
-    again = small_run(True)  # the same seed trains the same teacher
-    assert kept(folder) == [file]
-    np.testing.assert_array_equal(again.signals.probabilities, without.signals.probabilities)
+    cached = small_run(True)  # the same seed trains the same teacher
+    assert cached_files(folder) == [file]
+    np.testing.assert_array_equal(cached.signals.probabilities, uncached.signals.probabilities)

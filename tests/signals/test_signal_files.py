@@ -1,4 +1,4 @@
-"""Signals from a file: what anybody's probabilities must be like."""
+"""Tests of reading signals from files."""
 
 from __future__ import annotations
 
@@ -21,100 +21,100 @@ from setfit_kd.signals.files import read_signals
 
 NAMES = ["Sports", "Sci/Tech", "Wirtschaft, usw."]
 TEXTS = [row["text"] for row in newswire("train")[:6]]
-SAID = np.random.default_rng(0).dirichlet(np.ones(3), 6).astype(np.float32)
+PROBABILITIES = np.random.default_rng(0).dirichlet(np.ones(3), 6).astype(np.float32)
 
 
-def row(text: str = "a text", **other: Any) -> dict[str, Any]:
-    return {"text": text, "probabilities": {"a": 0.25, "b": 0.75}, **other}
+def row(text: str = "a text", **fields: Any) -> dict[str, Any]:
+    return {"text": text, "probabilities": {"a": 0.25, "b": 0.75}, **fields}
 
 
-def written(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+def write_rows(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in rows), encoding="utf-8")
     return path
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv", "parquet"])
-def test_what_predict_writes_is_read(ending: str, tmp_path: Path) -> None:
-    path = tmp_path / f"said.{ending}"
+@pytest.mark.parametrize("extension", ["jsonl", "csv", "tsv", "parquet"])
+def test_read_predictions(extension: str, tmp_path: Path) -> None:
+    path = tmp_path / f"predictions.{extension}"
     with predictions_file(path, NAMES) as write:
-        write(Predictions([*TEXTS], [NAMES[i] for i in SAID.argmax(axis=1)], SAID, [{}] * len(TEXTS)))
-    found = read_signals(path)
-    assert (found.texts, found.label_names, found.embeddings) == (TEXTS, tuple(NAMES), None)
-    assert found.origin == str(path)
-    np.testing.assert_allclose(found.probabilities, SAID, atol=2e-6)
-    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, atol=1e-6)
+        write(Predictions([*TEXTS], [NAMES[i] for i in PROBABILITIES.argmax(axis=1)], PROBABILITIES, [{}] * len(TEXTS)))
+    signals = read_signals(path)
+    assert (signals.texts, signals.label_names, signals.embeddings) == (TEXTS, tuple(NAMES), None)
+    assert signals.origin == str(path)
+    np.testing.assert_allclose(signals.probabilities, PROBABILITIES, atol=2e-6)
+    np.testing.assert_allclose(signals.probabilities.sum(axis=1), 1, atol=1e-6)
 
 
-def test_embeddings_and_maps_of_parquet(tmp_path: Path) -> None:
-    said = [list(zip(NAMES, one.tolist(), strict=True)) for one in SAID]
+def test_read_embeddings_and_maps_from_parquet(tmp_path: Path) -> None:
+    maps = [list(zip(NAMES, distribution.tolist(), strict=True)) for distribution in PROBABILITIES]
     vectors = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)
     columns = {
         "text": pa.array(TEXTS),
-        "probabilities": pa.array(said, pa.map_(pa.string(), pa.float32())),
+        "probabilities": pa.array(maps, pa.map_(pa.string(), pa.float32())),
         "embedding": pa.array(vectors.tolist(), pa.list_(pa.float32())),
     }
-    pq.write_table(pa.table(columns), tmp_path / "said.parquet")
-    found = read_signals(tmp_path / "said.parquet")
-    np.testing.assert_allclose(found.probabilities, SAID, atol=1e-6)
-    np.testing.assert_array_equal(found.embeddings, vectors)
+    pq.write_table(pa.table(columns), tmp_path / "signals.parquet")
+    signals = read_signals(tmp_path / "signals.parquet")
+    np.testing.assert_allclose(signals.probabilities, PROBABILITIES, atol=1e-6)
+    np.testing.assert_array_equal(signals.embeddings, vectors)
 
 
-def test_labels_may_come_in_another_order_in_each_row(tmp_path: Path) -> None:
-    other = {"text": "b", "probabilities": {"b": 0.9, "a": 0.1}}
-    found = read_signals(written(tmp_path / "x.jsonl", row(), other))
-    np.testing.assert_allclose(found.probabilities, [[0.25, 0.75], [0.1, 0.9]])
+def test_labels_may_be_in_any_order(tmp_path: Path) -> None:
+    reordered = {"text": "b", "probabilities": {"b": 0.9, "a": 0.1}}
+    signals = read_signals(write_rows(tmp_path / "x.jsonl", row(), reordered))
+    np.testing.assert_allclose(signals.probabilities, [[0.25, 0.75], [0.1, 0.9]])
 
 
 @given(st.lists(st.integers(0, 100), min_size=2, max_size=6).filter(any))
-def test_rounded_probabilities_are_made_to_sum_to_1(tmp_path_factory: pytest.TempPathFactory, parts: list[int]) -> None:
-    rounded = {f"label {i}": round(part / sum(parts), 3) for i, part in enumerate(parts)}
-    path = written(tmp_path_factory.mktemp("x") / "x.jsonl", row(probabilities=rounded))
+def test_rounded_probabilities_are_normalised(tmp_path_factory: pytest.TempPathFactory, shares: list[int]) -> None:
+    rounded = {f"label {i}": round(share / sum(shares), 3) for i, share in enumerate(shares)}
+    path = write_rows(tmp_path_factory.mktemp("x") / "x.jsonl", row(probabilities=rounded))
     assert read_signals(path).probabilities.sum() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("changes", "message"),
     [
         ({"text": None}, "no text"),
         ({"text": " \u200b"}, "the text is empty"),
-        ({"text": 3}, "not a string"),
+        ({"text": 3}, "expected a string"),
         ({"probabilities": None}, "no probabilities"),
         ({"probabilities": [0.5, 0.5]}, "no probabilities"),
         ({"probabilities": {"a": 1.0}}, "the label 'b' is only in the first row"),
         ({"probabilities": {"a": 0.5, "b": 0.25, "c": 0.25}}, "the label 'c' is not in the first row"),
-        ({"probabilities": {"a": 0.5, "b": 0.4}}, r"sum to 0\.9"),
-        ({"probabilities": {"a": 1.5, "b": -0.5}}, r"the probability of 'a' is 1\.5"),
-        ({"probabilities": {"a": 1, "b": -0.005}}, r"the probability of 'b' is -0\.005"),
-        ({"probabilities": {"a": float("nan"), "b": 0.5}}, "the probability of 'a' is nan"),
-        ({"probabilities": {"a": float("inf"), "b": 0.5}}, "the probability of 'a' is inf"),
-        ({"probabilities": {"a": "half", "b": 0.5}}, "the probability of 'a' is 'half'"),
-        ({"probabilities": {"a": True, "b": 0.0}}, "the probability of 'a' is True"),
-        ({"probabilities": {"a": 10**400, "b": 0.0}}, "the probability of 'a' is 1000"),
-        ({"embedding": [1.0]}, "no embedding of 2 numbers"),
-        ({"embedding": None}, "no embedding of 2 numbers"),
-        ({"embedding": "[1, 2]"}, "no embedding of 2 numbers"),
-        ({"embedding": [1.0, float("inf")]}, "not of finite numbers"),
-        ({"embedding": [1.0, "x"]}, "not of finite numbers"),
+        ({"probabilities": {"a": 0.5, "b": 0.4}}, r"must sum to 1, got 0\.9"),
+        ({"probabilities": {"a": 1.5, "b": -0.5}}, r"the probability of 'a' must be between 0 and 1, got 1\.5"),
+        ({"probabilities": {"a": 1, "b": -0.005}}, r"the probability of 'b' must be between 0 and 1, got -0\.005"),
+        ({"probabilities": {"a": float("nan"), "b": 0.5}}, "the probability of 'a' must be between 0 and 1, got nan"),
+        ({"probabilities": {"a": float("inf"), "b": 0.5}}, "the probability of 'a' must be between 0 and 1, got inf"),
+        ({"probabilities": {"a": "half", "b": 0.5}}, "the probability of 'a' must be between 0 and 1, got 'half'"),
+        ({"probabilities": {"a": True, "b": 0.0}}, "the probability of 'a' must be between 0 and 1, got True"),
+        ({"probabilities": {"a": 10**400, "b": 0.0}}, "the probability of 'a' must be between 0 and 1, got 1000"),
+        ({"embedding": [1.0]}, "expected an embedding of 2 numbers"),
+        ({"embedding": None}, "expected an embedding of 2 numbers"),
+        ({"embedding": "[1, 2]"}, "expected an embedding of 2 numbers"),
+        ({"embedding": [1.0, float("inf")]}, "only finite numbers"),
+        ({"embedding": [1.0, "x"]}, "only finite numbers"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
-    good = row(embedding=[1.0, 2.0])
-    path = written(tmp_path / "x.jsonl", good, {**good, **bad}, good)
+def test_unusable_row_is_rejected(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    valid = row(embedding=[1.0, 2.0])
+    path = write_rows(tmp_path / "x.jsonl", valid, {**valid, **changes}, valid)
     with pytest.raises(DataError, match=rf"x\.jsonl, line 2: .*{message}"):
         read_signals(path)
 
 
-def test_embeddings_are_of_all_rows_or_of_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="line 2: an embedding, where the first row has none"):
-        read_signals(written(tmp_path / "x.jsonl", row(), row(embedding=[1.0])))
-    broken: list[Any] = [[], "[1, 2]", 3]
-    for nothing in broken:
-        with pytest.raises(DataError, match="the embedding of the first row is no list of numbers"):
-            read_signals(written(tmp_path / "x.jsonl", row(embedding=nothing)))
+def test_embeddings_must_be_in_all_rows_or_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="line 2: unexpected embedding: the first row has none"):
+        read_signals(write_rows(tmp_path / "x.jsonl", row(), row(embedding=[1.0])))
+    invalid: list[Any] = [[], "[1, 2]", 3]
+    for embedding in invalid:
+        with pytest.raises(DataError, match="the embedding of the first row must be a list of numbers, got"):
+            read_signals(write_rows(tmp_path / "x.jsonl", row(embedding=embedding)))
 
 
-def test_many_such_rows_are_counted(tmp_path: Path) -> None:
-    path = written(tmp_path / "x.jsonl", row(), *[row(text="")] * 9)
+def test_at_most_three_errors_are_shown(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "x.jsonl", row(), *[row(text="")] * 9)
     with pytest.raises(DataError, match=r"line 2: the text is empty; line 3: .* and 6 more"):
         read_signals(path)
 
@@ -124,37 +124,39 @@ def test_many_such_rows_are_counted(tmp_path: Path) -> None:
     [
         ({"text": "a", "label": "b"}, "has the columns 'text', 'label'"),
         ({"sentence": "a", "probabilities": {"a": 1.0, "b": 0.0}}, "has the columns 'sentence', 'probabilities'"),
-        ({"text": "a", "probabilities": {"a": 1.0}}, "tells of 1 label"),
-        ({"text": "a", "probabilities": {}}, "tells of 0 label"),
+        ({"text": "a", "probabilities": {"a": 1.0}}, "at least two labels, got 1"),
+        ({"text": "a", "probabilities": {}}, "at least two labels, got 0"),
     ],
 )
-def test_a_file_without_signals_is_refused(tmp_path: Path, first: dict[str, Any], message: str) -> None:
+def test_file_without_signals_is_rejected(tmp_path: Path, first: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        read_signals(written(tmp_path / "x.jsonl", first))
+        read_signals(write_rows(tmp_path / "x.jsonl", first))
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.txt", "x.docx"])
-def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str) -> None:
+def test_file_in_other_format_is_rejected(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("" if name == "x.jsonl" else "a\nb\n")
     with pytest.raises(DataError, match=name):
         read_signals(tmp_path / name)
 
 
-def test_there_must_be_a_file(tmp_path: Path) -> None:
+def test_missing_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Cannot read"):
-        read_signals(tmp_path / "gone.jsonl")
+        read_signals(tmp_path / "missing.jsonl")
 
 
-def test_a_student_is_trained_from_them(tmp_path: Path, tiny_student: Path) -> None:
+def test_train_student_on_signals_from_file(tmp_path: Path, tiny_student: Path) -> None:
     rows = newswire("train")[:48]
-    labels = sorted({one["label"] for one in rows})
-    told = [
-        {"text": one["text"], "probabilities": {name: float(name == one["label"]) for name in labels}} for one in rows
+    labels = sorted({record["label"] for record in rows})
+    records = [
+        {"text": record["text"], "probabilities": {name: float(name == record["label"]) for name in labels}}
+        for record in rows
     ]
-    signals = read_signals(written(tmp_path / "x.jsonl", *told))
+    signals = read_signals(write_rows(tmp_path / "x.jsonl", *records))
     assert isinstance(signals, TeacherSignals)
     student = train_student(signals, tiny_student, device="cpu", precision="fp32", objective="soft-labels", epochs=8,
                             learning_rate=1e-2, batch_size=16)  # fmt: skip
     assert list(student.labels) == labels
-    right = sum(said == one["label"] for said, one in zip(student.predict(signals.texts), rows, strict=True))
-    assert right >= 40
+    predictions = student.predict(signals.texts)
+    correct = sum(label == record["label"] for label, record in zip(predictions, rows, strict=True))
+    assert correct >= 40

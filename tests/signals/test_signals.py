@@ -1,4 +1,4 @@
-"""Signals: what they refuse, what survives a folder, and what an average of teachers means."""
+"""Tests of `TeacherSignals`: validation, saving and loading, and averages of several teachers."""
 
 from __future__ import annotations
 
@@ -56,49 +56,57 @@ def with_row(array: Floats, row: int, values: list[float]) -> Floats:
 
 
 NAN, INF = float("nan"), float("inf")
-GOOD = signals()
-GOOD_P, GOOD_E = GOOD.probabilities, vectors(1, 4, 2)
+VALID = signals()
+PROBABILITIES, EMBEDDINGS = VALID.probabilities, vectors(1, 4, 2)
 
 
-# What is refused
+# Validation
 
 
 @pytest.mark.parametrize(
     ("probabilities", "embeddings", "message"),
     [
-        pytest.param(GOOD_P[:3], None, r"shape \(4, 3\), not \(3, 3\)", id="a row too few"),
-        pytest.param(GOOD_P[:, :2], None, r"shape \(4, 3\), not \(4, 2\)", id="a class too few"),
-        pytest.param(GOOD_P[:, 0], None, r"shape \(4, 3\), not \(4,\)", id="hard labels"),
-        pytest.param(with_row(GOOD_P, 2, [0.5, 0.5, 0.5]), None, "row 3: .*0.5, 0.5, 0.5", id="sum above 1"),
-        pytest.param(with_row(GOOD_P, 0, [0.1, 0.1, 0.1]), None, "row 1:", id="sum below 1"),
-        pytest.param(with_row(GOOD_P, 3, [NAN, 0.5, 0.5]), None, "row 4:", id="nan"),
-        pytest.param(with_row(GOOD_P, 1, [INF, 0, 0]), None, "row 2:", id="infinite"),
-        pytest.param(with_row(GOOD_P, 1, [1.5, -0.5, 0]), None, "row 2:", id="negative"),
-        pytest.param(np.zeros_like(GOOD_P), None, r"row 1: .*\(4 such rows\)", id="all of them"),
-        pytest.param(GOOD_P, GOOD_E[:3], r"embeddings of shape \(4, d\), not \(3, 2\)", id="an embedding too few"),
-        pytest.param(GOOD_P, GOOD_E[:, 0], r"embeddings of shape \(4, d\), not \(4,\)", id="flat embeddings"),
-        pytest.param(GOOD_P, with_row(GOOD_E, 2, [NAN, 1]), "row 3: the embedding", id="embedding nan"),
-        pytest.param(GOOD_P, with_row(GOOD_E, 0, [1, -INF]), "row 1: the embedding", id="embedding infinite"),
+        pytest.param(PROBABILITIES[:3], None, r"shape \(4, 3\) .*, got \(3, 3\)", id="missing row"),
+        pytest.param(PROBABILITIES[:, :2], None, r"shape \(4, 3\) .*, got \(4, 2\)", id="missing class"),
+        pytest.param(PROBABILITIES[:, 0], None, r"shape \(4, 3\) .*, got \(4,\)", id="hard labels"),
+        pytest.param(with_row(PROBABILITIES, 2, [0.5, 0.5, 0.5]), None, "Row 3 .*0.5, 0.5, 0.5", id="sum above 1"),
+        pytest.param(with_row(PROBABILITIES, 0, [0.1, 0.1, 0.1]), None, "Row 1 ", id="sum below 1"),
+        pytest.param(with_row(PROBABILITIES, 3, [NAN, 0.5, 0.5]), None, "Row 4 ", id="nan"),
+        pytest.param(with_row(PROBABILITIES, 1, [INF, 0, 0]), None, "Row 2 ", id="infinite"),
+        pytest.param(with_row(PROBABILITIES, 1, [1.5, -0.5, 0]), None, "Row 2 ", id="negative"),
+        pytest.param(np.zeros_like(PROBABILITIES), None, r"Row 1 .*\(4 such rows\)", id="all rows"),
+        pytest.param(
+            PROBABILITIES, EMBEDDINGS[:3], r"embeddings of shape \(4, d\) .*, got \(3, 2\)", id="missing embedding"
+        ),
+        pytest.param(
+            PROBABILITIES, EMBEDDINGS[:, 0], r"embeddings of shape \(4, d\) .*, got \(4,\)", id="flat embeddings"
+        ),
+        pytest.param(
+            PROBABILITIES, with_row(EMBEDDINGS, 2, [NAN, 1]), "Row 3 of the embeddings", id="nan in embedding"
+        ),
+        pytest.param(
+            PROBABILITIES, with_row(EMBEDDINGS, 0, [1, -INF]), "Row 1 of the embeddings", id="infinity in embedding"
+        ),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(probabilities: Floats, embeddings: Floats | None, message: str) -> None:
+def test_invalid_arrays_are_rejected(probabilities: Floats, embeddings: Floats | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        TeacherSignals(GOOD.texts, probabilities, GOOD.label_names, embeddings)
+        TeacherSignals(VALID.texts, probabilities, VALID.label_names, embeddings)
 
 
-def test_rounding_to_half_precision_is_no_reason_to_refuse() -> None:
+def test_probabilities_rounded_to_fp16_are_accepted() -> None:
     probabilities = distributions(0, 200, 7).astype(np.float16).astype(np.float32)
     names = tuple("abcdefg")
     assert len(TeacherSignals(["text"] * 200, probabilities, names)) == 200
 
 
-def test_embeddings_are_optional_and_length_is_the_number_of_texts() -> None:
-    bare = TeacherSignals(GOOD.texts, GOOD_P, GOOD.label_names)
-    assert bare.embeddings is None
-    assert len(bare) == 4
+def test_embeddings_are_optional() -> None:
+    without_embeddings = TeacherSignals(VALID.texts, PROBABILITIES, VALID.label_names)
+    assert without_embeddings.embeddings is None
+    assert len(without_embeddings) == 4
 
 
-# To a folder and back
+# Saving and loading
 
 
 @few
@@ -108,35 +116,35 @@ def test_embeddings_are_optional_and_length_is_the_number_of_texts() -> None:
     seeds,
     st.booleans(),
 )
-def test_a_folder_gives_back_exactly_what_was_saved(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[str], names: list[str], seed: int, bare: bool
+def test_load_restores_saved_signals(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], names: list[str], seed: int, has_embeddings: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("signals") / "saved"
-    embeddings = None if bare else vectors(seed, len(texts), 3)
+    embeddings = vectors(seed, len(texts), 3) if has_embeddings else None
     saved = TeacherSignals(texts, distributions(seed, len(texts), len(names)), tuple(names), embeddings, "söme origin")
     saved.save(folder)
-    read = TeacherSignals.load(str(folder))
-    assert (read.texts, read.label_names, read.origin) == (saved.texts, saved.label_names, saved.origin)
-    assert read.probabilities.dtype == np.float32
-    np.testing.assert_array_equal(read.probabilities, saved.probabilities)
+    loaded = TeacherSignals.load(str(folder))
+    assert (loaded.texts, loaded.label_names, loaded.origin) == (saved.texts, saved.label_names, saved.origin)
+    assert loaded.probabilities.dtype == np.float32
+    np.testing.assert_array_equal(loaded.probabilities, saved.probabilities)
     if embeddings is None:
-        assert read.embeddings is None
+        assert loaded.embeddings is None
     else:
-        np.testing.assert_array_equal(read.embeddings, embeddings, strict=True)
+        np.testing.assert_array_equal(loaded.embeddings, embeddings, strict=True)
 
 
-def test_texts_of_several_lines_and_of_emoji_survive(tmp_path: Path) -> None:
+def test_save_keeps_line_breaks_and_emoji(tmp_path: Path) -> None:
     texts = ["two\nlines\r\nor three", "🙂 émoji 日本語", " \u2028 \x85 \t", ""]
-    TeacherSignals(texts, GOOD_P, GOOD.label_names).save(tmp_path / "saved")
+    TeacherSignals(texts, PROBABILITIES, VALID.label_names).save(tmp_path / "saved")
     assert TeacherSignals.load(tmp_path / "saved").texts == texts
 
 
-def test_arrays_that_are_not_contiguous_survive(tmp_path: Path) -> None:
-    wide = vectors(0, 5, 4).T
-    TeacherSignals(GOOD.texts, GOOD_P[::-1], GOOD.label_names, wide).save(tmp_path / "saved")
-    read = TeacherSignals.load(tmp_path / "saved")
-    np.testing.assert_array_equal(read.embeddings, wide)
-    np.testing.assert_array_equal(read.probabilities, GOOD_P[::-1])
+def test_save_accepts_non_contiguous_arrays(tmp_path: Path) -> None:
+    transposed = vectors(0, 5, 4).T
+    TeacherSignals(VALID.texts, PROBABILITIES[::-1], VALID.label_names, transposed).save(tmp_path / "saved")
+    loaded = TeacherSignals.load(tmp_path / "saved")
+    np.testing.assert_array_equal(loaded.embeddings, transposed)
+    np.testing.assert_array_equal(loaded.probabilities, PROBABILITIES[::-1])
 
 
 def array_bytes(array: npt.NDArray[Any]) -> bytes:
@@ -145,7 +153,7 @@ def array_bytes(array: npt.NDArray[Any]) -> bytes:
     return file.getvalue()
 
 
-def _cut(path: Path) -> None:
+def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -160,7 +168,7 @@ def _write(content: str | bytes) -> Callable[[Path], None]:
     return write
 
 
-def _about(**changes: Any) -> Callable[[Path], None]:
+def _change_metadata(**changes: Any) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -170,111 +178,109 @@ def _about(**changes: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
-        pytest.param("signals.json", Path.unlink, id="no description"),
-        pytest.param("texts.jsonl", Path.unlink, id="no texts"),
-        pytest.param("probabilities.npy", Path.unlink, id="no probabilities"),
-        pytest.param("embeddings.npy", Path.unlink, id="no embeddings"),
-        pytest.param("signals.json", _cut, id="description cut off"),
-        pytest.param("texts.jsonl", _cut, id="texts cut off"),
-        pytest.param("texts.jsonl", _drop_last_line, id="a text lost"),
-        pytest.param("probabilities.npy", _cut, id="probabilities cut off"),
-        pytest.param("embeddings.npy", _cut, id="embeddings cut off"),
-        pytest.param("embeddings.npy", _write(b""), id="embeddings empty"),
-        pytest.param("embeddings.npy", _write(b"PK\x03\x04 something else"), id="embeddings foreign"),
-        pytest.param("embeddings.npy", _write(array_bytes(GOOD_E[:2])), id="embeddings of another pool"),
-        pytest.param("embeddings.npy", _write(array_bytes(np.array(["a"] * 4))), id="embeddings not numbers"),
-        pytest.param("embeddings.npy", _write(array_bytes(np.array([{}] * 4))), id="embeddings a pickle"),
-        pytest.param("probabilities.npy", _write(array_bytes(GOOD_P[:2])), id="probabilities of another pool"),
-        pytest.param("signals.json", _write("{}"), id="description empty"),
-        pytest.param("signals.json", _write("[]"), id="description a list"),
-        pytest.param("signals.json", _write("null"), id="description null"),
-        pytest.param("signals.json", _write(b"\xff\xfe\x00"), id="description binary"),
-        pytest.param("signals.json", _about(format=99), id="a later format"),
-        pytest.param("signals.json", _about(label_names=None), id="no names"),
-        pytest.param("signals.json", _about(label_names=["one"]), id="other names"),
-        pytest.param("texts.jsonl", _write("plain text\n" * 4), id="texts not json"),
-        pytest.param("texts.jsonl", _write("1\n2\n3\n4\n"), id="texts not texts"),
+        pytest.param("signals.json", Path.unlink, id="missing metadata"),
+        pytest.param("texts.jsonl", Path.unlink, id="missing texts"),
+        pytest.param("probabilities.npy", Path.unlink, id="missing probabilities"),
+        pytest.param("embeddings.npy", Path.unlink, id="missing embeddings"),
+        pytest.param("signals.json", _truncate, id="truncated metadata"),
+        pytest.param("texts.jsonl", _truncate, id="truncated texts"),
+        pytest.param("texts.jsonl", _drop_last_line, id="missing last text"),
+        pytest.param("probabilities.npy", _truncate, id="truncated probabilities"),
+        pytest.param("embeddings.npy", _truncate, id="truncated embeddings"),
+        pytest.param("embeddings.npy", _write(b""), id="empty embeddings"),
+        pytest.param("embeddings.npy", _write(b"PK\x03\x04 something else"), id="embeddings in other format"),
+        pytest.param("embeddings.npy", _write(array_bytes(EMBEDDINGS[:2])), id="embeddings of another pool"),
+        pytest.param("embeddings.npy", _write(array_bytes(np.array(["a"] * 4))), id="embeddings of strings"),
+        pytest.param("embeddings.npy", _write(array_bytes(np.array([{}] * 4))), id="embeddings of objects"),
+        pytest.param("probabilities.npy", _write(array_bytes(PROBABILITIES[:2])), id="probabilities of another pool"),
+        pytest.param("signals.json", _write("{}"), id="empty metadata"),
+        pytest.param("signals.json", _write("[]"), id="metadata list"),
+        pytest.param("signals.json", _write("null"), id="metadata null"),
+        pytest.param("signals.json", _write(b"\xff\xfe\x00"), id="binary metadata"),
+        pytest.param("signals.json", _change_metadata(format=99), id="later format"),
+        pytest.param("signals.json", _change_metadata(label_names=None), id="missing names"),
+        pytest.param("signals.json", _change_metadata(label_names=["one"]), id="other names"),
+        pytest.param("texts.jsonl", _write("plain text\n" * 4), id="texts not JSON"),
+        pytest.param("texts.jsonl", _write("1\n2\n3\n4\n"), id="texts not strings"),
     ],
 )
-def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path, file: str, damage: Callable[[Path], None]) -> None:
+def test_damaged_folder_is_rejected(tmp_path: Path, file: str, damage: Callable[[Path], None]) -> None:
     folder = tmp_path / "saved"
-    GOOD.save(folder)
+    VALID.save(folder)
     damage(folder / file)
     with pytest.raises(DataError):
         TeacherSignals.load(folder)
 
 
 @pytest.mark.parametrize("name", ["missing", "empty", "file"])
-def test_a_place_without_signals_is_refused(tmp_path: Path, name: str) -> None:
+def test_path_without_signals_is_rejected(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(DataError, match=name):
         TeacherSignals.load(tmp_path / name)
 
 
-def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+def test_save_does_not_overwrite_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "saved"
-    GOOD.save(folder)
+    VALID.save(folder)
     with pytest.raises(OutputError):
         signals(seed=9).save(folder)
-    np.testing.assert_array_equal(TeacherSignals.load(folder).probabilities, GOOD_P)
+    np.testing.assert_array_equal(TeacherSignals.load(folder).probabilities, PROBABILITIES)
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_an_existing_file_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "saved").write_text("mine")
+def test_save_does_not_overwrite_a_file(tmp_path: Path) -> None:
+    (tmp_path / "saved").write_text("other content")
     with pytest.raises(OutputError):
-        GOOD.save(tmp_path / "saved")
-    assert (tmp_path / "saved").read_text() == "mine"
+        VALID.save(tmp_path / "saved")
+    assert (tmp_path / "saved").read_text() == "other content"
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_missing_parents_are_made_and_no_temporary_stays(tmp_path: Path) -> None:
-    GOOD.save(tmp_path / "a" / "b" / "saved")
+def test_save_creates_parent_folders(tmp_path: Path) -> None:
+    VALID.save(tmp_path / "a" / "b" / "saved")
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["saved"]
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
+def test_save_leaves_no_files_if_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_disk_full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("setfit_kd.signals.signals.save_rows", full)
+    monkeypatch.setattr("setfit_kd.signals.signals.save_rows", raise_disk_full)
     with pytest.raises(OutputError, match="ENOSPC"):
-        GOOD.save(tmp_path / "saved")
+        VALID.save(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
-def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrays of more than 100 bytes count as large."""
-    monkeypatch.setattr(arrays, "MAPPED_BYTES", 100)
-    monkeypatch.setattr(arrays, "_PART_ROWS", 7)
+def low_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat arrays of more than 100 bytes as large."""
+    monkeypatch.setattr(arrays, "MAX_IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(arrays, "_CHUNK_ROWS", 7)
 
 
-@pytest.mark.usefixtures("small_memory")
-def test_large_embeddings_are_kept_in_half_precision_and_mapped(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("low_memory_limit")
+def test_large_embeddings_are_memory_mapped_fp16(tmp_path: Path) -> None:
     rows = vectors(0, 40, 3)
     large = TeacherSignals(["text"] * 40, distributions(0, 40, 2), ("a", "b"), rows)
     large.save(tmp_path / "saved")
     assert (tmp_path / "saved" / "embeddings.npy").stat().st_size < 40 * 3 * 2 + 200
-    read = TeacherSignals.load(tmp_path / "saved")
-    assert isinstance(read.embeddings, np.memmap)
-    np.testing.assert_array_equal(np.asarray(read.embeddings), rows.astype(np.float16), strict=True)
-    np.testing.assert_array_equal(read.probabilities, large.probabilities, strict=True)
-    read.save(tmp_path / "again")
+    loaded = TeacherSignals.load(tmp_path / "saved")
+    assert isinstance(loaded.embeddings, np.memmap)
+    np.testing.assert_array_equal(np.asarray(loaded.embeddings), rows.astype(np.float16), strict=True)
+    np.testing.assert_array_equal(loaded.probabilities, large.probabilities, strict=True)
+    loaded.save(tmp_path / "again")
     np.testing.assert_array_equal(
-        np.asarray(read.embeddings), np.asarray(TeacherSignals.load(tmp_path / "again").embeddings)
+        np.asarray(loaded.embeddings), np.asarray(TeacherSignals.load(tmp_path / "again").embeddings)
     )
 
 
-@pytest.mark.usefixtures("small_memory")
-def test_a_large_array_is_filled_on_disk_and_its_file_goes_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("low_memory_limit")
+def test_file_of_a_large_array_is_deleted_with_the_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scratch").mkdir()
     tmp_path = tmp_path / "scratch"
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    array = arrays.large_array((40, 3))
+    array = arrays.allocate_array((40, 3))
     assert array.dtype == np.float16
     array[5] = 1
     view = array[5:]
@@ -287,28 +293,28 @@ def test_a_large_array_is_filled_on_disk_and_its_file_goes_with_it(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("small_memory")
-def test_a_temporary_folder_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
+@pytest.mark.usefixtures("low_memory_limit")
+def test_error_if_the_temporary_folder_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_disk_full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(arrays, "TemporaryDirectory", full)
+    monkeypatch.setattr(arrays, "TemporaryDirectory", raise_disk_full)
     with pytest.raises(OutputError, match="Cannot write") as error:
-        arrays.large_array((40, 3))
+        arrays.allocate_array((40, 3))
     assert "TMPDIR" in (error.value.hint or "")
 
 
-@pytest.mark.usefixtures("small_memory")
-def test_a_row_that_is_not_finite_is_found_in_a_large_array() -> None:
+@pytest.mark.usefixtures("low_memory_limit")
+def test_non_finite_row_in_a_large_array_is_rejected() -> None:
     rows = with_row(vectors(0, 40, 3), 33, [0, NAN, 0]).astype(np.float16)
-    with pytest.raises(DataError, match="row 34"):
+    with pytest.raises(DataError, match="Row 34"):
         TeacherSignals(["text"] * 40, distributions(0, 40, 2), ("a", "b"), rows)
 
 
-def test_saved_signals_can_be_moved(tmp_path: Path) -> None:
-    GOOD.save(tmp_path / "here")
-    shutil.move(tmp_path / "here", tmp_path / "there")
-    assert TeacherSignals.load(tmp_path / "there").texts == GOOD.texts
+def test_saved_folder_can_be_moved(tmp_path: Path) -> None:
+    VALID.save(tmp_path / "old")
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    assert TeacherSignals.load(tmp_path / "new").texts == VALID.texts
 
 
 # Averages
@@ -321,7 +327,7 @@ def test_saved_signals_can_be_moved(tmp_path: Path) -> None:
     st.lists(st.tuples(st.integers(1, 5), st.floats(0.01, 100)), min_size=1, max_size=4),
     st.booleans(),
 )
-def test_an_average_has_the_weighted_mean_of_cosines_and_probabilities(
+def test_average_has_weighted_mean_probabilities_and_cosines(
     seed: int, n: int, teachers: list[tuple[int, float]], weighted: bool
 ) -> None:
     parts = [signals(seed=seed + 2 * i, n=n, d=d) for i, (d, _) in enumerate(teachers)]
@@ -337,8 +343,8 @@ def test_an_average_has_the_weighted_mean_of_cosines_and_probabilities(
     assert (mean.texts, mean.label_names) == (parts[0].texts, parts[0].label_names)
 
 
-@pytest.mark.usefixtures("small_memory")
-def test_an_average_of_large_signals_is_kept_on_disk() -> None:
+@pytest.mark.usefixtures("low_memory_limit")
+def test_average_of_large_signals_is_memory_mapped() -> None:
     parts = [signals(seed, n=40, d=d) for seed, d in ((0, 3), (2, 4))]
     mean = TeacherSignals.average(parts)
     assert isinstance(mean.embeddings, np.memmap)
@@ -346,16 +352,18 @@ def test_an_average_of_large_signals_is_kept_on_disk() -> None:
     np.testing.assert_allclose(cosines(np.asarray(mean.embeddings, np.float32)), expected, atol=2e-3)
 
 
-def test_an_average_does_not_depend_on_a_teachers_scale() -> None:
-    one, two = signals(0), signals(10)
-    loud = TeacherSignals(two.texts, two.probabilities, two.label_names, np.asarray(two.embeddings) * 1000)
-    quiet_mean, loud_mean = (TeacherSignals.average([one, other]).embeddings for other in (two, loud))
-    np.testing.assert_allclose(cosines(np.asarray(quiet_mean)), cosines(np.asarray(loud_mean)), atol=1e-5)
+def test_average_does_not_depend_on_the_scale_of_embeddings() -> None:
+    first, second = signals(0), signals(10)
+    scaled = TeacherSignals(
+        second.texts, second.probabilities, second.label_names, np.asarray(second.embeddings) * 1000
+    )
+    mean, mean_scaled = (TeacherSignals.average([first, other]).embeddings for other in (second, scaled))
+    np.testing.assert_allclose(cosines(np.asarray(mean)), cosines(np.asarray(mean_scaled)), atol=1e-5)
 
 
-def test_an_average_with_a_teacher_without_embeddings_has_none() -> None:
-    bare = TeacherSignals(GOOD.texts, GOOD_P, GOOD.label_names, origin="a rule")
-    mean = TeacherSignals.average([GOOD, bare])
+def test_average_has_no_embeddings_if_a_teacher_has_none() -> None:
+    without_embeddings = TeacherSignals(VALID.texts, PROBABILITIES, VALID.label_names, origin="a rule")
+    mean = TeacherSignals.average([VALID, without_embeddings])
     assert mean.embeddings is None
     assert mean.origin == "a teacher + a rule"
 
@@ -363,17 +371,17 @@ def test_an_average_with_a_teacher_without_embeddings_has_none() -> None:
 @pytest.mark.parametrize(
     ("other", "weights"),
     [
-        pytest.param(TeacherSignals([*GOOD.texts[:3], "?"], GOOD_P, GOOD.label_names), None, id="other texts"),
-        pytest.param(TeacherSignals(GOOD.texts[::-1], GOOD_P, GOOD.label_names), None, id="another order"),
-        pytest.param(TeacherSignals(GOOD.texts, GOOD_P, GOOD.label_names[::-1]), None, id="other classes"),
+        pytest.param(TeacherSignals([*VALID.texts[:3], "?"], PROBABILITIES, VALID.label_names), None, id="other texts"),
+        pytest.param(TeacherSignals(VALID.texts[::-1], PROBABILITIES, VALID.label_names), None, id="other order"),
+        pytest.param(TeacherSignals(VALID.texts, PROBABILITIES, VALID.label_names[::-1]), None, id="other classes"),
         pytest.param(signals(n=3), None, id="fewer texts"),
         pytest.param(signals(classes=2), None, id="fewer classes"),
-        pytest.param(GOOD, [1.0], id="a weight too few"),
-        pytest.param(GOOD, [1.0, 0.0], id="weight zero"),
-        pytest.param(GOOD, [2.0, -1.0], id="negative weight"),
-        pytest.param(GOOD, [1.0, NAN], id="weight nan"),
+        pytest.param(VALID, [1.0], id="missing weight"),
+        pytest.param(VALID, [1.0, 0.0], id="zero weight"),
+        pytest.param(VALID, [2.0, -1.0], id="negative weight"),
+        pytest.param(VALID, [1.0, NAN], id="nan weight"),
     ],
 )
-def test_what_cannot_be_averaged_is_refused(other: TeacherSignals, weights: list[float] | None) -> None:
+def test_incompatible_signals_are_not_averaged(other: TeacherSignals, weights: list[float] | None) -> None:
     with pytest.raises(DataError):
-        TeacherSignals.average([GOOD, other], weights)
+        TeacherSignals.average([VALID, other], weights)

@@ -1,4 +1,4 @@
-"""Early stopping: what is held out, when training ends, and which weights stay."""
+"""Early stopping: held-out texts, evaluation steps, patience and best weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import NAMES, QUICK, few_labels, pool_signals, same, weights
+from synthetic import LABEL_NAMES, QUICK, equal_weights, few_labels, pool_signals, weights
 
 from setfit_kd import train_student
 from setfit_kd.config import StudentConfig
 from setfit_kd.memory import resolve_device
 from setfit_kd.models import embed, fit_head, new_model
 from setfit_kd.models.heads import DEFAULT_C
-from setfit_kd.student import agreement as early
+from setfit_kd.student import agreement as agreement_module
 from setfit_kd.student import steps
 from setfit_kd.student.agreement import AgreementCallback, hold_out, soft_agreement
 from setfit_kd.student.steps import MAX_HELD_OUT, MIN_HELD_OUT
@@ -34,54 +34,54 @@ few = settings(max_examples=50, deadline=None, derandomize=True)
 
 @few
 @given(st.integers(2, 20_000), st.integers(0, 2**32 - 1))
-def test_what_is_held_out_and_what_is_not_make_the_pool(n: int, seed: int) -> None:
+def test_hold_out_splits_the_pool(n: int, seed: int) -> None:
     training, held_out = hold_out(n, seed=seed)
     np.testing.assert_array_equal(np.sort(np.concatenate([training, held_out])), np.arange(n))
     for rows in (training, held_out):
         assert len(rows)
         assert (np.diff(rows) > 0).all()
-    again = hold_out(n, seed=seed)
-    np.testing.assert_array_equal(training, again[0])
-    np.testing.assert_array_equal(held_out, again[1])
+    repeated = hold_out(n, seed=seed)
+    np.testing.assert_array_equal(training, repeated[0])
+    np.testing.assert_array_equal(held_out, repeated[1])
 
 
 @few
 @given(st.integers(2, 300), st.floats(0, 1), st.integers(0, 2**32 - 1))
-def test_texts_with_a_gold_label_are_held_out_last(n: int, share: float, seed: int) -> None:
-    spared = np.random.default_rng(seed).random(n) < share
-    training, held_out = hold_out(n, seed=seed, spared=spared)
+def test_avoided_rows_are_held_out_last(n: int, share: float, seed: int) -> None:
+    avoid = np.random.default_rng(seed).random(n) < share
+    training, held_out = hold_out(n, seed=seed, avoid=avoid)
     assert len(held_out) == len(hold_out(n, seed=seed)[1])
-    assert spared[held_out].sum() == max(0, len(held_out) - (~spared).sum())
+    assert avoid[held_out].sum() == max(0, len(held_out) - (~avoid).sum())
     np.testing.assert_array_equal(np.sort(np.concatenate([training, held_out])), np.arange(n))
 
 
 @few
 @given(st.integers(1, 3000), st.integers(1, 4))
-def test_looks_are_evenly_spaced_and_end_every_pass(steps_in_pass: int, passes: int) -> None:
-    looks: list[int] = []
-    arguments, state = SimpleNamespace(num_train_epochs=passes), SimpleNamespace(max_steps=passes * steps_in_pass)
-    for step in range(1, passes * steps_in_pass + 1):
+def test_evaluations_are_evenly_spaced_and_end_each_epoch(steps_per_epoch: int, epochs: int) -> None:
+    evaluations: list[int] = []
+    arguments, state = SimpleNamespace(num_train_epochs=epochs), SimpleNamespace(max_steps=epochs * steps_per_epoch)
+    for step in range(1, epochs * steps_per_epoch + 1):
         if AgreementCallback.is_due(SimpleNamespace(), step, arguments, state):  # type: ignore[arg-type]
-            looks.append(step)
-    assert set(range(steps_in_pass, passes * steps_in_pass + 1, steps_in_pass)) <= set(looks)
-    gaps = np.diff([0, *looks])
+            evaluations.append(step)
+    assert set(range(steps_per_epoch, epochs * steps_per_epoch + 1, steps_per_epoch)) <= set(evaluations)
+    gaps = np.diff([0, *evaluations])
     assert gaps.max() - gaps.min() <= 1
     assert gaps.max() <= 750
-    assert gaps.min() >= min(steps_in_pass, 333)
+    assert gaps.min() >= min(steps_per_epoch, 333)
 
 
 @pytest.mark.parametrize(
     ("n", "count"),
     [(2, 1), (3, 1), (20, 10), (32, 16), (100, MIN_HELD_OUT), (1000, 100), (5000, MAX_HELD_OUT), (10**6, 500)],
 )
-def test_a_tenth_is_held_out_within_limits(n: int, count: int) -> None:
+def test_a_tenth_within_limits_is_held_out(n: int, count: int) -> None:
     assert [len(rows) for rows in hold_out(n, seed=0)] == [n - count, count]
 
 
-def test_another_seed_holds_out_others() -> None:
+def test_held_out_rows_depend_on_seed() -> None:
     held_out = [set(hold_out(1000, seed=seed)[1].tolist()) for seed in range(4)]
     assert len(set.union(*held_out)) > 300
-    assert max(held_out[0]) > 800  # not the beginning of the pool
+    assert max(held_out[0]) > 800  # not only the beginning of the pool
 
 
 def test_soft_agreement_is_the_mean_shared_probability() -> None:
@@ -95,73 +95,79 @@ def test_soft_agreement_is_the_mean_shared_probability() -> None:
 @few
 @given(st.integers(0, 2**32 - 1), st.integers(2, 6))
 def test_soft_agreement_is_one_minus_the_total_variation(seed: int, classes: int) -> None:
-    one, other = np.random.default_rng(seed).dirichlet(np.ones(classes), size=(2, 7))
-    expected = 1 - np.abs(one - other).sum(axis=1).mean() / 2
-    assert soft_agreement(one, other) == pytest.approx(expected)
-    assert soft_agreement(other, one) == pytest.approx(expected)
+    left, right = np.random.default_rng(seed).dirichlet(np.ones(classes), size=(2, 7))
+    expected = 1 - np.abs(left - right).sum(axis=1).mean() / 2
+    assert soft_agreement(left, right) == pytest.approx(expected)
+    assert soft_agreement(right, left) == pytest.approx(expected)
 
 
-# In training
+# Training
 
 
-class Script:
-    """Agreements told beforehand in the place of those measured, with the body's weights at each look."""
+class FakeAgreement:
+    """Replacement for `soft_agreement` that returns fixed values and records the body's weights."""
 
     def __init__(self, body: SentenceTransformer, agreements: list[float]) -> None:
         self.body = body
         self.agreements = agreements
-        self.looks: list[list[torch.Tensor]] = []
+        self.weights: list[list[torch.Tensor]] = []
 
     def __call__(self, teacher: Any, student: Any) -> float:
-        assert teacher.shape == student.shape == (MIN_HELD_OUT, len(NAMES))
-        self.looks.append([value.clone() for value in self.body.state_dict().values()])
-        return self.agreements[len(self.looks) - 1]
+        assert teacher.shape == student.shape == (MIN_HELD_OUT, len(LABEL_NAMES))
+        self.weights.append([value.clone() for value in self.body.state_dict().values()])
+        return self.agreements[len(self.weights) - 1]
 
 
 @pytest.mark.parametrize(
-    ("patience", "agreements", "looks", "best"),
+    ("patience", "agreements", "n_evaluations", "best"),
     [
-        pytest.param(1, [0.5, 0.4, 0.9, 0.9], 2, 0, id="the first is the best"),
+        pytest.param(1, [0.5, 0.4, 0.9, 0.9], 2, 0, id="first is best"),
         pytest.param(2, [0.1, 0.5, 0.3, 0.4, 0.9], 4, 1, id="patience runs out"),
-        pytest.param(2, [0.1, 0.5, 0.3, 0.6, 0.5, 0.6], 6, 3, id="better in time, as good is no better"),
-        pytest.param(3, [0.1, 0.2, 0.3, 0.4], 4, 3, id="better to the end"),
-        pytest.param(9, [0.3, 0.2, 0.1], 3, 0, id="the end comes first"),
-        pytest.param(1, [0.0, 0.0], 2, 0, id="no agreement at all"),
+        pytest.param(2, [0.1, 0.5, 0.3, 0.6, 0.5, 0.6], 6, 3, id="improvement within patience, equal does not count"),
+        pytest.param(3, [0.1, 0.2, 0.3, 0.4], 4, 3, id="improvement to the end"),
+        pytest.param(9, [0.3, 0.2, 0.1], 3, 0, id="patience longer than training"),
+        pytest.param(1, [0.0, 0.0], 2, 0, id="no agreement"),
     ],
 )
-def test_training_stops_and_goes_back_to_the_best_look(
+def test_training_stops_and_restores_best_weights(
     student_body: SentenceTransformer,
     monkeypatch: pytest.MonkeyPatch,
     patience: int,
     agreements: list[float],
-    looks: int,
+    n_evaluations: int,
     best: int,
 ) -> None:
-    script = Script(student_body, agreements)
-    monkeypatch.setattr(early, "soft_agreement", script)
+    fake_agreement = FakeAgreement(student_body, agreements)
+    monkeypatch.setattr(agreement_module, "soft_agreement", fake_agreement)
     signals = pool_signals(POOL)
     model = train_student(
         signals, student_body, **{**QUICK, "patience": patience, "epochs": len(agreements), "batch_size": 24}
     )
-    assert len(script.looks) == looks
-    assert all(not same(script.looks[i], script.looks[i + 1]) for i in range(looks - 1))
-    assert same(weights(model), script.looks[best])
-    # The head is fitted on the weights that stay, and on the whole pool; at what temperature is another matter.
+    assert len(fake_agreement.weights) == n_evaluations
+    assert all(
+        not equal_weights(fake_agreement.weights[i], fake_agreement.weights[i + 1]) for i in range(n_evaluations - 1)
+    )
+    assert equal_weights(weights(model), fake_agreement.weights[best])
+    # The head is fitted on the restored weights and the whole pool. Normalised, because it is scaled by a temperature.
     expected = fit_head(embed(student_body, signals.texts), signals.probabilities, C=DEFAULT_C)
-    found, wanted = (head.coef_ / np.linalg.norm(head.coef_) for head in (model.model_head, expected))
-    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    actual_coef, expected_coef = (head.coef_ / np.linalg.norm(head.coef_) for head in (model.model_head, expected))
+    np.testing.assert_allclose(actual_coef, expected_coef, atol=1e-4)
     assert not student_body.training
 
 
-def test_looks_come_within_a_long_pass_too(student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = Script(student_body, [0.1, 0.2, 0.3, 0.4])
-    monkeypatch.setattr(early, "soft_agreement", script)
+def test_long_epochs_have_several_evaluations(
+    student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_agreement = FakeAgreement(student_body, [0.1, 0.2, 0.3, 0.4])
+    monkeypatch.setattr(agreement_module, "soft_agreement", fake_agreement)
     monkeypatch.setattr(steps, "EVALUATION_STEPS", 2)
     train_student(pool_signals(POOL), student_body, **{**QUICK, "patience": 9, "batch_size": 8})
-    assert len(script.looks) == 3  # after steps 2, 4 and 6 of 6
+    assert len(fake_agreement.weights) == 3  # after steps 2, 4 and 6 of 6
 
 
-def test_what_a_look_measures(student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agreement_is_measured_on_held_out_texts(
+    student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     signals = pool_signals(POOL)
     training, held_out = hold_out(POOL, seed=3)
     measured: list[tuple[Any, Any]] = []
@@ -174,22 +180,22 @@ def test_what_a_look_measures(student_body: SentenceTransformer, monkeypatch: py
         measured.append((teacher, student))
         return 0.5
 
-    monkeypatch.setattr(early, "soft_agreement", compare)
+    monkeypatch.setattr(agreement_module, "soft_agreement", compare)
     train_student(signals, student_body, **{**QUICK, "patience": 1, "seed": 3, "head_c": 2.0})
     assert len(measured) == 1
 
 
-def test_a_look_samples_the_whole_of_what_is_trained_on(
+def test_head_is_fitted_on_a_sample_of_all_training_rows(
     student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(early, "MAX_HELD_OUT", 12)
+    monkeypatch.setattr(agreement_module, "MAX_HELD_OUT", 12)
     seen: list[str] = []
 
     def embed_and_record(body: SentenceTransformer, texts: list[str], **settings: Any) -> Any:
         seen[:] = texts
         return embed(body, texts, **settings)
 
-    monkeypatch.setattr(early, "embed", embed_and_record)
+    monkeypatch.setattr(agreement_module, "embed", embed_and_record)
     signals = pool_signals(POOL)
     train_student(signals, student_body, **{**QUICK, "patience": 1})
     training, held_out = hold_out(POOL, seed=0)
@@ -199,21 +205,21 @@ def test_a_look_samples_the_whole_of_what_is_trained_on(
     assert seen[12:] == [signals.texts[row] for row in held_out]
 
 
-def test_a_look_disturbs_no_training(tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With dropout on, every draw of it depends on all that was drawn before."""
-    rising = iter(np.linspace(0, 1, 99))
-    monkeypatch.setattr(early, "soft_agreement", lambda *_: next(rising))
-    trained = []
-    for look_steps in (1, 500):
-        monkeypatch.setattr(steps, "EVALUATION_STEPS", look_steps)
+def test_evaluation_does_not_change_training(tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout, any random number drawn in an evaluation would change the training."""
+    agreements = iter(np.linspace(0, 1, 99))
+    monkeypatch.setattr(agreement_module, "soft_agreement", lambda *_: next(agreements))
+    runs = []
+    for evaluation_steps in (1, 500):
+        monkeypatch.setattr(steps, "EVALUATION_STEPS", evaluation_steps)
         settings = {**QUICK, "patience": 9, "epochs": 2, "dropout": True}
-        trained.append(weights(train_student(pool_signals(POOL), tiny_student, **settings)))
-    assert same(*trained)
+        runs.append(weights(train_student(pool_signals(POOL), tiny_student, **settings)))
+    assert equal_weights(*runs)
 
 
 @pytest.mark.parametrize("patience", [None, 2])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_what_is_held_out_is_never_trained_on(
+def test_held_out_texts_are_not_in_training_data(
     student_body: SentenceTransformer, tmp_path: Path, objective: str, patience: int | None
 ) -> None:
     from setfit_kd.student.trainer import StudentTrainer
@@ -221,10 +227,10 @@ def test_what_is_held_out_is_never_trained_on(
     signals = pool_signals(POOL)
     config = StudentConfig.of(**{**QUICK, "objective": objective, "patience": patience, "num_iterations": 20})
     trainer = StudentTrainer(
-        new_model(student_body, NAMES), signals, few_labels(), config, resolve_device("cpu"), str(tmp_path)
+        new_model(student_body, LABEL_NAMES), signals, few_labels(), config, resolve_device("cpu"), str(tmp_path)
     )
     dataset, _ = trainer.get_dataset(signals.texts, None, trainer.args)
-    training = hold_out(POOL, seed=0, spared=np.arange(POOL) < 16)[0] if patience else np.arange(POOL)
+    training = hold_out(POOL, seed=0, avoid=np.arange(POOL) < 16)[0] if patience else np.arange(POOL)
     allowed = [signals.texts[row] for row in training]
     columns = [name for name in dataset.column_names if name.startswith("sentence")]
     assert {text for name in columns for text in dataset[name]} == set(allowed)
@@ -235,31 +241,47 @@ def test_what_is_held_out_is_never_trained_on(
 
 
 @pytest.mark.parametrize("patience", [None, 1])
-def test_batches_hold_the_training_rows_and_no_others(
+def test_batches_contain_exactly_the_training_rows(
     student_body: SentenceTransformer, patience: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from setfit_kd.losses import SimilarityLoss
 
     seen: list[int] = []
-    loss = SimilarityLoss.loss
+    compute_loss = SimilarityLoss.compute_loss
 
     def record(self: Any, rows: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         seen.extend(labels.tolist())
-        return loss(self, rows, labels)
+        return compute_loss(self, rows, labels)
 
-    monkeypatch.setattr(SimilarityLoss, "loss", record)
+    monkeypatch.setattr(SimilarityLoss, "compute_loss", record)
     train_student(pool_signals(POOL), student_body, **{**QUICK, "patience": patience})
     training = hold_out(POOL, seed=0)[0].tolist() if patience else list(range(POOL))
     assert sorted(seen) == training
 
 
 @pytest.mark.parametrize("objective", ["soft-labels", "similarity,soft-labels=0.5", "pairs"])
-def test_every_objective_can_be_stopped_early(
+def test_early_stopping_works_with_every_objective(
     student_body: SentenceTransformer, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = Script(student_body, [0.5, 0.4])
-    monkeypatch.setattr(early, "soft_agreement", script)
+    fake_agreement = FakeAgreement(student_body, [0.5, 0.4])
+    monkeypatch.setattr(agreement_module, "soft_agreement", fake_agreement)
     settings = {**QUICK, "objective": objective, "patience": 1, "epochs": 9}
     model = train_student(pool_signals(POOL), student_body, labeled=few_labels(), **settings)
-    assert len(script.looks) == 2
-    assert same(weights(model), script.looks[0])
+    assert len(fake_agreement.weights) == 2
+    assert equal_weights(weights(model), fake_agreement.weights[0])
+
+
+def test_state_saved_under_the_old_key_can_be_loaded(student_body: SentenceTransformer, tmp_path: Path) -> None:
+    def make_callback() -> AgreementCallback:
+        options: dict[str, Any] = {"head_c": 1.0, "balance": False, "encode_batch_size": 32, "seed": 0}
+        return AgreementCallback(student_body, 2, pool_signals(POOL), *hold_out(POOL, seed=0), **options)
+
+    callback, loaded = make_callback(), make_callback()
+    callback.evaluate(1)
+    callback.evaluations_since_best = 3
+    callback.save_state(tmp_path)
+    file = tmp_path / "early-stop.json"
+    file.write_text(file.read_text().replace("evaluations_since_best", "looks_since_best"))
+    loaded.load_state(tmp_path)
+    assert loaded.evaluations_since_best == 3
+    assert (loaded.history, loaded.best_score) == (callback.history, callback.best_score)

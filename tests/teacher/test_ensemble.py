@@ -1,11 +1,10 @@
-"""Several teachers: what each comes to, how they are averaged and weighed, and what a resumed run does again."""
+"""Several teachers: their models and average, weights, cross-validation, resumed runs, memory and reports."""
 
 from __future__ import annotations
 
 import gc
 import json
 import logging
-import re
 import shutil
 import weakref
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ import numpy.typing as npt
 import pytest
 from click.testing import CliRunner, Result
 from conftest import FAST, Run, newswire
-from synthetic import few_labels, same, weights
+from synthetic import equal_weights, few_labels, weights
 
 from setfit_kd import RunConfig, RunResult, TeacherSignals, distill, load
 from setfit_kd.cli import main
@@ -31,18 +30,18 @@ from setfit_kd.evaluation.cost import Cost
 from setfit_kd.models import load_body, predict_proba
 from setfit_kd.models.temperature import at_temperature
 from setfit_kd.report import read_summary, verdict
-from setfit_kd.report.render import card
+from setfit_kd.report.render import render_card
 from setfit_kd.run_folder import TEACHER
 from setfit_kd.teacher import cross_validated_accuracy
-from setfit_kd.teacher.ensemble import FOLDS
+from setfit_kd.teacher.ensemble import MAX_FOLDS
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
-SETFIT, WHOLE = "plain", "transformer-whole"
-PLACES = (f"teachers/{SETFIT}", f"teachers/{WHOLE}")
-RAN_ON = "cpu"
+SETFIT, TRANSFORMER = "plain", "transformer-whole"
+TEACHERS = (f"teachers/{SETFIT}", f"teachers/{TRANSFORMER}")
+DEVICE = "cpu"
 
 
 def invoke(*arguments: object) -> Result:
@@ -53,18 +52,18 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def metrics(folder: Path) -> dict[str, Any]:
-    """Without what a clock measures."""
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Read the metrics, without the measured speed."""
     return {
-        name: {figure: value for figure, value in of.items() if figure != "texts_per_second"}
-        for name, of in read_json(folder / "metrics.json").items()
+        name: {metric: value for metric, value in model_metrics.items() if metric != "texts_per_second"}
+        for name, model_metrics in read_json(folder / "metrics.json").items()
     }
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_student: Path) -> dict[str, Any]:
     """Settings of a small run of two teachers, one of each family, and two students."""
-    folder = tmp_path_factory.mktemp("given")
+    folder = tmp_path_factory.mktemp("inputs")
     train, held_out = newswire("train"), newswire("eval")
     sources = {"labeled": train[:120], "unlabeled": train[120:160], "eval": held_out[:30]}
     for name, rows in sources.items():
@@ -83,272 +82,287 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_stud
 
 
 @dataclass(frozen=True)
-class Both:
+class TeachersRun:
     """A run of two teachers."""
 
     folder: Path
     result: RunResult
     teachers: Sequence[str]
 
-    def said(self) -> list[TeacherSignals]:
-        return [TeacherSignals.load(self.folder / "scored" / name) for name in (SETFIT, WHOLE)]
+    def load_signals(self) -> list[TeacherSignals]:
+        return [TeacherSignals.load(self.folder / "scored" / name) for name in (SETFIT, TRANSFORMER)]
 
 
 @pytest.fixture(scope="module")
-def both(run: Run, base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Both:
-    folder = tmp_path_factory.mktemp("runs") / "both"
-    return Both(folder, run(output_dir=folder), base["teacher"])
+def equal_weights_run(run: Run, base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> TeachersRun:
+    folder = tmp_path_factory.mktemp("runs") / "equal-weights"
+    return TeachersRun(folder, run(output_dir=folder), base["teacher"])
 
 
 @pytest.fixture
-def copied(both: Both, tmp_path: Path) -> Path:
-    """A copy of the run's folder, to be gone on with."""
-    return Path(shutil.copytree(both.folder, tmp_path / "run"))
+def run_copy(equal_weights_run: TeachersRun, tmp_path: Path) -> Path:
+    """A copy of the run's folder, to resume from."""
+    return Path(shutil.copytree(equal_weights_run.folder, tmp_path / "run"))
 
 
-def refuse(*_: Any, **__: Any) -> Any:
-    raise AssertionError("This was made before.")
+def fail(*_: Any, **__: Any) -> Any:
+    raise AssertionError("This stage should have been loaded.")
 
 
 @contextmanager
-def no_teacher_is_trained() -> Iterator[pytest.MonkeyPatch]:
+def fail_if_teacher_is_trained() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("train_teacher", "refine_and_score"):
-            patch.setattr(f"setfit_kd.run.teacher_stages.{name}", refuse)
+            patch.setattr(f"setfit_kd.run.teacher_stages.{name}", fail)
         yield patch
 
 
-def gone_on_with(both: Both, folder: Path, **settings: Any) -> Both:
-    """A copy of a run, gone on with under other settings that make no teacher anew."""
-    shutil.copytree(both.folder, folder)
-    with no_teacher_is_trained():
-        return Both(folder, distill(resume=folder, **settings), both.teachers)
+def resume_copy(equal_weights_run: TeachersRun, folder: Path, **settings: Any) -> TeachersRun:
+    """Resume a copy of a run with other settings, without training a teacher."""
+    shutil.copytree(equal_weights_run.folder, folder)
+    with fail_if_teacher_is_trained():
+        return TeachersRun(folder, distill(resume=folder, **settings), equal_weights_run.teachers)
 
 
 @pytest.fixture(scope="module")
-def two_to_one(both: Both, tmp_path_factory: pytest.TempPathFactory) -> Both:
-    """The same with other weights."""
-    return gone_on_with(both, tmp_path_factory.mktemp("runs") / "two-to-one", teacher_weights="2,1")
+def fixed_weights_run(equal_weights_run: TeachersRun, tmp_path_factory: pytest.TempPathFactory) -> TeachersRun:
+    """The same run with weights 2 and 1."""
+    return resume_copy(equal_weights_run, tmp_path_factory.mktemp("runs") / "fixed-weights", teacher_weights="2,1")
 
 
 @pytest.fixture(scope="module")
-def cross_validated(both: Both, tmp_path_factory: pytest.TempPathFactory) -> Both:
-    """The same with weights by what each has not seen."""
+def cross_validated_run(equal_weights_run: TeachersRun, tmp_path_factory: pytest.TempPathFactory) -> TeachersRun:
+    """The same run with weights from cross-validation."""
     folder = tmp_path_factory.mktemp("runs") / "cross-validated"
-    return gone_on_with(both, folder, teacher_weights="cross-validated")
+    return resume_copy(equal_weights_run, folder, teacher_weights="cross-validated")
 
 
-ALL = ("both", "two_to_one", "cross_validated")
+RUNS = ("equal_weights_run", "fixed_weights_run", "cross_validated_run")
 
 
-@pytest.fixture(params=ALL)
-def any_run(request: pytest.FixtureRequest) -> Both:
-    found: Both = request.getfixturevalue(request.param)
-    return found
+@pytest.fixture(params=RUNS)
+def any_run(request: pytest.FixtureRequest) -> TeachersRun:
+    teachers_run: TeachersRun = request.getfixturevalue(request.param)
+    return teachers_run
 
 
 @pytest.fixture
-def shares(any_run: Both) -> list[float]:
-    """What the weights of a run must be."""
-    written = any_run.result.config.teacher_weights
-    if written is None:
+def shares(any_run: TeachersRun) -> list[float]:
+    """The expected weights of a run."""
+    setting = any_run.result.config.teacher_weights
+    if setting is None:
         return [0.5, 0.5]
-    if written == "2,1":
+    if setting == "2,1":
         return [2 / 3, 1 / 3]
-    accuracies = [read_json(any_run.folder / "weighed" / name / "accuracy.json") for name in (SETFIT, WHOLE)]
-    assert len(set(accuracies)) == 2, "weights of which nothing is to be seen"
+    accuracies = [read_json(any_run.folder / "weighed" / name / "accuracy.json") for name in (SETFIT, TRANSFORMER)]
+    assert len(set(accuracies)) == 2, "the test needs different weights"
     return [accuracy / sum(accuracies) for accuracy in accuracies]
 
 
-# What each is, and what they are together
+# Each teacher and their average
 
 
-def test_each_teacher_has_a_folder_of_its_own_and_the_average_has_none(both: Both) -> None:
-    assert {path.name for path in (both.folder / "teachers").iterdir()} == {SETFIT, WHOLE}
-    assert {path.name for path in (both.folder / "scored").iterdir()} == {SETFIT, WHOLE}
-    assert {path.name for path in both.folder.iterdir() if path.is_dir()} == {
+def test_each_teacher_has_a_folder(equal_weights_run: TeachersRun) -> None:
+    assert {path.name for path in (equal_weights_run.folder / "teachers").iterdir()} == {SETFIT, TRANSFORMER}
+    assert {path.name for path in (equal_weights_run.folder / "scored").iterdir()} == {SETFIT, TRANSFORMER}
+    assert {path.name for path in equal_weights_run.folder.iterdir() if path.is_dir()} == {
         *("teachers", "scored", "students", "baselines", "evaluation")
     }
-    assert both.result.teacher is None
+    assert equal_weights_run.result.teacher is None
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_each_teacher_predicts_what_was_measured_of_it(both: Both, base: dict[str, Any], place: str) -> None:
+@pytest.mark.parametrize("name", TEACHERS)
+def test_saved_teacher_reproduces_its_evaluation(
+    equal_weights_run: TeachersRun, base: dict[str, Any], name: str
+) -> None:
     rows = [json.loads(line) for line in Path(base["eval"]).read_text(encoding="utf-8").splitlines()]
-    found = predict_proba(load(both.folder / place, device="cpu"), [row["text"] for row in rows])
-    np.testing.assert_allclose(found, both.result.evaluations[place].probabilities, atol=1e-5)
+    model = load(equal_weights_run.folder / name, device="cpu")
+    probabilities = predict_proba(model, [row["text"] for row in rows])
+    np.testing.assert_allclose(probabilities, equal_weights_run.result.evaluations[name].probabilities, atol=1e-5)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_each_teacher_predicts_what_its_signals_mean(both: Both, place: str) -> None:
-    signals = TeacherSignals.load(both.folder / place.replace("teachers", "scored"))
+@pytest.mark.parametrize("name", TEACHERS)
+def test_saved_teacher_predicts_calibrated_signals(equal_weights_run: TeachersRun, name: str) -> None:
+    signals = TeacherSignals.load(equal_weights_run.folder / name.replace("teachers", "scored"))
     assert signals.temperature != 1
-    said = np.log(np.maximum(signals.probabilities, 1e-30)) / signals.temperature
-    meant = np.exp(said) / np.exp(said).sum(axis=1, keepdims=True)
-    found = predict_proba(load(both.folder / place, device="cpu"), signals.texts)
-    np.testing.assert_allclose(found, meant, atol=1e-4)
+    logits = np.log(np.maximum(signals.probabilities, 1e-30)) / signals.temperature
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    probabilities = predict_proba(load(equal_weights_run.folder / name, device="cpu"), signals.texts)
+    np.testing.assert_allclose(probabilities, expected, atol=1e-4)
 
 
-def test_the_teachers_are_of_the_families_that_they_were_named_as(both: Both) -> None:
-    architectures = [read_json(both.folder / place / "config.json")["architectures"] for place in PLACES]
+def test_teachers_have_the_requested_architectures(equal_weights_run: TeachersRun) -> None:
+    architectures = [read_json(equal_weights_run.folder / name / "config.json")["architectures"] for name in TEACHERS]
     assert architectures == [["BertModel"], ["BertForSequenceClassification"]]
 
 
-def test_every_model_is_measured(both: Both) -> None:
+def test_every_model_is_evaluated(equal_weights_run: TeachersRun) -> None:
     students = [f"{kind}/{name}" for name in ("layers-1", "static-4") for kind in ("baselines", "students")]
-    assert list(read_json(both.folder / "metrics.json")) == [*PLACES, "teacher", *students]
-    assert both.result.evaluations[PLACES[0]].quality.agreement is None
-    assert both.result.evaluations["students/layers-1"].quality.agreement is not None
+    assert list(read_json(equal_weights_run.folder / "metrics.json")) == [*TEACHERS, "teacher", *students]
+    assert equal_weights_run.result.evaluations[TEACHERS[0]].quality.agreement is None
+    assert equal_weights_run.result.evaluations["students/layers-1"].quality.agreement is not None
 
 
-def averaged(of: dict[str, Evaluation], folder: Path, shares: list[float]) -> npt.NDArray[np.floating]:
-    """What the teachers of a run say of the evaluated texts, averaged as their signals are."""
-    said = [TeacherSignals.load(folder / place.replace("teachers", "scored")) for place in PLACES]
-    sharp = [at_temperature(of[place].probabilities, 1 / s.temperature) for place, s in zip(PLACES, said, strict=True)]
-    return at_temperature(np.average(sharp, axis=0, weights=shares), TeacherSignals.average(said, shares).temperature)
-
-
-def test_together_they_are_their_average(any_run: Both, shares: list[float]) -> None:
-    of = any_run.result.evaluations
-    expected = averaged(of, any_run.folder, shares)
-    np.testing.assert_allclose(of["teacher"].probabilities, expected, atol=1e-6)
-    predicted = np.asarray(expected).argmax(axis=1)
-    assert of["teacher"].quality == measure_quality(predicted, of["teacher"].gold, list(of["teacher"].quality.classes))
-    for place in PLACES:  # the average is neither of them
-        assert np.abs(of["teacher"].probabilities - of[place].probabilities).max() > 0.01
-
-
-def test_students_are_compared_with_the_average(any_run: Both) -> None:
-    of = any_run.result.evaluations
-    for name in ("students/layers-1", "baselines/static-4"):
-        agreement = np.mean(of[name].predicted == of["teacher"].predicted)
-        assert of[name].quality.agreement == pytest.approx(agreement)
-
-
-def test_the_signals_are_the_average(any_run: Both, shares: list[float]) -> None:
-    said = any_run.said()
-    expected = TeacherSignals.average(said, shares)
-    found = any_run.result.signals
-    assert found.texts == expected.texts
-    assert found.origin == f"{any_run.teachers[0]} + {any_run.teachers[1]}"
-    assert found.temperature == pytest.approx(expected.temperature)
-    np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-7)
-    by_hand = sum(share * of.probabilities for share, of in zip(shares, said, strict=True))
-    np.testing.assert_allclose(found.probabilities, by_hand, atol=1e-6)
-    assert found.embeddings is not None
-    assert expected.embeddings is not None
-    np.testing.assert_allclose(found.embeddings, expected.embeddings, atol=1e-6)
-
-
-def test_a_run_tells_the_shares(any_run: Both, shares: list[float]) -> None:
-    told = read_json(any_run.folder / "run.json")["teacher_shares"]
-    assert told == pytest.approx(dict(zip(any_run.teachers, shares, strict=True)))
-
-
-def evaluation(n: int, parameters: int, megabytes: float, speed: float, seed: int) -> Evaluation:
-    gold = np.arange(n) % 3
-    said = np.random.default_rng(seed).dirichlet(np.ones(3), n).astype(np.float32)
-    quality = measure_quality(said.argmax(axis=1), gold, "abc")
-    return Evaluation(quality, Cost(parameters, megabytes, speed, RAN_ON), said, gold)
-
-
-def test_sizes_and_times_add_up() -> None:
-    alone = [evaluation(30, 10, 1.5, 100, 0), evaluation(30, 5, 0.2, 50, 1)]
-    found = evaluate_ensemble(alone, [0.5, 0.5], [1, 1], 1).cost
-    # A hundredth and a fiftieth of a second a text.
-    assert found == Cost(15, 1.7, 33.3, RAN_ON)
-
-
-def test_the_average_may_be_better_than_each() -> None:
-    gold = np.array([0, 1])
-    said = np.array([[[0.9, 0.1], [0.6, 0.4]], [[0.4, 0.6], [0.1, 0.9]]], np.float32)
-    alone = [
-        Evaluation(measure_quality(one.argmax(axis=1), gold, "ab"), Cost(1, 1, 1, RAN_ON), one, gold) for one in said
+def average_teachers(evaluations: dict[str, Evaluation], folder: Path, shares: list[float]) -> npt.NDArray[np.floating]:
+    """Average the teachers' probabilities on the evaluation set in the same way as their signals."""
+    signals = [TeacherSignals.load(folder / name.replace("teachers", "scored")) for name in TEACHERS]
+    sharp = [
+        at_temperature(evaluations[name].probabilities, 1 / s.temperature)
+        for name, s in zip(TEACHERS, signals, strict=True)
     ]
-    assert [of.quality.accuracy for of in alone] == [0.5, 0.5]
-    assert evaluate_ensemble(alone, [1, 1], [1, 1], 1).quality.accuracy == 1
-    assert evaluate_ensemble(alone, [9, 1], [1, 1], 1).quality.accuracy == 0.5
+    return at_temperature(
+        np.average(sharp, axis=0, weights=shares), TeacherSignals.average(signals, shares).temperature
+    )
 
 
-def test_the_evaluated_teacher_is_what_students_learn_from() -> None:
+def test_evaluated_teacher_is_the_average(any_run: TeachersRun, shares: list[float]) -> None:
+    evaluations = any_run.result.evaluations
+    expected = average_teachers(evaluations, any_run.folder, shares)
+    teacher = evaluations["teacher"]
+    np.testing.assert_allclose(teacher.probabilities, expected, atol=1e-6)
+    predicted = np.asarray(expected).argmax(axis=1)
+    assert teacher.quality == measure_quality(predicted, teacher.gold, list(teacher.quality.classes))
+    for name in TEACHERS:  # the average differs from each teacher
+        assert np.abs(teacher.probabilities - evaluations[name].probabilities).max() > 0.01
+
+
+def test_agreement_is_measured_with_the_average(any_run: TeachersRun) -> None:
+    evaluations = any_run.result.evaluations
+    for name in ("students/layers-1", "baselines/static-4"):
+        agreement = np.mean(evaluations[name].predicted == evaluations["teacher"].predicted)
+        assert evaluations[name].quality.agreement == pytest.approx(agreement)
+
+
+def test_signals_are_the_average(any_run: TeachersRun, shares: list[float]) -> None:
+    teacher_signals = any_run.load_signals()
+    expected = TeacherSignals.average(teacher_signals, shares)
+    signals = any_run.result.signals
+    assert signals.texts == expected.texts
+    assert signals.origin == f"{any_run.teachers[0]} + {any_run.teachers[1]}"
+    assert signals.temperature == pytest.approx(expected.temperature)
+    np.testing.assert_allclose(signals.probabilities, expected.probabilities, atol=1e-7)
+    weighted_sum = sum(share * s.probabilities for share, s in zip(shares, teacher_signals, strict=True))
+    np.testing.assert_allclose(signals.probabilities, weighted_sum, atol=1e-6)
+    assert signals.embeddings is not None
+    assert expected.embeddings is not None
+    np.testing.assert_allclose(signals.embeddings, expected.embeddings, atol=1e-6)
+
+
+def test_manifest_contains_teacher_shares(any_run: TeachersRun, shares: list[float]) -> None:
+    recorded = read_json(any_run.folder / "run.json")["teacher_shares"]
+    assert recorded == pytest.approx(dict(zip(any_run.teachers, shares, strict=True)))
+
+
+def random_evaluation(n: int, parameters: int, megabytes: float, speed: float, seed: int) -> Evaluation:
+    gold = np.arange(n) % 3
+    probabilities = np.random.default_rng(seed).dirichlet(np.ones(3), n).astype(np.float32)
+    quality = measure_quality(probabilities.argmax(axis=1), gold, "abc")
+    return Evaluation(quality, Cost(parameters, megabytes, speed, DEVICE), probabilities, gold)
+
+
+def test_costs_of_ensemble_are_summed() -> None:
+    evaluations = [random_evaluation(30, 10, 1.5, 100, 0), random_evaluation(30, 5, 0.2, 50, 1)]
+    cost = evaluate_ensemble(evaluations, [0.5, 0.5], [1, 1], 1).cost
+    # 1/100 + 1/50 seconds per text.
+    assert cost == Cost(15, 1.7, 33.3, DEVICE)
+
+
+def test_average_can_be_more_accurate_than_each_teacher() -> None:
+    gold = np.array([0, 1])
+    probabilities = np.array([[[0.9, 0.1], [0.6, 0.4]], [[0.4, 0.6], [0.1, 0.9]]], np.float32)
+    evaluations = [
+        Evaluation(measure_quality(p.argmax(axis=1), gold, "ab"), Cost(1, 1, 1, DEVICE), p, gold) for p in probabilities
+    ]
+    assert [evaluation.quality.accuracy for evaluation in evaluations] == [0.5, 0.5]
+    assert evaluate_ensemble(evaluations, [1, 1], [1, 1], 1).quality.accuracy == 1
+    assert evaluate_ensemble(evaluations, [9, 1], [1, 1], 1).quality.accuracy == 0.5
+
+
+def test_evaluated_ensemble_matches_averaged_signals() -> None:
     rng = np.random.default_rng(0)
     texts, gold = [f"text {row}" for row in range(200)], rng.integers(3, size=200)
-    said = [
+    signals = [
         TeacherSignals(texts, rng.dirichlet(np.full(3, 0.5), 200).astype(np.float32), tuple("abc"), temperature=t)
         for t in (6.0, 1.5)
     ]
-    average, temperatures = TeacherSignals.average(said, [2, 1]), [of.temperature for of in said]
-    calibrated = [at_temperature(of.probabilities, of.temperature).astype(np.float32) for of in said]
-    alone = [
-        Evaluation(measure_quality(p.argmax(axis=1), gold, "abc"), Cost(1, 1, 1, RAN_ON), p, gold) for p in calibrated
+    average, temperatures = TeacherSignals.average(signals, [2, 1]), [s.temperature for s in signals]
+    calibrated = [at_temperature(s.probabilities, s.temperature).astype(np.float32) for s in signals]
+    evaluations = [
+        Evaluation(measure_quality(p.argmax(axis=1), gold, "abc"), Cost(1, 1, 1, DEVICE), p, gold) for p in calibrated
     ]
-    found = evaluate_ensemble(alone, [2, 1], temperatures, average.temperature)
-    np.testing.assert_array_equal(found.predicted, average.probabilities.argmax(axis=1))
+    ensemble = evaluate_ensemble(evaluations, [2, 1], temperatures, average.temperature)
+    np.testing.assert_array_equal(ensemble.predicted, average.probabilities.argmax(axis=1))
     expected = at_temperature(average.probabilities, average.temperature)
-    np.testing.assert_allclose(found.probabilities, expected, atol=1e-5)
-    averaged_at_their_own = np.average(calibrated, axis=0, weights=[2, 1])
-    assert (averaged_at_their_own.argmax(axis=1) != found.predicted).any()
+    np.testing.assert_allclose(ensemble.probabilities, expected, atol=1e-5)
+    calibrated_average = np.average(calibrated, axis=0, weights=[2, 1])
+    assert (calibrated_average.argmax(axis=1) != ensemble.predicted).any()
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=[SETFIT, WHOLE])
-def test_a_teacher_alone_is_what_it_is_in_company(run: Run, both: Both, number: int, tmp_path: Path) -> None:
-    alone = run(teacher=both.teachers[number], student="layers:1", output_dir=tmp_path / "run", baseline=False)
+@pytest.mark.parametrize("number", [0, 1], ids=[SETFIT, TRANSFORMER])
+def test_teacher_does_not_depend_on_other_teachers(
+    run: Run, equal_weights_run: TeachersRun, number: int, tmp_path: Path
+) -> None:
+    alone = run(
+        teacher=equal_weights_run.teachers[number], student="layers:1", output_dir=tmp_path / "run", baseline=False
+    )
     assert alone.teacher is not None
-    one, other = (load(folder, device="cpu") for folder in (tmp_path / "run/teacher", both.folder / PLACES[number]))
-    assert same(weights(one), weights(other))
-    np.testing.assert_array_equal(one.model_head.coef_, other.model_head.coef_)
-    np.testing.assert_array_equal(alone.signals.probabilities, both.said()[number].probabilities)
-    of = both.result.evaluations
-    np.testing.assert_array_equal(alone.evaluations["teacher"].probabilities, of[PLACES[number]].probabilities)
-    # What the other one says is learned, too.
-    assert not np.array_equal(alone.evaluations["student"].probabilities, of["students/layers-1"].probabilities)
+    trained_alone, trained_together = (
+        load(folder, device="cpu") for folder in (tmp_path / "run/teacher", equal_weights_run.folder / TEACHERS[number])
+    )
+    assert equal_weights(weights(trained_alone), weights(trained_together))
+    np.testing.assert_array_equal(trained_alone.model_head.coef_, trained_together.model_head.coef_)
+    np.testing.assert_array_equal(alone.signals.probabilities, equal_weights_run.load_signals()[number].probabilities)
+    together = equal_weights_run.result.evaluations
+    np.testing.assert_array_equal(alone.evaluations["teacher"].probabilities, together[TEACHERS[number]].probabilities)
+    # The student also learns from the other teacher.
+    assert not np.array_equal(alone.evaluations["student"].probabilities, together["students/layers-1"].probabilities)
 
 
 # Weights
 
 
 @pytest.mark.parametrize(
-    ("written", "message"),
+    ("setting", "message"),
     [
-        ("1", "teacher_weights: 1 are not as many as the 2 teachers"),
-        ("2,1,1", "teacher_weights: 2,1,1 are not as many as the 2 teachers"),
-        ("2,0", "must be above 0"),
-        ("2,-1", "must be above 0"),
-        ("2,nan", "must be above 0"),
-        ("2,inf", "must be above 0"),
-        ("2;1", "write them as in 2,1, or cross-validated"),
-        ("two,one", "write them as in 2,1, or cross-validated"),
-        ("", "write them as in 2,1, or cross-validated"),
-        ("2,", "write them as in 2,1, or cross-validated"),
+        ("1", "teacher_weights: number of weights must be 2, one per teacher, got 1"),
+        ("2,1,1", "teacher_weights: number of weights must be 2, one per teacher, got 2,1,1"),
+        ("2,0", "must be positive and finite"),
+        ("2,-1", "must be positive and finite"),
+        ("2,nan", "must be positive and finite"),
+        ("2,inf", "must be positive and finite"),
+        ("2;1", "weights must be numbers such as 2,1, or cross-validated"),
+        ("two,one", "weights must be numbers such as 2,1, or cross-validated"),
+        ("", "weights must be numbers such as 2,1, or cross-validated"),
+        ("2,", "weights must be numbers such as 2,1, or cross-validated"),
         (2, "teacher_weights: "),
     ],
 )
-def test_weights_that_cannot_be_are_refused(written: Any, message: str) -> None:
+def test_invalid_teacher_weights_raise_error(setting: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        RunConfig.of(teacher=["one", "other"], teacher_weights=written)
+        RunConfig.of(teacher=["one", "other"], teacher_weights=setting)
 
 
-def test_one_teacher_has_one_weight() -> None:
+def test_single_teacher_needs_single_weight() -> None:
     assert RunConfig.of(teacher="one", teacher_weights="3").teacher_weights == "3"
-    with pytest.raises(ConfigError, match="2,1 are not as many as the 1 teachers"):
+    with pytest.raises(ConfigError, match="number of weights must be 1, one per teacher, got 2,1"):
         RunConfig.of(teacher="one", teacher_weights="2,1")
 
 
 @pytest.mark.parametrize(
-    ("written", "kept"), [("2.0, 1", "2,1"), ("1e0,.5", "1,0.5"), ("cross-validated", "cross-validated")]
+    ("setting", "normalised"), [("2.0, 1", "2,1"), ("1e0,.5", "1,0.5"), ("cross-validated", "cross-validated")]
 )
-def test_the_same_weights_are_written_in_one_way(written: str, kept: str) -> None:
-    config = RunConfig.of(teacher=["one", "other"], teacher_weights=written)
-    assert config.teacher_weights == kept
-    assert config == RunConfig.of(teacher=["one", "other"], teacher_weights=kept)
+def test_teacher_weights_are_normalised(setting: str, normalised: str) -> None:
+    config = RunConfig.of(teacher=["one", "other"], teacher_weights=setting)
+    assert config.teacher_weights == normalised
+    assert config == RunConfig.of(teacher=["one", "other"], teacher_weights=normalised)
 
 
-def test_a_teacher_twice_is_refused() -> None:
-    with pytest.raises(ConfigError, match="teacher: one stands twice"):
+def test_duplicate_teacher_raises_error() -> None:
+    with pytest.raises(ConfigError, match="teacher: one is listed twice"):
         RunConfig.of(teacher=["one", "one"])
 
 
-# How far one can be trusted
+# Cross-validation
 
 
 CHEAP = {
@@ -361,155 +375,154 @@ CHEAP = {
 
 
 @dataclass
-class Parts:
-    """What a teacher is trained on and asked of, part after part."""
+class FoldRecord:
+    """Training data, predicted texts, probabilities and initial body of each fold."""
 
-    trained_on: list[LabeledSet] = field(default_factory=list)
-    asked: list[list[str]] = field(default_factory=list)
-    said: list[npt.NDArray[np.floating]] = field(default_factory=list)
-    begun_from: list[SentenceTransformer] = field(default_factory=list)
+    training_sets: list[LabeledSet] = field(default_factory=list)
+    predicted_texts: list[list[str]] = field(default_factory=list)
+    probabilities: list[npt.NDArray[np.floating]] = field(default_factory=list)
+    initial_bodies: list[SentenceTransformer] = field(default_factory=list)
 
 
 @pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
+def folds(monkeypatch: pytest.MonkeyPatch) -> FoldRecord:
     from setfit_kd.models import predict_proba
     from setfit_kd.teacher import train_teacher
 
-    seen = Parts()
+    record = FoldRecord()
 
-    def train(labeled: LabeledSet, body: SentenceTransformer, **how: Any) -> SetFitModel:
-        seen.trained_on.append(labeled)
-        seen.begun_from.append(body)
-        return train_teacher(labeled, body, **how)
+    def train(labeled: LabeledSet, body: SentenceTransformer, **settings: Any) -> SetFitModel:
+        record.training_sets.append(labeled)
+        record.initial_bodies.append(body)
+        return train_teacher(labeled, body, **settings)
 
-    def ask(model: SetFitModel, texts: Sequence[str], **how: Any) -> npt.NDArray[np.floating]:
-        seen.asked.append(list(texts))
-        seen.said.append(predict_proba(model, texts, **how))
-        return seen.said[-1]
+    def predict(model: SetFitModel, texts: Sequence[str], **settings: Any) -> npt.NDArray[np.floating]:
+        record.predicted_texts.append(list(texts))
+        record.probabilities.append(predict_proba(model, texts, **settings))
+        return record.probabilities[-1]
 
     monkeypatch.setattr("setfit_kd.teacher.ensemble.train_teacher", train)
-    monkeypatch.setattr("setfit_kd.teacher.ensemble.predict_proba", ask)
-    return seen
+    monkeypatch.setattr("setfit_kd.teacher.ensemble.predict_proba", predict)
+    return record
 
 
-def test_each_label_is_predicted_once_by_a_teacher_that_has_not_seen_it(parts: Parts, tiny_student: Path) -> None:
+def test_each_label_is_predicted_once_without_training_on_it(folds: FoldRecord, tiny_student: Path) -> None:
     labeled = few_labels(18)
     accuracy = cross_validated_accuracy(labeled, lambda: load_body(tiny_student), config=TeacherConfig.of(**CHEAP))
-    assert len(parts.asked) == FOLDS
-    assert sorted(text for asked in parts.asked for text in asked) == sorted(labeled.texts)
-    for trained_on, asked in zip(parts.trained_on, parts.asked, strict=True):
-        assert not set(trained_on.texts) & set(asked)
-        assert set(trained_on.texts) | set(asked) == set(labeled.texts)
-        assert trained_on.label_names == labeled.label_names
-        assert trained_on.counts.min() >= 2  # as much of each class
+    assert len(folds.predicted_texts) == MAX_FOLDS
+    assert sorted(text for texts in folds.predicted_texts for text in texts) == sorted(labeled.texts)
+    for training_set, texts in zip(folds.training_sets, folds.predicted_texts, strict=True):
+        assert not set(training_set.texts) & set(texts)
+        assert set(training_set.texts) | set(texts) == set(labeled.texts)
+        assert training_set.label_names == labeled.label_names
+        assert training_set.counts.min() >= 2  # the folds are stratified
     label_of = dict(zip(labeled.texts, labeled.labels, strict=True))
-    right = [
-        said.argmax() == label_of[text]
-        for asked, answers in zip(parts.asked, parts.said, strict=True)
-        for text, said in zip(asked, answers, strict=True)
+    correct = [
+        row.argmax() == label_of[text]
+        for texts, probabilities in zip(folds.predicted_texts, folds.probabilities, strict=True)
+        for text, row in zip(texts, probabilities, strict=True)
     ]
-    assert accuracy == np.mean(right)
-    assert len({id(body) for body in parts.begun_from}) == FOLDS  # each begins anew
+    assert accuracy == np.mean(correct)
+    assert len({id(body) for body in folds.initial_bodies}) == MAX_FOLDS  # each fold has a new body
 
 
-@pytest.mark.parametrize(("labels", "n_parts"), [(8, 0), (11, 0), (12, 3), (20, 4)])
-def test_there_are_as_many_parts_as_the_labels_allow(
-    parts: Parts, tiny_student: Path, labels: int, n_parts: int
+@pytest.mark.parametrize(("n_labels", "n_folds"), [(8, 0), (11, 0), (12, 3), (20, 4)])
+def test_number_of_folds_depends_on_labels_per_class(
+    folds: FoldRecord, tiny_student: Path, n_labels: int, n_folds: int
 ) -> None:
-    found = cross_validated_accuracy(
-        few_labels(labels), lambda: load_body(tiny_student), config=TeacherConfig.of(**CHEAP)
+    accuracy = cross_validated_accuracy(
+        few_labels(n_labels), lambda: load_body(tiny_student), config=TeacherConfig.of(**CHEAP)
     )
-    assert len(parts.asked) == n_parts
-    assert (found is None) == (n_parts == 0)
+    assert len(folds.predicted_texts) == n_folds
+    assert (accuracy is None) == (n_folds == 0)
 
 
-def test_too_few_labels_weigh_all_teachers_alike(
+def test_too_few_labels_give_equal_teacher_weights(
     run: Run, base: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     result = run(teacher_weights="cross-validated", shots=2, eval=None, student="static:2", output_dir=tmp_path / "run")
-    assert "There are too few labels to weigh the teachers by: they count alike." in caplog.messages
+    assert "There are too few labels to cross-validate the teachers: they are weighted equally." in caplog.messages
     assert read_json(tmp_path / "run/run.json")["teacher_shares"] == dict.fromkeys(base["teacher"], 0.5)
-    said = [TeacherSignals.load(tmp_path / "run/scored" / name) for name in (SETFIT, WHOLE)]
-    np.testing.assert_allclose(result.signals.probabilities, TeacherSignals.average(said).probabilities, atol=1e-7)
+    expected = TeacherSignals.average(
+        [TeacherSignals.load(tmp_path / "run/scored" / name) for name in (SETFIT, TRANSFORMER)]
+    )
+    np.testing.assert_allclose(result.signals.probabilities, expected.probabilities, atol=1e-7)
 
 
-# What a resumed run does again
+# Resumed runs
 
 
-def nothing_is_made(patch: pytest.MonkeyPatch) -> None:
+def fail_if_stage_is_run(patch: pytest.MonkeyPatch) -> None:
     for name in ("train_teacher", "train_student", "evaluate", "evaluate_ensemble"):
-        patch.setattr(f"setfit_kd.run.student_stages.{name}", refuse)
-    patch.setattr("setfit_kd.run.teacher_stages.cross_validated_accuracy", refuse)
+        patch.setattr(f"setfit_kd.run.student_stages.{name}", fail)
+    patch.setattr("setfit_kd.run.teacher_stages.cross_validated_accuracy", fail)
 
 
-@pytest.mark.parametrize("name", ["both", "cross_validated"])
-def test_a_finished_run_is_taken_whole_from_its_folder(
-    name: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    before: Both = request.getfixturevalue(name)
+@pytest.mark.parametrize("name", ["equal_weights_run", "cross_validated_run"])
+def test_resuming_finished_run_loads_every_stage(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    before: TeachersRun = request.getfixturevalue(name)
     folder = shutil.copytree(before.folder, tmp_path / "run")
-    with no_teacher_is_trained() as patch:
-        nothing_is_made(patch)
-        again = distill(resume=folder)
+    with fail_if_teacher_is_trained() as patch:
+        fail_if_stage_is_run(patch)
+        result = distill(resume=folder)
     assert (folder / "metrics.json").read_bytes() == (before.folder / "metrics.json").read_bytes()
-    np.testing.assert_array_equal(again.signals.probabilities, before.result.signals.probabilities)
-    told = [read_json(path / "run.json") for path in (folder, before.folder)]
-    assert told[0] == told[1]
+    np.testing.assert_array_equal(result.signals.probabilities, before.result.signals.probabilities)
+    assert read_json(folder / "run.json") == read_json(before.folder / "run.json")
 
 
-@pytest.mark.parametrize("name", ["two_to_one", "cross_validated"])
-def test_with_other_weights_the_students_are_made_anew_and_no_teacher(
-    name: str, both: Both, request: pytest.FixtureRequest
+@pytest.mark.parametrize("name", ["fixed_weights_run", "cross_validated_run"])
+def test_other_weights_retrain_students_but_not_teachers(
+    name: str, equal_weights_run: TeachersRun, request: pytest.FixtureRequest
 ) -> None:
-    other: Both = request.getfixturevalue(name)  # a teacher's training would have raised
-    stages = [read_json(run.folder / "run.json")["stages"] for run in (both, other)]
-    kept = {stage for stage in stages[0] if stages[1].get(stage) == stages[0][stage]}
-    scored = {f"scored/{teacher}" for teacher in (SETFIT, WHOLE)}
-    assert kept >= {*PLACES, *scored, *(f"evaluation/{place}" for place in PLACES)}
-    assert kept.isdisjoint({"students/layers-1", "students/static-4", "evaluation/teacher"})
-    students = [load(run.folder / "students/layers-1", device="cpu") for run in (both, other)]
-    assert not same(*map(weights, students))
+    other: TeachersRun = request.getfixturevalue(name)  # fails if a teacher is trained
+    stages = [read_json(run.folder / "run.json")["stages"] for run in (equal_weights_run, other)]
+    loaded = {stage for stage in stages[0] if stages[1].get(stage) == stages[0][stage]}
+    scored = {f"scored/{teacher}" for teacher in (SETFIT, TRANSFORMER)}
+    assert loaded >= {*TEACHERS, *scored, *(f"evaluation/{teacher}" for teacher in TEACHERS)}
+    assert loaded.isdisjoint({"students/layers-1", "students/static-4", "evaluation/teacher"})
+    students = [load(run.folder / "students/layers-1", device="cpu") for run in (equal_weights_run, other)]
+    assert not equal_weights(*map(weights, students))
 
 
-def test_a_teacher_whose_folder_is_damaged_is_trained_again_alone(
-    copied: Path, both: Both, caplog: pytest.LogCaptureFixture
+def test_only_teacher_with_damaged_folder_is_retrained(
+    run_copy: Path, equal_weights_run: TeachersRun, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (copied / PLACES[1] / "model.safetensors").write_bytes(b"")
+    (run_copy / TEACHERS[1] / "model.safetensors").write_bytes(b"")
     with caplog.at_level(logging.INFO, "setfit_kd"):
-        distill(resume=copied)
-    assert f"Stage {PLACES[0]}: taken from" in caplog.text
-    assert f"Stage {PLACES[1]}: taken from" not in caplog.text
-    assert metrics(copied) == metrics(both.folder)
+        distill(resume=run_copy)
+    assert f"Stage {TEACHERS[0]}: loaded from" in caplog.text
+    assert f"Stage {TEACHERS[1]}: loaded from" not in caplog.text
+    assert read_metrics(run_copy) == read_metrics(equal_weights_run.folder)
 
 
-def test_from_two_teachers_to_one(run: Run, both: Both, copied: Path) -> None:
-    distill(resume=copied, teacher=both.teachers[0], student="layers:1", baseline=False)
-    assert {path.name for path in copied.iterdir() if path.is_dir()} == {
+def test_resuming_with_one_of_two_teachers(run: Run, equal_weights_run: TeachersRun, run_copy: Path) -> None:
+    distill(resume=run_copy, teacher=equal_weights_run.teachers[0], student="layers:1", baseline=False)
+    assert {path.name for path in run_copy.iterdir() if path.is_dir()} == {
         *("teacher", "signals", "student", "evaluation")
     }
-    assert {path.name for path in (copied / "evaluation").iterdir() if path.is_dir()} == {"teacher", "student"}
-    assert list(read_json(copied / "metrics.json")) == ["teacher", "student"]
-    assert read_json(copied / "run.json")["teacher_shares"] == {}
-    signals = TeacherSignals.load(copied / "signals")
-    np.testing.assert_array_equal(signals.probabilities, both.said()[0].probabilities)
+    assert {path.name for path in (run_copy / "evaluation").iterdir() if path.is_dir()} == {"teacher", "student"}
+    assert list(read_json(run_copy / "metrics.json")) == ["teacher", "student"]
+    assert read_json(run_copy / "run.json")["teacher_shares"] == {}
+    signals = TeacherSignals.load(run_copy / "signals")
+    np.testing.assert_array_equal(signals.probabilities, equal_weights_run.load_signals()[0].probabilities)
 
 
-def test_weights_that_were_cross_validated_are_dropped_with_the_setting(
-    cross_validated: Both, both: Both, tmp_path: Path
+def test_cross_validation_results_are_removed_with_the_setting(
+    cross_validated_run: TeachersRun, equal_weights_run: TeachersRun, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(cross_validated.folder, tmp_path / "run")
-    with no_teacher_is_trained():
+    folder = shutil.copytree(cross_validated_run.folder, tmp_path / "run")
+    with fail_if_teacher_is_trained():
         distill(resume=folder, teacher_weights=None)
-    assert {path.name for path in folder.iterdir()} == {path.name for path in both.folder.iterdir()}
-    assert metrics(folder) == metrics(both.folder)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in equal_weights_run.folder.iterdir()}
+    assert read_metrics(folder) == read_metrics(equal_weights_run.folder)
 
 
 # Memory
 
 
-@pytest.mark.parametrize(("student", "is_kept"), [("static:2", True), ("static:2@MODEL", False)])
-def test_no_teacher_is_held_while_the_next_is_trained_unless_a_student_is_made_of_it(
-    run: Run, base: dict[str, Any], student: str, is_kept: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("student", "is_needed"), [("static:2", True), ("static:2@MODEL", False)])
+def test_first_teacher_stays_in_memory_only_if_student_needs_it(
+    run: Run, base: dict[str, Any], student: str, is_needed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from setfit_kd.teacher import train_teacher
 
@@ -520,18 +533,18 @@ def test_no_teacher_is_held_while_the_next_is_trained_unless_a_student_is_made_o
     def train(*args: Any, **kwargs: Any) -> SetFitModel:
         gc.collect()
         alive.extend(body() is not None for body in bodies)
-        trained = train_teacher(*args, **kwargs)
-        bodies.append(weakref.ref(trained.model_body))
-        return trained
+        teacher = train_teacher(*args, **kwargs)
+        bodies.append(weakref.ref(teacher.model_body))
+        return teacher
 
     monkeypatch.setattr("setfit_kd.run.teacher_stages.train_teacher", train)
     run(student=student.replace("MODEL", model), baseline=False, eval=None, teacher_steps=1)
-    assert alive == [is_kept]
+    assert alive == [is_needed]
     gc.collect()
     assert [body() for body in bodies] == [None, None]
 
 
-def test_a_teacher_is_not_held_while_it_is_weighed(
+def test_teacher_is_not_in_memory_during_its_cross_validation(
     run: Run, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from setfit_kd.teacher import train_teacher
@@ -540,17 +553,17 @@ def test_a_teacher_is_not_held_while_it_is_weighed(
     alive: list[bool] = []
 
     def train(*args: Any, **kwargs: Any) -> SetFitModel:
-        trained = train_teacher(*args, **kwargs)
-        bodies.append(weakref.ref(trained.model_body))
-        return trained
+        teacher = train_teacher(*args, **kwargs)
+        bodies.append(weakref.ref(teacher.model_body))
+        return teacher
 
-    def weigh(*_: Any, **__: Any) -> float:
+    def cross_validate(*_: Any, **__: Any) -> float:
         gc.collect()
         alive.append(bodies[-1]() is not None)
         return 0.5
 
     monkeypatch.setattr("setfit_kd.run.teacher_stages.train_teacher", train)
-    monkeypatch.setattr("setfit_kd.run.teacher_stages.cross_validated_accuracy", weigh)
+    monkeypatch.setattr("setfit_kd.run.teacher_stages.cross_validated_accuracy", cross_validate)
     student = f"static:2@{base['teacher'][0]}"
     run(student=student, baseline=False, eval=None, teacher_steps=1, teacher_weights="cross-validated")
     assert alive == [False, False]
@@ -559,97 +572,103 @@ def test_a_teacher_is_not_held_while_it_is_weighed(
 # Seeds
 
 
-def test_several_seeds_of_several_teachers(run: Run, tmp_path: Path) -> None:
+def test_several_seeds_with_several_teachers(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = run(seeds=2, student="static:2", baseline=False, output_dir=folder)
     assert list(result.by_seed) == [0, 1]
-    assert {path.name for path in (folder / "seeds/1/teachers").iterdir()} == {SETFIT, WHOLE}
-    for of in result.by_seed.values():
-        assert list(of) == [*PLACES, "teacher", "student"]
-    for place, of in ((folder, result.by_seed[0]), (folder / "seeds/1", result.by_seed[1])):
-        np.testing.assert_allclose(of["teacher"].probabilities, averaged(of, place, [0.5, 0.5]), atol=1e-6)
-    accuracies = [of["teacher"].quality.accuracy for of in result.by_seed.values()]
-    told = read_json(folder / "metrics.json")
-    assert told["teacher"]["over_seeds"]["figures"]["accuracy"]["values"] == pytest.approx(accuracies)
-    assert set(told["student"]["over_seeds"]["against"]) == {"teacher"}
+    assert {path.name for path in (folder / "seeds/1/teachers").iterdir()} == {SETFIT, TRANSFORMER}
+    for evaluations in result.by_seed.values():
+        assert list(evaluations) == [*TEACHERS, "teacher", "student"]
+    for seed_folder, evaluations in ((folder, result.by_seed[0]), (folder / "seeds/1", result.by_seed[1])):
+        expected = average_teachers(evaluations, seed_folder, [0.5, 0.5])
+        np.testing.assert_allclose(evaluations["teacher"].probabilities, expected, atol=1e-6)
+    accuracies = [evaluations["teacher"].quality.accuracy for evaluations in result.by_seed.values()]
+    saved_metrics = read_json(folder / "metrics.json")
+    assert saved_metrics["teacher"]["over_seeds"]["figures"]["accuracy"]["values"] == pytest.approx(accuracies)
+    assert set(saved_metrics["student"]["over_seeds"]["against"]) == {"teacher"}
     report = (folder / "report.md").read_text(encoding="utf-8")
-    assert "Over 2 seeds" in report
+    assert "Results over 2 seeds" in report
     assert f"{SETFIT} (teacher)" in report
 
 
-# What is told
+# Reports
 
 
-def test_the_curves_are_of_the_trainings_that_a_model_came_of(cross_validated: Both) -> None:
-    stages = read_json(cross_validated.folder / "run.json")["stages"]
+def test_loss_curves_exclude_cross_validation(cross_validated_run: TeachersRun) -> None:
+    stages = read_json(cross_validated_run.folder / "run.json")["stages"]
     assert stages[f"weighed/{SETFIT}"]["losses"]
     students = [name for student in ("layers-1", "static-4") for name in (student, f"{student} (baseline)")]
-    assert set(read_summary(cross_validated.folder).losses) == {f"{SETFIT} (teacher)", f"{WHOLE} (teacher)", *students}
+    assert set(read_summary(cross_validated_run.folder).losses) == {
+        f"{SETFIT} (teacher)",
+        f"{TRANSFORMER} (teacher)",
+        *students,
+    }
 
 
 @pytest.mark.parametrize("kind", ["report.md", "report.html"])
-def test_the_report_names_each_teacher_with_its_share(any_run: Both, shares: list[float], kind: str) -> None:
+def test_report_lists_each_teacher_with_its_weight(any_run: TeachersRun, shares: list[float], kind: str) -> None:
     text = (any_run.folder / kind).read_text(encoding="utf-8").replace("\\", "")
     for name, share in zip(any_run.teachers, shares, strict=True):
         assert f"{name} ({share:.1%})" in text
-    for row in (f"{SETFIT} (teacher)", f"{WHOLE} (teacher)", "layers-1 (baseline)"):
+    for row in (f"{SETFIT} (teacher)", f"{TRANSFORMER} (teacher)", "layers-1 (baseline)"):
         assert row in text
-    assert "Teacher: all of them, averaged." in text
+    assert "Teacher: the average of all teachers." in text
     assert "the average of its teachers" in text
 
 
-def test_the_verdict_is_against_the_average(both: Both) -> None:
-    account = read_summary(both.folder)
-    assert re.search(r"the average of its teachers|as the average of its teachers is", verdict(account))
-    best = max(account.students, key=lambda student: student.evaluation.quality.accuracy)
-    of = both.result.evaluations
-    against = best.evaluation.quality.accuracy - of[TEACHER].quality.accuracy
-    assert best.against["teacher"]["accuracy"].value == pytest.approx(against)
-    assert {name.partition(" ")[2] for name in account.evaluations} == {"(teacher)", "(baseline)", ""}
+def test_verdict_compares_with_the_average(equal_weights_run: TeachersRun) -> None:
+    summary = read_summary(equal_weights_run.folder)
+    assert "the average of its teachers" in verdict(summary)
+    best = max(summary.students, key=lambda student: student.evaluation.quality.accuracy)
+    teacher = equal_weights_run.result.evaluations[TEACHER]
+    difference = best.evaluation.quality.accuracy - teacher.quality.accuracy
+    assert best.differences["teacher"]["accuracy"].value == pytest.approx(difference)
+    assert {name.partition(" ")[2] for name in summary.evaluations} == {"(teacher)", "(baseline)", ""}
 
 
 @pytest.mark.parametrize("student", ["layers:1", "static:4"])
-def test_a_model_card_names_both_teachers_and_no_path(both: Both, student: str) -> None:
-    text = card(read_summary(both.folder), student).replace("\\", "")
+def test_model_card_names_both_teachers_without_paths(equal_weights_run: TeachersRun, student: str) -> None:
+    text = render_card(read_summary(equal_weights_run.folder), student).replace("\\", "")
     assert f"distilled by setfit-kd from {SETFIT} and whole, which were fine-tuned on 16 labeled texts" in text
-    assert str(both.folder.parent) not in text
-    assert str(Path(both.teachers[0]).parent) not in text
+    assert str(equal_weights_run.folder.parent) not in text
+    assert str(Path(equal_weights_run.teachers[0]).parent) not in text
 
 
-# The command line
+# Command line
 
 
-def test_teachers_are_named_one_after_another(
-    base: dict[str, Any], two_to_one: Both, tmp_path: Path, passed: list[int]
+def test_several_teacher_flags(
+    base: dict[str, Any], fixed_weights_run: TeachersRun, tmp_path: Path, forward_batch_sizes: list[int]
 ) -> None:
     command = ["run", *flags(base), "--teacher-weights", "2,1", "--output-dir", tmp_path / "run"]
-    planned = invoke(*command, "--dry-run")
-    assert planned.exit_code == 0, planned.stderr
-    assert "teacher:\n- {}\n- {}\n".format(*base["teacher"]) in planned.stdout
-    assert "teacher_weights: 2,1\n" in planned.stdout
+    dry_run = invoke(*command, "--dry-run")
+    assert dry_run.exit_code == 0, dry_run.stderr
+    assert "teacher:\n- {}\n- {}\n".format(*base["teacher"]) in dry_run.stdout
+    assert "teacher_weights: 2,1\n" in dry_run.stdout
     assert not (tmp_path / "run").exists()
-    assert not passed
-    told = invoke(*command)
-    assert told.exit_code == 0, told.stderr
-    assert f"Teacher {base['teacher'][0]} has a share of 66.7 %." in told.stderr
-    assert [name for name in (f"{SETFIT} (teacher)", "teacher", "static-4") if name not in told.stdout] == []
-    assert metrics(tmp_path / "run") == metrics(two_to_one.folder)
+    assert not forward_batch_sizes
+    result = invoke(*command)
+    assert result.exit_code == 0, result.stderr
+    assert f"Teacher {base['teacher'][0]}: weight 66.7%." in result.stderr
+    assert [name for name in (f"{SETFIT} (teacher)", "teacher", "static-4") if name not in result.stdout] == []
+    assert read_metrics(tmp_path / "run") == read_metrics(fixed_weights_run.folder)
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
-    found: list[str] = []
+    arguments: list[str] = []
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
-            found.append(flag if value else flag.replace("--", "--no-", 1))
+            arguments.append(flag if value else flag.replace("--", "--no-", 1))
         else:
-            found += [part for one in (value if isinstance(value, list) else [value]) for part in (flag, str(one))]
-    return found
+            values = value if isinstance(value, list) else [value]
+            arguments += [argument for item in values for argument in (flag, str(item))]
+    return arguments
 
 
-def test_weights_of_a_wrong_number_end_in_one_line(base: dict[str, Any], tmp_path: Path) -> None:
+def test_wrong_number_of_weights_prints_an_error(base: dict[str, Any], tmp_path: Path) -> None:
     result = invoke("run", *flags(base), "--teacher-weights", "1,2,3", "--output-dir", tmp_path / "run")
     assert result.exit_code == ConfigError.exit_code
-    assert "1,2,3 are not as many as the 2 teachers" in result.stderr
+    assert "number of weights must be 2, one per teacher, got 1,2,3" in result.stderr
     assert "Traceback" not in result.output
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Training: what the losses are given, what comes of it, and what is left behind."""
+"""Training loop: inputs of the losses, trained models, errors, temporary files, log output and devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from synthetic import BATCH, NAMES, POOL, QUICK, few_labels, pool_signals, same, texts_and_labels, weights
+from synthetic import (
+    BATCH_SIZE,
+    LABEL_NAMES,
+    POOL_SIZE,
+    QUICK,
+    equal_weights,
+    few_labels,
+    pool_signals,
+    texts_and_labels,
+    weights,
+)
 
 from setfit_kd import TeacherSignals, score, train_student, train_teacher
 from setfit_kd.config import StudentConfig, TeacherConfig
@@ -48,8 +58,8 @@ def cosines(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return product
 
 
-def spread(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Cosines of all pairs of different rows, flat."""
+def pairwise_cosines(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """(n * (n - 1) / 2,) cosines of all pairs of different rows."""
     return cosines(rows)[np.triu_indices(len(rows), 1)]
 
 
@@ -59,13 +69,13 @@ def student_trainer(
     from setfit_kd.student.trainer import StudentTrainer
 
     config = StudentConfig.of(**{**QUICK, **settings})
-    return StudentTrainer(new_model(body, NAMES), signals, None, config, CPU, str(folder))
+    return StudentTrainer(new_model(body, LABEL_NAMES), signals, None, config, CPU, str(folder))
 
 
-# What the losses are given
+# Inputs of the losses
 
 
-def test_the_targets_of_similarity_are_the_teachers_cosines(student_body: SentenceTransformer, tmp_path: Path) -> None:
+def test_similarity_targets_are_teacher_cosines(student_body: SentenceTransformer, tmp_path: Path) -> None:
     signals = pool_signals()
     trainer = student_trainer(tmp_path, student_body, signals, objective="similarity")
     dataset, module = trainer.get_dataset(signals.texts, None, trainer.args)
@@ -79,22 +89,22 @@ def test_the_targets_of_similarity_are_the_teachers_cosines(student_body: Senten
     assert np.std(loss.targets(torch.tensor(labels)).numpy()) > 0.2
 
 
-def test_the_targets_of_pairs_are_the_teachers_cosines(student_body: SentenceTransformer, tmp_path: Path) -> None:
+def test_pair_targets_are_teacher_cosines(student_body: SentenceTransformer, tmp_path: Path) -> None:
     signals = pool_signals()
     trainer = student_trainer(tmp_path, student_body, signals, objective="pairs", num_iterations=5)
     dataset, _ = trainer.get_dataset(signals.texts, None, trainer.args)
     expected = cosines(np.asarray(signals.embeddings))
-    row = {text: i for i, text in enumerate(signals.texts)}
-    assert len(dataset) == 5 * POOL
+    row_of = {text: i for i, text in enumerate(signals.texts)}
+    assert len(dataset) == 5 * POOL_SIZE
     for pair in dataset:
-        left, right = row[pair["sentence_1"]], row[pair["sentence_2"]]
+        left, right = row_of[pair["sentence_1"]], row_of[pair["sentence_2"]]
         assert left != right
         assert pair["label"] == pytest.approx(expected[left, right], abs=1e-5)
     assert np.std(dataset["label"]) > 0.2
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_what_reaches_the_loss_in_training_are_those_targets(
+def test_targets_reach_the_loss_in_training(
     student_body: SentenceTransformer, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from setfit_kd.losses import PairSimilarityLoss, SimilarityLoss
@@ -103,14 +113,16 @@ def test_what_reaches_the_loss_in_training_are_those_targets(
     expected = cosines(np.asarray(signals.embeddings))
     texts = embed(student_body, signals.texts)
     seen: list[tuple[list[torch.Tensor], torch.Tensor]] = []
-    for kind in (SimilarityLoss, PairSimilarityLoss):
+    for loss_class in (SimilarityLoss, PairSimilarityLoss):
 
-        def record(self: Any, rows: list[torch.Tensor], labels: torch.Tensor, loss: Any = kind.loss) -> torch.Tensor:
+        def record(
+            self: Any, rows: list[torch.Tensor], labels: torch.Tensor, loss: Any = loss_class.compute_loss
+        ) -> torch.Tensor:
             seen.append(([part.detach() for part in rows], labels))
             result: torch.Tensor = loss(self, rows, labels)
             return result
 
-        monkeypatch.setattr(kind, "loss", record)
+        monkeypatch.setattr(loss_class, "compute_loss", record)
     train_student(signals, student_body, **{**QUICK, "objective": objective, "learning_rate": 1e-30})
 
     assert seen
@@ -122,25 +134,26 @@ def test_what_reaches_the_loss_in_training_are_those_targets(
             np.testing.assert_allclose(labels.numpy(), expected[rows[0], rows[1]], atol=1e-5)
 
 
-def test_setfits_own_distillation_set_is_why_there_is_another() -> None:
+def test_setfit_distillation_dataset_has_constant_targets() -> None:
+    """Check the reason for our own `get_dataset`."""
     from setfit.sampler import ContrastiveDistillationDataset
 
     signals = pool_signals()
     matrix = torch.tensor(cosines(np.asarray(signals.embeddings)))
     targets = [float(pair["label"]) for pair in ContrastiveDistillationDataset(signals.texts, matrix, num_iterations=5)]
     assert np.ptp(targets) < 1e-9, (
-        "SetFit now hands its distillation loss targets that differ: its own get_dataset may do, "
-        "and PairsObjective's note on SetFit 1.2.0 needs another word"
+        "SetFit's distillation targets differ now: its own get_dataset may be sufficient, "
+        "and the note on SetFit 1.2.0 in PairSimilarityLoss is out of date"
     )
     assert targets[0] == pytest.approx(1)
 
 
-# What comes of it
+# Trained students
 
 
 @pytest.fixture(scope="module")
 def students(tiny_student: Path) -> dict[str, SetFitModel]:
-    """A student of each objective, trained on signals that came from a folder."""
+    """Students trained with each objective, on signals loaded from a folder."""
     with tempfile.TemporaryDirectory() as folder:
         pool_signals().save(Path(folder) / "signals")
         signals = TeacherSignals.load(Path(folder) / "signals")
@@ -148,24 +161,24 @@ def students(tiny_student: Path) -> dict[str, SetFitModel]:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_student_takes_on_the_teachers_geometry(
+def test_student_learns_geometry_of_teacher(
     students: dict[str, SetFitModel], student_body: SentenceTransformer, objective: str
 ) -> None:
     signals = pool_signals()
-    teacher = spread(np.asarray(signals.embeddings))
-    before = spread(embed(student_body, signals.texts))
-    after = spread(embed(students[objective].model_body, signals.texts))
+    teacher = pairwise_cosines(np.asarray(signals.embeddings))
+    before = pairwise_cosines(embed(student_body, signals.texts))
+    after = pairwise_cosines(embed(students[objective].model_body, signals.texts))
     assert after.std() > teacher.std() / 2
     assert np.mean((after - teacher) ** 2) < np.mean((before - teacher) ** 2) / 4
     assert np.corrcoef(after, teacher)[0, 1] > np.corrcoef(before, teacher)[0, 1] + 0.2
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_student_is_a_classifier_over_the_teachers_classes(students: dict[str, SetFitModel], objective: str) -> None:
+def test_student_classifies_into_teacher_classes(students: dict[str, SetFitModel], objective: str) -> None:
     from sklearn.linear_model import LogisticRegression
 
     student, signals = students[objective], pool_signals()
-    assert tuple(student.labels) == NAMES
+    assert tuple(student.labels) == LABEL_NAMES
     assert isinstance(student.model_head, LogisticRegression)
     probabilities = predict_proba(student, signals.texts)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
@@ -173,14 +186,14 @@ def test_a_student_is_a_classifier_over_the_teachers_classes(students: dict[str,
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_trained_body_is_at_rest(students: dict[str, SetFitModel], objective: str) -> None:
+def test_trained_body_is_in_evaluation_mode_without_gradients(students: dict[str, SetFitModel], objective: str) -> None:
     body = students[objective].model_body
     assert not any(module.training for module in body.modules())
     assert all(parameter.grad is None for parameter in body.parameters())
     assert body.device == CPU
 
 
-def test_settling_ends_training_mode_and_drops_gradients(student_body: SentenceTransformer, tmp_path: Path) -> None:
+def test_finish_training_resets_mode_and_gradients(student_body: SentenceTransformer, tmp_path: Path) -> None:
     from setfit_kd.training.loop import finish_training
 
     trainer = student_trainer(tmp_path, student_body, pool_signals())
@@ -194,27 +207,27 @@ def test_settling_ends_training_mode_and_drops_gradients(student_body: SentenceT
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_seed_decides_every_weight(tiny_student: Path, objective: str) -> None:
+def test_student_is_reproducible_by_seed(tiny_student: Path, objective: str) -> None:
     signals = pool_signals()
-    trained: list[tuple[list[torch.Tensor], Any]] = []
+    runs: list[tuple[list[torch.Tensor], Any]] = []
     for seed in (1, 1, 2):
-        random.seed(len(trained))
-        torch.manual_seed(len(trained))
+        random.seed(len(runs))
+        torch.manual_seed(len(runs))
         model = train_student(signals, tiny_student, **{**QUICK, "objective": objective, "seed": seed})
-        trained.append((weights(model), model.model_head.coef_))
-    assert same(trained[0][0], trained[1][0])
-    np.testing.assert_array_equal(trained[0][1], trained[1][1])
-    assert not same(trained[0][0], trained[2][0])
+        runs.append((weights(model), model.model_head.coef_))
+    assert equal_weights(runs[0][0], runs[1][0])
+    np.testing.assert_array_equal(runs[0][1], runs[1][1])
+    assert not equal_weights(runs[0][0], runs[2][0])
 
 
 @pytest.mark.parametrize(("remainder", "steps"), [(0, 2), (1, 2), (2, 3)])
-def test_a_last_batch_of_one_text_is_left_out(
+def test_last_batch_of_one_text_is_dropped(
     student_body: SentenceTransformer, tmp_path: Path, remainder: int, steps: int
 ) -> None:
     from setfit_kd.student import student_steps
     from setfit_kd.training.loop import step_losses
 
-    signals = pool_signals(2 * BATCH + remainder)
+    signals = pool_signals(2 * BATCH_SIZE + remainder)
     trainer = student_trainer(tmp_path, student_body, signals)
     trainer.train_embeddings(signals.texts)
     losses = step_losses(trainer)
@@ -224,7 +237,7 @@ def test_a_last_batch_of_one_text_is_left_out(
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-def test_dropout_is_on_in_training_only_when_asked_for(
+def test_dropout_setting_applies_to_training(
     student_body: SentenceTransformer, dropout: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes: list[bool] = []
@@ -236,104 +249,104 @@ def test_dropout_is_on_in_training_only_when_asked_for(
         return forward(self, rows)
 
     monkeypatch.setattr(torch.nn.Dropout, "forward", record)
-    for_student: dict[str, Any] = {**QUICK, **({"dropout": True} if dropout else {})}
-    for_teacher: dict[str, Any] = {"teacher_steps": 1, **({"teacher_dropout": True} if dropout else {})}
-    train_student(pool_signals(), student_body, **for_student)
+    student_settings: dict[str, Any] = {**QUICK, **({"dropout": True} if dropout else {})}
+    teacher_settings: dict[str, Any] = {"teacher_steps": 1, **({"teacher_dropout": True} if dropout else {})}
+    train_student(pool_signals(), student_body, **student_settings)
     assert set(modes) == {dropout}
     modes.clear()
-    train_teacher(few_labels(), student_body, device="cpu", precision="fp32", **for_teacher)
+    train_teacher(few_labels(), student_body, device="cpu", precision="fp32", **teacher_settings)
     assert set(modes) == {dropout}
 
 
-# The head on soft and gold labels
+# Head on soft and gold labels
 
 
-def with_class_left_out(signals: TeacherSignals, label: int) -> TeacherSignals:
+def without_class(signals: TeacherSignals, label: int) -> TeacherSignals:
     probabilities = signals.probabilities.copy()
     probabilities[:, label] = 0
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     return TeacherSignals(signals.texts, probabilities, signals.label_names, signals.embeddings)
 
 
-def test_gold_labels_weigh_in_the_head(tiny_student: Path) -> None:
+def test_gold_weight_moves_predictions_towards_gold_labels(tiny_student: Path) -> None:
     signals, labeled = pool_signals(), few_labels()
-    turned = LabeledSet(labeled.texts, (labeled.labels + 1) % 4, NAMES)
-    gold = [
-        predict_proba(train_student(signals, tiny_student, labeled=turned, gold_weight=weight, **QUICK), turned.texts)
+    shifted = LabeledSet(labeled.texts, (labeled.labels + 1) % 4, LABEL_NAMES)
+    with_gold = [
+        predict_proba(train_student(signals, tiny_student, labeled=shifted, gold_weight=weight, **QUICK), shifted.texts)
         for weight in (0, 1, 50)
     ]
-    none = predict_proba(train_student(signals, tiny_student, **QUICK), turned.texts)
-    np.testing.assert_allclose(gold[0], none, atol=1e-6)
-    towards = [(part.argmax(axis=1) == turned.labels).mean() for part in gold]
-    assert towards[0] <= towards[1] <= towards[2]
-    assert towards[0] < towards[2]
+    without_gold = predict_proba(train_student(signals, tiny_student, **QUICK), shifted.texts)
+    np.testing.assert_allclose(with_gold[0], without_gold, atol=1e-6)
+    accuracies = [(probabilities.argmax(axis=1) == shifted.labels).mean() for probabilities in with_gold]
+    assert accuracies[0] <= accuracies[1] <= accuracies[2]
+    assert accuracies[0] < accuracies[2]
 
 
-@pytest.mark.parametrize("left_out", [0, 1, 3])
-def test_a_class_that_the_teacher_never_names_keeps_its_column(tiny_student: Path, left_out: int) -> None:
-    signals = with_class_left_out(pool_signals(), left_out)
+@pytest.mark.parametrize("label", [0, 1, 3])
+def test_class_that_teacher_never_predicts_keeps_its_column(tiny_student: Path, label: int) -> None:
+    signals = without_class(pool_signals(), label)
     student = train_student(signals, tiny_student, **QUICK)
     probabilities = predict_proba(student, signals.texts)
-    assert probabilities.shape == (POOL, 4)
-    assert probabilities[:, left_out].max() < 0.2
+    assert probabilities.shape == (POOL_SIZE, 4)
+    assert probabilities[:, label].max() < 0.2
 
 
-def test_labels_by_name_are_matched_to_the_teachers_classes(tiny_student: Path) -> None:
+def test_label_names_are_matched_to_teacher_classes(tiny_student: Path) -> None:
     texts, labels = texts_and_labels(16)
-    rows = {"text": texts, "label": [NAMES[label] for label in labels]}
+    rows = {"text": texts, "label": [LABEL_NAMES[label] for label in labels]}
     by_name, by_number = (
         train_student(pool_signals(), tiny_student, labeled=labeled, **QUICK) for labeled in (rows, few_labels())
     )
     np.testing.assert_array_equal(by_name.model_head.coef_, by_number.model_head.coef_)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_signals_without_embeddings_are_refused(tiny_student: Path, objective: str) -> None:
+def test_signals_without_embeddings_raise_error(tiny_student: Path, objective: str) -> None:
     signals = pool_signals()
-    bare = TeacherSignals(signals.texts, signals.probabilities, NAMES, origin="a rule")
-    with pytest.raises(DataError, match="a rule hold no embeddings"):
-        train_student(bare, tiny_student, **{**QUICK, "objective": objective})
+    no_embeddings = TeacherSignals(signals.texts, signals.probabilities, LABEL_NAMES, origin="a rule")
+    with pytest.raises(DataError, match="a rule have no embeddings"):
+        train_student(no_embeddings, tiny_student, **{**QUICK, "objective": objective})
 
 
-def test_a_pool_smaller_than_a_batch_is_refused(tiny_student: Path) -> None:
-    with pytest.raises(DataError, match=r"15 texts to learn from, fewer than one batch of 16[\s\S]*--batch-size 15"):
+def test_pool_smaller_than_batch_raises_error(tiny_student: Path) -> None:
+    with pytest.raises(DataError, match=r"one batch of 16 training texts, got 15[\s\S]*--batch-size 15"):
         train_student(pool_signals(15), tiny_student, **QUICK)
 
 
 @pytest.mark.parametrize(
     ("labeled", "message"),
     [
-        pytest.param(LabeledSet(["a"], np.array([0]), NAMES[::-1]), "are not the teacher's", id="another order"),
-        pytest.param(LabeledSet(["a"], np.array([0]), NAMES[:2]), "are not the teacher's", id="fewer classes"),
-        pytest.param({"text": ["a"], "label": ["weather"]}, "'weather'", id="a strange label"),
+        pytest.param(LabeledSet(["a"], np.array([0]), LABEL_NAMES[::-1]), "must be the teacher's", id="other order"),
+        pytest.param(LabeledSet(["a"], np.array([0]), LABEL_NAMES[:2]), "must be the teacher's", id="fewer classes"),
+        pytest.param({"text": ["a"], "label": ["weather"]}, "'weather'", id="unknown label"),
         pytest.param({"text": ["a"]}, "label", id="no labels"),
     ],
 )
-def test_labels_that_are_not_the_teachers_are_refused(tiny_student: Path, labeled: Any, message: str) -> None:
+def test_labels_of_other_classes_raise_error(tiny_student: Path, labeled: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         train_student(pool_signals(), tiny_student, labeled=labeled, **QUICK)
 
 
-@pytest.mark.parametrize("settings", [{"epochs": 0}, {"learning_rate": -1.0}, {"nonsense": 1}, {"teacher_steps": 3}])
-def test_settings_out_of_range_are_refused(tiny_student: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", [{"epochs": 0}, {"learning_rate": -1.0}, {"unknown": 1}, {"teacher_steps": 3}])
+def test_invalid_settings_raise_error(tiny_student: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         train_student(pool_signals(), tiny_student, **{**QUICK, **settings})
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [([0, 0, 0, 0], "one class only|in no text"), ([0, 0, 0, 1], "occurs once")],
+    [([0, 0, 0, 0], "label 'no', got 0"), ([0, 0, 0, 1], "label 'no', got 1")],
 )
-def test_labels_that_make_no_contrast_are_refused(tiny_teacher: Path, labels: list[int], message: str) -> None:
+def test_too_few_labels_per_class_raise_error(tiny_teacher: Path, labels: list[int], message: str) -> None:
     labeled = LabeledSet(["a", "b", "c", "d"], np.array(labels), ("yes", "no"))
     with pytest.raises(DataError, match=message):
         train_teacher(labeled, tiny_teacher, device="cpu")
 
 
-# The teacher
+# Teacher
 
 
 @pytest.mark.parametrize(
@@ -343,46 +356,46 @@ def test_labels_that_make_no_contrast_are_refused(tiny_teacher: Path, labels: li
         pytest.param({"teacher_objective": "pairs", "num_iterations": 4}, id="pairs"),
     ],
 )
-def test_a_teacher_learns_its_labels(tiny_teacher: Path, settings: dict[str, Any]) -> None:
+def test_teacher_learns_labels(tiny_teacher: Path, settings: dict[str, Any]) -> None:
     from sklearn.linear_model import LogisticRegression
 
     labeled = few_labels()
     same_class = (labeled.labels[:, None] == labeled.labels)[np.triu_indices(16, 1)]
 
     def contrast(body: SentenceTransformer) -> float:
-        flat = spread(embed(body, labeled.texts))
-        return float(flat[same_class].mean() - flat[~same_class].mean())
+        similarities = pairwise_cosines(embed(body, labeled.texts))
+        return float(similarities[same_class].mean() - similarities[~same_class].mean())
 
     before = contrast(load_body(tiny_teacher))
     teacher = train_teacher(labeled, tiny_teacher, device="cpu", teacher_learning_rate=5e-3, **settings)
     assert contrast(teacher.model_body) > before + 0.2
-    assert tuple(teacher.labels) == NAMES
+    assert tuple(teacher.labels) == LABEL_NAMES
     assert isinstance(teacher.model_head, LogisticRegression)
     assert (predict_proba(teacher, labeled.texts).argmax(axis=1) == labeled.labels).mean() > 0.8
     assert not any(module.training for module in teacher.model_body.modules())
     assert all(parameter.grad is None for parameter in teacher.model_body.parameters())
 
     signals = score(teacher, pool_signals().texts)
-    assert signals.label_names == NAMES
+    assert signals.label_names == LABEL_NAMES
     np.testing.assert_allclose(np.asarray(signals.embeddings), embed(teacher.model_body, signals.texts), atol=1e-5)
     np.testing.assert_allclose(signals.probabilities, predict_proba(teacher, signals.texts), atol=1e-5)
 
 
-def test_a_teachers_seed_decides_every_weight(tiny_teacher: Path) -> None:
-    trained: list[list[torch.Tensor]] = []
+def test_teacher_is_reproducible_by_seed(tiny_teacher: Path) -> None:
+    runs: list[list[torch.Tensor]] = []
     for seed in (1, 1, 2):
-        torch.manual_seed(len(trained))
+        torch.manual_seed(len(runs))
         model = train_teacher(
             few_labels(), tiny_teacher, device="cpu", teacher_steps=2, teacher_batch_size=8, seed=seed
         )
-        trained.append(weights(model))
-    assert same(trained[0], trained[1])
-    assert not same(trained[0], trained[2])
+        runs.append(weights(model))
+    assert equal_weights(runs[0], runs[1])
+    assert not equal_weights(runs[0], runs[2])
 
 
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("objective", ["in-batch", "pairs"])
-def test_dropout_in_a_teachers_training_is_as_asked_for(
+def test_dropout_setting_applies_to_teacher_objectives(
     teacher_body: SentenceTransformer, objective: str, dropout: bool
 ) -> None:
     modes = set()
@@ -392,33 +405,31 @@ def test_dropout_in_a_teachers_training_is_as_asked_for(
     settings: dict[str, Any] = {"teacher_steps": 2, "num_iterations": 1, "teacher_dropout": dropout}
     train_teacher(few_labels(), teacher_body, device="cpu", precision="fp32", teacher_objective=objective, **settings)
     hook.remove()
-    assert modes == {(dropout, True), (False, False)}  # in training, and when the head is fitted
+    assert modes == {(dropout, True), (False, False)}  # during training and while fitting the head
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-def test_the_same_batches_under_another_seed_meet_another_dropout(
-    tiny_teacher: Path, dropout: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropout_depends_on_seed(tiny_teacher: Path, dropout: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("setfit_kd.losses.balanced_batches", lambda *_, **__: [list(range(8))] * 2)
     settings: dict[str, Any] = {"teacher_steps": 2, "teacher_learning_rate": 1e-3, "teacher_dropout": dropout}
-    one, two = (
+    first, second = (
         train_teacher(few_labels(), tiny_teacher, device="cpu", precision="fp32", seed=seed, **settings)
         for seed in (1, 2)
     )
-    assert same(weights(one), weights(two)) is not dropout
+    assert equal_weights(weights(first), weights(second)) is not dropout
 
 
-def test_a_loaded_body_is_trained_in_place(teacher_body: SentenceTransformer) -> None:
+def test_loaded_body_is_trained_in_place(teacher_body: SentenceTransformer) -> None:
     before = [parameter.clone() for parameter in teacher_body.parameters()]
     teacher = train_teacher(few_labels(), teacher_body, device="cpu", teacher_steps=2, teacher_batch_size=8)
     assert teacher.model_body is teacher_body
-    assert not same(before, list(teacher_body.parameters()))
+    assert not equal_weights(before, list(teacher_body.parameters()))
 
 
 @pytest.mark.parametrize(
     "settings", [{"teacher_steps": 3, "teacher_batch_size": 8}, {"teacher_objective": "pairs", "num_iterations": 1}]
 )
-def test_the_number_of_steps_is_known_beforehand(
+def test_number_of_steps_is_known_before_training(
     teacher_body: SentenceTransformer, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     from setfit_kd.teacher.steps import teacher_steps
@@ -426,12 +437,12 @@ def test_the_number_of_steps_is_known_beforehand(
     from setfit_kd.training.loop import step_losses
 
     config, labeled = TeacherConfig.of(device="cpu", **settings), few_labels()
-    trainer = TeacherTrainer(new_model(teacher_body, NAMES), labeled, config, CPU, str(tmp_path))
+    trainer = TeacherTrainer(new_model(teacher_body, LABEL_NAMES), labeled, config, CPU, str(tmp_path))
     trainer.train_embeddings(labeled.texts, labeled.labels.tolist())
     assert len(step_losses(trainer)) == teacher_steps(config, labeled)
 
 
-def test_nothing_to_score_is_refused(students: dict[str, SetFitModel]) -> None:
+def test_scoring_no_texts_raises_error(students: dict[str, SetFitModel]) -> None:
     with pytest.raises(DataError, match="no texts"):
         score(students["pairs"], [])
 
@@ -441,9 +452,9 @@ def test_nothing_to_score_is_refused(students: dict[str, SetFitModel]) -> None:
 PROMPT = "bank shares: "
 
 
-def body_of(kind: str, folder: Path, *, prompt: bool, include_prompt: bool = True) -> SentenceTransformer:
-    """A body of a kind, of the same weights each time."""
-    body = load_transformer(folder, NAMES) if kind.startswith("transformer") else load_body(folder)
+def make_body(kind: str, folder: Path, *, prompt: bool, include_prompt: bool = True) -> SentenceTransformer:
+    """Load a body for this kind of training, with the same weights each time."""
+    body = load_transformer(folder, LABEL_NAMES) if kind.startswith("transformer") else load_body(folder)
     if kind == "static student":
         body = static_body(body, pool_signals().texts, dimension=8)
     if prompt:
@@ -452,20 +463,26 @@ def body_of(kind: str, folder: Path, *, prompt: bool, include_prompt: bool = Tru
     return body
 
 
-def trained(kind: str, body: SentenceTransformer, *, prefix: str = "", **settings: Any) -> SetFitModel:
-    """The body trained on texts that begin with a prefix."""
+def train(kind: str, body: SentenceTransformer, *, prefix: str = "", **settings: Any) -> SetFitModel:
+    """Train a body on texts with a prefix."""
     if kind.endswith("teacher"):
-        few = few_labels()
-        few = LabeledSet([prefix + text for text in few.texts], few.labels, NAMES)
+        labeled = few_labels()
+        labeled = LabeledSet([prefix + text for text in labeled.texts], labeled.labels, LABEL_NAMES)
         rate = settings.pop("learning_rate", 1e-2)
-        for_teacher = {"device": "cpu", "precision": "fp32", "teacher_steps": 2, "teacher_batch_size": 8, **settings}
-        return train_teacher(few, body, teacher_learning_rate=rate, **for_teacher)
+        teacher_settings = {
+            "device": "cpu",
+            "precision": "fp32",
+            "teacher_steps": 2,
+            "teacher_batch_size": 8,
+            **settings,
+        }
+        return train_teacher(labeled, body, teacher_learning_rate=rate, **teacher_settings)
     if kind == "transformer":
         settings = {"device": "cpu", "precision": "fp32", "epochs": 1, "batch_size": 8, **settings}
         return finetune(few_labels(), body, validation=few_labels(), **settings)
     signals = pool_signals()
     texts = [prefix + text for text in signals.texts]
-    signals = TeacherSignals(texts, signals.probabilities, NAMES, signals.embeddings)
+    signals = TeacherSignals(texts, signals.probabilities, LABEL_NAMES, signals.embeddings)
     return train_student(signals, body, **{**QUICK, "learning_rate": 1e-2, **settings})
 
 
@@ -480,130 +497,130 @@ def trained(kind: str, body: SentenceTransformer, *, prefix: str = "", **setting
         ("transformer teacher", {}),
     ],
 )
-def test_a_default_prompt_is_trained_with(kind: str, settings: dict[str, Any], tiny_student: Path) -> None:
-    prompted = trained(kind, body_of(kind, tiny_student, prompt=True), **settings)
-    prefixed = trained(kind, body_of(kind, tiny_student, prompt=False), prefix=PROMPT, **settings)
-    assert same(weights(prompted), weights(prefixed))
+def test_default_prompt_is_used_in_training(kind: str, settings: dict[str, Any], tiny_student: Path) -> None:
+    prompted = train(kind, make_body(kind, tiny_student, prompt=True), **settings)
+    prefixed = train(kind, make_body(kind, tiny_student, prompt=False), prefix=PROMPT, **settings)
+    assert equal_weights(weights(prompted), weights(prefixed))
     np.testing.assert_array_equal(prompted.model_head.coef_, prefixed.model_head.coef_)
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])
-def test_a_prompt_left_out_of_pooling_is_left_out_in_training(
+def test_prompt_excluded_from_pooling_is_excluded_in_training(
     kind: str, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from setfit_kd.losses import BatchLoss
 
     included, body = (
-        body_of(kind, tiny_student, prompt=True, include_prompt=include_prompt) for include_prompt in (True, False)
+        make_body(kind, tiny_student, prompt=True, include_prompt=include_prompt) for include_prompt in (True, False)
     )
     texts = pool_signals().texts
     expected = embed(body, texts)
     seen: list[Floats] = []
-    plain = BatchLoss.embed
+    original_embed = BatchLoss.embed
 
     def record(*args: Any, **kwargs: Any) -> torch.Tensor:
-        rows = plain(*args, **kwargs)
+        rows = original_embed(*args, **kwargs)
         seen.append(rows.detach().numpy())
         return rows
 
     monkeypatch.setattr(BatchLoss, "embed", record)
-    trained(kind, body, learning_rate=1e-30)
+    train(kind, body, learning_rate=1e-30)
     distances = np.linalg.norm(np.concatenate(seen)[:, None] - expected[None], axis=2)
     assert distances.min(axis=1).max() < 1e-4
     assert np.linalg.norm(embed(included, texts) - expected, axis=1).min() > 1e-2
 
 
-# Trainings that diverge
+# Divergence
 
 
 LOSS, WEIGHTS = "the loss is nan", "the weights are not finite"
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "step", "says"),
+    ("kind", "settings", "step", "message"),
     [
         ("student", {}, 1, f"{LOSS} after step 2"),
         ("student", {}, 2, f"{WEIGHTS} after step 2"),
-        ("student", {"patience": 9, "batch_size": 8}, 1, f"{WEIGHTS} after step 2"),  # when it is evaluated
+        ("student", {"patience": 9, "batch_size": 8}, 1, f"{WEIGHTS} after step 2"),  # in an evaluation step
         ("teacher", {"teacher_steps": 4}, 1, f"{LOSS} after step 2"),
         ("teacher", {"teacher_steps": 4}, 4, f"{WEIGHTS} after step 4"),
         ("transformer", {}, 1, f"{WEIGHTS} after step 2"),
     ],
 )
-def test_a_training_that_diverges_ends_with_an_error(
+def test_divergence_raises_error_and_restores_body(
     kind: str,
     settings: dict[str, Any],
     step: int,
-    says: str,
+    message: str,
     tiny_student: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    body = body_of(kind, tiny_student, prompt=False)
+    body = make_body(kind, tiny_student, prompt=False)
     before = [value.clone() for value in body.state_dict().values()]
-    plain, steps = torch.optim.AdamW.step, 0
+    original_step, steps = torch.optim.AdamW.step, 0
 
     def diverge(optimizer: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps == step:  # what an infinite gradient leaves
+        if steps == step:  # the effect of an infinite gradient
             optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
-        return plain(optimizer, *args, **kwargs)
+        return original_step(optimizer, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", diverge)
-    with pytest.raises(TrainingError, match=f"ing.*: {says}") as raised:
-        trained(kind, body, **settings, checkpoints=tmp_path / "kept", checkpoint_seconds=1e-9)
+    with pytest.raises(TrainingError, match=f"ing.*: {message}") as raised:
+        train(kind, body, **settings, checkpoints=tmp_path / "checkpoints", checkpoint_seconds=1e-9)
     assert "--learning-rate" in (raised.value.hint or "")
     assert raised.value.exit_code == 1
-    assert same(before, list(body.state_dict().values()))
-    assert not (tmp_path / "kept").exists()
+    assert equal_weights(before, list(body.state_dict().values()))
+    assert not (tmp_path / "checkpoints").exists()
 
 
-# What is left behind
+# Temporary files and output
 
 
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder that all temporary files go to."""
+def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Folder for all temporary files, which must be empty after the test."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "torch"))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "working-directory").mkdir()
+    monkeypatch.chdir(tmp_path / "working-directory")
     yield folder
-    assert list((tmp_path / "here").iterdir()) == []
+    assert list((tmp_path / "working-directory").iterdir()) == []
     assert [path.name for path in folder.iterdir()] == []
 
 
-@pytest.mark.usefixtures("temporary")
-def test_a_student_leaves_no_files(tiny_student: Path) -> None:
+@pytest.mark.usefixtures("temporary_folder")
+def test_student_training_leaves_no_files(tiny_student: Path) -> None:
     train_student(pool_signals(), tiny_student, **QUICK)
 
 
-@pytest.mark.usefixtures("temporary")
+@pytest.mark.usefixtures("temporary_folder")
 @pytest.mark.parametrize("objective", ["in-batch", "pairs"])
-def test_a_teacher_leaves_no_files(tiny_teacher: Path, objective: str) -> None:
+def test_teacher_training_leaves_no_files(tiny_teacher: Path, objective: str) -> None:
     settings: dict[str, Any] = {"teacher_objective": objective, "num_iterations": 1, "teacher_steps": 1}
     train_teacher(few_labels(), tiny_teacher, device="cpu", **settings)
 
 
-@pytest.mark.usefixtures("temporary")
-def test_a_training_that_fails_leaves_no_files(tiny_student: Path) -> None:
+@pytest.mark.usefixtures("temporary_folder")
+def test_failed_training_leaves_no_files(tiny_student: Path) -> None:
     signals = pool_signals()
-    bare = TeacherSignals(signals.texts, signals.probabilities, NAMES)
+    no_embeddings = TeacherSignals(signals.texts, signals.probabilities, LABEL_NAMES)
     with pytest.raises(DataError):
-        train_student(bare, tiny_student, **QUICK)
+        train_student(no_embeddings, tiny_student, **QUICK)
 
 
-def test_training_says_nothing(tiny_student: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_training_prints_nothing(tiny_student: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train_student(pool_signals(), tiny_student, **QUICK)
     train_teacher(few_labels(), tiny_student, device="cpu", teacher_steps=1)
     assert capfd.readouterr() == ("", "")
 
 
-def noise_levels() -> tuple[Any, ...]:
+def verbosity_levels() -> tuple[Any, ...]:
     import datasets
     import setfit
     import transformers
@@ -619,8 +636,8 @@ def noise_levels() -> tuple[Any, ...]:
 
 
 @pytest.fixture
-def loud() -> Iterator[None]:
-    """The libraries below as talkative as they come."""
+def verbose_libraries() -> Iterator[None]:
+    """Turn on the log messages and progress bars of the libraries."""
     import datasets
     import setfit
     import transformers
@@ -638,34 +655,36 @@ def loud() -> Iterator[None]:
         disable_progress_bars()
 
 
-@pytest.mark.usefixtures("loud")
-def test_the_libraries_below_are_quiet_inside_and_as_before_outside(tiny_student: Path) -> None:
-    before = noise_levels()
+@pytest.mark.usefixtures("verbose_libraries")
+def test_quiet_libraries_restores_verbosity(tiny_student: Path) -> None:
+    before = verbosity_levels()
     with quiet_libraries():
-        inside = noise_levels()
+        inside = verbosity_levels()
     assert inside == (30, False, False, True)
-    assert noise_levels() == before
+    assert verbosity_levels() == before
     train_student(pool_signals(), tiny_student, **QUICK)
-    assert noise_levels() == before
+    assert verbosity_levels() == before
     with pytest.raises(DataError):
         train_student(
-            TeacherSignals(["a"] * BATCH, np.full((BATCH, 4), 0.25, np.float32), NAMES), tiny_student, **QUICK
+            TeacherSignals(["a"] * BATCH_SIZE, np.full((BATCH_SIZE, 4), 0.25, np.float32), LABEL_NAMES),
+            tiny_student,
+            **QUICK,
         )
-    assert noise_levels() == before
+    assert verbosity_levels() == before
 
 
-def test_a_quiet_library_stays_quiet() -> None:
+def test_quiet_libraries_can_be_nested() -> None:
     with quiet_libraries():
-        inside = noise_levels()
+        inside = verbosity_levels()
         with quiet_libraries():
             pass
-        assert noise_levels() == inside
+        assert verbosity_levels() == inside
 
 
 # Devices
 
 
-def test_the_inner_trainer_is_held_to_the_cpu(student_body: SentenceTransformer, tmp_path: Path) -> None:
+def test_inner_trainer_uses_the_cpu(student_body: SentenceTransformer, tmp_path: Path) -> None:
     inner = student_trainer(tmp_path, student_body, pool_signals()).st_trainer
     assert inner.args.use_cpu
     assert inner.args.device == CPU
@@ -673,20 +692,20 @@ def test_the_inner_trainer_is_held_to_the_cpu(student_body: SentenceTransformer,
     assert inner.model.device == CPU
 
 
-def test_setfits_own_arguments_come_back() -> None:
+def test_inner_trainer_options_restores_setfit_after_error() -> None:
     import setfit.trainer
 
-    def fail_on_the_way() -> None:
+    def fail() -> None:
         with inner_trainer_options(CPU):
             assert setfit.trainer.SentenceTransformerTrainingArguments is not original
-            raise RuntimeError("on the way")
+            raise RuntimeError("failed inside")
 
     original = setfit.trainer.SentenceTransformerTrainingArguments
-    with pytest.raises(RuntimeError, match="on the way"):
-        fail_on_the_way()
+    with pytest.raises(RuntimeError, match="failed inside"):
+        fail()
     assert setfit.trainer.SentenceTransformerTrainingArguments is original
 
 
-def test_an_unknown_device_is_refused(tiny_student: Path) -> None:
+def test_unknown_device_raises_error(tiny_student: Path) -> None:
     with pytest.raises(ConfigError, match="device"):
-        train_student(pool_signals(), tiny_student, **{**QUICK, "device": "abacus"})
+        train_student(pool_signals(), tiny_student, **{**QUICK, "device": "unknown"})

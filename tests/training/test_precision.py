@@ -1,4 +1,4 @@
-"""Which numbers are trained in, and that nothing of them stays behind."""
+"""Precision of training: resolving `auto`, checking devices, and fp32 models after training."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
 
 
 @pytest.fixture(autouse=True)
-def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_measured_speedups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_measured", {})
 
 
-def timed(monkeypatch: pytest.MonkeyPatch, fp32: float, bf16: float) -> list[int]:
-    """Have the probe find these seconds; the dimensions of the bodies that it was asked about."""
-    probed: list[int] = []
+def fake_times(monkeypatch: pytest.MonkeyPatch, fp32: float, bf16: float) -> list[int]:
+    """Replace the measurement by these times; return a list that collects the widths of the measured bodies."""
+    measured_widths: list[int] = []
 
     def seconds(body: SentenceTransformer, texts: list[str]) -> tuple[float, float]:
         assert 0 < len(texts) <= 8
-        probed.append(body.get_embedding_dimension() or 0)
+        measured_widths.append(body.get_embedding_dimension() or 0)
         return fp32, bf16
 
     monkeypatch.setattr(module, "_step_seconds", seconds)
-    return probed
+    return measured_widths
 
 
-# Choosing
+# Resolving
 
 
 @pytest.mark.parametrize(
@@ -60,36 +60,38 @@ def timed(monkeypatch: pytest.MonkeyPatch, fp32: float, bf16: float) -> list[int
         (1.0, 4.0, Precision("fp32", 0.25)),
     ],
 )
-def test_auto_takes_bf16_where_it_is_worth_it(
+def test_auto_chooses_bf16_if_it_is_faster(
     student_body: SentenceTransformer, fp32: float, bf16: float, expected: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed(monkeypatch, fp32, bf16)
+    fake_times(monkeypatch, fp32, bf16)
     assert resolve_precision("auto", student_body, TEXTS) == expected
 
 
-def test_a_width_is_probed_once(
+def test_each_width_is_measured_once(
     student_body: SentenceTransformer, teacher_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probed = timed(monkeypatch, 2, 1)
-    answers = [resolve_precision("auto", body, TEXTS) for body in (student_body, teacher_body) * 3]
-    assert probed == [16, 32]
-    assert set(answers) == {Precision("bf16", 2.0)}
+    measured_widths = fake_times(monkeypatch, 2, 1)
+    precisions = [resolve_precision("auto", body, TEXTS) for body in (student_body, teacher_body) * 3]
+    assert measured_widths == [16, 32]
+    assert set(precisions) == {Precision("bf16", 2.0)}
 
 
 @pytest.fixture
-def decide(student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], str]:
-    """What a new process decides where its probe finds this speedup."""
+def resolve_in_new_process(
+    student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[float], str]:
+    """Function of a speedup that resolves ``auto`` as in a new process that measures this speedup."""
 
-    def decide(speedup: float) -> str:
+    def resolve(speedup: float) -> str:
         monkeypatch.setattr(module, "_measured", {})
-        timed(monkeypatch, speedup, 1)
+        fake_times(monkeypatch, speedup, 1)
         return resolve_precision("auto", student_body, TEXTS).name
 
-    return decide
+    return resolve
 
 
 @pytest.mark.parametrize(
-    ("damage", "later"),
+    ("content", "expected"),
     [
         (None, "bf16"),
         ("", "fp32"),
@@ -101,36 +103,41 @@ def decide(student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -
     ],
     ids=str,
 )
-def test_a_decision_is_kept_for_later_processes(
-    damage: str | None, later: str, decide: Callable[[float], str], monkeypatch: pytest.MonkeyPatch
+def test_speedup_is_cached_for_later_processes(
+    content: str | None, expected: str, resolve_in_new_process: Callable[[float], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert decide(1.11) == "bf16"
+    assert resolve_in_new_process(1.11) == "bf16"
     file = Path(os.environ["SETFIT_KD_CACHE"]) / "precision.json"
     [key] = json.loads(file.read_text())
-    if damage is not None:
-        file.write_text(damage.replace("KEY", json.dumps(key)))
-    assert decide(1.09) == later
-    assert decide(1.11) == later  # what could not be read was replaced
+    if content is not None:
+        file.write_text(content.replace("KEY", json.dumps(key)))
+    assert resolve_in_new_process(1.09) == expected
+    assert resolve_in_new_process(1.11) == expected  # an invalid file was replaced
     assert list(json.loads(file.read_text())) == [key]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    assert decide(9) == "bf16"
-    assert decide(1) == "bf16"
+    assert resolve_in_new_process(9) == "bf16"
+    assert resolve_in_new_process(1) == "bf16"
     assert len(json.loads(file.read_text())) == 2
 
 
-def test_a_decision_that_cannot_be_kept_does_not_matter(
-    decide: Callable[[float], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_unusable_cache_folder_is_ignored(
+    resolve_in_new_process: Callable[[float], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SETFIT_KD_CACHE", str(tmp_path / "file"))
-    assert [decide(1.11), decide(1.09)] == ["bf16", "fp32"]
+    assert [resolve_in_new_process(1.11), resolve_in_new_process(1.09)] == ["bf16", "fp32"]
     monkeypatch.setattr(module, "cache_folder", lambda: None)
-    assert [decide(1.11), decide(1.09)] == ["bf16", "fp32"]
+    assert [resolve_in_new_process(1.11), resolve_in_new_process(1.09)] == ["bf16", "fp32"]
     assert not caplog.records
 
 
-def test_samples_are_taken_by_turns(student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that gets slower while it is probed is as slow for both."""
+def test_precisions_are_timed_in_alternation(
+    student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a machine slows down during the measurement, both precisions are affected equally."""
     clock = iter(range(1, 10**6))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock) ** 2))
     fp32, bf16 = module._step_seconds(student_body, TEXTS)
@@ -138,20 +145,20 @@ def test_samples_are_taken_by_turns(student_body: SentenceTransformer, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("failure", "expected"),
+    ("error", "expected"),
     [
         (RuntimeError("\"addmm_impl_cpu_\" not implemented for 'BFloat16'"), Precision("fp32")),
         (torch.OutOfMemoryError("CUDA out of memory."), None),
     ],
 )
-def test_where_bf16_does_not_run_it_is_not_taken(
+def test_fp32_is_chosen_if_bf16_does_not_run(
     student_body: SentenceTransformer,
-    failure: Exception,
+    error: Exception,
     expected: Precision | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_: Any) -> None:
-        raise failure
+        raise error
 
     monkeypatch.setattr(module, "_step_seconds", fail)
     if expected is None:
@@ -162,32 +169,32 @@ def test_where_bf16_does_not_run_it_is_not_taken(
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
-def test_a_precision_asked_for_is_not_probed(
+def test_explicit_precision_is_not_measured(
     student_body: SentenceTransformer, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probed = timed(monkeypatch, 2, 1)
+    measured_widths = fake_times(monkeypatch, 2, 1)
     assert resolve_precision(name, student_body, TEXTS) == Precision(name)
-    assert not probed
+    assert not measured_widths
 
 
-def test_a_body_without_a_transformer_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_body_without_transformer_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import BoW
 
-    probed = timed(monkeypatch, 2, 1)
+    measured_widths = fake_times(monkeypatch, 2, 1)
     body = SentenceTransformer(modules=[BoW(vocab=["a", "b"])], device="cpu")
     assert resolve_precision("auto", body, TEXTS) == Precision("fp32")
-    assert not probed
+    assert not measured_widths
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_real_probe_leaves_the_body_as_it_is(student_body: SentenceTransformer, training: bool) -> None:
+def test_measurement_does_not_change_body(student_body: SentenceTransformer, training: bool) -> None:
     student_body.train(training)
     before = {name: value.clone() for name, value in student_body.state_dict().items()}
-    found = resolve_precision("auto", student_body, TEXTS)
-    assert found.speedup is not None
-    assert found.speedup > 0
-    assert found.name in ("fp32", "bf16")
+    precision = resolve_precision("auto", student_body, TEXTS)
+    assert precision.speedup is not None
+    assert precision.speedup > 0
+    assert precision.name in ("fp32", "bf16")
     assert all(torch.equal(value, before[name]) for name, value in student_body.state_dict().items())
     for parameter in student_body.parameters():
         assert parameter.grad is None
@@ -197,35 +204,35 @@ def test_a_real_probe_leaves_the_body_as_it_is(student_body: SentenceTransformer
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "says"), [("fp16", CPU, "CUDA"), ("fp16", MPS, "CUDA"), ("bf16", MPS, "mps cannot")]
+    ("name", "device", "message"), [("fp16", CPU, "CUDA"), ("fp16", MPS, "CUDA"), ("bf16", MPS, "mps cannot")]
 )
-def test_what_a_device_cannot_do_is_refused(name: str, device: torch.device, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_unsupported_precision_raises_error(name: str, device: torch.device, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         check_precision(name, device)
 
 
 @pytest.mark.parametrize("name", ["auto", "fp32", "bf16"])
-def test_a_cpu_can_do_all_but_fp16(name: str) -> None:
+def test_cpu_supports_fp32_and_bf16(name: str) -> None:
     check_precision(name, CPU)
 
 
-def student_of(body: SentenceTransformer | Path, precision: str) -> SetFitModel:
+def train_student_in(body: SentenceTransformer | Path, precision: str) -> SetFitModel:
     return train_student(pool_signals(), body, labeled=few_labels(), **{**QUICK, "precision": precision})
 
 
-def teacher_of(body: SentenceTransformer | Path, precision: str) -> SetFitModel:
+def train_teacher_in(body: SentenceTransformer | Path, precision: str) -> SetFitModel:
     settings: dict[str, Any] = {"teacher_steps": 2, "teacher_batch_size": 8, "teacher_learning_rate": 1e-2}
     return train_teacher(few_labels(), body, device="cpu", precision=precision, **settings)
 
 
 Train = Callable[["SentenceTransformer | Path", str], "SetFitModel"]
-STAGES = pytest.mark.parametrize("train", [student_of, teacher_of], ids=["student", "teacher"])
+STAGES = pytest.mark.parametrize("train", [train_student_in, train_teacher_in], ids=["student", "teacher"])
 
 
 @STAGES
-@pytest.mark.parametrize(("name", "says"), [("fp16", "fp16 needs a CUDA device"), ("fp8", "fp8")])
-def test_a_precision_that_cannot_be_is_refused(tiny_student: Path, train: Train, name: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+@pytest.mark.parametrize(("name", "message"), [("fp16", "fp16 needs a CUDA device"), ("fp8", "fp8")])
+def test_training_in_invalid_precision_raises_error(tiny_student: Path, train: Train, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         train(tiny_student, name)
 
 
@@ -233,59 +240,59 @@ def test_a_precision_that_cannot_be_is_refused(tiny_student: Path, train: Train,
 
 
 @contextmanager
-def computed_in(body: SentenceTransformer) -> Iterator[dict[str, set[torch.dtype]]]:
-    """The types of what a body's linear layers give out, with and without a gradient."""
-    seen: dict[str, set[torch.dtype]] = {"training": set(), "running": set()}
+def record_dtypes(body: SentenceTransformer) -> Iterator[dict[str, set[torch.dtype]]]:
+    """Context manager that yields the output dtypes of a body's linear layers, with and without gradients."""
+    dtypes: dict[str, set[torch.dtype]] = {"training": set(), "inference": set()}
 
     def record(_: torch.nn.Module, __: Any, output: torch.Tensor) -> None:
-        seen["training" if torch.is_grad_enabled() else "running"].add(output.dtype)
+        dtypes["training" if torch.is_grad_enabled() else "inference"].add(output.dtype)
 
     hooks = [part.register_forward_hook(record) for part in body.modules() if isinstance(part, torch.nn.Linear)]
     assert hooks
-    yield seen
+    yield dtypes
     for hook in hooks:
         hook.remove()
 
 
 @STAGES
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_training_computes_in_its_precision_and_nothing_after_does(
+def test_precision_applies_only_to_training(
     student_body: SentenceTransformer, tmp_path: Path, train: Train, name: str, dtype: torch.dtype
 ) -> None:
     before = [parameter.clone() for parameter in student_body.parameters()]
-    with computed_in(student_body) as seen:
+    with record_dtypes(student_body) as dtypes:
         model = train(student_body, name)
-    assert seen["training"] == {dtype}
-    assert seen["running"] == {torch.float32}  # the head is fitted on what the finished body says
+    assert dtypes["training"] == {dtype}
+    assert dtypes["inference"] == {torch.float32}  # the head is fitted on embeddings in fp32
     assert {parameter.dtype for parameter in student_body.parameters()} == {torch.float32}
     assert not all(map(torch.equal, before, student_body.parameters()))
 
-    with computed_in(student_body) as seen:
-        here = student_body.encode(TEXTS), predict_proba(model, TEXTS)
-    assert seen["running"] == {torch.float32}
+    with record_dtypes(student_body) as dtypes:
+        embeddings, probabilities = student_body.encode(TEXTS), predict_proba(model, TEXTS)
+    assert dtypes["inference"] == {torch.float32}
     save_model(model, tmp_path / "saved")
-    again = load(tmp_path / "saved", device="cpu")
-    np.testing.assert_array_equal(here[0], again.model_body.encode(TEXTS))
-    np.testing.assert_array_equal(here[1], predict_proba(again, TEXTS))
+    loaded = load(tmp_path / "saved", device="cpu")
+    np.testing.assert_array_equal(embeddings, loaded.model_body.encode(TEXTS))
+    np.testing.assert_array_equal(probabilities, predict_proba(loaded, TEXTS))
 
 
 @STAGES
-def test_half_precision_learns_nearly_the_same(tiny_student: Path, train: Train) -> None:
-    one, other = (predict_proba(train(tiny_student, name), pool_signals().texts) for name in ("fp32", "bf16"))
-    assert 0 < np.abs(one - other).max() < 0.25
+def test_bf16_gives_similar_probabilities_to_fp32(tiny_student: Path, train: Train) -> None:
+    fp32, bf16 = (predict_proba(train(tiny_student, name), pool_signals().texts) for name in ("fp32", "bf16"))
+    assert 0 < np.abs(fp32 - bf16).max() < 0.25
 
 
-def test_a_run_records_what_it_was_trained_in(
+def test_run_records_precision(
     tiny_teacher: Path, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probed = timed(monkeypatch, 3, 1)
+    measured_widths = fake_times(monkeypatch, 3, 1)
     settings = {**FAST, "precision": "auto", "pool_size": 64, "eval": None, "output_dir": tmp_path / "run"}
     result = distill(
         "bundled:newswire", "bundled:newswire", teacher=str(tiny_teacher), student=str(tiny_student), **settings
     )
-    about = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert about["precision"] == {"name": "bf16", "speedup": 3.0}
-    assert probed == [32]  # the student is trained as the teacher was
-    # The settings stay as they were given: another machine finds its own.
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest["precision"] == {"name": "bf16", "speedup": 3.0}
+    assert measured_widths == [32]  # the student uses the teacher's precision
+    # The setting remains "auto", so that another machine measures its own speedup.
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["precision"] == "auto"
     assert result.config.precision == "auto"

@@ -1,4 +1,4 @@
-"""Texts and names of unknown origin on a terminal, in logs and in Markdown."""
+"""Escaping of untrusted texts and names on terminals, in logs and in Markdown."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from setfit_kd import train_student
 from setfit_kd.cli import main
 from setfit_kd.export import export_bundle
 from setfit_kd.models import load_body, save_model, static_body
-from setfit_kd.run_folder import RunFolder, record_log
+from setfit_kd.run_folder import RunFolder, buffer_log
 from setfit_kd.utils.escape import json_text, printable
 
 LINK = "](http://x) <img src=x> \n# heading"
 LABELS = ("\x1b]0;x\x07title", "\x1b[2J\x9b31m", "\u202egnp\r\x7f\u2028\u2066x", LINK)
-NAME = "\x1b]0;x\x07\x1b[2J\x9b\u202e\r\x7f"
-RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-DRY = ["--student", "layers:1", "--shots", "2", "--eval", "eval.jsonl", "--device", "cpu", "--dry-run"]
+HOSTILE = "\x1b]0;x\x07\x1b[2J\x9b\u202e\r\x7f"
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+DRY_RUN = ["--student", "layers:1", "--shots", "2", "--eval", "eval.jsonl", "--device", "cpu", "--dry-run"]
 
 
 @pytest.fixture(scope="module")
 def model(tiny_teacher: Path) -> SetFitModel:
-    """A static student whose classes have hostile names."""
+    """Static student with hostile class names."""
     signals, labeled = pool_signals(), few_labels()
     body = static_body(load_body(tiny_teacher), signals.texts, dimension=8)
     return train_student(
@@ -41,101 +41,119 @@ def model(tiny_teacher: Path) -> SetFitModel:
 
 @pytest.fixture(scope="module")
 def folder(model: SetFitModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student as a SetFit folder, a bundle, and a run's folder around a hostile file."""
+    """Folder with the student as a SetFit model, which contains a file with a hostile name, and as a bundle."""
     folder = tmp_path_factory.mktemp("hostile")
     save_model(model, folder / "model", title=LINK)
-    (folder / "model" / f"left out {NAME}").touch()
+    (folder / "model" / f"left out {HOSTILE}").touch()
     export_bundle(model, folder / "bundle", texts=pool_signals().texts, title=LINK)
     return folder
 
 
 COMMANDS: dict[str, list[str]] = {
-    "predict": ["predict", "{bundle}", "a text", NAME],
-    "predict: warning": ["predict", "{bundle}", "-i", f"{NAME}.txt"],
-    "predict: no such file": ["predict", "{bundle}", "-i", f"nowhere{NAME}"],
-    "predict: no such model": ["predict", f"./nowhere{NAME}", "a text"],
-    "predict: output": ["predict", "{bundle}", "a text", "-o", f"{NAME}.x"],
+    "predict": ["predict", "{bundle}", "a text", HOSTILE],
+    "predict: warning": ["predict", "{bundle}", "-i", f"{HOSTILE}.txt"],
+    "predict: no such file": ["predict", "{bundle}", "-i", f"nowhere{HOSTILE}"],
+    "predict: no such model": ["predict", f"./nowhere{HOSTILE}", "a text"],
+    "predict: output": ["predict", "{bundle}", "a text", "-o", f"{HOSTILE}.x"],
     "evaluate": ["evaluate", "{model}", "--eval", "eval.jsonl", "--device", "cpu"],
     "evaluate --json": ["evaluate", "{model}", "--eval", "eval.jsonl", "--device", "cpu", "--json"],
-    "evaluate: other classes": ["evaluate", "{model}", "--eval", "other.jsonl", "--device", "cpu"],
-    "benchmark": ["benchmark", "{bundle}", "--unlabeled", f"./{NAME}.csv"],
-    "run: no such model": ["run", "--labeled", "eval.jsonl", "--teacher", f"./nowhere{NAME}"],
-    "run: no such file": ["run", "--labeled", f"./{NAME}.csv", "--teacher", "{teacher}", "--student", "layers:1"],
-    "run: no such column": ["run", "--labeled", "eval.jsonl", "--text-column", NAME, *DRY, "--teacher", "{teacher}"],
-    "run --dry-run": ["run", "--labeled", "eval.jsonl", "--teacher", "{teacher}", "--output-dir", f"x{NAME}", *DRY],
-    "run --config": ["run", "--config", f"{NAME}.txt"],
-    "run --resume": ["run", "--resume", f"./{NAME}"],
-    "finetune": ["finetune", f"./nowhere{NAME}", "--labeled", "eval.jsonl", "--output-dir", "out"],
-    "export: no such model": ["export", f"./{NAME}", "--output-dir", "out"],
-    "export: folder is there": ["export", "{model}", "--unlabeled", "eval.jsonl", "--output-dir", NAME],
-    "report": ["report", f"./{NAME}"],
-    "compare": ["compare", f"./{NAME}"],
+    "evaluate: unknown classes": ["evaluate", "{model}", "--eval", "other.jsonl", "--device", "cpu"],
+    "benchmark": ["benchmark", "{bundle}", "--unlabeled", f"./{HOSTILE}.csv"],
+    "run: no such model": ["run", "--labeled", "eval.jsonl", "--teacher", f"./nowhere{HOSTILE}"],
+    "run: no such file": ["run", "--labeled", f"./{HOSTILE}.csv", "--teacher", "{teacher}", "--student", "layers:1"],
+    "run: no such column": [
+        "run",
+        "--labeled",
+        "eval.jsonl",
+        "--text-column",
+        HOSTILE,
+        *DRY_RUN,
+        "--teacher",
+        "{teacher}",
+    ],
+    "run --dry-run": [
+        "run",
+        "--labeled",
+        "eval.jsonl",
+        "--teacher",
+        "{teacher}",
+        "--output-dir",
+        f"x{HOSTILE}",
+        *DRY_RUN,
+    ],
+    "run --config": ["run", "--config", f"{HOSTILE}.txt"],
+    "run --resume": ["run", "--resume", f"./{HOSTILE}"],
+    "finetune": ["finetune", f"./nowhere{HOSTILE}", "--labeled", "eval.jsonl", "--output-dir", "out"],
+    "export: no such model": ["export", f"./{HOSTILE}", "--output-dir", "out"],
+    "export: folder exists": ["export", "{model}", "--unlabeled", "eval.jsonl", "--output-dir", HOSTILE],
+    "report": ["report", f"./{HOSTILE}"],
+    "compare": ["compare", f"./{HOSTILE}"],
     "push --dry-run": ["push", "{model}", "me/tiny", "--dry-run"],
-    "push: name": ["push", "{model}", NAME, "--dry-run"],
-    "usage": ["report", "a", f"b{NAME}"],
-    "no such command": [NAME],
+    "push: name": ["push", "{model}", HOSTILE, "--dry-run"],
+    "usage": ["report", "a", f"b{HOSTILE}"],
+    "no such command": [HOSTILE],
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_writes_control_characters(command: str, folder: Path, tiny_teacher: Path) -> None:
     texts = pool_signals().texts
-    rows = [{"text": f"{text} {NAME}", "label": LABELS[row % 4]} for row, text in enumerate(texts[:8])]
+    rows = [{"text": f"{text} {HOSTILE}", "label": LABELS[row % 4]} for row, text in enumerate(texts[:8])]
     Path("eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    Path("other.jsonl").write_text(json.dumps({"text": "a", "label": f"x{NAME}x"}) + "\n", encoding="utf-8")
-    Path(f"{NAME}.txt").write_text(f"a text\n\n{NAME}: [\n", encoding="utf-8", newline="")
-    Path(NAME).mkdir()
-    places = {"model": folder / "model", "bundle": folder / "bundle", "teacher": tiny_teacher}
-    result = CliRunner().invoke(main, [part.format(**places) for part in COMMANDS[command]])
+    Path("other.jsonl").write_text(json.dumps({"text": "a", "label": f"x{HOSTILE}x"}) + "\n", encoding="utf-8")
+    Path(f"{HOSTILE}.txt").write_text(f"a text\n\n{HOSTILE}: [\n", encoding="utf-8", newline="")
+    Path(HOSTILE).mkdir()
+    paths = {"model": folder / "model", "bundle": folder / "bundle", "teacher": tiny_teacher}
+    result = CliRunner().invoke(main, [part.format(**paths) for part in COMMANDS[command]])
     assert result.exception is None or isinstance(result.exception, SystemExit)
     for content in (result.stdout_bytes, result.stderr_bytes):
-        assert RAW.findall(content.decode("utf-8")) == []
+        assert CONTROL.findall(content.decode("utf-8")) == []
     assert re.search(r"\\(x1b|u001b|x9b|u009b)", result.output)
 
 
-def test_json_on_a_terminal_says_the_same(folder: Path) -> None:
-    result = CliRunner().invoke(main, ["predict", str(folder / "bundle"), NAME])
+def test_json_output_round_trips(folder: Path) -> None:
+    result = CliRunner().invoke(main, ["predict", str(folder / "bundle"), HOSTILE])
     record = json.loads(result.stdout)
-    assert record["text"] == NAME
+    assert record["text"] == HOSTILE
     assert tuple(record["probabilities"]) == LABELS
 
 
-def test_the_stand_alone_runtime_writes_no_control_characters(folder: Path, tmp_path: Path) -> None:
+def test_standalone_runtime_writes_no_control_characters(folder: Path, tmp_path: Path) -> None:
     program = [sys.executable, str(folder / "bundle" / "classify.py")]
-    done = subprocess.run([*program, NAME], capture_output=True, check=True)
-    assert RAW.findall(done.stdout.decode("utf-8")) == []
-    assert json.loads(done.stdout)["text"] == NAME
-    failed = subprocess.run([*program, "--bundle", tmp_path / NAME, "a"], capture_output=True, check=False)
+    succeeded = subprocess.run([*program, HOSTILE], capture_output=True, check=True)
+    assert CONTROL.findall(succeeded.stdout.decode("utf-8")) == []
+    assert json.loads(succeeded.stdout)["text"] == HOSTILE
+    failed = subprocess.run([*program, "--bundle", tmp_path / HOSTILE, "a"], capture_output=True, check=False)
     assert failed.returncode == 1
-    assert RAW.findall(failed.stderr.decode("utf-8")) == []
+    assert CONTROL.findall(failed.stderr.decode("utf-8")) == []
     assert rb"\u001b]0;" in failed.stderr
 
 
-def test_the_log_of_a_run_has_no_control_characters(tmp_path: Path) -> None:
-    with record_log() as recorder:
+def test_run_log_has_no_control_characters(tmp_path: Path) -> None:
+    with buffer_log() as recorder:
         RunFolder(tmp_path).attach_log(recorder)
-        logging.getLogger("setfit_kd").warning("Of %s", NAME)
+        logging.getLogger("setfit_kd").warning("Of %s", HOSTILE)
         try:
-            raise ValueError(NAME)
+            raise ValueError(HOSTILE)
         except ValueError:
             logging.getLogger("setfit_kd").exception("It failed.")
     lines = (tmp_path / "run.log").read_bytes().decode("utf-8").split("\n")
-    assert RAW.findall("\n".join(lines)) == []
+    assert CONTROL.findall("\n".join(lines)) == []
     assert r"Of \x1b]0;x\x07" in lines[0]
     assert any(line.startswith(r"ValueError: \x1b]0;") for line in lines)
 
 
 @pytest.mark.parametrize("kind", ["model", "bundle"])
-def test_a_readme_shows_names_as_they_are(kind: str, folder: Path) -> None:
+def test_readme_escapes_markdown_in_names(kind: str, folder: Path) -> None:
     lines = (folder / kind / "README.md").read_text(encoding="utf-8").split("\n")
-    shown = r"\](http://x) \<img src=x\> \# heading"
-    assert f"# {shown}" in lines
-    (classes,) = (line for line in lines if "over 4 classes: " in line)
-    assert classes.endswith(rf"classes: \]0;x title, \[2J 31m, gnp x, {shown}.")
-    assert RAW.findall("".join(lines)) == []
+    escaped = r"\](http://x) \<img src=x\> \# heading"
+    assert f"# {escaped}" in lines
+    (classes,) = (line for line in lines if " 4 classes: " in line)
+    assert classes.endswith(rf"classes: \]0;x title, \[2J 31m, gnp x, {escaped}.")
+    assert CONTROL.findall("".join(lines)) == []
 
 
-def test_long_names_are_cut_in_a_readme(model: SetFitModel, tmp_path: Path) -> None:
+def test_readme_truncates_long_names(model: SetFitModel, tmp_path: Path) -> None:
     save_model(model, tmp_path / "model", title="t" * 5_000)
     model_card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     assert f"# {'t' * 599}…\n" in model_card
@@ -151,12 +169,12 @@ def test_long_names_are_cut_in_a_readme(model: SetFitModel, tmp_path: Path) -> N
         ("half \ud83d", r"half \ud83d"),
     ],
 )
-def test_what_a_terminal_obeys_is_escaped(text: str, expected: str) -> None:
+def test_control_characters_are_escaped(text: str, expected: str) -> None:
     assert printable(text) == expected
     assert printable("a\nb", keep="") == r"a\nb"
 
 
-def test_a_long_message_is_cut_in_its_middle(folder: Path) -> None:
+def test_middle_of_long_message_is_left_out(folder: Path) -> None:
     text = "a" * 1_000 + "\x1b" * 3_000 + "z" * 1_000
     assert printable(text) == "a" * 1_000 + "… (3,000 characters left out) …" + "z" * 1_000
     assert printable("b" * 2_000) == "b" * 2_000
@@ -167,10 +185,10 @@ def test_a_long_message_is_cut_in_its_middle(folder: Path) -> None:
     assert len(result.stderr) < 2_500
 
 
-def test_json_is_valid_whatever_it_holds() -> None:
+def test_json_text_is_always_valid() -> None:
     value = {"\x9b": [float("nan"), float("-inf"), "\u2028\ud83d"], "b": {1}, "c": 1e300}
     text = json_text(value, indent=1)
-    assert RAW.findall(text) == []
+    assert CONTROL.findall(text) == []
     text.encode("utf-8")
-    read = json.loads(text, parse_constant=pytest.fail)
-    assert read == {"\x9b": [None, None, "\u2028\ud83d"], "b": "{1}", "c": 1e300}
+    parsed = json.loads(text, parse_constant=pytest.fail)
+    assert parsed == {"\x9b": [None, None, "\u2028\ud83d"], "b": "{1}", "c": 1e300}

@@ -1,6 +1,6 @@
-"""The rows of the comparison, each trained and tested in a process of its own.
+"""Methods of the comparison, each trained and evaluated in a separate process.
 
-Run by compare.py as: python benchmarks/contestants.py NAME CASE.json RESULT.json
+Run by compare.py as: python benchmarks/methods.py NAME CASE.json RESULT.json
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from sklearn.pipeline import make_pipeline
 from setfit_kd import RunConfig, TeacherSignals, load, train_student, train_teacher
 from setfit_kd.data import LabeledSet
 from setfit_kd.evaluation import measure_quality
-from setfit_kd.models import embed, load_body, locate, new_model, predict_proba, save_model
+from setfit_kd.models import embed, load_body, locate_model, new_model, predict_proba, save_model
 from setfit_kd.run.data import RunData, load_run_data
-from setfit_kd.student import locate_student, student_body
+from setfit_kd.student import build_student_body, locate_student
 from setfit_kd.teacher import refine_and_score
 from setfit_kd.training.precision import resolve_precision
 
@@ -37,19 +37,19 @@ Predict = Callable[[list[str]], "np.ndarray[Any, np.dtype[np.int64]]"]
 
 @dataclass(frozen=True)
 class Case:
-    """One draw of labels and pool: what all contestants share.
+    """Data and settings shared by all methods.
 
     Attributes:
-        labeled, unlabeled, eval: Sources, as `setfit_kd.distill` takes them.
-        seed: Of the draws and of every training.
-        shots: Labels a class.
-        pool_size: Unlabeled texts.
-        pair_steps: Steps of 16 pairs of the students that train on pairs; SetFit's guide has 500.
-        threads: That each row may use.
-        tests: Most test texts; None is all.
-        teacher, student: Bodies.
-        work: Folder for what later contestants take from earlier ones.
-        precision: Of our own trainings.
+        labeled, unlabeled, eval: Data sources, as in `setfit_kd.distill`.
+        seed: Seed of the samples and of every training.
+        shots: Labels per class.
+        pool_size: Number of unlabeled texts.
+        pair_steps: Training steps of 16 pairs for students that train on pairs; 500 in SetFit's guide.
+        threads: Threads per method.
+        tests: Maximum number of test texts; None means all.
+        teacher, student: Names of the bodies.
+        work: Folder for models and signals that later methods use.
+        precision: Precision of setfit-kd's trainings.
     """
 
     labeled: str
@@ -68,7 +68,7 @@ class Case:
 
     @property
     def config(self) -> RunConfig:
-        """Our own settings: the defaults."""
+        """Settings of setfit-kd: the defaults."""
         return RunConfig.of(
             teacher=self.teacher,
             student=self.student,
@@ -81,16 +81,16 @@ class Case:
         )
 
     def data(self) -> RunData:
-        """Labels, pool and test texts."""
+        """Load labels, pool and test texts."""
         return load_run_data(self.config, labeled=self.labeled, unlabeled=self.unlabeled, eval=self.eval)
 
     def body(self, name: str) -> SentenceTransformer:
-        """A fresh body: ``teacher`` or ``student``."""
-        teacher = load_body(locate(self.teacher))
-        return teacher if name == "teacher" else student_body(locate_student(self.student), teacher=teacher)
+        """Load a new body: ``teacher`` or ``student``."""
+        teacher = load_body(locate_model(self.teacher))
+        return teacher if name == "teacher" else build_student_body(locate_student(self.student), teacher=teacher)
 
-    def kept(self, name: str) -> Path:
-        """A folder that a contestant leaves for later ones."""
+    def artifact(self, name: str) -> Path:
+        """Return the folder of a model or of signals that later methods use."""
         return Path(self.work) / name
 
 
@@ -127,71 +127,71 @@ def stock_teacher(case: Case, data: RunData) -> Predict:
         model, stock_arguments(case, num_iterations=20), train_dataset=dataset, metric=lambda *_: {"accuracy": 0.0}
     )
     trainer.train()
-    return classes_of(model)
+    return make_predict(model)
 
 
 def teacher(case: Case, data: RunData) -> Predict:
     model = train_teacher(data.labeled, case.body("teacher"), config=case.config)
-    save_model(model, case.kept("teacher"))
-    return classes_of(model)
+    save_model(model, case.artifact("teacher"))
+    return make_predict(model)
 
 
 def refined_teacher(case: Case, data: RunData) -> Predict:
-    model = load(case.kept("teacher"), device="cpu")
+    model = load(case.artifact("teacher"), device="cpu")
     refined, signals = refine_and_score(model, data.labeled, data.pool, config=case.config)
-    save_model(refined, case.kept("refined"))
-    signals.save(case.kept("signals"))
-    return classes_of(refined)
+    save_model(refined, case.artifact("refined"))
+    signals.save(case.artifact("signals"))
+    return make_predict(refined)
 
 
 def labels_alone(case: Case, data: RunData) -> Predict:
-    return classes_of(train_teacher(data.labeled, case.body("student"), config=case.config))
+    return make_predict(train_teacher(data.labeled, case.body("student"), config=case.config))
 
 
 def stock_student(case: Case, data: RunData) -> Predict:
-    refined = load(case.kept("refined"), device="cpu")
+    refined = load(case.artifact("refined"), device="cpu")
     model = new_model(case.body("student"), data.labeled.label_names).to("cpu")
     model.model_head = LogisticRegression()
     trainer = DistillationTrainer(
         teacher_model=refined,
         student_model=model,
         args=stock_arguments(case, max_steps=case.pair_steps),
-        train_dataset=Dataset.from_dict({"text": TeacherSignals.load(case.kept("signals")).texts}),
+        train_dataset=Dataset.from_dict({"text": TeacherSignals.load(case.artifact("signals")).texts}),
         metric=lambda *_: {"accuracy": 0.0},
     )
     trainer.train()
-    return classes_of(model)
+    return make_predict(model)
 
 
 def pairs_student(case: Case, data: RunData) -> Predict:
-    signals = TeacherSignals.load(case.kept("signals"))
-    each = max(1, -(-case.pair_steps * 16 // len(signals)))
-    config = case.config.model_copy(  # as SetFit trains, but for the targets
+    signals = TeacherSignals.load(case.artifact("signals"))
+    num_iterations = max(1, -(-case.pair_steps * 16 // len(signals)))
+    config = case.config.model_copy(  # SetFit's settings
         update={
             "objective": "pairs",
             "batch_size": 16,
-            "num_iterations": each,
+            "num_iterations": num_iterations,
             "epochs": 1,
             "learning_rate": 2e-5,
             "precision": "fp32",
             "freeze_embeddings": False,
         }
     )
-    return classes_of(train_student(signals, case.body("student"), labeled=data.labeled, config=config))
+    return make_predict(train_student(signals, case.body("student"), labeled=data.labeled, config=config))
 
 
 def student(case: Case, data: RunData) -> Predict:
-    signals = TeacherSignals.load(case.kept("signals"))
-    return classes_of(train_student(signals, case.body("student"), labeled=data.labeled, config=case.config))
+    signals = TeacherSignals.load(case.artifact("signals"))
+    return make_predict(train_student(signals, case.body("student"), labeled=data.labeled, config=case.config))
 
 
-def classes_of(model: SetFitModel) -> Predict:
+def make_predict(model: SetFitModel) -> Predict:
     return lambda texts: predict_proba(model, texts).argmax(axis=1)
 
 
-CONTESTANTS: dict[str, Callable[[Case, RunData], Predict]] = {
-    contestant.__name__: contestant
-    for contestant in (
+METHODS: dict[str, Callable[[Case, RunData], Predict]] = {
+    method.__name__: method
+    for method in (
         tfidf,
         frozen,
         stock_teacher,
@@ -203,13 +203,13 @@ CONTESTANTS: dict[str, Callable[[Case, RunData], Predict]] = {
         student,
     )
 }
-"""How each is trained; later ones may use what earlier ones kept."""
-OWN_PRECISION = ("teacher", "labels_alone", "student")
-"""Those that train in the precision that a probe finds faster; all others train in fp32, or not at all."""
+"""Training functions by name, in order: later methods use artifacts of earlier ones."""
+PROBED_PRECISION = ("teacher", "labels_alone", "student")
+"""Methods that train in the precision that a probe finds fastest; the others train in fp32 or not at all."""
 
 
-class Passes:
-    """Counts texts that pass through any body: those that gradients flow back through, and others."""
+class PassCounter:
+    """Counter of the texts in all forward passes, with and without gradients."""
 
     def __init__(self) -> None:
         self.training = self.encoding = 0
@@ -226,8 +226,8 @@ class Passes:
         SentenceTransformer.forward = forward  # type: ignore[method-assign, assignment]
 
 
-def compete(name: str, case: Case) -> dict[str, Any]:
-    """Train one contestant and measure it."""
+def run_method(name: str, case: Case) -> dict[str, Any]:
+    """Train and evaluate one method."""
     data = case.data()
     tests = data.evaluation
     assert isinstance(tests, LabeledSet)
@@ -235,12 +235,12 @@ def compete(name: str, case: Case) -> dict[str, Any]:
         tests = tests.take(np.sort(np.random.default_rng(0).permutation(len(tests))[: case.tests]))
     probed = resolve_precision("auto", case.body("student"), data.pool)
     case = replace(case, precision=probed.name)
-    passes = Passes()
-    started, used = time.perf_counter(), time.process_time()
-    predict = CONTESTANTS[name](case, data)
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
+    passes = PassCounter()
+    started, cpu_started = time.perf_counter(), time.process_time()
+    predict = METHODS[name](case, data)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    counted = {"training_passes": passes.training, "encoding_passes": passes.encoding}
+    counts = {"training_passes": passes.training, "encoding_passes": passes.encoding}
     quality = measure_quality(np.asarray(predict(tests.texts)), tests.labels, tests.label_names)
     return {
         "accuracy": quality.accuracy,
@@ -248,14 +248,14 @@ def compete(name: str, case: Case) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu_seconds, 2),
         "peak_mb": round(peak),
-        **counted,
-        "precision": probed.name if name in OWN_PRECISION else "fp32",
+        **counts,
+        "precision": probed.name if name in PROBED_PRECISION else "fp32",
         "tests": len(tests),
         "case": {name: value for name, value in asdict(case).items() if name in ("seed", "shots", "pool_size")},
     }
 
 
 if __name__ == "__main__":
-    contestant, case_file, result_file = sys.argv[1:]
-    result = compete(contestant, Case(**json.loads(Path(case_file).read_text())))
+    method_name, case_file, result_file = sys.argv[1:]
+    result = run_method(method_name, Case(**json.loads(Path(case_file).read_text())))
     Path(result_file).write_text(json.dumps(result, indent=2) + "\n")
