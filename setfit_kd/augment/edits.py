@@ -20,7 +20,7 @@ Edit = Callable[[str, str, np.random.Generator], str | None]
 """Function of two texts, each of at least two words, that returns a new text, or None if the edit does not apply."""
 
 REPLACE_WORDS = "replace"
-"""Name of the edit that ``fill`` makes, on all texts it was chosen for at the same time."""
+"""Name of the edit that ``fill`` makes, in one call for all texts it was chosen for."""
 
 _DELETE_PROBABILITY = 0.1
 _WORDS_PER_SWAP = 10

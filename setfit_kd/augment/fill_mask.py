@@ -115,9 +115,7 @@ class FillMask:
         filled = list(texts)
         size = self._batch_size
         batches = ([masked[row] for row in order[start : start + size]] for start in range(0, len(order), size))
-        parts = run_batches(
-            self._model, batches, self._sample_tokens, len(order), size=size, description="Replacing words"
-        )
+        parts = run_batches(self._model, batches, self._sample, len(order), size=size, description="Replacing words")
         sampled = iter([token for part in parts for token in part])
         for row in order:
             new_words = {word: self._token_texts[next(sampled)] for word in masked[row].words}
@@ -147,10 +145,8 @@ class FillMask:
         is_word[0, :n_known] &= [any(map(str.isalnum, text)) for text in token_texts]
         is_word[0, [token for token in self._special_ids if token < n_rows]] = False
         words = {token_texts[token] for token in np.flatnonzero(is_word[0]).tolist()}
-        without_space = [ids == [token] for token, ids in enumerate(tokenize(token_texts))]
-        is_word[1, :n_known] = [
-            is_single and text in words for is_single, text in zip(without_space, token_texts, strict=True)
-        ]
+        is_single = [ids == [token] for token, ids in enumerate(tokenize(token_texts))]
+        is_word[1, :n_known] = [single and text in words for single, text in zip(is_single, token_texts, strict=True)]
         return [*token_texts, *[""] * (n_rows - n_known)], is_word
 
     def _mask_words(self, text: str, rng: np.random.Generator) -> _MaskedText:
@@ -197,7 +193,7 @@ class FillMask:
                 words.append(_Word(first, last + 1, start, end))
         return words
 
-    def _sample_tokens(self, masked: list[_MaskedText], size: int) -> list[int]:
+    def _sample(self, masked: list[_MaskedText], size: int) -> list[int]:
         """Sample a token for each masked word, in batches of ``size`` texts."""
         sampled: list[int] = []
         for start in range(0, len(masked), size):

@@ -23,7 +23,7 @@ from setfit_kd.utils.escape import printable
 
 
 class _Group(click.Group):
-    """Command group that prints our errors in two lines and exits with their codes; an interrupt exits with 130."""
+    """Command group that prints errors of setfit-kd in two lines and exits with their codes; 130 after an interrupt."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from setfit_kd.cli.options import (
-    json_option,
-    output_options,
-    passed_settings,
-    pickle_option,
-    setting_options,
-    threads_option,
-)
+from setfit_kd.cli.options import json_option, output_options, passed, pickle_option, setting_options, threads_option
 from setfit_kd.config import RunConfig
 from setfit_kd.utils.escape import json_text
 
@@ -29,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--texts", "n_texts", type=click.IntRange(1), default=500, metavar="N",
               show_default=True, help="Number of texts to classify.")  # fmt: skip
 @threads_option
-@setting_options("device")
+@click.option("--device", metavar="DEVICE", help="Device: auto, cuda, cuda:N, mps or cpu. [default: cpu]")
 @json_option
 @pickle_option
 @output_options
@@ -45,15 +38,14 @@ def benchmark(
 
     MODEL is a bundle, a run folder, one of its students, or a SetFit model. Each model is measured in a separate
     process, one after the other: on single texts, then on batches of several sizes. Ratios are relative to the first
-    model. The texts come from --unlabeled, or from the bundled news corpus. The models run on the CPU unless --device
-    is set.
+    model. The texts come from --unlabeled, or from the bundled news corpus.
     """
     from setfit_kd.cli.output import echo, show_table
     from setfit_kd.data import read
     from setfit_kd.inference.benchmark import measure_speed
     from setfit_kd.utils.console import track
 
-    config = RunConfig.of(**{"unlabeled": "bundled:newswire", "device": "cpu", **passed_settings(flags)})
+    config = RunConfig.of(**{"unlabeled": "bundled:newswire", "device": "cpu", **passed(flags)})
     texts = read(config.unlabeled or "", text_column=config.text_column).texts
     texts = texts[:: max(1, len(texts) // n_texts)][:n_texts]
     speeds: dict[str, Speed] = {}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from setfit_kd.cli.options import json_option, output_options, passed_settings, pickle_option, setting_options
+from setfit_kd.cli.options import json_option, output_options, passed, pickle_option, setting_options
 from setfit_kd.config import RunConfig
 from setfit_kd.errors import ConfigError
 from setfit_kd.utils.escape import json_text
@@ -30,7 +30,7 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> Non
     from setfit_kd.memory import shared_backoff
     from setfit_kd.models import load
 
-    config = RunConfig.of(**passed_settings(flags))
+    config = RunConfig.of(**passed(flags))
     if config.eval is None:
         raise ConfigError("No evaluation texts specified.", hint="Pass labeled texts with --eval.")
     with shared_backoff(cpu_fallback=config.cpu_fallback):

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from setfit_kd.cli.options import FRACTION, output_options, passed_settings, pickle_option, setting_options
+from setfit_kd.cli.options import FRACTION, output_options, passed, pickle_option, setting_options
 from setfit_kd.config import BUNDLE_FORMATS, RunConfig
 from setfit_kd.errors import DataError
 
@@ -43,7 +43,7 @@ def export(
     RUN_OR_MODEL is a run folder, one of its students, a SetFit model or a transformer. The predictions of the bundle
     are compared with those of the model on the run's pool, or on the texts of --unlabeled.
     """
-    config = RunConfig.of(**passed_settings(flags))
+    config = RunConfig.of(**passed(flags))
 
     from setfit_kd.cli.output import echo
     from setfit_kd.export import export_bundle

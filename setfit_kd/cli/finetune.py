@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from setfit_kd.cli.options import json_option, output_options, passed_settings, setting_options
+from setfit_kd.cli.options import json_option, output_options, passed, setting_options
 from setfit_kd.config import FinetuneRunConfig
 from setfit_kd.utils.escape import json_text
 
@@ -30,7 +30,7 @@ def finetune(as_json: bool, **flags: Any) -> None:
     The checkpoint that is best on the validation texts is saved. For batches that do not fit in memory, set
     --micro-batch-size below --batch-size. To resume an interrupted fine-tuning, start the same command again.
     """
-    config = FinetuneRunConfig.of(**passed_settings(flags))
+    config = FinetuneRunConfig.of(**passed(flags))
 
     from setfit_kd.cli.output import echo, show_evaluations, show_table
     from setfit_kd.finetune import finetune_run

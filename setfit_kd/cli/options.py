@@ -50,7 +50,7 @@ def setting_options(*names: str, config_class: type[StageConfig] = RunConfig) ->
     return decorate
 
 
-def passed_settings(flags: dict[str, Any]) -> dict[str, Any]:
+def passed(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the settings whose flags were passed."""
     return {name: value for name, value in flags.items() if value is not None and value != ()}
 

@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from setfit_kd.cli.options import (
-    FRACTION,
-    output_options,
-    passed_settings,
-    pickle_option,
-    setting_options,
-    threads_option,
-)
+from setfit_kd.cli.options import FRACTION, output_options, passed, pickle_option, setting_options, threads_option
 from setfit_kd.config import RunConfig
 from setfit_kd.errors import ConfigError, DataError
 
@@ -64,7 +57,7 @@ def predict(
     from setfit_kd.memory import shared_backoff
     from setfit_kd.utils.console import show_progress, track
 
-    config = RunConfig.of(**passed_settings(flags))
+    config = RunConfig.of(**passed(flags))
     if output is not None:
         check_output(output)
         if any(Path(file).resolve() == output.resolve() for file in files):
@@ -85,12 +78,8 @@ def predict(
         stdout = sys.stdout.buffer
         destination = predictions_file(output, names, columns) if output else predictions_stream(stdout, names)
         # A progress bar would be mixed with the predictions on the terminal.
-        progress = show_progress(None) if output is None and sys.stdout.isatty() else nullcontext()
-        with (
-            progress,
-            destination as write,
-            track("Classifying", len(texts) if texts and not files else None) as advance,
-        ):
+        quiet = show_progress(None) if output is None and sys.stdout.isatty() else nullcontext()
+        with quiet, destination as write, track("Classifying", len(texts) if texts and not files else None) as advance:
             for part in classify(classifier, _texts(texts, files, config.text_column), threshold=threshold):
                 write(part)
                 advance(len(part.texts))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from setfit_kd.cli.options import output_options, passed_settings, setting_options
+from setfit_kd.cli.options import output_options, passed, setting_options
 from setfit_kd.config import DEFAULT_PRESET, PRESETS, RunConfig, preset, read_config
 from setfit_kd.errors import ConfigError
 from setfit_kd.utils.escape import printable
@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 @click.option("--resume", type=click.Path(path_type=Path), default=None, metavar="RUN",
               help="Resume the run in this folder, with its settings unless you override them.")  # fmt: skip
 @setting_options()
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Check all inputs, print the settings and the number of texts and steps of each stage, and exit.",
-)
+@click.option("--dry-run", is_flag=True, help="Check all inputs, print the settings and the planned stages, and exit.")
 @output_options
 def run(
     preset_name: str | None,
@@ -51,7 +47,7 @@ def run(
     that was training. If you change settings, only the stages that depend on them run again.
     """
     file_settings = read_config(config_file) if config_file else {}
-    flag_settings = passed_settings(flags)
+    flag_settings = passed(flags)
     if resume is not None and preset_name is not None:
         raise ConfigError("--resume cannot be combined with --preset.", hint="Remove --preset.")
     if resume is not None and flag_settings.keys() & {"output_dir", "overwrite"}:
@@ -74,7 +70,7 @@ def run(
     try:
         result = run_pipeline(config, resume=resume is not None)
     except BaseException:
-        # Click prints the error message first, and closes its context after that.
+        # Runs when click closes its context, so that the hint appears below the error message.
         click.get_current_context().find_root().call_on_close(partial(_print_resume_hint, config.output_dir))
         raise
     _print_result(result)

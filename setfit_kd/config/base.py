@@ -29,7 +29,6 @@ _NOT_FINGERPRINTED = frozenset(
 )
 """Settings that affect how a stage runs, but not its result."""
 
-
 Family = Literal["setfit", "transformer"]
 """Model family: SetFit (a head on a sentence-transformers body) or a transformers classifier trained end to end."""
 
@@ -53,7 +52,6 @@ _FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
     },
 }
 """Defaults that depend on the model family."""
-
 
 Value = TypeVar("Value")
 
@@ -123,9 +121,7 @@ class StageConfig(BaseModel):
 
     def with_family_defaults(self, family: Family) -> Self:
         """Return a copy in which the defaults of a model family replace unset (None) settings."""
-        defaults = {
-            name: value for name, value in _FAMILY_DEFAULTS[family].items() if getattr(self, name, value) is None
-        }
+        defaults = {key: value for key, value in _FAMILY_DEFAULTS[family].items() if getattr(self, key, value) is None}
         return self.model_copy(update=defaults)
 
     @classmethod

@@ -31,8 +31,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 DEFAULT_PRESET = "ag_news"
 OFFLINE_COMMAND = "setfit-kd run --preset newswire --output-dir runs/newswire"
-
-
 _MAX_BYTES = 1 << 18
 
 
@@ -75,8 +73,5 @@ def read_config(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"Expected a mapping of settings in {path}, got a {type(content).__name__}.",
-            hint="Write one `name: value` per line.",
-        )
+        raise ConfigError(f"{path} must contain a mapping of settings.", hint="Write one `name: value` per line.")
     return {str(name).replace("-", "_"): value for name, value in content.items()}

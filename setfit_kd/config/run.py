@@ -67,10 +67,7 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
     )
     output_dir: OutputDir | None = Field(None, description="Output folder of the run. [default: runs/NAME]")
     target_accuracy: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Report the confidence threshold that reaches this accuracy.",
+        None, gt=0, le=1, description="Report the confidence threshold that reaches this accuracy."
     )
     seeds: int = Field(
         1,
@@ -92,9 +89,7 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
         if self.augment_model is not None and self.augment is None:
             raise ValueError("augment_model: set augment to the number of augmented texts")
         if self.augment is not None and self.signals is not None:
-            raise ValueError(
-                "augment: cannot be combined with signals, because a teacher must label the augmented texts"
-            )
+            raise ValueError("augment: cannot be combined with signals; a teacher must label the augmented texts")
         return self
 
     @model_validator(mode="after")

@@ -74,8 +74,7 @@ class AugmentConfig(StageConfig):
         "[default: none]",
     )
     augment_model: Name | None = Field(
-        None,
-        description="Masked language model that replaces words in some augmented texts. [default: none]",
+        None, description="Masked language model that replaces words in some augmented texts. [default: none]"
     )
     augment_confidence: float = Field(
         0.6, ge=0, le=1, description="Minimum teacher confidence to keep an augmented text."

@@ -49,7 +49,6 @@ Names = Annotated[
 ]
 OutputDir = Annotated[Path, BeforeValidator(_check_path)]
 
-
 BUNDLE_FORMATS = ("onnx", "onnx-int8", "static")
 IN_BATCH_OBJECTIVES = ("similarity", "embedding", "soft-labels")
 

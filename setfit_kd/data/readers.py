@@ -67,10 +67,7 @@ def _delimited_reader(delimiter: str) -> Callable[[Path], Iterator[Record]]:
                     raise DataError(f"{path} is empty.", hint="Use a file with a header and at least two rows.")
                 duplicates = sorted({name for name in header if header.count(name) > 1})
                 if duplicates:
-                    raise DataError(
-                        f"{path}: the header has the column {duplicates[0]!r} more than once.",
-                        hint="Rename one of them.",
-                    )
+                    raise DataError(f"{path}: column {duplicates[0]!r} occurs twice.", hint="Rename one of them.")
                 start = reader.line_num + 1
                 for fields in reader:
                     if fields:

@@ -29,27 +29,14 @@ Decode: TypeAlias = Callable[[Sequence[int]], str]
 """Converts token ids to text."""
 
 TextRow: TypeAlias = tuple[str | None, Mapping[str, Any]]
-"""The text of a row, or None if it has no usable text, and the other columns."""
+"""A pair: the text of a row (None if unusable), and its other columns."""
 
 _TOKEN_IDS = "input_ids"
 BUNDLED_FOLDER = Path(__file__).parent
 _HUB_SOURCE = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?(?:@[\w./-]+)?)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>[\w.-]+)\])?"
 )
-_FILE_EXTENSIONS = (
-    ".csv",
-    ".tsv",
-    ".json",
-    ".jsonl",
-    ".txt",
-    ".parquet",
-    ".xlsx",
-    ".xls",
-    ".gz",
-    ".zip",
-    ".bz2",
-    ".xz",
-)
+_FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet", ".xlsx", ".xls", ".gz", ".zip", ".bz2", ".xz")
 _MAX_SHOWN_ERRORS = 3
 _SPLITS = {"train": ["train"], "validation": ["validation", "dev"], "test": ["test", "validation"]}
 """Names of the splits to try for each role; the first one that exists is used."""
@@ -104,7 +91,7 @@ def read(
 
     Args:
         source: See `Source`. A name is tried as ``bundled:NAME``, then as a path, then as a hub name, optionally with
-            a configuration and a split: ``NAME:CONFIG[SPLIT]``.
+            a configuration and a split: ``NAME@REVISION:CONFIG[SPLIT]``.
         text_column: Columns that make up the text, joined by a space.
         label_column: Column of the label; None reads only texts.
         role: ``train``, ``validation`` or ``test``; selects the split if the source has several and none is named.
@@ -138,10 +125,10 @@ def _decode_records(records: Iterable[Record], text_column: str, decode: Decode)
 def stream_texts(source: Source, *, text_column: Sequence[str] = ("text",)) -> Iterator[str]:
     """Yield the texts of a source one by one, without loading a whole file into memory.
 
-    Unusable rows are skipped and raise an error after the last row.
+    Unusable rows are skipped.
 
     Raises:
-        DataError: See `read`.
+        DataError: See `read`; for unusable rows, after the last row.
         UnavailableError: If the hub cannot be reached.
     """
     for text, _, _ in _rows(_open(source, "train"), text_column):
@@ -151,18 +138,17 @@ def stream_texts(source: Source, *, text_column: Sequence[str] = ("text",)) -> I
 def stream_rows(source: Source, *, text_column: Sequence[str] = ("text",)) -> Iterator[TextRow]:
     """Yield the text of each row, or None if it is unusable, and the row's other columns.
 
-    Text columns are among the other columns, except for the default ``text``. Files are not loaded into memory as a
-    whole.
-    After the last row, a warning lists the rows without a usable text.
+    The other columns include those named in ``text_column``; only the default column ``text`` is left out. Files are
+    not loaded into memory as a whole. After the last row, a warning lists the rows without a usable text.
 
     Raises:
         DataError: If the source cannot be read or lacks a text column.
         UnavailableError: If the hub cannot be reached.
     """
     table = _open(source, "train")
-    is_default = not table.has_columns or tuple(text_column) == ("text",)
+    drop_text = not table.has_columns or tuple(text_column) == ("text",)
     for text, _, record in _rows(table, text_column, strict=False):
-        yield text or None, {name: value for name, value in record.items() if not (is_default and name == "text")}
+        yield text or None, {name: value for name, value in record.items() if not (drop_text and name == "text")}
 
 
 def check_texts(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[TextRow]:
@@ -185,8 +171,8 @@ def _rows(
 ) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Yield the text, the label ("" without a label column) and the record of each row.
 
-    If ``strict``, unusable rows are skipped and raise an error after the last row. Otherwise their text is "", and a
-    warning lists them after the last row.
+    If ``strict``, unusable rows are skipped, and an error that lists them is raised after the last row. Otherwise
+    their text is "", and a warning lists them after the last row.
     """
     columns = text_column if table.has_columns else ("text",)
     errors = RowErrors(table.origin, table.unit)
@@ -210,7 +196,7 @@ def _rows(
     if errors.total and strict:
         raise DataError(f"{errors}.", hint="Fix or remove these rows.")
     if errors.total:
-        logger.warning("No label for unusable rows: %s.", errors)
+        logger.warning("Rows without a usable text get no prediction: %s.", errors)
 
 
 class RowErrors:
@@ -284,7 +270,8 @@ def _get_label(value: object, declared_labels: tuple[str, ...]) -> tuple[str, st
         value = int(value)
     if isinstance(value, str):
         name = value.strip()
-        return name, _unicode_error(name) if name else "no label"
+        problem = _unicode_error(name) if name else "no label"
+        return name, problem
     if not isinstance(value, int):
         return "", f"expected a string or an integer as label, got {type(value).__name__}"
     if declared_labels:
@@ -355,7 +342,7 @@ def _open_named(name: str, role: str, label_column: str | None) -> _Table:
     if path.is_file():
         raise unsupported_format(path)
     match = _HUB_SOURCE.fullmatch(name)
-    if match is None or name.startswith((".", "~")) or name.lower().endswith(_FILE_EXTENSIONS):
+    if match is None or name.startswith((".", "~")) or name.lower().endswith(_FILE_SUFFIXES):
         raise DataError(f"No such file or folder: {name}.", hint="Check the path.")
     return _open_hub(match["name"], match["config"], match["split"], role, label_column)
 

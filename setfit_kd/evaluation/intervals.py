@@ -46,8 +46,8 @@ def bootstrap_quality(
     kinds, counts = np.unique(np.column_stack(columns), axis=0, return_counts=True)
 
     def metrics(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        metrics = _weighted_metrics(weights, kinds[:, 0], kinds[:, 1], n_classes)
-        return metrics if other is None else metrics - _weighted_metrics(weights, kinds[:, 0], kinds[:, 2], n_classes)
+        first = _weighted_metrics(weights, kinds[:, 0], kinds[:, 1], n_classes)
+        return first if other is None else first - _weighted_metrics(weights, kinds[:, 0], kinds[:, 2], n_classes)
 
     values = metrics(counts[None, :].astype(np.float64))[0]
     resampled = np.concatenate([metrics(weights) for weights in _resamples(counts, seed)])

@@ -79,17 +79,14 @@ class Evaluation:
             quality, cost = Quality(**measured["quality"], classes=classes), Cost(**measured["cost"])
             probabilities = np.array(load_rows(folder / _PROBABILITIES), np.float32)
             gold = class_indices(measured["gold"], len(classes))
-            if probabilities.shape != (len(gold), len(classes)):
-                raise ValueError(
-                    f"expected probabilities of shape {(len(gold), len(classes))}, got {probabilities.shape}"
-                )
+            shape = (len(gold), len(classes))
+            if probabilities.shape != shape:
+                raise ValueError(f"expected probabilities of shape {shape}, got {probabilities.shape}")
             if not np.isfinite(probabilities).all():
                 raise ValueError("probabilities must be finite")
             return cls(quality, cost, probabilities, gold)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"Cannot read the evaluation in {folder} ({error}).", hint="Evaluate the model again."
-            ) from None
+            raise DataError(f"Cannot read the evaluation in {folder} ({error}).", hint="Evaluate again.") from None
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -112,9 +109,8 @@ class Evaluation:
 
     def difference_to(self, other: Evaluation) -> dict[str, Interval]:
         """Compute the difference in ``accuracy`` and ``macro_f1`` to another evaluation on the same texts."""
-        return bootstrap_quality(
-            self.gold, self.predicted, n_classes=self.probabilities.shape[1], other=other.predicted
-        )
+        n_classes = self.probabilities.shape[1]
+        return bootstrap_quality(self.gold, self.predicted, n_classes=n_classes, other=other.predicted)
 
     def operating_point(self, target: float) -> OperatingPoint | None:
         """Find the lowest threshold at which the answers reach the target accuracy; see `threshold_for`."""
@@ -122,10 +118,8 @@ class Evaluation:
 
     def as_dict(self, *, target_accuracy: float | None = None) -> dict[str, Any]:
         """Return all results as plain values for JSON; a target accuracy adds its operating point as ``answering``."""
-        intervals = {
-            f"{name}_interval": [interval.low, interval.high]
-            for name, interval in {**self.intervals, **self.calibration_intervals}.items()
-        }
+        all_intervals = {**self.intervals, **self.calibration_intervals}
+        intervals = {f"{name}_interval": [interval.low, interval.high] for name, interval in all_intervals.items()}
         values = {**asdict(self.quality), **intervals, **asdict(self.calibration), **asdict(self.cost)}
         if target_accuracy is not None:
             point = self.operating_point(target_accuracy)

@@ -70,15 +70,13 @@ def prepare_publication(model: str | Path, name: str) -> Publication:
         ModelError: If the folder does not exist, is not a classifier, or cannot be loaded.
     """
     if not hub.is_repo_id(name):
-        raise InputError(f"{name!r} is not a valid repository name.", hint="Use the form OWNER/NAME.")
+        raise InputError(f"{name!r} is not a valid repository name.", hint="Use OWNER/NAME.")
     if not Path(model).is_dir():
         raise ModelError(f"No such folder: {model}.", hint="Pass the folder of a run or of a model.")
     folder = classifier_folder(model)
     head = load_head(folder)
     if head is None and transformer_label_names(folder) is None:
-        raise ModelError(
-            f"Found no classifier in {folder}.", hint="Pass the folder of a run or of one of its students."
-        )
+        raise ModelError(f"Found no classifier in {folder}.", hint="Pass the folder of a run or of a student.")
     load_folder(folder)  # a model that cannot be loaded must not be published
     modules = {"", *module_folders(folder)}
     files: dict[str, Path | bytes] = {}

@@ -48,9 +48,7 @@ def tokenizer_settings(body: SentenceTransformer) -> TokenizerSettings:
         return TokenizerSettings(body.tokenizer.to_str(), max_length, False, 0, prefix)
     backend = getattr(body.tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ModelError(
-            "Only models with a fast tokenizer can be exported.", hint="Train a student with another body."
-        )
+        raise ModelError("Only models with a fast tokenizer can be exported.", hint="Use another student body.")
     limits = (body.max_seq_length, body.tokenizer.model_max_length)
     length = min((limit for limit in limits if limit), default=_NO_LIMIT)
     max_length = int(length) if length < _NO_LIMIT else None

@@ -225,7 +225,7 @@ def _check_output(folder: Path, *, overwrite: bool) -> set[str]:
         written = {str(name) for name in metrics.get(_FILES, [METRICS])}
     except (OSError, ValueError, AttributeError, TypeError):
         raise OutputError(
-            f"The folder {folder} contains other files than a model written by `setfit-kd finetune`.",
+            f"The folder {folder} is not empty and was not written by `setfit-kd finetune`.",
             hint="Choose another --output-dir.",
         ) from None
     if not overwrite:

@@ -39,7 +39,7 @@ def finetune(
             family, which is changed in place.
         validation: Labeled texts to evaluate on during training; the weights with the best metric are restored.
         config: The settings; they can also be passed as keyword arguments, as in ``finetune(..., epochs=5)``.
-        description: Label of the progress bar.
+        description: Name of the phase in the progress bar and in messages.
         checkpoints: Folder for checkpoints. Training resumes from a checkpoint that is already in it, so use a separate
             folder for each training.
         history: List that the evaluations on the validation texts are appended to, each with ``step``, ``accuracy`` and

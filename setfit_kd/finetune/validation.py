@@ -31,7 +31,7 @@ class ValidationCallback(EvaluationCallback):
         eval_steps: Steps between evaluations; the last step is evaluated, too.
         halve_learning_rate: Whether to halve the learning rate after each evaluation without improvement.
         encode_batch_size: Texts per forward pass.
-        results: Step and all scores of each evaluation; ``history`` has the score of the metric only.
+        results: Step and all scores of each evaluation; the inherited ``history`` has the score of ``metric`` only.
     """
 
     validation: LabeledSet
@@ -47,11 +47,11 @@ class ValidationCallback(EvaluationCallback):
 
     def measure(self, step: int) -> float:
         """Evaluate on the validation texts; return the metric."""
-        with show_progress(None):  # no second bar below that of the training
+        with show_progress(None):  # None hides the bar, since the training has one
             embeddings = embed(
                 self.body, self.validation.texts, batch_size=self.encode_batch_size, description="Validating"
             )
-        head = get_head(self.body)  # the classification layer of the transformer
+        head = get_head(self.body)  # the classification layer is part of the transformer
         predicted = head.predict_proba(np.asarray(embeddings, np.float64)).argmax(axis=1)
         scores = measure_quality(predicted, self.validation.labels, self.validation.label_names).scores
         self.results.append({"step": step, **scores})

@@ -182,9 +182,8 @@ def _download(name: str, kind: Kind, **options: Any) -> Path:
 
     repository, revision = split_revision(name)
     options = {**(_MODEL_FILES if kind == "model" else {}), **options, "revision": revision}
-    return Path(
-        snapshot_download(repository, repo_type=kind, endpoint=endpoint(), cache_dir=_cache_folder(), **options)
-    )
+    folder = snapshot_download(repository, repo_type=kind, endpoint=endpoint(), cache_dir=_cache_folder(), **options)
+    return Path(folder)
 
 
 def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, private: bool | None = None) -> str:
@@ -208,9 +207,7 @@ def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, privat
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     if is_offline():
-        raise UnavailableError(
-            f"Cannot upload {name!r}: {_format_reason(None)}.", hint="Unset HF_HUB_OFFLINE to upload."
-        )
+        raise UnavailableError(f"Cannot upload {name!r}: {_format_reason(None)}.", hint="Unset HF_HUB_OFFLINE.")
     operations = [CommitOperationAdd(path, content) for path, content in files.items()]
     hub = HfApi(endpoint=endpoint())
     try:
@@ -225,9 +222,7 @@ def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, privat
             hub.create_repo(name, private=private, exist_ok=True)
             hub.create_commit(name, operations=operations, commit_message=message)
     except HFValidationError as error:
-        raise InputError(
-            f"{name!r} is not a valid repository name ({error}).", hint="Use the form OWNER/NAME."
-        ) from error
+        raise InputError(f"{name!r} is not a valid repository name ({error}).", hint="Use OWNER/NAME.") from error
     except Exception as error:
         if _http_status(error) is None and not _is_hub_error(error):  # a model card is rejected with a ValueError
             raise
@@ -298,23 +293,21 @@ def _format_reason(error: Exception | None, transfer: str = "download from") -> 
 
 def _download_error(error: Exception | None, name: str, kind: Kind) -> SetFitKDError:
     """Return the error to raise for a failed download."""
-    label = f"The {'data set' if kind == 'dataset' else 'model'} {name!r}"
+    label, hub = f"The {'data set' if kind == 'dataset' else 'model'} {name!r}", f"the hub at {display_endpoint()}"
     status = _http_status(error)
     if status in (401, 403):
         return InputError(
-            f"{label} does not exist or requires a login: the hub at {display_endpoint()} returned HTTP {status}.",
+            f"{label} does not exist or requires a login: {hub} returned HTTP {status}.",
             hint="Check the name. If it is private or gated, log in with `hf auth login` or set HF_TOKEN.",
         )
     if status == 404 and "@" in name and type(error).__name__ == "RevisionNotFoundError":
         repository, revision = split_revision(name)
         return InputError(
-            f"{repository!r} on the hub at {display_endpoint()} has no revision {revision!r}.",
-            hint="Use a branch, a tag or a commit.",
+            f"{repository!r} on {hub} has no revision {revision!r}.", hint="Use a branch, a tag or a commit."
         )
     if status == 404:
         return InputError(
-            f"{label} is not a local path and does not exist on the hub at {display_endpoint()} (HTTP 404).",
-            hint="Check the name.",
+            f"{label} is not a local path and does not exist on {hub} (HTTP 404).", hint="Check the name."
         )
     reason = _format_reason(error)
     hint = f"Run this command, which works without the hub: {OFFLINE_COMMAND}"

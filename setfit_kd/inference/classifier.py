@@ -57,7 +57,7 @@ def _convert_bundle_errors() -> Iterator[None]:
     except BundleError as error:
         raise ModelError(str(error), hint="Export or copy the bundle again.") from None
     except ImportError as error:
-        raise UnavailableError("This bundle needs onnxruntime.", hint="pip install onnxruntime") from error
+        raise UnavailableError("This bundle needs onnxruntime.", hint="Install it: pip install onnxruntime") from error
 
 
 class _BundleClassifier(Classifier):

@@ -169,9 +169,7 @@ def _parquet(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[Wr
         def write(chunk: Predictions) -> None:
             missing = np.array([text is None for text in chunk.texts])
             highest = chunk.probabilities.max(axis=1)
-            probabilities = [
-                pa.array(values, pa.float32(), mask=missing) for values in (highest, *chunk.probabilities.T)
-            ]
+            probabilities = [pa.array(p, pa.float32(), mask=missing) for p in (highest, *chunk.probabilities.T)]
             other = [to_arrow([row.get(name) for row in chunk.columns], dtype) for name, dtype in columns.items()]
             texts, labels = pa.array(chunk.texts, pa.string()), pa.array(chunk.labels, pa.string())
             table.write_batch(pa.record_batch([*other, texts, labels, *probabilities], schema=schema))
@@ -195,10 +193,7 @@ def check_output(path: Path) -> None:
         ConfigError: If the extension is unknown.
     """
     if path.suffix.lower() not in _FORMATS:
-        raise ConfigError(
-            f"Cannot write predictions to {path}: unknown file extension {path.suffix!r}.",
-            hint=f"Use one of {', '.join(_FORMATS)}.",
-        )
+        raise ConfigError(f"Unknown file extension: {path}.", hint=f"Use one of {', '.join(_FORMATS)}.")
 
 
 @contextmanager

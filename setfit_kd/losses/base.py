@@ -111,7 +111,7 @@ class BatchLoss(nn.Module, ABC):
 
 
 def _select_rows(value: Tensor, rows: Tensor, length: int, *, mask: Tensor) -> Tensor:
-    """Select rows of a feature and cut token features to ``length``; return features not per text unchanged."""
+    """Select rows of a feature and cut token features to ``length``; return any other feature unchanged."""
     if not isinstance(value, Tensor) or value.shape[:1] != mask.shape[:1]:
         return value
     return value[rows, :length] if value.shape[:2] == mask.shape else value[rows]

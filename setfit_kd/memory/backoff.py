@@ -186,12 +186,7 @@ class OOMBackoff:
         """Allow one retry of the current attempt after a later error, unless it has been retried before."""
         self._can_repeat = self.attempt not in self._retried
 
-    def run(
-        self,
-        function: Callable[[Attempt], T],
-        *,
-        clear: Callable[[], None] = lambda: None,
-    ) -> T:
+    def run(self, function: Callable[[Attempt], T], *, clear: Callable[[], None] = lambda: None) -> T:
         """Call a function with the current attempt, and back off until it no longer runs out of memory.
 
         Args:
@@ -256,7 +251,7 @@ class OOMBackoff:
             tried = " and ".join(f"on {device}" for device in sizes)
         else:
             tried = "with " + " and ".join(
-                f"batch size {', '.join(tried)} on {device}" for device, tried in sizes.items()
+                f"batch size {', '.join(failed)} on {device}" for device, failed in sizes.items()
             )
         hints = ["Use a smaller model", *_HINTS[self._kind]]
         if _is_accelerator(self._first.device) and not self._state.cpu_fallback:
@@ -286,8 +281,7 @@ def _format_event(event: BackoffEvent) -> str:
     if event.free_before is not None and event.free_after is not None:
         free_before, free_after = _megabytes(event.free_before), _megabytes(event.free_after)
         free = f" ({free_before:,} MiB free, {free_after:,} MiB after clearing the cache)"
-    position = _format_position(event.kind, event.step)
-    return f"{event.phase}{position}: out of memory on {before.device}{free}; {action}."
+    return f"{event.phase}{_format_position(event.kind, event.step)}: out of memory on {before.device}{free}; {action}."
 
 
 def _format_position(kind: str, step: int | None) -> str:

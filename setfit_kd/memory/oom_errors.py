@@ -26,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     messages of CUDA, cuBLAS and cuDNN, HIP, MPS, torch's CPU allocator and onnxruntime. Messages count only for the
     error types that these libraries raise, so a `KeyError` that mentions memory does not match.
     """
-    # An interrupt while an out-of-memory error is handled stays an interrupt.
+    # Ctrl+C while an out-of-memory error is handled must end the run: a KeyboardInterrupt is no Exception.
     return isinstance(error, Exception) and any(map(_reports_oom, error_chain(error)))
 
 

@@ -200,9 +200,9 @@ def load_head(folder: Path) -> LogisticRegression | None:
         description = read_json(folder / HEAD_CONFIG)
         weights = load_file(check_regular_file(folder / HEAD_WEIGHTS))
         if description["format"] != _FORMAT or description["kind"] != _KIND:
+            kind, number = description["kind"], description["format"]
             raise ModelError(
-                f"The head in {folder} must be {_KIND} of format {_FORMAT}, got {description['kind']} of format "
-                f"{description['format']}.",
+                f"The head in {folder} must be {_KIND} of format {_FORMAT}, got {kind} of format {number}.",
                 hint="Upgrade setfit-kd.",
             )
         head = new_head()
@@ -214,11 +214,8 @@ def load_head(folder: Path) -> LogisticRegression | None:
         raise ModelError(f"Cannot read the head in {folder}: {error}", hint="Train the model again.") from None
     n_rows = 1 if len(head.classes_) == 2 else len(head.classes_)
     if head.coef_.ndim != 2 or head.coef_.shape[0] != n_rows or head.intercept_.shape != (n_rows,):
-        raise ModelError(
-            f"The head in {folder} must have {n_rows} rows for {len(head.classes_)} classes, got weights of shape "
-            f"{head.coef_.shape} and intercepts of shape {head.intercept_.shape}.",
-            hint="Train the model again.",
-        )
+        n_classes = len(head.classes_)
+        raise ModelError(f"The head in {folder} does not match its {n_classes} classes.", hint="Train the model again.")
     if not (np.isfinite(head.coef_).all() and np.isfinite(head.intercept_).all()):
         raise ModelError(f"The weights of the head in {folder} are not all finite.", hint="Train the model again.")
     head.n_features_in_ = head.coef_.shape[1]

@@ -157,19 +157,14 @@ def load_folder(folder: Path, *, trust_pickle: bool = False) -> SetFitModel:
     names = transformer_label_names(folder)
     if names is not None:
         if len(names) < 2:
-            raise ModelError(
-                f"The model in {folder} is not a classifier: it has a single output.", hint="Use a classifier."
-            )
+            raise ModelError(f"The model in {folder} has a single output.", hint="Use a classifier.")
         model = new_model(BodySource(folder, "transformer").load(names), names)
         model.model_head = get_head(model.model_body)
         return model
     head = load_head(folder)
     if head is None:
         if not (folder / _PICKLED_HEAD).is_file():
-            raise ModelError(
-                f"The model in {folder} is not a classifier: it has no head.",
-                hint="Use a run folder or a SetFit model.",
-            )
+            raise ModelError(f"The model in {folder} has no head.", hint="Use a run folder or a SetFit model.")
         if not trust_pickle:
             raise ModelError(
                 f"The head in {folder} is a pickle, which can run arbitrary code.",

@@ -139,14 +139,13 @@ def to_distilbert(body: SentenceTransformer, layers: Sequence[int]) -> SentenceT
     if family_of(body) != "transformer" or transformer_module(body).model.config.model_type != "bert":
         raise ModelError(
             "Only layers of a BERT can be converted to a DistilBERT.",
-            hint="Use layers without :distilbert, which keeps the model type.",
+            hint="Use layers without :distilbert to keep the model type.",
         )
     small = transformer_module(cut_layers(body, layers))
     bert: Any = small.model.config
     if bert.hidden_act not in ("gelu", "relu") or bert.is_decoder:
         raise ModelError(
-            f"To convert a BERT to a DistilBERT, it must be an encoder with gelu or relu activation, got "
-            f"hidden_act={bert.hidden_act}, is_decoder={bert.is_decoder}.",
+            f"Expected an encoder with gelu or relu, got hidden_act={bert.hidden_act}, is_decoder={bert.is_decoder}.",
             hint="Use layers without :distilbert.",
         )
     config = DistilBertConfig(

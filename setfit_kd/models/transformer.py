@@ -1,4 +1,4 @@
-"""Sequence-classification transformers as bodies: the input of the last layer is the embedding, that layer the head."""
+"""Sequence-classification transformers as bodies, with the input of the last layer as the embedding."""
 
 from __future__ import annotations
 

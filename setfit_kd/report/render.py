@@ -21,14 +21,7 @@ from setfit_kd.utils.escape import short_class_name, truncate
 if TYPE_CHECKING:
     from setfit_kd.evaluation import Evaluation, Interval, SeedSummary, Spread
 
-SEED_HEADINGS = (
-    "accuracy",
-    "macro-F1",
-    "agreement",
-    "calibration error",
-    "difference to teacher",
-    "difference to baseline",
-)
+SEED_HEADINGS = ("accuracy", "macro-F1", "agreement", "calibration error", "minus teacher", "minus baseline")
 _SETFIT = "config_setfit.json"
 _REMOVED = {
     "labeled_duplicates": "labeled texts removed (duplicates)",
@@ -144,10 +137,7 @@ def _template_values(summary: RunSummary) -> dict[str, Any]:
             "confusions_title": (
                 "Confusion matrix" if len(summary.label_names) <= MAX_CLASSES else "Most frequent confusions"
             ),
-            "matrices": [
-                _confusion_matrix(name, evaluation, summary.label_names)
-                for name, evaluation in summary.evaluations.items()
-            ],
+            "matrices": [_confusion_matrix(name, e, summary.label_names) for name, e in summary.evaluations.items()],
         }
     return values
 
@@ -176,10 +166,10 @@ def verdict(summary: RunSummary) -> str:
     else:
         teacher_name = "its teacher" if len(summary.config.teacher) == 1 else "the average of its teachers"
         speedup = evaluation.cost.texts_per_second / max(teacher.cost.texts_per_second, 0.1)
-        size_ratio = max(teacher.cost.megabytes, 0.1) / max(evaluation.cost.megabytes, 0.1)
+        size = max(evaluation.cost.megabytes, 0.1) / max(teacher.cost.megabytes, 0.1)
         text += (
             f", {_difference_to(teacher_name, best.differences[TEACHER])}, at {speedup:,.1f} times the speed and "
-            f"{_size(size_ratio)} the size."
+            f"{size:.{0 if size >= 0.01 else 2}%} of the size."
         )
     if BASELINE in best.differences:
         baseline = "the baseline trained on the labels only"
@@ -196,10 +186,6 @@ def _accuracy(summary: RunSummary, student: StudentSummary) -> float:
     """Accuracy of a student; its mean in a run with several seeds."""
     seeds = summary.seed_summaries.get(student.name)
     return seeds.figures["accuracy"].mean if seeds else student.evaluation.quality.accuracy
-
-
-def _size(ratio: float) -> str:
-    return f"1/{ratio:,.1f} of" if ratio >= 1 else f"{1 / ratio:,.1f} times"
 
 
 def _difference_to(reference: str, difference: Mapping[str, Interval]) -> str:

@@ -161,21 +161,17 @@ def read_summary(folder: str | Path) -> RunSummary:
 def _summarize_seeds(folder: Path, manifest: Manifest, evaluations: dict[str, Evaluation]) -> dict[str, SeedSummary]:
     if not manifest.seeds:
         return {}
+    hint = f"Run `setfit-kd run --resume {folder}` to evaluate again."
     try:
         further_seeds = [
             {name: Evaluation.load(folder / SEEDS / str(seed) / EVALUATION / name) for name in evaluations}
             for seed in manifest.seeds[1:]
         ]
     except DataError as error:
-        raise DataError(
-            error.message, hint=f"Run `setfit-kd run --resume {folder}` to evaluate the missing seeds."
-        ) from None
+        raise DataError(error.message, hint=hint) from None
     first = next(iter(evaluations))
     if any(not np.array_equal(seed[first].gold, evaluations[first].gold) for seed in further_seeds):
-        raise DataError(
-            f"The seeds in {folder} were not evaluated on the same texts.",
-            hint=f"Run `setfit-kd run --resume {folder}` to evaluate again.",
-        )
+        raise DataError(f"The seeds in {folder} were not evaluated on the same texts.", hint=hint)
     references = {name: reference_models(name, evaluations) for name in manifest.students.values()}
     summaries = summarize_seeds([evaluations, *further_seeds], references)
     return {display_name(name): summary for name, summary in summaries.items()}
@@ -194,10 +190,8 @@ def _summarize_student(
 ) -> StudentSummary:
     student = evaluations[name]
     teacher = evaluations.get(TEACHER, student)
-    differences = {
-        role: student.difference_to(evaluations[reference])
-        for role, reference in reference_models(name, evaluations).items()
-    }
+    references = reference_models(name, evaluations)
+    differences = {role: student.difference_to(evaluations[path]) for role, path in references.items()}
     confidence = student.probabilities.max(axis=1)
     distance = np.abs(student.probabilities - teacher.probabilities).sum(axis=1)
     distance[student.predicted == teacher.predicted] = 0

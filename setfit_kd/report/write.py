@@ -9,7 +9,7 @@ from setfit_kd.report.summary import RunSummary, read_summary
 from setfit_kd.run_folder import REPORT_HTML, REPORT_MARKDOWN, RunFolder
 from setfit_kd.utils.atomic_io import write_text
 
-_ELSEWHERE = "copy the run to a writable folder"
+_ALTERNATIVE = "copy the run to a writable folder"
 
 
 def write_report(folder: str | Path) -> RunSummary:
@@ -21,8 +21,8 @@ def write_report(folder: str | Path) -> RunSummary:
     """
     summary = read_summary(folder)
     RunFolder.refuse_links(summary.folder)
-    write_text(summary.folder / REPORT_HTML, render_html(summary), alternative=_ELSEWHERE)
-    write_text(summary.folder / REPORT_MARKDOWN, render_markdown(summary), alternative=_ELSEWHERE)
+    write_text(summary.folder / REPORT_HTML, render_html(summary), alternative=_ALTERNATIVE)
+    write_text(summary.folder / REPORT_MARKDOWN, render_markdown(summary), alternative=_ALTERNATIVE)
     for source, path in summary.manifest.students.items():
-        write_text(summary.folder / path / "README.md", render_card(summary, source), alternative=_ELSEWHERE)
+        write_text(summary.folder / path / "README.md", render_card(summary, source), alternative=_ALTERNATIVE)
     return summary

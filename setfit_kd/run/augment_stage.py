@@ -20,7 +20,7 @@ def augment_or_load(config: RunConfig, data: RunData, fill_mask: Path | None, st
     Args:
         config: The settings, with device and precision resolved.
         data: Data of the run; texts of its evaluation set are never created.
-        fill_mask: Folder of a masked language model; None if no words are replaced by one.
+        fill_mask: Folder of a masked language model that replaces words; None to use the other edits only.
         stage_cache: Cache of stage results.
     """
     n = config.augment

@@ -277,7 +277,7 @@ def _run_other_seeds(
 ) -> tuple[RunResult, list[dict[str, Any]]]:
     """Repeat a run with the other seeds; return the result with their evaluations, and their OOM backoff events.
 
-    Each seed has a subfolder in the run folder. Besides the models of the first seed, those of one other are in memory.
+    Each seed has a subfolder in the run folder. Only the models of the first seed and of one other are kept in memory.
     """
     by_seed, seconds = {resolved.seed: result.evaluations}, 0.0
     out_of_memory: list[dict[str, Any]] = []

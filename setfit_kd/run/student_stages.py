@@ -69,7 +69,7 @@ class StudentStages:
         """Distil a student, and train the baseline: the same student without distillation.
 
         Args:
-            names: Paths of student and baseline in the run folder; None as the second one for no baseline.
+            names: Paths of the student and the baseline in the run folder; the second is None for no baseline.
             source: Name of the student in the settings.
             prepared: The student before training.
             teacher: The refined teacher, or the first of several, for students made from its layers or embeddings.
@@ -110,17 +110,15 @@ class StudentStages:
     ) -> SetFitModel:
         """Train a copy of a body, or load the trained model."""
         self._fingerprints[name] = inputs_fingerprint
+        checkpoints = self.stage_cache.checkpoint_folder(name, inputs_fingerprint)
 
         def run() -> SetFitModel:
-            model = train(
-                copy.deepcopy(body()), checkpoints=self.stage_cache.checkpoint_folder(name, inputs_fingerprint)
-            )
+            model = train(copy.deepcopy(body()), checkpoints=checkpoints)
             model.model_body.to("cpu")
             return model
 
-        return self.stage_cache.run_or_load(
-            name, inputs_fingerprint, run=run, save=partial(save_model, title=title), load=load_folder
-        )
+        save = partial(save_model, title=title)
+        return self.stage_cache.run_or_load(name, inputs_fingerprint, run=run, save=save, load=load_folder)
 
     def _create_body(self, prepared: PreparedStudent, teacher: SetFitModel | None) -> SentenceTransformer:
         if teacher is None or not prepared.needs_texts or prepared.source_body is not None:
@@ -135,7 +133,7 @@ class StudentStages:
             name: Path of the model in the run folder.
             model: The model.
             data: Labeled texts that it was not trained on.
-            teacher: Evaluation of the teacher; None for a teacher and if there is no teacher.
+            teacher: Evaluation of the teacher; None if the model is a teacher or there is no teacher.
         """
 
         def run() -> Evaluation:

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 _ACCURACY = "accuracy.json"
 _TRAINED_HEAD, _HEAD = "trained_head", "head"
-"""Subfolder of the teacher for the head before its refinement, and of the signals for the refined head."""
+"""Subfolder of the teacher with its head before refinement, and subfolder of the signals with the refined head."""
 
 
 @dataclass
@@ -98,18 +98,13 @@ class TeacherStages:
         self.prepared = prepared
         self.stage_cache = stage_cache
         self.device = resolve_device(config.device)
-        self.name, self._signals_path, self._accuracy_path = TEACHER, SIGNALS, ""
-        if folder_name is not None:
-            self.name, self._signals_path, self._accuracy_path = (
-                f"{group}/{folder_name}" for group in (TEACHERS, TEACHER_SIGNALS, TEACHER_ACCURACIES)
-            )
+        groups = (TEACHERS, TEACHER_SIGNALS, TEACHER_ACCURACIES)
+        paths = [TEACHER, SIGNALS, ""] if folder_name is None else [f"{group}/{folder_name}" for group in groups]
+        self.name, self._signals_path, self._accuracy_path = paths
         prepared.body = prepared.body or prepared.load()
-        self._fingerprint = fingerprint(
-            fingerprint_labeled(data.labeled), content_hash(prepared.body), TeacherConfig.fingerprint_inputs(config)
-        )
-        self.signals_fingerprint = fingerprint(
-            self._fingerprint, fingerprint(data.pool), SignalsConfig.fingerprint_inputs(config)
-        )
+        labeled, pool, body = fingerprint_labeled(data.labeled), fingerprint(data.pool), content_hash(prepared.body)
+        self._fingerprint = fingerprint(labeled, body, TeacherConfig.fingerprint_inputs(config))
+        self.signals_fingerprint = fingerprint(self._fingerprint, pool, SignalsConfig.fingerprint_inputs(config))
 
     def train(self) -> SetFitModel:
         """Train the teacher on the labels, or load it; return it on the CPU."""
@@ -134,7 +129,7 @@ class TeacherStages:
             return with_saved_head(load_folder(folder), folder / _TRAINED_HEAD)
 
         teacher = self.stage_cache.run_or_load(self.name, self._fingerprint, run=run, save=save, load=load)
-        self.prepared.body = None  # free the memory if the teacher was loaded
+        self.prepared.body = None  # no longer needed; frees memory if the teacher was loaded
         return teacher
 
     def score(self, teacher: SetFitModel) -> tuple[SetFitModel, TeacherSignals]:

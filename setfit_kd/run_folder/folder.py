@@ -71,12 +71,8 @@ class RunFolder:
                 or_resume = f", or resume the run in it with --resume {path}" if (path / RUN_FILE).is_file() else ""
                 hint = f"{another}, pass --overwrite{or_resume}."
                 raise OutputError(f"The folder {path} is not empty.", hint=hint)
-            if (
-                has_files
-                and not resume
-                and any((path / name).exists() for name in ALL_NAMES)
-                and not _is_run_folder(path)
-            ):
+            is_foreign = has_files and not resume and not _is_run_folder(path)
+            if is_foreign and any((path / name).exists() for name in ALL_NAMES):
                 message = f"The folder {path} contains files with the names of run files, but no run."
                 raise OutputError(message, hint=f"{another}.")
             RunFolder.refuse_links(path)
@@ -228,8 +224,8 @@ class RunFolder:
         """
         write_text(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
-    def attach_log(self, recorder: logging.handlers.MemoryHandler) -> None:
-        """Write the messages recorded by `record_log` so far, and all later ones, to ``run.log``.
+    def attach_log(self, buffer: logging.handlers.MemoryHandler) -> None:
+        """Write the messages in the buffer of `buffer_log`, and all later ones, to ``run.log``.
 
         Raises:
             OutputError: If the file cannot be opened.
@@ -237,6 +233,6 @@ class RunFolder:
         with raise_output_errors(self.path / LOG_FILE):
             file = _LogFile(self.path / LOG_FILE, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(stage)s: %(message)s"))
-        recorder.setTarget(file)
-        recorder.flushLevel = logging.DEBUG
-        recorder.flush()
+        buffer.setTarget(file)
+        buffer.flushLevel = logging.DEBUG
+        buffer.flush()

@@ -30,7 +30,7 @@ def _add_stage(record: logging.LogRecord) -> bool:
 
 
 class _LogFile(logging.FileHandler):
-    """Log file that ignores write errors. If the disk is full, the next stage that writes its result fails."""
+    """Log file that ignores write errors; on a full disk, the next stage fails when it writes its result."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
         """Drop the record."""
@@ -63,7 +63,7 @@ class _Forwarder(logging.Handler):
 def buffer_log() -> Iterator[logging.handlers.MemoryHandler]:
     """Context manager that keeps all log messages of setfit-kd in memory until `RunFolder.attach_log` opens a file.
 
-    From then on, they are written to the file. All other handlers receive the same records as before.
+    Then all of them are written to the file. Other handlers receive the same records as before.
     """
     # Nothing is flushed until `attach_log` sets a target and lowers the flush level.
     buffer = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)

@@ -145,7 +145,7 @@ def _read_manifest(folder: Path, manifest_type: type[_ManifestType], *, action: 
 
 def _read_resumable_manifest(folder: Path) -> dict[str, Any]:
     hint = "Start again with --overwrite, or use the version of setfit-kd that started the run."
-    manifest = _read_manifest(folder, _ResumableManifest, action="resume the run of", hint=hint)
+    manifest = _read_manifest(folder, _ResumableManifest, action="resume from", hint=hint)
     return manifest.model_dump(exclude_unset=True)
 
 

@@ -81,10 +81,7 @@ def _label_names(record: Mapping[str, Any], path: Path) -> tuple[str, ...]:
             hint=f"Add {_TEXT!r}, and {_PROBABILITIES!r} by label or one column '{_COLUMN}LABEL' per label.",
         )
     if len(probabilities) < 2:
-        raise DataError(
-            f"{path}: expected probabilities of at least two labels, got {len(probabilities)}.",
-            hint="Add the probabilities of the other labels.",
-        )
+        raise DataError(f"{path}: expected at least two labels, got {len(probabilities)}.", hint="Add more labels.")
     return tuple(probabilities)
 
 

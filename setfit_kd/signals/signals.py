@@ -59,10 +59,7 @@ class TeacherSignals:
                 f"The temperature must be positive and finite, got {self.temperature}.", hint="Use 1 for no scaling."
             )
         if len(set(self.label_names)) < len(self.label_names):
-            raise DataError(
-                f"The label names must be distinct, got {', '.join(map(str, self.label_names))}.",
-                hint="Rename the duplicates.",
-            )
+            raise DataError(f"Label names must be distinct, got {self.label_names}.", hint="Rename the duplicates.")
         n, c = len(self.texts), len(self.label_names)
         if self.probabilities.shape != (n, c):
             raise DataError(
@@ -118,7 +115,7 @@ class TeacherSignals:
             DataError: If there are no signals, their texts or classes differ, or the weights are invalid.
         """
         if not signals:
-            raise DataError("Expected the signals of at least one teacher, got none.", hint="Pass one per teacher.")
+            raise DataError("Cannot average an empty list of signals.", hint="Pass the signals of each teacher.")
         first = signals[0]
         for other in signals[1:]:
             if other.texts != first.texts or other.label_names != first.label_names:
@@ -132,9 +129,7 @@ class TeacherSignals:
         probabilities = np.average([s.probabilities for s in signals], axis=0, weights=shares)
         embeddings = None
         if all(s.embeddings is not None for s in signals):
-            embeddings = _concatenate_embeddings(
-                [s.embeddings for s in signals if s.embeddings is not None], np.sqrt(shares)
-            )
+            embeddings = _concatenate([s.embeddings for s in signals if s.embeddings is not None], np.sqrt(shares))
         return cls(
             first.texts,
             np.asarray(probabilities, np.float32),
@@ -208,7 +203,7 @@ def _common_temperature(
     return fit_temperature(log_probabilities(averaged[rows]), np.average(calibrated, axis=0, weights=shares))
 
 
-def _concatenate_embeddings(
+def _concatenate(
     arrays: Sequence[npt.NDArray[np.floating]], factors: npt.NDArray[np.floating]
 ) -> npt.NDArray[np.floating]:
     """Normalise the rows of each (n, d) array, multiply them by the array's factor and concatenate them."""

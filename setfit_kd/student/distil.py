@@ -44,8 +44,8 @@ def train_student(
         labeled: Texts with gold labels, which are also used to fit the head. A transformer trained on soft labels only
             is also trained on those without signals, with one-hot labels, unless ``alpha`` is 0.
         config: The settings. Each can also be passed by keyword, as in ``train_student(..., epochs=5)``.
-        checkpoints: Folder for checkpoints. If it holds checkpoints of an interrupted training, training resumes from
-            them, so each training needs its own folder.
+        checkpoints: Folder for checkpoints. Training resumes from a checkpoint that is already in it, so use a separate
+            folder for each training.
 
     Returns:
         A `setfit.SetFitModel` with a fitted `sklearn.linear_model.LogisticRegression`; for a transformer, the head has
@@ -55,7 +55,7 @@ def train_student(
         ConfigError: If a setting is unknown or out of range.
         DataError: If the pool is smaller than a batch, or the labels do not match the signals.
         ModelError: If the body cannot be loaded.
-        OutOfMemoryError: If memory runs out even with one text at a time, also on the CPU.
+        OutOfMemoryError: If memory runs out even for a single text on the CPU.
         TrainingError: If the loss or the weights are not finite.
         UnavailableError: If the hub cannot be reached.
     """

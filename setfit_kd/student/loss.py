@@ -71,7 +71,7 @@ class LossInputs:
         rows = np.sort(rng.permutation(self.rows)[:MAX_INIT_TEXTS])
         texts = [self.signals.texts[row] for row in rows]
         batch_size = self.config.encode_batch_size
-        return rows, embed(self.body, texts, batch_size=batch_size, description="Initialising loss")
+        return rows, embed(self.body, texts, batch_size=batch_size, description="Initializing loss")
 
     @property
     def dimension(self) -> int:

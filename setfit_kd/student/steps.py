@@ -24,29 +24,29 @@ def evaluations_per_epoch(steps: int) -> int:
 
 
 def has_trained_head(family: Family, config: StudentConfig) -> bool:
-    """Return whether the head is trained with the body: a transformer whose last layer the objective trains."""
+    """Return whether the head is a transformer's last layer, which the soft-labels loss trains with the body."""
     return family == "transformer" and "soft-labels" in parse_objectives(resolved(config.objective))
 
 
 def trains_on_labeled_texts(family: Family, config: StudentConfig) -> bool:
-    """Return whether the body is trained on labeled texts without signals: a transformer trained on soft labels only.
+    """Return whether the body is also trained on labeled texts without signals.
 
-    With ``alpha`` 0, it is not.
+    A transformer is if it is trained on soft labels only, unless ``alpha`` is 0.
     """
     objectives = set(parse_objectives(resolved(config.objective)))
     return family == "transformer" and config.alpha > 0 and objectives == {"soft-labels"}
 
 
-def labels_only_config(config: RunConfig, pool_size: int, unseen: int = 0) -> RunConfig:
+def labels_only_config(config: RunConfig, pool_size: int, n_without_signals: int = 0) -> RunConfig:
     """Create the config of a transformer student's baseline: trained on the labels only, for as many steps.
 
     Args:
         config: The run's config.
         pool_size: Number of texts with signals.
-        unseen: Number of labeled texts without signals.
+        n_without_signals: Number of labeled texts without signals.
     """
     student = config.with_family_defaults("transformer")
-    pool_size += unseen if trains_on_labeled_texts("transformer", student) else 0
+    pool_size += n_without_signals if trains_on_labeled_texts("transformer", student) else 0
     return config.model_copy(
         update={
             "teacher_steps": student_steps(student, pool_size),

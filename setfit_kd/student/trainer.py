@@ -101,7 +101,7 @@ class StudentTrainer(DistillationTrainer):
         return callback
 
     def dataset_to_parameters(self, dataset: Dataset | None) -> list[Any]:
-        """Return the pool's texts; as SetFit's ``train_dataset``, each would be processed for its model card."""
+        """Return the pool's texts; SetFit would map over a ``train_dataset`` for its model card."""
         return [self.signals.texts]
 
     def get_dataset(
@@ -159,12 +159,7 @@ class StudentTrainer(DistillationTrainer):
     ) -> float:
         """Fit the temperature at which the student's probabilities on held-out texts match the teacher's."""
         rows, logits = held_out_logits(
-            embeddings,
-            probabilities,
-            weights,
-            C=c,
-            balance=self.config.balance,
-            seed=self.config.seed,
+            embeddings, probabilities, weights, C=c, balance=self.config.balance, seed=self.config.seed
         )
         is_soft = rows < len(embeddings) - (len(self._gold_set) if self._gold_set else 0)
         targets = at_temperature(probabilities[rows[is_soft]], self.signals.temperature)

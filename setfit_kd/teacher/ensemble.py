@@ -63,14 +63,12 @@ def cross_validated_accuracy(
         return None
     n_correct = 0
     for number, (train_rows, held_out_rows) in enumerate(folds, 1):
-        description = f"Cross-validating teacher, fold {number} of {len(folds)}"
+        phase = f"Cross-validating teacher, fold {number} of {len(folds)}"
         with shared_backoff(cpu_fallback=config.cpu_fallback):
-            model = train_teacher(labeled.take(train_rows), load_body(), config=config, description=description)
-            move_model(model.model_body, resolve_device(config.device), phase=description)
+            model = train_teacher(labeled.take(train_rows), load_body(), config=config, description=phase)
+            move_model(model.model_body, resolve_device(config.device), phase=phase)
             held_out = labeled.take(held_out_rows)
-            probabilities = predict_proba(
-                model, held_out.texts, batch_size=config.encode_batch_size, description=description
-            )
+            probabilities = predict_proba(model, held_out.texts, batch_size=config.encode_batch_size, description=phase)
             del model  # free its memory before the next one is trained
         n_correct += int((np.asarray(probabilities).argmax(axis=1) == held_out.labels).sum())
     return n_correct / len(labeled)

@@ -56,7 +56,7 @@ def resolve_teacher_batch_size(
 
 
 def to_finetune_config(config: TeacherConfig, labeled: LabeledSet, device: torch.device) -> FinetuneConfig:
-    """Convert to the config of a transformer teacher: by default three epochs, at least `MIN_TRANSFORMER_STEPS`."""
+    """Convert to the config of a transformer teacher: by default 3 epochs, at least `MIN_TRANSFORMER_STEPS` steps."""
     config = config.with_family_defaults("transformer")
     finetune_config = FinetuneConfig.of(
         **{name: getattr(config, name) for name in StageConfig.model_fields},

@@ -37,8 +37,8 @@ def train_teacher(
             it end to end; or a loaded body, which is trained in place.
         config: The settings. Each can also be passed by keyword, as in ``train_teacher(..., teacher_steps=40)``.
         description: Name of the phase in the progress bar and in messages.
-        checkpoints: Folder for checkpoints. If it holds checkpoints of an interrupted training, training resumes from
-            them, so each training needs its own folder.
+        checkpoints: Folder for checkpoints. Training resumes from a checkpoint that is already in it, so use a separate
+            folder for each training.
 
     Returns:
         A `setfit.SetFitModel` with a fitted `sklearn.linear_model.LogisticRegression`; for a transformer, the head has
@@ -48,7 +48,7 @@ def train_teacher(
         ConfigError: If a setting is unknown or out of range.
         DataError: If the labels cannot be used.
         ModelError: If the body cannot be loaded.
-        OutOfMemoryError: If memory runs out even with one text at a time, also on the CPU.
+        OutOfMemoryError: If memory runs out even for a single text on the CPU.
         TrainingError: If the loss or the weights are not finite.
         UnavailableError: If the hub cannot be reached.
     """

@@ -1,4 +1,4 @@
-"""SetFit's trainer, with a contrastive loss over whole batches besides SetFit's pairs."""
+"""SetFit's trainer with a contrastive loss over whole batches, or with SetFit's own pairs."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class EvaluationCallback(TrainerCallback, ABC):
 
     Attributes:
         body: The body being trained.
-        patience: Consecutive evaluations without a better score before training stops; None never stops it.
+        patience: Consecutive evaluations without a better score before training stops; None disables early stopping.
         history: Step and score of each evaluation.
         best_score: The best score so far.
         best_weights: The weights with the best score.
@@ -48,7 +48,7 @@ class EvaluationCallback(TrainerCallback, ABC):
 
     @abstractmethod
     def measure(self, step: int) -> float:
-        """Return the score of the current weights. It is greater than -1, and higher is better."""
+        """Return the score of the current weights. It must be greater than -1; higher is better."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate if an evaluation is due, and stop training if patience has run out."""
@@ -81,11 +81,8 @@ class EvaluationCallback(TrainerCallback, ABC):
 
     def save_state(self, folder: Path) -> None:
         """Write the history and the best weights to a checkpoint folder."""
-        state = {
-            "history": self.history,
-            "best": self.best_score,
-            "evaluations_since_best": self.evaluations_since_best,
-        }
+        count = self.evaluations_since_best
+        state = {"history": self.history, "best": self.best_score, "evaluations_since_best": count}
         (folder / _STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
         save_file(self.best_weights, folder / _BEST_WEIGHTS_FILE)
 
@@ -93,10 +90,9 @@ class EvaluationCallback(TrainerCallback, ABC):
         """Load the state that `save_state` wrote."""
         state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
         self.history = [(step, score) for step, score in state["history"]]
-        self.best_score = state["best"]
-        if "evaluations_since_best" not in state:  # a checkpoint from before the key was renamed
-            state["evaluations_since_best"] = state["looks_since_best"]
-        self.evaluations_since_best = state["evaluations_since_best"]
+        # Checkpoints of older versions have the second key.
+        key = "evaluations_since_best" if "evaluations_since_best" in state else "looks_since_best"
+        self.best_score, self.evaluations_since_best = state["best"], state[key]
         self.best_weights = load_file(folder / _BEST_WEIGHTS_FILE)
 
     def restore_best_weights(self) -> None:
@@ -106,7 +102,7 @@ class EvaluationCallback(TrainerCallback, ABC):
 
 
 class ProgressCallback(TrainerCallback):
-    """Callback that advances a progress bar, and stops training if the loss is not finite (`train` then raises)."""
+    """Callback that advances a progress bar, and stops training if the loss is not finite."""
 
     def __init__(self, advance: Advance) -> None:
         self.advance = advance

@@ -61,7 +61,7 @@ class Checkpoints:
         for path in self._newest_first():
             if _is_complete(path):
                 return path
-            logger.warning("The checkpoint %s is incomplete or damaged: it is ignored.", path)
+            logger.warning("The checkpoint %s is incomplete or damaged and is ignored.", path)
             shutil.rmtree(path, ignore_errors=True)
         return None
 
@@ -87,20 +87,15 @@ class Checkpoints:
         inner._save = lambda output_dir, **_: _save_body(inner.model, Path(output_dir))
         inner._load_from_checkpoint = lambda folder, *_: inner.model.load_state_dict(load_file(Path(folder) / _BODY))
         latest = self.latest()
-        checkpoint_callback = _CheckpointCallback(self, inner, latest, callbacks)
-        inner.add_callback(checkpoint_callback)
-        inner._save_checkpoint = checkpoint_callback.save
+        callback = _CheckpointCallback(self, inner, latest, callbacks)
+        inner.add_callback(callback)
+        inner._save_checkpoint = callback.save
         if latest is not None:
             logger.info("Resuming from step %s (checkpoint in %s).", latest.name.removeprefix(_PREFIX), self.folder)
-            inner.train = partial(self._resume, inner.train, checkpoint_callback, latest)
+            inner.train = partial(self._resume, inner.train, callback, latest)
 
     def _resume(
-        self,
-        train: Callable[..., Any],
-        checkpoint_callback: _CheckpointCallback,
-        latest: Path,
-        *args: Any,
-        **kwargs: Any,
+        self, train: Callable[..., Any], callback: _CheckpointCallback, latest: Path, *args: Any, **kwargs: Any
     ) -> Any:
         """Train from a checkpoint; remove all checkpoints if it cannot be loaded.
 
@@ -110,7 +105,7 @@ class Checkpoints:
         try:
             return train(*args, resume_from_checkpoint=str(latest), **kwargs)
         except Exception as error:
-            if checkpoint_callback.has_stepped or is_out_of_memory(error):
+            if callback.has_stepped or is_out_of_memory(error):
                 raise
             self.clear()
             raise DataError(
@@ -122,7 +117,7 @@ class Checkpoints:
 class _CheckpointCallback(TrainerCallback):
     """Callback that requests checkpoints at intervals and adds to them what the trainer does not save.
 
-    A checkpoint that cannot be written causes a warning only; if the disk is full, saving the result reports it.
+    A checkpoint that cannot be written only causes a warning. If the disk is full, saving the result raises an error.
     """
 
     def __init__(
@@ -166,9 +161,8 @@ class _CheckpointCallback(TrainerCallback):
 
     def _complete(self, folder: Path) -> None:
         """Add the weights of the loss, the callbacks' states and the hashes to a checkpoint."""
-        save_file(
-            {name: value.detach().cpu() for name, value in self._loss_parameters().items()}, folder / _LOSS_WEIGHTS
-        )
+        weights = {name: value.detach().cpu() for name, value in self._loss_parameters().items()}
+        save_file(weights, folder / _LOSS_WEIGHTS)
         for callback in self.callbacks:
             callback.save_state(folder)
         hashes = {str(path.relative_to(folder)): file_hash(path) for path in folder.rglob("*") if path.is_file()}

@@ -81,7 +81,7 @@ def resolve_learning_rate(learning_rate: float | None, body: SentenceTransformer
 
 @contextmanager
 def record_losses() -> Iterator[list[float]]:
-    """Context manager that yields a list and adds to it the loss of each step of the trainings that succeed."""
+    """Context manager that yields a list to which every successful training appends the loss of each step."""
     losses: list[float] = []
     token = _losses.set(losses)
     try:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _MIN_SPEEDUP = 1.1
 """Minimum speedup over fp32 to choose bf16, which has fewer digits."""
 _N_PROBE_TEXTS = {"cpu": 8, "cuda": 64}
-"""More on a GPU, which is only fast on large batches."""
+"""Number of texts in the measured steps; more on a GPU, which is only fast on large batches."""
 _N_ROUNDS = 5
 _CACHE_FILE = "precision.json"
 _measured: dict[str, Precision] = {}
@@ -138,7 +138,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def _step_seconds(body: SentenceTransformer, texts: Sequence[str]) -> tuple[float, float]:
-    """Time a forward and backward pass over the texts in fp32 and in bf16, in alternation; the minimum of each."""
+    """Return the minimum seconds of a forward and backward pass in fp32 and in bf16, measured alternately."""
     import torch
     from sentence_transformers.util import batch_to_device
 

@@ -69,9 +69,7 @@ def suppress_warnings(library: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Context manager that hides libraries' progress bars and SetFit's info logs.
-
-    The libraries are datasets, huggingface_hub and transformers.
+    """Context manager that hides progress bars of datasets, huggingface_hub and transformers, and SetFit's info logs.
 
     Importing SetFit sets the log level of five of its modules to INFO. If this block imports it first, the level stays
     at WARNING after the block.

@@ -104,7 +104,7 @@ def test_missing_onnxruntime_is_unavailable(bundle: Path, tmp_path: Path, monkey
     with pytest.raises(SetFitKDError, match="needs onnxruntime") as raised:
         measure_speed("onnx", TEXTS, batch_sizes=BATCH_SIZES)
     assert raised.value.exit_code == UnavailableError.exit_code
-    assert raised.value.hint == "pip install onnxruntime"
+    assert raised.value.hint == "Install it: pip install onnxruntime"
 
 
 @pytest.mark.parametrize(

@@ -1251,7 +1251,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "regression": (lambda folder: change_config(folder, id2label={"0": "LABEL_0"}), "it has a single output"),
+    "regression": (lambda folder: change_config(folder, id2label={"0": "LABEL_0"}), "has a single output"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "Cannot load"),
     "truncated": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-99]),

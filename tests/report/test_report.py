@@ -410,8 +410,8 @@ def test_verdict_comes_first_and_describes_best_student(two_students: Path, kind
         expected = f"(95% interval {100 * interval['low']:+.1f} to {100 * interval['high']:+.1f}"
         assert expected in text or abs(interval["value"]) < 0.0005
     speedup = measured["texts_per_second"] / metrics["teacher"]["texts_per_second"]
-    size_ratio = metrics["teacher"]["megabytes"] / measured["megabytes"]
-    assert f"at {speedup:,.1f} times the speed and 1/{size_ratio:,.1f} of the size" in text
+    size = measured["megabytes"] / metrics["teacher"]["megabytes"]
+    assert f"at {speedup:,.1f} times the speed and {size:.0%} of the size" in text
     assert text == verdict(read_summary(two_students))
 
 
@@ -677,16 +677,16 @@ def test_report_without_errors_and_disagreements(tmp_path: Path) -> None:
     [
         ((180, 150, 150), {"teacher": (50.0, 10.0), "student": (10.0, 40.0)},
          ["has an accuracy of 75.0%, 15.0 points below its teacher (95% interval -",
-          "at 4.0 times the speed and 1/5.0 of the size. ",
+          "at 4.0 times the speed and 20% of the size. ",
           "Its accuracy is the same as that of the baseline trained on the labels only."]),
         ((150, 140, 151), {"teacher": (10.0, 100.0), "student": (20.0, 50.0)},
          ["0.5 points above its teacher (95% interval ", ", not significant), ",
           "at 0.5 times the speed and 2.0 times the size. ",
           "Its accuracy is 5.5 points above the baseline trained on the labels only"]),
         ((150, None, 150), {},
-         ["75.0%, the same as that of its teacher, at 1.0 times the speed and 1/1.0 of the size."]),
+         ["75.0%, the same as that of its teacher, at 1.0 times the speed and 100% of the size."]),
         ((120, None, 160), {"teacher": (4200.0, 1.0), "student": (2.0, 2345.0)},
-         ["20.0 points above its teacher", "at 2,345.0 times the speed and 1/2,100.0 of the size."]),
+         ["20.0 points above its teacher", "at 2,345.0 times the speed and 0.05% of the size."]),
     ],
 )  # fmt: skip
 def test_verdict_compares_accuracy_speed_and_size(
@@ -1042,7 +1042,7 @@ def write(name: str, content: bytes) -> Change:
 NO_RUN = "Found no run in ", "Pass the folder of a finished run."
 DAMAGED = "/run.json: ", "Start a new run in another --output-dir."
 INVALID_MANIFEST = ("run.json with this version of setfit-kd", "setfit-kd run --resume {}")
-NO_EVALUATION = "Cannot read the evaluation in ", "Evaluate the model again."
+NO_EVALUATION = "Cannot read the evaluation in ", "Evaluate again."
 NO_TEXTS = "texts.jsonl (", "Evaluate the run again."
 
 
