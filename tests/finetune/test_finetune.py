@@ -528,7 +528,7 @@ def test_folder_with_other_files_is_never_replaced(
         path = tmp_path / "out" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
-    with pytest.raises(OutputError, match="contains other files than a model"):
+    with pytest.raises(OutputError, match="was not written by `setfit-kd finetune`"):
         run_finetune(files, tmp_path / "out", overwrite=overwrite)
     assert set(contents(tmp_path / "out").values()) == {b"mine"}
     assert len(contents(tmp_path / "out")) == len(names)

@@ -681,7 +681,7 @@ def test_report_without_errors_and_disagreements(tmp_path: Path) -> None:
           "Its accuracy is the same as that of the baseline trained on the labels only."]),
         ((150, 140, 151), {"teacher": (10.0, 100.0), "student": (20.0, 50.0)},
          ["0.5 points above its teacher (95% interval ", ", not significant), ",
-          "at 0.5 times the speed and 2.0 times the size. ",
+          "at 0.5 times the speed and 200% of the size. ",
           "Its accuracy is 5.5 points above the baseline trained on the labels only"]),
         ((150, None, 150), {},
          ["75.0%, the same as that of its teacher, at 1.0 times the speed and 100% of the size."]),
