@@ -26,7 +26,7 @@ import psutil
 
 from setfit_kd import distill, load
 from setfit_kd.data import read
-from setfit_kd.export import export_bundle
+from setfit_kd.export.bundle import export_bundle
 from setfit_kd.inference.benchmark import measure_speed
 from setfit_kd.models import locate_model, new_model, save_model
 from setfit_kd.run_folder import versions

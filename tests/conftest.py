@@ -236,7 +236,7 @@ def make_models(folder: Path, body: Path, teacher: Path) -> dict[str, Path]:
     from synthetic import QUICK, few_labels, pool_signals
 
     from setfit_kd import train_student
-    from setfit_kd.export import export_bundle
+    from setfit_kd.export.bundle import export_bundle
     from setfit_kd.models import load_body, save_model, static_body
 
     signals = replace(pool_signals(), label_names=LABELS)

@@ -18,7 +18,8 @@ from conftest import FAST, newswire
 
 from setfit_kd import distill
 from setfit_kd.cli import main
-from setfit_kd.export import export_bundle, prepare_publication
+from setfit_kd.export.bundle import export_bundle
+from setfit_kd.export.publication import prepare_publication
 from setfit_kd.models import load_folder
 from setfit_kd.training.checkpoints import Checkpoints
 

@@ -46,7 +46,7 @@ def export(
     config = RunConfig.of(**passed(flags))
 
     from setfit_kd.cli.output import echo
-    from setfit_kd.export import export_bundle
+    from setfit_kd.export.bundle import export_bundle
     from setfit_kd.models import load
 
     classifier = load(model, device="cpu", trust_pickle=trust_pickle)

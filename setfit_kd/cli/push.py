@@ -23,7 +23,7 @@ def push(model: Path, name: str, private: bool | None, message: str | None, dry_
     set HF_TOKEN.
     """
     from setfit_kd.cli.output import echo, show_table
-    from setfit_kd.export import prepare_publication, publish
+    from setfit_kd.export.publication import prepare_publication, publish
 
     publication = prepare_publication(model, name)
     sizes = publication.sizes

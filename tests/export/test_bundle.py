@@ -24,8 +24,8 @@ from conftest import FAST, newswire
 from setfit_kd import TeacherSignals, distill
 from setfit_kd.cli import main
 from setfit_kd.errors import ConfigError, DataError, ModelError, OutputError, UnavailableError
-from setfit_kd.export import Bundle, export_bundle
 from setfit_kd.export import bundle as bundle_module
+from setfit_kd.export.bundle import Bundle, export_bundle
 from setfit_kd.export.onnx import write_onnx
 from setfit_kd.models import embed, load_body, new_head, new_model, predict_proba, static_body
 from setfit_kd.runtime import Classifier, classify

@@ -33,7 +33,7 @@ from predictions import DELIMITERS, LABELS, OUTPUT_COLUMNS, Row, predict_ok, rea
 from synthetic import QUICK, few_labels, pool_signals, texts_and_labels
 
 from setfit_kd import train_student
-from setfit_kd.export import export_bundle
+from setfit_kd.export.bundle import export_bundle
 from setfit_kd.inference.classifier import open_classifier
 from setfit_kd.inference.predict import CHUNK_SIZE, classify, predictions_file
 

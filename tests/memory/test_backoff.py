@@ -20,7 +20,7 @@ from torch import Tensor
 
 from setfit_kd import distill, evaluate, load, score, train_student, train_teacher
 from setfit_kd.errors import ConfigError, ModelError, OutOfMemoryError, OutputError
-from setfit_kd.export import export_bundle
+from setfit_kd.export.bundle import export_bundle
 from setfit_kd.memory import (
     Attempt,
     BackoffEvent,

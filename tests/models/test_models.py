@@ -523,7 +523,7 @@ def test_string_classes_of_pickled_head_are_matched_by_name(
     """SetFit trains heads on string labels in alphabetical order, regardless of the order of the labels."""
     from sklearn.linear_model import LogisticRegression
 
-    from setfit_kd.export import export_bundle
+    from setfit_kd.export.bundle import export_bundle
     from setfit_kd.runtime import Classifier
 
     gold = [LABELS[row % 3] for row in range(len(TEXTS))]

@@ -30,7 +30,7 @@ from setfit_kd.data import LabeledSet
 from setfit_kd.errors import ConfigError, DataError, ModelError, SetFitKDError
 from setfit_kd.evaluation import measure_quality
 from setfit_kd.evaluation.cost import count_parameters
-from setfit_kd.export import export_bundle
+from setfit_kd.export.bundle import export_bundle
 from setfit_kd.finetune import finetune, resolve_batch_size
 from setfit_kd.finetune.validation import ValidationCallback
 from setfit_kd.memory import resolve_device

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tokenizers import Tokenizer
 
-from setfit_kd.export import export_bundle
+from setfit_kd.export.bundle import export_bundle
 from setfit_kd.models import embed, load_body, new_head, new_model, static_body
 from setfit_kd.runtime import BundleError, Classifier, Prediction
 from setfit_kd.runtime.classify import read_safetensors
