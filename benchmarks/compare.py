@@ -205,7 +205,7 @@ def plot(results: dict[str, dict[str, list[Cell]]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(results), figsize=(5.2 * len(results), 4.6), squeeze=False)
-    colours = plt.get_cmap("tab10").colors
+    colors = plt.get_cmap("tab10").colors
     for axis, (name, cells) in zip(axes[0], results.items(), strict=True):
         for number, (row, title) in enumerate(ROWS.items()):
             required = (*REQUIRED_ROWS.get(row, ()), row)
@@ -215,7 +215,7 @@ def plot(results: dict[str, dict[str, list[Cell]]], path: Path) -> None:
             marker = {"student": "*", "teacher": "s"}.get(title.partition(":")[0], "o")
             size = 16 if row == "student" else 8
             axis.errorbar(
-                seconds, mean(values), error, fmt=marker, ms=size, color=colours[number], label=title, capsize=3
+                seconds, mean(values), error, fmt=marker, ms=size, color=colors[number], label=title, capsize=3
             )
         axis.set_xscale("log")
         axis.set_title(name)

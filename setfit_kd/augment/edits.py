@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from setfit_kd.data import normalise
+from setfit_kd.data import normalize
 
 Fill = Callable[[Sequence[str], int], list[str]]
 """Function of texts and a seed that returns the texts, in the same order, with some words replaced."""
@@ -41,23 +41,23 @@ def augment(
         texts: Texts to edit.
         n: Number of new texts.
         seed: Random seed.
-        forbidden: Texts that must not be created, after `normalise`, such as those of the evaluation set.
+        forbidden: Texts that must not be created, after `normalize`, such as those of the evaluation set.
         fill: Replaces words, such as a `FillMask` (Jiao et al., 2020, "TinyBERT").
 
     Returns:
-        n texts that differ from each other and from ``texts`` after `normalise`; fewer if 100 + len(texts) consecutive
+        n texts that differ from each other and from ``texts`` after `normalize`; fewer if 100 + len(texts) consecutive
         draws create nothing new.
     """
     rng = np.random.default_rng([seed, 13])
     originals: dict[str, str] = {}
     for text in texts:
-        originals.setdefault(normalise(text), text)
+        originals.setdefault(normalize(text), text)
     sources = [text for text in originals.values() if len(text.split()) > 1]
-    seen = {"", *originals, *map(normalise, forbidden)}
+    seen = {"", *originals, *map(normalize, forbidden)}
     augmented: list[str] = []
 
     def add(text: str | None) -> bool:
-        key = "" if text is None else normalise(text)
+        key = "" if text is None else normalize(text)
         if text is None or key in seen:
             return False
         seen.add(key)

@@ -125,8 +125,8 @@ class FillMask:
     def _find_whole_words(self, n_rows: int) -> tuple[list[str], npt.NDArray[np.bool_]]:
         """Find the text of each token, and the tokens that are whole words with or without white space before them.
 
-        A token is a whole word if its text, tokenised after another word, gives only this token. Tokenizers mark such
-        tokens in different ways, but tokenising works with all of them.
+        A token is a whole word if its text, tokenized after another word, gives only this token. Tokenizers mark such
+        tokens in different ways, but tokenizing works with all of them.
 
         Returns:
             V strings and (2, V) flags for the V rows of the model's embeddings. The first row of flags is for words

@@ -95,7 +95,7 @@ def read(
         text_column: Columns that make up the text, joined by a space.
         label_column: Column of the label; None reads only texts.
         role: ``train``, ``validation`` or ``test``; selects the split if the source has several and none is named.
-        decode: Converts token ids to text, for tokenised sources: if there is no text column, ``input_ids`` is decoded.
+        decode: Converts token ids to text, for tokenized sources: if there is no text column, ``input_ids`` is decoded.
 
     Raises:
         DataError: If something is missing, damaged or empty. The message names the file and row.

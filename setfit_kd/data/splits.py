@@ -61,8 +61,8 @@ class DataSplits:
     report: DataReport
 
 
-def normalise(text: str) -> str:
-    """Normalise a text for comparison: texts with the same result count as duplicates.
+def normalize(text: str) -> str:
+    """Normalize a text for comparison: texts with the same result count as duplicates.
 
     Applies NFKC, removes invisible characters, replaces typographic quotes and apostrophes by ASCII ones, folds case
     and collapses white space. NFKC is applied again at the end, since case folding can leave characters that compose.
@@ -74,8 +74,8 @@ def normalise(text: str) -> str:
 
 
 def remove_leaks(data: LabeledSet, held_out: set[str], *, name: str, held_out_name: str) -> LabeledSet:
-    """Remove the texts whose `normalise`d form is in ``held_out``, and log a warning with their number."""
-    rows = [row for row, text in enumerate(data.texts) if normalise(text) not in held_out]
+    """Remove the texts whose `normalize`d form is in ``held_out``, and log a warning with their number."""
+    rows = [row for row, text in enumerate(data.texts) if normalize(text) not in held_out]
     n_leaks = len(data) - len(rows)
     if not n_leaks:
         return data
@@ -93,7 +93,7 @@ def split_data(
 ) -> DataSplits:
     """Remove leaks and duplicates, then draw the labeled texts and the pool.
 
-    1. Leak guard: remove all texts of the evaluation set, after `normalise`, from the labeled set and the pool.
+    1. Leak guard: remove all texts of the evaluation set, after `normalize`, from the labeled set and the pool.
     2. Remove duplicates, and labeled texts that occur with different labels.
     3. Draw the labeled texts, and remove them from the pool if ``disjoint``.
     4. Draw the pool from the rest. It is read only once: memory holds the drawn texts and about 100 bytes per text of
@@ -109,11 +109,11 @@ def split_data(
     Raises:
         DataError: If too few texts are left for training.
     """
-    held_out = {normalise(text) for text in evaluation.texts} if evaluation else set()
+    held_out = {normalize(text) for text in evaluation.texts} if evaluation else set()
     n_labeled, labeled = len(labeled), remove_leaks(labeled, held_out, name="labeled", held_out_name="evaluation")
     n_leaks = n_labeled - len(labeled)
 
-    keys = [normalise(text) for text in labeled.texts]
+    keys = [normalize(text) for text in labeled.texts]
     labels_by_key: dict[str, set[int]] = {}
     for key, label in zip(keys, labeled.labels.tolist(), strict=True):
         labels_by_key.setdefault(key, set()).add(label)
@@ -135,7 +135,7 @@ def split_data(
         shots = draw_shots(cleaned, config.shots, seed=config.seed)
         _warn_about_small_classes(shots, config.shots)
 
-    shot_keys = {normalise(text) for text in shots.texts} if disjoint else set()
+    shot_keys = {normalize(text) for text in shots.texts} if disjoint else set()
     texts, pool_leaks, pool_labeled, pool_duplicates = (
         ([], 0, 0, 0) if pool is None else _draw_pool(pool, held_out, shot_keys, config)
     )
@@ -170,7 +170,7 @@ def _draw_pool(
     leaks = labeled = duplicates = 0
     seen: set[bytes] = set()
     for row, text in enumerate(pool):
-        key = normalise(text)
+        key = normalize(text)
         if key in held_out:
             leaks += 1
             continue

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config import FinetuneConfig, FinetuneRunConfig
-from setfit_kd.data import LabeledSet, check_classes, encode_labels, normalise, read, remove_leaks
+from setfit_kd.data import LabeledSet, check_classes, encode_labels, normalize, read, remove_leaks
 from setfit_kd.errors import DataError, OutputError
 from setfit_kd.evaluation import Evaluation, evaluate
 from setfit_kd.finetune.steps import resolve_batch_size
@@ -180,8 +180,8 @@ def _remove_leaks(
     labeled: LabeledSet, validation: LabeledSet | None, held_out: LabeledSet | None, metric: str
 ) -> tuple[LabeledSet, LabeledSet | None]:
     """Remove labeled texts that are in the validation or evaluation set, and validation texts in the evaluation set."""
-    evaluation_texts = {normalise(text) for text in held_out.texts} if held_out else set()
-    all_held_out = evaluation_texts | {normalise(text) for text in validation.texts} if validation else evaluation_texts
+    evaluation_texts = {normalize(text) for text in held_out.texts} if held_out else set()
+    all_held_out = evaluation_texts | {normalize(text) for text in validation.texts} if validation else evaluation_texts
     labeled = remove_leaks(labeled, all_held_out, name="labeled", held_out_name="validation or evaluation")
     if validation is not None:
         validation = remove_leaks(validation, evaluation_texts, name="validation", held_out_name="evaluation")

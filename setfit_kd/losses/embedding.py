@@ -11,7 +11,7 @@ from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
 from setfit_kd.losses.base import BatchLoss, LossOptions, take_rows, to_float32
-from setfit_kd.utils.arrays import normalise_rows
+from setfit_kd.utils.arrays import normalize_rows
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -74,7 +74,7 @@ class EmbeddingLoss(BatchLoss):
             embeddings: (m, dimension) of the untrained student.
             teacher_embeddings: (m, d_teacher).
         """
-        student, teacher = normalise_rows(embeddings), normalise_rows(teacher_embeddings)
+        student, teacher = normalize_rows(embeddings), normalize_rows(teacher_embeddings)
         fitted = Ridge(alpha=_RIDGE_ALPHA, fit_intercept=False).fit(student, teacher)
         assert isinstance(self.projection, nn.Linear)
         with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from setfit_kd.losses.base import BatchLoss, to_float32
-from setfit_kd.utils.arrays import normalise_rows
+from setfit_kd.utils.arrays import normalize_rows
 
 
 class PairSimilarityLoss(BatchLoss):
@@ -69,6 +69,6 @@ def draw_pairs(
     cosines = np.empty(len(left), np.float32)
     for start in range(0, len(left), 8192):
         chunk = slice(start, start + 8192)
-        pairs = normalise_rows(embeddings[left[chunk]]), normalise_rows(embeddings[right[chunk]])
+        pairs = normalize_rows(embeddings[left[chunk]]), normalize_rows(embeddings[right[chunk]])
         cosines[chunk] = np.einsum("ij,ij->i", *pairs)
     return left, right, cosines.clip(-1, 1)

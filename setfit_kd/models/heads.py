@@ -41,7 +41,7 @@ def fit_head(
 ) -> LogisticRegression:
     """Fit a logistic regression to soft labels.
 
-    Minimises ``C * sum_i w_i CE(p_i, softmax(W x_i + b)) + |W|² / 2`` by L-BFGS. This is scikit-learn's objective with
+    Minimizes ``C * sum_i w_i CE(p_i, softmax(W x_i + b)) + |W|² / 2`` by L-BFGS. This is scikit-learn's objective with
     distributions instead of hard labels. Memory is that of the embeddings in double precision, regardless of the
     number of classes.
 
@@ -49,7 +49,7 @@ def fit_head(
         embeddings: (n, d).
         probabilities: (n, n_classes), rows summing to 1; at least two classes.
         weights: (n,) weight of each text; None weights all texts equally.
-        C: Inverse of the regularisation strength, as in scikit-learn.
+        C: Inverse of the regularization strength, as in scikit-learn.
         balance: Give all classes the same total weight, regardless of their frequency.
 
     Returns:

@@ -233,7 +233,7 @@ def _write_heads(model: SetFitModel, folder: Path) -> None:
 
 
 def _read_setfit_config(folder: Path, head: Any) -> tuple[list[str], bool]:
-    """Read the label names and whether embeddings are normalised."""
+    """Read the label names and whether embeddings are normalized."""
     path = folder / _SETFIT_CONFIG
     config: Any = {}
     if path.is_file():

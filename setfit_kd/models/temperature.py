@@ -76,7 +76,7 @@ def at_temperature(probabilities: npt.NDArray[np.floating], temperature: float) 
 
 
 def fit_temperature(logits: npt.NDArray[np.floating], targets: npt.NDArray[np.floating]) -> float:
-    """Fit the temperature that minimises the cross-entropy of logits against distributions, both (n, n_classes).
+    """Fit the temperature that minimizes the cross-entropy of logits against distributions, both (n, n_classes).
 
     As in Guo et al., 2017, "On Calibration of Modern Neural Networks", with distributions instead of gold classes. The
     result is between 1/20 and 20, and 1 if there are no texts.

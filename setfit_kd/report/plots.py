@@ -1,4 +1,4 @@
-"""SVG plots that use the CSS colours of the page, so that they work in light mode, dark mode and print."""
+"""SVG plots that use the CSS colors of the page, so that they work in light mode, dark mode and print."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
     from setfit_kd.evaluation import Evaluation
 
-N_COLOURS = 10
+N_COLORS = 10
 _MAX_POINTS, _MIN_COVERAGE = 500, 0.02
 """Maximum number of points per curve; minimum coverage to plot, because the accuracy of few answers is mostly noise."""
 _MAX_TICKS = 6
 _INK, _FAINT = "#010101", "#020202"
-_SERIES = [f"#0300{number:02x}" for number in range(1, N_COLOURS + 1)]
-_PAGE_COLOURS = {
+_SERIES = [f"#0300{number:02x}" for number in range(1, N_COLORS + 1)]
+_PAGE_COLORS = {
     _INK: "var(--ink)",
     _FAINT: "var(--line)",
-    **{colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)},
+    **{color: f"var(--series-{number})" for number, color in enumerate(_SERIES, 1)},
 }
-"""CSS variable of the page for each colour used in the plots."""
+"""CSS variable of the page for each color used in the plots."""
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -54,7 +54,7 @@ _STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot as SVG, with its legend as pairs of CSS colour and label."""
+    """A plot as SVG, with its legend as pairs of CSS color and label."""
 
     svg: str
     legend: Sequence[tuple[str, str]]
@@ -66,12 +66,12 @@ def speed(evaluations: Mapping[str, Evaluation]) -> Plot:
         max_megabytes = max(1e-9, *(evaluation.cost.megabytes for evaluation in evaluations.values()))
         legend = []
         for name, evaluation in evaluations.items():
-            colour, accuracy = _colour(name, list(evaluations)), evaluation.intervals["accuracy"]
+            color, accuracy = _color(name, list(evaluations)), evaluation.intervals["accuracy"]
             texts_per_second = max(evaluation.cost.texts_per_second, 0.1)
-            axes.vlines(texts_per_second, 100 * accuracy.low, 100 * accuracy.high, color=colour, linewidth=1.2)
+            axes.vlines(texts_per_second, 100 * accuracy.low, 100 * accuracy.high, color=color, linewidth=1.2)
             area = 25 + 400 * evaluation.cost.megabytes / max_megabytes
-            axes.scatter(texts_per_second, 100 * accuracy.value, s=area, color=colour, alpha=0.75, linewidth=0)
-            legend.append((colour, f"{name}, {evaluation.cost.megabytes:.0f} MB"))
+            axes.scatter(texts_per_second, 100 * accuracy.value, s=area, color=color, alpha=0.75, linewidth=0)
+            legend.append((color, f"{name}, {evaluation.cost.megabytes:.0f} MB"))
         ticks = _round_ticks(axes.dataLim.x0, axes.dataLim.x1)
         axes.set_xscale("log")
         axes.margins(y=0.15)
@@ -94,11 +94,11 @@ def reliability(evaluations: Mapping[str, Evaluation], names: Sequence[str]) -> 
             axes.plot(
                 [b.confidence for b in bins],
                 [b.accuracy for b in bins],
-                color=_colour(name, names),
+                color=_color(name, names),
                 marker="o",
                 markersize=4,
             )
-            legend.append((_colour(name, names), f"{name}, calibration error {calibration.ece:.1%}"))
+            legend.append((_color(name, names), f"{name}, calibration error {calibration.ece:.1%}"))
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
         return _to_plot(figure, legend)
 
@@ -109,9 +109,9 @@ def coverage(curves: Mapping[str, npt.NDArray[np.floating]], names: Sequence[str
         for name, curve in curves.items():
             shown = curve[curve[:, 1] >= _MIN_COVERAGE]
             shown = shown[np.linspace(0, len(shown) - 1, min(len(shown), _MAX_POINTS)).astype(int)]
-            axes.plot(100 * shown[:, 1], 100 * shown[:, 2], color=_colour(name, names))
+            axes.plot(100 * shown[:, 1], 100 * shown[:, 2], color=_color(name, names))
         axes.set(xlabel="coverage (texts answered), %", ylabel="accuracy of the answers, %", xlim=(0, 101))
-        return _to_plot(figure, [(_colour(name, names), name) for name in curves])
+        return _to_plot(figure, [(_color(name, names), name) for name in curves])
 
 
 def training(losses: Mapping[str, Sequence[float]], names: Sequence[str]) -> Plot:
@@ -119,9 +119,9 @@ def training(losses: Mapping[str, Sequence[float]], names: Sequence[str]) -> Plo
     with _figure("Training") as (figure, axes):
         for name, curve in losses.items():
             steps = np.linspace(1, len(curve), min(len(curve), _MAX_POINTS)).astype(int)
-            axes.plot(steps, np.array(_smooth(curve))[steps - 1], color=_colour(name, names))
+            axes.plot(steps, np.array(_smooth(curve))[steps - 1], color=_color(name, names))
         axes.set(xlabel="step", ylabel="loss")
-        return _to_plot(figure, [(_colour(name, names), name) for name in losses])
+        return _to_plot(figure, [(_color(name, names), name) for name in losses])
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
@@ -136,9 +136,9 @@ def _round_ticks(low: float, high: float) -> list[float]:
     return ticks
 
 
-def _colour(name: str, names: Sequence[str]) -> str:
-    """Colour of a model, the same in all plots with the same ``names``."""
-    return _SERIES[names.index(name) % N_COLOURS]
+def _color(name: str, names: Sequence[str]) -> str:
+    """Color of a model, the same in all plots with the same ``names``."""
+    return _SERIES[names.index(name) % N_COLORS]
 
 
 def _smooth(curve: Sequence[float], *, weight: float = 0.9) -> list[float]:
@@ -173,6 +173,6 @@ def _to_plot(figure: Figure, legend: Sequence[tuple[str, str]]) -> Plot:
     svg = svg[svg.index("<svg") :]
     referenced = set(re.findall(r'"#([^"]+)"', svg)) | set(re.findall(r"url\(#([^)]+)\)", svg))
     svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in referenced else "", svg)
-    for colour, variable in _PAGE_COLOURS.items():
-        svg = svg.replace(colour, variable)
-    return Plot(svg, [(_PAGE_COLOURS[colour], label) for colour, label in legend])
+    for color, variable in _PAGE_COLORS.items():
+        svg = svg.replace(color, variable)
+    return Plot(svg, [(_PAGE_COLORS[color], label) for color, label in legend])

@@ -239,7 +239,7 @@ def run_teachers(
         del stages
     if not several:
         return TeachersResult(all_signals[0], fingerprints[0], first, evaluations=evaluations)
-    shares = _normalise_weights(config, accuracies)
+    shares = _normalize_weights(config, accuracies)
     ensemble_fingerprint = fingerprint(fingerprints, shares)
     for name, share in zip(config.teacher, shares, strict=True):
         logger.info("Teacher %s: weight %.1f%%.", name, 100 * share)
@@ -254,7 +254,7 @@ def run_teachers(
     return TeachersResult(average, ensemble_fingerprint, first, shares_by_name, evaluations)
 
 
-def _normalise_weights(config: RunConfig, accuracies: Sequence[float | None]) -> list[float]:
+def _normalize_weights(config: RunConfig, accuracies: Sequence[float | None]) -> list[float]:
     """Return the weights of the teachers, which sum to 1."""
     weights = [1.0] * len(config.teacher)
     if config.teacher_weights == CROSS_VALIDATED:

@@ -107,7 +107,7 @@ def _remove(entry: Path) -> None:
 
 
 def _entry_name(body: SentenceTransformer, texts: Sequence[str], *, normalize: bool) -> str:
-    """Hash everything that determines the embeddings: body, texts, normalisation, device type and library versions."""
+    """Hash everything that determines the embeddings: body, texts, normalization, device type and library versions."""
     libraries = " ".join(f"{library} {version(library)}" for library in _LIBRARIES)
     parts = chain((f"4 {normalize} {body.device.type} {libraries}", content_hash(body)), texts)
     return hash_parts(part.encode() for part in parts)

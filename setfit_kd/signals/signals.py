@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from setfit_kd.errors import DataError
 from setfit_kd.models import at_temperature, fit_temperature, log_probabilities
-from setfit_kd.utils.arrays import allocate_array, iter_chunks, load_rows, normalise_rows, sample_rows, save_rows
+from setfit_kd.utils.arrays import allocate_array, iter_chunks, load_rows, normalize_rows, sample_rows, save_rows
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import read_json, read_json_lines
 
@@ -206,13 +206,13 @@ def _common_temperature(
 def _concatenate(
     arrays: Sequence[npt.NDArray[np.floating]], factors: npt.NDArray[np.floating]
 ) -> npt.NDArray[np.floating]:
-    """Normalise the rows of each (n, d) array, multiply them by the array's factor and concatenate them."""
+    """Normalize the rows of each (n, d) array, multiply them by the array's factor and concatenate them."""
     joined = allocate_array((len(arrays[0]), sum(array.shape[1] for array in arrays)))
     column = 0
     for array, factor in zip(arrays, factors, strict=True):
         row = 0
         for part in iter_chunks(array):
-            joined[row : row + len(part), column : column + part.shape[1]] = factor * normalise_rows(part)
+            joined[row : row + len(part), column : column + part.shape[1]] = factor * normalize_rows(part)
             row += len(part)
         column += array.shape[1]
     return joined

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from setfit_kd.config import StudentConfig
-from setfit_kd.data import LabeledSet, Source, encode_labels, normalise, read
+from setfit_kd.data import LabeledSet, Source, encode_labels, normalize, read
 from setfit_kd.errors import DataError
 from setfit_kd.memory import resolve_device, shared_backoff
 from setfit_kd.models import family_of, locate_body, new_model
@@ -103,9 +103,9 @@ def train_student(
 
 
 def rows_without_signals(signals: TeacherSignals, labeled: LabeledSet) -> list[int]:
-    """Find the rows of the labeled texts without signals (compared by `normalise`), each text once."""
-    scored = set(map(normalise, signals.texts))
-    return list({text: row for row, text in enumerate(map(normalise, labeled.texts)) if text not in scored}.values())
+    """Find the rows of the labeled texts without signals (compared by `normalize`), each text once."""
+    scored = set(map(normalize, signals.texts))
+    return list({text: row for row, text in enumerate(map(normalize, labeled.texts)) if text not in scored}.values())
 
 
 def _append_labeled(signals: TeacherSignals, labeled: LabeledSet) -> TeacherSignals:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.config import StudentConfig, parse_objectives, resolved
-from setfit_kd.data import normalise
+from setfit_kd.data import normalize
 from setfit_kd.losses import (
     NO_GOLD,
     BatchLoss,
@@ -131,6 +131,6 @@ def create_loss(inputs: LossInputs) -> BatchLoss:
 def match_gold_labels(
     signals: TeacherSignals, texts: list[str], labels: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """Find the (n,) gold class of each text of the signals; `NO_GOLD` if no labeled text is equal by `normalise`."""
-    label_of = dict(zip(map(normalise, texts), labels.tolist(), strict=True))
-    return np.array([label_of.get(normalise(text), NO_GOLD) for text in signals.texts], np.int64)
+    """Find the (n,) gold class of each text of the signals; `NO_GOLD` if no labeled text is equal by `normalize`."""
+    label_of = dict(zip(map(normalize, texts), labels.tolist(), strict=True))
+    return np.array([label_of.get(normalize(text), NO_GOLD) for text in signals.texts], np.int64)

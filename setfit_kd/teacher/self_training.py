@@ -22,7 +22,7 @@ N_ROUNDS = 5
 SHARPENING = 0.5
 """Temperature of the pseudo-labels."""
 GOLD_WEIGHT = 3.0
-MAX_NEIGHBOURS = 30
+MAX_NEIGHBORS = 30
 MAX_TEXTS = 10_000
 """Maximum number of pool texts to refine a head on; more do not improve a linear head."""
 
@@ -43,7 +43,7 @@ def refine(
     ``self-training`` fits the head in `N_ROUNDS` rounds on the gold labels and the probabilities that the previous head
     predicts for the pool, sharpened at a temperature of `SHARPENING` and weighted by the square of their confidence
     (pseudo-labels: Lee, 2013; sharpening: Berthelot et al., 2019, "MixMatch"). ``label-spreading`` labels the pool with
-    `sklearn.semi_supervised.LabelSpreading` on nearest neighbours (Zhou et al., 2004) and fits the head once.
+    `sklearn.semi_supervised.LabelSpreading` on nearest neighbors (Zhou et al., 2004) and fits the head once.
 
     Args:
         teacher: A trained model; it is not changed, and its body is shared.
@@ -51,7 +51,7 @@ def refine(
         labeled_embeddings: (m, d) embeddings of the labeled texts by the teacher.
         pool_embeddings: (n, d) embeddings of the pool by the teacher.
         method: ``self-training``, ``label-spreading``, or ``none`` to return the teacher itself.
-        head_c: Inverse regularisation strength of the head, or ``auto``; see `RunConfig`.
+        head_c: Inverse regularization strength of the head, or ``auto``; see `RunConfig`.
         balance: Weight all classes equally in the head.
         seed: Random seed of the sample drawn from a pool of more than `MAX_TEXTS`.
     """
@@ -86,9 +86,9 @@ def _label_spreading(gold: Floats, labeled: Floats, pool: Floats, options: _Head
     from sklearn.semi_supervised import LabelSpreading
 
     labels = np.concatenate([gold.argmax(axis=1), np.full(len(pool), -1)])
-    # With more neighbours than half the size of a class, labels would spread to other classes.
-    n_neighbours = min(MAX_NEIGHBOURS, max(2, len(labels) // (2 * gold.shape[1])), len(labels) - 1)
-    spreading = LabelSpreading(kernel="knn", n_neighbors=n_neighbours, max_iter=200)
+    # With more neighbors than half the size of a class, labels would spread to other classes.
+    n_neighbors = min(MAX_NEIGHBORS, max(2, len(labels) // (2 * gold.shape[1])), len(labels) - 1)
+    spreading = LabelSpreading(kernel="knn", n_neighbors=n_neighbors, max_iter=200)
     spreading.fit(np.concatenate([labeled, pool]), labels)
     return _fit(gold, labeled, spreading.label_distributions_[len(gold) :], pool, options)
 

@@ -50,12 +50,12 @@ def iter_chunks(array: npt.NDArray[np.floating]) -> Iterator[npt.NDArray[np.floa
         yield array[start : start + _CHUNK_ROWS]
 
 
-def normalise_rows(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+def normalize_rows(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
     """Scale rows to unit L2 norm; leave zero rows unchanged."""
     rows = np.asarray(rows, np.float32)
     norms: npt.NDArray[np.float32] = np.linalg.norm(rows, axis=1, keepdims=True)
-    normalised: npt.NDArray[np.float32] = rows / np.maximum(norms, np.float32(1e-12))
-    return normalised
+    normalized: npt.NDArray[np.float32] = rows / np.maximum(norms, np.float32(1e-12))
+    return normalized
 
 
 def sample_rows(rows: npt.NDArray[np.int64], max_rows: int, *, seed: list[int]) -> npt.NDArray[np.int64]:

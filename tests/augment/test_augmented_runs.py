@@ -21,7 +21,7 @@ from setfit_kd import RunConfig, RunResult, TeacherSignals, distill, load
 from setfit_kd.augment import augment, load_fill_mask
 from setfit_kd.augment.stage import drop_uncertain
 from setfit_kd.cli import main
-from setfit_kd.data import LabeledSet, normalise
+from setfit_kd.data import LabeledSet, normalize
 from setfit_kd.errors import ConfigError, ModelError
 from setfit_kd.models import predict_proba
 from setfit_kd.models.temperature import at_temperature
@@ -161,10 +161,10 @@ def test_signals_match_the_augmented_texts(augmented: AugmentedRun) -> None:
 
 
 def test_augmented_texts_are_new(augmented: AugmentedRun, base: dict[str, Any]) -> None:
-    keys = [normalise(text) for text in augmented.texts]
+    keys = [normalize(text) for text in augmented.texts]
     held_out = [json.loads(line)["text"] for line in Path(base["eval"]).read_text(encoding="utf-8").splitlines()]
-    known = {normalise(text) for text in (*POOL, *held_out, *(row["text"] for row in LABELED))}
-    assert known & {normalise(text) for text in augment_unrestricted()}, "the test needs forbidden texts"
+    known = {normalize(text) for text in (*POOL, *held_out, *(row["text"] for row in LABELED))}
+    assert known & {normalize(text) for text in augment_unrestricted()}, "the test needs forbidden texts"
     assert len(set(keys)) == N_AUGMENTED
     assert not known & set(keys)
 

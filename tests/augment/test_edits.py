@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from setfit_kd.augment import augment, load_fill_mask
 from setfit_kd.augment.edits import EDITS
 from setfit_kd.augment.fill_mask import FillMask
-from setfit_kd.data import normalise
+from setfit_kd.data import normalize
 from setfit_kd.errors import ModelError
 from setfit_kd.memory import shared_backoff
 
@@ -111,7 +111,7 @@ def test_crossover_joins_half_of_each_text(text: str, other: str) -> None:
 def test_augment_creates_the_requested_number_of_new_texts() -> None:
     augmented = augment(TEXTS, 500, seed=0)
     assert len(augmented) == 500
-    assert len({normalise(text) for text in [*augmented, *TEXTS]}) == 500 + len(TEXTS)
+    assert len({normalize(text) for text in [*augmented, *TEXTS]}) == 500 + len(TEXTS)
     assert augment(TEXTS, 0, seed=0) == []
 
 
@@ -146,10 +146,10 @@ print(json.dumps(augment(*json.load(sys.stdin), seed=5)))
 def test_forbidden_texts_are_never_created(rewrite: Callable[[str], str]) -> None:
     texts = ["Rain stops play", "Rain delays the start"]
     forbidden = augment(texts, 1000, seed=0)[::2]
-    augmented = {normalise(text) for text in augment(texts, 1000, seed=0, forbidden=map(rewrite, forbidden))}
+    augmented = {normalize(text) for text in augment(texts, 1000, seed=0, forbidden=map(rewrite, forbidden))}
     assert len(forbidden) > 10
     assert len(augmented) > 10
-    assert augmented.isdisjoint(map(normalise, forbidden))
+    assert augmented.isdisjoint(map(normalize, forbidden))
 
 
 def test_augment_returns_fewer_texts_if_no_more_are_possible() -> None:
@@ -167,9 +167,9 @@ def test_single_words_are_not_augmented(texts: list[str]) -> None:
 @given(st.lists(st.text(max_size=20), max_size=5), SEED)
 def test_augment_accepts_any_text(texts: list[str], seed: int) -> None:
     augmented = augment(texts, 5, seed=seed, forbidden=texts[:1])
-    keys = [normalise(text) for text in augmented]
+    keys = [normalize(text) for text in augmented]
     assert all(keys)
-    assert len({*keys, *map(normalise, texts)}) == len(keys) + len(set(map(normalise, texts)))
+    assert len({*keys, *map(normalize, texts)}) == len(keys) + len(set(map(normalize, texts)))
 
 
 @pytest.fixture
@@ -416,7 +416,7 @@ def test_out_of_memory_backs_off(fill: FillMask, monkeypatch: pytest.MonkeyPatch
 def test_augment_replaces_words(fill: FillMask) -> None:
     augmented = augment(TEXTS, 100, seed=0, fill=fill)
     known = {word for text in TEXTS for word in text.split()}
-    assert len({normalise(text) for text in [*augmented, *TEXTS]}) == 100 + len(TEXTS)
+    assert len({normalize(text) for text in [*augmented, *TEXTS]}) == 100 + len(TEXTS)
     # A fifth of the texts are created by replacing words; a few replacements are known words.
     assert sum(not known.issuperset(text.split()) for text in augmented) >= 18
     assert augmented == augment(TEXTS, 100, seed=0, fill=fill)

@@ -28,7 +28,7 @@ from setfit_kd.data import (
     Source,
     draw_shots,
     encode_labels,
-    normalise,
+    normalize,
     read,
     split_data,
     stream_texts,
@@ -298,7 +298,7 @@ def test_bundled_corpus_has_train_and_test_splits() -> None:
     test = read("bundled:newswire", label_column="label", role="test")
     assert Counter(train.labels) == dict.fromkeys(train.label_names, 150)
     assert Counter(test.labels) == dict.fromkeys(train.label_names, 50)
-    assert not {normalise(text) for text in train.texts} & {normalise(text) for text in test.texts}
+    assert not {normalize(text) for text in train.texts} & {normalize(text) for text in test.texts}
 
 
 MULTILINE_CSV = 'text,label\n"one\ntwo\nthree",x\n'
@@ -414,20 +414,20 @@ INVISIBLE = "\u00ad\u034f\u061c\u180b\u180e\u200b\u200e\u202e\u2060\u206f\u3164\
 
 @pytest.mark.parametrize("character", INVISIBLE, ids=ascii)
 def test_invisible_characters_are_ignored(character: str) -> None:
-    assert normalise(f"{character}a caf{character}e{character}\u0301") == normalise("a caf\u00e9")
+    assert normalize(f"{character}a caf{character}e{character}\u0301") == normalize("a caf\u00e9")
     with pytest.raises(DataError, match="row 2: the text is empty"):
         read(["a", character * 2])
 
 
 @pytest.mark.parametrize("quote", "‘’‚‛‹›ʼ＇")
-def test_normalise_replaces_typographic_quotes(quote: str) -> None:
-    assert normalise(f"Don{quote}t «say» “so” „now‟") == 'don\'t "say" "so" "now"'
+def test_normalize_replaces_typographic_quotes(quote: str) -> None:
+    assert normalize(f"Don{quote}t «say» “so” „now‟") == 'don\'t "say" "so" "now"'
 
 
 @pytest.mark.parametrize("text", ["μαΐου", "weiß", "café", "ὑπνώδης", "ﬂood", "ij ǆ"])
 @pytest.mark.parametrize("change", [str.upper, str.title, lambda text: unicodedata.normalize("NFD", text)])
-def test_normalise_ignores_case_and_composition(text: str, change: Callable[[str], str]) -> None:
-    assert normalise(change(text)) == normalise(text)
+def test_normalize_ignores_case_and_composition(text: str, change: Callable[[str], str]) -> None:
+    assert normalize(change(text)) == normalize(text)
 
 
 def test_leak_guard_logs_the_number_of_texts(caplog: pytest.LogCaptureFixture) -> None:
@@ -612,15 +612,15 @@ def test_pool_is_optional(caplog: pytest.LogCaptureFixture) -> None:
 @example("\u0130\u0327")
 @example("\u0149")
 @example("\ufffa\u1100\u3164\u1161")
-def test_normalise_is_idempotent(text: str) -> None:
-    assert normalise(normalise(text)) == normalise(text)
+def test_normalize_is_idempotent(text: str) -> None:
+    assert normalize(normalize(text)) == normalize(text)
 
 
 @PROPERTY
 @given(st.text(st.characters(max_codepoint=127)))
 @example("A\tB\r\n\x1c c\x00 ")
-def test_ascii_shortcut_of_normalise_gives_the_same_result(text: str) -> None:
-    assert normalise(text) == normalise(text + " \u00e9").removesuffix("\u00e9").rstrip(" ")
+def test_ascii_shortcut_of_normalize_gives_the_same_result(text: str) -> None:
+    assert normalize(text) == normalize(text + " \u00e9").removesuffix("\u00e9").rstrip(" ")
 
 
 @PROPERTY
@@ -669,15 +669,15 @@ def test_labeled_texts_pool_and_evaluation_set_are_disjoint(
     source = labeled_set(*labeled, *BASE)
     data = split_data(source, pool, held_out, DataConfig.of(shots=shots, pool_size=pool_size))
 
-    eval_keys = {normalise(text) for text in held_out.texts}
-    shot_keys = [normalise(text) for text in data.labeled.texts]
-    pool_keys = [normalise(text) for text in data.pool]
+    eval_keys = {normalize(text) for text in held_out.texts}
+    shot_keys = [normalize(text) for text in data.labeled.texts]
+    pool_keys = [normalize(text) for text in data.pool]
     assert len(set(shot_keys)) == len(shot_keys)
     assert len(set(pool_keys)) == len(pool_keys)
     assert not eval_keys & set(shot_keys)
     assert not set(pool_keys) & (eval_keys | set(shot_keys))
     assert set(data.pool) <= set(pool)
-    rest = {normalise(text) for text in pool} - eval_keys - set(shot_keys)
+    rest = {normalize(text) for text in pool} - eval_keys - set(shot_keys)
     assert len(data.pool) == min(len(rest), pool_size or len(rest))
     report = data.report
     assert len(rest) + report.pool_leaks + report.pool_labeled + report.pool_duplicates == len(pool)

@@ -559,7 +559,7 @@ def unsupported_head(kind: str, model: SetFitModel) -> Any:
     if kind == "unfitted":
         return new_head()
     heads = {
-        "neighbours": KNeighborsClassifier(3),
+        "neighbors": KNeighborsClassifier(3),
         "ridge": RidgeClassifier(),
         "one-vs-rest": SGDClassifier(loss="log_loss", random_state=0),
     }
@@ -567,7 +567,7 @@ def unsupported_head(kind: str, model: SetFitModel) -> Any:
 
 
 @pytest.mark.parametrize("format_", ["onnx", "static"])
-@pytest.mark.parametrize("kind", ["neighbours", "ridge", "one-vs-rest", "unfitted"])
+@pytest.mark.parametrize("kind", ["neighbors", "ridge", "one-vs-rest", "unfitted"])
 def test_head_other_than_logistic_regression_is_rejected(bodies: Bodies, parent: Path, kind: str, format_: str) -> None:
     model = make_classifier(bodies("static" if format_ == "static" else "BERT"))
     model.model_head = unsupported_head(kind, model)

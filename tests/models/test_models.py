@@ -352,7 +352,7 @@ def penalised_cross_entropy(
 
 @few_examples
 @given(seeds, st.integers(2, 4), st.booleans())
-def test_head_minimises_cross_entropy_of_soft_labels(seed: int, classes: int, weighted: bool) -> None:
+def test_head_minimizes_cross_entropy_of_soft_labels(seed: int, classes: int, weighted: bool) -> None:
     rows, targets = vectors(seed, 40, 3), distributions(seed, 40, classes)
     targets = np.where(targets < 0.002, 0, targets)
     targets = (targets / targets.sum(axis=1, keepdims=True)).astype(np.float32)
@@ -676,7 +676,7 @@ def _change_prompt(body: Any) -> None:
     body.prompts["task"] = "of "
 
 
-def _normalise_tokens(body: Any) -> None:
+def _normalize_tokens(body: Any) -> None:
     from sentence_transformers.sentence_transformer.modules import Normalize
 
     body.insert(1, Normalize("token_embeddings"))
@@ -709,7 +709,7 @@ ENCODER_CHANGES: list[Callable[[Any], Any]] = [
         _split_special_tokens,
         _change_first_token,
     ),
-    *(_exclude_prompt, _change_prompt, _normalise_tokens, _truncate_dimensions, _change_epsilon),
+    *(_exclude_prompt, _change_prompt, _normalize_tokens, _truncate_dimensions, _change_epsilon),
     *(torch.nn.Module.bfloat16, torch.nn.Module.double),
 ]
 STATIC_CHANGES: list[Callable[[Any], Any]] = [

@@ -743,7 +743,7 @@ def test_content_security_policy_allows_only_styles_and_data_images(page: Page) 
     assert rules == {"default-src": "'none'", "style-src": "'unsafe-inline'", "img-src": "data:"}
 
 
-def test_plots_are_valid_svg_and_use_page_colours(page: Page) -> None:
+def test_plots_are_valid_svg_and_use_page_colors(page: Page) -> None:
     assert len(page.svg) == len(page.plots) >= 1
     for svg in page.svg:
         assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
@@ -1237,13 +1237,13 @@ CUT_OFF = """[...document.querySelectorAll('svg')].flatMap(svg => {
         const t = text.getBoundingClientRect();
         return t.left < r.left - 1 || t.right > r.right + 1 || t.top < r.top - 1 || t.bottom > r.bottom + 1;
     }).map(text => text.textContent)})"""
-COLOURS = """[...document.querySelectorAll('{}')].map(e => getComputedStyle(e).{})"""
+COLORS = """[...document.querySelectorAll('{}')].map(e => getComputedStyle(e).{})"""
 
 
-def luminance(colour: str) -> float:
-    """Compute the relative luminance of a CSS colour (WCAG)."""
-    match = re.fullmatch(r"rgb\((\d+), (\d+), (\d+)\)", colour)
-    assert match, colour
+def luminance(color: str) -> float:
+    """Compute the relative luminance of a CSS color (WCAG)."""
+    match = re.fullmatch(r"rgb\((\d+), (\d+), (\d+)\)", color)
+    assert match, color
     parts = [int(part) / 255 for part in match.groups()]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -1277,7 +1277,7 @@ def test_page_fits_screen_and_requests_no_resources(
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_text_contrast_in_light_and_dark_mode(browser: Browser, two_students: Path, dark: bool) -> None:
     browser.open(two_students / PAGE, dark=dark)
-    [background] = browser.ask(COLOURS.format("body", "backgroundColor"))
+    [background] = browser.ask(COLORS.format("body", "backgroundColor"))
     assert luminance(background) < 0.05 if dark else luminance(background) > 0.8
     for selector, css_property, min_contrast in (
         ("body", "color", 7),
@@ -1285,11 +1285,11 @@ def test_text_contrast_in_light_and_dark_mode(browser: Browser, two_students: Pa
         (".soft, thead th, figcaption", "color", 4.5),
         ("svg text", "fill", 7),
     ):
-        colours = set(browser.ask(COLOURS.format(selector, css_property)))
-        assert colours
-        assert min(contrast(colour, background) for colour in colours) >= min_contrast, selector
-    lines = set(browser.ask(COLOURS.format("svg path", "stroke"))) - {"none"}
-    assert max(contrast(colour, background) for colour in lines) >= 3
+        colors = set(browser.ask(COLORS.format(selector, css_property)))
+        assert colors
+        assert min(contrast(color, background) for color in colors) >= min_contrast, selector
+    lines = set(browser.ask(COLORS.format("svg path", "stroke"))) - {"none"}
+    assert max(contrast(color, background) for color in lines) >= 3
 
 
 def test_hostile_text_is_not_markup_in_browser(browser: Browser, hostile: Path) -> None:
@@ -1455,15 +1455,15 @@ def test_matplotlib_settings_of_user_do_not_change_page(two_students: Path, sett
     assert after == before
 
 
-def test_model_has_same_colour_in_all_plots(two_students: Path) -> None:
-    colours_by_name: dict[str, set[str]] = {}
+def test_model_has_same_color_in_all_plots(two_students: Path) -> None:
+    colors_by_name: dict[str, set[str]] = {}
     entries = re.findall(
         r'<span style="background: (var\(--series-\d+\))"></span>([^<,]+)', read_page(two_students).source
     )
     assert entries
-    for colour, name in entries:
-        colours_by_name.setdefault(name, set()).add(colour)
-    assert {name: len(colours) for name, colours in colours_by_name.items()} == dict.fromkeys(colours_by_name, 1)
+    for color, name in entries:
+        colors_by_name.setdefault(name, set()).add(color)
+    assert {name: len(colors) for name, colors in colors_by_name.items()} == dict.fromkeys(colors_by_name, 1)
 
 
 def test_report_of_student_with_size_zero(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def change_max_length(model: SetFitModel) -> None:
     model.model_body.max_seq_length = 7
 
 
-def normalise_embeddings(model: SetFitModel) -> None:
+def normalize_embeddings(model: SetFitModel) -> None:
     model.normalize_embeddings = True
 
 
@@ -160,7 +160,7 @@ def change_activation(model: SetFitModel) -> None:
     [
         change_weight,
         change_max_length,
-        normalise_embeddings,
+        normalize_embeddings,
         add_prompt,
         change_pooling,
         add_module,

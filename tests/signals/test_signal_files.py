@@ -66,7 +66,7 @@ def test_labels_may_be_in_any_order(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 100), min_size=2, max_size=6).filter(any))
-def test_rounded_probabilities_are_normalised(tmp_path_factory: pytest.TempPathFactory, shares: list[int]) -> None:
+def test_rounded_probabilities_are_normalized(tmp_path_factory: pytest.TempPathFactory, shares: list[int]) -> None:
     rounded = {f"label {i}": round(share / sum(shares), 3) for i, share in enumerate(shares)}
     path = write_rows(tmp_path_factory.mktemp("x") / "x.jsonl", row(probabilities=rounded))
     assert read_signals(path).probabilities.sum() == pytest.approx(1, abs=1e-6)

@@ -228,7 +228,7 @@ def test_settings_are_passed_to_soft_label_loss(student_body: SentenceTransforme
 # Gold labels
 
 
-def test_gold_labels_are_matched_by_normalised_text() -> None:
+def test_gold_labels_are_matched_by_normalized_text() -> None:
     signals = pool_signals(12)
     texts = [f" {signals.texts[7].upper()}\u200b", "a text that is not in the pool", signals.texts[0]]
     expected = np.full(12, NO_GOLD)

@@ -148,7 +148,7 @@ def test_training_stops_and_restores_best_weights(
         not equal_weights(fake_agreement.weights[i], fake_agreement.weights[i + 1]) for i in range(n_evaluations - 1)
     )
     assert equal_weights(weights(model), fake_agreement.weights[best])
-    # The head is fitted on the restored weights and the whole pool. Normalised, because it is scaled by a temperature.
+    # The head is fitted on the restored weights and the whole pool. Normalized, because it is scaled by a temperature.
     expected = fit_head(embed(student_body, signals.texts), signals.probabilities, C=DEFAULT_C)
     actual_coef, expected_coef = (head.coef_ / np.linalg.norm(head.coef_) for head in (model.model_head, expected))
     np.testing.assert_allclose(actual_coef, expected_coef, atol=1e-4)

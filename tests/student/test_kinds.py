@@ -384,8 +384,8 @@ def cosines(rows: Floats) -> Floats:
 def test_dimension_reduction_preserves_similarities(teacher_body: SentenceTransformer) -> None:
     embeddings = embed_tokens(teacher_body)
     reduced = token_embeddings(static_body(teacher_body, [], dimension=WIDTH - 1))
-    centred = (embeddings - embeddings.mean(axis=0))[::5]
-    assert spearmanr(cosines(reduced[::5]), cosines(centred)).statistic > 0.99
+    centered = (embeddings - embeddings.mean(axis=0))[::5]
+    assert spearmanr(cosines(reduced[::5]), cosines(centered)).statistic > 0.99
 
 
 def test_static_body_is_reproducible(teacher_body: SentenceTransformer) -> None:

@@ -349,12 +349,12 @@ def test_single_teacher_needs_single_weight() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "normalised"), [("2.0, 1", "2,1"), ("1e0,.5", "1,0.5"), ("cross-validated", "cross-validated")]
+    ("setting", "normalized"), [("2.0, 1", "2,1"), ("1e0,.5", "1,0.5"), ("cross-validated", "cross-validated")]
 )
-def test_teacher_weights_are_normalised(setting: str, normalised: str) -> None:
+def test_teacher_weights_are_normalized(setting: str, normalized: str) -> None:
     config = RunConfig.of(teacher=["one", "other"], teacher_weights=setting)
-    assert config.teacher_weights == normalised
-    assert config == RunConfig.of(teacher=["one", "other"], teacher_weights=normalised)
+    assert config.teacher_weights == normalized
+    assert config == RunConfig.of(teacher=["one", "other"], teacher_weights=normalized)
 
 
 def test_duplicate_teacher_raises_error() -> None:

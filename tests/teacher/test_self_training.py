@@ -15,7 +15,7 @@ from setfit_kd.data import LabeledSet
 from setfit_kd.models import embed, fit_head, head_proba, new_model, predict_proba
 from setfit_kd.models.temperature import at_temperature
 from setfit_kd.teacher import refine_and_score, self_training
-from setfit_kd.teacher.self_training import MAX_NEIGHBOURS, refine
+from setfit_kd.teacher.self_training import MAX_NEIGHBORS, refine
 from setfit_kd.utils import arrays
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ class Clusters:
 
     def __init__(self, body: SentenceTransformer, *, classes: int, pool: int = 400, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
-        centres = 4 * np.eye(WIDTH)[:classes]
+        centers = 4 * np.eye(WIDTH)[:classes]
 
         def draw(n: int) -> tuple[Floats, npt.NDArray[np.int64]]:
             labels = np.arange(n) % classes
-            return (centres[labels] + rng.normal(size=(n, WIDTH))).astype(np.float32), labels
+            return (centers[labels] + rng.normal(size=(n, WIDTH))).astype(np.float32), labels
 
         self.names = tuple("abcde"[:classes])
         self.labeled_embeddings, labels = draw(SHOTS * classes)
@@ -99,14 +99,14 @@ def test_empty_pool_returns_the_teacher(student_body: SentenceTransformer, metho
     assert clusters.refine(method, clusters.pool[:0]) is clusters.teacher
 
 
-@pytest.mark.parametrize("size", [1, 2, MAX_NEIGHBOURS - 7, MAX_NEIGHBOURS])
+@pytest.mark.parametrize("size", [1, 2, MAX_NEIGHBORS - 7, MAX_NEIGHBORS])
 @pytest.mark.parametrize("method", METHODS)
 def test_refining_works_with_small_pool(student_body: SentenceTransformer, method: str, size: int) -> None:
     clusters = Clusters(student_body, classes=3, pool=size)
     refined = clusters.refine(method)
     assert is_finite(refined)
     np.testing.assert_allclose(head_proba(refined, clusters.test).sum(axis=1), 1, atol=1e-5)
-    if method == "self-training":  # label spreading needs more neighbours
+    if method == "self-training":  # label spreading needs more neighbors
         assert clusters.accuracy(refined) > clusters.accuracy(clusters.teacher) - 0.02
 
 
@@ -162,8 +162,8 @@ def test_small_pool_does_not_depend_on_seed(
 
 def test_texts_that_no_label_spreads_to_have_no_weight(student_body: SentenceTransformer) -> None:
     clusters = Clusters(student_body, classes=3)
-    # A distant cluster with more texts than neighbours, so that none of their neighbours is labeled.
-    island = (np.random.default_rng(0).normal(size=(3 * MAX_NEIGHBOURS, WIDTH)) - 500).astype(np.float32)
+    # A distant cluster with more texts than neighbors, so that none of their neighbors is labeled.
+    island = (np.random.default_rng(0).normal(size=(3 * MAX_NEIGHBORS, WIDTH)) - 500).astype(np.float32)
     expected = clusters.refine("label-spreading")
     refined = clusters.refine("label-spreading", np.vstack([clusters.pool, island]))
     assert is_finite(refined)
