@@ -313,7 +313,7 @@ def _download_error(error: Exception | None, name: str, kind: Kind) -> SetFitKDE
     hint = f"Run this command, which works without the hub: {OFFLINE_COMMAND}"
     if "was interrupted" in reason:
         hint = "Run the same command again. Downloaded files are kept."
-    return UnavailableError(f"{label} is not a local path, is not in the local cache, and {reason}.", hint=hint)
+    return UnavailableError(f"{label} is neither a local path nor in the local cache: {reason}.", hint=hint)
 
 
 def _upload_error(error: Exception, name: str) -> SetFitKDError:

@@ -16,6 +16,7 @@ from setfit_kd.models.bodies import family_of
 from setfit_kd.models.safe_loading import load_local, model_errors
 from setfit_kd.models.transformer_head import transformer_module
 from setfit_kd.utils.console import quiet_libraries
+from setfit_kd.utils.escape import truncate
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -88,7 +89,7 @@ def cut_layers(body: SentenceTransformer, keep: Sequence[int]) -> SentenceTransf
     total = n_layers(body)
     if not keep or len(set(keep)) != len(keep) or not all(0 <= index < total for index in keep):
         raise ModelError(
-            f"Cannot keep layers {', '.join(map(str, keep))} of a body with {total} layers.",
+            f"Cannot keep layers {truncate(', '.join(map(str, keep)), 60)} of a body with {total} layers.",
             hint=f"Choose distinct layers from 0 to {total - 1}, for example layers:0,2,5.",
         )
     encoder: Any = body[0]

@@ -141,7 +141,7 @@ def test_incomplete_copy_in_cache_is_not_used(
             path.unlink()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert hub.cached_snapshot(name, kind) is None
-    with pytest.raises(UnavailableError, match="is not in the local cache"):
+    with pytest.raises(UnavailableError, match="nor in the local cache"):
         hub.snapshot(name, kind)
 
 
