@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import click
@@ -49,4 +50,4 @@ def finetune(as_json: bool, **flags: Any) -> None:
         scores = [(name, f"{value:.1%}") for name, value in evaluation.quality.scores.items()]
         show_table(("", ""), scores)
         echo("")
-    echo(f'To use it: setfit-kd predict {config.output_dir} "..."')
+    echo(f'To use it: setfit-kd predict {shlex.quote(str(config.output_dir))} "..."')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,8 @@ def _print_resume_hint(folder: Path | None) -> None:
     from setfit_kd.run_folder import RunFolder
 
     if folder is not None and RunFolder.contains_interrupted_run(folder):
-        click.echo(printable(f"Completed stages are kept. Resume with: setfit-kd run --resume {folder}"), err=True)
+        command = f"setfit-kd run --resume {shlex.quote(str(folder))}"
+        click.echo(printable(f"Completed stages are kept. Resume with: {command}"), err=True)
 
 
 def _print_plan(config: RunConfig, *, resume: bool) -> None:
@@ -112,4 +114,4 @@ def _print_result(result: RunResult) -> None:
     if len(result.students) > 1:
         student, model_path = "a student", f"{model_path}/{next(iter(student_paths(result.config).values()))}"
     echo(f"Finished in {seconds:.0f} s. Report: {result.output_dir}/report.html. To use {student}:")
-    echo(f'  setfit-kd predict {model_path} "..."')
+    echo(f'  setfit-kd predict {shlex.quote(model_path)} "..."')

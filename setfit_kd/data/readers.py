@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -68,6 +69,12 @@ def _delimited_reader(delimiter: str) -> Callable[[Path], Iterator[Record]]:
                 duplicates = sorted({name for name in header if header.count(name) > 1})
                 if duplicates:
                     raise DataError(f"{path}: column {duplicates[0]!r} occurs twice.", hint="Rename one of them.")
+                other = re.search(r"[,;\t|]", header[0]) if len(header) == 1 else None
+                if other is not None:
+                    raise DataError(
+                        f"{path}: expected columns separated by {delimiter!r}, got {other[0]!r} in the header.",
+                        hint="Separate the columns by commas, or by tabs in a .tsv file.",
+                    )
                 start = reader.line_num + 1
                 for fields in reader:
                     if fields:

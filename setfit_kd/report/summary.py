@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def read_summary(folder: str | Path) -> RunSummary:
         if not same_classes or not np.array_equal(evaluation.gold, data.labels):
             raise DataError(
                 f"The evaluation in {folder / EVALUATION / name} does not match the texts in {folder / EVALUATION}.",
-                hint=f"Run `setfit-kd run --resume {folder}` to evaluate again.",
+                hint=f"Run `setfit-kd run --resume {shlex.quote(str(folder))}` to evaluate again.",
             )
     has_teacher = TEACHER in evaluations or config.signals is not None
     if not has_teacher or not manifest.students or not set(manifest.students.values()) <= set(evaluations):
@@ -161,7 +162,7 @@ def read_summary(folder: str | Path) -> RunSummary:
 def _summarize_seeds(folder: Path, manifest: Manifest, evaluations: dict[str, Evaluation]) -> dict[str, SeedSummary]:
     if not manifest.seeds:
         return {}
-    hint = f"Run `setfit-kd run --resume {folder}` to evaluate again."
+    hint = f"Run `setfit-kd run --resume {shlex.quote(str(folder))}` to evaluate again."
     try:
         further_seeds = [
             {name: Evaluation.load(folder / SEEDS / str(seed) / EVALUATION / name) for name in evaluations}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -52,6 +53,11 @@ def load_run_data(
         raise ConfigError("Signals contain their own pool texts.", hint="Remove --unlabeled or --signals.")
     if labeled is None and config.signals is None:
         raise ConfigError("Labeled texts are required.", hint="Pass --labeled or choose a --preset.")
+    if isinstance(evaluation, str | Path) and str(labeled) == str(evaluation) and Path(evaluation).is_file():
+        raise ConfigError(
+            f"{evaluation} cannot be both the labeled texts and the evaluation set.",
+            hint="Pass other texts with --eval, or leave it out.",
+        )
     columns = config.text_column
     signals = None if config.signals is None else read_signals(config.signals)
     names = None if signals is None else signals.label_names

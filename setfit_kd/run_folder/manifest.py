@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -121,7 +122,7 @@ class Manifest(_BaseManifest):
         Raises:
             DataError: If it cannot be read or the run is not finished.
         """
-        command = f"setfit-kd run --resume {folder}"
+        command = f"setfit-kd run --resume {shlex.quote(str(folder))}"
         hint = f"Run it again with `{command}`."
         if not _read_manifest(folder, _BaseManifest, action="read", hint=hint).finished:
             raise DataError(f"The run in {folder} is not finished.", hint=f"Resume it with `{command}`.")

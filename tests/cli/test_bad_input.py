@@ -104,6 +104,10 @@ DATA: dict[str, BadInput] = {
     "empty pool": BadInput(("pool.txt is empty",), files={"pool.txt": ""}),
     "only a header": bad_labels("text,label\n", "has no rows"),
     "no text column": bad_labels("headline,label\na,x\n", "no column 'text'", "'headline', 'label'", "--text-column"),
+    "semicolons": bad_labels("text;label\na;x\n", "separated by ','", "got ';'", ".tsv"),
+    "evaluation set is the labeled file": bad_flags(
+        "--eval", "labeled.csv", messages=("labeled.csv", "evaluation set")
+    ),
     "no label column": bad_flags(
         "--label-column", "topic", messages=("labeled.csv", "no column 'topic'", "'text', 'label'", "--label-column")
     ),

@@ -418,14 +418,15 @@ def test_resume_hint_follows_the_error(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
+    folder = finished.rename(finished.with_name("my run"))
     monkeypatch.setattr("setfit_kd.run.student_stages.train_student", fail)
-    result = CliRunner().invoke(main, ["run", "--resume", str(finished), "--epochs", "1"])
+    result = CliRunner().invoke(main, ["run", "--resume", str(folder), "--epochs", "1"])
     assert result.exit_code == code
     lines = result.stderr.splitlines()
-    assert lines[-1] == f"Completed stages are kept. Resume with: setfit-kd run --resume {finished}"
+    assert lines[-1] == f"Completed stages are kept. Resume with: setfit-kd run --resume '{folder}'"
     assert lines[-2] in ("Interrupted.", "Free some space.")
-    with lock_folder(finished):
-        busy = CliRunner().invoke(main, ["run", "--resume", str(finished)])
+    with lock_folder(folder):
+        busy = CliRunner().invoke(main, ["run", "--resume", str(folder)])
     assert "Another process" in busy.stderr
     assert "Resume with" not in busy.stderr
 
