@@ -64,7 +64,7 @@ COMMANDS: dict[str, list[str]] = {
     "run: no such column": [
         "run",
         "--labeled",
-        "eval.jsonl",
+        "labeled.jsonl",
         "--text-column",
         HOSTILE,
         *DRY_RUN,
@@ -74,7 +74,7 @@ COMMANDS: dict[str, list[str]] = {
     "run --dry-run": [
         "run",
         "--labeled",
-        "eval.jsonl",
+        "labeled.jsonl",
         "--teacher",
         "{teacher}",
         "--output-dir",
@@ -99,7 +99,8 @@ COMMANDS: dict[str, list[str]] = {
 def test_no_command_writes_control_characters(command: str, folder: Path, tiny_teacher: Path) -> None:
     texts = pool_signals().texts
     rows = [{"text": f"{text} {HOSTILE}", "label": LABELS[row % 4]} for row, text in enumerate(texts[:8])]
-    Path("eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for name in ("labeled.jsonl", "eval.jsonl"):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     Path("other.jsonl").write_text(json.dumps({"text": "a", "label": f"x{HOSTILE}x"}) + "\n", encoding="utf-8")
     Path(f"{HOSTILE}.txt").write_text(f"a text\n\n{HOSTILE}: [\n", encoding="utf-8", newline="")
     Path(HOSTILE).mkdir()
