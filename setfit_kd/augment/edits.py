@@ -6,12 +6,15 @@ classify.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from setfit_kd.data import normalize
+
+logger = logging.getLogger(__name__)
 
 Fill = Callable[[Sequence[str], int], list[str]]
 """Function of texts and a seed that returns the texts, in the same order, with some words replaced."""
@@ -46,7 +49,7 @@ def augment(
 
     Returns:
         n texts that differ from each other and from ``texts`` after `normalize`; fewer if 100 + len(texts) consecutive
-        draws create nothing new.
+        draws create nothing new, with a warning.
     """
     rng = np.random.default_rng([seed, 13])
     originals: dict[str, str] = {}
@@ -86,6 +89,8 @@ def augment(
             for text in fill(to_fill, int(rng.integers(2**31))):
                 if add(text):
                     n_failed = 0
+    if len(augmented) < n:
+        logger.warning("Could create only %d different texts from %d texts.", len(augmented), len(texts))
     return augmented
 
 

@@ -1,15 +1,14 @@
-"""Augment a pool, store the texts, and drop those that the teacher is not confident about."""
+"""Store augmented texts, and drop those that the teacher is not confident about."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from setfit_kd.augment.edits import Fill, augment
 from setfit_kd.errors import DataError
 from setfit_kd.models import at_temperature
 from setfit_kd.signals import TeacherSignals
@@ -19,24 +18,6 @@ from setfit_kd.utils.files import read_json_lines
 logger = logging.getLogger(__name__)
 
 _TEXTS = "texts.jsonl"
-
-
-def augment_pool(
-    texts: Sequence[str], n: int, *, seed: int, forbidden: Iterable[str] = (), fill: Fill | None = None
-) -> list[str]:
-    """Create ``n`` new texts from the pool and the labeled texts; log a warning if fewer are possible.
-
-    Args:
-        texts: Texts to edit.
-        n: Number of new texts.
-        seed: Random seed.
-        forbidden: Texts that must not be created, such as those of the evaluation set.
-        fill: Replaces masked words, such as a `FillMask`; None uses the other edits only.
-    """
-    augmented = augment(texts, n, seed=seed, forbidden=forbidden, fill=fill)
-    if len(augmented) < n:
-        logger.warning("Could create only %d different texts from %d texts.", len(augmented), len(texts))
-    return augmented
 
 
 def save_texts(texts: Sequence[str], folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Sequence
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
-logger = logging.getLogger(__name__)
 
 METRICS, _FILES = "metrics.json", "files"
 _HISTORY, _OLD_HISTORY = "validation_history", "looks"

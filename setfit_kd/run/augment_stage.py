@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from setfit_kd.augment import augment_pool, load_fill_mask, load_texts, save_texts
+from setfit_kd.augment import augment, load_fill_mask, load_texts, save_texts
 from setfit_kd.config import RunConfig
 from setfit_kd.memory import resolve_device
 from setfit_kd.run.data import RunData
@@ -27,14 +27,14 @@ def augment_or_load(config: RunConfig, data: RunData, fill_mask: Path | None, st
     if n is None:
         return []
 
-    def augment() -> list[str]:
+    def run() -> list[str]:
         forbidden = data.evaluation.texts if data.evaluation else ()
         model = None
         if fill_mask is not None:
             model = load_fill_mask(fill_mask, device=resolve_device(config.device), batch_size=config.encode_batch_size)
-        return augment_pool([*data.pool, *data.labeled.texts], n, seed=config.seed, forbidden=forbidden, fill=model)
+        return augment([*data.pool, *data.labeled.texts], n, seed=config.seed, forbidden=forbidden, fill=model)
 
     model_hash = fill_mask and hash_parts(file.read_bytes() for file in sorted(fill_mask.iterdir()) if file.is_file())
     labeled, evaluation = fingerprint_labeled(data.labeled), fingerprint_labeled(data.evaluation)
     inputs_fingerprint = fingerprint(labeled, data.pool, evaluation, n, model_hash, config.seed)
-    return stage_cache.run_or_load(AUGMENTED, inputs_fingerprint, run=augment, save=save_texts, load=load_texts)
+    return stage_cache.run_or_load(AUGMENTED, inputs_fingerprint, run=run, save=save_texts, load=load_texts)

@@ -53,7 +53,7 @@ def load_run_data(
         raise ConfigError("Signals contain their own pool texts.", hint="Remove --unlabeled or --signals.")
     if labeled is None and config.signals is None:
         raise ConfigError("Labeled texts are required.", hint="Pass --labeled or choose a --preset.")
-    if isinstance(evaluation, str | Path) and str(labeled) == str(evaluation) and Path(evaluation).is_file():
+    if isinstance(labeled, str) and isinstance(evaluation, str) and labeled == evaluation and Path(labeled).is_file():
         raise ConfigError(
             f"{evaluation} cannot be both the labeled texts and the evaluation set.",
             hint="Pass other texts with --eval, or leave it out.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
-logger = logging.getLogger(__name__)
 
 MAX_FOLDS, MIN_LABELS_PER_CLASS = 4, 3
 

@@ -135,7 +135,7 @@ def forbid_calls(*names: str) -> Iterator[None]:
 
 
 AUGMENT, TEACHER, SCORES = (
-    "augment.stage.augment",
+    "run.augment_stage.augment",
     "run.teacher_stages.train_teacher",
     "run.teacher_stages.refine_and_score",
 )
@@ -363,7 +363,7 @@ def test_changed_model_creates_texts_again(run_copy: Path, masked_lm: Path, tmp_
     distill(resume=run_copy, augment_model=str(model))
     (model / "note.txt").write_text("trained further")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("setfit_kd.augment.stage.augment", fail_if_called)
+        patch.setattr("setfit_kd.run.augment_stage.augment", fail_if_called)
         with pytest.raises(AssertionError, match="unexpected call"):
             distill(resume=run_copy)
 
