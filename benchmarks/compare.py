@@ -21,7 +21,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from setfit_kd.run_folder import versions
+from setfit_kd.run_folder.manifest import versions
 
 HERE = Path(__file__).parent
 ROWS = {  # in the order of execution; see methods.py

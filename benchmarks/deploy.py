@@ -25,12 +25,13 @@ import numpy as np
 import psutil
 
 from setfit_kd import distill, load
-from setfit_kd.data import read
+from setfit_kd.data.sources import read
 from setfit_kd.export.bundle import export_bundle
 from setfit_kd.inference.benchmark import measure_speed
-from setfit_kd.models import locate_model, new_model, save_model
-from setfit_kd.run_folder import versions
-from setfit_kd.signals import TeacherSignals
+from setfit_kd.models.bodies import locate_model
+from setfit_kd.models.io import new_model, save_model
+from setfit_kd.run_folder.manifest import versions
+from setfit_kd.signals.signals import TeacherSignals
 
 HERE = Path(__file__).parent
 TEACHER, LAYERS = "demo:all-MiniLM-L6-v2", "layers:0,2,5"

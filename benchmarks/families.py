@@ -18,8 +18,9 @@ import click
 import torch
 
 from setfit_kd import RunResult, distill
-from setfit_kd.report import SEED_HEADINGS, display_name, seed_cells
-from setfit_kd.run_folder import versions
+from setfit_kd.report.render import SEED_HEADINGS, seed_cells
+from setfit_kd.report.summary import display_name
+from setfit_kd.run_folder.manifest import versions
 
 HERE = Path(__file__).parent
 MINILM, LAYERS = "demo:all-MiniLM-L6-v2", "layers:0,2,5"

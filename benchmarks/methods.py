@@ -24,12 +24,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from setfit_kd import RunConfig, TeacherSignals, load, train_student, train_teacher
-from setfit_kd.data import LabeledSet
-from setfit_kd.evaluation import measure_quality
-from setfit_kd.models import embed, load_body, locate_model, new_model, predict_proba, save_model
+from setfit_kd.data.labeled_set import LabeledSet
+from setfit_kd.evaluation.metrics import measure_quality
+from setfit_kd.models.bodies import load_body, locate_model
+from setfit_kd.models.encode import embed, predict_proba
+from setfit_kd.models.io import new_model, save_model
 from setfit_kd.run.data import RunData, load_run_data
-from setfit_kd.student import build_student_body, locate_student
-from setfit_kd.teacher import refine_and_score
+from setfit_kd.student.kinds import build_student_body, locate_student
+from setfit_kd.teacher.scoring import refine_and_score
 from setfit_kd.training.precision import resolve_precision
 
 Predict = Callable[[list[str]], "np.ndarray[Any, np.dtype[np.int64]]"]

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 
 from setfit_kd import TeacherSignals, train_student
-from setfit_kd.data import read
-from setfit_kd.memory import OOMBackoff
-from setfit_kd.models import cut_layers, embed, load_body, locate_model
+from setfit_kd.data.sources import read
+from setfit_kd.memory.backoff import OOMBackoff
+from setfit_kd.models.bodies import load_body, locate_model
+from setfit_kd.models.encode import embed
+from setfit_kd.models.layers import cut_layers
 from setfit_kd.training.loop import retry_failed_steps
 
 BATCH_SIZE = 32

@@ -77,7 +77,7 @@ def write_pool(path: Path, n: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from setfit_kd.data import read
+    from setfit_kd.data.sources import read
 
     vocabulary = np.array(sorted({word for text in read("bundled:newswire").texts for word in text.split()}))
     rng = np.random.default_rng(0)
@@ -93,7 +93,7 @@ def tiny_body(folder: Path) -> Any:
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    from setfit_kd.models import locate_model
+    from setfit_kd.models.bodies import locate_model
 
     tokenizer = AutoTokenizer.from_pretrained(locate_model("demo:all-MiniLM-L6-v2"))
     sizes: dict[str, Any] = {
@@ -117,9 +117,10 @@ def peak_mb() -> int:
 def measure(kind: str, n: int, scratch: Path) -> dict[str, Any]:
     """Measure the stages with a pool of n texts."""
     from setfit_kd import RunConfig, train_student, train_teacher
-    from setfit_kd.models import cut_layers, load_body, locate_model
+    from setfit_kd.models.bodies import load_body, locate_model
+    from setfit_kd.models.layers import cut_layers
     from setfit_kd.run.data import load_run_data
-    from setfit_kd.teacher import refine_and_score
+    from setfit_kd.teacher.scoring import refine_and_score
 
     write_pool(scratch / "pool.parquet", n)
     config = RunConfig.of(
@@ -149,7 +150,8 @@ def measure(kind: str, n: int, scratch: Path) -> dict[str, Any]:
         train_student(signals, student, labeled=data.labeled, config=config)
         cell["student"] = round(time.process_time() - started, 2)
     else:
-        from setfit_kd.losses import SimilarityLoss, draw_pairs
+        from setfit_kd.losses.pairs import draw_pairs
+        from setfit_kd.losses.similarity import SimilarityLoss
 
         assert signals.embeddings is not None
         draw_pairs(signals.embeddings, pairs_per_text=1, seed=0)

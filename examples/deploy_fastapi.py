@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from setfit_kd.runtime import Classifier
+from setfit_kd.runtime.classify import Classifier
 
 MAX_TEXTS = 256
 MAX_CHARACTERS = 10_000

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from setfit_kd import evaluate
-from setfit_kd.data import encode_labels, read
-from setfit_kd.finetune import finetune
-from setfit_kd.models import save_model
+from setfit_kd.data.labeled_set import encode_labels
+from setfit_kd.data.sources import read
+from setfit_kd.finetune.train import finetune
+from setfit_kd.models.io import save_model
 
 
 def main(model: str = "demo:all-MiniLM-L6-v2", folder: str | Path = "runs/finetuned", **settings: Any) -> float:

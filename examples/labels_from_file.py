@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from setfit_kd import RunResult, distill
-from setfit_kd.data import read
+from setfit_kd.data.sources import read
 
 
 def write_answers(path: Path) -> None:

@@ -8,9 +8,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from setfit_kd import RunConfig, TeacherSignals, evaluate, load, train_student, train_teacher
-from setfit_kd.data import draw_shots, encode_labels, read
-from setfit_kd.models import save_model
-from setfit_kd.teacher import refine_and_score
+from setfit_kd.data.labeled_set import draw_shots, encode_labels
+from setfit_kd.data.sources import read
+from setfit_kd.models.io import save_model
+from setfit_kd.teacher.scoring import refine_and_score
 
 TEACHER = "demo:all-MiniLM-L6-v2"
 

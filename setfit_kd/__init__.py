@@ -9,46 +9,36 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from setfit_kd.config import RunConfig as RunConfig
-    from setfit_kd.evaluation import evaluate as evaluate
-    from setfit_kd.models import load as load
-    from setfit_kd.run import RunResult as RunResult
-    from setfit_kd.run import distill as distill
-    from setfit_kd.signals import TeacherSignals as TeacherSignals
-    from setfit_kd.student import train_student as train_student
-    from setfit_kd.teacher import score as score
-    from setfit_kd.teacher import train_teacher as train_teacher
+    from setfit_kd.config.run import RunConfig as RunConfig
+    from setfit_kd.evaluation.measure import evaluate as evaluate
+    from setfit_kd.models.io import load as load
+    from setfit_kd.run.pipeline import RunResult as RunResult
+    from setfit_kd.run.pipeline import distill as distill
+    from setfit_kd.signals.signals import TeacherSignals as TeacherSignals
+    from setfit_kd.student.distil import train_student as train_student
+    from setfit_kd.teacher.scoring import score as score
+    from setfit_kd.teacher.train import train_teacher as train_teacher
 
-_LAZY_IMPORTS = {
-    "RunConfig": "setfit_kd.config",
-    "RunResult": "setfit_kd.run",
-    "TeacherSignals": "setfit_kd.signals",
-    "distill": "setfit_kd.run",
-    "evaluate": "setfit_kd.evaluation",
-    "load": "setfit_kd.models",
-    "score": "setfit_kd.teacher",
-    "train_student": "setfit_kd.student",
-    "train_teacher": "setfit_kd.teacher",
+_MODULES = {
+    "RunConfig": "config.run",
+    "RunResult": "run.pipeline",
+    "TeacherSignals": "signals.signals",
+    "distill": "run.pipeline",
+    "evaluate": "evaluation.measure",
+    "load": "models.io",
+    "score": "teacher.scoring",
+    "train_student": "student.distil",
+    "train_teacher": "teacher.train",
 }
 
-__all__ = [
-    "RunConfig",
-    "RunResult",
-    "TeacherSignals",
-    "distill",
-    "evaluate",
-    "load",
-    "score",
-    "train_student",
-    "train_teacher",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY_IMPORTS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'setfit_kd' has no attribute {name!r}")
-    return getattr(import_module(_LAZY_IMPORTS[name]), name)
+    return getattr(import_module(f"setfit_kd.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY_IMPORTS])
+    return sorted([*globals(), *_MODULES])

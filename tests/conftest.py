@@ -178,14 +178,14 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def teacher_body(tiny_teacher: Path) -> SentenceTransformer:
-    from setfit_kd.models import load_body
+    from setfit_kd.models.bodies import load_body
 
     return load_body(tiny_teacher)
 
 
 @pytest.fixture
 def student_body(tiny_student: Path) -> SentenceTransformer:
-    from setfit_kd.models import load_body
+    from setfit_kd.models.bodies import load_body
 
     return load_body(tiny_student)
 
@@ -237,7 +237,9 @@ def make_models(folder: Path, body: Path, teacher: Path) -> dict[str, Path]:
 
     from setfit_kd import train_student
     from setfit_kd.export.bundle import export_bundle
-    from setfit_kd.models import load_body, save_model, static_body
+    from setfit_kd.models.bodies import load_body
+    from setfit_kd.models.io import save_model
+    from setfit_kd.models.static import static_body
 
     signals = replace(pool_signals(), label_names=LABELS)
     labeled = replace(few_labels(), label_names=LABELS)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd import TeacherSignals
-from setfit_kd.data import LabeledSet
+from setfit_kd.data.labeled_set import LabeledSet
 
 if TYPE_CHECKING:
     import pytest

@@ -25,8 +25,8 @@ from conftest import FAST, newswire
 from predictions import LABELS
 from standin_hub import StandInHub
 
-from setfit_kd.config import PRESETS
-from setfit_kd.runtime import Classifier
+from setfit_kd.config.presets import PRESETS
+from setfit_kd.runtime.classify import Classifier
 
 TEACHER, STUDENT = PRESETS["ag_news"]["teacher"], PRESETS["ag_news"]["student"]
 EXAMPLES = Path(__file__).parent.parent / "examples"

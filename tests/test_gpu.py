@@ -16,10 +16,12 @@ from conftest import newswire
 from synthetic import weight_distance, weights
 
 from setfit_kd import RunConfig, distill
-from setfit_kd.data import LabeledSet, draw_shots, encode_labels, read
-from setfit_kd.memory import BackoffEvent, shared_backoff
-from setfit_kd.student import train_student
-from setfit_kd.teacher import refine_and_score, train_teacher
+from setfit_kd.data.labeled_set import LabeledSet, draw_shots, encode_labels
+from setfit_kd.data.sources import read
+from setfit_kd.memory.backoff import BackoffEvent, shared_backoff
+from setfit_kd.student.distil import train_student
+from setfit_kd.teacher.scoring import refine_and_score
+from setfit_kd.teacher.train import train_teacher
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -55,7 +57,7 @@ def mpnet_base(folder: Path, layers: int = 12) -> SentenceTransformer:
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import AutoTokenizer, MPNetConfig, MPNetModel
 
-    from setfit_kd.models import locate_model
+    from setfit_kd.models.bodies import locate_model
 
     torch.manual_seed(0)
     MPNetModel(MPNetConfig(num_hidden_layers=layers)).save_pretrained(folder)

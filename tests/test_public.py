@@ -110,9 +110,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Packages that a package may import. No package imports a later one."""
 
-WITHOUT_FACADE = {"utils", "training", "inference", "export"}
-"""Packages whose modules are imported directly, because some of them load torch and others must not."""
-
 
 @cache
 def modules() -> dict[str, Path]:
@@ -155,12 +152,6 @@ def test_rules_allow_no_cycles() -> None:
 def test_module_follows_import_rules(module: str) -> None:
     package = module.split(".")[1]
     assert imported_packages(module) - {package} <= MAY_IMPORT[package]
-
-
-@pytest.mark.parametrize("module", [name for name in modules() if "." in name])
-def test_module_imports_other_packages_through_their_facade(module: str) -> None:
-    submodules = {name for name in set(imports(modules()[module])) & set(modules()) if name.count(".") > 1}
-    assert {name for name in submodules if name.split(".")[1] not in {module.split(".")[1], *WITHOUT_FACADE}} == set()
 
 
 def test_import_checks_detect_imports() -> None:

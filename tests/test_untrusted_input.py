@@ -20,7 +20,7 @@ from setfit_kd import distill
 from setfit_kd.cli import main
 from setfit_kd.export.bundle import export_bundle
 from setfit_kd.export.publication import prepare_publication
-from setfit_kd.models import load_folder
+from setfit_kd.models.io import load_folder
 from setfit_kd.training.checkpoints import Checkpoints
 
 MAX_BYTES = 2_000_000_000

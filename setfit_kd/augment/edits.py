@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from setfit_kd.data import normalize
+from setfit_kd.data.splits import normalize
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ModelError
-from setfit_kd.memory import move_model
-from setfit_kd.models import load_local, model_errors, run_batches
-from setfit_kd.runtime import shorten
+from setfit_kd.memory.backoff import move_model
+from setfit_kd.models.encode import run_batches
+from setfit_kd.models.safe_loading import load_local, model_errors
+from setfit_kd.runtime.classify import shorten
 from setfit_kd.utils.console import quiet_libraries
 
 if TYPE_CHECKING:

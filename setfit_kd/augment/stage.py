@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from setfit_kd.errors import DataError
-from setfit_kd.models import at_temperature
-from setfit_kd.signals import TeacherSignals
+from setfit_kd.models.temperature import at_temperature
+from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import read_json_lines
 

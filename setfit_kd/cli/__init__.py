@@ -18,7 +18,7 @@ from setfit_kd.cli.push import push
 from setfit_kd.cli.report import report
 from setfit_kd.cli.run import run
 from setfit_kd.errors import ModelError, OutOfMemoryError, SetFitKDError
-from setfit_kd.memory import first_line, is_out_of_memory
+from setfit_kd.memory.oom_errors import first_line, is_out_of_memory
 from setfit_kd.utils.escape import printable
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from setfit_kd.cli.options import json_option, output_options, passed, pickle_option, setting_options, threads_option
-from setfit_kd.config import RunConfig
+from setfit_kd.config.run import RunConfig
 from setfit_kd.utils.escape import json_text
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def benchmark(
     model. The texts come from --unlabeled, or from the bundled news corpus.
     """
     from setfit_kd.cli.output import echo, show_table
-    from setfit_kd.data import read
+    from setfit_kd.data.sources import read
     from setfit_kd.inference.benchmark import measure_speed
     from setfit_kd.utils.console import track
 

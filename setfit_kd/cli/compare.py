@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from setfit_kd.report import ComparedModel
+    from setfit_kd.report.comparison import ComparedModel
 
 
 @click.command()
@@ -20,7 +20,7 @@ def compare(runs: tuple[Path, ...]) -> None:
     left out for runs that were evaluated on other texts.
     """
     from setfit_kd.cli.output import show_table
-    from setfit_kd.report import compare as compare_runs
+    from setfit_kd.report.comparison import compare as compare_runs
 
     headings = ("run", "model", "accuracy", "difference", "macro-F1", "calibration error", "MB", "texts/s")
     show_table(headings, [_row(model) for model in compare_runs(runs)])

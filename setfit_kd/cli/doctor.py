@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from setfit_kd.config import PRESETS
+from setfit_kd.config.presets import PRESETS
 from setfit_kd.errors import SetFitKDError
 from setfit_kd.utils.escape import printable
 
@@ -21,9 +21,9 @@ def doctor() -> None:
     import torch
 
     from setfit_kd import hub
-    from setfit_kd.memory import resolve_device
-    from setfit_kd.run_folder import versions
-    from setfit_kd.signals import cache_bytes
+    from setfit_kd.memory.devices import resolve_device
+    from setfit_kd.run_folder.manifest import versions
+    from setfit_kd.signals.embedding_cache import cache_bytes
     from setfit_kd.utils.files import cache_folder
 
     click.echo("Versions")
@@ -53,7 +53,8 @@ def doctor() -> None:
 
 
 def _free(device: torch.device) -> str:
-    from setfit_kd.memory import first_line, free_memory
+    from setfit_kd.memory.devices import free_memory
+    from setfit_kd.memory.oom_errors import first_line
 
     try:
         free, total = free_memory(device)
@@ -65,7 +66,7 @@ def _free(device: torch.device) -> str:
 def _problem(name: str, reachable: bool) -> str | None:
     """Return why a preset cannot run here, or None if it can. Downloads nothing."""
     from setfit_kd import hub
-    from setfit_kd.models import locate_model
+    from setfit_kd.models.bodies import locate_model
 
     settings = PRESETS[name]
     for role in ("teacher", "student", "labeled"):

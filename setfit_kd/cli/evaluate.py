@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from setfit_kd.cli.options import json_option, output_options, passed, pickle_option, setting_options
-from setfit_kd.config import RunConfig
+from setfit_kd.config.run import RunConfig
 from setfit_kd.errors import ConfigError
 from setfit_kd.utils.escape import json_text
 
 if TYPE_CHECKING:
-    from setfit_kd.evaluation import OperatingPoint
+    from setfit_kd.evaluation.calibration import OperatingPoint
 
 
 @click.command()
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> None:
     """Evaluate a classifier on labeled texts: quality, size and speed."""
     from setfit_kd.cli.output import echo, show_evaluations, show_table
-    from setfit_kd.data import encode_labels, read
-    from setfit_kd.evaluation import evaluate as evaluate_model
-    from setfit_kd.memory import shared_backoff
-    from setfit_kd.models import load
+    from setfit_kd.data.labeled_set import encode_labels
+    from setfit_kd.data.sources import read
+    from setfit_kd.evaluation.measure import evaluate as evaluate_model
+    from setfit_kd.memory.backoff import shared_backoff
+    from setfit_kd.models.io import load
 
     config = RunConfig.of(**passed(flags))
     if config.eval is None:

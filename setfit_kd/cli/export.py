@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from setfit_kd.cli.options import FRACTION, output_options, passed, pickle_option, setting_options
-from setfit_kd.config import BUNDLE_FORMATS, RunConfig
+from setfit_kd.config.run import RunConfig
+from setfit_kd.config.values import BUNDLE_FORMATS
 from setfit_kd.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def export(
 
     from setfit_kd.cli.output import echo
     from setfit_kd.export.bundle import export_bundle
-    from setfit_kd.models import load
+    from setfit_kd.models.io import load
 
     classifier = load(model, device="cpu", trust_pickle=trust_pickle)
     texts = _texts(model, config)
@@ -66,9 +67,11 @@ def export(
 
 def _texts(model: str, config: RunConfig) -> list[str]:
     """Return the texts to check the bundle on: from --unlabeled, else the pool of the run, else the bundled corpus."""
-    from setfit_kd.data import read
-    from setfit_kd.run_folder import CONFIG_FILE, RUN_FILE, SIGNALS, TEACHER_SIGNALS, RunFolder
-    from setfit_kd.signals import TeacherSignals, read_signals
+    from setfit_kd.data.sources import read
+    from setfit_kd.run_folder.folder import RunFolder
+    from setfit_kd.run_folder.names import CONFIG_FILE, RUN_FILE, SIGNALS, TEACHER_SIGNALS
+    from setfit_kd.signals.files import read_signals
+    from setfit_kd.signals.signals import TeacherSignals
 
     if config.unlabeled is not None:
         return read(config.unlabeled, text_column=config.text_column).texts

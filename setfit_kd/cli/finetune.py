@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from setfit_kd.cli.options import json_option, output_options, passed, setting_options
-from setfit_kd.config import FinetuneRunConfig
+from setfit_kd.config.run import FinetuneRunConfig
 from setfit_kd.utils.escape import json_text
 
 
@@ -34,8 +34,8 @@ def finetune(as_json: bool, **flags: Any) -> None:
     config = FinetuneRunConfig.of(**passed(flags))
 
     from setfit_kd.cli.output import echo, show_evaluations, show_table
-    from setfit_kd.finetune import finetune_run
-    from setfit_kd.memory import shared_backoff
+    from setfit_kd.finetune.run import finetune_run
+    from setfit_kd.memory.backoff import shared_backoff
 
     with shared_backoff(cpu_fallback=config.cpu_fallback):
         result = finetune_run(config)

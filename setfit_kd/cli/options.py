@@ -13,15 +13,9 @@ import click
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from setfit_kd.config import (
-    AugmentConfig,
-    DataConfig,
-    RunConfig,
-    SignalsConfig,
-    StageConfig,
-    StudentConfig,
-    TeacherConfig,
-)
+from setfit_kd.config.base import StageConfig
+from setfit_kd.config.run import RunConfig
+from setfit_kd.config.stages import AugmentConfig, DataConfig, SignalsConfig, StudentConfig, TeacherConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -17,7 +17,7 @@ from setfit_kd.utils.console import show_progress
 from setfit_kd.utils.escape import printable
 
 if TYPE_CHECKING:
-    from setfit_kd.evaluation import Evaluation
+    from setfit_kd.evaluation.measure import Evaluation
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from setfit_kd.cli.options import FRACTION, output_options, passed, pickle_option, setting_options, threads_option
-from setfit_kd.config import RunConfig
+from setfit_kd.config.run import RunConfig
 from setfit_kd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ def predict(
     without text has the label null. Other columns of the input come first, with their names; a column named like an
     output column is prefixed by input_, as in input_label.
     """
-    from setfit_kd.data import column_types
+    from setfit_kd.data.readers import column_types
     from setfit_kd.inference.classifier import open_classifier
     from setfit_kd.inference.predict import check_output, classify, predictions_file, predictions_stream
-    from setfit_kd.memory import shared_backoff
+    from setfit_kd.memory.backoff import shared_backoff
     from setfit_kd.utils.console import show_progress, track
 
     config = RunConfig.of(**passed(flags))
@@ -94,7 +94,7 @@ def _check_inputs(texts: tuple[str, ...], files: tuple[str, ...]) -> None:
 
 
 def _texts(texts: tuple[str, ...], files: tuple[str, ...], text_column: tuple[str, ...]) -> Iterator[Row]:
-    from setfit_kd.data import check_texts, stream_rows
+    from setfit_kd.data.sources import check_texts, stream_rows
 
     if texts:
         yield from check_texts(texts, origin="the arguments", unit="text")

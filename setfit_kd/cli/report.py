@@ -17,8 +17,9 @@ def report(run: Path) -> None:
     Every run writes its report at the end. Use this command if the report was changed, lost, or written by an earlier
     version.
     """
-    from setfit_kd.report import verdict, write_report
-    from setfit_kd.run_folder import REPORT_HTML
+    from setfit_kd.report.render import verdict
+    from setfit_kd.report.write import write_report
+    from setfit_kd.run_folder.names import REPORT_HTML
 
     summary = write_report(run)
     click.echo(printable(verdict(summary)))

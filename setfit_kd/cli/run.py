@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from setfit_kd.cli.options import output_options, passed, setting_options
-from setfit_kd.config import DEFAULT_PRESET, PRESETS, RunConfig, preset, read_config
+from setfit_kd.config.presets import DEFAULT_PRESET, PRESETS, preset, read_config
+from setfit_kd.config.run import RunConfig
 from setfit_kd.errors import ConfigError
 from setfit_kd.utils.escape import printable
 
 if TYPE_CHECKING:
-    from setfit_kd.run import RunResult
+    from setfit_kd.run.pipeline import RunResult
 
 
 @click.command()
@@ -54,9 +55,9 @@ def run(
     if resume is not None and flag_settings.keys() & {"output_dir", "overwrite"}:
         raise ConfigError("--resume cannot be combined with --output-dir or --overwrite.", hint="Remove these flags.")
 
-    from setfit_kd.run import resumed_config
-    from setfit_kd.run import run as run_pipeline
-    from setfit_kd.run_folder import default_folder
+    from setfit_kd.run.pipeline import resumed_config
+    from setfit_kd.run.pipeline import run as run_pipeline
+    from setfit_kd.run_folder.names import default_folder
 
     if resume is not None:
         config = resumed_config(resume, file_settings, flag_settings)
@@ -79,7 +80,7 @@ def run(
 
 def _print_resume_hint(folder: Path | None) -> None:
     """Print how to resume the run, if it can be resumed."""
-    from setfit_kd.run_folder import RunFolder
+    from setfit_kd.run_folder.folder import RunFolder
 
     if folder is not None and RunFolder.contains_interrupted_run(folder):
         command = f"setfit-kd run --resume {shlex.quote(str(folder))}"
@@ -88,7 +89,8 @@ def _print_resume_hint(folder: Path | None) -> None:
 
 def _print_plan(config: RunConfig, *, resume: bool) -> None:
     from setfit_kd.cli.output import echo, show_table
-    from setfit_kd.run import plan, prepare_run
+    from setfit_kd.run.dry_run import plan
+    from setfit_kd.run.inputs import prepare_run
 
     stages = plan(config, prepare_run(config, resume=resume))
     echo(config.to_yaml())
@@ -99,8 +101,9 @@ def _print_plan(config: RunConfig, *, resume: bool) -> None:
 
 def _print_result(result: RunResult) -> None:
     from setfit_kd.cli.output import echo, show_evaluations, show_table
-    from setfit_kd.report import SEED_HEADINGS, display_name, seed_cells
-    from setfit_kd.run import student_paths
+    from setfit_kd.report.render import SEED_HEADINGS, seed_cells
+    from setfit_kd.report.summary import display_name
+    from setfit_kd.run.pipeline import student_paths
 
     if result.evaluations:
         show_evaluations({display_name(name): evaluation for name, evaluation in result.evaluations.items()})

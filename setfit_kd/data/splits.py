@@ -10,7 +10,7 @@ from hashlib import blake2b
 from heapq import heappush, heapreplace
 from operator import itemgetter
 
-from setfit_kd.config import DataConfig
+from setfit_kd.config.stages import DataConfig
 from setfit_kd.data.labeled_set import LabeledSet, draw_shots
 from setfit_kd.data.sources import INVISIBLE
 from setfit_kd.errors import DataError

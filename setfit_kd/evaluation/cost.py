@@ -7,7 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from setfit_kd.models import family_of, save_model
+from setfit_kd.models.bodies import family_of
+from setfit_kd.models.io import save_model
 from setfit_kd.utils.files import folder_megabytes
 
 if TYPE_CHECKING:

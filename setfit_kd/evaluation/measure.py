@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.data import LabeledSet, Source, encode_labels, read
+from setfit_kd.data.labeled_set import LabeledSet, encode_labels
+from setfit_kd.data.sources import Source, read
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation.calibration import Calibration, OperatingPoint, measure_calibration, threshold_for
 from setfit_kd.evaluation.cost import Cost, count_parameters, model_megabytes
 from setfit_kd.evaluation.intervals import Interval, bootstrap_calibration, bootstrap_proportion, bootstrap_quality
 from setfit_kd.evaluation.metrics import ClassQuality, Quality, measure_quality
 from setfit_kd.evaluation.texts import class_indices
-from setfit_kd.memory import OOMBackoff, shared_backoff
-from setfit_kd.models import at_temperature, predict_proba
+from setfit_kd.memory.backoff import OOMBackoff, shared_backoff
+from setfit_kd.models.encode import predict_proba
+from setfit_kd.models.temperature import at_temperature
 from setfit_kd.utils.arrays import load_rows, save_rows
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.console import show_progress

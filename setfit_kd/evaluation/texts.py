@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.data import LabeledSet
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.utils.atomic_io import atomic_file, raise_output_errors
 from setfit_kd.utils.files import read_json_lines

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd import __version__, runtime
-from setfit_kd.config import BUNDLE_FORMATS
+from setfit_kd import __version__
+from setfit_kd.config.values import BUNDLE_FORMATS
 from setfit_kd.errors import ConfigError, DataError, ModelError
 from setfit_kd.export.onnx import quantize, write_onnx
 from setfit_kd.export.static import write_static
 from setfit_kd.export.tokenizer import head_weights, labels_json, tokenizer_settings
-from setfit_kd.models import check_finite, is_static, predict_proba
+from setfit_kd.models.bodies import is_static
+from setfit_kd.models.encode import predict_proba
+from setfit_kd.models.safe_loading import check_finite
+from setfit_kd.runtime import classify
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.escape import escape_markdown, short_class_name, truncate
 from setfit_kd.utils.files import folder_megabytes
@@ -149,7 +152,7 @@ def export_bundle(
             writer.normalizes = write_static(model, temporary)
             bundle = writer.verify("static", thresholds)
         else:
-            write_onnx(model, temporary / runtime.ONNX_MODEL)
+            write_onnx(model, temporary / classify.ONNX_MODEL)
             bundle = writer.verify("onnx", thresholds)
             if format == "onnx-int8":
                 bundle = writer.try_int8(bundle, thresholds)
@@ -165,9 +168,9 @@ class _BundleWriter:
         self.model, self.folder, self.texts, self.expected = model, folder, texts, expected
         self.normalizes = False
         self.tokenizer_settings = tokenizer_settings(model.model_body)
-        (folder / runtime.TOKENIZER).write_text(self.tokenizer_settings.tokenizer, encoding="utf-8")
-        (folder / runtime.LABELS).write_text(labels_json(model), encoding="utf-8")
-        shutil.copyfile(runtime.SOURCE, folder / "classify.py")
+        (folder / classify.TOKENIZER).write_text(self.tokenizer_settings.tokenizer, encoding="utf-8")
+        (folder / classify.LABELS).write_text(labels_json(model), encoding="utf-8")
+        shutil.copyfile(classify.__file__, folder / "classify.py")
 
     def verify(self, format: str, thresholds: dict[str, float]) -> Bundle:  # noqa: A002
         """Compare the bundle with the classifier and write the manifest.
@@ -176,7 +179,7 @@ class _BundleWriter:
             ModelError: If the agreement is too low.
         """
         self._write_manifest(format, None)
-        probabilities = runtime.Classifier(self.folder).predict_proba(self.texts)
+        probabilities = classify.Classifier(self.folder).predict_proba(self.texts)
         parity = Parity(
             texts=len(self.texts),
             agreement=float((probabilities.argmax(axis=1) == self.expected.argmax(axis=1)).mean()),
@@ -193,7 +196,7 @@ class _BundleWriter:
 
     def try_int8(self, single: Bundle, thresholds: dict[str, float]) -> Bundle:
         """Quantize the bundle to 8 bits; restore single precision if agreement or speed is not sufficient."""
-        model, backup = self.folder / runtime.ONNX_MODEL, self.folder / _SINGLE_PRECISION_MODEL
+        model, backup = self.folder / classify.ONNX_MODEL, self.folder / _SINGLE_PRECISION_MODEL
         before = self._measure_seconds()
         model.rename(backup)
         quantize(backup, model)
@@ -213,17 +216,17 @@ class _BundleWriter:
 
     def _measure_seconds(self) -> float:
         """Return the shortest of several times that the bundle takes for some of the texts."""
-        classifier, texts = runtime.Classifier(self.folder), self.texts[:_N_TIMED_TEXTS]
+        classifier, texts = classify.Classifier(self.folder), self.texts[:_N_TIMED_TEXTS]
         return min(repeat(lambda: classifier.predict_proba(texts), number=1, repeat=1 + _N_TIMED_RUNS))
 
     def _write_manifest(self, format: str, parity: Parity | None) -> None:  # noqa: A002
         files = {
             file.name: file_hash(file)
             for file in sorted(self.folder.iterdir())
-            if file.name not in (runtime.MANIFEST, _SINGLE_PRECISION_MODEL)
+            if file.name not in (classify.MANIFEST, _SINGLE_PRECISION_MODEL)
         }
         manifest: dict[str, Any] = {
-            "format": runtime.FORMAT,
+            "format": classify.FORMAT,
             "kind": "static" if format == "static" else "onnx",
             "weights": {"static": "fp16", "onnx": "fp32", "onnx-int8": "int8"}[format],
             "n_classes": len(self.model.labels or ()),
@@ -234,7 +237,7 @@ class _BundleWriter:
             "files": files,
         }
         content = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        (self.folder / runtime.MANIFEST).write_text(content, encoding="utf-8")
+        (self.folder / classify.MANIFEST).write_text(content, encoding="utf-8")
 
 
 def _readme(model: SetFitModel, bundle: Bundle, title: str) -> str:

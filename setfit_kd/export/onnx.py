@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from setfit_kd.errors import ModelError, UnavailableError
 from setfit_kd.export.tokenizer import head_weights
-from setfit_kd.models import is_static
+from setfit_kd.models.bodies import is_static
 from setfit_kd.utils.console import suppress_warnings
 
 if TYPE_CHECKING:

@@ -10,7 +10,10 @@ from pathlib import Path
 
 from setfit_kd import hub
 from setfit_kd.errors import InputError, ModelError
-from setfit_kd.models import classifier_folder, load_folder, load_head, module_folders, transformer_label_names
+from setfit_kd.models.bodies import transformer_label_names
+from setfit_kd.models.heads import load_head
+from setfit_kd.models.io import classifier_folder, load_folder
+from setfit_kd.models.safe_loading import module_folders
 
 CARD, _PICKLED_HEAD = "README.md", "model_head.pkl"
 _FILES = frozenset(

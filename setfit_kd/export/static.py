@@ -9,8 +9,8 @@ import numpy as np
 
 from setfit_kd.errors import ModelError
 from setfit_kd.export.tokenizer import head_weights
-from setfit_kd.models import is_static
-from setfit_kd.runtime import HEAD, VECTORS
+from setfit_kd.models.bodies import is_static
+from setfit_kd.runtime.classify import HEAD, VECTORS
 
 if TYPE_CHECKING:
     from setfit import SetFitModel

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ModelError
-from setfit_kd.models import default_prompt, is_static
+from setfit_kd.models.bodies import default_prompt, is_static
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -11,14 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setfit_kd.config import FinetuneConfig, FinetuneRunConfig
-from setfit_kd.data import LabeledSet, check_classes, encode_labels, normalize, read, remove_leaks
+from setfit_kd.config.run import FinetuneRunConfig
+from setfit_kd.config.stages import FinetuneConfig
+from setfit_kd.data.labeled_set import LabeledSet, check_classes, encode_labels
+from setfit_kd.data.sources import read
+from setfit_kd.data.splits import normalize, remove_leaks
 from setfit_kd.errors import DataError, OutputError
-from setfit_kd.evaluation import Evaluation, evaluate
+from setfit_kd.evaluation.measure import Evaluation, evaluate
 from setfit_kd.finetune.steps import resolve_batch_size
 from setfit_kd.finetune.train import finetune
-from setfit_kd.memory import move_model, resolve_device
-from setfit_kd.models import BodySource, content_hash, load_local, locate_model, model_errors, save_model
+from setfit_kd.memory.backoff import move_model
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.bodies import BodySource, locate_model
+from setfit_kd.models.fingerprint import content_hash
+from setfit_kd.models.io import save_model
+from setfit_kd.models.safe_loading import load_local, model_errors
 from setfit_kd.utils.atomic_io import (
     LOCK_FILE,
     lock_folder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from setfit_kd.config import FinetuneConfig
+from setfit_kd.config.stages import FinetuneConfig
 
 if TYPE_CHECKING:
     import torch

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setfit_kd.config import FinetuneConfig
-from setfit_kd.data import LabeledSet, Source, check_classes, encode_labels, read
+from setfit_kd.config.stages import FinetuneConfig
+from setfit_kd.data.labeled_set import LabeledSet, check_classes, encode_labels
+from setfit_kd.data.sources import Source, read
 from setfit_kd.errors import ConfigError, DataError, ModelError
 from setfit_kd.finetune.steps import finetune_steps, resolve_batch_size
-from setfit_kd.memory import resolve_device, shared_backoff
-from setfit_kd.models import BodySource, family_of, locate_model, new_model
+from setfit_kd.memory.backoff import shared_backoff
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.bodies import BodySource, family_of, locate_model
+from setfit_kd.models.io import new_model
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.console import quiet_libraries
 

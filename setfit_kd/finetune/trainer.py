@@ -9,12 +9,14 @@ from datasets import Dataset
 from setfit import SetFitModel, Trainer, TrainingArguments
 from torch import nn
 
-from setfit_kd.config import FinetuneConfig, resolved
-from setfit_kd.data import LabeledSet
+from setfit_kd.config.base import resolved
+from setfit_kd.config.stages import FinetuneConfig
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.finetune.steps import resolve_batch_size, steps_per_epoch
 from setfit_kd.finetune.validation import ValidationCallback
-from setfit_kd.losses import CrossEntropyLoss
-from setfit_kd.models import get_head, last_layer, shorten_texts
+from setfit_kd.losses.cross_entropy import CrossEntropyLoss
+from setfit_kd.models.encode import shorten_texts
+from setfit_kd.models.transformer_head import get_head, last_layer
 from setfit_kd.training.loop import inner_trainer_options, training_arguments
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from setfit_kd.data import LabeledSet
-from setfit_kd.evaluation import measure_quality
-from setfit_kd.models import embed, get_head
+from setfit_kd.data.labeled_set import LabeledSet
+from setfit_kd.evaluation.metrics import measure_quality
+from setfit_kd.models.encode import embed
+from setfit_kd.models.transformer_head import get_head
 from setfit_kd.training.callbacks import EvaluationCallback
 from setfit_kd.utils.console import show_progress
 

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
-from setfit_kd.config import OFFLINE_COMMAND
+from setfit_kd.config.presets import OFFLINE_COMMAND
 from setfit_kd.errors import InputError, SetFitKDError, UnavailableError, error_chain
 from setfit_kd.utils.atomic_io import raise_output_errors
 

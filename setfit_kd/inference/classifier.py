@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ModelError, UnavailableError
-from setfit_kd.runtime import MANIFEST, BundleError, Classifier
+from setfit_kd.runtime.classify import MANIFEST, BundleError, Classifier
 from setfit_kd.utils.console import show_progress
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class TorchClassifier:
 
     def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Predict the class probabilities (n, n_classes) of n texts."""
-        from setfit_kd.models import predict_proba
+        from setfit_kd.models.encode import predict_proba
 
         with show_progress(None):
             return predict_proba(self.model, texts, batch_size=self.batch_size)
@@ -79,7 +79,7 @@ def classifier_path(path: str | Path) -> Path | None:
         return None
     if is_bundle(path):
         return Path(path)
-    from setfit_kd.models import classifier_folder
+    from setfit_kd.models.io import classifier_folder
 
     return classifier_folder(path)
 
@@ -109,7 +109,7 @@ def open_classifier(
     if is_bundle(path):
         with _convert_bundle_errors():
             return _BundleClassifier(path, threads=threads, batch_size=batch_size)
-    from setfit_kd.models import load
+    from setfit_kd.models.io import load
 
     if threads is not None:
         import torch

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from setfit_kd.errors import ConfigError
 from setfit_kd.inference.classifier import TextClassifier
-from setfit_kd.runtime import chunk_texts
+from setfit_kd.runtime.classify import chunk_texts
 from setfit_kd.utils.atomic_io import atomic_file
 from setfit_kd.utils.console import suppress_warnings
 from setfit_kd.utils.escape import as_text, json_text

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from setfit_kd import hub
-from setfit_kd.config import Family
+from setfit_kd.config.base import Family
 from setfit_kd.errors import ModelError, UnavailableError
 from setfit_kd.models.safe_loading import MODULES, check_finite, load_local, model_errors
 from setfit_kd.utils.console import quiet_libraries

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.memory import Attempt, OOMBackoff, move_model
+from setfit_kd.memory.backoff import Attempt, OOMBackoff, move_model
 from setfit_kd.models.bodies import vocabulary_size
-from setfit_kd.runtime import chunk_texts, shorten
+from setfit_kd.runtime.classify import chunk_texts, shorten
 from setfit_kd.utils.arrays import allocate_array, iter_chunks
 from setfit_kd.utils.console import track
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.errors import ModelError
-from setfit_kd.memory import move_model, resolve_device
+from setfit_kd.memory.backoff import move_model
+from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import BodySource, family_of, load_body, locate_model, transformer_label_names
 from setfit_kd.models.heads import load_head, new_head, save_head
 from setfit_kd.models.transformer_head import get_head, set_head, transformer_module

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.errors import ModelError
-from setfit_kd.memory import first_line, is_out_of_memory
+from setfit_kd.memory.oom_errors import first_line, is_out_of_memory
 from setfit_kd.utils.files import check_regular_file, read_json
 
 if TYPE_CHECKING:

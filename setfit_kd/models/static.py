@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from setfit_kd.errors import ModelError
 from setfit_kd.models.encode import embed_tokens
-from setfit_kd.runtime import chunk_texts, shorten
+from setfit_kd.runtime.classify import chunk_texts, shorten
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation import Evaluation, Interval, read_texts
+from setfit_kd.evaluation.intervals import Interval
+from setfit_kd.evaluation.measure import Evaluation
+from setfit_kd.evaluation.texts import read_texts
 from setfit_kd.report.summary import read_summary
-from setfit_kd.run_folder import EVALUATION
+from setfit_kd.run_folder.names import EVALUATION
 
 
 @dataclass(frozen=True)

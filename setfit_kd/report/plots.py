@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from setfit_kd.evaluation import Evaluation
+    from setfit_kd.evaluation.measure import Evaluation
 
 N_COLORS = 10
 _MAX_POINTS, _MIN_COVERAGE = 500, 0.02

@@ -15,11 +15,14 @@ from setfit_kd import hub
 from setfit_kd.report import plots
 from setfit_kd.report.environment import template_environment
 from setfit_kd.report.summary import ExamplePrediction, RunSummary, StudentSummary, coverage_curves
-from setfit_kd.run_folder import BASELINE, TEACHER, Manifest
+from setfit_kd.run_folder.manifest import Manifest
+from setfit_kd.run_folder.names import BASELINE, TEACHER
 from setfit_kd.utils.escape import short_class_name, truncate
 
 if TYPE_CHECKING:
-    from setfit_kd.evaluation import Evaluation, Interval, SeedSummary, Spread
+    from setfit_kd.evaluation.intervals import Interval
+    from setfit_kd.evaluation.measure import Evaluation
+    from setfit_kd.evaluation.seeds import SeedSummary, Spread
 
 SEED_HEADINGS = ("accuracy", "macro-F1", "agreement", "calibration error", "minus teacher", "minus baseline")
 _SETFIT = "config_setfit.json"

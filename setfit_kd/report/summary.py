@@ -9,19 +9,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.config import RunConfig, read_config
-from setfit_kd.data import LabeledSet
+from setfit_kd.config.presets import read_config
+from setfit_kd.config.run import RunConfig
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation import (
-    Evaluation,
-    Interval,
-    OperatingPoint,
-    SeedSummary,
-    coverage_curve,
-    read_texts,
-    summarize_seeds,
-)
-from setfit_kd.run_folder import (
+from setfit_kd.evaluation.calibration import OperatingPoint, coverage_curve
+from setfit_kd.evaluation.intervals import Interval
+from setfit_kd.evaluation.measure import Evaluation
+from setfit_kd.evaluation.seeds import SeedSummary, summarize_seeds
+from setfit_kd.evaluation.texts import read_texts
+from setfit_kd.run_folder.manifest import Manifest
+from setfit_kd.run_folder.names import (
     BASELINES,
     CONFIG_FILE,
     EVALUATION,
@@ -32,7 +30,6 @@ from setfit_kd.run_folder import (
     TEACHER_ACCURACIES,
     TEACHER_SIGNALS,
     TEACHERS,
-    Manifest,
     reference_models,
 )
 

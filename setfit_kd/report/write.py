@@ -6,7 +6,8 @@ from pathlib import Path
 
 from setfit_kd.report.render import render_card, render_html, render_markdown
 from setfit_kd.report.summary import RunSummary, read_summary
-from setfit_kd.run_folder import REPORT_HTML, REPORT_MARKDOWN, RunFolder
+from setfit_kd.run_folder.folder import RunFolder
+from setfit_kd.run_folder.names import REPORT_HTML, REPORT_MARKDOWN
 from setfit_kd.utils.atomic_io import write_text
 
 _ALTERNATIVE = "copy the run to a writable folder"

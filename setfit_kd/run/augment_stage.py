@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from setfit_kd.augment import augment, load_fill_mask, load_texts, save_texts
-from setfit_kd.config import RunConfig
-from setfit_kd.memory import resolve_device
+from setfit_kd.augment.edits import augment
+from setfit_kd.augment.fill_mask import load_fill_mask
+from setfit_kd.augment.stage import load_texts, save_texts
+from setfit_kd.config.run import RunConfig
+from setfit_kd.memory.devices import resolve_device
 from setfit_kd.run.data import RunData
 from setfit_kd.run.stage_cache import StageCache
 from setfit_kd.run.student_stages import fingerprint_labeled
-from setfit_kd.run_folder import AUGMENTED
+from setfit_kd.run_folder.names import AUGMENTED
 from setfit_kd.utils.hashing import fingerprint, hash_parts
 
 

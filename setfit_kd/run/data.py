@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from setfit_kd.config import DataConfig
-from setfit_kd.data import DataSplits, LabeledSet, Source, check_classes, encode_labels, read, split_data, stream_texts
+from setfit_kd.config.stages import DataConfig
+from setfit_kd.data.labeled_set import LabeledSet, check_classes, encode_labels
+from setfit_kd.data.sources import Source, read, stream_texts
+from setfit_kd.data.splits import DataSplits, split_data
 from setfit_kd.errors import ConfigError
-from setfit_kd.signals import TeacherSignals, read_signals
+from setfit_kd.signals.files import read_signals
+from setfit_kd.signals.signals import TeacherSignals
 
 logger = logging.getLogger(__name__)
 

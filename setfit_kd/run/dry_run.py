@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from setfit_kd.config import CROSS_VALIDATED, RunConfig
-from setfit_kd.memory import resolve_device
-from setfit_kd.student import labels_only_config, rows_without_signals, student_steps, trains_on_labeled_texts
-from setfit_kd.teacher import cross_validation_steps, training_steps
+from setfit_kd.config.run import RunConfig
+from setfit_kd.config.values import CROSS_VALIDATED
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.student.distil import rows_without_signals
+from setfit_kd.student.steps import labels_only_config, student_steps, trains_on_labeled_texts
+from setfit_kd.teacher.ensemble import cross_validation_steps
+from setfit_kd.teacher.steps import training_steps
 
 if TYPE_CHECKING:
     from setfit_kd.run.inputs import RunInputs

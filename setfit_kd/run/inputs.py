@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from setfit_kd import hub
-from setfit_kd.augment import load_fill_mask
-from setfit_kd.config import RunConfig
-from setfit_kd.data import Source
+from setfit_kd.augment.fill_mask import load_fill_mask
+from setfit_kd.config.run import RunConfig
+from setfit_kd.data.sources import Source
 from setfit_kd.errors import ConfigError
-from setfit_kd.memory import check_device, resolve_device
-from setfit_kd.models import locate_body, locate_model
+from setfit_kd.memory.devices import check_device, resolve_device
+from setfit_kd.models.bodies import locate_body, locate_model
 from setfit_kd.run.data import RunData, load_run_data
 from setfit_kd.run.teacher_stages import PreparedTeacher
-from setfit_kd.run_folder import RunFolder
-from setfit_kd.student import PreparedStudent, check_pool, locate_student
+from setfit_kd.run_folder.folder import RunFolder
+from setfit_kd.student.checks import check_pool
+from setfit_kd.student.kinds import PreparedStudent, locate_student
 from setfit_kd.training.precision import check_precision
 
 if TYPE_CHECKING:

@@ -9,32 +9,27 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setfit_kd.augment import drop_uncertain
-from setfit_kd.config import RunConfig
-from setfit_kd.data import Source
-from setfit_kd.evaluation import Evaluation, SeedSummary, summarize_seeds, write_texts
-from setfit_kd.memory import move_model, resolve_device, shared_backoff
-from setfit_kd.report import write_report
+from setfit_kd.augment.stage import drop_uncertain
+from setfit_kd.config.run import RunConfig
+from setfit_kd.data.sources import Source
+from setfit_kd.evaluation.measure import Evaluation
+from setfit_kd.evaluation.seeds import SeedSummary, summarize_seeds
+from setfit_kd.evaluation.texts import write_texts
+from setfit_kd.memory.backoff import move_model, shared_backoff
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.report.write import write_report
 from setfit_kd.run.augment_stage import augment_or_load
 from setfit_kd.run.inputs import RunInputs, prepare_run
 from setfit_kd.run.stage_cache import StageCache
 from setfit_kd.run.student_stages import StudentStages, fingerprint_signals
 from setfit_kd.run.teacher_stages import TeachersResult, run_teachers
-from setfit_kd.run_folder import (
-    EVALUATION,
-    SEEDS,
-    STUDENT,
-    STUDENTS,
-    TEACHER,
-    RunFolder,
-    baseline_path,
-    buffer_log,
-    reference_models,
-    stage_in_log,
-    versions,
-)
-from setfit_kd.signals import TeacherSignals
-from setfit_kd.student import check_pool, folder_names
+from setfit_kd.run_folder.folder import RunFolder
+from setfit_kd.run_folder.log import buffer_log, stage_in_log
+from setfit_kd.run_folder.manifest import versions
+from setfit_kd.run_folder.names import EVALUATION, SEEDS, STUDENT, STUDENTS, TEACHER, baseline_path, reference_models
+from setfit_kd.signals.signals import TeacherSignals
+from setfit_kd.student.checks import check_pool
+from setfit_kd.student.kinds import folder_names
 from setfit_kd.training.precision import Precision, resolve_precision
 from setfit_kd.utils.atomic_io import lock_folder
 from setfit_kd.utils.hashing import fingerprint

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from setfit_kd.errors import InputError
-from setfit_kd.memory import shared_backoff
-from setfit_kd.run_folder import (
+from setfit_kd.memory.backoff import shared_backoff
+from setfit_kd.run_folder.folder import RunFolder
+from setfit_kd.run_folder.log import stage_in_log
+from setfit_kd.run_folder.names import (
     BASELINE,
     BASELINES,
     CHECKPOINTS,
@@ -22,8 +24,6 @@ from setfit_kd.run_folder import (
     TEACHER_ACCURACIES,
     TEACHER_SIGNALS,
     TEACHERS,
-    RunFolder,
-    stage_in_log,
 )
 from setfit_kd.training.loop import record_losses
 

@@ -10,17 +10,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from setfit_kd.config import RunConfig, StudentConfig, TeacherConfig
-from setfit_kd.data import LabeledSet
-from setfit_kd.evaluation import Evaluation, evaluate, evaluate_ensemble
-from setfit_kd.memory import move_model, resolve_device
-from setfit_kd.models import content_hash, load_folder, save_model
+from setfit_kd.config.run import RunConfig
+from setfit_kd.config.stages import StudentConfig, TeacherConfig
+from setfit_kd.data.labeled_set import LabeledSet
+from setfit_kd.evaluation.measure import Evaluation, evaluate, evaluate_ensemble
+from setfit_kd.memory.backoff import move_model
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.fingerprint import content_hash
+from setfit_kd.models.io import load_folder, save_model
 from setfit_kd.run.data import RunData
 from setfit_kd.run.stage_cache import StageCache
-from setfit_kd.run_folder import EVALUATION, TEACHER
-from setfit_kd.signals import TeacherSignals
-from setfit_kd.student import PreparedStudent, labels_only_config, rows_without_signals, train_student
-from setfit_kd.teacher import train_teacher
+from setfit_kd.run_folder.names import EVALUATION, TEACHER
+from setfit_kd.signals.signals import TeacherSignals
+from setfit_kd.student.distil import rows_without_signals, train_student
+from setfit_kd.student.kinds import PreparedStudent
+from setfit_kd.student.steps import labels_only_config
+from setfit_kd.teacher.train import train_teacher
 from setfit_kd.utils.arrays import iter_chunks
 from setfit_kd.utils.hashing import fingerprint, hash_parts
 

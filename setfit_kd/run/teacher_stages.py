@@ -10,28 +10,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from setfit_kd.config import CROSS_VALIDATED, RunConfig, SignalsConfig, TeacherConfig, parse_weights
+from setfit_kd.config.run import RunConfig
+from setfit_kd.config.stages import SignalsConfig, TeacherConfig
+from setfit_kd.config.values import CROSS_VALIDATED, parse_weights
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation import Evaluation
-from setfit_kd.memory import resolve_device
-from setfit_kd.models import (
-    BodySource,
-    content_hash,
-    family_of,
-    load_folder,
-    replace_head,
-    save_head,
-    save_model,
-    set_head,
-    with_saved_head,
-)
+from setfit_kd.evaluation.measure import Evaluation
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.bodies import BodySource, family_of
+from setfit_kd.models.fingerprint import content_hash
+from setfit_kd.models.heads import save_head
+from setfit_kd.models.io import load_folder, replace_head, save_model, with_saved_head
+from setfit_kd.models.transformer_head import set_head
 from setfit_kd.run.data import RunData
 from setfit_kd.run.stage_cache import StageCache
 from setfit_kd.run.student_stages import StudentStages, fingerprint_labeled, on_device
-from setfit_kd.run_folder import SIGNALS, TEACHER, TEACHER_ACCURACIES, TEACHER_SIGNALS, TEACHERS
-from setfit_kd.signals import TeacherSignals
-from setfit_kd.student import folder_names
-from setfit_kd.teacher import cross_validated_accuracy, refine_and_score, resolve_teacher_batch_size, train_teacher
+from setfit_kd.run_folder.names import SIGNALS, TEACHER, TEACHER_ACCURACIES, TEACHER_SIGNALS, TEACHERS
+from setfit_kd.signals.signals import TeacherSignals
+from setfit_kd.student.kinds import folder_names
+from setfit_kd.teacher.ensemble import cross_validated_accuracy
+from setfit_kd.teacher.scoring import refine_and_score
+from setfit_kd.teacher.steps import resolve_teacher_batch_size
+from setfit_kd.teacher.train import train_teacher
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import read_json
 from setfit_kd.utils.hashing import fingerprint

@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from setfit_kd.config import RunConfig, read_config
+from setfit_kd.config.presets import read_config
+from setfit_kd.config.run import RunConfig
 from setfit_kd.errors import ConfigError, DataError, OutputError
 from setfit_kd.run_folder.log import _LogFile
 from setfit_kd.run_folder.manifest import _is_run_folder, _read_resumable_manifest

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from setfit_kd.config import RunConfig
+from setfit_kd.config.run import RunConfig
 
 CONFIG_FILE, METRICS_FILE, RUN_FILE, LOG_FILE = "config.yaml", "metrics.json", "run.json", "run.log"
 TEACHER, BASELINE, STUDENT, SIGNALS = "teacher", "baseline", "student", "signals"

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import OutputError
-from setfit_kd.models import content_hash, embed
+from setfit_kd.models.encode import embed
+from setfit_kd.models.fingerprint import content_hash
 from setfit_kd.utils.arrays import load_rows, save_rows
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import cache_folder

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from setfit_kd.data import LINE_NUMBERED, RowErrors, get_text, read_records
+from setfit_kd.data.readers import LINE_NUMBERED, read_records
+from setfit_kd.data.sources import RowErrors, get_text
 from setfit_kd.errors import DataError
 from setfit_kd.signals.signals import TeacherSignals
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import DataError
-from setfit_kd.models import at_temperature, fit_temperature, log_probabilities
+from setfit_kd.models.temperature import at_temperature, fit_temperature, log_probabilities
 from setfit_kd.utils.arrays import allocate_array, iter_chunks, load_rows, normalize_rows, sample_rows, save_rows
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import read_json, read_json_lines

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.models import embed, fit_head, resolve_c
-from setfit_kd.signals import TeacherSignals
+from setfit_kd.models.encode import embed
+from setfit_kd.models.heads import fit_head, resolve_c
+from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.student.steps import MAX_HELD_OUT, evaluations_per_epoch, n_held_out
 from setfit_kd.training.callbacks import EvaluationCallback
 from setfit_kd.utils.arrays import sample_rows

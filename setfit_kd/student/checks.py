@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from setfit_kd.config import StudentConfig, parse_objectives
+from setfit_kd.config.stages import StudentConfig
+from setfit_kd.config.values import parse_objectives
 from setfit_kd.errors import DataError
-from setfit_kd.signals import TeacherSignals
+from setfit_kd.signals.signals import TeacherSignals
 
 
 def check_pool(pool_size: int, config: StudentConfig) -> None:

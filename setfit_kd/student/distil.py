@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from setfit_kd.config import StudentConfig
-from setfit_kd.data import LabeledSet, Source, encode_labels, normalize, read
+from setfit_kd.config.stages import StudentConfig
+from setfit_kd.data.labeled_set import LabeledSet, encode_labels
+from setfit_kd.data.sources import Source, read
+from setfit_kd.data.splits import normalize
 from setfit_kd.errors import DataError
-from setfit_kd.memory import resolve_device, shared_backoff
-from setfit_kd.models import family_of, locate_body, new_model
+from setfit_kd.memory.backoff import shared_backoff
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.bodies import family_of, locate_body
+from setfit_kd.models.io import new_model
 from setfit_kd.student.checks import check_embeddings, check_pool
 from setfit_kd.student.steps import student_batch_texts, student_steps, trains_on_labeled_texts
 from setfit_kd.training.precision import check_precision
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
-    from setfit_kd.signals import TeacherSignals
+    from setfit_kd.signals.signals import TeacherSignals
 
 
 def train_student(

@@ -10,23 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from setfit_kd.config import Family
+from setfit_kd.config.base import Family
 from setfit_kd.errors import ConfigError
-from setfit_kd.memory import move_model
-from setfit_kd.models import (
-    DEFAULT_DIMENSION,
-    TRANSFORMER_PREFIX,
-    BodySource,
-    check_static_teacher,
-    cut_layers,
-    family_of,
-    locate_body,
-    locate_model,
-    n_layers,
-    static_body,
-    to_distilbert,
-    untrained_transformer,
-)
+from setfit_kd.memory.backoff import move_model
+from setfit_kd.models.bodies import TRANSFORMER_PREFIX, BodySource, family_of, locate_body, locate_model
+from setfit_kd.models.layers import cut_layers, n_layers, to_distilbert, untrained_transformer
+from setfit_kd.models.static import DEFAULT_DIMENSION, check_static_teacher, static_body
 
 if TYPE_CHECKING:
     import torch

@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.config import StudentConfig, parse_objectives, resolved
-from setfit_kd.data import normalize
-from setfit_kd.losses import (
-    NO_GOLD,
-    BatchLoss,
-    EmbeddingLoss,
-    LossOptions,
-    SimilarityLoss,
-    SoftLabelLoss,
-    WeightedSumLoss,
-)
-from setfit_kd.models import embed, family_of, fit_head, last_layer, resolve_c, softmax_weights
-from setfit_kd.signals import TeacherSignals
+from setfit_kd.config.base import resolved
+from setfit_kd.config.stages import StudentConfig
+from setfit_kd.config.values import parse_objectives
+from setfit_kd.data.splits import normalize
+from setfit_kd.losses.base import BatchLoss, LossOptions
+from setfit_kd.losses.embedding import EmbeddingLoss
+from setfit_kd.losses.similarity import SimilarityLoss
+from setfit_kd.losses.soft_labels import NO_GOLD, SoftLabelLoss
+from setfit_kd.losses.weighted_sum import WeightedSumLoss
+from setfit_kd.models.bodies import family_of
+from setfit_kd.models.encode import embed
+from setfit_kd.models.heads import fit_head, resolve_c, softmax_weights
+from setfit_kd.models.transformer_head import last_layer
+from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.student.checks import check_embeddings
 from setfit_kd.student.steps import MAX_INIT_TEXTS
 

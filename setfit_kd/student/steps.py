@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from setfit_kd.config import Family, RunConfig, StudentConfig, parse_objectives, resolved
+from setfit_kd.config.base import Family, resolved
+from setfit_kd.config.run import RunConfig
+from setfit_kd.config.stages import StudentConfig
+from setfit_kd.config.values import parse_objectives
 
 MAX_HEAD_TEXTS = 20_000
 """Maximum number of pool texts to fit a head on. More do not improve a linear head, and each must be embedded."""

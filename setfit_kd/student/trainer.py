@@ -13,22 +13,17 @@ from datasets import Dataset
 from setfit import DistillationTrainer, SetFitModel, TrainingArguments
 from torch import nn
 
-from setfit_kd.config import StudentConfig, resolved
-from setfit_kd.data import LabeledSet
-from setfit_kd.losses import NO_GOLD, PairSimilarityLoss, draw_pairs
-from setfit_kd.models import (
-    at_temperature,
-    embed,
-    family_of,
-    fit_head,
-    fit_temperature,
-    get_head,
-    head_at_temperature,
-    held_out_logits,
-    resolve_c,
-    shorten_texts,
-)
-from setfit_kd.signals import TeacherSignals
+from setfit_kd.config.base import resolved
+from setfit_kd.config.stages import StudentConfig
+from setfit_kd.data.labeled_set import LabeledSet
+from setfit_kd.losses.pairs import PairSimilarityLoss, draw_pairs
+from setfit_kd.losses.soft_labels import NO_GOLD
+from setfit_kd.models.bodies import family_of
+from setfit_kd.models.encode import embed, shorten_texts
+from setfit_kd.models.heads import fit_head, resolve_c
+from setfit_kd.models.temperature import at_temperature, fit_temperature, head_at_temperature, held_out_logits
+from setfit_kd.models.transformer_head import get_head
+from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.student.agreement import AgreementCallback, hold_out
 from setfit_kd.student.loss import LossInputs, create_loss, match_gold_labels
 from setfit_kd.student.steps import MAX_HEAD_TEXTS, has_trained_head

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.config import Family, TeacherConfig
-from setfit_kd.data import LabeledSet
-from setfit_kd.memory import move_model, resolve_device, shared_backoff
-from setfit_kd.models import predict_proba
+from setfit_kd.config.base import Family
+from setfit_kd.config.stages import TeacherConfig
+from setfit_kd.data.labeled_set import LabeledSet
+from setfit_kd.memory.backoff import move_model, shared_backoff
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.encode import predict_proba
 from setfit_kd.teacher.steps import training_steps
 from setfit_kd.teacher.train import train_teacher
 

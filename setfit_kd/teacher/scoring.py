@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.config import SignalsConfig
-from setfit_kd.data import LabeledSet
+from setfit_kd.config.stages import SignalsConfig
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.memory import shared_backoff
-from setfit_kd.models import embed, fit_temperature, head_at_temperature, head_logits, head_proba
-from setfit_kd.signals import TeacherSignals, cached_embed
+from setfit_kd.memory.backoff import shared_backoff
+from setfit_kd.models.encode import embed, head_proba
+from setfit_kd.models.temperature import fit_temperature, head_at_temperature, head_logits
+from setfit_kd.signals.embedding_cache import cached_embed
+from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.teacher.self_training import MAX_TEXTS, refine
 from setfit_kd.utils.arrays import sample_rows
 

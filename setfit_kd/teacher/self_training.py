@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.data import LabeledSet
-from setfit_kd.models import fit_head, new_model, resolve_c
+from setfit_kd.data.labeled_set import LabeledSet
+from setfit_kd.models.heads import fit_head, resolve_c
+from setfit_kd.models.io import new_model
 from setfit_kd.utils.arrays import sample_rows
 
 if TYPE_CHECKING:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from setfit_kd.config import Family, FinetuneConfig, StageConfig, TeacherConfig, resolved
-from setfit_kd.data import LabeledSet
-from setfit_kd.finetune import finetune_steps, resolve_batch_size
+from setfit_kd.config.base import Family, StageConfig, resolved
+from setfit_kd.config.stages import FinetuneConfig, TeacherConfig
+from setfit_kd.data.labeled_set import LabeledSet
+from setfit_kd.finetune.steps import finetune_steps, resolve_batch_size
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ MIN_STEPS, MIN_EPOCHS = 20, 2
 
 def teacher_batches(config: TeacherConfig, labeled: LabeledSet) -> list[list[int]]:
     """Draw the batches of the in-batch objective, as rows of the labeled set."""
-    from setfit_kd.losses import balanced_batches
+    from setfit_kd.losses.contrastive import balanced_batches
 
     return balanced_batches(
         labeled.labels,

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setfit_kd.config import TeacherConfig
-from setfit_kd.data import LabeledSet, Source, check_classes, encode_labels, read
-from setfit_kd.finetune import finetune
-from setfit_kd.memory import resolve_device, shared_backoff
-from setfit_kd.models import family_of, locate_body, new_model
+from setfit_kd.config.stages import TeacherConfig
+from setfit_kd.data.labeled_set import LabeledSet, check_classes, encode_labels
+from setfit_kd.data.sources import Source, read
+from setfit_kd.finetune.train import finetune
+from setfit_kd.memory.backoff import shared_backoff
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.bodies import family_of, locate_body
+from setfit_kd.models.io import new_model
 from setfit_kd.teacher.steps import teacher_batch_texts, teacher_steps, to_finetune_config
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.console import quiet_libraries

@@ -10,10 +10,14 @@ from datasets import Dataset
 from setfit import SetFitModel, Trainer, TrainingArguments
 from torch import nn
 
-from setfit_kd.config import TeacherConfig, resolved
-from setfit_kd.data import LabeledSet
-from setfit_kd.losses import ContrastiveLoss, LossOptions, PairSimilarityLoss
-from setfit_kd.models import embed, fit_head, resolve_c, shorten_texts
+from setfit_kd.config.base import resolved
+from setfit_kd.config.stages import TeacherConfig
+from setfit_kd.data.labeled_set import LabeledSet
+from setfit_kd.losses.base import LossOptions
+from setfit_kd.losses.contrastive import ContrastiveLoss
+from setfit_kd.losses.pairs import PairSimilarityLoss
+from setfit_kd.models.encode import embed, shorten_texts
+from setfit_kd.models.heads import fit_head, resolve_c
 from setfit_kd.teacher.steps import PAIRS_PER_BATCH, teacher_batches
 from setfit_kd.training.loop import FixedBatchSampler, inner_trainer_options, resolve_learning_rate, training_arguments
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from setfit_kd.errors import DataError, OutputError
-from setfit_kd.memory import is_out_of_memory
+from setfit_kd.memory.oom_errors import is_out_of_memory
 from setfit_kd.utils.atomic_io import raise_output_errors
 from setfit_kd.utils.files import read_json
 from setfit_kd.utils.hashing import file_hash

@@ -20,8 +20,10 @@ from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, SchedulerType
 
 from setfit_kd.errors import OutOfMemoryError, TrainingError
-from setfit_kd.memory import Attempt, OOMBackoff, clear_cache, first_line, is_out_of_memory
-from setfit_kd.models import checkpointed_layers, default_prompt, is_static
+from setfit_kd.memory.backoff import Attempt, OOMBackoff, clear_cache
+from setfit_kd.memory.oom_errors import first_line, is_out_of_memory
+from setfit_kd.models.bodies import default_prompt, is_static
+from setfit_kd.models.layers import checkpointed_layers
 from setfit_kd.training.callbacks import ProgressCallback
 from setfit_kd.training.checkpoints import Checkpoints, Stateful
 from setfit_kd.training.precision import resolve_precision
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel, Trainer
 
-    from setfit_kd.config import StageConfig
+    from setfit_kd.config.base import StageConfig
 
     Config = TypeVar("Config", bound=StageConfig)
 

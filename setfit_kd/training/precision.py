@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from setfit_kd.errors import ConfigError
-from setfit_kd.memory import clear_cache, is_out_of_memory
+from setfit_kd.memory.backoff import clear_cache
+from setfit_kd.memory.oom_errors import is_out_of_memory
 from setfit_kd.utils.atomic_io import write_text
 from setfit_kd.utils.files import cache_folder, read_json
 

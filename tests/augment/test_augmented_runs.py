@@ -18,12 +18,14 @@ from click.testing import CliRunner, Result
 from conftest import FAST, Run, make_body, newswire
 
 from setfit_kd import RunConfig, RunResult, TeacherSignals, distill, load
-from setfit_kd.augment import augment, load_fill_mask
+from setfit_kd.augment.edits import augment
+from setfit_kd.augment.fill_mask import load_fill_mask
 from setfit_kd.augment.stage import drop_uncertain
 from setfit_kd.cli import main
-from setfit_kd.data import LabeledSet, normalize
+from setfit_kd.data.labeled_set import LabeledSet
+from setfit_kd.data.splits import normalize
 from setfit_kd.errors import ConfigError, ModelError
-from setfit_kd.models import predict_proba
+from setfit_kd.models.encode import predict_proba
 from setfit_kd.models.temperature import at_temperature
 from setfit_kd.run.augment_stage import augment_or_load
 from setfit_kd.run.data import RunData, load_run_data

@@ -19,12 +19,11 @@ from conftest import make_body, newswire
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from setfit_kd.augment import augment, load_fill_mask
-from setfit_kd.augment.edits import EDITS
-from setfit_kd.augment.fill_mask import FillMask
-from setfit_kd.data import normalize
+from setfit_kd.augment.edits import EDITS, augment
+from setfit_kd.augment.fill_mask import FillMask, load_fill_mask
+from setfit_kd.data.splits import normalize
 from setfit_kd.errors import ModelError
-from setfit_kd.memory import shared_backoff
+from setfit_kd.memory.backoff import shared_backoff
 
 CPU = torch.device("cpu")
 TEXTS = [row["text"] for row in newswire("train")[:60]]

@@ -20,7 +20,7 @@ from checks import assert_refused, corrupt_file, read_tree, truncate_file
 from click.testing import CliRunner, Result
 
 from setfit_kd.cli import main
-from setfit_kd.run_folder import RunFolder
+from setfit_kd.run_folder.folder import RunFolder
 from setfit_kd.utils.arrays import save_rows
 from setfit_kd.utils.atomic_io import raise_output_errors
 

@@ -17,7 +17,8 @@ from conftest import FAST, newswire
 
 from setfit_kd import distill
 from setfit_kd.cli import main
-from setfit_kd.config import DataConfig, RunConfig, StudentConfig, TeacherConfig
+from setfit_kd.config.run import RunConfig
+from setfit_kd.config.stages import DataConfig, StudentConfig, TeacherConfig
 
 
 def invoke(*arguments: str | Path, stdin: str | bytes | None = None) -> Result:

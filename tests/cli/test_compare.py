@@ -12,7 +12,7 @@ from conftest import FAST
 from setfit_kd import distill
 from setfit_kd.cli import main
 from setfit_kd.errors import DataError
-from setfit_kd.report import compare
+from setfit_kd.report.comparison import compare
 
 NEWSWIRE = "bundled:newswire"
 

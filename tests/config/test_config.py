@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from setfit_kd.config import RunConfig, StudentConfig, parse_objectives
+from setfit_kd.config.run import RunConfig
+from setfit_kd.config.stages import StudentConfig
+from setfit_kd.config.values import parse_objectives
 from setfit_kd.errors import ConfigError
 
 

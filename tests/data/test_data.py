@@ -21,18 +21,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from setfit_kd.config import DataConfig
-from setfit_kd.data import (
-    DataSplits,
-    LabeledSet,
-    Source,
-    draw_shots,
-    encode_labels,
-    normalize,
-    read,
-    split_data,
-    stream_texts,
-)
+from setfit_kd.config.stages import DataConfig
+from setfit_kd.data.labeled_set import LabeledSet, draw_shots, encode_labels
+from setfit_kd.data.sources import Source, read, stream_texts
+from setfit_kd.data.splits import DataSplits, normalize, split_data
 from setfit_kd.errors import ConfigError, DataError
 from setfit_kd.run.data import load_run_data
 

@@ -13,23 +13,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from setfit_kd.data import LabeledSet
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError, OutputError
-from setfit_kd.evaluation import (
-    Calibration,
-    Evaluation,
-    Interval,
-    bootstrap_calibration,
-    bootstrap_proportion,
-    bootstrap_quality,
-    coverage_curve,
-    measure_calibration,
-    measure_quality,
-    read_texts,
-    threshold_for,
-    write_texts,
-)
+from setfit_kd.evaluation.calibration import Calibration, coverage_curve, measure_calibration, threshold_for
 from setfit_kd.evaluation.cost import Cost
+from setfit_kd.evaluation.intervals import Interval, bootstrap_calibration, bootstrap_proportion, bootstrap_quality
+from setfit_kd.evaluation.measure import Evaluation
+from setfit_kd.evaluation.metrics import measure_quality
+from setfit_kd.evaluation.texts import read_texts, write_texts
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -14,11 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from setfit_kd import evaluate
-from setfit_kd.data import LabeledSet
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation import Evaluation, measure_quality
 from setfit_kd.evaluation.cost import count_parameters
-from setfit_kd.models import fit_head, new_model, predict_proba, save_model
+from setfit_kd.evaluation.measure import Evaluation
+from setfit_kd.evaluation.metrics import measure_quality
+from setfit_kd.models.encode import predict_proba
+from setfit_kd.models.heads import fit_head
+from setfit_kd.models.io import new_model, save_model
 from setfit_kd.utils.files import folder_megabytes
 
 if TYPE_CHECKING:

@@ -27,8 +27,13 @@ from setfit_kd.errors import ConfigError, DataError, ModelError, OutputError, Un
 from setfit_kd.export import bundle as bundle_module
 from setfit_kd.export.bundle import Bundle, export_bundle
 from setfit_kd.export.onnx import write_onnx
-from setfit_kd.models import embed, load_body, new_head, new_model, predict_proba, static_body
-from setfit_kd.runtime import Classifier, classify
+from setfit_kd.models.bodies import load_body
+from setfit_kd.models.encode import embed, predict_proba
+from setfit_kd.models.heads import new_head
+from setfit_kd.models.io import new_model
+from setfit_kd.models.static import static_body
+from setfit_kd.runtime import classify
+from setfit_kd.runtime.classify import Classifier
 
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec

@@ -21,10 +21,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from setfit_kd import evaluate, load
 from setfit_kd.cli import main
-from setfit_kd.config import FinetuneRunConfig
+from setfit_kd.config.run import FinetuneRunConfig
 from setfit_kd.errors import ConfigError, DataError, OutputError
-from setfit_kd.finetune import FinetuneResult, finetune_run
-from setfit_kd.models import predict_proba
+from setfit_kd.finetune.run import FinetuneResult, finetune_run
+from setfit_kd.models.encode import predict_proba
 
 NAMES = ["Business", "Sci/Tech", "Sports", "World"]
 SPLITS = {"train": newswire("train")[:40], "validation": newswire("train")[40:60], "test": newswire("eval")[:20]}

@@ -19,8 +19,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from standin_hub import StandInHub
 
-from setfit_kd.config import PRESETS
-from setfit_kd.data import read
+from setfit_kd.config.presets import PRESETS
+from setfit_kd.data.sources import read
 from setfit_kd.errors import InputError, SetFitKDError, UnavailableError
 from setfit_kd.hub import client as hub
 
@@ -182,7 +182,7 @@ def test_missing_weights_are_an_error(
     standin: StandInHub, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from setfit_kd.errors import ModelError
-    from setfit_kd.models import load_body, locate_model
+    from setfit_kd.models.bodies import load_body, locate_model
 
     without_weights = tmp_path / "hollow"
     shutil.copytree(tiny_teacher, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))

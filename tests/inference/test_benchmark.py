@@ -17,7 +17,7 @@ from checks import assert_refused, truncate_file
 from click.testing import CliRunner, Result
 
 from setfit_kd.cli import main
-from setfit_kd.data import read
+from setfit_kd.data.sources import read
 from setfit_kd.errors import DataError, InputError, SetFitKDError, UnavailableError
 from setfit_kd.inference import benchmark as benchmark_module
 from setfit_kd.inference.benchmark import Speed, measure_speed

@@ -19,19 +19,13 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from setfit_kd.losses import (
-    NO_GOLD,
-    BatchLoss,
-    ContrastiveLoss,
-    EmbeddingLoss,
-    PairSimilarityLoss,
-    SimilarityLoss,
-    SoftLabelLoss,
-    WeightedSumLoss,
-    balanced_batches,
-    draw_pairs,
-)
-from setfit_kd.losses.base import cosine_matrix
+from setfit_kd.losses.base import BatchLoss, cosine_matrix
+from setfit_kd.losses.contrastive import ContrastiveLoss, balanced_batches
+from setfit_kd.losses.embedding import EmbeddingLoss
+from setfit_kd.losses.pairs import PairSimilarityLoss, draw_pairs
+from setfit_kd.losses.similarity import SimilarityLoss
+from setfit_kd.losses.soft_labels import NO_GOLD, SoftLabelLoss
+from setfit_kd.losses.weighted_sum import WeightedSumLoss
 
 Floats = npt.NDArray[np.float64]
 NO_BODY: Any = nn.Identity()

@@ -21,18 +21,16 @@ from torch import Tensor
 from setfit_kd import distill, evaluate, load, score, train_student, train_teacher
 from setfit_kd.errors import ConfigError, ModelError, OutOfMemoryError, OutputError
 from setfit_kd.export.bundle import export_bundle
-from setfit_kd.memory import (
-    Attempt,
-    BackoffEvent,
-    OOMBackoff,
-    devices,
-    is_out_of_memory,
-    resolve_device,
-    shared_backoff,
-)
 from setfit_kd.memory import backoff as backoff_module
-from setfit_kd.models import cut_layers, embed, load_body, predict_proba, save_model
-from setfit_kd.runtime import Classifier
+from setfit_kd.memory import devices
+from setfit_kd.memory.backoff import Attempt, BackoffEvent, OOMBackoff, shared_backoff
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.memory.oom_errors import is_out_of_memory
+from setfit_kd.models.bodies import load_body
+from setfit_kd.models.encode import embed, predict_proba
+from setfit_kd.models.io import save_model
+from setfit_kd.models.layers import cut_layers
+from setfit_kd.runtime.classify import Classifier
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -593,7 +591,7 @@ def test_batch_is_split_until_it_fits(
     tiny_student: Path, training: str, max_size: int, final_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error is raised in the forward pass and in the recomputation during the backward pass."""
-    from setfit_kd.losses import BatchLoss
+    from setfit_kd.losses.base import BatchLoss
 
     expected = weights(TRAININGS[training](tiny_student))
     encode = BatchLoss._encode
@@ -612,7 +610,7 @@ def test_batch_is_split_until_it_fits(
 
 @pytest.mark.parametrize("training", TRAININGS)
 def test_error_in_recomputation_is_handled(tiny_student: Path, training: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from setfit_kd.losses import BatchLoss
+    from setfit_kd.losses.base import BatchLoss
 
     expected = weights(TRAININGS[training](tiny_student))
     # A step on 8 texts encodes two micro-batches of 4, and each again in the backward pass.
@@ -856,7 +854,7 @@ def test_gradient_checkpointing_does_not_change_weights(
 
 
 def test_gradient_checkpointing_does_not_store_activations_of_layers(student_body: SentenceTransformer) -> None:
-    from setfit_kd.models import checkpointed_layers
+    from setfit_kd.models.layers import checkpointed_layers
 
     def n_saved_values() -> int:
         saved: list[Tensor] = []
@@ -879,7 +877,7 @@ def test_checkpointing_a_body_without_layers_logs_a_warning(caplog: pytest.LogCa
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import BoW
 
-    from setfit_kd.models import checkpointed_layers
+    from setfit_kd.models.layers import checkpointed_layers
 
     with checkpointed_layers(SentenceTransformer(modules=[BoW(vocab=["a", "b"])], device="cpu")):
         pass

@@ -21,24 +21,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from setfit_kd.errors import ConfigError, ModelError, OutputError, UnavailableError
-from setfit_kd.memory import resolve_device
-from setfit_kd.models import (
-    bodies,
-    content_hash,
-    cut_layers,
-    embed,
-    fit_head,
-    layers,
-    load,
-    load_body,
-    load_head,
-    locate_model,
-    n_layers,
-    new_model,
-    predict_proba,
-    save_head,
-    save_model,
-)
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models import bodies, layers
+from setfit_kd.models.bodies import load_body, locate_model
+from setfit_kd.models.encode import embed, predict_proba
+from setfit_kd.models.fingerprint import content_hash
+from setfit_kd.models.heads import fit_head, load_head, save_head
+from setfit_kd.models.io import load, new_model, save_model
+from setfit_kd.models.layers import cut_layers, n_layers
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -524,7 +514,7 @@ def test_string_classes_of_pickled_head_are_matched_by_name(
     from sklearn.linear_model import LogisticRegression
 
     from setfit_kd.export.bundle import export_bundle
-    from setfit_kd.runtime import Classifier
+    from setfit_kd.runtime.classify import Classifier
 
     gold = [LABELS[row % 3] for row in range(len(TEXTS))]
     labels = sorted(LABELS, reverse=True)

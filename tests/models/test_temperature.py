@@ -10,13 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from setfit_kd.data import LabeledSet
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation import measure_calibration
-from setfit_kd.models import fit_head, head_at_temperature, head_logits, held_out_logits, load_body, new_model
-from setfit_kd.models.temperature import at_temperature, fit_temperature
-from setfit_kd.signals import TeacherSignals
-from setfit_kd.teacher import refine_and_score
+from setfit_kd.evaluation.calibration import measure_calibration
+from setfit_kd.models.bodies import load_body
+from setfit_kd.models.heads import fit_head
+from setfit_kd.models.io import new_model
+from setfit_kd.models.temperature import (
+    at_temperature,
+    fit_temperature,
+    head_at_temperature,
+    head_logits,
+    held_out_logits,
+)
+from setfit_kd.signals.signals import TeacherSignals
+from setfit_kd.teacher.scoring import refine_and_score
 
 Rows = npt.NDArray[np.floating]
 

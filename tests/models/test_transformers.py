@@ -25,34 +25,28 @@ from synthetic import LABEL_NAMES, POOL_SIZE, equal_weights, few_labels, pool_si
 from torch import Tensor
 
 from setfit_kd import RunResult, TeacherSignals, distill, load, train_student, train_teacher
-from setfit_kd.config import Family, FinetuneConfig, StudentConfig, TeacherConfig, resolved
-from setfit_kd.data import LabeledSet
+from setfit_kd.config.base import Family, resolved
+from setfit_kd.config.stages import FinetuneConfig, StudentConfig, TeacherConfig
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import ConfigError, DataError, ModelError, SetFitKDError
-from setfit_kd.evaluation import measure_quality
 from setfit_kd.evaluation.cost import count_parameters
+from setfit_kd.evaluation.metrics import measure_quality
 from setfit_kd.export.bundle import export_bundle
-from setfit_kd.finetune import finetune, resolve_batch_size
+from setfit_kd.finetune.steps import resolve_batch_size
+from setfit_kd.finetune.train import finetune
 from setfit_kd.finetune.validation import ValidationCallback
-from setfit_kd.memory import resolve_device
-from setfit_kd.models import (
-    cut_layers,
-    family_of,
-    get_head,
-    is_static,
-    load_body,
-    locate_body,
-    new_model,
-    predict_proba,
-    save_model,
-    static_body,
-)
-from setfit_kd.models.transformer_head import transformer_module
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.bodies import family_of, is_static, load_body, locate_body
+from setfit_kd.models.encode import predict_proba
+from setfit_kd.models.io import new_model, save_model
+from setfit_kd.models.layers import cut_layers
+from setfit_kd.models.static import static_body
+from setfit_kd.models.transformer_head import get_head, transformer_module
 from setfit_kd.run import teacher_stages as teaching_module
-from setfit_kd.runtime import Classifier
-from setfit_kd.student import folder_names, locate_student
+from setfit_kd.runtime.classify import Classifier
 from setfit_kd.student.agreement import AgreementCallback
-from setfit_kd.teacher import resolve_teacher_batch_size
-from setfit_kd.teacher.steps import to_finetune_config
+from setfit_kd.student.kinds import folder_names, locate_student
+from setfit_kd.teacher.steps import resolve_teacher_batch_size, to_finetune_config
 from setfit_kd.training.loop import _set_schedule, record_losses
 
 if TYPE_CHECKING:

@@ -30,14 +30,17 @@ from conftest import FAST, newswire
 
 from setfit_kd import distill
 from setfit_kd.cli import main
-from setfit_kd.config import RunConfig
-from setfit_kd.data import LabeledSet
-from setfit_kd.evaluation import Evaluation, measure_quality, read_texts, write_texts
+from setfit_kd.config.run import RunConfig
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.evaluation.cost import Cost
-from setfit_kd.report import read_summary, verdict
-from setfit_kd.report.render import render_card, render_markdown
-from setfit_kd.run import student_paths
-from setfit_kd.run_folder import baseline_path, versions
+from setfit_kd.evaluation.measure import Evaluation
+from setfit_kd.evaluation.metrics import measure_quality
+from setfit_kd.evaluation.texts import read_texts, write_texts
+from setfit_kd.report.render import render_card, render_markdown, verdict
+from setfit_kd.report.summary import read_summary
+from setfit_kd.run.pipeline import student_paths
+from setfit_kd.run_folder.manifest import versions
+from setfit_kd.run_folder.names import baseline_path
 
 PAGE, MARKDOWN = "report.html", "report.md"
 KINDS = (PAGE, MARKDOWN)
@@ -528,7 +531,7 @@ def test_run_details_list_settings_versions_data_and_times(
 def test_usage_example_refers_to_loadable_folder(
     name: str, paths: list[str], kind: str, request: pytest.FixtureRequest
 ) -> None:
-    from setfit_kd.models import classifier_folder
+    from setfit_kd.models.io import classifier_folder
 
     folder: Path = request.getfixturevalue(name)
     examples = read_sections(folder, kind)["How to use the student", ""].code

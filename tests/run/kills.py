@@ -21,7 +21,7 @@ import torch
 from transformers import Trainer
 
 import setfit_kd.models.encode
-from setfit_kd.run import distill
+from setfit_kd.run.pipeline import distill
 from setfit_kd.student import trainer as student_trainer  # noqa: F401 - imported once, for all attempts
 from setfit_kd.teacher import trainer as teacher_trainer  # noqa: F401
 

@@ -10,13 +10,16 @@ from conftest import FAST
 from synthetic import POOL_SIZE, QUICK, few_labels, pool_signals
 
 from setfit_kd import train_student, train_teacher
-from setfit_kd.config import FinetuneConfig, RunConfig, StudentConfig, TeacherConfig
-from setfit_kd.finetune import finetune, finetune_steps
-from setfit_kd.memory import resolve_device
-from setfit_kd.run import plan, prepare_run
-from setfit_kd.run import run as run_pipeline
-from setfit_kd.student import student_steps
-from setfit_kd.teacher import training_steps
+from setfit_kd.config.run import RunConfig
+from setfit_kd.config.stages import FinetuneConfig, StudentConfig, TeacherConfig
+from setfit_kd.finetune.steps import finetune_steps
+from setfit_kd.finetune.train import finetune
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.run.dry_run import plan
+from setfit_kd.run.inputs import prepare_run
+from setfit_kd.run.pipeline import run as run_pipeline
+from setfit_kd.student.steps import student_steps
+from setfit_kd.teacher.steps import training_steps
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -19,12 +19,16 @@ from setfit import SetFitModel
 
 from setfit_kd import RunConfig, TeacherSignals, distill, evaluate, load, train_teacher
 from setfit_kd.cli.output import console_output
-from setfit_kd.config import read_config
-from setfit_kd.data import encode_labels, read, split_data
+from setfit_kd.config.presets import read_config
+from setfit_kd.data.labeled_set import encode_labels
+from setfit_kd.data.sources import read
+from setfit_kd.data.splits import split_data
 from setfit_kd.errors import OutputError
-from setfit_kd.models import load_body, predict_proba
+from setfit_kd.models.bodies import load_body
+from setfit_kd.models.encode import predict_proba
 from setfit_kd.models.temperature import at_temperature
-from setfit_kd.run_folder import RunFolder, buffer_log
+from setfit_kd.run_folder.folder import RunFolder
+from setfit_kd.run_folder.log import buffer_log
 
 QUALITY = ("accuracy", "macro_f1", "classes", "confusion", "agreement")
 

@@ -23,13 +23,16 @@ from torch import Tensor
 
 from setfit_kd import distill, load, train_student, train_teacher
 from setfit_kd.cli import main
-from setfit_kd.config import RunConfig, SignalsConfig, StageConfig, StudentConfig, TeacherConfig, read_config
-from setfit_kd.data import LabeledSet
+from setfit_kd.config.base import StageConfig
+from setfit_kd.config.presets import read_config
+from setfit_kd.config.run import RunConfig
+from setfit_kd.config.stages import SignalsConfig, StudentConfig, TeacherConfig
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import ConfigError, DataError, OutputError
-from setfit_kd.finetune import finetune
-from setfit_kd.run import resumed_config
-from setfit_kd.run_folder import RunFolder
-from setfit_kd.signals import TeacherSignals
+from setfit_kd.finetune.train import finetune
+from setfit_kd.run.pipeline import resumed_config
+from setfit_kd.run_folder.folder import RunFolder
+from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.utils.atomic_io import lock_folder
 from setfit_kd.utils.hashing import fingerprint
 

@@ -22,11 +22,12 @@ from synthetic import equal_weights, weights
 
 from setfit_kd import RunConfig, RunResult, distill, load
 from setfit_kd.cli import main
-from setfit_kd.config import preset, read_config
+from setfit_kd.config.presets import preset, read_config
 from setfit_kd.errors import ConfigError, DataError
-from setfit_kd.models import predict_proba
-from setfit_kd.report import compare, read_summary, verdict
-from setfit_kd.report.render import render_card
+from setfit_kd.models.encode import predict_proba
+from setfit_kd.report.comparison import compare
+from setfit_kd.report.render import render_card, verdict
+from setfit_kd.report.summary import read_summary
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
@@ -491,8 +492,9 @@ def test_dry_run_lists_no_teacher(files: Files, tiny_student: Path, tmp_path: Pa
 def test_dry_run_lists_the_steps_of_the_run(
     labeled: list[Row] | None, files: Files, tiny_student: Path, tmp_path: Path, trained_steps: list[int]
 ) -> None:
-    from setfit_kd.run import plan, prepare_run
-    from setfit_kd.run import run as run_pipeline
+    from setfit_kd.run.dry_run import plan
+    from setfit_kd.run.inputs import prepare_run
+    from setfit_kd.run.pipeline import run as run_pipeline
 
     names = [f"static:4@{tiny_student}", f"transformer:{tiny_student}"]
     settings = {**FAST, "shots": None, "batch_size": 16, "signals": str(files.signals), "eval": str(files.eval)}

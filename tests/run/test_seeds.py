@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from setfit_kd import RunResult, distill
 from setfit_kd.cli import main
 from setfit_kd.errors import ConfigError, DataError, OutputError
-from setfit_kd.evaluation import Evaluation, Spread, summarize_seeds
-from setfit_kd.report import read_summary, write_report
+from setfit_kd.evaluation.measure import Evaluation
+from setfit_kd.evaluation.seeds import Spread, summarize_seeds
+from setfit_kd.report.summary import read_summary
+from setfit_kd.report.write import write_report
 
 METRICS = {"accuracy", "macro_f1", "ece", "brier"}
 

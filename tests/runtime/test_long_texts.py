@@ -21,8 +21,10 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 
 from setfit_kd import train_student, train_teacher
-from setfit_kd.models import embed, load_body, static
-from setfit_kd.runtime import Classifier, chunk_texts, shorten
+from setfit_kd.models import static
+from setfit_kd.models.bodies import load_body
+from setfit_kd.models.encode import embed
+from setfit_kd.runtime.classify import Classifier, chunk_texts, shorten
 
 LIMIT = "setfit_kd.runtime.classify.MAX_CHARACTERS"
 WORDS = ["the", "then", "hen", "e", "東京", "、", "é", "x" * 150, "🙂", "\x1c", "\u3000", "\u00a0", "'s", "[MASK]"]

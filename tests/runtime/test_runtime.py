@@ -30,9 +30,12 @@ from hypothesis.extra import numpy as hnp
 from tokenizers import Tokenizer
 
 from setfit_kd.export.bundle import export_bundle
-from setfit_kd.models import embed, load_body, new_head, new_model, static_body
-from setfit_kd.runtime import BundleError, Classifier, Prediction
-from setfit_kd.runtime.classify import read_safetensors
+from setfit_kd.models.bodies import load_body
+from setfit_kd.models.encode import embed
+from setfit_kd.models.heads import new_head
+from setfit_kd.models.io import new_model
+from setfit_kd.models.static import static_body
+from setfit_kd.runtime.classify import BundleError, Classifier, Prediction, read_safetensors
 
 Floats = npt.NDArray[np.float32]
 Damage = Callable[[Path], None]

@@ -18,7 +18,9 @@ import torch
 from conftest import FAST, newswire
 
 from setfit_kd import distill, score
-from setfit_kd.models import fit_head, load_body, new_model
+from setfit_kd.models.bodies import load_body
+from setfit_kd.models.heads import fit_head
+from setfit_kd.models.io import new_model
 from setfit_kd.signals import embedding_cache as cache
 from setfit_kd.utils import arrays
 from setfit_kd.utils.arrays import load_rows, save_rows

@@ -13,20 +13,20 @@ import torch
 from synthetic import LABEL_NAMES, QUICK, equal_weights, few_labels, pool_signals, texts_and_labels, weights
 
 from setfit_kd import TeacherSignals, train_student, train_teacher
-from setfit_kd.config import StudentConfig, parse_objectives
-from setfit_kd.data import LabeledSet
+from setfit_kd.config.stages import StudentConfig
+from setfit_kd.config.values import parse_objectives
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.losses import (
-    NO_GOLD,
-    BatchLoss,
-    EmbeddingLoss,
-    SimilarityLoss,
-    SoftLabelLoss,
-    WeightedSumLoss,
-)
-from setfit_kd.memory import resolve_device
-from setfit_kd.models import embed, fit_head, load_body, new_model, predict_proba
-from setfit_kd.models.heads import DEFAULT_C
+from setfit_kd.losses.base import BatchLoss
+from setfit_kd.losses.embedding import EmbeddingLoss
+from setfit_kd.losses.similarity import SimilarityLoss
+from setfit_kd.losses.soft_labels import NO_GOLD, SoftLabelLoss
+from setfit_kd.losses.weighted_sum import WeightedSumLoss
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.bodies import load_body
+from setfit_kd.models.encode import embed, predict_proba
+from setfit_kd.models.heads import DEFAULT_C, fit_head
+from setfit_kd.models.io import new_model
 from setfit_kd.student import trainer as trainer_module
 from setfit_kd.student.loss import LossInputs, create_loss, match_gold_labels
 from setfit_kd.training import loop as training_module

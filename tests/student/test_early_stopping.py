@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from synthetic import LABEL_NAMES, QUICK, equal_weights, few_labels, pool_signals, weights
 
 from setfit_kd import train_student
-from setfit_kd.config import StudentConfig
-from setfit_kd.memory import resolve_device
-from setfit_kd.models import embed, fit_head, new_model
-from setfit_kd.models.heads import DEFAULT_C
+from setfit_kd.config.stages import StudentConfig
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.encode import embed
+from setfit_kd.models.heads import DEFAULT_C, fit_head
+from setfit_kd.models.io import new_model
 from setfit_kd.student import agreement as agreement_module
 from setfit_kd.student import steps
 from setfit_kd.student.agreement import AgreementCallback, hold_out, soft_agreement
@@ -244,7 +245,7 @@ def test_held_out_texts_are_not_in_training_data(
 def test_batches_contain_exactly_the_training_rows(
     student_body: SentenceTransformer, patience: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from setfit_kd.losses import SimilarityLoss
+    from setfit_kd.losses.similarity import SimilarityLoss
 
     seen: list[int] = []
     compute_loss = SimilarityLoss.compute_loss

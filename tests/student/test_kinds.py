@@ -23,13 +23,14 @@ from synthetic import QUICK, equal_weights, few_labels, pool_signals, weights
 
 from setfit_kd import RunConfig, RunResult, distill, evaluate, load, train_student, train_teacher
 from setfit_kd.cli import main
-from setfit_kd.config import read_config
+from setfit_kd.config.presets import read_config
 from setfit_kd.errors import ConfigError, ModelError, SetFitKDError
-from setfit_kd.memory import shared_backoff
-from setfit_kd.models import embed, embed_tokens, is_static, load_body, predict_proba, static_body
+from setfit_kd.memory.backoff import shared_backoff
+from setfit_kd.models.bodies import is_static, load_body
+from setfit_kd.models.encode import embed, embed_tokens, predict_proba
+from setfit_kd.models.static import static_body
 from setfit_kd.run import student_stages, teacher_stages
-from setfit_kd.student import build_student_body, folder_names, locate_student
-from setfit_kd.student.kinds import spread_evenly
+from setfit_kd.student.kinds import build_student_body, folder_names, locate_student, spread_evenly
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -22,18 +22,19 @@ from synthetic import equal_weights, few_labels, weights
 
 from setfit_kd import RunConfig, RunResult, TeacherSignals, distill, load
 from setfit_kd.cli import main
-from setfit_kd.config import TeacherConfig
-from setfit_kd.data import LabeledSet
+from setfit_kd.config.stages import TeacherConfig
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import ConfigError
-from setfit_kd.evaluation import Evaluation, evaluate_ensemble, measure_quality
 from setfit_kd.evaluation.cost import Cost
-from setfit_kd.models import load_body, predict_proba
+from setfit_kd.evaluation.measure import Evaluation, evaluate_ensemble
+from setfit_kd.evaluation.metrics import measure_quality
+from setfit_kd.models.bodies import load_body
+from setfit_kd.models.encode import predict_proba
 from setfit_kd.models.temperature import at_temperature
-from setfit_kd.report import read_summary, verdict
-from setfit_kd.report.render import render_card
-from setfit_kd.run_folder import TEACHER
-from setfit_kd.teacher import cross_validated_accuracy
-from setfit_kd.teacher.ensemble import MAX_FOLDS
+from setfit_kd.report.render import render_card, verdict
+from setfit_kd.report.summary import read_summary
+from setfit_kd.run_folder.names import TEACHER
+from setfit_kd.teacher.ensemble import MAX_FOLDS, cross_validated_accuracy
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -386,8 +387,8 @@ class FoldRecord:
 
 @pytest.fixture
 def folds(monkeypatch: pytest.MonkeyPatch) -> FoldRecord:
-    from setfit_kd.models import predict_proba
-    from setfit_kd.teacher import train_teacher
+    from setfit_kd.models.encode import predict_proba
+    from setfit_kd.teacher.train import train_teacher
 
     record = FoldRecord()
 
@@ -524,7 +525,7 @@ def test_cross_validation_results_are_removed_with_the_setting(
 def test_first_teacher_stays_in_memory_only_if_student_needs_it(
     run: Run, base: dict[str, Any], student: str, is_needed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from setfit_kd.teacher import train_teacher
+    from setfit_kd.teacher.train import train_teacher
 
     model = base["teacher"][0]
     bodies: list[Any] = []
@@ -547,7 +548,7 @@ def test_first_teacher_stays_in_memory_only_if_student_needs_it(
 def test_teacher_is_not_in_memory_during_its_cross_validation(
     run: Run, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from setfit_kd.teacher import train_teacher
+    from setfit_kd.teacher.train import train_teacher
 
     bodies: list[Any] = []
     alive: list[bool] = []

@@ -10,11 +10,14 @@ import numpy.typing as npt
 import pytest
 from conftest import newswire
 
-from setfit_kd.config import SignalsConfig
-from setfit_kd.data import LabeledSet
-from setfit_kd.models import embed, fit_head, head_proba, new_model, predict_proba
+from setfit_kd.config.stages import SignalsConfig
+from setfit_kd.data.labeled_set import LabeledSet
+from setfit_kd.models.encode import embed, head_proba, predict_proba
+from setfit_kd.models.heads import fit_head
+from setfit_kd.models.io import new_model
 from setfit_kd.models.temperature import at_temperature
-from setfit_kd.teacher import refine_and_score, self_training
+from setfit_kd.teacher import self_training
+from setfit_kd.teacher.scoring import refine_and_score
 from setfit_kd.teacher.self_training import MAX_NEIGHBORS, refine
 from setfit_kd.utils import arrays
 

@@ -25,12 +25,15 @@ from synthetic import (
 )
 
 from setfit_kd import TeacherSignals, score, train_student, train_teacher
-from setfit_kd.config import StudentConfig, TeacherConfig
-from setfit_kd.data import LabeledSet
+from setfit_kd.config.stages import StudentConfig, TeacherConfig
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import ConfigError, DataError, TrainingError
-from setfit_kd.finetune import finetune
-from setfit_kd.memory import resolve_device
-from setfit_kd.models import embed, load_body, new_model, predict_proba, static_body
+from setfit_kd.finetune.train import finetune
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.bodies import load_body
+from setfit_kd.models.encode import embed, predict_proba
+from setfit_kd.models.io import new_model
+from setfit_kd.models.static import static_body
 from setfit_kd.models.transformer import load_transformer
 from setfit_kd.training.loop import inner_trainer_options
 from setfit_kd.utils.console import quiet_libraries
@@ -107,7 +110,8 @@ def test_pair_targets_are_teacher_cosines(student_body: SentenceTransformer, tmp
 def test_targets_reach_the_loss_in_training(
     student_body: SentenceTransformer, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from setfit_kd.losses import PairSimilarityLoss, SimilarityLoss
+    from setfit_kd.losses.pairs import PairSimilarityLoss
+    from setfit_kd.losses.similarity import SimilarityLoss
 
     signals = pool_signals()
     expected = cosines(np.asarray(signals.embeddings))
@@ -224,7 +228,7 @@ def test_student_is_reproducible_by_seed(tiny_student: Path, objective: str) -> 
 def test_last_batch_of_one_text_is_dropped(
     student_body: SentenceTransformer, tmp_path: Path, remainder: int, steps: int
 ) -> None:
-    from setfit_kd.student import student_steps
+    from setfit_kd.student.steps import student_steps
     from setfit_kd.training.loop import step_losses
 
     signals = pool_signals(2 * BATCH_SIZE + remainder)
@@ -410,7 +414,7 @@ def test_dropout_setting_applies_to_teacher_objectives(
 
 @pytest.mark.parametrize("dropout", [False, True])
 def test_dropout_depends_on_seed(tiny_teacher: Path, dropout: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("setfit_kd.losses.balanced_batches", lambda *_, **__: [list(range(8))] * 2)
+    monkeypatch.setattr("setfit_kd.losses.contrastive.balanced_batches", lambda *_, **__: [list(range(8))] * 2)
     settings: dict[str, Any] = {"teacher_steps": 2, "teacher_learning_rate": 1e-3, "teacher_dropout": dropout}
     first, second = (
         train_teacher(few_labels(), tiny_teacher, device="cpu", precision="fp32", seed=seed, **settings)
@@ -508,7 +512,7 @@ def test_default_prompt_is_used_in_training(kind: str, settings: dict[str, Any],
 def test_prompt_excluded_from_pooling_is_excluded_in_training(
     kind: str, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from setfit_kd.losses import BatchLoss
+    from setfit_kd.losses.base import BatchLoss
 
     included, body = (
         make_body(kind, tiny_student, prompt=True, include_prompt=include_prompt) for include_prompt in (True, False)

@@ -18,7 +18,8 @@ from synthetic import QUICK, few_labels, pool_signals
 
 from setfit_kd import distill, load, train_student, train_teacher
 from setfit_kd.errors import ConfigError
-from setfit_kd.models import predict_proba, save_model
+from setfit_kd.models.encode import predict_proba
+from setfit_kd.models.io import save_model
 from setfit_kd.training import precision as module
 from setfit_kd.training.precision import Precision, check_precision, resolve_precision
 

@@ -18,8 +18,11 @@ from synthetic import QUICK, few_labels, pool_signals
 from setfit_kd import train_student
 from setfit_kd.cli import main
 from setfit_kd.export.bundle import export_bundle
-from setfit_kd.models import load_body, save_model, static_body
-from setfit_kd.run_folder import RunFolder, buffer_log
+from setfit_kd.models.bodies import load_body
+from setfit_kd.models.io import save_model
+from setfit_kd.models.static import static_body
+from setfit_kd.run_folder.folder import RunFolder
+from setfit_kd.run_folder.log import buffer_log
 from setfit_kd.utils.escape import json_text, printable
 
 LINK = "](http://x) <img src=x> \n# heading"
