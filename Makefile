@@ -59,14 +59,14 @@ lint: $(STAMP)  ## check style, formatting, types and the generated docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python docs/generate_cli.py --check
+	$(BIN)/python docs/generate.py --check
 
 format: $(STAMP)  ## fix style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP)  ## write docs/cli.md from the help texts of the commands
-	$(BIN)/python docs/generate_cli.py
+docs: $(STAMP)  ## write docs/cli.md and docs/api.md
+	$(BIN)/python docs/generate.py
 
 clean:  ## remove the environment, caches and builds
 	rm -rf $(VENV) $(WHEEL) .venv-lowest dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -98,7 +98,7 @@ def markdown(results: Mapping[str, RunResult]) -> str:
     for name, result in results.items():
         for model, spread in result.over_seeds.items():
             cost = result.evaluations[model].cost
-            size = f"{cost.parameters / 1e6:.1f} M", f"{cost.megabytes:.1f}", f"{cost.texts_per_second:,.0f}"
+            size = f"{(cost.parameters or 0) / 1e6:.1f} M", f"{cost.megabytes:.1f}", f"{cost.texts_per_second:,.0f}"
             cells = (*((name,) if has_several_runs else ()), display_name(model), *seed_cells(spread), *size)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -29,8 +29,8 @@ from setfit_kd.evaluation.metrics import measure_quality
 from setfit_kd.models.bodies import load_body, locate_model
 from setfit_kd.models.encode import embed, predict_proba
 from setfit_kd.models.io import new_model, save_model
-from setfit_kd.run.data import RunData, load_run_data
-from setfit_kd.student.kinds import build_student_body, locate_student
+from setfit_kd.run.inputs import RunData, load_run_data
+from setfit_kd.student.kinds import locate_student
 from setfit_kd.teacher.scoring import refine_and_score
 from setfit_kd.training.precision import resolve_precision
 
@@ -89,7 +89,9 @@ class Case:
     def body(self, name: str) -> SentenceTransformer:
         """Load a new body: ``teacher`` or ``student``."""
         teacher = load_body(locate_model(self.teacher))
-        return teacher if name == "teacher" else build_student_body(locate_student(self.student), teacher=teacher)
+        if name == "teacher":
+            return teacher
+        return locate_student(self.student).prepare(teacher).create_body(teacher, [], teacher.device)
 
     def artifact(self, name: str) -> Path:
         """Return the folder of a model or of signals that later methods use."""

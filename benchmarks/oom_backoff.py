@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import click
@@ -18,11 +18,12 @@ import torch
 
 from setfit_kd import TeacherSignals, train_student
 from setfit_kd.data.sources import read
+from setfit_kd.losses.similarity import SimilarityLoss
 from setfit_kd.memory.backoff import OOMBackoff
 from setfit_kd.models.bodies import load_body, locate_model
 from setfit_kd.models.encode import embed
 from setfit_kd.models.layers import cut_layers
-from setfit_kd.training.loop import retry_failed_steps
+from setfit_kd.training.loss_trainer import retry_step
 
 BATCH_SIZE = 32
 
@@ -54,11 +55,10 @@ def main(steps: int) -> None:
     initial = {name: value.detach().to("cpu", copy=True) for name, value in body.state_dict().items()}
     copying = time_calls(lambda: {name: value.to("cpu", copy=True) for name, value in initial.items()}, n_calls=3)
     restoring = time_calls(lambda: body.load_state_dict(initial), n_calls=3)
-    inner = SimpleNamespace(training_step=lambda: torch.zeros(()), state=SimpleNamespace(global_step=0))
-    unwrapped = time_calls(inner.training_step, n_calls=10_000)
+    step, loss = partial(torch.zeros, ()), SimilarityLoss(body, np.eye(2))
+    unwrapped = time_calls(step, n_calls=10_000)
     backoff = OOMBackoff("Phase", kind="training", device=torch.device("cpu"), batch_size=BATCH_SIZE, model=body)
-    retry_failed_steps(inner, backoff)
-    wrapping = time_calls(inner.training_step, n_calls=10_000) - unwrapped
+    wrapping = time_calls(lambda: retry_step(step, loss, 1, backoff), n_calls=10_000) - unwrapped
     total = copying + restoring + steps * wrapping
     click.echo(f"training: {steps} steps of {BATCH_SIZE} texts in {training:.2f} s")
     click.echo(f"copying the weights {1e3 * copying:.1f} ms, restoring them {1e3 * restoring:.1f} ms,")

@@ -119,7 +119,7 @@ def measure(kind: str, n: int, scratch: Path) -> dict[str, Any]:
     from setfit_kd import RunConfig, train_student, train_teacher
     from setfit_kd.models.bodies import load_body, locate_model
     from setfit_kd.models.layers import cut_layers
-    from setfit_kd.run.data import load_run_data
+    from setfit_kd.run.inputs import load_run_data
     from setfit_kd.teacher.scoring import refine_and_score
 
     write_pool(scratch / "pool.parquet", n)
@@ -157,7 +157,7 @@ def measure(kind: str, n: int, scratch: Path) -> dict[str, Any]:
         draw_pairs(signals.embeddings, pairs_per_text=1, seed=0)
         import torch
 
-        objective = SimilarityLoss(torch.nn.Identity(), signals.embeddings)  # type: ignore[arg-type]
+        objective = SimilarityLoss(torch.nn.Identity(), signals.embeddings)
         rng = np.random.default_rng(0)
         for _ in range(1000):
             objective.targets(torch.as_tensor(rng.integers(0, n, 32)))

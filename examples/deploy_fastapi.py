@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from setfit_kd.runtime.classify import Classifier
+from setfit_kd.runtime.classify import Classifier, has_text
 
 MAX_TEXTS = 256
 MAX_CHARACTERS = 10_000
@@ -41,10 +41,10 @@ class Texts(BaseModel):
 
 
 class Prediction(BaseModel):
-    """Prediction for one text."""
+    """Prediction for one text; null for a text without visible characters."""
 
-    label: str
-    probabilities: dict[str, float]
+    label: str | None = None
+    probabilities: dict[str, float] | None = None
 
 
 class LimitRequests:
@@ -111,12 +111,15 @@ def make_app(bundle: str, *, threads: int | None = None) -> FastAPI:
     @app.post("/predict")
     def predict(request: Texts) -> list[Prediction]:
         # A plain function, not a coroutine: FastAPI runs it in a thread, so it does not block other requests.
+        rows = classifier.predict_proba(request.texts)
         return [
             Prediction(
                 label=classifier.labels[int(row.argmax())],
                 probabilities=dict(zip(classifier.labels, row.tolist(), strict=True)),
             )
-            for row in classifier.predict_proba(request.texts)
+            if has_text(text)
+            else Prediction()
+            for text, row in zip(request.texts, rows, strict=True)
         ]
 
     return app

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from click.testing import Result
+from click.testing import CliRunner, Result
+
+from setfit_kd.cli import main
+
+
+def invoke(*arguments: object, stdin: str | bytes | None = None) -> Result:
+    """Run ``setfit-kd`` with these arguments."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
 
 
 def read_tree(folder: Path) -> dict[str, bytes | None]:

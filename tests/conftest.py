@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from hypothesis import settings
+from standin_hub import use_hub
 
 import setfit_kd
+from setfit_kd.utils.console import disable_progress_bars
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -33,19 +35,15 @@ NEWSWIRE = Path(setfit_kd.__file__).parent / "data" / "newswire"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def single_thread() -> None:
-    """Use one torch thread, which is fastest for tiny tensors."""
+def set_up_process() -> Iterator[None]:
+    """Hide progress, use one torch thread, and exclude imported modules from garbage collection, for fast training."""
     import torch
 
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def freeze_imported_objects() -> Iterator[None]:
-    """Exclude the objects of imported modules from garbage collection, which every training runs."""
     import setfit_kd.student.trainer
     import setfit_kd.teacher.trainer  # noqa: F401
 
+    disable_progress_bars()
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
     yield
@@ -57,10 +55,10 @@ def isolate_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_facto
     """Set seeds, block the network, use empty caches and change to an empty folder."""
     random.seed(0)
     np.random.seed(0)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port, which is closed
+    use_hub(monkeypatch, "http://127.0.0.1:9")  # the discard port, which is closed
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setenv("SETFIT_KD_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.chdir(tmp_path)
 
 
@@ -111,8 +109,10 @@ def newswire(split: str) -> list[dict[str, str]]:
         return [json.loads(line) for line in file]
 
 
-def make_body(folder: Path, *, layers: int, width: int = 32, seed: int = 0) -> Path:
+def make_body(folder: Path, *, layers: int, width: int = 32, seed: int = 0, roberta: bool = False) -> Path:
     """Save a BERT with random weights and a vocabulary from newswire as a sentence-transformers folder.
+
+    A RoBERTa pads with token 1 and counts positions from there.
 
     The vocabulary consists of the most frequent words: the trainers of tokenizers break ties differently in each
     process.
@@ -121,14 +121,15 @@ def make_body(folder: Path, *, layers: int, width: int = 32, seed: int = 0) -> P
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel
+    from transformers import BertModel, RobertaModel
     from transformers import PreTrainedTokenizerFast as _Fast
 
     normalizer, pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     texts = [normalizer.normalize_str(row["text"]) for row in newswire("train")]
     counts = Counter(word for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(text))
     letters = sorted(set("".join(counts)))
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    specials = ["[UNK]", "[PAD]"] if roberta else ["[PAD]", "[UNK]"]
+    pieces = [*specials, "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
     words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
     vocabulary = {piece: index for index, piece in enumerate([*pieces, *words][:2000])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -146,16 +147,18 @@ def make_body(folder: Path, *, layers: int, width: int = 32, seed: int = 0) -> P
         model_max_length=64,
     )
     torch.manual_seed(seed)
-    config = BertConfig(
+    architecture: Any = RobertaModel if roberta else BertModel
+    config = architecture.config_class(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=2 * width,
-        max_position_embeddings=64,
+        max_position_embeddings=66 if roberta else 64,
+        pad_token_id=int(roberta),
     )
     plain = folder.with_name(folder.name + "-plain")
-    BertModel(config).save_pretrained(plain)
+    architecture(config).save_pretrained(plain)
     fast.save_pretrained(plain)
     transformer = Transformer(str(plain), max_seq_length=64)
     SentenceTransformer(modules=[transformer, Pooling(width)], device="cpu").save_pretrained(
@@ -176,6 +179,19 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_body(tmp_path_factory.mktemp("models") / "student", layers=2, width=16, seed=1)
 
 
+@pytest.fixture(scope="session")
+def masked_lm(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path) -> Path:
+    """Folder of a random masked language model with 64 positions and the vocabulary of the tiny bodies."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    folder, plain = tmp_path_factory.mktemp("models") / "masked-lm", tiny_student.with_name("student-plain")
+    AutoTokenizer.from_pretrained(plain).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig.from_pretrained(plain)).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def teacher_body(tiny_teacher: Path) -> SentenceTransformer:
     from setfit_kd.models.bodies import load_body
@@ -188,6 +204,60 @@ def student_body(tiny_student: Path) -> SentenceTransformer:
     from setfit_kd.models.bodies import load_body
 
     return load_body(tiny_student)
+
+
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "distilbert": {"dim": 16, "hidden_dim": 32, "n_heads": 2, "n_layers": 4},
+    "roberta": {},
+    "mpnet": {},
+    "electra": {"embedding_size": 8},
+    "albert": {"embedding_size": 8},
+    "modernbert": {"cls_token_id": 2, "sep_token_id": 3, "local_attention": 4},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
+}
+"""Architectures of tiny encoders with 4 layers and 16 dimensions, and their own config values."""
+
+
+def encoder_config(architecture: str, **changes: Any) -> Any:
+    """Return the config of an encoder whose untrained network gives different probabilities for different texts."""
+    from transformers import AutoConfig
+
+    common: dict[str, Any] = {"max_position_embeddings": 80, "pad_token_id": 0, "initializer_range": 0.3}
+    if architecture != "distilbert":
+        common |= {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+        common |= {"bos_token_id": 2, "eos_token_id": 3}
+    return AutoConfig.for_model(architecture, **{**common, **ENCODERS[architecture], **changes})
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_student: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    from_pretrained: Any = AutoTokenizer.from_pretrained
+    return from_pretrained(tiny_student)
+
+
+@pytest.fixture(scope="session")
+def make_encoder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[..., Path]:
+    """Factory of transformers folders with an encoder without a head and the tokenizer of the tiny bodies."""
+    import torch
+    from transformers import AutoModel
+
+    folders: dict[str, Path] = {}
+
+    def create(architecture: str, **changes: Any) -> Path:
+        key = json.dumps([architecture, changes])
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("encoders") / architecture
+            torch.manual_seed(0)
+            from_config: Any = AutoModel.from_config
+            network = from_config(encoder_config(architecture, vocab_size=len(tokenizer), **changes))
+            network.save_pretrained(folders[key])
+            tokenizer.save_pretrained(folders[key])
+        return folders[key]
+
+    return create
 
 
 @pytest.fixture
@@ -213,46 +283,39 @@ FAST: dict[str, Any] = {
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Function that mounts a small file system; skip the test if mounting is not permitted."""
-    mounted: list[Path] = []
+    folder = tmp_path / "mount"
 
     def mount_tmpfs(options: str) -> Path:
-        folder = tmp_path / "mount"
         folder.mkdir()
-        program = shutil.which("mount")
-        command = [program or "mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        if program is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
             pytest.skip("mounting a file system is not permitted here")
-        mounted.append(folder)
         return folder
 
     yield mount_tmpfs
-    for folder in mounted:
+    if folder.is_mount():
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def make_models(folder: Path, body: Path, teacher: Path) -> dict[str, Path]:
-    """Save a SetFit model with the body, and a static bundle with token embeddings of the teacher."""
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path, tiny_teacher: Path) -> dict[str, Path]:
+    """Folders of a SetFit model, and of a static bundle with token embeddings of the teacher."""
     from predictions import LABELS
     from synthetic import QUICK, few_labels, pool_signals
 
-    from setfit_kd import train_student
     from setfit_kd.export.bundle import export_bundle
     from setfit_kd.models.bodies import load_body
     from setfit_kd.models.io import save_model
     from setfit_kd.models.static import static_body
 
-    signals = replace(pool_signals(), label_names=LABELS)
-    labeled = replace(few_labels(), label_names=LABELS)
-    save_model(train_student(signals, body, labeled=labeled, **QUICK), folder / "setfit")
-    static = static_body(load_body(teacher), signals.texts, dimension=8)
-    static_student = train_student(signals, static, labeled=labeled, **QUICK)
+    folder = tmp_path_factory.mktemp("classifiers")
+    signals, labeled = replace(pool_signals(), label_names=LABELS), replace(few_labels(), label_names=LABELS)
+    student = setfit_kd.train_student(signals, tiny_student, labeled=labeled, **QUICK)
+    save_model(student, folder / "setfit")
+    static = static_body(load_body(tiny_teacher), signals.texts, dimension=8)
+    static_student = setfit_kd.train_student(signals, static, labeled=labeled, **QUICK)
     export_bundle(static_student, folder / "bundle", texts=signals.texts)
     return {"setfit": folder / "setfit", "bundle": folder / "bundle"}
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path, tiny_teacher: Path) -> dict[str, Path]:
-    return make_models(tmp_path_factory.mktemp("classifiers"), tiny_student, tiny_teacher)
 
 
 @pytest.fixture(scope="session")

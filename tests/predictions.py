@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,3 +79,39 @@ def read_output(kind: str, result: Result) -> list[Row]:
         assert float(record["probability"]) == max(probabilities.values())
         rows.append(Row(record["text"], record["label"], probabilities))
     return rows
+
+
+@contextmanager
+def live_process(command: Sequence[str | Path], env: dict[str, str] | None = None) -> Iterator[Any]:
+    """Context manager that runs a command with pipes, and kills it at the end or after a minute."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env,
+        # If the tests run in the background, they ignore interrupts, and child processes inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        stop = threading.Timer(60, process.kill)
+        stop.start()
+        try:
+            yield process
+        finally:
+            stop.cancel()
+            process.kill()
+
+
+def replace_file(bundle: Path, name: str, content: bytes) -> None:
+    """Write a file of a bundle and update its hash in the manifest."""
+    (bundle / name).write_bytes(content)
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"][name] = hashlib.sha256(content).hexdigest()
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def claim_onnx(bundle: Path) -> None:
+    """Change the manifest of a static bundle so that loading it imports onnxruntime."""
+    replace_file(bundle, "model.onnx", b"")
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    (bundle / "manifest.json").write_text(json.dumps({**manifest, "kind": "onnx"}), encoding="utf-8")

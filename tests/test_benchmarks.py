@@ -26,14 +26,10 @@ def test_methods_match_rows_of_the_table() -> None:
         assert all(order.index(name) < order.index(row) for name in required)
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"), [([50.0], "50.0"), ([50.0, 70.0], "60.0 ± 14.1"), ([50.0, 50.0, 50.0], "50.0 ± 0.0")]
-)
-def test_table_cell_is_mean_and_standard_deviation(values: list[float], expected: str) -> None:
-    assert compare.mean_and_deviation(values) == expected
-
-
-def test_cost_is_cpu_time_if_measured() -> None:
+def test_table_cells() -> None:
+    cells = [compare.mean_and_deviation(values) for values in ([50.0], [50.0, 70.0], [50.0] * 3)]
+    assert cells == ["50.0", "60.0 ± 14.1", "50.0 ± 0.0"]
+    # The cost is the CPU time, if it was measured.
     assert [compare.cost({"seconds": 9.0, "cpu_seconds": 3.0}), compare.cost({"seconds": 9.0})] == [3.0, 9.0]
 
 
@@ -61,11 +57,8 @@ def test_comparison_writes_results_and_is_not_repeated(tmp_path: Path, tiny_teac
     first = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
     assert first.stdout.count("seed 0") == len(compare.ROWS)
     results = tmp_path / "results" / "quick"
-    assert {path.name for path in results.iterdir()} == {
-        "newswire-4-shots.json",
-        "newswire-4-shots.md",
-        "accuracy-4-shots.png",
-    }
+    names = {"newswire-4-shots.json", "newswire-4-shots.md", "accuracy-4-shots.png"}
+    assert {path.name for path in results.iterdir()} == names
     rows = json.loads((results / "newswire-4-shots.json").read_text())["rows"]
     full_batches = 125 * 16 * 2  # the last batch of an epoch may be smaller
     assert full_batches - 2 * 16 < rows["stock_student"][0]["training_passes"] <= full_batches

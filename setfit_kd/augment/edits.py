@@ -22,7 +22,7 @@ Fill = Callable[[Sequence[str], int], list[str]]
 Edit = Callable[[str, str, np.random.Generator], str | None]
 """Function of two texts, each of at least two words, that returns a new text, or None if the edit does not apply."""
 
-REPLACE_WORDS = "replace"
+_REPLACE_WORDS = "replace"
 """Name of the edit that ``fill`` makes, in one call for all texts it was chosen for."""
 
 _DELETE_PROBABILITY = 0.1
@@ -58,37 +58,35 @@ def augment(
     sources = [text for text in originals.values() if len(text.split()) > 1]
     seen = {"", *originals, *map(normalize, forbidden)}
     augmented: list[str] = []
+    counts = dict.fromkeys([*EDITS, _REPLACE_WORDS] if fill else EDITS, 0)
+    draws = _draw_pairs(sources, rng)
+    max_failed = len(sources) + _MAX_FAILED_DRAWS if sources else 0
+    n_failed = 0
 
     def add(text: str | None) -> bool:
-        key = "" if text is None else normalize(text)
+        nonlocal n_failed
+        key = normalize(text or "")
         if text is None or key in seen:
             return False
         seen.add(key)
         augmented.append(text)
+        n_failed = 0
         return True
 
-    counts = dict.fromkeys([*EDITS, REPLACE_WORDS] if fill else EDITS, 0)
-    draws = _draw_pairs(sources, rng)
-    max_failed = len(sources) + _MAX_FAILED_DRAWS if sources else 0
-    n_failed = 0
     while len(augmented) < n and n_failed < max_failed:
         to_fill: list[str] = []
         while len(augmented) + len(to_fill) < n and n_failed < max_failed:
             n_failed += 1
             text, other = next(draws)
             for name in sorted(counts, key=counts.__getitem__):
-                if name == REPLACE_WORDS:
+                if name == _REPLACE_WORDS:
                     to_fill.append(text)
-                elif add(EDITS[name](text, other, rng)):
-                    n_failed = 0
-                else:
-                    continue
-                counts[name] += 1
-                break
+                if name == _REPLACE_WORDS or add(EDITS[name](text, other, rng)):
+                    counts[name] += 1
+                    break
         if fill and to_fill:
             for text in fill(to_fill, int(rng.integers(2**31))):
-                if add(text):
-                    n_failed = 0
+                add(text)
     if len(augmented) < n:
         logger.warning("Could create only %d different texts from %d texts.", len(augmented), len(texts))
     return augmented

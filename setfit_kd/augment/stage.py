@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from setfit_kd.errors import DataError
-from setfit_kd.models.temperature import at_temperature
+from setfit_kd.models.heads import at_temperature
 from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import read_json_lines
@@ -44,8 +44,6 @@ def load_texts(folder: Path) -> list[str]:
 
 def drop_uncertain(signals: TeacherSignals, rows: range, *, min_confidence: float) -> TeacherSignals:
     """Remove those of the ``rows`` whose highest probability, at the temperature, is below ``min_confidence``."""
-    if not rows:
-        return signals
     augmented = np.arange(rows.start, rows.stop)
     confidence = at_temperature(signals.probabilities[augmented], signals.temperature).astype(np.float32).max(axis=1)
     uncertain = augmented[confidence < min_confidence]

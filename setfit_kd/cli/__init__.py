@@ -65,4 +65,5 @@ def main() -> None:
 
 
 for command in (run, finetune, predict, evaluate, report, compare, export, push, benchmark, doctor):
+    command.short_help = command.get_short_help_str(1_000)  # the whole first sentence
     main.add_command(command)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from setfit_kd.cli.options import json_option, output_options, passed, pickle_option, setting_options, threads_option
 from setfit_kd.config.run import RunConfig
 from setfit_kd.utils.escape import json_text
-
-if TYPE_CHECKING:
-    from setfit_kd.inference.benchmark import Speed
 
 
 @click.command()
@@ -48,8 +45,8 @@ def benchmark(
     config = RunConfig.of(**{"unlabeled": "bundled:newswire", "device": "cpu", **passed(flags)})
     texts = read(config.unlabeled or "", text_column=config.text_column).texts
     texts = texts[:: max(1, len(texts) // n_texts)][:n_texts]
-    speeds: dict[str, Speed] = {}
-    with track("Measuring", len(models)) as advance:
+    speeds = {}
+    with track("Measuring", len(models), unit="models") as advance:
         for model in dict.fromkeys(models):
             speeds[model] = measure_speed(
                 model, texts, threads=threads, device=config.device, trust_pickle=trust_pickle
@@ -59,32 +56,24 @@ def benchmark(
         results = {"texts": len(texts), "models": {name: asdict(speed) for name, speed in speeds.items()}}
         echo(json_text(results, indent=2))
         return
-    headings = ("", "p50 ms", "p95 ms", "p99 ms", "texts/s", "ratio", "load s", "memory MB", "disk MB")
+    names = [Path(model).name or model for model in speeds]
+    if len(set(names)) < len(names):
+        names = list(speeds)
     first = next(iter(speeds.values()))
-    names = _display_names(tuple(speeds))
-    rows = [_row(name, speed, first) for name, speed in zip(names, speeds.values(), strict=True)]
-    show_table(headings, rows)
+    rows = [
+        (
+            name,
+            *(f"{milliseconds:.2f}" for milliseconds in (speed.p50_ms, speed.p95_ms, speed.p99_ms)),
+            f"{speed.texts_per_second:,.0f}",
+            f"{speed.texts_per_second / first.texts_per_second:,.1f}x",
+            f"{speed.load_seconds:.2f}",
+            f"{speed.memory_mb:.0f}",
+            "" if speed.disk_mb is None else f"{speed.disk_mb:.1f}",
+        )
+        for name, speed in zip(names, speeds.values(), strict=True)
+    ]
+    show_table(("", "p50 ms", "p95 ms", "p99 ms", "texts/s", "ratio", "load s", "memory MB", "disk MB"), rows)
     echo(
         f"\n{len(texts)} texts, {first.threads} threads. p50 to p99: latency of a single text. "
         "ratio: texts/s relative to the first model."
-    )
-
-
-def _display_names(models: tuple[str, ...]) -> list[str]:
-    """Return the last part of each path, or the full paths if these are not unique."""
-    names = [Path(model).name or model for model in models]
-    return names if len(set(names)) == len(names) else list(models)
-
-
-def _row(name: str, speed: Speed, first: Speed) -> tuple[str, ...]:
-    return (
-        name,
-        f"{speed.p50_ms:.2f}",
-        f"{speed.p95_ms:.2f}",
-        f"{speed.p99_ms:.2f}",
-        f"{speed.texts_per_second:,.0f}",
-        f"{speed.texts_per_second / first.texts_per_second:,.1f}x",
-        f"{speed.load_seconds:.2f}",
-        f"{speed.memory_mb:.0f}",
-        "" if speed.disk_mb is None else f"{speed.disk_mb:.1f}",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 def doctor() -> None:
     """Show versions, devices, whether the hub is reachable, and which presets can run here."""
     import torch
+    from huggingface_hub import constants, get_session
 
-    from setfit_kd import hub
+    from setfit_kd.hub import client as hub
     from setfit_kd.memory.devices import resolve_device
     from setfit_kd.run_folder.manifest import versions
     from setfit_kd.signals.embedding_cache import cache_bytes
@@ -38,8 +40,10 @@ def doctor() -> None:
         click.echo(f"  mps                   Apple GPU{_free(torch.device('mps'))}")
     threads = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     click.echo(f"  cpu                   {threads}{_free(torch.device('cpu'))}")
-    reachable = hub.is_reachable()
-    reason = " (HF_HUB_OFFLINE is set)" if hub.is_offline() else ""
+    reachable = False
+    with suppress(Exception):
+        reachable = get_session().head(hub.display_endpoint(), timeout=3.0) is not None
+    reason = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
     click.echo("Hub")
     click.echo(f"  {printable(hub.display_endpoint()):<21} {'reachable' if reachable else 'not reachable'}{reason}")
     folder, size = cache_folder(), cache_bytes()
@@ -65,7 +69,7 @@ def _free(device: torch.device) -> str:
 
 def _problem(name: str, reachable: bool) -> str | None:
     """Return why a preset cannot run here, or None if it can. Downloads nothing."""
-    from setfit_kd import hub
+    from setfit_kd.hub import client as hub
     from setfit_kd.models.bodies import locate_model
 
     settings = PRESETS[name]

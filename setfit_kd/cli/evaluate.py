@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,45 +17,70 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", metavar="RUN_OR_MODEL")
+@click.argument("model", metavar="MODEL")
 @setting_options("eval", "text_column", "label_column", "device", "cpu_fallback", "encode_batch_size",
                  "target_accuracy")  # fmt: skip
 @json_option
 @pickle_option
 @output_options
 def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> None:
-    """Evaluate a classifier on labeled texts: quality, size and speed."""
+    """Evaluate a classifier on labeled texts: quality, size and speed.
+
+    MODEL is a bundle, a run folder, one of its models, or a SetFit model or transformer classifier in a folder or on
+    the hub. Without --eval, a run and its models are evaluated on the evaluation texts of the run.
+    """
     from setfit_kd.cli.output import echo, show_evaluations, show_table
     from setfit_kd.data.labeled_set import encode_labels
     from setfit_kd.data.sources import read
     from setfit_kd.evaluation.measure import evaluate as evaluate_model
+    from setfit_kd.evaluation.measure import read_texts
+    from setfit_kd.inference.classifier import TorchClassifier, open_classifier
     from setfit_kd.memory.backoff import shared_backoff
-    from setfit_kd.models.io import load
 
     config = RunConfig.of(**passed(flags))
-    if config.eval is None:
-        raise ConfigError("No evaluation texts specified.", hint="Pass labeled texts with --eval.")
-    with shared_backoff(cpu_fallback=config.cpu_fallback):
-        classifier = load(model, device=config.device, trust_pickle=trust_pickle)
+    if config.eval is not None:
         rows = read(config.eval, text_column=config.text_column, label_column=config.label_column, role="test")
+    else:
+        folder = _stored_texts(Path(model))
+    with shared_backoff(cpu_fallback=config.cpu_fallback):
+        batch_size = config.encode_batch_size
+        classifier = open_classifier(model, device=config.device, batch_size=batch_size, trust_pickle=trust_pickle)
+        data = read_texts(folder) if config.eval is None else encode_labels(rows, classifier.labels)
         evaluation = evaluate_model(
-            classifier, encode_labels(rows, classifier.labels), encode_batch_size=config.encode_batch_size
+            classifier.model if isinstance(classifier, TorchClassifier) else classifier,
+            data,
+            encode_batch_size=batch_size,
         )
-        if as_json:
-            echo(json_text(evaluation.as_dict(target_accuracy=config.target_accuracy), indent=2))
-            return
-        show_evaluations({model: evaluation})
-        echo("")
-        classes = [
-            (name, f"{quality.precision:.1%}", f"{quality.recall:.1%}", f"{quality.f1:.1%}", quality.support)
-            for name, quality in evaluation.quality.classes.items()
-        ]
-        show_table(("class", "precision", "recall", "F1", "texts"), classes)
-        echo("")
-        calibration = evaluation.calibration
-        echo(f"Calibration error {calibration.ece:.1%}, Brier score {calibration.brier:.3f}.")
-        if config.target_accuracy is not None:
-            echo(_threshold_message(evaluation.operating_point(config.target_accuracy), config.target_accuracy))
+    if as_json:
+        values = evaluation.as_dict(target_accuracy=config.target_accuracy)
+        echo(json_text({"eval": data.origin, "eval_texts": len(data), **values}, indent=2))
+        return
+    show_evaluations({model: evaluation})
+    echo("")
+    classes = [
+        (name, f"{quality.precision:.1%}", f"{quality.recall:.1%}", f"{quality.f1:.1%}", quality.support)
+        for name, quality in evaluation.quality.classes.items()
+    ]
+    show_table(("class", "precision", "recall", "F1", "texts"), classes)
+    calibration = evaluation.calibration
+    stored = f", stored in {folder}" if config.eval is None else ""
+    echo(f"\n{len(data):,} evaluation texts: {data.origin}{stored}.")
+    echo(f"Calibration error {calibration.ece:.1%}, Brier score {calibration.brier:.3f}.")
+    if config.target_accuracy is not None:
+        echo(_threshold_message(evaluation.operating_point(config.target_accuracy), config.target_accuracy))
+
+
+def _stored_texts(model: Path) -> Path:
+    """Return the folder with the evaluation texts of the run that a model belongs to."""
+    from setfit_kd.models.io import classifier_folder
+    from setfit_kd.run_folder.names import EVALUATION
+
+    if not model.is_dir() and len(model.parts) != 2:  # no name on the hub
+        classifier_folder(model)
+    for run in (model, *model.parents[:2]) if model.is_dir() else ():
+        if (run / EVALUATION / "texts.jsonl").is_file():
+            return run / EVALUATION
+    raise ConfigError(f"Found no evaluation texts in {model}.", hint="Pass labeled texts with --eval.")
 
 
 def _threshold_message(point: OperatingPoint | None, target: float) -> str:

@@ -22,6 +22,7 @@ _DEFAULT_TEXTS = "bundled:newswire"
 @click.argument("model", metavar="RUN_OR_MODEL")
 @click.option("--output-dir", required=True, type=click.Path(path_type=Path), metavar="FOLDER",
               help="Output folder of the bundle.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace an earlier bundle in the output folder.")
 @click.option("--format", "format_", type=click.Choice(BUNDLE_FORMATS), default=None,
               help="Format: ONNX in fp32, ONNX in int8, or static token vectors. [default: static for static students, "
               "onnx-int8 for others]")  # fmt: skip
@@ -34,6 +35,7 @@ _DEFAULT_TEXTS = "bundled:newswire"
 def export(
     model: str,
     output_dir: Path,
+    overwrite: bool,
     format_: str | None,
     min_agreement: float | None,
     trust_pickle: bool,
@@ -47,25 +49,30 @@ def export(
     config = RunConfig.of(**passed(flags))
 
     from setfit_kd.cli.output import echo
-    from setfit_kd.export.bundle import export_bundle
+    from setfit_kd.export.bundle import check_output, export_bundle
     from setfit_kd.models.io import load
 
+    check_output(output_dir, overwrite=overwrite)
     classifier = load(model, device="cpu", trust_pickle=trust_pickle)
-    texts = _texts(model, config)
-    title = Path(model).resolve().name
     bundle = export_bundle(
-        classifier, output_dir, texts=texts, format=format_, min_agreement=min_agreement, title=title
+        classifier,
+        output_dir,
+        texts=_texts(Path(model), config),
+        format=format_,
+        min_agreement=min_agreement,
+        title=Path(model).resolve().name,
+        overwrite=overwrite,
     )
     parity = bundle.parity
     echo(f"Wrote {bundle.format} bundle to {output_dir} ({bundle.megabytes:.1f} MB).")
     echo(
-        f"Agreement with the model: {parity.agreement:.1%} of {parity.texts:,} texts. Probabilities differ by at most "
-        f"{parity.largest_difference:.2g}."
+        f"Agreement with the model: {parity['agreement']:.1%} of {parity['texts']:,} texts. Probabilities differ by at "
+        f"most {parity['largest_difference']:.2g}."
     )
     echo(f'To use it, here or on another machine: python {output_dir}/classify.py "..."')
 
 
-def _texts(model: str, config: RunConfig) -> list[str]:
+def _texts(model: Path, config: RunConfig) -> list[str]:
     """Return the texts to check the bundle on: from --unlabeled, else the pool of the run, else the bundled corpus."""
     from setfit_kd.data.sources import read
     from setfit_kd.run_folder.folder import RunFolder
@@ -75,15 +82,15 @@ def _texts(model: str, config: RunConfig) -> list[str]:
 
     if config.unlabeled is not None:
         return read(config.unlabeled, text_column=config.text_column).texts
-    model_path = Path(model).absolute()
-    for folder in (model_path, *model_path.parents[:2]):
-        if not all((folder / file).is_file() for file in (CONFIG_FILE, RUN_FILE)):
-            continue
-        signals = [path for path in (folder / SIGNALS, *(folder / TEACHER_SIGNALS).glob("*")) if path.is_dir()]
-        source = RunFolder.read_settings(folder).get("signals")
-        if signals or source:
+    for folder in (model, *model.absolute().parents[:2]):
+        if (folder / CONFIG_FILE).is_file() and (folder / RUN_FILE).is_file():
+            pools = [path for path in (folder / SIGNALS, *(folder / TEACHER_SIGNALS).glob("*")) if path.is_dir()]
+            source = RunFolder.read_settings(folder).get("signals")
             try:
-                return TeacherSignals.load(signals[0]).texts if signals else read_signals(str(source)).texts
+                if pools:
+                    return TeacherSignals.load(pools[0]).texts
+                if source:
+                    return read_signals(str(source)).texts
             except DataError as error:
                 raise DataError(error.message, hint="Pass texts to check the bundle on with --unlabeled.") from None
     logger.warning(

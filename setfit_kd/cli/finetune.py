@@ -7,18 +7,28 @@ from typing import Any
 
 import click
 
-from setfit_kd.cli.options import json_option, output_options, passed, setting_options
+from setfit_kd.cli.options import GroupedCommand, json_option, output_options, passed, setting_options
 from setfit_kd.config.run import FinetuneRunConfig
 from setfit_kd.utils.escape import json_text
 
+_COMMON = {
+    "Data": ("labeled", "validation", "eval", "text_column", "label_column"),
+    "Training": ("epochs", "batch_size", "micro_batch_size", "learning_rate", "max_length", "patience", "metric"),
+    "Output": ("output_dir", "overwrite"),
+    "Run": ("seed", "device"),
+}
+_GROUPS = {
+    **_COMMON,
+    "Training": ("epochs", "steps", "batch_size", "micro_batch_size", "learning_rate", "warmup_steps", "schedule",
+                 "weight_decay", "dropout", "max_length", "eval_steps", "metric", "patience", "precision",
+                 "gradient_checkpointing", "checkpoint_seconds"),
+    "Run": ("seed", "device", "cpu_fallback", "encode_batch_size"),
+}  # fmt: skip
 
-@click.command()
+
+@click.command(cls=GroupedCommand, common=_COMMON, groups=_GROUPS)
 @click.argument("model")
-@setting_options("labeled", "validation", "eval", "text_column", "label_column", "output_dir", "overwrite",
-                 "epochs", "steps", "batch_size", "micro_batch_size", "learning_rate", "warmup_steps", "schedule",
-                 "weight_decay", "dropout", "max_length", "eval_steps", "metric", "patience", "seed", "device",
-                 "cpu_fallback", "precision", "gradient_checkpointing", "checkpoint_seconds", "encode_batch_size",
-                 config_class=FinetuneRunConfig)  # fmt: skip
+@setting_options(*(name for names in _GROUPS.values() for name in names), config_class=FinetuneRunConfig)
 @json_option
 @output_options
 def finetune(as_json: bool, **flags: Any) -> None:
@@ -35,10 +45,8 @@ def finetune(as_json: bool, **flags: Any) -> None:
 
     from setfit_kd.cli.output import echo, show_evaluations, show_table
     from setfit_kd.finetune.run import finetune_run
-    from setfit_kd.memory.backoff import shared_backoff
 
-    with shared_backoff(cpu_fallback=config.cpu_fallback):
-        result = finetune_run(config)
+    result = finetune_run(config)
     if as_json:
         echo(json_text(result.metrics, indent=2))
         return

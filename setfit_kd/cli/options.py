@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -15,9 +15,54 @@ from pydantic_core import PydanticUndefined
 
 from setfit_kd.config.base import StageConfig
 from setfit_kd.config.run import RunConfig
-from setfit_kd.config.stages import AugmentConfig, DataConfig, SignalsConfig, StudentConfig, TeacherConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
+Groups = Mapping[str, Sequence[str]]
+
+
+class GroupedCommand(click.Command):
+    """Command whose options have headings: common ones in ``--help``, all in ``--help-all``.
+
+    Args:
+        common: Names of the common options by heading; the last heading is "Run".
+        groups: Names of all options by heading; "Run" may be left out and gets all other options.
+    """
+
+    def __init__(self, *args: Any, common: Groups, groups: Groups, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.common, self.groups = common, groups
+        show_all = click.Option(["--help-all"], is_flag=True, is_eager=True, expose_value=False,
+                                callback=_show_all_options, help="Show all options and exit.")  # fmt: skip
+        self.params.append(show_all)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments; keep a copy of them for messages."""
+        ctx.meta["arguments"] = list(args)
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the common options, or all if ``--help-all`` is passed."""
+        options = {param.name: param for param in self.get_params(ctx) if isinstance(param, click.Option)}
+        groups, last = dict(self.common), list(options)[-2:]  # --help-all and --help
+        if "all_options" in ctx.meta:
+            grouped = {name for names in self.groups.values() for name in names}
+            groups, last = dict(self.groups), [name for name in options if name not in grouped]
+        groups["Run"] = [*groups.get("Run", ()), *last]
+        for heading, names in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl([record for name in names if (record := options[name].get_help_record(ctx))])
+
+
+def _show_all_options(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta["all_options"] = True
+        click.echo(ctx.get_help(), color=ctx.color)
+        ctx.exit()
+
+
+def own_settings(config_class: type[StageConfig]) -> list[str]:
+    """Return the settings of a stage without those that all stages share."""
+    return [name for name in config_class.model_fields if name not in StageConfig.model_fields]
 
 
 class _Fraction(click.FloatRange):
@@ -34,10 +79,10 @@ FRACTION = _Fraction(0, 1)
 
 
 def setting_options(*names: str, config_class: type[StageConfig] = RunConfig) -> Callable[[F], F]:
-    """Add one option per named setting, or per setting of a run; options that are not passed are None."""
+    """Add one option per named setting, by default all; options that are not passed are None."""
 
     def decorate(function: F) -> F:
-        for name in reversed(names or _all_names()):
+        for name in reversed(names or list(config_class.model_fields)):
             function = _option(name, config_class.model_fields[name])(function)
         return function
 
@@ -71,43 +116,6 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _all_names() -> list[str]:
-    shared = list(StageConfig.model_fields)
-    stages = (DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, StudentConfig)
-    stage_names = [name for stage in stages for name in stage.model_fields]
-    run_names = [name for name in RunConfig.model_fields if name not in stage_names]
-    ordered = [*DataConfig.model_fields, "teacher", "student", *stage_names, *run_names]
-    return list(dict.fromkeys([name for name in ordered if name not in shared] + shared))
-
-
-def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
-    flag = "--" + name.replace("_", "-")
-    kind = _base_type(field.annotation)
-    text = field.description or ""
-    if field.default is not None and field.default is not PydanticUndefined:
-        text = f"{text} [default: {_default_text(field.default)}]"
-    if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", name, is_flag=True, default=None, help=text)
-    if get_origin(kind) is Literal:
-        parameter_type: Any = click.Choice(get_args(kind))
-    elif kind in (int, float):
-        parameter_type = kind
-    else:
-        parameter_type = str
-    metavar = None if isinstance(parameter_type, click.Choice) else _METAVARS.get(name, _METAVARS.get(kind, "TEXT"))
-    repeated = name in _REPEATED
-    return click.option(flag, name, type=parameter_type, default=None, metavar=metavar, help=text, multiple=repeated)
-
-
-def _default_text(default: Any) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return ",".join(default) if isinstance(default, tuple) else str(default)
-
-
-_REPEATED = frozenset({"teacher", "student"})
-"""Settings with several values, whose option may be repeated."""
-
 _METAVARS: dict[Any, str] = {
     int: "N",
     float: "X",
@@ -124,6 +132,29 @@ _METAVARS: dict[Any, str] = {
     "objective": "NAME[=X][,...]",
     "head_c": "X|auto",
 }
+
+
+def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
+    flag = "--" + name.replace("_", "-")
+    kind = _base_type(field.annotation)
+    text, default = field.description or "", field.default
+    if kind is bool:
+        flag, default = f"{flag}/--no-{flag[2:]}", "on" if default else None if default is None else "off"
+    if default is not None and default is not PydanticUndefined:
+        text = f"{text} [default: {','.join(default) if isinstance(default, tuple) else default}]"
+    if kind is bool:
+        return click.option(flag, name, is_flag=True, default=None, help=text)
+    if get_origin(kind) is Literal:
+        return click.option(flag, name, type=click.Choice(get_args(kind)), default=None, help=text)
+    return click.option(
+        flag,
+        name,
+        type=kind if kind in (int, float) else str,
+        metavar=_METAVARS.get(name, _METAVARS.get(kind, "TEXT")),
+        default=None,
+        multiple=name in ("teacher", "student"),
+        help=text,
+    )
 
 
 def _base_type(annotation: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,53 +13,33 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from setfit_kd.utils.console import show_progress
+from setfit_kd.utils.console import hide_download_bars, show_progress, stderr_console
 from setfit_kd.utils.escape import printable
 
 if TYPE_CHECKING:
     from setfit_kd.evaluation.measure import Evaluation
 
 
-@contextmanager
-def _no_download_bars(quiet: bool) -> Iterator[None]:
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    disable = quiet and not are_progress_bars_disabled()
-    if disable:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if disable:
-            enable_progress_bars()
-
-
 class _ConsoleHandler(logging.Handler):
     """Logging handler that prints one unwrapped line per message; warnings and errors start with their level."""
 
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self.console = console
-
     def emit(self, record: logging.LogRecord) -> None:
-        style = "yellow" if record.levelno >= logging.WARNING else None
-        prefix = f"{record.levelname.capitalize()}: " if record.levelno >= logging.WARNING else ""
-        text = printable(prefix + record.getMessage())
-        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        is_warning = record.levelno >= logging.WARNING
+        text = printable(f"{record.levelname.capitalize()}: " * is_warning + record.getMessage())
+        style = "yellow" if is_warning else None
+        stderr_console().print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def console_output(*, quiet: bool, verbose: bool) -> Iterator[None]:
     """Context manager that sends log messages and progress bars to stderr."""
-    console = Console(stderr=True)
-    handler = _ConsoleHandler(console)
-    handler.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    handler = _ConsoleHandler(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
     logger = logging.getLogger("setfit_kd")
     previous_level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
-        with show_progress(None if quiet else console), _no_download_bars(quiet):
+        with show_progress(not quiet), hide_download_bars() if quiet else nullcontext():
             yield
     finally:
         logger.removeHandler(handler)
@@ -90,22 +70,6 @@ def show_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 def show_evaluations(evaluations: Mapping[str, Evaluation]) -> None:
     """Print one row per model: quality, then cost."""
-    has_teacher = any(evaluation.quality.agreement is not None for evaluation in evaluations.values())
-    agreement_heading = ("agreement",) if has_teacher else ()
-    rows = []
-    for name, evaluation in evaluations.items():
-        quality, cost, accuracy = evaluation.quality, evaluation.cost, evaluation.intervals["accuracy"]
-        agreement = "" if quality.agreement is None else f"{quality.agreement:.1%}"
-        rows.append(
-            (
-                name,
-                f"{quality.accuracy:.1%}",
-                f"{100 * accuracy.low:.1f}-{100 * accuracy.high:.1f}",
-                f"{quality.macro_f1:.1%}",
-                *([agreement] if has_teacher else []),
-                f"{cost.parameters / 1e6:.1f} M",
-                f"{cost.megabytes:.1f}",
-                f"{cost.texts_per_second:,.0f}",
-            )
-        )
-    show_table(("", "accuracy", "95% CI", "macro-F1", *agreement_heading, "parameters", "MB", "texts/s"), rows)
+    from setfit_kd.evaluation.measure import evaluation_table
+
+    show_table(*evaluation_table(evaluations))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,7 +15,8 @@ from setfit_kd.config.run import RunConfig
 from setfit_kd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from setfit_kd.inference.predict import Row
+    from setfit_kd.inference.predict import Prediction, Row
+    from setfit_kd.runtime.classify import Lines
 
 
 @click.command()
@@ -47,22 +47,28 @@ def predict(
     MODEL is a bundle, a run folder, one of its students, or a SetFit model or transformer classifier in a folder or on
     the hub. Bundles run without torch.
 
-    The output has one row per input row, in the same order: {"text": ..., "label": ..., "probabilities": {...}}. A row
-    without text has the label null. Other columns of the input come first, with their names; a column named like an
-    output column is prefixed by input_, as in input_label.
+    The output has one row per input row, in the same order: {"text": ..., "label": ..., "probabilities": {...}}. Lines
+    of stdin are answered as they arrive. A row without visible text has the label null. Other columns of the input come
+    first, with their names; a column named like an output column is prefixed by input_, as in input_label.
     """
     from setfit_kd.data.readers import column_types
     from setfit_kd.inference.classifier import open_classifier
-    from setfit_kd.inference.predict import check_output, classify, predictions_file, predictions_stream
+    from setfit_kd.inference.predict import check_output, classify, write_predictions
     from setfit_kd.memory.backoff import shared_backoff
-    from setfit_kd.utils.console import show_progress, track
+    from setfit_kd.runtime.classify import Lines
+    from setfit_kd.utils.console import show_progress
 
     config = RunConfig.of(**passed(flags))
     if output is not None:
         check_output(output)
         if any(Path(file).resolve() == output.resolve() for file in files):
             raise ConfigError(f"{output} is both --input and --output.", hint="Choose another --output.")
-    _check_inputs(texts, files)
+    for file in files:
+        if not Path(file).is_file():
+            raise DataError(f"No such file: {file}.", hint="Check the path.")
+    if not texts and not files and (sys.stdin is None or sys.stdin.isatty()):
+        raise DataError("No texts to classify.", hint="Pass texts, --input FILE, or lines on stdin.")
+    lines = Lines(sys.stdin and sys.stdin.buffer)
     with shared_backoff(cpu_fallback=config.cpu_fallback):
         classifier = open_classifier(
             model,
@@ -71,29 +77,37 @@ def predict(
             threads=threads,
             trust_pickle=trust_pickle,
         )
-        names = classifier.labels
         columns = column_types(map(Path, files)) if output and "json" not in output.suffix.lower() else {}
         if config.text_column == ("text",):
             columns.pop("text", None)
-        stdout = sys.stdout.buffer
-        destination = predictions_file(output, names, columns) if output else predictions_stream(stdout, names)
+        rows = _rows(texts, files, lines, config.text_column)
+        chunks = classify(classifier, rows, threshold=threshold, is_waiting=lambda: lines.is_waiting)
         # A progress bar would be mixed with the predictions on the terminal.
-        quiet = show_progress(None) if output is None and sys.stdout.isatty() else nullcontext()
-        with quiet, destination as write, track("Classifying", len(texts) if texts and not files else None) as advance:
-            for part in classify(classifier, _texts(texts, files, config.text_column), threshold=threshold):
-                write(part)
-                advance(len(part.texts))
+        with show_progress(False) if output is None and sys.stdout.isatty() else nullcontext():
+            write_predictions(output, _show_progress(chunks), classifier.labels, columns)
 
 
-def _check_inputs(texts: tuple[str, ...], files: tuple[str, ...]) -> None:
-    for file in files:
-        if not Path(file).is_file():
-            raise DataError(f"No such file: {file}.", hint="Check the path.")
-    if not texts and not files and sys.stdin.isatty():
-        raise DataError("No texts to classify.", hint="Pass texts, --input FILE, or lines on stdin.")
+def _show_progress(chunks: Iterator[list[Prediction]]) -> Iterator[list[Prediction]]:
+    """Pass on the predictions, with a progress bar if there are more than a few."""
+    from setfit_kd.inference.predict import CHUNK_SIZE
+    from setfit_kd.utils.console import track
+
+    done = 0
+    for chunk in chunks:
+        yield chunk
+        done += len(chunk)
+        if done >= CHUNK_SIZE:
+            break
+    else:
+        return
+    with track("Classifying", None) as advance:
+        advance(done)
+        for chunk in chunks:
+            yield chunk
+            advance(len(chunk))
 
 
-def _texts(texts: tuple[str, ...], files: tuple[str, ...], text_column: tuple[str, ...]) -> Iterator[Row]:
+def _rows(texts: tuple[str, ...], files: tuple[str, ...], lines: Lines, text_column: tuple[str, ...]) -> Iterator[Row]:
     from setfit_kd.data.sources import check_texts, stream_rows
 
     if texts:
@@ -101,8 +115,7 @@ def _texts(texts: tuple[str, ...], files: tuple[str, ...], text_column: tuple[st
     for file in files:
         yield from stream_rows(file, text_column=text_column)
     if not texts and not files:
-        stdin = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig")
         try:
-            yield from check_texts((line.rstrip("\r\n") for line in stdin), origin="stdin", unit="line")
-        except UnicodeDecodeError as error:
-            raise DataError(f"stdin is not UTF-8 (byte {error.start}).", hint="Convert it to UTF-8.") from None
+            yield from check_texts(lines, origin="stdin", unit="line")
+        except UnicodeDecodeError:
+            raise DataError("stdin is not UTF-8.", hint="Convert it to UTF-8.") from None

@@ -12,13 +12,12 @@ from setfit_kd.utils.escape import printable
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
 def report(run: Path) -> None:
-    """Rewrite the report of a run: report.html, report.md, and one model card per student.
+    """Rewrite the report of a run: report.html and one model card per student.
 
     Every run writes its report at the end. Use this command if the report was changed, lost, or written by an earlier
     version.
     """
-    from setfit_kd.report.render import verdict
-    from setfit_kd.report.write import write_report
+    from setfit_kd.report.render import verdict, write_report
     from setfit_kd.run_folder.names import REPORT_HTML
 
     summary = write_report(run)

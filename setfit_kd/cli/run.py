@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import shlex
+import time
+from collections.abc import Set
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from setfit_kd.cli.options import output_options, passed, setting_options
+from setfit_kd.cli.options import GroupedCommand, output_options, own_settings, passed, setting_options
+from setfit_kd.config.base import StageConfig
 from setfit_kd.config.presets import DEFAULT_PRESET, PRESETS, preset, read_config
 from setfit_kd.config.run import RunConfig
-from setfit_kd.errors import ConfigError
+from setfit_kd.config.stages import AugmentConfig, DataConfig, SignalsConfig, StudentConfig, TeacherConfig
+from setfit_kd.errors import ConfigError, UnavailableError
 from setfit_kd.utils.escape import printable
 
 if TYPE_CHECKING:
     from setfit_kd.run.pipeline import RunResult
 
+_COMMON = {
+    "Data": ("labeled", "unlabeled", "eval", "text_column", "label_column", "shots"),
+    "Models": ("teacher", "student", "epochs"),
+    "Output": ("output_dir", "overwrite"),
+    "Run": ("preset_name", "config_file", "resume", "dry_run", "seed", "device"),
+}
+_GROUPS = {
+    "Data": own_settings(DataConfig),
+    "Teacher": ["teacher", "teacher_weights", *own_settings(TeacherConfig)],
+    "Signals": own_settings(SignalsConfig),
+    "Student": ["student", "baseline", *own_settings(StudentConfig)],
+    "Augmentation": own_settings(AugmentConfig),
+    "Training and memory": list(StageConfig.model_fields),
+}
 
-@click.command()
+
+@click.command(cls=GroupedCommand, common=_COMMON, groups=_GROUPS)
 @click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), default=None,
               help=f"Settings to start from. [default: {DEFAULT_PRESET}]")  # fmt: skip
 @click.option("--config", "config_file", type=click.Path(path_type=Path), default=None, metavar="FILE.yaml",
@@ -29,14 +48,14 @@ if TYPE_CHECKING:
 @setting_options()
 @click.option("--dry-run", is_flag=True, help="Check all inputs, print the settings and the planned stages, and exit.")
 @output_options
-def run(
-    preset_name: str | None,
-    config_file: Path | None,
-    resume: Path | None,
-    dry_run: bool,
-    **flags: Any,
-) -> None:
+def run(preset_name: str | None, config_file: Path | None, resume: Path | None, dry_run: bool, **flags: Any) -> None:
     """Train teachers on a few labels and distil them into small students.
+
+    \b
+    Examples:
+      setfit-kd run --preset newswire
+      setfit-kd run --labeled few.csv --unlabeled pool.txt --eval test.csv --output-dir runs/mine
+      setfit-kd run --resume runs/mine
 
     SOURCE is a CSV, TSV, JSONL, Parquet or (for the pool) text file, a folder written by datasets' save_to_disk, a hub
     name such as ag_news, ag_news[test] or nyu-mll/glue:sst2[validation], or bundled:newswire. MODEL is a hub name, a
@@ -48,34 +67,52 @@ def run(
     --resume RUN continues an interrupted run after its last completed stage, or from the last checkpoint of the stage
     that was training. If you change settings, only the stages that depend on them run again.
     """
-    file_settings = read_config(config_file) if config_file else {}
-    flag_settings = passed(flags)
-    if resume is not None and preset_name is not None:
+    started = time.perf_counter()
+    settings = (read_config(config_file) if config_file else {}, passed(flags))
+    if resume is None:
+        config = RunConfig.resolve(preset(preset_name or DEFAULT_PRESET), *settings)
+    elif preset_name is not None:
         raise ConfigError("--resume cannot be combined with --preset.", hint="Remove --preset.")
-    if resume is not None and flag_settings.keys() & {"output_dir", "overwrite"}:
+    elif settings[1].keys() & {"output_dir", "overwrite"}:
         raise ConfigError("--resume cannot be combined with --output-dir or --overwrite.", hint="Remove these flags.")
 
-    from setfit_kd.run.pipeline import resumed_config
-    from setfit_kd.run.pipeline import run as run_pipeline
+    from setfit_kd.run import pipeline
     from setfit_kd.run_folder.names import default_folder
 
     if resume is not None:
-        config = resumed_config(resume, file_settings, flag_settings)
-    else:
-        config = RunConfig.resolve(preset(preset_name or DEFAULT_PRESET), file_settings, flag_settings)
+        config = pipeline.resumed_config(resume, *settings)
     if config.output_dir is None:
         config = config.model_copy(update={"output_dir": default_folder(config)})
-    if dry_run:
-        _print_plan(config, resume=resume is not None)
-        return
-
     try:
-        result = run_pipeline(config, resume=resume is not None)
-    except BaseException:
+        if dry_run:
+            _print_plan(config, resume=resume is not None)
+            return
+        result = pipeline.run(config, resume=resume is not None)
+    except BaseException as error:
+        if isinstance(error, UnavailableError) and resume is None:
+            error.hint = _offline_hint(error, config, chosen=settings[0].keys() | settings[1].keys()) or error.hint
         # Runs when click closes its context, so that the hint appears below the error message.
         click.get_current_context().find_root().call_on_close(partial(_print_resume_hint, config.output_dir))
         raise
-    _print_result(result)
+    _print_result(result, time.perf_counter() - started)
+
+
+def _offline_hint(error: UnavailableError, config: RunConfig, *, chosen: Set[str]) -> str | None:
+    """Return the same command with the demo model instead of unavailable default models, if it can then succeed."""
+    from setfit_kd.models.bodies import locate_model
+
+    defaults = [role for role in ("teacher", "student") if role not in chosen]
+    data = [source for source in (config.labeled, config.unlabeled, config.eval, config.signals) if source]
+    is_default = any(repr(name) in error.message for role in defaults for name in getattr(config, role))
+    if not is_default or not all(Path(source).exists() or source.startswith("bundled:") for source in data):
+        return None
+    flags = [part for role in defaults for part in (f"--{role}", PRESETS["newswire"][role])]
+    command = shlex.join(["setfit-kd", "run", *click.get_current_context().meta["arguments"], *flags])
+    try:
+        locate_model(PRESETS["newswire"]["teacher"])
+    except UnavailableError as missing:
+        return f"{missing.hint} Then run this command, which works without the hub: {command}"
+    return f"Run this command, which works without the hub: {command}"
 
 
 def _print_resume_hint(folder: Path | None) -> None:
@@ -99,7 +136,7 @@ def _print_plan(config: RunConfig, *, resume: bool) -> None:
         echo(f"All stages run with {config.seeds} seeds.")
 
 
-def _print_result(result: RunResult) -> None:
+def _print_result(result: RunResult, seconds: float) -> None:
     from setfit_kd.cli.output import echo, show_evaluations, show_table
     from setfit_kd.report.render import SEED_HEADINGS, seed_cells
     from setfit_kd.report.summary import display_name
@@ -112,7 +149,6 @@ def _print_result(result: RunResult) -> None:
         rows = [(display_name(name), *seed_cells(summary)) for name, summary in result.over_seeds.items()]
         show_table((f"{len(result.by_seed)} seeds", *SEED_HEADINGS), rows)
         echo("")
-    seconds = sum(result.seconds.values())
     student, model_path = "the student", str(result.output_dir)
     if len(result.students) > 1:
         student, model_path = "a student", f"{model_path}/{next(iter(student_paths(result.config).values()))}"

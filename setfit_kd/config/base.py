@@ -65,51 +65,41 @@ def resolved(value: Value | None) -> Value:
 class StageConfig(BaseModel):
     """Base class of the configs: frozen, rejects unknown settings, and holds the settings that all stages share."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    seed: int = Field(0, ge=0, lt=MAX_SEED, description="Random seed.")
-    device: Device = Field(
-        "auto", description="Device: auto, cuda, cuda:N, mps or cpu. auto selects the first one that works."
-    )
-    cpu_fallback: bool = Field(
-        True, description="Fall back to the CPU if the accelerator's memory is too small for a single text."
-    )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Training precision. auto selects bf16 if a short timing test finds it faster than fp32."
-    )
-    micro_batch_size: int | None = Field(
-        None,
-        ge=1,
-        description="Maximum number of texts of a batch in memory at a time. Without dropout, it affects memory and "
-        "time, but not the result. [default: the whole batch]",
-    )
-    max_length: int | None = Field(
-        None,
-        ge=8,
-        description="Maximum number of tokens per text; longer texts are truncated. [default: the body's own limit; "
-        "128 for a transformer]",
-    )
-    warmup_steps: int | None = Field(None, ge=0, description="Warmup steps. [default: 10% of all steps, at most 500]")
-    weight_decay: float = Field(0.01, ge=0, lt=1, description="Weight decay for training the body.")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="Learning rate schedule after warmup."
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass instead of storing them: less memory, more time."
-    )
-    checkpoint_seconds: float = Field(120, gt=0, description="Seconds between checkpoints.")
-    encode_batch_size: int = Field(32, ge=1, description="Batch size for scoring and evaluating.")
-    head_c: HeadC = Field(
-        10.0,
-        description="C (inverse regularization strength) of the logistic regression heads. auto selects it by "
-        "cross-validation on the labeled texts.",
-    )
-    balance: bool = Field(
-        False, description="Weight all classes equally when fitting a head, regardless of their frequency."
-    )
-    num_iterations: int = Field(
-        20, ge=1, description="Pairs drawn per text by the pairs objectives (twice as many for the teacher)."
-    )
+    seed: int = Field(0, ge=0, lt=MAX_SEED)
+    """Random seed."""
+    device: Device = "auto"
+    """Device: auto, cuda, cuda:N, mps or cpu. auto selects the first one that works."""
+    cpu_fallback: bool = True
+    """Fall back to the CPU if the accelerator's memory is too small for a single text."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Training precision. auto selects bf16 if a short timing test finds it faster than fp32."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Maximum number of texts of a batch in memory at a time. Without dropout, it affects memory and time, but not the
+    result. [default: the whole batch]"""
+    max_length: int | None = Field(None, ge=8)
+    """Maximum number of tokens per text; longer texts are truncated. [default: the body's own limit; 128 for a
+    transformer]"""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Warmup steps. [default: 10% of all steps, at most 500]"""
+    weight_decay: float = Field(0.01, ge=0, lt=1)
+    """Weight decay for training the body."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate schedule after warmup."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of storing them: less memory, more time."""
+    checkpoint_seconds: float = Field(120, gt=0)
+    """Seconds between checkpoints."""
+    encode_batch_size: int = Field(32, ge=1)
+    """Batch size for scoring and evaluating."""
+    head_c: HeadC = 10.0
+    """C (inverse regularization strength) of the logistic regression heads. auto selects it by cross-validation on the
+    labeled texts."""
+    balance: bool = False
+    """Weight all classes equally when fitting a head, regardless of their frequency."""
+    num_iterations: int = Field(20, ge=1)
+    """Pairs drawn per text by the pairs objectives (twice as many for the teacher)."""
 
     @classmethod
     def fingerprint_inputs(cls, config: StageConfig) -> dict[str, Any]:

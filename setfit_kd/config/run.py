@@ -26,79 +26,60 @@ if TYPE_CHECKING:
 class FinetuneRunConfig(FinetuneConfig):
     """All settings of a fine-tuning run."""
 
-    model: Name = Field(description="Transformer: hub name, folder, or demo:all-MiniLM-L6-v2.")
-    labeled: Name = Field(
-        description="Training texts: file (CSV, TSV, JSONL, Parquet), datasets folder, or hub name. A source with "
-        "splits uses train."
-    )
-    validation: Name | None = Field(
-        None, description="Validation texts: as for --labeled. A source with splits uses validation."
-    )
-    eval: Name | None = Field(None, description="Evaluation texts: as for --labeled. A source with splits uses test.")
-    text_column: Columns = Field(
-        ("text",), description="Text column. Several, separated by commas, are joined by a space."
-    )
-    label_column: Name = Field("label", description="Label column.")
-    output_dir: OutputDir = Field(description="Output folder of the model.")
-    overwrite: bool = Field(False, description="Replace an earlier model in the output folder.")
+    model: Name
+    """Transformer: hub name, folder, or demo:all-MiniLM-L6-v2."""
+    labeled: Name
+    """Training texts: file (CSV, TSV, JSONL, Parquet), datasets folder, or hub name. A source with splits uses
+    train."""
+    validation: Name | None = None
+    """Validation texts: as for --labeled. A source with splits uses validation."""
+    eval: Name | None = None
+    """Evaluation texts: as for --labeled. A source with splits uses test."""
+    text_column: Columns = ("text",)
+    """Text column. Several, separated by commas, are joined by a space."""
+    label_column: Name = "label"
+    """Label column."""
+    output_dir: OutputDir
+    """Output folder of the model."""
+    overwrite: bool = False
+    """Replace an earlier model in the output folder."""
 
 
 class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, StudentConfig):
     """All settings of a distillation run."""
 
-    teacher: Names = Field(
-        ("sentence-transformers/paraphrase-mpnet-base-v2",),
-        description="Teacher body: hub name, folder, or demo:all-MiniLM-L6-v2. transformer:NAME fine-tunes it end to "
-        "end as a sequence-classification transformer. Repeat the option to average several teachers.",
-    )
-    teacher_weights: Weights | None = Field(
-        None,
-        description="Weights of several teachers, such as 2,1; or cross-validated to weight each by its accuracy on "
-        "held-out labels, which trains it four more times. [default: equal weights]",
-    )
-    student: Names = Field(
-        ("sentence-transformers/paraphrase-MiniLM-L3-v2",),
-        description="Student body: as for --teacher; layers:3 or layers:0,2,5 to copy layers of the teacher; "
-        "static[:128] for one vector per token; or blank:CONFIG for an untrained transformer. Repeat the option to "
-        "train several students.",
-    )
-    baseline: bool = Field(
-        True, description="Also train a baseline: the same student trained on the labels only, without distillation."
-    )
-    output_dir: OutputDir | None = Field(None, description="Output folder of the run. [default: runs/NAME]")
-    target_accuracy: float | None = Field(
-        None, gt=0, le=1, description="Report the confidence threshold that reaches this accuracy."
-    )
-    seeds: int = Field(
-        1,
-        ge=1,
-        le=100,
-        description="Number of seeds. Repeat sampling and training with consecutive seeds, starting at --seed, and "
-        "report mean and standard deviation. The run itself uses the first seed.",
-    )
-    overwrite: bool = Field(False, description="Replace an earlier run in the output folder.")
+    teacher: Names = ("sentence-transformers/paraphrase-mpnet-base-v2",)
+    """Teacher body: hub name, folder, or demo:all-MiniLM-L6-v2. transformer:NAME fine-tunes it end to end as a
+    sequence-classification transformer. Repeat the option to average several teachers."""
+    teacher_weights: Weights | None = None
+    """Weights of several teachers, such as 2,1; or cross-validated to weight each by its accuracy on held-out labels,
+    which trains it four more times. [default: equal weights]"""
+    student: Names = ("sentence-transformers/paraphrase-MiniLM-L3-v2",)
+    """Student body: as for --teacher; layers:3 or layers:0,2,5 to copy layers of the teacher; static[:128] for one
+    vector per token; or blank:CONFIG for an untrained transformer. Repeat the option to train several students."""
+    baseline: bool = True
+    """Also train a baseline: the same student trained on the labels only, without distillation."""
+    output_dir: OutputDir | None = None
+    """Output folder of the run. [default: runs/NAME]"""
+    target_accuracy: float | None = Field(None, gt=0, le=1)
+    """Report the confidence threshold that reaches this accuracy."""
+    seeds: int = Field(1, ge=1, le=100)
+    """Number of seeds. Repeat sampling and training with consecutive seeds, starting at --seed, and report mean and
+    standard deviation. The run itself uses the first seed."""
+    overwrite: bool = False
+    """Replace an earlier run in the output folder."""
 
     @model_validator(mode="after")
-    def _check_seeds(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.seed + self.seeds > MAX_SEED:
             raise ValueError(f"seeds: all seeds must be less than {MAX_SEED}, got {self.seed + self.seeds - 1}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_augmentation(self) -> Self:
         if self.augment_model is not None and self.augment is None:
             raise ValueError("augment_model: set augment to the number of augmented texts")
         if self.augment is not None and self.signals is not None:
             raise ValueError("augment: cannot be combined with signals; a teacher must label the augmented texts")
-        return self
-
-    @model_validator(mode="after")
-    def _check_teacher_weights(self) -> Self:
-        weights = self.teacher_weights
-        if weights not in (None, CROSS_VALIDATED) and len(parse_weights(resolved(weights))) != len(self.teacher):
-            raise ValueError(
-                f"teacher_weights: number of weights must be {len(self.teacher)}, one per teacher, got {weights}"
-            )
+        weights, n = self.teacher_weights, len(self.teacher)
+        if weights not in (None, CROSS_VALIDATED) and len(parse_weights(resolved(weights))) != n:
+            raise ValueError(f"teacher_weights: number of weights must be {n}, one per teacher, got {weights}")
         return self
 
     @classmethod

@@ -13,151 +13,109 @@ from setfit_kd.config.values import Columns, Name, Objectives
 class DataConfig(StageConfig):
     """Sources of the texts, and how they are sampled."""
 
-    labeled: Name | None = Field(
-        None, description="Labeled texts: file (CSV, TSV, JSONL, Parquet), datasets folder, or hub name."
-    )
-    unlabeled: Name | None = Field(
-        None,
-        description="Unlabeled texts: file (CSV, TSV, JSONL, Parquet, or text with one text per line), datasets "
-        "folder, or hub name.",
-    )
-    eval: Name | None = Field(None, description="Evaluation texts with labels; never used for training.")
-    text_column: Columns = Field(
-        ("text",), description="Text column. Several, separated by commas, are joined by a space."
-    )
-    label_column: Name = Field("label", description="Label column.")
-    shots: int | None = Field(None, ge=2, description="Labels per class, drawn at random. [default: all]")
-    pool_size: int | None = Field(None, ge=2, description="Number of pool texts, drawn at random. [default: all]")
-    signals: Name | None = Field(
-        None,
-        description="File of texts with label probabilities, from any source, that replaces teacher and pool (JSONL, "
-        "Parquet, CSV or TSV, as written by predict).",
-    )
+    labeled: Name | None = None
+    """Labeled texts: file (CSV, TSV, JSONL, Parquet), datasets folder, or hub name."""
+    unlabeled: Name | None = None
+    """Unlabeled texts: file (CSV, TSV, JSONL, Parquet, or text with one text per line), datasets folder, or hub
+    name."""
+    eval: Name | None = None
+    """Evaluation texts with labels; never used for training."""
+    text_column: Columns = ("text",)
+    """Text column. Several, separated by commas, are joined by a space."""
+    label_column: Name = "label"
+    """Label column."""
+    shots: int | None = Field(None, ge=2)
+    """Labels per class, drawn at random. [default: all]"""
+    pool_size: int | None = Field(None, ge=2)
+    """Number of pool texts, drawn at random. [default: all]"""
+    signals: Name | None = None
+    """File of texts with label probabilities, from any source, that replaces teacher and pool (JSONL, Parquet, CSV or
+    TSV, as written by predict)."""
 
 
 class TeacherConfig(StageConfig):
     """Settings of teacher training."""
 
-    teacher_objective: Literal["in-batch", "pairs"] = Field(
-        "in-batch", description="Teacher objective: a contrastive loss over whole batches, or SetFit's own pairs."
-    )
-    teacher_steps: int | None = Field(
-        None,
-        ge=1,
-        description="Training steps of an in-batch or transformer teacher. [default: 2 epochs, at least 20 steps; "
-        "for a transformer 3 epochs, at least 150 steps]",
-    )
-    teacher_batch_size: int | None = Field(
-        None,
-        ge=4,
-        description="Teacher batch size; in-batch batches are balanced by class. [default: 64; for a transformer 16, "
-        "or 32 on an accelerator]",
-    )
-    teacher_learning_rate: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Teacher learning rate. [default: 6e-5; 1e-3 for a static body, 5e-5 for a transformer]",
-    )
-    teacher_dropout: bool | None = Field(
-        None, description="Use dropout when training the teacher. [default: off; on for a transformer]"
-    )
+    teacher_objective: Literal["in-batch", "pairs"] = "in-batch"
+    """Teacher objective: a contrastive loss over whole batches, or SetFit's own pairs."""
+    teacher_steps: int | None = Field(None, ge=1)
+    """Training steps of an in-batch or transformer teacher. [default: 2 epochs, at least 20 steps; for a transformer 3
+    epochs, at least 150 steps]"""
+    teacher_batch_size: int | None = Field(None, ge=4)
+    """Teacher batch size; in-batch batches are balanced by class. [default: 64; for a transformer 16, or 32 on an
+    accelerator]"""
+    teacher_learning_rate: float | None = Field(None, gt=0, lt=1)
+    """Teacher learning rate. [default: 6e-5; 1e-3 for a static body, 5e-5 for a transformer]"""
+    teacher_dropout: bool | None = None
+    """Use dropout when training the teacher. [default: off; on for a transformer]"""
 
 
 class AugmentConfig(StageConfig):
     """Settings of augmentation: further pool texts created from existing ones."""
 
-    augment: int | None = Field(
-        None,
-        ge=1,
-        description="Number of augmented texts, created from pool and labeled texts and labeled by the teacher. "
-        "[default: none]",
-    )
-    augment_model: Name | None = Field(
-        None, description="Masked language model that replaces words in some augmented texts. [default: none]"
-    )
-    augment_confidence: float = Field(
-        0.6, ge=0, le=1, description="Minimum teacher confidence to keep an augmented text."
-    )
+    augment: int | None = Field(None, ge=1)
+    """Number of augmented texts, created from pool and labeled texts and labeled by the teacher. [default: none]"""
+    augment_model: Name | None = None
+    """Masked language model that replaces words in some augmented texts. [default: none]"""
+    augment_confidence: float = Field(0.6, ge=0, le=1)
+    """Minimum teacher confidence to keep an augmented text."""
 
 
 class SignalsConfig(StageConfig):
     """Settings of scoring the pool."""
 
-    refine: Literal["none", "self-training", "label-spreading"] = Field(
-        "self-training", description="How to refine the teacher's head on the pool before scoring the pool."
-    )
-    cache: bool = Field(
-        True, description="Cache the teacher's embeddings on disk, and reuse them if nothing has changed."
-    )
+    refine: Literal["none", "self-training"] = "self-training"
+    """How to refine the teacher's head on the pool before scoring the pool."""
+    cache: bool = True
+    """Cache the teacher's embeddings on disk, and reuse them if nothing has changed."""
 
 
 class StudentConfig(StageConfig):
     """Settings of student training."""
 
-    objective: Objectives | None = Field(
-        None,
-        description="Student objective: similarity, embedding, soft-labels, a weighted sum such as "
-        "similarity,soft-labels=0.5, or pairs. [default: similarity,soft-labels=3; soft-labels for a transformer or if "
-        "the signals have no embeddings]",
-    )
-    epochs: int = Field(3, ge=1, description="Epochs over the pool.")
-    batch_size: int = Field(32, ge=4, description="Student batch size.")
-    learning_rate: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Student learning rate. [default: 3e-4; 1e-3 for a static body, 2e-5 for a transformer]",
-    )
-    dropout: bool | None = Field(
-        None, description="Use dropout when training the student. [default: off; on for a transformer]"
-    )
-    freeze_embeddings: bool | None = Field(
-        None, description="Freeze the student's word embeddings. [default: on; off for a transformer]"
-    )
-    patience: int | None = Field(
-        None,
-        ge=1,
-        description="Stop early after this many consecutive evaluation steps without higher agreement with the teacher "
-        "on held-out pool texts. There is at least one evaluation step per epoch. [default: off]",
-    )
-    temperature: float | None = Field(
-        None,
-        ge=0.01,
-        le=100,
-        allow_inf_nan=False,
-        description="Temperature of the soft-labels loss; predictions use 1. [default: 1; 5 for a transformer]",
-    )
-    alpha: float = Field(
-        0.5, ge=0, le=1, description="Weight of the gold label in the soft-labels loss, for texts that have one."
-    )
-    gold_weight: float = Field(
-        3.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="Weight of texts with gold labels when fitting the student's head; pool texts have weight 1.",
-    )
+    objective: Objectives | None = None
+    """Student objective: similarity, embedding, soft-labels, a weighted sum such as similarity,soft-labels=0.5, or
+    pairs. [default: similarity,soft-labels=3; soft-labels for a transformer or if the signals have no embeddings]"""
+    epochs: int = Field(3, ge=1)
+    """Epochs over the pool."""
+    batch_size: int = Field(32, ge=4)
+    """Student batch size."""
+    learning_rate: float | None = Field(None, gt=0, lt=1)
+    """Student learning rate. [default: 3e-4; 1e-3 for a static body, 2e-5 for a transformer]"""
+    dropout: bool | None = None
+    """Use dropout when training the student. [default: off; on for a transformer]"""
+    freeze_embeddings: bool | None = None
+    """Freeze the student's word embeddings. [default: on; off for a transformer]"""
+    patience: int | None = Field(None, ge=1)
+    """Stop early after this many consecutive evaluation steps without higher agreement with the teacher on held-out
+    pool texts. There is at least one evaluation step per epoch. [default: off]"""
+    temperature: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
+    """Temperature of the soft-labels loss; predictions use 1. [default: 1; 5 for a transformer]"""
+    alpha: float = Field(0.5, ge=0, le=1)
+    """Weight of the gold label in the soft-labels loss, for texts that have one."""
+    gold_weight: float = Field(3.0, ge=0, allow_inf_nan=False)
+    """Weight of texts with gold labels when fitting the student's head; pool texts have weight 1."""
 
 
 class FinetuneConfig(StageConfig):
     """Settings of fine-tuning a transformer end to end on labels."""
 
-    epochs: int = Field(3, ge=1, description="Epochs over the training texts.")
-    steps: int | None = Field(None, ge=1, description="Training steps, instead of epochs.")
-    batch_size: int | None = Field(None, ge=1, description="Batch size. [default: 16; 32 on an accelerator]")
-    learning_rate: float | None = Field(None, gt=0, lt=1, description="Peak learning rate. [default: 2e-5]")
-    dropout: bool | None = Field(None, description="Use dropout. [default: on]")
-    schedule: Literal["linear", "cosine", "constant", "plateau"] = Field(  # type: ignore[assignment]
-        "linear",
-        description="Learning rate schedule after warmup. plateau halves the learning rate after each evaluation step "
-        "without improvement.",
-    )
-    eval_steps: int | None = Field(
-        None, ge=1, description="Training steps between two evaluation steps. [default: one epoch]"
-    )
-    metric: Literal["accuracy", "f1-macro", "f1-weighted", "f1-binary"] = Field(
-        "accuracy", description="Metric on the validation texts that selects the best checkpoint."
-    )
-    patience: int | None = Field(
-        None, ge=1, description="Stop early after this many evaluation steps without improvement. [default: off]"
-    )
+    epochs: int = Field(3, ge=1)
+    """Epochs over the training texts."""
+    steps: int | None = Field(None, ge=1)
+    """Training steps, instead of epochs."""
+    batch_size: int | None = Field(None, ge=1)
+    """Batch size. [default: 16; 32 on an accelerator]"""
+    learning_rate: float | None = Field(None, gt=0, lt=1)
+    """Peak learning rate. [default: 2e-5]"""
+    dropout: bool | None = None
+    """Use dropout. [default: on]"""
+    schedule: Literal["linear", "cosine", "constant", "plateau"] = "linear"  # type: ignore[assignment]
+    """Learning rate schedule after warmup. plateau halves the learning rate after each evaluation step without
+    improvement."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Training steps between two evaluation steps. [default: one epoch]"""
+    metric: Literal["accuracy", "f1-macro", "f1-weighted", "f1-binary"] = "accuracy"
+    """Metric on the validation texts that selects the best checkpoint."""
+    patience: int | None = Field(None, ge=1)
+    """Stop early after this many evaluation steps without improvement. [default: off]"""

@@ -9,14 +9,6 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 
-def _split_commas(value: object) -> object:
-    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
-
-
-def _wrap_name(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
 def _check_unique(names: tuple[str, ...]) -> tuple[str, ...]:
     duplicates = sorted({name for name in names if names.count(name) > 1})
     if duplicates:
@@ -24,30 +16,26 @@ def _check_unique(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _unwrap_single(names: tuple[str, ...]) -> str | list[str]:
-    return names[0] if len(names) == 1 else list(names)
-
-
-def _check_not_blank(value: str) -> str:
-    if not value.strip() or "\0" in value:
+def _check_not_blank(value: object) -> object:
+    if isinstance(value, str) and (not value.strip() or "\0" in value):
         raise ValueError("must not be empty")
     return value
 
 
-def _check_path(value: object) -> object:
-    return _check_not_blank(value) if isinstance(value, str) else value
-
-
 Name = Annotated[str, AfterValidator(_check_not_blank)]
-Columns = Annotated[tuple[Name, ...], BeforeValidator(_split_commas), Field(min_length=1)]
-Names = Annotated[
+Columns = Annotated[
     tuple[Name, ...],
-    BeforeValidator(_wrap_name),
-    AfterValidator(_check_unique),
-    PlainSerializer(_unwrap_single),
+    BeforeValidator(lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value),
     Field(min_length=1),
 ]
-OutputDir = Annotated[Path, BeforeValidator(_check_path)]
+Names = Annotated[
+    tuple[Name, ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    AfterValidator(_check_unique),
+    PlainSerializer(lambda names: names[0] if len(names) == 1 else list(names)),
+    Field(min_length=1),
+]
+OutputDir = Annotated[Path, BeforeValidator(_check_not_blank)]
 
 BUNDLE_FORMATS = ("onnx", "onnx-int8", "static")
 IN_BATCH_OBJECTIVES = ("similarity", "embedding", "soft-labels")
@@ -106,9 +94,7 @@ def parse_weights(text: str) -> list[float]:
 
 def _normalize_weights(text: str) -> str:
     """Return the canonical spelling of teacher weights."""
-    if text == CROSS_VALIDATED:
-        return text
-    return ",".join(f"{weight:.12g}" for weight in parse_weights(text))
+    return text if text == CROSS_VALIDATED else ",".join(f"{weight:.12g}" for weight in parse_weights(text))
 
 
 def _check_positive(value: float | str) -> float | str:

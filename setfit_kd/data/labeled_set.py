@@ -14,14 +14,7 @@ from setfit_kd.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class LabeledSet:
-    """n texts with gold labels.
-
-    Attributes:
-        texts: n texts.
-        labels: (n,) int64, indices into ``label_names``.
-        label_names: Names of the classes.
-        origin: Name of the set in messages.
-    """
+    """n texts with gold labels: (n,) int64 indices into ``label_names``; ``origin`` names the set in messages."""
 
     texts: list[str]
     labels: npt.NDArray[np.int64]
@@ -42,11 +35,7 @@ class LabeledSet:
 
 
 def encode_labels(rows: Rows, label_names: Sequence[str] | None = None) -> LabeledSet:
-    """Convert rows to a `LabeledSet`.
-
-    Args:
-        rows: Texts with labels.
-        label_names: Names of the classes; None uses those that occur in the rows.
+    """Convert rows to a `LabeledSet` with the classes ``label_names``; None uses those that occur in the rows.
 
     Raises:
         DataError: If the rows have no labels, or a label is not in ``label_names``.
@@ -70,13 +59,7 @@ def encode_labels(rows: Rows, label_names: Sequence[str] | None = None) -> Label
 def draw_shots(data: LabeledSet, shots: int | None, *, seed: int) -> LabeledSet:
     """Draw ``shots`` texts per class without replacement, or all texts of a class that has fewer.
 
-    Args:
-        data: At least two classes, each with at least two texts.
-        shots: Texts per class; None keeps all texts.
-        seed: Random seed.
-
-    Returns:
-        The drawn texts, in the order of ``data``.
+    Without ``shots``, all texts are kept. They stay in the order of ``data``.
 
     Raises:
         DataError: If there is only one class, or a class has fewer than two texts.
@@ -85,11 +68,8 @@ def draw_shots(data: LabeledSet, shots: int | None, *, seed: int) -> LabeledSet:
     if shots is None:
         return data
     rng = np.random.default_rng([seed, 0])
-    chosen = []
-    for label in range(len(data.label_names)):
-        rows = np.flatnonzero(data.labels == label)
-        chosen.append(rng.permutation(rows)[:shots])
-    return data.take(np.sort(np.concatenate(chosen)))
+    rows_by_class = [np.flatnonzero(data.labels == label) for label in range(len(data.label_names))]
+    return data.take(np.sort(np.concatenate([rng.permutation(rows)[:shots] for rows in rows_by_class])))
 
 
 def check_classes(data: LabeledSet) -> None:
@@ -99,13 +79,9 @@ def check_classes(data: LabeledSet) -> None:
         DataError: If there is only one class, or a class has fewer than two texts.
     """
     if len(data.label_names) < 2:
-        raise DataError(
-            f"{data.origin} has only one class: {', '.join(map(repr, data.label_names))}.",
-            hint="Use labeled texts of at least two classes, and check --label-column.",
-        )
+        message = f"{data.origin} has only one class: {', '.join(map(repr, data.label_names))}."
+        raise DataError(message, hint="Use labeled texts of at least two classes, and check --label-column.")
     for name, count in zip(data.label_names, data.counts, strict=True):
         if count < 2:
-            raise DataError(
-                f"{data.origin}: expected at least two texts with the label {name!r}, got {count}.",
-                hint="Add labeled texts of this class for contrastive fine-tuning, or remove the class.",
-            )
+            message = f"{data.origin}: expected at least two texts with the label {name!r}, got {count}."
+            raise DataError(message, hint="Add texts of this class for contrastive fine-tuning, or remove the class.")

@@ -6,24 +6,25 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from setfit_kd import hub
-from setfit_kd.data.readers import LINE_NUMBERED, READERS, Record, read_records, unsupported_format
-from setfit_kd.errors import DataError, SetFitKDError
+from setfit_kd.data.readers import READERS, Record, file_format, read_records, record_unit, unsupported_format
+from setfit_kd.errors import DataError
 from setfit_kd.utils.console import quiet_libraries
 from setfit_kd.utils.files import MAX_JSON_BYTES, check_regular_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pandas import DataFrame
 
 logger = logging.getLogger(__name__)
 
-Source: TypeAlias = Union[str, Path, "Dataset", Mapping[str, Sequence[Any]], Sequence[Any]]
-"""A path, a hub name, a ``datasets.Dataset``, a mapping of columns, or a list of texts, pairs or mappings."""
+Source: TypeAlias = Union[str, Path, "Dataset", "DataFrame", Mapping[str, Sequence[Any]], Sequence[Any]]
+"""A path, a hub name, a ``datasets.Dataset``, a ``pandas.DataFrame``, a mapping of columns, or a list of texts, pairs
+or mappings."""
 
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 """Converts token ids to text."""
@@ -31,34 +32,27 @@ Decode: TypeAlias = Callable[[Sequence[int]], str]
 TextRow: TypeAlias = tuple[str | None, Mapping[str, Any]]
 """A pair: the text of a row (None if unusable), and its other columns."""
 
-_TOKEN_IDS = "input_ids"
 BUNDLED_FOLDER = Path(__file__).parent
 _HUB_SOURCE = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?(?:@[\w./-]+)?)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>[\w.-]+)\])?"
 )
-_FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet", ".xlsx", ".xls", ".gz", ".zip", ".bz2", ".xz")
-_MAX_SHOWN_ERRORS = 3
+_FILE_SUFFIXES = (*READERS, ".json", ".xlsx", ".xls", ".gz", ".zip", ".bz2", ".xz")
 _SPLITS = {"train": ["train"], "validation": ["validation", "dev"], "test": ["test", "validation"]}
 """Names of the splits to try for each role; the first one that exists is used."""
-_IGNORABLE = (
-    "00AD 034F 061C 115F-1160 17B4-17B5 180B-180F 200B-200F 202A-202E 2060-206F 3164 FE00-FE0F FEFF FFA0 FFF0-FFFB "
-    "1BCA0-1BCA3 1D173-1D17A E0000-E0FFF"
+INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-_SPANS = ([int(end, 16) for end in span.split("-")] for span in _IGNORABLE.split())
-INVISIBLE: dict[int, None] = dict.fromkeys(code for span in _SPANS for code in range(span[0], span[-1] + 1))
-"""Table for `str.translate` that removes Unicode's Default_Ignorable_Code_Point (zero-width characters, direction
-marks, variation selectors, tags, ...) and interlinear annotation marks."""
+"""Unicode's Default_Ignorable_Code_Point (zero-width characters, direction marks, variation selectors, tags, ...) and
+interlinear annotation marks."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts and label names of a source.
+    """Texts of a source, none of them empty, and the names of their labels; None if only texts were read.
 
-    Attributes:
-        texts: n texts, none of them empty.
-        labels: n label names, or None if only texts were read.
-        label_names: The distinct names, in the order declared by the source, otherwise sorted.
-        origin: Name of the source in messages.
+    ``label_names`` are the distinct names, in the order declared by the source, otherwise sorted. ``origin`` names the
+    source in messages.
     """
 
     texts: list[str]
@@ -73,6 +67,7 @@ class _Table:
 
     records: Iterable[Record]
     origin: str
+    label_column: str | None = None
     unit: str = "row"
     has_columns: bool = True
     may_be_empty: bool = False
@@ -93,7 +88,8 @@ def read(
         source: See `Source`. A name is tried as ``bundled:NAME``, then as a path, then as a hub name, optionally with
             a configuration and a split: ``NAME@REVISION:CONFIG[SPLIT]``.
         text_column: Columns that make up the text, joined by a space.
-        label_column: Column of the label; None reads only texts.
+        label_column: Column of the label; None reads only texts. A ``datasets`` source without a column ``label`` may
+            name it ``labels``.
         role: ``train``, ``validation`` or ``test``; selects the split if the source has several and none is named.
         decode: Converts token ids to text, for tokenized sources: if there is no text column, ``input_ids`` is decoded.
 
@@ -102,24 +98,13 @@ def read(
         UnavailableError: If the hub cannot be reached.
     """
     table = _open(source, role, label_column)
-    if decode is not None:
-        table = replace(table, records=_decode_records(table.records, text_column[0], decode))
     texts: list[str] = []
     labels: list[str] = []
-    for text, label, _ in _rows(table, text_column, label_column):
+    for text, label, _ in _rows(table, text_column, decode=decode):
         texts.append(text)
         labels.append(label)
     names = table.declared_labels or tuple(sorted(set(labels), key=_label_sort_key))
     return Rows(texts, labels if label_column else None, names, table.origin)
-
-
-def _decode_records(records: Iterable[Record], text_column: str, decode: Decode) -> Iterator[Record]:
-    for number, record in records:
-        ids = record.get(_TOKEN_IDS)
-        if text_column in record or ids is None:
-            yield number, record
-        else:
-            yield number, {**record, text_column: decode(list(ids))}
 
 
 def stream_texts(source: Source, *, text_column: Sequence[str] = ("text",)) -> Iterator[str]:
@@ -135,7 +120,7 @@ def stream_texts(source: Source, *, text_column: Sequence[str] = ("text",)) -> I
         yield text
 
 
-def stream_rows(source: Source, *, text_column: Sequence[str] = ("text",)) -> Iterator[TextRow]:
+def stream_rows(source: Source | _Table, *, text_column: Sequence[str] = ("text",)) -> Iterator[TextRow]:
     """Yield the text of each row, or None if it is unusable, and the row's other columns.
 
     The other columns include those named in ``text_column``; only the default column ``text`` is left out. Files are
@@ -145,29 +130,20 @@ def stream_rows(source: Source, *, text_column: Sequence[str] = ("text",)) -> It
         DataError: If the source cannot be read or lacks a text column.
         UnavailableError: If the hub cannot be reached.
     """
-    table = _open(source, "train")
+    table = source if isinstance(source, _Table) else _open(source, "train")
     drop_text = not table.has_columns or tuple(text_column) == ("text",)
     for text, _, record in _rows(table, text_column, strict=False):
         yield text or None, {name: value for name, value in record.items() if not (drop_text and name == "text")}
 
 
 def check_texts(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[TextRow]:
-    """Yield each text, or None if it is unusable, as a `TextRow` without other columns.
-
-    After the last text, a warning lists the unusable ones.
-
-    Args:
-        texts: Texts to check.
-        origin: Name of the source in the warning.
-        unit: Name of an item in the warning, such as ``line``.
-    """
+    """Yield texts as `stream_rows` does; ``origin`` and ``unit`` name their source and an item, such as ``line``."""
     records: Iterator[Record] = ((number, {"text": text}) for number, text in enumerate(texts, 1))
-    table = _Table(records, origin, unit=unit, may_be_empty=True)
-    yield from ((text or None, {}) for text, _, _ in _rows(table, ("text",), strict=False))
+    return stream_rows(_Table(records, origin, unit=unit, has_columns=False, may_be_empty=True))
 
 
 def _rows(
-    table: _Table, text_column: Sequence[str], label_column: str | None = None, *, strict: bool = True
+    table: _Table, text_column: Sequence[str], *, strict: bool = True, decode: Decode | None = None
 ) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Yield the text, the label ("" without a label column) and the record of each row.
 
@@ -176,46 +152,57 @@ def _rows(
     """
     columns = text_column if table.has_columns else ("text",)
     errors = RowErrors(table.origin, table.unit)
-    n_rows = 0
+    is_first = True
     for number, record in table.records:
-        if not n_rows:
-            _require_columns(record, [*columns, *([label_column] if label_column else [])], table.origin)
-        n_rows += 1
-        label = ""
+        if decode and columns[0] not in record and record.get("input_ids") is not None:
+            record = {**record, columns[0]: decode(list(record["input_ids"]))}
+        required = [*columns, *([table.label_column] if table.label_column else [])] if is_first else []
+        missing = [column for column in required if column not in record]
+        if missing:
+            raise DataError(
+                f"{table.origin} has no column {missing[0]!r}; it has {', '.join(map(repr, record))}.",
+                hint="Name the columns with --text-column and --label-column.",
+            )
+        is_first, label = False, ""
         text, problem = get_text(record, columns)
-        if label_column and problem is None:
-            label, problem = _get_label(record.get(label_column), table.declared_labels)
+        if table.label_column and problem is None:
+            label, problem = _get_label(record.get(table.label_column), table.declared_labels)
         if problem is None:
             yield text, label, record
             continue
         errors.add(number, problem)
         if not strict:
             yield "", "", record
-    if not n_rows and not table.may_be_empty:
+    if is_first and not table.may_be_empty:
         raise DataError(f"{table.origin} has no rows.", hint="Add rows to it, or choose another source.")
-    if errors.total and strict:
-        raise DataError(f"{errors}.", hint="Fix or remove these rows.")
+    if strict:
+        errors.check()
     if errors.total:
         logger.warning("Rows without a usable text get no prediction: %s.", errors)
 
 
+@dataclass
 class RowErrors:
     """Collector of unusable rows, with messages for the first three."""
 
-    def __init__(self, origin: str, unit: str) -> None:
-        self.origin = origin
-        self.unit = unit
-        self.shown: list[str] = []
-        self.total = 0
+    origin: str
+    unit: str
+    total: int = 0
+    shown: list[str] = field(default_factory=list)
 
     def add(self, number: int, problem: str) -> None:
         """Record the problem of a row."""
         self.total += 1
-        if len(self.shown) < _MAX_SHOWN_ERRORS:
+        if self.total <= 3:
             self.shown.append(f"{self.unit} {number}: {problem}")
 
+    def check(self) -> None:
+        """Raise a `DataError` if there are unusable rows."""
+        if self.total:
+            raise DataError(f"{self}.", hint="Fix or remove these rows.")
+
     def __str__(self) -> str:
-        more = f" and {self.total - _MAX_SHOWN_ERRORS} more" if self.total > _MAX_SHOWN_ERRORS else ""
+        more = f" and {self.total - 3} more" if self.total > 3 else ""
         return f"{self.origin}, {'; '.join(self.shown)}{more}"
 
 
@@ -223,15 +210,6 @@ def _label_sort_key(name: str) -> tuple[bool, int, str]:
     """Sort integers by value, before all other names."""
     is_number = re.fullmatch(r"[+-]?[0-9]{1,18}", name) is not None
     return (not is_number, int(name) if is_number else 0, name)
-
-
-def _require_columns(record: Mapping[str, Any], columns: Sequence[str], origin: str) -> None:
-    missing = [column for column in columns if column not in record]
-    if missing:
-        raise DataError(
-            f"{origin} has no column {missing[0]!r}; it has {', '.join(map(repr, record))}.",
-            hint="Name the columns with --text-column and --label-column.",
-        )
 
 
 def _is_missing(value: object) -> bool:
@@ -242,12 +220,11 @@ def get_text(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, st
     """Return the text of a record, and the reason if it is unusable."""
     parts = [record.get(column) for column in columns]
     for part in parts:
-        if _is_missing(part):
-            return "", "no text (a missing value)"
         if not isinstance(part, str):
-            return "", f"expected a string as text, got {type(part).__name__}"
+            expected = f"expected a string as text, got {type(part).__name__}"
+            return "", "no text (a missing value)" if _is_missing(part) else expected
     text = " ".join(part for part in parts if isinstance(part, str) and part.strip())
-    if not text.translate(INVISIBLE).strip():
+    if not INVISIBLE.sub("", text).strip():
         return text, "the text is empty"
     return text, _unicode_error(text)
 
@@ -260,48 +237,44 @@ def _unicode_error(text: str) -> str | None:
     return None
 
 
-def _get_label(value: object, declared_labels: tuple[str, ...]) -> tuple[str, str | None]:
+def _get_label(value: Any, declared_labels: tuple[str, ...]) -> tuple[str, str | None]:
     """Return the name of a label, and the reason if it is unusable."""
     if hasattr(value, "item"):  # a NumPy or torch scalar
         value = value.item()
-    if _is_missing(value) or value == "":
+    if isinstance(value, str):
+        name = value.strip()
+        return name, _unicode_error(name) if name else "no label"
+    if _is_missing(value):
         return "", "no label"
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, str):
-        name = value.strip()
-        problem = _unicode_error(name) if name else "no label"
-        return name, problem
     if not isinstance(value, int):
         return "", f"expected a string or an integer as label, got {type(value).__name__}"
-    if declared_labels:
-        if not 0 <= value < len(declared_labels):
-            return "", f"the label must be between 0 and {len(declared_labels) - 1}, got {value}"
-        return declared_labels[value], None
-    return str(value), None
+    if not declared_labels:
+        return str(value), None
+    if not 0 <= value < len(declared_labels):
+        return "", f"the label must be between 0 and {len(declared_labels) - 1}, got {value}"
+    return declared_labels[value], None
 
 
-def _open(source: Source, role: str, label_column: str | None = None) -> _Table:
+def _open(source: Any, role: str, label_column: str | None = None) -> _Table:
     if isinstance(source, str | Path):
-        try:
-            return _open_named(str(source), role, label_column)
-        except SetFitKDError:  # some are OSErrors too
-            raise
-        except OSError as error:
-            message = f"Cannot read {source!r:.200}: {error.strerror or error}."
-            raise DataError(message, hint="Check the path.") from None
+        return _open_named(str(source), role, label_column)
     if hasattr(source, "column_names"):
         return _open_dataset(source, role, "the data set", label_column)
-    if isinstance(source, Mapping):
-        lengths = {len(values) for values in source.values()}
-        if len(lengths) > 1:
-            raise DataError("The columns differ in length.", hint="Pass one label per text.")
-        columns = list(source)
-        rows = zip(*source.values(), strict=True)
-        records: Iterable[Record] = ((n, dict(zip(columns, row, strict=True))) for n, row in enumerate(rows, 1))
-        return _Table(records, "the mapping of columns")
-    has_columns = len(source) > 0 and isinstance(source[0], Mapping)
-    return _Table(_list_records(source, label_column), "the list", has_columns=has_columns)
+    if not isinstance(source, Mapping) and not hasattr(source, "to_dict"):
+        has_columns = len(source) > 0 and isinstance(source[0], Mapping)
+        return _Table(_list_records(source, label_column), "the list", label_column, has_columns=has_columns)
+    origin = "the mapping of columns"
+    if not isinstance(source, Mapping):
+        origin = "the data frame"
+        if not source.columns.is_unique:
+            raise DataError("The data frame has two columns with the same name.", hint="Rename one of them.")
+        source = dict(source.astype(object).where(source.notna(), None).items())
+    if len({len(values) for values in source.values()}) > 1:
+        raise DataError("The columns differ in length.", hint="Pass one label per text.")
+    rows = (dict(zip(source, row, strict=True)) for row in zip(*source.values(), strict=True))
+    return _Table(enumerate(rows, 1), origin, label_column)
 
 
 def _list_records(items: Sequence[Any], label_column: str | None) -> Iterator[Record]:
@@ -319,65 +292,68 @@ def _list_records(items: Sequence[Any], label_column: str | None) -> Iterator[Re
             )
 
 
-def _open_named(name: str, role: str, label_column: str | None) -> _Table:
+def _find(name: str, role: str) -> tuple[Path | re.Match[str], str | None]:
+    """Return the file or folder that a name means, or the parts of the name of a hub data set; and the split.
+
+    Raises:
+        DataError: If there is no such file, or its format is not supported.
+    """
     if name.startswith("bundled:"):
         path = BUNDLED_FOLDER / name.removeprefix("bundled:") / ("eval.jsonl" if role == "test" else "train.jsonl")
         if not path.is_file():
             raise DataError(f"No such bundled corpus: {name!r}.", hint="Use bundled:newswire.")
-        return _Table(read_records(path), name, unit="line")
-    path = Path(name)
-    if path.suffix.lower() in READERS and not path.is_dir():
-        if not path.is_file():
-            raise DataError(f"No such file: {name}.", hint="Check the path.")
-        unit = "line" if path.suffix.lower() in LINE_NUMBERED else "row"
-        return _Table(read_records(path), str(path), unit=unit, has_columns=path.suffix.lower() != ".txt")
-    folder, split = path, None
-    if not path.exists() and name.endswith("]"):
-        folder_name, _, split = name[:-1].rpartition("[")
-        folder = Path(folder_name)
-        if folder.is_file():
-            raise DataError(f"{folder_name} is a file and has no splits.", hint="Remove the square brackets.")
-    if folder.is_dir():
-        return _open_folder(folder, split, role, label_column)
-    if path.is_file():
-        raise unsupported_format(path)
-    match = _HUB_SOURCE.fullmatch(name)
-    if match is None or name.startswith((".", "~")) or name.lower().endswith(_FILE_SUFFIXES):
-        raise DataError(f"No such file or folder: {name}.", hint="Check the path.")
-    return _open_hub(match["name"], match["config"], match["split"], role, label_column)
-
-
-def _open_folder(folder: Path, split: str | None, role: str, label_column: str | None) -> _Table:
-    import datasets
-
+        return path, None
+    path, split = Path(name), None
     try:
-        for path in folder.rglob("*"):
-            if not path.is_dir():
-                check_regular_file(path, limit=MAX_JSON_BYTES if path.suffix == ".json" else math.inf)
-        loaded = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        raise DataError(
-            f"Cannot load {folder} as a data set ({type(error).__name__}: {error}).",
-            hint="Use a folder written by `Dataset.save_to_disk`, or a CSV, TSV, JSONL or Parquet file.",
-        ) from None
-    return _open_dataset(loaded, role, str(folder), label_column, split)
+        if name.endswith("]") and not path.exists():
+            folder, _, split = name[:-1].rpartition("[")
+            path = Path(folder)
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as error:
+        raise DataError(f"Cannot read {name!r:.200}: {error.strerror or error}.", hint="Check the path.") from None
+    if is_file and split:
+        raise DataError(f"{path} is a file and has no splits.", hint="Remove the square brackets.")
+    if is_file and file_format(path) not in READERS:
+        raise unsupported_format(path)
+    if is_file or is_folder:
+        return path, split
+    is_file_name = name.lower().endswith(_FILE_SUFFIXES)
+    match = None if is_file_name or name.startswith((".", "~")) else _HUB_SOURCE.fullmatch(name)
+    if match is None:
+        raise DataError(f"No such file{'' if is_file_name else ' or folder'}: {name}.", hint="Check the path.")
+    return match, match["split"]
 
 
-def _open_hub(name: str, config: str | None, split: str | None, role: str, label_column: str | None) -> _Table:
+def _open_named(name: str, role: str, label_column: str | None) -> _Table:
+    path, split = _find(name, role)
+    if isinstance(path, Path) and path.is_file():
+        origin = name if name.startswith("bundled:") else str(path)
+        has_columns = file_format(path) != ".txt"
+        return _Table(read_records(path), origin, label_column, unit=record_unit(path), has_columns=has_columns)
     import datasets
 
-    folder = hub.snapshot(name, "dataset")
+    from setfit_kd.hub.client import snapshot
+
+    folder, origin, config = path, str(path), None
+    if isinstance(path, re.Match):
+        folder, origin, config = snapshot(path["name"], "dataset"), f"hub data set {path['name']}", path["config"]
     # `datasets` writes an Arrow copy. An interrupted run could leave it damaged in a cache, hence a temporary folder.
-    with TemporaryDirectory(prefix="setfit-kd-") as cache_dir:
+    with TemporaryDirectory(prefix="setfit-kd-") as cache_dir, quiet_libraries():
         try:
-            with quiet_libraries():
-                loaded = datasets.load_dataset(str(folder), name=config, cache_dir=cache_dir, keep_in_memory=True)
+            if isinstance(path, Path):
+                for file in path.rglob("*"):
+                    if not file.is_dir():
+                        check_regular_file(file, limit=MAX_JSON_BYTES if file.suffix == ".json" else math.inf)
+                data = datasets.load_from_disk(str(folder))
+            else:
+                data = datasets.load_dataset(str(folder), name=config, cache_dir=cache_dir, keep_in_memory=True)
         except Exception as error:
             raise DataError(
-                f"Cannot read the hub data set {name} ({type(error).__name__}: {error}).",
-                hint="Name its configuration as NAME:CONFIG, or download it and use the file.",
+                f"Cannot read {origin} ({type(error).__name__}: {error}).",
+                hint="Use a folder written by `Dataset.save_to_disk`, or a CSV, TSV, JSONL or Parquet file. "
+                "Name the configuration of a hub data set as NAME:CONFIG.",
             ) from error
-    return _open_dataset(loaded, role, f"hub data set {name}", label_column, split)
+    return _open_dataset(data, role, origin, label_column, split)
 
 
 def _open_dataset(data: Any, role: str, origin: str, label_column: str | None, split: str | None = None) -> _Table:
@@ -392,5 +368,8 @@ def _open_dataset(data: Any, role: str, origin: str, label_column: str | None, s
         data, origin = data[split_name], f"{origin} [{split_name}]"
     elif split:
         raise DataError(f"{origin} has no splits.", hint="Remove the square brackets.")
+    if label_column == "label" and "label" not in data.column_names and "labels" in data.column_names:
+        label_column = "labels"  # the name that models of transformers expect
     feature = (getattr(data, "features", None) or {}).get(label_column)
-    return _Table(enumerate(data, 1), origin, declared_labels=tuple(getattr(feature, "names", None) or ()))
+    names = tuple(getattr(feature, "names", None) or ())
+    return _Table(enumerate(data, 1), origin, label_column, declared_labels=names)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from hashlib import blake2b
-from heapq import heappush, heapreplace
+from heapq import nsmallest
 from operator import itemgetter
 
 from setfit_kd.config.stages import DataConfig
 from setfit_kd.data.labeled_set import LabeledSet, draw_shots
-from setfit_kd.data.sources import INVISIBLE
 from setfit_kd.errors import DataError
+from setfit_kd.runtime.classify import INVISIBLE
 
 logger = logging.getLogger(__name__)
 
@@ -24,31 +25,19 @@ _QUOTES = str.maketrans(dict.fromkeys("‘’‚‛‹›ʼ", "'") | dict.fromke
 class DataReport:
     """Numbers of texts used, and of texts removed by cleaning.
 
-    Attributes:
-        labeled: Labeled texts used.
-        pool: Pool texts used.
-        evaluation: Texts of the evaluation set.
-        labeled_duplicates: Labeled texts removed as duplicates.
-        labeled_conflicts: Labeled texts removed because they occur with different labels.
-        labeled_leaks: Labeled texts removed because they are in the evaluation set.
-        pool_duplicates: Pool texts removed as duplicates.
-        pool_labeled: Pool texts removed because they are labeled texts.
-        pool_leaks: Pool texts removed because they are in the evaluation set.
+    Texts are removed if they are duplicates, are in the evaluation set (leaks), occur with different labels
+    (conflicts), or, in the pool, are labeled texts.
     """
 
     labeled: int
     pool: int
     evaluation: int
-    labeled_duplicates: int
-    labeled_conflicts: int
-    labeled_leaks: int
-    pool_duplicates: int
-    pool_labeled: int
-    pool_leaks: int
-
-    def as_dict(self) -> dict[str, int]:
-        """Return the counts by name."""
-        return asdict(self)
+    labeled_duplicates: int = 0
+    labeled_conflicts: int = 0
+    labeled_leaks: int = 0
+    pool_duplicates: int = 0
+    pool_labeled: int = 0
+    pool_leaks: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +58,7 @@ def normalize(text: str) -> str:
     """
     if text.isascii():
         return " ".join(text.casefold().split())
-    folded = unicodedata.normalize("NFKC", text.translate(INVISIBLE)).casefold()
+    folded = unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded.translate(_QUOTES)).split())
 
 
@@ -110,108 +99,30 @@ def split_data(
         DataError: If too few texts are left for training.
     """
     held_out = {normalize(text) for text in evaluation.texts} if evaluation else set()
-    n_labeled, labeled = len(labeled), remove_leaks(labeled, held_out, name="labeled", held_out_name="evaluation")
-    n_leaks = n_labeled - len(labeled)
+    removed: Counter[str] = Counter(labeled_leaks=len(labeled))
+    labeled = remove_leaks(labeled, held_out, name="labeled", held_out_name="evaluation")
+    removed["labeled_leaks"] -= len(labeled)
 
     keys = [normalize(text) for text in labeled.texts]
-    labels_by_key: dict[str, set[int]] = {}
+    labels_by_key: dict[str, set[int]] = defaultdict(set)
     for key, label in zip(keys, labeled.labels.tolist(), strict=True):
-        labels_by_key.setdefault(key, set()).add(label)
-    rows = []
-    conflicts = duplicates = 0
-    seen: set[str] = set()
-    for row, key in enumerate(keys):
-        if len(labels_by_key[key]) > 1:
-            conflicts += 1
-        elif key in seen:
-            duplicates += 1
-        else:
-            seen.add(key)
-            rows.append(row)
-    if conflicts:
-        logger.warning("Removed %d labeled texts that occur with different labels.", conflicts)
-    shots = cleaned = labeled.take(rows)
-    if disjoint or (config.shots is not None and len(cleaned)):
-        shots = draw_shots(cleaned, config.shots, seed=config.seed)
-        _warn_about_small_classes(shots, config.shots)
+        labels_by_key[key].add(label)
+    first_rows = {key: row for row, key in reversed(list(enumerate(keys))) if len(labels_by_key[key]) == 1}
+    removed["labeled_conflicts"] = n_conflicts = sum(key not in first_rows for key in keys)
+    removed["labeled_duplicates"] = len(keys) - n_conflicts - len(first_rows)
+    if n_conflicts:
+        logger.warning("Removed %d labeled texts that occur with different labels.", n_conflicts)
+    shots = labeled.take(sorted(first_rows.values()))
+    if disjoint or (config.shots is not None and len(shots)):
+        shots = draw_shots(shots, config.shots, seed=config.seed)
+        for name, count in zip(shots.label_names, shots.counts, strict=True):
+            if count < (config.shots or 0):
+                message = "Class %r has only %d labeled texts, expected %d: using all of them."
+                logger.warning(message, name, count, config.shots)
 
     shot_keys = {normalize(text) for text in shots.texts} if disjoint else set()
-    texts, pool_leaks, pool_labeled, pool_duplicates = (
-        ([], 0, 0, 0) if pool is None else _draw_pool(pool, held_out, shot_keys, config)
-    )
-    report = DataReport(
-        labeled=len(shots),
-        pool=len(texts),
-        evaluation=len(evaluation) if evaluation else 0,
-        labeled_duplicates=duplicates,
-        labeled_conflicts=conflicts,
-        labeled_leaks=n_leaks,
-        pool_duplicates=pool_duplicates,
-        pool_labeled=pool_labeled,
-        pool_leaks=pool_leaks,
-    )
-    _log_report(report)
-    return DataSplits(shots, texts, evaluation, report)
-
-
-def _draw_pool(
-    pool: Iterable[str], held_out: set[str], shots: set[str], config: DataConfig
-) -> tuple[list[str], int, int, int]:
-    """Clean the pool and draw texts from it.
-
-    The texts with the smallest keyed hashes are drawn. The draw therefore depends only on the seed and the texts, not
-    on their order, and a smaller draw is a subset of a larger one.
-
-    Returns:
-        The drawn texts in the order of the pool, and the numbers of leaks, labeled texts and duplicates removed.
-    """
-    size = config.pool_size
-    drawn: list[tuple[int, int, str]] = []  # a heap with the largest hash first: (-hash, row, text)
-    leaks = labeled = duplicates = 0
-    seen: set[bytes] = set()
-    for row, text in enumerate(pool):
-        key = normalize(text)
-        if key in held_out:
-            leaks += 1
-            continue
-        if key in shots:
-            labeled += 1
-            continue
-        encoded = key.encode()
-        digest = blake2b(encoded, digest_size=16).digest()
-        if digest in seen:
-            duplicates += 1
-            continue
-        seen.add(digest)
-        rank = int.from_bytes(blake2b(encoded, digest_size=8, key=config.seed.to_bytes(4, "big")).digest(), "big")
-        if size is None:
-            drawn.append((-rank, row, text))
-        elif len(drawn) < size:
-            heappush(drawn, (-rank, row, text))
-        elif -rank > drawn[0][0]:
-            heapreplace(drawn, (-rank, row, text))
-    if leaks:
-        logger.warning("Leak guard: removed %d pool texts that are also in the evaluation set.", leaks)
-    if not drawn:
-        raise DataError(
-            "The pool is empty after removing the labeled texts and the evaluation texts.",
-            hint="Add unlabeled texts that are not in these sets.",
-        )
-    if size is not None and len(seen) < size:
-        logger.warning("The pool has only %d texts, expected %d: using all of them.", len(seen), size)
-    drawn.sort(key=itemgetter(1))
-    return [text for _, _, text in drawn], leaks, labeled, duplicates
-
-
-def _warn_about_small_classes(labeled: LabeledSet, shots: int | None) -> None:
-    if shots is None:
-        return
-    for name, count in zip(labeled.label_names, labeled.counts, strict=True):
-        if count < shots:
-            logger.warning("Class %r has only %d labeled texts, expected %d: using all of them.", name, count, shots)
-
-
-def _log_report(report: DataReport) -> None:
+    texts = [] if pool is None else _draw_pool(pool, held_out, shot_keys, config, removed)
+    report = DataReport(len(shots), len(texts), len(evaluation or ()), **removed)
     logger.info(
         "Data: %d labeled, %d pool and %d evaluation texts (removed %d labeled and %d pool duplicates).",
         report.labeled,
@@ -220,3 +131,45 @@ def _log_report(report: DataReport) -> None:
         report.labeled_duplicates,
         report.pool_duplicates,
     )
+    return DataSplits(shots, texts, evaluation, report)
+
+
+def _draw_pool(
+    pool: Iterable[str], held_out: set[str], shots: set[str], config: DataConfig, removed: Counter[str]
+) -> list[str]:
+    """Clean the pool and draw texts from it, in the order of the pool; add the numbers of removed texts to ``removed``.
+
+    The texts with the smallest keyed hashes are drawn. The draw therefore depends only on the seed and the texts, not
+    on their order, and a smaller draw is a subset of a larger one.
+    """
+    size = config.pool_size
+    seen: set[bytes] = set()
+
+    def hashed() -> Iterator[tuple[int, int, str]]:
+        """Yield the hash, the row and the text of each text that may be drawn."""
+        for row, text in enumerate(pool):
+            key = normalize(text)
+            encoded = key.encode()
+            digest = blake2b(encoded, digest_size=16).digest()
+            if key in held_out:
+                removed["pool_leaks"] += 1
+            elif key in shots:
+                removed["pool_labeled"] += 1
+            elif digest in seen:
+                removed["pool_duplicates"] += 1
+            else:
+                seen.add(digest)
+                keyed = blake2b(encoded, digest_size=8, key=config.seed.to_bytes(4, "big"))
+                yield int.from_bytes(keyed.digest(), "big"), row, text
+
+    drawn = sorted(hashed() if size is None else nsmallest(size, hashed()), key=itemgetter(1))
+    if removed["pool_leaks"]:
+        logger.warning("Leak guard: removed %d pool texts that are also in the evaluation set.", removed["pool_leaks"])
+    if not drawn:
+        raise DataError(
+            "The pool is empty after removing the labeled texts and the evaluation texts.",
+            hint="Add unlabeled texts that are not in these sets.",
+        )
+    if size is not None and len(seen) < size:
+        logger.warning("The pool has only %d texts, expected %d: using all of them.", len(seen), size)
+    return [text for _, _, text in drawn]

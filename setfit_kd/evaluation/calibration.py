@@ -1,14 +1,15 @@
-"""Calibration of a classifier, and the confidence threshold below which it abstains."""
+"""Calibration of a classifier, and its accuracy if it abstains below a confidence threshold."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 N_BINS = 15
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -38,30 +39,26 @@ class Calibration:
     reliability: list[Bin]
 
 
-def measure_calibration(
-    probabilities: npt.NDArray[np.floating], gold: npt.NDArray[np.int64], *, n_bins: int = N_BINS
-) -> Calibration:
+def measure_calibration(probabilities: npt.NDArray[np.floating], gold: npt.NDArray[np.int64]) -> Calibration:
     """Measure the calibration of (n, n_classes) probabilities on (n,) gold classes, with n >= 1."""
-    probabilities = np.asarray(probabilities, np.float64)
-    confidence, is_correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == gold
-    bins, gaps, scores = calibration_terms(probabilities, gold, n_bins=n_bins)
+    bins, confidence, is_correct, scores = calibration_terms(probabilities, gold)
     reliability = [
         Bin(float(confidence[in_bin].mean()), float(is_correct[in_bin].mean()), int(in_bin.sum()))
         for in_bin in (bins == index for index in np.unique(bins))
     ]
-    error = np.abs(np.bincount(bins, gaps)).sum() / len(gold)
+    error = np.abs(np.bincount(bins, is_correct - confidence)).sum() / len(gold)
     return Calibration(float(error), float(scores.mean()), reliability)
 
 
 def calibration_terms(
-    probabilities: npt.NDArray[np.floating], gold: npt.NDArray[np.int64], *, n_bins: int = N_BINS
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return, for each of n texts, its bin, its correctness (0 or 1) minus its confidence, and its Brier score."""
+    probabilities: npt.NDArray[np.floating], gold: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], Floats, npt.NDArray[np.bool_], Floats]:
+    """Return, for each of n texts, its bin, its confidence, whether it is correct, and its Brier score."""
     probabilities = np.asarray(probabilities, np.float64)
     confidence, is_correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == gold
-    bins = np.minimum((confidence * n_bins).astype(np.int64), n_bins - 1)
+    bins = np.minimum((confidence * N_BINS).astype(np.int64), N_BINS - 1)
     one_hot = np.eye(probabilities.shape[1])[gold]
-    return bins, is_correct - confidence, np.square(probabilities - one_hot).sum(axis=1)
+    return bins, confidence, is_correct, np.square(probabilities - one_hot).sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -82,36 +79,12 @@ class OperatingPoint:
     high: float
 
 
-def coverage_curve(probabilities: npt.NDArray[np.floating], gold: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def coverage_curve(probabilities: npt.NDArray[np.floating], gold: npt.NDArray[np.int64]) -> Floats:
     """Return the threshold, coverage and accuracy for each distinct confidence, shape (k, 3), by rising coverage."""
-    probabilities = np.asarray(probabilities, np.float64)
-    confidence = probabilities.max(axis=1)
+    _, confidence, is_correct, _ = calibration_terms(probabilities, gold)
     order = np.argsort(-confidence, kind="stable")
-    is_correct = (probabilities.argmax(axis=1) == gold)[order]
     n_answered = np.arange(1, len(gold) + 1)
-    accuracy = is_correct.cumsum() / n_answered
+    curve = np.column_stack([confidence[order], n_answered / len(gold), is_correct[order].cumsum() / n_answered])
     # A threshold cannot separate texts of equal confidence.
-    last = np.flatnonzero(np.append(np.diff(confidence[order]) != 0, True))
-    return np.column_stack([confidence[order][last], n_answered[last] / len(gold), accuracy[last]])
-
-
-def threshold_for(
-    target: float, probabilities: npt.NDArray[np.floating], gold: npt.NDArray[np.int64]
-) -> OperatingPoint | None:
-    """Find the lowest threshold at which the answers reach the accuracy ``target``; None if there is no such threshold.
-
-    The threshold is chosen and measured on the same texts. Expect a lower accuracy on new texts, especially if the
-    threshold was chosen on few texts. The interval shows how much of the accuracy may be due to chance.
-    """
-    from scipy.stats import binomtest
-
-    curve = coverage_curve(probabilities, gold)
-    candidates = np.flatnonzero(curve[:, 2] >= target)
-    if not len(candidates):
-        return None
-    threshold, coverage, accuracy = (float(value) for value in curve[candidates[-1]])
-    n = round(coverage * len(gold))
-    interval = binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
-    # Round down by less than the spacing of single-precision numbers, so that the same texts are answered.
-    threshold = math.floor(threshold * 1e9) / 1e9
-    return OperatingPoint(threshold, coverage, accuracy, float(interval.low), float(interval.high))
+    is_last: npt.NDArray[np.bool_] = np.append(np.diff(curve[:, 0]) != 0, True)
+    return curve[is_last]

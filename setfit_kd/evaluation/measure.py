@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,36 +18,47 @@ import numpy.typing as npt
 from setfit_kd.data.labeled_set import LabeledSet, encode_labels
 from setfit_kd.data.sources import Source, read
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation.calibration import Calibration, OperatingPoint, measure_calibration, threshold_for
-from setfit_kd.evaluation.cost import Cost, count_parameters, model_megabytes
+from setfit_kd.evaluation.calibration import Calibration, OperatingPoint, coverage_curve, measure_calibration
 from setfit_kd.evaluation.intervals import Interval, bootstrap_calibration, bootstrap_proportion, bootstrap_quality
 from setfit_kd.evaluation.metrics import ClassQuality, Quality, measure_quality
-from setfit_kd.evaluation.texts import class_indices
 from setfit_kd.memory.backoff import OOMBackoff, shared_backoff
+from setfit_kd.models.bodies import family_of
 from setfit_kd.models.encode import predict_proba
-from setfit_kd.models.temperature import at_temperature
+from setfit_kd.models.heads import at_temperature
+from setfit_kd.models.io import save_model
+from setfit_kd.runtime.classify import Classifier
 from setfit_kd.utils.arrays import load_rows, save_rows
-from setfit_kd.utils.atomic_io import atomic_folder
+from setfit_kd.utils.atomic_io import atomic_file, atomic_folder, raise_output_errors
 from setfit_kd.utils.console import show_progress
-from setfit_kd.utils.files import folder_megabytes, read_json
+from setfit_kd.utils.files import folder_megabytes, read_json, read_json_lines
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
 
 _WARM_UP = 32
-_MEASURED, _PROBABILITIES = "measured.json", "probabilities.npy"
+_MEASURED, _PROBABILITIES, _TEXTS = "measured.json", "probabilities.npy", "texts.jsonl"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size and speed of a classifier.
+
+    Attributes:
+        parameters: Number of weights in body and head; None for a bundle.
+        megabytes: Size on disk of the saved model, in 10^6 bytes.
+        texts_per_second: Texts classified per second, including tokenization, in batches sorted by length.
+        device: Device on which the speed was measured.
+    """
+
+    parameters: int | None
+    megabytes: float
+    texts_per_second: float
+    device: str
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Quality and cost of one classifier.
-
-    Attributes:
-        quality: Accuracy, F1, confusion matrix and agreement with the teacher.
-        cost: Size and speed.
-        probabilities: (n, n_classes) float32, the predicted probabilities.
-        gold: (n,) int64, the gold classes.
-    """
+    """Quality and cost of one classifier, with its (n, n_classes) float32 probabilities and the (n,) gold classes."""
 
     quality: Quality
     cost: Cost
@@ -80,12 +93,9 @@ class Evaluation:
             classes = {name: ClassQuality(**fields) for name, fields in measured["quality"].pop("classes").items()}
             quality, cost = Quality(**measured["quality"], classes=classes), Cost(**measured["cost"])
             probabilities = np.array(load_rows(folder / _PROBABILITIES), np.float32)
-            gold = class_indices(measured["gold"], len(classes))
-            shape = (len(gold), len(classes))
-            if probabilities.shape != shape:
-                raise ValueError(f"expected probabilities of shape {shape}, got {probabilities.shape}")
-            if not np.isfinite(probabilities).all():
-                raise ValueError("probabilities must be finite")
+            gold = _class_indices(measured["gold"], len(classes))
+            if probabilities.shape != (len(gold), len(classes)) or not np.isfinite(probabilities).all():
+                raise ValueError(f"expected finite probabilities of shape {(len(gold), len(classes))}")
             return cls(quality, cost, probabilities, gold)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"Cannot read the evaluation in {folder} ({error}).", hint="Evaluate again.") from None
@@ -115,8 +125,23 @@ class Evaluation:
         return bootstrap_quality(self.gold, self.predicted, n_classes=n_classes, other=other.predicted)
 
     def operating_point(self, target: float) -> OperatingPoint | None:
-        """Find the lowest threshold at which the answers reach the target accuracy; see `threshold_for`."""
-        return threshold_for(target, self.probabilities, self.gold)
+        """Find the lowest threshold at which the answers reach the accuracy ``target``; None if there is none.
+
+        The threshold is chosen and measured on the same texts. Expect a lower accuracy on new texts, especially if the
+        threshold was chosen on few texts. The interval shows how much of the accuracy may be due to chance.
+        """
+        from scipy.stats import binomtest
+
+        curve = coverage_curve(self.probabilities, self.gold)
+        points = curve[curve[:, 2] >= target]
+        if not len(points):
+            return None
+        threshold, coverage, accuracy = map(float, points[-1])
+        n = round(coverage * len(self.gold))
+        interval = binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
+        # Round down by less than the spacing of single-precision numbers, so that the same texts are answered.
+        threshold = math.floor(threshold * 1e9) / 1e9
+        return OperatingPoint(threshold, coverage, accuracy, float(interval.low), float(interval.high))
 
     def as_dict(self, *, target_accuracy: float | None = None) -> dict[str, Any]:
         """Return all results as plain values for JSON; a target accuracy adds its operating point as ``answering``."""
@@ -130,7 +155,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: SetFitModel,
+    model: SetFitModel | Classifier,
     data: LabeledSet | Source,
     *,
     teacher: Evaluation | None = None,
@@ -141,7 +166,7 @@ def evaluate(
     """Evaluate a classifier on a labeled set: quality, size and speed.
 
     Args:
-        model: The classifier, on the device to run on.
+        model: The classifier, on the device to run on, or a bundle, `setfit_kd.runtime.Classifier`.
         data: A `LabeledSet`, or any source that `read` accepts with the columns ``text`` and ``label``.
         teacher: The teacher's evaluation on the same set, to compute the agreement.
         encode_batch_size: Texts per forward pass.
@@ -162,32 +187,55 @@ def evaluate(
         )
     if not len(data):
         raise DataError(f"{data.origin} contains no texts.", hint="Pass at least one text.")
-    if teacher is not None and len(teacher.probabilities) != len(data):
+    if teacher is not None and len(teacher.gold) != len(data):
         raise DataError(
-            f"The teacher was evaluated on {len(teacher.probabilities)} texts, but {data.origin} has {len(data)}.",
+            f"The teacher was evaluated on {len(teacher.gold)} texts, but {data.origin} has {len(data)}.",
             hint="Evaluate the teacher and the student on the same set.",
         )
+    predict: Callable[[list[str]], npt.NDArray[np.float32]]
+    if isinstance(model, Classifier):
+        predict = model.predict_proba
+    else:
+        predict = partial(predict_proba, model, batch_size=encode_batch_size, description=description)
     # Warm up first: the first texts also trigger allocations and lazy imports.
-    with show_progress(None):
-        predict_proba(model, data.texts[:_WARM_UP], batch_size=encode_batch_size)
+    with show_progress(False):
+        predict(data.texts[:_WARM_UP])
     with shared_backoff() as events:
-        while True:
-            before, started = len(events), time.perf_counter()
-            probabilities = predict_proba(model, data.texts, batch_size=encode_batch_size, description=description)
+        n_events = -1
+        while n_events < len(events):  # after an out-of-memory error, the time includes a failed attempt
+            n_events, started = len(events), time.perf_counter()
+            probabilities = predict(data.texts)
             seconds = time.perf_counter() - started
-            if len(events) == before:  # otherwise the time includes a failed attempt
-                break
-        body = model.model_body
-        device = OOMBackoff(description, kind="encoding", device=body.device, batch_size=1, model=body).attempt.device
+        if isinstance(model, Classifier):
+            parameters, megabytes, device = None, folder_megabytes(model.folder), "cpu"
+        else:
+            body = model.model_body
+            backoff = OOMBackoff(description, kind="encoding", device=body.device, batch_size=1, model=body)
+            parameters, megabytes = count_parameters(model), _megabytes(model, folder)
+            device = str(backoff.attempt.device)
+    cost = Cost(parameters, round(megabytes, 1), round(len(data) / seconds, 1), device)
     predicted = np.asarray(probabilities.argmax(axis=1), np.int64)
     quality = measure_quality(predicted, data.labels, names, None if teacher is None else teacher.predicted)
-    cost = Cost(
-        parameters=count_parameters(model),
-        megabytes=round(folder_megabytes(folder) if folder else model_megabytes(model), 1),
-        texts_per_second=round(len(data) / seconds, 1),
-        device=str(device),
-    )
     return Evaluation(quality, cost, probabilities, data.labels)
+
+
+def _megabytes(model: SetFitModel, folder: Path | None) -> float:
+    with TemporaryDirectory(prefix="setfit-kd-") as scratch:
+        if folder is None:
+            folder = Path(scratch) / "model"
+            save_model(model, folder)
+        return folder_megabytes(folder)
+
+
+def count_parameters(model: SetFitModel) -> int:
+    """Count the weights of body and head."""
+    body, head = model.model_body, model.model_head
+    count: int = sum(parameter.numel() for parameter in body.parameters())
+    if family_of(body) == "transformer":  # the body includes the head
+        return count
+    if model.has_differentiable_head:
+        return count + sum(int(parameter.numel()) for parameter in head.parameters())
+    return count + sum(int(getattr(head, name).size) for name in ("coef_", "intercept_") if hasattr(head, name))
 
 
 def evaluate_ensemble(
@@ -196,28 +244,80 @@ def evaluate_ensemble(
     temperatures: Sequence[float],
     average_temperature: float,
 ) -> Evaluation:
-    """Evaluate an ensemble that averages probabilities, from the evaluations of its members on the same texts.
+    """Evaluate an ensemble from the evaluations, weights and temperatures of its members on the same texts.
 
     As in `TeacherSignals.average`, the probabilities are averaged before temperature scaling. Sizes and run times are
     summed, because every member classifies every text.
-
-    Args:
-        evaluations: Evaluations of the members (at least one), with temperature scaling applied.
-        weights: Weights of the members.
-        temperatures: Temperatures of the members.
-        average_temperature: Temperature of the average.
     """
-    first = evaluations[0]
+    first, costs = evaluations[0], [evaluation.cost for evaluation in evaluations]
     unscaled = [at_temperature(e.probabilities, 1 / t) for e, t in zip(evaluations, temperatures, strict=True)]
     averaged = np.average(unscaled, axis=0, weights=np.asarray(weights))
     probabilities = np.asarray(at_temperature(averaged, average_temperature), np.float32)
     predicted = np.asarray(probabilities.argmax(axis=1), np.int64)
     cost = Cost(
-        parameters=sum(e.cost.parameters for e in evaluations),
-        megabytes=round(sum(e.cost.megabytes for e in evaluations), 1),
-        texts_per_second=round(1 / sum(1 / max(e.cost.texts_per_second, 0.1) for e in evaluations), 1),
+        parameters=sum(cost.parameters or 0 for cost in costs),
+        megabytes=round(sum(cost.megabytes for cost in costs), 1),
+        texts_per_second=round(1 / sum(1 / max(cost.texts_per_second, 0.1) for cost in costs), 1),
         device=first.cost.device,
     )
-    return Evaluation(
-        measure_quality(predicted, first.gold, list(first.quality.classes)), cost, probabilities, first.gold
-    )
+    return Evaluation(measure_quality(predicted, first.gold, [*first.quality.classes]), cost, probabilities, first.gold)
+
+
+def write_texts(data: LabeledSet, folder: Path) -> None:
+    """Write the texts and labels to ``texts.jsonl``; its first line holds the label names and the origin.
+
+    Raises:
+        OutputError: If the file cannot be written.
+    """
+    with raise_output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    header = {"label_names": list(data.label_names), "origin": data.origin, "texts": len(data)}
+    rows = ({"text": text, "label": int(label)} for text, label in zip(data.texts, data.labels, strict=True))
+    with atomic_file(folder / _TEXTS) as file:
+        for row in (header, *rows):
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def read_texts(folder: Path) -> LabeledSet:
+    """Read the evaluation set that `write_texts` wrote.
+
+    Raises:
+        DataError: If the file is missing or incomplete.
+    """
+    try:
+        header, *rows = read_json_lines(folder / _TEXTS)
+        names, texts = header["label_names"], [row["text"] for row in rows]
+        if not isinstance(names, list) or not all(isinstance(text, str) for text in [*names, *texts]):
+            raise ValueError("texts and label names must be strings")
+        if len(texts) != header["texts"]:
+            raise ValueError(f"expected {header['texts']} texts, got {len(texts)}")
+        labels = _class_indices([row["label"] for row in rows], len(names))
+        return LabeledSet(texts, labels, tuple(names), str(header["origin"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"Cannot read {folder / _TEXTS} ({error}).", hint="Evaluate the run again.") from None
+
+
+def _class_indices(values: object, n_classes: int) -> npt.NDArray[np.int64]:
+    """Convert a list of class indices from 0 to ``n_classes`` - 1 to an array."""
+    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < n_classes for value in values):
+        raise ValueError(f"labels must be integers from 0 to {n_classes - 1}")
+    return np.array(values, np.int64)
+
+
+def evaluation_table(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and cells of a table with one row per model: quality, then cost."""
+    has_teacher = any(evaluation.quality.agreement is not None for evaluation in evaluations.values())
+    headings = ["", "accuracy", "95% CI", "macro-F1", *["agreement"] * has_teacher, "parameters", "MB", "texts/s"]
+    rows = []
+    for name, evaluation in evaluations.items():
+        quality, cost, interval = evaluation.quality, evaluation.cost, evaluation.intervals["accuracy"]
+        agreement = "" if quality.agreement is None else f"{quality.agreement:.1%}"
+        rows.append(
+            [
+                *(name, f"{quality.accuracy:.1%}", f"{100 * interval.low:.1f}-{100 * interval.high:.1f}"),
+                *(f"{quality.macro_f1:.1%}", *[agreement] * has_teacher),
+                "" if cost.parameters is None else f"{cost.parameters / 1e6:.1f} M",
+                *(f"{cost.megabytes:.1f}", f"{cost.texts_per_second:,.0f}"),
+            ]
+        )
+    return headings, rows

@@ -67,16 +67,16 @@ def measure_quality(
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    indices = list(range(len(label_names)))
-    precision, recall, f1, support = precision_recall_fscore_support(gold, predicted, labels=indices, zero_division=0)
-    classes = {
-        name: ClassQuality(float(precision[i]), float(recall[i]), float(f1[i]), int(support[i]))
-        for i, name in enumerate(label_names)
-    }
+    labels = range(len(label_names))
+    columns = precision_recall_fscore_support(gold, predicted, labels=labels, zero_division=0)
+    _, _, f1, support = columns
     return Quality(
         accuracy=float((predicted == gold).mean()),
         macro_f1=float(f1[support > 0].mean()),
-        classes=classes,
-        confusion=confusion_matrix(gold, predicted, labels=indices).tolist(),
+        classes={
+            name: ClassQuality(float(p), float(r), float(f), int(n))
+            for name, p, r, f, n in zip(label_names, *columns, strict=True)
+        },
+        confusion=confusion_matrix(gold, predicted, labels=labels).tolist(),
         agreement=None if reference is None else float((predicted == reference).mean()),
     )

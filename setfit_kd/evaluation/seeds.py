@@ -17,11 +17,6 @@ class Spread:
     std: float
     values: list[float]
 
-    @classmethod
-    def from_values(cls, values: Sequence[float]) -> Spread:
-        """Compute the spread of at least two values."""
-        return cls(fmean(values), stdev(values), [float(value) for value in values])
-
 
 @dataclass(frozen=True)
 class SeedSummary:
@@ -47,27 +42,24 @@ def summarize_seeds(
         references: For each student, the names of its reference models by role (``teacher``, ``baseline``).
     """
     seeds = [{name: _metrics(evaluation) for name, evaluation in evaluations.items()} for evaluations in by_seed]
-    summaries = {}
-    for name in seeds[0]:
-        figures = {metric: Spread.from_values([seed[name][metric] for seed in seeds]) for metric in seeds[0][name]}
-        against = {
-            role: {
-                metric: Spread.from_values([seed[name][metric] - seed[reference][metric] for seed in seeds])
-                for metric in ("accuracy", "macro_f1")
-            }
-            for role, reference in references.get(name, {}).items()
-        }
-        summaries[name] = SeedSummary(figures, against)
-    return summaries
+
+    def spread(name: str, metric: str, reference: str | None = None) -> Spread:
+        values = [seed[name][metric] - (seed[reference][metric] if reference else 0.0) for seed in seeds]
+        return Spread(fmean(values), stdev(values), values)
+
+    return {
+        name: SeedSummary(
+            {metric: spread(name, metric) for metric in metrics},
+            {
+                role: {metric: spread(name, metric, reference) for metric in ("accuracy", "macro_f1")}
+                for role, reference in references.get(name, {}).items()
+            },
+        )
+        for name, metrics in seeds[0].items()
+    }
 
 
 def _metrics(evaluation: Evaluation) -> dict[str, float]:
     quality, calibration = evaluation.quality, evaluation.calibration
-    metrics = {
-        "accuracy": quality.accuracy,
-        "macro_f1": quality.macro_f1,
-        "agreement": quality.agreement,
-        "ece": calibration.ece,
-        "brier": calibration.brier,
-    }
-    return {name: value for name, value in metrics.items() if value is not None}
+    metrics = {"accuracy": quality.accuracy, "macro_f1": quality.macro_f1, "agreement": quality.agreement}
+    return {k: v for k, v in metrics.items() if v is not None} | {"ece": calibration.ece, "brier": calibration.brier}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,11 @@ from setfit_kd.data.sources import read
 from setfit_kd.data.splits import normalize, remove_leaks
 from setfit_kd.errors import DataError, OutputError
 from setfit_kd.evaluation.measure import Evaluation, evaluate
-from setfit_kd.finetune.steps import resolve_batch_size
-from setfit_kd.finetune.train import finetune
-from setfit_kd.memory.backoff import move_model
+from setfit_kd.finetune.train import check_settings, finetune, resolve_batch_size
+from setfit_kd.memory.backoff import move_model, shared_backoff
 from setfit_kd.memory.devices import resolve_device
-from setfit_kd.models.bodies import BodySource, locate_model
-from setfit_kd.models.fingerprint import content_hash
+from setfit_kd.models.bodies import BodySource, content_hash, load_local, locate_model, model_errors
 from setfit_kd.models.io import save_model
-from setfit_kd.models.safe_loading import load_local, model_errors
 from setfit_kd.utils.atomic_io import (
     LOCK_FILE,
     lock_folder,
@@ -38,7 +36,6 @@ from setfit_kd.utils.files import read_json
 from setfit_kd.utils.hashing import fingerprint
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
 
@@ -47,8 +44,6 @@ _HISTORY, _OLD_HISTORY = "validation_history", "looks"
 """Key of the history in ``metrics.json``, now and in earlier versions."""
 _MIN_ROWS = 8
 """Minimum number of tokenized rows to decide whether another tokenizer was used."""
-_TRAINING_NAME = re.compile(r"[0-9a-f]{32}")
-"""Name of the checkpoint folder of one training: its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +86,17 @@ def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
         SetFitKDError: If an input or a setting cannot be used; no partial files are left behind.
     """
     _check_output(config.output_dir, overwrite=config.overwrite)  # before the lock file is created
-    with lock_folder(config.output_dir):
+    with lock_folder(config.output_dir), shared_backoff(cpu_fallback=config.cpu_fallback):
         return _finetune_run(config)
 
 
 def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     output_dir = config.output_dir
     replaceable = _check_output(output_dir, overwrite=config.overwrite)
-    source = BodySource(locate_model(config.model), "transformer")
-    decode = _Decoder(source.folder)
-    columns: dict[str, Any] = {
-        "text_column": config.text_column,
-        "label_column": config.label_column,
-        "decode": decode,
-    }
+    # The data is checked first, which takes no time compared with loading torch and a model.
+    locate = cache(partial(locate_model, config.model))
+    columns: dict[str, Any] = {"text_column": config.text_column, "label_column": config.label_column}
+    columns["decode"] = _Decoder(locate)
     labeled = encode_labels(read(config.labeled, **columns))
     check_classes(labeled)
     names = labeled.label_names
@@ -112,22 +104,22 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
         None if name is None else encode_labels(read(name, **columns, role=role), names)
         for name, role in ((config.validation, "validation"), (config.eval, "test"))
     )
+    check_settings(config, labeled, validation)
     n_labeled, n_validation = len(labeled), len(validation or ())
     labeled, validation = _remove_leaks(labeled, validation, held_out, config.metric)
     leaks = {"labeled": n_labeled - len(labeled), "validation": n_validation - len(validation or ())}
-    body = source.load(names, seed=config.seed)
-    history: list[dict[str, float]] = []
-    checkpoints = _checkpoint_folder(output_dir)
+    checkpoints = output_dir.absolute().with_name(f"{output_dir.absolute().name}.checkpoints")
     refuse_links(checkpoints.parent, [checkpoints.name])
+    device = resolve_device(config.device)
+    body = BodySource(locate(), "transformer").load(names, seed=config.seed)
+    sets = [[data.texts, data.labels.tolist()] for data in (labeled, validation) if data is not None]
+    batch_size = resolve_batch_size(device, config)  # its default depends on the device
+    training = fingerprint(FinetuneConfig.fingerprint_inputs(config), batch_size, content_hash(body), sets)
+    history: list[dict[str, float]] = []
     model = finetune(
-        labeled,
-        body,
-        validation=validation,
-        config=config,
-        checkpoints=checkpoints / _fingerprint(config, labeled, validation, body),
-        history=history,
+        labeled, body, validation=validation, config=config, checkpoints=checkpoints / training, history=history
     )
-    move_model(model.model_body, resolve_device(config.device), phase="Evaluating")
+    move_model(model.model_body, device, phase="Evaluating")
     evaluation, validation_evaluation = (
         None if data is None else evaluate(model, data, encode_batch_size=config.encode_batch_size)
         for data in (held_out, None if held_out else validation)
@@ -140,7 +132,7 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
         replaceable.update(content[_FILES])
         write_text(folder / METRICS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     for path in checkpoints.glob("*"):
-        if _TRAINING_NAME.fullmatch(path.name):
+        if re.fullmatch("[0-9a-f]{32}", path.name):  # the fingerprint of a training
             shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):  # it contains other files or does not exist
         checkpoints.rmdir()
@@ -148,10 +140,10 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
 
 
 class _Decoder:
-    """Decode token ids to text with the tokenizer in a folder, which is loaded on the first call."""
+    """Decode token ids to text with the tokenizer of a model, which is located and loaded on the first call."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, locate: Callable[[], Path]) -> None:
+        self._locate = locate
         self._tokenizer: Any = None
         self._n_rows = self._n_mismatched = 0
 
@@ -164,8 +156,8 @@ class _Decoder:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            with model_errors(self._folder):
-                self._tokenizer = load_local(AutoTokenizer.from_pretrained, self._folder)
+            with model_errors(self._locate()):
+                self._tokenizer = load_local(AutoTokenizer.from_pretrained, self._locate())
         tokenizer = self._tokenizer
         special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         tokens = [token for token in ids if token not in special]
@@ -174,7 +166,7 @@ class _Decoder:
         self._n_mismatched += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] != tokens
         if self._n_rows >= _MIN_ROWS and self._n_mismatched > self._n_rows / 2:
             raise DataError(
-                f"The tokens of most rows do not match the tokenizer in {self._folder}, for example those of "
+                f"The tokens of most rows do not match the tokenizer in {self._locate()}, for example those of "
                 f"{text[:40]!r}.",
                 hint="Pass the texts themselves, or the model whose tokenizer was used.",
             )
@@ -185,9 +177,12 @@ def _remove_leaks(
     labeled: LabeledSet, validation: LabeledSet | None, held_out: LabeledSet | None, metric: str
 ) -> tuple[LabeledSet, LabeledSet | None]:
     """Remove labeled texts that are in the validation or evaluation set, and validation texts in the evaluation set."""
-    evaluation_texts = {normalize(text) for text in held_out.texts} if held_out else set()
-    all_held_out = evaluation_texts | {normalize(text) for text in validation.texts} if validation else evaluation_texts
-    labeled = remove_leaks(labeled, all_held_out, name="labeled", held_out_name="validation or evaluation")
+    validation_texts, evaluation_texts = (
+        {normalize(t) for t in data.texts} if data else set() for data in (validation, held_out)
+    )
+    labeled = remove_leaks(
+        labeled, validation_texts | evaluation_texts, name="labeled", held_out_name="validation or evaluation"
+    )
     if validation is not None:
         validation = remove_leaks(validation, evaluation_texts, name="validation", held_out_name="evaluation")
         if not (validation.counts[-1] if metric == "f1-binary" else len(validation)):
@@ -196,20 +191,6 @@ def _remove_leaks(
                 hint="Pass other validation texts with --validation.",
             )
     return labeled, validation
-
-
-def _checkpoint_folder(output_dir: Path) -> Path:
-    output_dir = output_dir.absolute()
-    return output_dir.with_name(f"{output_dir.name}.checkpoints")
-
-
-def _fingerprint(
-    config: FinetuneRunConfig, labeled: LabeledSet, validation: LabeledSet | None, body: SentenceTransformer
-) -> str:
-    """Fingerprint everything that affects the trained model, including the default batch size of the device."""
-    sets = [[data.texts, data.labels.tolist()] for data in (labeled, validation) if data is not None]
-    batch_size = resolve_batch_size(resolve_device(config.device), config)
-    return fingerprint(FinetuneConfig.fingerprint_inputs(config), batch_size, content_hash(body), sets)
 
 
 def _check_output(folder: Path, *, overwrite: bool) -> set[str]:

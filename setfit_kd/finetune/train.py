@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,6 @@ from setfit_kd.config.stages import FinetuneConfig
 from setfit_kd.data.labeled_set import LabeledSet, check_classes, encode_labels
 from setfit_kd.data.sources import Source, read
 from setfit_kd.errors import ConfigError, DataError, ModelError
-from setfit_kd.finetune.steps import finetune_steps, resolve_batch_size
 from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import BodySource, family_of, locate_model
@@ -53,12 +53,7 @@ def finetune(
         head. `save_model` writes it in the format of transformers.
 
     Raises:
-        ConfigError: If a setting is unknown or out of range.
-        DataError: If the labels cannot be used.
-        ModelError: If the model cannot be loaded.
-        OutOfMemoryError: If memory runs out even for a single text on the CPU.
-        TrainingError: If the loss or the weights are not finite.
-        UnavailableError: If the hub cannot be reached.
+        SetFitKDError: As `train_teacher`.
     """
     config = FinetuneConfig.merged(config, settings).with_family_defaults("transformer")
     if not isinstance(labeled, LabeledSet):
@@ -70,15 +65,7 @@ def finetune(
         raise DataError(
             f"{validation.origin} and {labeled.origin} have different classes.", hint="Use the same classes in both."
         )
-    if validation is None and (config.patience is not None or config.schedule == "plateau"):
-        raise ConfigError(
-            "The settings patience and schedule=plateau require validation texts.",
-            hint="Pass --validation, or remove --patience and --schedule plateau.",
-        )
-    if config.metric == "f1-binary" and len(labeled.label_names) != 2:
-        raise ConfigError(
-            f"The metric f1-binary requires 2 classes, got {len(labeled.label_names)}.", hint="Use --metric f1-macro."
-        )
+    check_settings(config, labeled, validation)
     device = resolve_device(config.device)
     check_precision(config.precision, device)
     if isinstance(model, str | Path):
@@ -92,26 +79,50 @@ def finetune(
         from setfit_kd.finetune.trainer import FinetuneTrainer
         from setfit_kd.training.loop import train
 
-        trainer: FinetuneTrainer | None = None
-
-        def create_trainer(resolved: FinetuneConfig, device: torch.device, scratch: str) -> FinetuneTrainer:
-            nonlocal trainer
-            model = new_model(body, labeled.label_names)
-            trainer = FinetuneTrainer(model, labeled, validation, resolved, device, scratch)
-            return trainer
-
-        trained = train(
+        # A CPU fallback must not change the batch size.
+        batch_size = resolve_batch_size(device, config)
+        return train(
             body,
-            create_trainer,
-            # A CPU fallback must not change the batch size.
-            config.model_copy(update={"batch_size": resolve_batch_size(device, config)}),
+            partial(
+                FinetuneTrainer,
+                new_model(body, labeled.label_names),
+                labeled,
+                validation,
+                [] if history is None else history,
+            ),
+            config.model_copy(update={"batch_size": batch_size}),
             device=device,
             texts=labeled.texts,
-            batch_texts=min(resolve_batch_size(device, config), len(labeled)),
+            batch_texts=min(batch_size, len(labeled)),
             steps=finetune_steps(config, len(labeled), device),
             description=description,
             checkpoints=checkpoints,
         )
-        if history is not None and trainer is not None and trainer.validation_callback is not None:
-            history.extend(trainer.validation_callback.results)
-        return trained
+
+
+def check_settings(config: FinetuneConfig, labeled: LabeledSet, validation: LabeledSet | None) -> None:
+    """Raise a `ConfigError` if the data lacks what a setting requires."""
+    if validation is None and (config.patience is not None or config.schedule == "plateau"):
+        raise ConfigError(
+            "The settings patience and schedule=plateau require validation texts.",
+            hint="Pass --validation, or remove --patience and --schedule plateau.",
+        )
+    if config.metric == "f1-binary" and len(labeled.label_names) != 2:
+        raise ConfigError(
+            f"The metric f1-binary requires 2 classes, got {len(labeled.label_names)}.", hint="Use --metric f1-macro."
+        )
+
+
+def resolve_batch_size(device: torch.device, config: FinetuneConfig) -> int:
+    """Return the batch size in the settings, or the default for the device."""
+    return config.batch_size or (16 if device.type == "cpu" else 32)
+
+
+def finetune_steps(config: FinetuneConfig, texts: int, device: torch.device) -> int:
+    """Return the maximum number of training steps on ``texts`` labeled texts."""
+    return config.steps or config.epochs * steps_per_epoch(config, texts, device)
+
+
+def steps_per_epoch(config: FinetuneConfig, texts: int, device: torch.device) -> int:
+    """Return the number of training steps per epoch over ``texts`` texts."""
+    return -(-texts // resolve_batch_size(device, config))

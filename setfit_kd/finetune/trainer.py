@@ -1,35 +1,88 @@
-"""SetFit's trainer with cross-entropy on a transformer's classification layer instead of the contrastive loss."""
+"""Trainer of transformer classifiers, and evaluation on validation texts during training."""
 
 from __future__ import annotations
 
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
-from setfit import SetFitModel, Trainer, TrainingArguments
-from torch import nn
+from setfit import SetFitModel
 
 from setfit_kd.config.base import resolved
 from setfit_kd.config.stages import FinetuneConfig
 from setfit_kd.data.labeled_set import LabeledSet
-from setfit_kd.finetune.steps import resolve_batch_size, steps_per_epoch
-from setfit_kd.finetune.validation import ValidationCallback
+from setfit_kd.evaluation.metrics import measure_quality
+from setfit_kd.finetune.train import resolve_batch_size, steps_per_epoch
 from setfit_kd.losses.cross_entropy import CrossEntropyLoss
-from setfit_kd.models.encode import shorten_texts
-from setfit_kd.models.transformer_head import get_head, last_layer
-from setfit_kd.training.loop import inner_trainer_options, training_arguments
+from setfit_kd.models.encode import embed, shorten_texts
+from setfit_kd.models.heads import get_head, last_layer
+from setfit_kd.training.callbacks import EvaluationCallback
+from setfit_kd.training.loss_trainer import LossTrainer
+from setfit_kd.utils.console import show_progress
+
+logger = logging.getLogger(__name__)
+
+_RESULTS_FILE = "validation.json"
 
 
-class FinetuneTrainer(Trainer):
-    """Trainer that fine-tunes a transformer on labeled texts.
+@dataclass
+class ValidationCallback(EvaluationCallback):
+    """Callback that measures accuracy and F1 on validation texts every ``eval_steps`` steps and after the last step.
 
-    Args:
-        model: The model to train.
-        labeled: Labeled texts to train on.
-        validation: Labeled texts to evaluate on during training; None for no evaluation.
-        config: The settings, with precision resolved.
-        device: The device to train on.
-        output_dir: Folder for files of the inner trainer.
+    ``results`` holds the step and all scores of each evaluation; ``history`` has the selected metric only.
+    """
+
+    validation: LabeledSet
+    config: FinetuneConfig
+    eval_steps: int
+    results: list[dict[str, float]] = field(default_factory=list)
+
+    def is_due(self, step: int, args: Any, state: Any) -> bool:
+        """Return whether to evaluate after this step."""
+        return step % self.eval_steps == 0 or step == state.max_steps
+
+    def measure(self, step: int) -> float:
+        """Evaluate on the validation texts; return the metric."""
+        batch_size = self.config.encode_batch_size
+        with show_progress(False):  # the training has a bar
+            embeddings = embed(self.body, self.validation.texts, batch_size=batch_size, description="Validating")
+        head = get_head(self.body)  # the classification layer is part of the transformer
+        predicted = head.predict_proba(np.asarray(embeddings, np.float64)).argmax(axis=1)
+        scores = measure_quality(predicted, self.validation.labels, self.validation.label_names).scores
+        self.results.append({"step": step, **scores})
+        message = ", ".join(f"{name} {value:.1%}" for name, value in scores.items())
+        logger.info("Step %d: %s on %s.", step, message, self.validation.origin)
+        return scores[self.config.metric]
+
+    def on_no_improvement(self, **kwargs: Any) -> None:
+        """Halve the learning rate, if the schedule is ``plateau``."""
+        scheduler = kwargs["lr_scheduler"]
+        if self.config.schedule == "plateau":
+            scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
+            for group in kwargs["optimizer"].param_groups:  # the scheduler has already set the rate of the next step
+                group["lr"] /= 2
+            logger.info("Halved the learning rate to %g.", scheduler.base_lrs[0])
+
+    def save_state(self, folder: Path) -> None:
+        """Write the results and the best weights to a checkpoint folder."""
+        super().save_state(folder)
+        (folder / _RESULTS_FILE).write_text(json.dumps(self.results), encoding="utf-8")
+
+    def load_state(self, folder: Path) -> None:
+        """Load the state that `save_state` wrote."""
+        super().load_state(folder)
+        self.results = json.loads((folder / _RESULTS_FILE).read_text(encoding="utf-8"))
+
+
+class FinetuneTrainer:
+    """Trainer of a transformer on labeled texts; the precision in the config is resolved.
+
+    The results of the evaluations on the validation texts are appended to ``history``.
     """
 
     def __init__(
@@ -37,57 +90,40 @@ class FinetuneTrainer(Trainer):
         model: SetFitModel,
         labeled: LabeledSet,
         validation: LabeledSet | None,
+        history: list[dict[str, float]],
         config: FinetuneConfig,
         device: torch.device,
         output_dir: str,
     ) -> None:
-        self.labeled = labeled
-        self.config = config
-        arguments = training_arguments(
+        self.model, self.history = model, history
+        body = model.model_body
+        self.inner = LossTrainer(
+            body,
+            config,
+            device,
             output_dir,
             batch_size=resolve_batch_size(device, config),
-            epochs=config.epochs,
             learning_rate=resolved(config.learning_rate),
-            num_iterations=1,
-            seed=config.seed,
-            precision=config.precision,
+            epochs=config.epochs,
             steps=config.steps,
         )
-        dataset = Dataset.from_dict({"text": labeled.texts, "label": labeled.labels.tolist()})
-        with inner_trainer_options(device, config.precision):
-            super().__init__(model=model, args=arguments, train_dataset=dataset, metric=lambda *_: {})
+        columns = {"sentence": shorten_texts(body, labeled.texts), "label": labeled.labels.tolist()}
+        self.inner.train_dataset = Dataset.from_dict(columns)
+        self.inner.loss = CrossEntropyLoss(
+            body, last_layer(body), dropout=resolved(config.dropout), micro_batch_size=config.micro_batch_size
+        )
         self.validation_callback: ValidationCallback | None = None
         if validation is not None:
-            self.validation_callback = ValidationCallback(
-                model.model_body,
-                config.patience,
-                validation,
-                metric=config.metric,
-                eval_steps=config.eval_steps or steps_per_epoch(config, len(labeled), device),
-                halve_learning_rate=config.schedule == "plateau",
-                encode_batch_size=config.encode_batch_size,
-            )
-            self.st_trainer.add_callback(self.validation_callback)
+            eval_steps = config.eval_steps or steps_per_epoch(config, len(labeled), device)
+            self.validation_callback = ValidationCallback(body, config.patience, validation, config, eval_steps)
+            self.inner.add_callback(self.validation_callback)
 
-    def get_dataset(
-        self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
-    ) -> tuple[Dataset, nn.Module]:
-        """Return the labeled texts and the cross-entropy loss."""
-        body = self.model.model_body
-        loss = CrossEntropyLoss(
-            body,
-            last_layer(body),
-            dropout=resolved(self.config.dropout),
-            micro_batch_size=self.config.micro_batch_size,
-        )
-        return Dataset.from_dict({"sentence": shorten_texts(body, x), "label": y}), loss
+    def train_body(self) -> None:
+        """Train the transformer with its classification layer."""
+        self.inner.train()
 
-    def train_embeddings(self, *args: Any, **kwargs: Any) -> None:
-        """Train the model; with validation texts, restore the best weights."""
-        super().train_embeddings(*args, **kwargs)
-        if self.validation_callback is not None:
-            self.validation_callback.restore_best_weights()
-
-    def train_classifier(self, x_train: list[str], y_train: Any, args: TrainingArguments | None = None) -> None:
-        """Set the head to the classification layer, which was trained with the body."""
+    def fit_head(self) -> None:
+        """Set the head to the classification layer."""
         self.model.model_head = get_head(self.model.model_body)
+        if self.validation_callback is not None:
+            self.history.extend(self.validation_callback.results)

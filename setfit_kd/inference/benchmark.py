@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +18,10 @@ import numpy as np
 
 from setfit_kd import errors
 from setfit_kd.errors import DataError, SetFitKDError
-from setfit_kd.inference.classifier import TextClassifier, classifier_path, open_classifier
+from setfit_kd.inference.classifier import is_bundle, open_classifier
 from setfit_kd.utils.files import folder_megabytes
 
 BATCH_SIZES = (8, 32, 128, 512)
-_PACKAGE_ROOT = Path(__file__).parents[2]
 _N_WARMUP_TEXTS = 16
 _MAX_LATENCY_SECONDS, _MIN_LATENCY_TEXTS, _MIN_THROUGHPUT_SECONDS = 10.0, 30, 1.0
 _PROGRAM = """
@@ -73,13 +72,8 @@ def measure_speed(
 ) -> Speed:
     """Measure the student of a run, a SetFit model or a bundle in a separate process.
 
-    Args:
-        path: As in `open_classifier`.
-        texts: n typical texts; all of them are classified at every batch size, and one by one for ten seconds at most.
-        threads: Maximum number of CPU threads; None uses one per core.
-        device: As in `RunConfig`.
-        batch_sizes: Numbers of texts per forward pass to try.
-        trust_pickle: Also load a head that is stored only as a pickle.
+    Typical texts are classified one by one for ten seconds at most, and all of them at every batch size. The other
+    arguments are those of `open_classifier`, but ``threads`` is one per core by default.
 
     Raises:
         DataError: If ``texts`` is empty.
@@ -88,20 +82,13 @@ def measure_speed(
     if not len(texts):
         raise DataError("Cannot measure a classifier without texts.", hint="Pass texts like those to be classified.")
     threads = threads or os.cpu_count() or 1
-    task = {
-        "path": str(path),
-        "threads": threads,
-        "device": device,
-        "batch_sizes": list(batch_sizes),
-        "trust_pickle": trust_pickle,
-        "texts": list(texts),
-    }
-    thread_limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
-    tokenizer_threads = {"TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false"}
+    options = {"device": device, "threads": threads, "trust_pickle": trust_pickle}
+    task = {"path": str(path), "texts": list(texts), "batch_sizes": list(batch_sizes), "options": options}
+    variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
     process = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, str(_PACKAGE_ROOT)],
+        [sys.executable, "-c", _PROGRAM, str(Path(__file__).parents[2])],
         input=json.dumps({**task, "started": time.time()}).encode(),
-        env={**os.environ, **thread_limits, **tokenizer_threads},
+        env={**os.environ, **variables, "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false"},
         capture_output=True,
     )
     if process.returncode or not process.stdout:
@@ -127,60 +114,52 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _measure(
-    path: str, texts: list[str], threads: int, device: str, batch_sizes: list[int], trust_pickle: bool, started: float
-) -> Speed:
+def _measure(path: str, texts: list[str], batch_sizes: list[int], options: dict[str, Any], started: float) -> Speed:
     # This module imports only the packages that a bundle needs, so that time and memory are those of the classifier.
-    classifier = open_classifier(path, device=device, threads=threads, trust_pickle=trust_pickle)
+    classifier = open_classifier(path, **options)
     load_seconds = time.time() - started
+
+    def seconds(texts: list[str]) -> float:
+        start = time.perf_counter()
+        classifier.predict_proba(texts)
+        return time.perf_counter() - start
+
     for text in texts[:_N_WARMUP_TEXTS]:
         classifier.predict_proba([text])
-    latencies = _measure_latencies(classifier, texts)
+    latencies: list[float] = []
+    for text in texts:
+        if len(latencies) >= _MIN_LATENCY_TEXTS and sum(latencies) > _MAX_LATENCY_SECONDS:
+            break
+        latencies.append(seconds([text]))
     peak_memory = _peak_memory()
-    throughputs = {size: _measure_throughput(classifier, texts, size) for size in batch_sizes}
-    best_size = max(throughputs, key=lambda size: throughputs[size])
-    p50, p95, p99 = (float(value) for value in np.percentile(latencies, (50, 95, 99)))
-    folder = classifier_path(path)
-    disk_mb = None if folder is None else folder_megabytes(folder)
+    throughputs: list[tuple[float, int]] = []
+    for size in batch_sizes:
+        classifier.batch_size = size
+        times: list[float] = []
+        while sum(times) < _MIN_THROUGHPUT_SECONDS:
+            times.append(seconds(texts))
+        throughputs.append((len(times) * len(texts) / sum(times), size))
+    texts_per_second, best_size = max(throughputs)
+    disk_mb = None
+    if is_bundle(path):
+        disk_mb = folder_megabytes(Path(path))
+    elif Path(path).is_dir():
+        from setfit_kd.models.io import classifier_folder
+
+        disk_mb = folder_megabytes(classifier_folder(path))
+    p50, p95, p99 = (round(1000 * float(value), 3) for value in np.percentile(latencies, (50, 95, 99)))
     return Speed(
-        p50_ms=round(1000 * p50, 3),
-        p95_ms=round(1000 * p95, 3),
-        p99_ms=round(1000 * p99, 3),
-        texts_per_second=round(throughputs[best_size], 1),
+        p50_ms=p50,
+        p95_ms=p95,
+        p99_ms=p99,
+        texts_per_second=round(texts_per_second, 1),
         batch_size=best_size,
         load_seconds=round(load_seconds, 3),
         memory_mb=round(peak_memory / 1e6, 1),
         disk_mb=None if disk_mb is None else round(disk_mb, 1),
-        threads=threads,
+        threads=options["threads"],
         torch="torch" in sys.modules,
     )
-
-
-def _measure_latencies(classifier: TextClassifier, texts: Sequence[str]) -> list[float]:
-    """Classify texts one by one and return the seconds of each."""
-    latencies: list[float] = []
-    start = time.perf_counter()
-    for text in texts:
-        if len(latencies) >= _MIN_LATENCY_TEXTS and time.perf_counter() - start > _MAX_LATENCY_SECONDS:
-            break
-        latencies.append(_time(lambda text=text: classifier.predict_proba([text])))  # type: ignore[misc]
-    return latencies
-
-
-def _measure_throughput(classifier: TextClassifier, texts: Sequence[str], batch_size: int) -> float:
-    """Classify all texts in batches of this size, for at least a second, and return texts per second."""
-    classifier.batch_size = batch_size
-    seconds, passes = 0.0, 0
-    while seconds < _MIN_THROUGHPUT_SECONDS:
-        seconds += _time(lambda: classifier.predict_proba(texts))
-        passes += 1
-    return passes * len(texts) / seconds
-
-
-def _time(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def _peak_memory() -> int:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import csv
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ConfigError
-from setfit_kd.inference.classifier import TextClassifier
-from setfit_kd.runtime.classify import chunk_texts
+from setfit_kd.inference.classifier import TorchClassifier
+from setfit_kd.runtime.classify import Classifier, chunk_texts
 from setfit_kd.utils.atomic_io import atomic_file
 from setfit_kd.utils.console import suppress_warnings
 from setfit_kd.utils.escape import as_text, json_text
@@ -30,58 +30,45 @@ CHUNK_SIZE = 1024
 """Maximum number of texts in memory."""
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions for one chunk of m texts.
+class Prediction(NamedTuple):
+    """Prediction for one row: text, label, (n_classes,) float32 probabilities and the other columns of the row.
 
-    Attributes:
-        texts: m texts; None for rows without text.
-        labels: m labels; None for rows without text and for probabilities below the threshold.
-        probabilities: (m, n_classes) float32; NaN for rows without text.
-        columns: m mappings with the other columns of each row.
+    Text and label are None and the probabilities NaN if the row has no usable text. The label is also None if its
+    probability is below the threshold.
     """
 
-    texts: list[str | None]
-    labels: list[str | None]
+    text: str | None
+    label: str | None
     probabilities: npt.NDArray[np.float32]
-    columns: list[Mapping[str, Any]]
+    columns: Mapping[str, Any]
 
-    def rows(self) -> Iterator[tuple[str | None, str | None, list[float] | None, Mapping[str, Any]]]:
-        """Iterate over text, label, rounded probabilities (None without text) and other columns of each row."""
-        for text, label, row, columns in zip(
-            self.texts, self.labels, self.probabilities.tolist(), self.columns, strict=True
-        ):
-            yield text, label, None if text is None else [round(p, 6) for p in row], columns
-
-
-WritePredictions = Callable[[Predictions], None]
-OpenWriter = Callable[[IO[bytes], list[str], Columns], AbstractContextManager[WritePredictions]]
-"""Opens a writer of predictions for the named classes on a binary file; in tables, the other columns come first."""
+    def rounded(self) -> list[float] | None:
+        """Return the probabilities rounded for text formats; None without text."""
+        return None if self.text is None else [round(p, 6) for p in self.probabilities.tolist()]
 
 
 def classify(
-    classifier: TextClassifier, rows: Iterable[Row], *, threshold: float = 0.0, chunk_size: int = CHUNK_SIZE
-) -> Iterator[Predictions]:
-    """Classify any number of texts in chunks, as they arrive.
+    classifier: TorchClassifier | Classifier,
+    rows: Iterable[Row],
+    *,
+    threshold: float = 0.0,
+    is_waiting: Callable[[], bool] = lambda: False,
+) -> Iterator[list[Prediction]]:
+    """Classify any number of texts in chunks of at most `CHUNK_SIZE`, as they arrive.
 
-    Args:
-        classifier: Classifier to use.
-        rows: Texts with the other columns of their rows.
-        threshold: Minimum probability of a label, from 0 to 1; below it, the label is None.
-        chunk_size: Maximum number of texts that are in memory and classified together.
+    If ``is_waiting`` says that the next row has not arrived yet, the chunk is classified without it.
     """
-    names = classifier.labels
-    for chunk in chunk_texts(rows, chunk_size, get_text=itemgetter(0)):
-        texts = {row: text for row, (text, _) in enumerate(chunk) if text is not None}
-        probabilities = np.full((len(chunk), len(names)), np.nan, np.float32)
+    for chunk in chunk_texts(rows, CHUNK_SIZE, get_text=itemgetter(0), is_waiting=is_waiting):
+        has_text = [text is not None for text, _ in chunk]
+        probabilities = np.full((len(chunk), len(classifier.labels)), np.nan, np.float32)
         with suppress_warnings("setfit_kd.runtime"):  # `chunk_texts` logs one warning for all chunks
-            probabilities[list(texts)] = classifier.predict_proba(list(texts.values()))
-        labels: list[str | None] = [None] * len(chunk)
-        for row in texts:
-            column = int(probabilities[row].argmax())
-            if probabilities[row, column] >= threshold:
-                labels[row] = names[column]
-        yield Predictions([text for text, _ in chunk], labels, probabilities, [columns for _, columns in chunk])
+            probabilities[has_text] = classifier.predict_proba([text for text, _ in chunk if text is not None])
+        labels = [
+            classifier.labels[column] if highest >= threshold else None  # false for NaN
+            for column, highest in zip(probabilities.argmax(axis=1), probabilities.max(axis=1), strict=True)
+        ]
+        rows_of_chunk = zip(chunk, labels, probabilities, strict=True)
+        yield [Prediction(text, label, row, columns) for (text, columns), label, row in rows_of_chunk]
 
 
 def _column_renamer(reserved: list[str]) -> Callable[[Iterable[str]], list[str]]:
@@ -110,19 +97,16 @@ def _to_cell(value: Any) -> Any:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-@contextmanager
-def _json_lines(file: IO[bytes], names: list[str], _: Columns) -> Iterator[WritePredictions]:
+def _write_json_lines(file: IO[bytes], chunks: Iterable[list[Prediction]], names: list[str], _: Columns) -> None:
     rename = _column_renamer(["text", "label", "probabilities"])
-
-    def write(chunk: Predictions) -> None:
-        for text, label, row, columns in chunk.rows():
-            other = dict(zip(rename(columns), columns.values(), strict=True))
-            probabilities = row and dict(zip(names, row, strict=True))
-            record = {**other, "text": text, "label": label, "probabilities": probabilities}
+    for chunk in chunks:
+        for prediction in chunk:
+            other = dict(zip(rename(prediction.columns), prediction.columns.values(), strict=True))
+            row = prediction.rounded()
+            answer = {"label": prediction.label, "probabilities": row and dict(zip(names, row, strict=True))}
+            record = {**other, "text": prediction.text, **answer}
             file.write(json_text(record).encode("utf-8") + b"\n")
         file.flush()
-
-    yield write
 
 
 def _header(names: list[str], columns: Columns) -> list[str]:
@@ -130,28 +114,22 @@ def _header(names: list[str], columns: Columns) -> list[str]:
     return [*map(_to_cell, _column_renamer(output_columns)(columns)), *output_columns]
 
 
-def _delimited(delimiter: str) -> OpenWriter:
-    @contextmanager
-    def delimited(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[WritePredictions]:
-        def write_line(line: str) -> None:
-            file.write(line.removesuffix("\r\n").encode("utf-8") + b"\n")
-
-        # The csv module quotes a carriage return only if its line terminator contains one.
-        table = csv.writer(SimpleNamespace(write=write_line), delimiter=delimiter, lineterminator="\r\n")
-
-        def write(chunk: Predictions) -> None:
-            for text, label, row, other in chunk.rows():
-                probabilities = [max(row), *row] if row else [None] * (1 + len(names))
-                table.writerow([*(_to_cell(other.get(name)) for name in columns), text, label, *probabilities])
-
-        table.writerow(_header(names, columns))
-        yield write
-
-    return delimited
+def _write_delimited(
+    delimiter: str, file: IO[bytes], chunks: Iterable[list[Prediction]], names: list[str], columns: Columns
+) -> None:
+    # The csv module quotes a carriage return only if its line terminator contains one.
+    lines = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n").encode("utf-8") + b"\n"))
+    table = csv.writer(lines, delimiter=delimiter, lineterminator="\r\n")
+    table.writerow(_header(names, columns))
+    for chunk in chunks:
+        for prediction in chunk:
+            row = prediction.rounded()
+            probabilities = [max(row), *row] if row else [None] * (1 + len(names))
+            other = [_to_cell(prediction.columns.get(name)) for name in columns]
+            table.writerow([*other, prediction.text, prediction.label, *probabilities])
 
 
-@contextmanager
-def _parquet(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[WritePredictions]:
+def _write_parquet(file: IO[bytes], chunks: Iterable[list[Prediction]], names: list[str], columns: Columns) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -165,24 +143,22 @@ def _parquet(file: IO[bytes], names: list[str], columns: Columns) -> Iterator[Wr
         return pa.array(values, dtype, from_pandas=True)
 
     with pq.ParquetWriter(file, schema) as table:
-
-        def write(chunk: Predictions) -> None:
-            missing = np.array([text is None for text in chunk.texts])
-            highest = chunk.probabilities.max(axis=1)
-            probabilities = [pa.array(p, pa.float32(), mask=missing) for p in (highest, *chunk.probabilities.T)]
-            other = [to_arrow([row.get(name) for row in chunk.columns], dtype) for name, dtype in columns.items()]
-            texts, labels = pa.array(chunk.texts, pa.string()), pa.array(chunk.labels, pa.string())
-            table.write_batch(pa.record_batch([*other, texts, labels, *probabilities], schema=schema))
-
-        yield write
+        for chunk in chunks:
+            texts, labels, rows, others = zip(*chunk, strict=True)
+            probabilities = np.array(rows)
+            values = (probabilities.max(axis=1), *probabilities.T)
+            other = [to_arrow([row.get(name) for row in others], dtype) for name, dtype in columns.items()]
+            answers = [pa.array(texts, pa.string()), pa.array(labels, pa.string())]
+            answers += [pa.array(column, pa.float32(), from_pandas=True) for column in values]
+            table.write_batch(pa.record_batch([*other, *answers], schema=schema))
 
 
-_FORMATS: dict[str, OpenWriter] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".csv": _delimited(","),
-    ".tsv": _delimited("\t"),
-    ".parquet": _parquet,
+_FORMATS: dict[str, Callable[[IO[bytes], Iterable[list[Prediction]], list[str], Columns], None]] = {
+    ".jsonl": _write_json_lines,
+    ".ndjson": _write_json_lines,
+    ".csv": partial(_write_delimited, ","),
+    ".tsv": partial(_write_delimited, "\t"),
+    ".parquet": _write_parquet,
 }
 
 
@@ -196,22 +172,18 @@ def check_output(path: Path) -> None:
         raise ConfigError(f"Unknown file extension: {path}.", hint=f"Use one of {', '.join(_FORMATS)}.")
 
 
-@contextmanager
-def predictions_file(path: Path, names: list[str], columns: Columns | None = None) -> Iterator[WritePredictions]:
-    """Open a file for predictions; its extension selects the format.
+def write_predictions(
+    path: Path | None, chunks: Iterable[list[Prediction]], names: list[str], columns: Columns | None = None
+) -> None:
+    """Write predictions to a file, whose extension selects the format, or as JSON lines to stdout.
 
-    Yields a function that writes the next chunk. The file appears only if the block succeeds. Tables have ``columns``
-    before those of the predictions.
+    A file appears only if everything was written. ``columns`` are the other columns of a table, which come first.
 
     Raises:
-        ConfigError: If the extension is unknown.
         OutputError: If the file cannot be written.
     """
-    check_output(path)
-    with atomic_file(path) as file, _FORMATS[path.suffix.lower()](file, names, columns or {}) as write:
-        yield write
-
-
-def predictions_stream(file: IO[bytes], names: list[str]) -> AbstractContextManager[WritePredictions]:
-    """Open a binary stream for predictions as JSON lines; yields a function that writes the next chunk."""
-    return _json_lines(file, names, {})
+    if path is None:
+        _write_json_lines(sys.stdout.buffer, chunks, names, {})
+        return
+    with atomic_file(path) as file:
+        _FORMATS[path.suffix.lower()](file, chunks, names, columns or {})

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
+from setfit_kd.utils.arrays import Floats
 
 CPU_CHUNK = 16
 """Texts per forward pass on a CPU, where padding a whole batch to its longest text is expensive."""
-
-
-class LossOptions(TypedDict, total=False):
-    """Keyword arguments of every loss; see `BatchLoss`."""
-
-    dropout: bool
-    micro_batch_size: int | None
 
 
 class BatchLoss(nn.Module, ABC):
@@ -36,10 +26,10 @@ class BatchLoss(nn.Module, ABC):
 
     Args:
         model: The body to train.
-        dropout: Keep the body's dropout on. Off by default, because dropout only disturbs a student that must
-            reproduce the geometry of the teacher's embeddings.
-        micro_batch_size: Maximum number of texts whose activations are kept in memory. None keeps those of the whole
-            batch, without gradient caching.
+        dropout: Keep the body's dropout on. By default it is off, because it disturbs a student that must reproduce
+            the geometry of the teacher's embeddings.
+        micro_batch_size: Maximum number of texts whose activations are kept in memory; None keeps those of the whole
+            batch.
 
     References:
         - Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup".
@@ -50,13 +40,9 @@ class BatchLoss(nn.Module, ABC):
         labels: (B,) numbers; their meaning depends on the loss.
     """
 
-    def __init__(
-        self, model: SentenceTransformer, *, dropout: bool = False, micro_batch_size: int | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, *, dropout: bool = False, micro_batch_size: int | None = None) -> None:
         super().__init__()
-        self.model = model
-        self.dropout = dropout
-        self.micro_batch_size = micro_batch_size
+        self.model, self.dropout, self.micro_batch_size = model, dropout, micro_batch_size
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """Embed each text column and compute the loss, a scalar."""
@@ -66,24 +52,16 @@ class BatchLoss(nn.Module, ABC):
         return self.compute_loss([self.embed(features, n_columns=len(columns)) for features in columns], labels)
 
     def embed(self, features: dict[str, Tensor], *, n_columns: int = 1) -> Tensor:
-        """Embed one text column.
+        """Embed one of ``n_columns`` text columns, with features of B texts padded to T tokens: (B, d).
 
         Texts are sorted by length and embedded in micro-batches, or on a CPU in chunks of `CPU_CHUNK`, each cut to its
         longest text. Embeddings and gradients are the same as in one pass, except for the random draws of dropout.
-
-        Args:
-            features: Features of B texts, padded to T tokens.
-            n_columns: Number of text columns in the batch.
-
-        Returns:
-            (B, d) embeddings.
         """
         mask = features.get("attention_mask")  # (B, T); static bodies have none and need no chunks
         if mask is None:
             return self._encode(features)
         size = self.micro_batch_size or (CPU_CHUNK if mask.device.type == "cpu" else len(mask))
-        fits = n_columns * len(mask) <= size
-        if fits or (self.micro_batch_size is None and len(mask) <= size):
+        if len(mask) * (1 if self.micro_batch_size is None else n_columns) <= size:
             return self._encode(features)
         recompute = self.micro_batch_size is not None and torch.is_grad_enabled()
         lengths = mask.sum(dim=1)
@@ -92,7 +70,12 @@ class BatchLoss(nn.Module, ABC):
         embeddings = []
         for rows in torch.split(order, size):
             length = int(lengths[rows[0]]) if padded_right else mask.shape[1]
-            chunk = {name: _select_rows(value, rows, length, mask=mask) for name, value in features.items()}
+            chunk = {
+                name: (value[rows, :length] if value.shape[:2] == mask.shape else value[rows])
+                if isinstance(value, Tensor) and value.shape[:1] == mask.shape[:1]
+                else value
+                for name, value in features.items()
+            }
             embeddings.append(
                 # Both passes must draw the same dropout masks.
                 checkpoint(self._encode, chunk, use_reentrant=False, preserve_rng_state=self.dropout)
@@ -110,13 +93,6 @@ class BatchLoss(nn.Module, ABC):
         """Compute the loss, a scalar, from one (B, d) tensor of embeddings per text column and (B,) labels."""
 
 
-def _select_rows(value: Tensor, rows: Tensor, length: int, *, mask: Tensor) -> Tensor:
-    """Select rows of a feature and cut token features to ``length``; return any other feature unchanged."""
-    if not isinstance(value, Tensor) or value.shape[:1] != mask.shape[:1]:
-        return value
-    return value[rows, :length] if value.shape[:2] == mask.shape else value[rows]
-
-
 def to_float32(embeddings: Tensor) -> Tensor:
     """Convert half precision to float32, because cosines near 1 need more digits."""
     return embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
@@ -128,6 +104,6 @@ def cosine_matrix(embeddings: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def take_rows(array: npt.NDArray[np.floating], labels: Tensor) -> Tensor:
+def take_rows(array: Floats, labels: Tensor) -> Tensor:
     """Read only the rows ``labels`` (B,) of an (n, ...) array, as float32 on the device of the labels."""
     return torch.as_tensor(np.asarray(array[labels.cpu().numpy()], np.float32), device=labels.device)

@@ -18,8 +18,7 @@ class ContrastiveLoss(BatchLoss):
     the pairs across classes have the same weight, regardless of the number of classes.
 
     Args:
-        model: The body to train.
-        dropout, micro_batch_size: See `BatchLoss`.
+        model, dropout, micro_batch_size: See `BatchLoss`.
 
     References:
         - Tunstall et al., 2022, "Efficient Few-Shot Learning Without Prompts".
@@ -43,15 +42,14 @@ class ContrastiveLoss(BatchLoss):
         cosines = cosine_matrix(rows)
         same = labels[:, None] == labels[None, :]
         upper = torch.ones_like(same).triu(diagonal=1)
-        within, across = cosines[same & upper], cosines[~same & upper]
+        within, across = 1 - cosines[same & upper], cosines[~same & upper]
         zero = cosines.sum() * 0
-        attraction = (1 - within).square().mean() if within.numel() else zero
-        repulsion = across.square().mean() if across.numel() else zero
+        attraction, repulsion = (part.square().mean() if part.numel() else zero for part in (within, across))
         return attraction + repulsion
 
 
 def balanced_batches(labels: npt.NDArray[np.int64], *, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """Sample batches with an equal number of texts per class.
+    """Sample ``steps`` batches of row indices with an equal number of texts per class.
 
     If the batch cannot hold two texts of every class, the classes take turns. The texts of each class are used in
     random order and reshuffled after each pass, so that all are used equally often. No text occurs twice in a batch:
@@ -62,9 +60,6 @@ def balanced_batches(labels: npt.NDArray[np.int64], *, batch_size: int, steps: i
         batch_size: Maximum number of texts per batch, at least 4.
         steps: Number of batches.
         seed: Seed of the random order.
-
-    Returns:
-        ``steps`` lists of row indices.
     """
     rng = np.random.default_rng([seed, 2])
     rows_of = [np.flatnonzero(labels == label) for label in np.unique(labels)]

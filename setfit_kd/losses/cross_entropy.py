@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 
-from setfit_kd.losses.base import BatchLoss, LossOptions, to_float32
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-    from typing_extensions import Unpack
+from setfit_kd.losses.base import BatchLoss, to_float32
 
 
 class CrossEntropyLoss(BatchLoss):
     """Mean cross-entropy against the gold labels.
 
     Args:
-        model: The body to train.
         head: Maps (B, d) embeddings to (B, n_classes) logits; trained together with the body.
-        options: See `BatchLoss`.
+        model, options: See `BatchLoss`.
 
     Inputs:
         One text column; labels are (B,) integers, the gold class of each text.
@@ -33,7 +28,7 @@ class CrossEntropyLoss(BatchLoss):
         0.371
     """
 
-    def __init__(self, model: SentenceTransformer, head: nn.Linear, **options: Unpack[LossOptions]) -> None:
+    def __init__(self, model: nn.Module, head: nn.Linear, **options: Any) -> None:
         super().__init__(model, **options)
         self.head = head
 

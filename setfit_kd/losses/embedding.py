@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
-from setfit_kd.losses.base import BatchLoss, LossOptions, take_rows, to_float32
-from setfit_kd.utils.arrays import normalize_rows
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-    from typing_extensions import Unpack
-
-
-_RIDGE_ALPHA = 0.1
-"""Keeps the initial projection from fitting a few texts exactly; rows have length 1."""
+from setfit_kd.losses.base import BatchLoss, take_rows, to_float32
+from setfit_kd.utils.arrays import Floats, normalize_rows
 
 
 class EmbeddingLoss(BatchLoss):
@@ -30,10 +20,9 @@ class EmbeddingLoss(BatchLoss):
     together with the student and discarded after training.
 
     Args:
-        model: The student's body.
         teacher_embeddings: (n, d_teacher), one row per pool text.
         dimension: Dimension of the student's embeddings.
-        options: See `BatchLoss`.
+        model, options: See `BatchLoss`.
 
     References:
         - Reimers and Gurevych, 2020, "Making Monolingual Sentence Embeddings Multilingual using Knowledge
@@ -50,32 +39,20 @@ class EmbeddingLoss(BatchLoss):
         0.5
     """
 
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        teacher_embeddings: npt.NDArray[np.floating],
-        *,
-        dimension: int,
-        **options: Unpack[LossOptions],
-    ) -> None:
+    def __init__(self, model: nn.Module, teacher_embeddings: Floats, *, dimension: int, **options: Any) -> None:
         super().__init__(model, **options)
         self.teacher_embeddings = teacher_embeddings
         d_teacher = teacher_embeddings.shape[1]
         self.projection = nn.Identity() if dimension == d_teacher else nn.Linear(dimension, d_teacher, bias=False)
 
-    def init_projection(
-        self, embeddings: npt.NDArray[np.floating], teacher_embeddings: npt.NDArray[np.floating]
-    ) -> None:
-        """Initialize the projection by ridge regression on m texts.
+    def init_projection(self, embeddings: Floats, teacher_embeddings: Floats) -> None:
+        """Initialize the projection by ridge regression of (m, d_teacher) on the untrained student's (m, dimension).
 
         The learning rate of a body is far too small to train a random projection.
-
-        Args:
-            embeddings: (m, dimension) of the untrained student.
-            teacher_embeddings: (m, d_teacher).
         """
-        student, teacher = normalize_rows(embeddings), normalize_rows(teacher_embeddings)
-        fitted = Ridge(alpha=_RIDGE_ALPHA, fit_intercept=False).fit(student, teacher)
+        # The rows have length 1; alpha keeps the projection from fitting a few texts exactly.
+        ridge = Ridge(alpha=0.1, fit_intercept=False)
+        fitted = ridge.fit(normalize_rows(embeddings), normalize_rows(teacher_embeddings))
         assert isinstance(self.projection, nn.Linear)
         with torch.no_grad():
             self.projection.weight.copy_(torch.as_tensor(fitted.coef_))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from setfit_kd.losses.base import BatchLoss, to_float32
-from setfit_kd.utils.arrays import normalize_rows
+from setfit_kd.utils.arrays import Floats, normalize_rows
 
 
 class PairSimilarityLoss(BatchLoss):
@@ -18,8 +18,7 @@ class PairSimilarityLoss(BatchLoss):
     constant 1, because it draws the pairs before it numbers the texts.
 
     Args:
-        model: The student's body.
-        dropout, micro_batch_size: See `BatchLoss`.
+        model, dropout, micro_batch_size: See `BatchLoss`.
 
     Inputs:
         Two text columns, the texts of each pair; labels are (B,) floats from -1 to 1, the teacher's cosines.
@@ -40,15 +39,9 @@ class PairSimilarityLoss(BatchLoss):
 
 
 def draw_pairs(
-    embeddings: npt.NDArray[np.floating],
-    *,
-    pairs_per_text: int,
-    seed: int,
-    rows: npt.NDArray[np.int64] | None = None,
+    embeddings: Floats, *, pairs_per_text: int, seed: int, rows: npt.NDArray[np.int64] | None = None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Draw random pairs of different texts and compute their cosines.
-
-    Memory is O(m * pairs_per_text).
 
     Args:
         embeddings: (n, d) of the teacher.

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from setfit_kd.losses.base import BatchLoss, LossOptions, cosine_matrix, take_rows
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-    from typing_extensions import Unpack
+from setfit_kd.losses.base import BatchLoss, cosine_matrix, take_rows
+from setfit_kd.utils.arrays import Floats
 
 
 class SimilarityLoss(BatchLoss):
@@ -23,12 +18,11 @@ class SimilarityLoss(BatchLoss):
     and student may differ in dimension.
 
     Args:
-        model: The student's body.
         teacher_embeddings: (n, d), one row per pool text. Targets are computed from the B rows of each batch, so
             memory is O(n d), never O(n²).
         weights: (n,) weight of each pool text; the weight of a pair is the product of the weights of its texts. None
             weights all pairs equally.
-        options: See `BatchLoss`.
+        model, options: See `BatchLoss`.
 
     References:
         - Tung and Mori, 2019, "Similarity-Preserving Knowledge Distillation".
@@ -46,16 +40,10 @@ class SimilarityLoss(BatchLoss):
     """
 
     def __init__(
-        self,
-        model: SentenceTransformer,
-        teacher_embeddings: npt.NDArray[np.floating],
-        *,
-        weights: npt.NDArray[np.float32] | None = None,
-        **options: Unpack[LossOptions],
+        self, model: nn.Module, teacher_embeddings: Floats, *, weights: Floats | None = None, **options: Any
     ) -> None:
         super().__init__(model, **options)
-        self.teacher_embeddings = teacher_embeddings
-        self.weights = weights
+        self.teacher_embeddings, self.weights = teacher_embeddings, weights
 
     def targets(self, labels: Tensor) -> Tensor:
         """Compute the teacher's (B, B) cosines of the pool rows ``labels`` (B,), on the device of the labels."""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from setfit_kd.losses.base import BatchLoss, LossOptions, take_rows, to_float32
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-    from typing_extensions import Unpack
+from setfit_kd.losses.base import BatchLoss, take_rows, to_float32
+from setfit_kd.utils.arrays import Floats
 
 NO_GOLD = -1
 """Stands for the gold class of a text without a gold label."""
@@ -28,13 +25,12 @@ class SoftLabelLoss(BatchLoss):
     discarded after training, when the student's own head is fitted at T = 1.
 
     Args:
-        model: The student's body.
         probabilities: (n, n_classes) of the teacher, one row per pool text, rows summing to 1.
         dimension: Dimension of the student's embeddings.
         gold: (n,) gold class of each pool text, or `NO_GOLD`; None if no text has a gold label.
         temperature: T, above 0.
         alpha: Weight of the gold label, from 0 to 1.
-        options: See `BatchLoss`.
+        model, options: See `BatchLoss`.
 
     References:
         - Hinton, Vinyals and Dean, 2015, "Distilling the Knowledge in a Neural Network".
@@ -54,30 +50,27 @@ class SoftLabelLoss(BatchLoss):
 
     def __init__(
         self,
-        model: SentenceTransformer,
-        probabilities: npt.NDArray[np.float32],
+        model: nn.Module,
+        probabilities: Floats,
         *,
         dimension: int,
         gold: npt.NDArray[np.int64] | None = None,
         temperature: float = 1.0,
         alpha: float = 0.5,
-        **options: Unpack[LossOptions],
+        **options: Any,
     ) -> None:
         super().__init__(model, **options)
-        self.probabilities = probabilities
-        self.gold = gold
-        self.temperature = temperature
-        self.alpha = alpha
+        self.probabilities, self.gold, self.temperature, self.alpha = probabilities, gold, temperature, alpha
         self.head = nn.Linear(dimension, probabilities.shape[1])
 
-    def init_head(self, coef: npt.NDArray[np.floating], intercept: npt.NDArray[np.floating]) -> None:
+    def init_head(self, coef: Floats, intercept: Floats) -> None:
         """Initialize the head with a fitted one: ``coef`` (n_classes, d) and ``intercept`` (n_classes,).
 
         The learning rate of a body is far too small to train a random head.
         """
         with torch.no_grad():
-            self.head.weight.copy_(torch.as_tensor(coef).reshape(self.head.weight.shape))
-            self.head.bias.copy_(torch.as_tensor(intercept).reshape(self.head.bias.shape))
+            self.head.weight.copy_(torch.as_tensor(coef))
+            self.head.bias.copy_(torch.as_tensor(intercept))
 
     def compute_loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """Compute the mean over the texts of the soft-label term and, for texts with a gold label, the gold term."""

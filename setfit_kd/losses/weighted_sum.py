@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 
-from setfit_kd.losses.base import BatchLoss, LossOptions
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-    from typing_extensions import Unpack
+from setfit_kd.losses.base import BatchLoss
 
 
 class WeightedSumLoss(BatchLoss):
     """Weighted sum of losses over the same batch, which is embedded only once.
 
     Args:
-        model: The student's body.
         parts: Pairs of weight and loss. The options of the losses are ignored.
-        options: See `BatchLoss`.
-
-    Requirements:
-        All losses expect the same text column and labels.
+        model, options: See `BatchLoss`.
 
     Inputs:
-        As for the losses.
+        As for the losses, which must all expect the same text column and labels.
 
     Example:
         >>> import numpy as np, torch
         >>> teacher, body = np.eye(2, dtype=np.float32), torch.nn.Identity()
-        >>> from setfit_kd.losses import EmbeddingLoss, SimilarityLoss
+        >>> from setfit_kd.losses.embedding import EmbeddingLoss
+        >>> from setfit_kd.losses.similarity import SimilarityLoss
         >>> similarity = SimilarityLoss(body, teacher)
         >>> embedding = EmbeddingLoss(body, teacher, dimension=2)
         >>> loss = WeightedSumLoss(body, [(1.0, similarity), (0.5, embedding)])
@@ -39,9 +32,7 @@ class WeightedSumLoss(BatchLoss):
         1.25
     """
 
-    def __init__(
-        self, model: SentenceTransformer, parts: Sequence[tuple[float, BatchLoss]], **options: Unpack[LossOptions]
-    ) -> None:
+    def __init__(self, model: nn.Module, parts: Sequence[tuple[float, BatchLoss]], **options: Any) -> None:
         super().__init__(model, **options)
         self.weights = [weight for weight, _ in parts]
         self.parts = nn.ModuleList(part for _, part in parts)

@@ -24,87 +24,29 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Attempt:
-    """Device and batch size that a phase is run with.
-
-    Attributes:
-        device: Device to run on.
-        batch_size: Texts per forward pass; in training, the micro-batch size.
-    """
+    """Device and batch size that a phase is run with: texts per forward pass; in training, the micro-batch size."""
 
     device: torch.device
     batch_size: int
 
-    def __str__(self) -> str:
-        return f"batch size {self.batch_size} on {self.device}"
-
-
-@dataclass(frozen=True)
-class BackoffEvent:
-    """One out-of-memory error and the attempt that follows it.
-
-    Attributes:
-        phase: Phase that ran out of memory, such as ``Training teacher``.
-        kind: ``training``, ``encoding`` or ``loading``.
-        step: Training step, from 1, or number of texts encoded so far; None at the beginning.
-        cause: First line of the error message.
-        before, after: Failed attempt and next attempt; equal if only the cache was cleared.
-        free_before, free_after: Bytes free on the device before and after clearing the cache; None if unknown.
-    """
-
-    phase: str
-    kind: str
-    step: int | None
-    cause: str
-    before: Attempt
-    after: Attempt
-    free_before: int | None
-    free_after: int | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the event as plain values for JSON."""
-        return {
-            "phase": self.phase,
-            "kind": self.kind,
-            "step": self.step,
-            "cause": self.cause,
-            "from": {"device": str(self.before.device), "texts": self.before.batch_size},
-            "to": {"device": str(self.after.device), "texts": self.after.batch_size},
-            "free_mb_before": _megabytes(self.free_before),
-            "free_mb_after": _megabytes(self.free_after),
-        }
-
 
 @dataclass
 class _BackoffState:
-    """Settings and results that the backoffs within `shared_backoff` share."""
+    """Setting, events and limits that the backoffs within `shared_backoff` share.
 
-    cpu_fallback: bool = True
-    events: list[BackoffEvent] = field(default_factory=list)
-    limits: list[_KnownLimit] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _KnownLimit:
-    """Attempt that a model of this size has to start from, because larger attempts ran out of memory.
-
-    Attributes:
-        kind: Kind of phase.
-        requested_device: Device that the phase started on.
-        parameters: Parameters of the model.
-        attempt: Next attempt after the failed one.
+    A limit is an attempt that followed an error, by kind of phase, first device, and parameters of the model.
     """
 
-    kind: str
-    requested_device: torch.device
-    parameters: int
-    attempt: Attempt
+    cpu_fallback: bool = True
+    events: list[dict[str, Any]] = field(default_factory=list)
+    limits: list[tuple[str, torch.device, int, Attempt]] = field(default_factory=list)
 
 
 _backoff_state: ContextVar[_BackoffState | None] = ContextVar("oom_backoff", default=None)
 
 
 @contextmanager
-def shared_backoff(*, cpu_fallback: bool | None = None) -> Iterator[list[BackoffEvent]]:
+def shared_backoff(*, cpu_fallback: bool | None = None) -> Iterator[list[dict[str, Any]]]:
     """Context manager in which a phase starts from the limits found by earlier phases.
 
     A limit applies to phases of the same kind whose model is at least as large. Nested blocks share the limits and
@@ -115,7 +57,7 @@ def shared_backoff(*, cpu_fallback: bool | None = None) -> Iterator[list[Backoff
             block. True has no effect inside a block that forbids the fallback.
 
     Yields:
-        List of backoff events, extended as they occur.
+        List of backoff events as plain values for JSON, extended as they occur.
     """
     outer = _backoff_state.get() or _BackoffState()
     inner = outer if cpu_fallback is None else replace(outer, cpu_fallback=cpu_fallback and outer.cpu_fallback)
@@ -151,14 +93,13 @@ class OOMBackoff:
 
     Attributes:
         attempt: Current attempt.
-        step: Training step, or number of texts encoded so far, for messages.
+        step: Training step from 1, or number of texts encoded so far, for messages; None at the beginning.
     """
 
     def __init__(self, phase: str, *, kind: str, device: torch.device, batch_size: int, model: torch.nn.Module) -> None:
-        self.phase = phase
+        self.phase, self._kind = phase, kind
         self.step: int | None = None
-        self.attempt = self._first = Attempt(device, batch_size)
-        self._kind = kind
+        self._first = Attempt(device, batch_size)
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         self._state = _backoff_state.get() or _BackoffState()
         self._can_use_cpu = self._state.cpu_fallback and _is_accelerator(device)
@@ -166,16 +107,21 @@ class OOMBackoff:
         self._retried: list[Attempt] = []
         self._can_repeat = True
         limits = [
-            limit.attempt
-            for limit in self._state.limits
-            if (limit.kind, limit.requested_device) == (kind, device) and self._parameters >= limit.parameters
+            limit
+            for limit_kind, limit_device, parameters, limit in self._state.limits
+            if (limit_kind, limit_device) == (kind, device) and parameters <= self._parameters
         ]
         cpu_sizes = [limit.batch_size for limit in limits if limit.device != device]
         device_sizes = [limit.batch_size for limit in limits if limit.device == device]
         if cpu_sizes and self._can_use_cpu:
-            self.attempt, self._can_use_cpu = Attempt(_cpu(), min([batch_size, *cpu_sizes])), False
-        elif limits:
+            self._use_cpu(min([batch_size, *cpu_sizes]))
+        else:
             self.attempt = Attempt(device, min([batch_size, *device_sizes]))
+
+    def _use_cpu(self, batch_size: int) -> None:
+        import torch
+
+        self.attempt, self._can_use_cpu = Attempt(torch.device("cpu"), batch_size), False
 
     @property
     def can_retry_on_device(self) -> bool:
@@ -218,47 +164,65 @@ class OOMBackoff:
         Raises:
             OutOfMemoryError: If no attempt is left.
         """
-        failed = self.attempt
-        free_before = _free_bytes(failed.device)
+        failed, cause = self.attempt, first_line(cause)
+        free_before = _free_mb(failed.device)
         clear()
         clear_cache(failed.device)
-        free_after = _free_bytes(failed.device)
+        free_after = _free_mb(failed.device)
         if failed not in self._failed:
             self._failed.append(failed)
+        action = f"continuing with batch size {failed.batch_size // 2} instead of {failed.batch_size}"
         if self._can_repeat:
             self._retried.append(failed)
+            action = "retrying"
         elif failed.batch_size > 1 and (self._kind != "training" or self.step is not None):
             # Before the first step of a training, memory use does not depend on the batch size.
             self.attempt = Attempt(failed.device, failed.batch_size // 2)
         elif self._can_use_cpu:
-            self.attempt, self._can_use_cpu = Attempt(_cpu(), self._first.batch_size), False
+            self._use_cpu(self._first.batch_size)
+            action = f"continuing on the CPU with batch size {self._first.batch_size}"
         else:
             raise self._exhausted(cause)
         self._can_repeat = False
-        event = BackoffEvent(
-            self.phase, self._kind, self.step or None, first_line(cause), failed, self.attempt, free_before, free_after
-        )
-        self._state.events.append(event)
         if self.attempt != failed:
-            self._state.limits.append(_KnownLimit(self._kind, self._first.device, self._parameters, self.attempt))
-        logger.warning("%s", _format_event(event))
+            self._state.limits.append((self._kind, self._first.device, self._parameters, self.attempt))
+        event = {
+            "phase": self.phase,
+            "kind": self._kind,
+            "step": self.step or None,
+            "cause": cause,
+            "from": {"device": str(failed.device), "texts": failed.batch_size},
+            "to": {"device": str(self.attempt.device), "texts": self.attempt.batch_size},
+            "free_mb_before": free_before,
+            "free_mb_after": free_after,
+        }
+        self._state.events.append(event)
+        free = ""
+        if free_before is not None and free_after is not None:
+            free = f" ({free_before:,} MiB free, {free_after:,} MiB after clearing the cache)"
+        logger.warning("%s: out of memory on %s%s; %s.", self._position, failed.device, free, action)
+
+    @property
+    def _position(self) -> str:
+        """The phase, and the step if there is one, for messages."""
+        if not self.step:
+            return self.phase
+        return f"{self.phase}, " + (f"step {self.step}" if self._kind == "training" else f"after {self.step} texts")
 
     def _exhausted(self, cause: str) -> OutOfMemoryError:
-        sizes: dict[str, list[str]] = {}
+        tried: dict[str, list[str]] = {}
         for attempt in self._failed:
-            sizes.setdefault(str(attempt.device), []).append(str(attempt.batch_size))
-        if self._kind == "loading":  # loading has no batch size
-            tried = " and ".join(f"on {device}" for device in sizes)
-        else:
-            tried = "with " + " and ".join(
-                f"batch size {', '.join(failed)} on {device}" for device, failed in sizes.items()
-            )
+            tried.setdefault(str(attempt.device), []).append(str(attempt.batch_size))
+        has_sizes = self._kind != "loading"
+        attempts = " and ".join(
+            f"with batch size {', '.join(sizes)} on {device}" if has_sizes else f"on {device}"
+            for device, sizes in tried.items()
+        )
         hints = ["Use a smaller model", *_HINTS[self._kind]]
         if _is_accelerator(self._first.device) and not self._state.cpu_fallback:
             hints.append("allow the CPU (--cpu-fallback)")
         return OutOfMemoryError(
-            f"{self.phase}{_format_position(self._kind, self.step)}: out of memory {tried} ({first_line(cause)}).",
-            hint=f"{', or '.join(hints)}.",
+            f"{self._position}: out of memory {attempts} ({cause}).", hint=f"{', or '.join(hints)}."
         )
 
 
@@ -269,34 +233,9 @@ _HINTS = {
 }
 
 
-def _format_event(event: BackoffEvent) -> str:
-    before, after = event.before, event.after
-    if after == before:
-        action = "retrying"
-    elif after.device != before.device:
-        action = f"continuing on the CPU with batch size {after.batch_size}"
-    else:
-        action = f"continuing with batch size {after.batch_size} instead of {before.batch_size}"
-    free = ""
-    if event.free_before is not None and event.free_after is not None:
-        free_before, free_after = _megabytes(event.free_before), _megabytes(event.free_after)
-        free = f" ({free_before:,} MiB free, {free_after:,} MiB after clearing the cache)"
-    return f"{event.phase}{_format_position(event.kind, event.step)}: out of memory on {before.device}{free}; {action}."
-
-
-def _format_position(kind: str, step: int | None) -> str:
-    if not step:
-        return ""
-    return f", step {step}" if kind == "training" else f", after {step} texts"
-
-
-def _megabytes(size: int | None) -> int | None:
-    return None if size is None else size >> 20
-
-
-def _free_bytes(device: torch.device) -> int | None:
+def _free_mb(device: torch.device) -> int | None:
     with suppress(RuntimeError):  # a device may stop responding after an error
-        return free_memory(device)[0]
+        return free_memory(device)[0] >> 20
     return None
 
 
@@ -313,9 +252,3 @@ def clear_cache(device: torch.device) -> None:
 
 def _is_accelerator(device: torch.device) -> bool:
     return device.type != "cpu"
-
-
-def _cpu() -> torch.device:
-    import torch
-
-    return torch.device("cpu")

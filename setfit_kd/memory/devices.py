@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PROBE_BYTES = 1 << 20
-
 
 def resolve_device(name: str) -> torch.device:
     """Resolve a device name; ``auto`` prefers CUDA, then MPS, then the CPU.
@@ -38,16 +36,17 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"Unknown device: {name!r}.", hint="Use auto, cuda, cuda:N, mps or cpu.") from None
-    if device.type != "cpu":
-        count = torch.cuda.device_count() if device.type == "cuda" else 1
-        if device.type not in _available_accelerators() or (device.index or 0) >= count:
-            raise ConfigError(
-                f"Device {name!r} is not available.",
-                hint="Use --device auto, or run `setfit-kd doctor` to list the devices.",
-            )
-        error = _probe_device(device)
-        if error is not None and not is_out_of_memory(error):  # the OOM backoff handles a full device
-            raise ConfigError(f"Cannot use device {name!r}: {first_line(str(error))}", hint="Use --device cpu.")
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type not in _available_accelerators() or (device.index or 0) >= count:
+        raise ConfigError(
+            f"Device {name!r} is not available.",
+            hint="Use --device auto, or run `setfit-kd doctor` to list the devices.",
+        )
+    error = _probe_device(device)
+    if error is not None and not is_out_of_memory(error):
+        raise ConfigError(f"Cannot use device {name!r}: {first_line(str(error))}", hint="Use --device cpu.")
     return device
 
 
@@ -59,20 +58,14 @@ def _available_accelerators() -> list[str]:
 
 
 def _probe_device(device: torch.device) -> RuntimeError | None:
-    """Try a small allocation on a device; return the error if it fails."""
+    """Try to allocate 1 MiB on a device; return the error if it fails."""
     import torch
 
     try:
-        torch.ones(_PROBE_BYTES // 4, device=device).sum().item()
+        torch.ones(1 << 18, device=device).sum().item()
     except RuntimeError as error:
         return error.with_traceback(None)
     return None
-
-
-def check_device(name: str) -> None:
-    """Raise the errors of `resolve_device`; import torch only if an accelerator is requested by name."""
-    if name not in ("auto", "cpu"):
-        resolve_device(name)
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:

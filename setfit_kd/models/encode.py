@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 
 from setfit_kd.memory.backoff import Attempt, OOMBackoff, move_model
-from setfit_kd.models.bodies import vocabulary_size
 from setfit_kd.runtime.classify import chunk_texts, shorten
-from setfit_kd.utils.arrays import allocate_array, iter_chunks
+from setfit_kd.utils.arrays import Floats, allocate_array, iter_chunks
 from setfit_kd.utils.console import track
 
 if TYPE_CHECKING:
@@ -68,30 +67,23 @@ def embed(
     batch_size: int = 32,
     normalize: bool = False,
     description: str = "Encoding",
-) -> npt.NDArray[np.floating]:
-    """Embed texts, in the order of the texts.
+) -> Floats:
+    """Embed n texts on the device of the body with `run_batches`, with ``batch_size`` texts per forward pass.
 
-    Texts are processed longest first, so that a batch holds texts of similar length. If memory runs out, the batch
-    size is reduced, and finally the CPU is used.
-
-    Args:
-        body: The body, on the device to run on.
-        texts: n texts.
-        batch_size: Texts per forward pass.
-        normalize: Scale every embedding to length 1.
-        description: Label of the progress bar.
+    Texts are processed longest first, so that a batch holds texts of similar length. ``normalize`` scales every
+    embedding to length 1, and ``description`` is the label of the progress bar.
 
     Returns:
         (n, d) float32; above `MAX_IN_MEMORY_BYTES`, float16 mapped from a temporary file.
-
-    Raises:
-        OutOfMemoryError: If a single text does not fit into memory.
     """
     order = np.argsort([-len(text) for text in texts], kind="stable")
-    embeddings: npt.NDArray[np.floating] | None = None
+    embeddings: Floats | None = None
     chunks = chunk_texts((texts[row] for row in order), max(_CHUNK, batch_size))
     batches = (shorten_texts(body, chunk) for chunk in chunks)
-    encode = partial(_encode, body, normalize)
+
+    def encode(texts: list[str], size: int) -> Any:
+        return body.encode(texts, batch_size=size, normalize_embeddings=normalize, show_progress_bar=False)
+
     start = 0
     for rows in run_batches(body, batches, encode, len(texts), size=batch_size, description=description):
         if embeddings is None:
@@ -101,85 +93,52 @@ def embed(
     return np.empty((0, body.get_embedding_dimension() or 0), np.float32) if embeddings is None else embeddings
 
 
-def _encode(body: SentenceTransformer, normalize: bool, texts: list[str], size: int) -> npt.NDArray[np.float32]:
-    embeddings: npt.NDArray[np.float32] = body.encode(
-        texts, batch_size=size, normalize_embeddings=normalize, show_progress_bar=False
-    )
-    return embeddings
-
-
-def embed_tokens(
-    body: SentenceTransformer, *, batch_size: int = 1024, description: str = "Reading vocabulary"
-) -> npt.NDArray[np.float32]:
-    """Embed each token of a body's vocabulary as a separate text: (n_tokens, d).
-
-    If memory runs out, the batch size is reduced, and finally the CPU is used.
-
-    Args:
-        body: A transformer body with a fast tokenizer, on the device to run on.
-        batch_size: Tokens per forward pass.
-        description: Label of the progress bar.
-
-    Raises:
-        OutOfMemoryError: If a single token does not fit into memory.
-    """
-    from tokenizers import Tokenizer
+def embed_tokens(body: SentenceTransformer, *, batch_size: int = 1024) -> npt.NDArray[np.float32]:
+    """Embed each token in the vocabulary of a transformer with a fast tokenizer as a separate text: (n_tokens, d)."""
+    import torch
 
     backend = Tokenizer.from_str(body.tokenizer.backend_tokenizer.to_str())
     backend.no_padding()  # some tokenizers pad every text to a fixed length
     encoding = backend.encode("a")
     is_special = encoding.special_tokens_mask
     first, last = is_special.index(0), len(is_special) - is_special[::-1].index(0)
-    before, after = encoding.ids[:first], encoding.ids[last:]
-    total = vocabulary_size(body)
-    rows = np.tile(np.array([*before, 0, *after]), (total, 1))
-    rows[:, len(before)] = np.arange(total)
+    total = 1 + max(backend.get_vocab().values())
+    rows = np.tile(np.array([*encoding.ids[:first], 0, *encoding.ids[last:]]), (total, 1))
+    rows[:, first] = np.arange(total)
+
+    def encode(rows: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.float32]:
+        """Embed (B, T) token ids without padding: (B, d)."""
+        body.eval()
+        embeddings = []
+        with torch.inference_mode():
+            for ids in torch.split(torch.as_tensor(rows).to(body.device), size):
+                features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                embeddings.append(body(features)["sentence_embedding"].float().cpu().numpy())
+        return np.concatenate(embeddings)
+
     batches = (rows[start : start + batch_size] for start in range(0, total, batch_size))
-    encode = partial(_encode_ids, body)
-    chunks = run_batches(body, batches, encode, total, size=batch_size, description=description)
-    return np.concatenate(list(chunks))
-
-
-def _encode_ids(body: SentenceTransformer, rows: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.float32]:
-    """Embed (B, T) token ids without padding: (B, d)."""
-    import torch
-
-    body.eval()
-    embeddings = []
-    with torch.inference_mode():
-        for ids in torch.split(torch.as_tensor(rows).to(body.device), size):
-            features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            embeddings.append(body(features)["sentence_embedding"].float().cpu().numpy())
-    return np.concatenate(embeddings)
+    return np.concatenate(list(run_batches(body, batches, encode, total, batch_size, "Reading vocabulary")))
 
 
 def predict_proba(
     model: SetFitModel, texts: Sequence[str], *, batch_size: int = 32, description: str = "Predicting"
 ) -> npt.NDArray[np.float32]:
     """Predict the class probabilities of texts: (n, n_classes) float32, rows summing to 1."""
-    embeddings = embed(
-        model.model_body,
-        texts,
-        batch_size=batch_size,
-        normalize=model.normalize_embeddings,
-        description=description,
-    )
-    return head_proba(model, embeddings)
+    options: Any = {"batch_size": batch_size, "normalize": model.normalize_embeddings, "description": description}
+    return head_proba(model, embed(model.model_body, texts, **options))
 
 
-def head_proba(model: SetFitModel, embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+def head_proba(model: SetFitModel, embeddings: Floats) -> npt.NDArray[np.float32]:
     """Predict class probabilities from (n, d) embeddings: (n, n_classes) float32, rows summing to 1 in float64."""
-    if not len(embeddings):
-        return np.empty((0, len(model.labels or ())), np.float32)
-    return np.concatenate([_head_proba(model, chunk) for chunk in iter_chunks(embeddings)])
-
-
-def _head_proba(model: SetFitModel, embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
     import torch
 
-    embeddings = np.asarray(embeddings, np.float32)
-    if model.has_differentiable_head:
+    def predict(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        if not model.has_differentiable_head:
+            return np.asarray(model.model_head.predict_proba(rows), np.float32)
         with torch.no_grad():
-            tensor = model.model_head.predict_proba(torch.as_tensor(embeddings, device=model.model_head.device))
+            tensor = model.model_head.predict_proba(torch.as_tensor(rows, device=model.model_head.device))
         return np.asarray(tensor.cpu().numpy(), np.float32)
-    return np.asarray(model.model_head.predict_proba(embeddings), np.float32)
+
+    if not len(embeddings):
+        return np.empty((0, len(model.labels or ())), np.float32)
+    return np.concatenate([predict(np.asarray(chunk, np.float32)) for chunk in iter_chunks(embeddings)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,7 @@ from setfit_kd.errors import ModelError
 from setfit_kd.memory.backoff import move_model
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import BodySource, family_of, load_body, locate_model, transformer_label_names
-from setfit_kd.models.heads import load_head, new_head, save_head
-from setfit_kd.models.transformer_head import get_head, set_head, transformer_module
+from setfit_kd.models.heads import get_head, load_head, new_head, save_head, set_head
 from setfit_kd.utils.atomic_io import atomic_folder, replace_files
 from setfit_kd.utils.console import quiet_libraries
 from setfit_kd.utils.escape import escape_markdown, short_class_name, truncate
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _PICKLED_HEAD = "model_head.pkl"
 _SETFIT_CONFIG = "config_setfit.json"
+_RETRAIN = "Train the model again."
 # A run folder contains its config from the start, and its student once that is trained.
 _RUN_MARKER, _STUDENT, _STUDENTS = "config.yaml", "student", "students"
 _CARD = """---
@@ -93,39 +94,55 @@ def save_model(model: SetFitModel, folder: str | Path, *, title: str = "Text cla
         card = _TRANSFORMER_CARD if is_transformer else _CARD
         card = card.format(title=escape_markdown(truncate(title)), n_classes=len(labels), classes=classes)
         (part / "README.md").write_text(card, encoding="utf-8")
-        if is_transformer:
-            _write_transformer(model, part)
-            return
-        model.model_body.save_pretrained(str(part), create_model_card=False)
-        config = {"labels": labels, "normalize_embeddings": model.normalize_embeddings}
-        (part / _SETFIT_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
-        _write_heads(model, part)
+        if not is_transformer:
+            model.model_body.save_pretrained(str(part), create_model_card=False)
+            config = {"labels": labels, "normalize_embeddings": model.normalize_embeddings}
+            (part / _SETFIT_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        _write_head(model, part)
 
 
-def _write_transformer(model: SetFitModel, folder: Path) -> None:
-    set_head(model.model_head, model.model_body)
-    transformer_module(model.model_body).save(str(folder))
+def replace_head(model: SetFitModel, folder: Path) -> None:
+    """Replace the saved head in a folder that holds the same body."""
+    with replace_files(folder) as part, quiet_libraries():
+        _write_head(model, part)
+
+
+def _write_head(model: SetFitModel, folder: Path) -> None:
+    """Write the files of a head; those of a transformer hold its body, too."""
+    import joblib
+
+    if family_of(model.model_body) == "transformer":
+        set_head(model.model_head, model.model_body)
+        model.model_body[0].save(str(folder))
+    else:
+        joblib.dump(model.model_head, folder / _PICKLED_HEAD)
+        save_head(model.model_head, folder)
 
 
 def classifier_folder(path: str | Path) -> Path:
     """Return the folder to load a classifier from: a run's student, a model folder, or a local copy from the hub.
 
     Raises:
-        ModelError: If a run has no student or several students, or the folder holds no model.
+        ModelError: If there is no such folder, it holds no model, or a run has no student or several students.
         UnavailableError: If the hub cannot be reached.
     """
     folder = Path(path)
     if (folder / _RUN_MARKER).is_file() and not (folder / "config.json").is_file():
-        names = sorted(student.name for student in (folder / _STUDENTS).glob("*") if student.is_dir())
         student = folder / _STUDENT
-        if names and not student.is_dir():
+        if student.is_dir():
+            return student
+        names = sorted(student.name for student in (folder / _STUDENTS).glob("*") if student.is_dir())
+        if names:
             raise ModelError(
                 f"The run {path} has {len(names)} students: {', '.join(names)}.",
                 hint=f"Choose one, for example {path}/{_STUDENTS}/{names[0]}.",
             )
-        if not student.is_dir():
-            raise ModelError(f"The run {path} has no student yet.", hint="Finish the run first.")
-        return student
+        raise ModelError(f"The run {path} has no student yet.", hint="Finish the run first.")
+    if not folder.exists() and "/" not in str(path) and not str(path).startswith("demo:"):
+        raise ModelError(
+            f"No such file or folder: {path}",
+            hint="Check the path of the model or run folder. Classifiers on the hub are named USER/NAME.",
+        )
     return locate_model(path)
 
 
@@ -148,13 +165,7 @@ def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) 
 
 
 def load_folder(folder: Path, *, trust_pickle: bool = False) -> SetFitModel:
-    """Load the SetFit model or transformer in this folder on the CPU.
-
-    Raises:
-        ModelError: See `load`.
-    """
-    import joblib
-
+    """Load the SetFit model or transformer in a folder on the CPU, see `load`."""
     names = transformer_label_names(folder)
     if names is not None:
         if len(names) < 2:
@@ -164,98 +175,70 @@ def load_folder(folder: Path, *, trust_pickle: bool = False) -> SetFitModel:
         return model
     head = load_head(folder)
     if head is None:
-        if not (folder / _PICKLED_HEAD).is_file():
-            raise ModelError(f"The model in {folder} has no head.", hint="Use a run folder or a SetFit model.")
-        if not trust_pickle:
-            raise ModelError(
-                f"The head in {folder} is a pickle, which can run arbitrary code.",
-                hint="If you trust its author, add --trust-pickle (trust_pickle=True).",
-            )
-        try:
-            head = joblib.load(check_regular_file(folder / _PICKLED_HEAD))
-        except Exception as error:
-            raise ModelError(
-                f"Cannot unpickle the head in {folder}: {type(error).__name__}: {error}", hint="Train the model again."
-            ) from error
-    # scikit-learn's one-vs-rest and SetFit's own head set the first two; multi-output heads and chains have lists.
-    if (
-        getattr(head, "multilabel_", False)
-        or getattr(head, "multitarget", False)
-        or (isinstance(getattr(head, "classes_", None), list))
-    ):
-        raise ModelError(
-            f"The head in {folder} predicts several labels per text, which is not supported.",
-            hint="Use a classifier with one label per text.",
-        )
+        head = _unpickle_head(folder, trust_pickle)
     labels, normalize = _read_setfit_config(folder, head)
     model = new_model(load_body(folder), labels)
     width, expected = model.model_body.get_embedding_dimension(), getattr(head, "n_features_in_", None)
     if None not in (width, expected) and width != expected:
         raise ModelError(
-            f"The body in {folder} must have {expected} dimensions to match its head, got {width}.",
-            hint="Train the model again.",
+            f"The body in {folder} must have {expected} dimensions to match its head, got {width}.", hint=_RETRAIN
         )
     model.model_head, model.normalize_embeddings = head, normalize
     return model
 
 
-def with_saved_head(model: SetFitModel, folder: Path) -> SetFitModel:
-    """Combine the body of a model with the head saved in a folder.
-
-    Raises:
-        ModelError: If the folder has no head.
-    """
-    head = load_head(folder)
-    if head is None:
-        raise ModelError(f"Found no head in {folder}.", hint="Train the model again.")
-    result = new_model(model.model_body, model.labels or ())
-    result.model_head, result.normalize_embeddings = head, model.normalize_embeddings
-    return result
-
-
-def replace_head(model: SetFitModel, folder: Path) -> None:
-    """Replace the saved head in a folder that holds the same body.
-
-    Raises:
-        OutputError: If the folder cannot be written.
-    """
-    with replace_files(folder) as part, quiet_libraries():
-        if family_of(model.model_body) == "transformer":
-            _write_transformer(model, part)
-        else:
-            _write_heads(model, part)
-
-
-def _write_heads(model: SetFitModel, folder: Path) -> None:
+def _unpickle_head(folder: Path, trust_pickle: bool) -> Any:
     import joblib
 
-    joblib.dump(model.model_head, folder / _PICKLED_HEAD)
-    save_head(model.model_head, folder)
+    if not (folder / _PICKLED_HEAD).is_file():
+        raise ModelError(f"The model in {folder} has no head.", hint="Use a run folder or a SetFit model.")
+    if not trust_pickle:
+        raise ModelError(
+            f"The head in {folder} is a pickle, which can run arbitrary code.",
+            hint="If you trust its author, add --trust-pickle (trust_pickle=True).",
+        )
+    try:
+        head = joblib.load(check_regular_file(folder / _PICKLED_HEAD))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"Cannot unpickle the head in {folder}: {reason}", hint=_RETRAIN) from error
+    # scikit-learn's one-vs-rest and SetFit's own head set the first two; multi-output heads and chains have lists.
+    is_multi_label = any(getattr(head, name, False) for name in ("multilabel_", "multitarget"))
+    if is_multi_label or isinstance(getattr(head, "classes_", None), list):
+        raise ModelError(
+            f"The head in {folder} predicts several labels per text, which is not supported.",
+            hint="Use a classifier with one label per text.",
+        )
+    return head
+
+
+def with_saved_head(model: SetFitModel, folder: Path) -> SetFitModel:
+    """Combine the body of a model with the head saved in a folder."""
+    result = copy.copy(model)
+    result.model_head = load_head(folder)
+    if result.model_head is None:
+        raise ModelError(f"Found no head in {folder}.", hint=_RETRAIN)
+    return result
 
 
 def _read_setfit_config(folder: Path, head: Any) -> tuple[list[str], bool]:
     """Read the label names and whether embeddings are normalized."""
     path = folder / _SETFIT_CONFIG
-    config: Any = {}
-    if path.is_file():
-        try:
-            config = read_json(path)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"Cannot read {path}: {error}", hint="Train the model again.") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} must hold an object, got {type(config).__name__}.", hint="Train the model again.")
+    try:
+        config = read_json(path) if path.is_file() else {}
+        saved, normalize = config.get("labels"), bool(config.get("normalize_embeddings", False))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"Cannot read {path}: {error}", hint=_RETRAIN) from None
     classes = getattr(head, "classes_", None)
-    labels = config.get("labels") or [str(name) for name in ([] if classes is None else classes)]
-    matches = isinstance(labels, list)
-    if matches and classes is not None:
+    names = [] if classes is None else [str(name) for name in classes]
+    labels = saved or names
+    matches = isinstance(labels, list) and (classes is None or len(labels) == len(names))
+    if matches and classes is not None and all(isinstance(name, str) for name in classes):
         # String classes are matched by name: SetFit predicts them, regardless of the order of the labels.
-        by_name = all(isinstance(name, str) for name in classes)
-        matches = sorted(map(str, labels)) == sorted(classes) if by_name else len(labels) == len(classes)
-        labels = [str(name) for name in classes] if by_name else labels
+        matches, labels = sorted(map(str, labels)) == sorted(names), names
     if not matches:
         raise ModelError(
-            f"The labels in {path} must match the classes of the head, {classes!s:.200}, got "
-            f"{config.get('labels')!r:.200}.",
-            hint="Train the model again.",
+            f"The labels in {path} must match the classes of the head, {classes!s:.200}, got {saved!r:.200}.",
+            hint=_RETRAIN,
         )
-    return labels, bool(config.get("normalize_embeddings", False))
+    return labels, normalize

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 
 from setfit_kd.errors import ModelError
 from setfit_kd.models.encode import embed_tokens
@@ -14,21 +15,15 @@ from setfit_kd.runtime.classify import chunk_texts, shorten
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from tokenizers import Tokenizer
 
 DEFAULT_DIMENSION = 128
 _SIF = 1e-3
 """Parameter a of smooth inverse frequency; 1e-3 to 1e-4 were best on all tasks of Arora et al."""
 _TOKENIZE_CHUNK = 10_000
-"""Texts per call of the tokenizer."""
 
 
 def check_static_teacher(teacher: SentenceTransformer, dimension: int) -> None:
-    """Check that static embeddings of this dimension can be distilled from a body.
-
-    Raises:
-        ModelError: If the body has no fast tokenizer, or its embeddings are smaller.
-    """
+    """Raise a `ModelError` if a body has no fast tokenizer or smaller embeddings than static ones distilled from it."""
     if getattr(teacher.tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(
             "Static embeddings can only be distilled from a transformer with a fast tokenizer.",
@@ -42,50 +37,32 @@ def check_static_teacher(teacher: SentenceTransformer, dimension: int) -> None:
         )
 
 
-def static_body(
-    teacher: SentenceTransformer, texts: Sequence[str], *, dimension: int = DEFAULT_DIMENSION, batch_size: int = 1024
-) -> SentenceTransformer:
+def static_body(teacher: SentenceTransformer, texts: Sequence[str], *, dimension: int) -> SentenceTransformer:
     """Distil static embeddings from a teacher's body: the embedding of a text is the mean of its token vectors.
 
     The teacher embeds each token of its vocabulary as a separate text. The vectors are reduced by PCA and weighted by
     smooth inverse frequency, a / (a + p), where p is the relative frequency of the token in the texts (Arora et al.,
     2017, "A Simple but Tough-to-Beat Baseline for Sentence Embeddings"; Tulkens and van Dongen, 2024, model2vec). The
-    result can be trained like any other body.
+    result, on the CPU, can be trained like any other body.
 
     Args:
         teacher: A transformer body with a fast tokenizer.
         texts: Texts to count tokens in, such as the pool.
         dimension: Dimension of the vectors, at most the teacher's.
-        batch_size: Tokens per forward pass of the teacher.
-
-    Returns:
-        A body with one `StaticEmbedding` module, on the CPU.
-
-    Raises:
-        ModelError: See `check_static_teacher`.
-        OutOfMemoryError: If a single token does not fit into memory.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from sklearn.decomposition import PCA
 
     check_static_teacher(teacher, dimension)
-    vectors = embed_tokens(teacher, batch_size=batch_size)
+    vectors = embed_tokens(teacher)
     reduced = PCA(dimension, random_state=0).fit_transform(vectors) if dimension < vectors.shape[1] else vectors
-    tokenizer = _plain_tokenizer(teacher)
-    weighted = reduced * _sif_weights(tokenizer, texts, len(vectors))
-    static = StaticEmbedding(tokenizer, embedding_weights=weighted.astype(np.float32))
-    return SentenceTransformer(modules=[static], device="cpu")
-
-
-def _plain_tokenizer(teacher: SentenceTransformer) -> Tokenizer:
-    """Copy the teacher's tokenizer without truncation and padding."""
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_str(teacher.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer
+    weighted = reduced * _sif_weights(tokenizer, texts, len(vectors))
+    static = StaticEmbedding(tokenizer, embedding_weights=weighted.astype(np.float32))
+    return SentenceTransformer(modules=[static], device="cpu")
 
 
 def _sif_weights(tokenizer: Tokenizer, texts: Sequence[str], n_tokens: int) -> npt.NDArray[np.float64]:
@@ -96,5 +73,4 @@ def _sif_weights(tokenizer: Tokenizer, texts: Sequence[str], n_tokens: int) -> n
         for encoding in tokenizer.encode_batch_fast(shortened, add_special_tokens=False):
             np.add.at(counts, encoding.ids, 1)
     share = counts / max(counts.sum(), 1)
-    weights: npt.NDArray[np.float64] = _SIF / (_SIF + share)
-    return weights[:, None]
+    return np.asarray(_SIF / (_SIF + share))[:, None]

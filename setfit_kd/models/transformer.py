@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -14,12 +14,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from setfit_kd.errors import ModelError
-from setfit_kd.models.bodies import CLASSIFIER_SUFFIX
-from setfit_kd.models.safe_loading import check_finite, load_local, module_folders
+from setfit_kd.models.bodies import CLASSIFIER_SUFFIX, load_local, module_folders
 from setfit_kd.utils.console import quiet_libraries, suppress_warnings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class TransformerFeatures(Transformer):
@@ -32,35 +28,39 @@ class TransformerFeatures(Transformer):
         folder: A transformers model with its tokenizer.
         label_names: Names of the classes. The last layer in the folder is kept if it has exactly these classes, in any
             order.
-        local: Options for loading, see `load_local`.
-
-    Attributes:
-        head: Maps (B, d) features to (B, n_classes) logits.
+        local: Options for loading from `load_local`.
     """
 
-    head: nn.Linear
+    head: nn.Linear  # maps (B, d) features to (B, n_classes) logits
 
     def __init__(self, folder: str, label_names: Sequence[str], **local: Any) -> None:
         config = AutoConfig.from_pretrained(folder, **local)
         is_classifier = any(name.endswith(CLASSIFIER_SUFFIX) for name in config.architectures or ())
         saved_names = [str(config.id2label[index]) for index in sorted(config.id2label)]
         self._keeps_head = is_classifier and sorted(saved_names) == sorted(label_names)
-        names = {
+        id2label = dict(enumerate(label_names))
+        classes = {
             "num_labels": len(label_names),
-            "id2label": dict(enumerate(label_names)),
-            "label2id": {name: index for index, name in enumerate(label_names)},
+            "id2label": id2label,
+            "label2id": {name: index for index, name in id2label.items()},
+            "problem_type": "single_label_classification",
         }
         super().__init__(
             folder,
             transformer_task="sequence-classification",
             model_kwargs={**local, "ignore_mismatched_sizes": True, "dtype": torch.float32},
             processor_kwargs=dict(local),
-            config_kwargs={**local, **names, "problem_type": "single_label_classification"},
+            config_kwargs={**local, **classes},
         )
         self.module_output_name = "sentence_embedding"
-        self._limit_max_seq_length()
+        for name, table in self.model.named_modules():
+            padding = getattr(table, "padding_idx", None)
+            if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and padding is not None:
+                # In models such as RoBERTa and MPNet, positions start after the padding index.
+                n_positions = table.num_embeddings - padding - 1
+                self.max_seq_length = min(self.max_seq_length or n_positions, n_positions)
         linear_layers = [
-            name
+            (name, module)
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and module.out_features == len(label_names) and module.bias is not None
         ]
@@ -69,10 +69,7 @@ class TransformerFeatures(Transformer):
                 f"The last layer of {type(self.model).__name__} must be linear with a bias.",
                 hint="Use an encoder such as BERT or RoBERTa.",
             )
-        self._head_path = linear_layers[-1]
-        head = self.model.get_submodule(self._head_path)
-        assert isinstance(head, nn.Linear)
-        self.head = head
+        self._head_path, self.head = linear_layers[-1]
         self._set_last_layer(nn.Identity())
         if self._keeps_head:
             order = [saved_names.index(name) for name in label_names]
@@ -83,22 +80,13 @@ class TransformerFeatures(Transformer):
             nn.init.normal_(self.head.weight, std=getattr(config, "initializer_range", 0.02))
             nn.init.zeros_(self.head.bias)
 
-    def _limit_max_seq_length(self) -> None:
-        """Limit the tokens of models such as RoBERTa and MPNet, whose positions start after the padding index."""
-        for name, table in self.model.named_modules():
-            if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
-                assert isinstance(table, nn.Embedding)
-                n_positions = table.num_embeddings - (table.padding_idx or 0) - 1
-                self.max_seq_length = min(self.max_seq_length or n_positions, n_positions)
-
     def _set_last_layer(self, layer: nn.Module) -> None:
         owner, _, name = self._head_path.rpartition(".")
         setattr(self.model.get_submodule(owner), name, layer)
 
-    def _load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+    def _load_model(self, *args: Any, **kwargs: Any) -> Any:
         loaded: Any = super()._load_model(*args, **kwargs, output_loading_info=True)
-        model: PreTrainedModel = loaded[0]
-        info: dict[str, Any] = loaded[1]
+        model, info = loaded
         prefix = model.base_model_prefix + "."
         keys = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
         missing = [key for key in keys if self._keeps_head or (key.startswith(prefix) and "pooler" not in key)]
@@ -124,31 +112,17 @@ class TransformerFeatures(Transformer):
 
 
 def load_transformer(folder: Path, label_names: Sequence[str], *, seed: int = 0) -> SentenceTransformer:
-    """Load a transformer classifier in fp32 on the CPU, without running code from the model folder.
-
-    Args:
-        folder: A transformers or sentence-transformers model.
-        label_names: Names of the classes.
-        seed: Seed of the weights that the folder lacks: the last layer, and in some models the one before it.
-
-    Raises:
-        ModelError: If the model cannot be used as a classifier or lacks weights.
-    """
-    with quiet_libraries(), suppress_warnings("transformers"), torch.random.fork_rng(devices=[]):
+    """Load a transformer classifier, see `BodySource.load`; it may be in a sentence-transformers folder."""
+    with suppress_warnings("transformers"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # In a sentence-transformers folder, the transformer is in the folder of the first module.
         features = load_local(TransformerFeatures, folder / module_folders(folder)[0], label_names=label_names)
-        body = SentenceTransformer(modules=[features], device="cpu").float().eval()
-    check_finite(body, folder)
-    return body
+        return SentenceTransformer(modules=[features], device="cpu").float().eval()
 
 
-def body_from_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], *, seed: int = 0
-) -> SentenceTransformer:
+def body_from_model(model: Any, tokenizer: Any, label_names: Sequence[str], *, seed: int = 0) -> SentenceTransformer:
     """Convert a model and a tokenizer in memory to a body, see `load_transformer`."""
-    with TemporaryDirectory(prefix="setfit-kd-") as folder:
-        with quiet_libraries():
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+    with TemporaryDirectory(prefix="setfit-kd-") as folder, quiet_libraries():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         return load_transformer(Path(folder), label_names, seed=seed)

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation.intervals import Interval
-from setfit_kd.evaluation.measure import Evaluation
-from setfit_kd.evaluation.texts import read_texts
+from setfit_kd.evaluation.intervals import Interval, bootstrap_quality
+from setfit_kd.evaluation.measure import Evaluation, read_texts
 from setfit_kd.report.summary import read_summary
 from setfit_kd.run_folder.names import EVALUATION
 
 
-@dataclass(frozen=True)
-class ComparedModel:
-    """The teacher or a student of one of the compared runs.
+class ComparedModel(NamedTuple):
+    """A model of one of the compared runs.
 
-    Attributes:
-        run: The run folder.
-        name: Name of the model in the report of the run.
-        evaluation: Its evaluation.
-        difference: Difference in accuracy to the first student of the first run, with its 95% interval; None for that
-            student itself, and if the two were evaluated on different texts.
+    ``difference`` is the difference in accuracy to the first student of the first run, with its 95% interval; None for
+    that student itself, and if the two were evaluated on different texts.
     """
 
     run: Path
@@ -35,36 +30,33 @@ class ComparedModel:
 
 
 def compare(runs: Sequence[str | Path]) -> list[ComparedModel]:
-    """Compare the teachers and students of several runs, in the order of ``runs``.
+    """Compare the teachers, baselines and students of several runs, in the order of ``runs``.
 
     Raises:
         DataError: If one of the runs is not finished or was not evaluated.
     """
     compared: list[ComparedModel] = []
-    reference: tuple[Evaluation, list[str]] | None = None
+    reference: tuple[Evaluation, LabeledSet] | None = None
     for summary in map(read_summary, runs):
         if not summary.students:
             raise DataError(
                 f"The run in {summary.folder} was not evaluated.", hint="Compare runs with an evaluation set (--eval)."
             )
-        texts = read_texts(summary.folder / EVALUATION).texts
-        if reference is None:
-            reference = summary.students[0].evaluation, texts
-        first, first_texts = reference
-        for name, evaluation in summary.without_baselines.items():
-            aligned = _align_classes(evaluation, first) if texts == first_texts else None
-            difference = None
-            if aligned is not None and evaluation is not first and np.array_equal(aligned.gold, first.gold):
-                difference = aligned.difference_to(first)["accuracy"]
+        data = read_texts(summary.folder / EVALUATION)
+        reference = reference or (summary.students[0].evaluation, data)
+        for name, evaluation in summary.evaluations.items():
+            difference = None if evaluation is reference[0] else _difference(evaluation, data, *reference)
             compared.append(ComparedModel(summary.folder, name, evaluation, difference))
     return compared
 
 
-def _align_classes(evaluation: Evaluation, reference: Evaluation) -> Evaluation | None:
-    """Reorder the classes of an evaluation to those of ``reference``; None if the two have different classes."""
-    names, reference_names = list(evaluation.quality.classes), list(reference.quality.classes)
-    if sorted(names) != sorted(reference_names):
+def _difference(evaluation: Evaluation, data: LabeledSet, first: Evaluation, first_data: LabeledSet) -> Interval | None:
+    """Return the difference in accuracy to ``first``; None if the texts, classes or gold labels differ."""
+    names, first_names = data.label_names, first_data.label_names
+    if data.texts != first_data.texts or sorted(names) != sorted(first_names):
         return None
-    columns = [names.index(name) for name in reference_names]
-    new_index = np.argsort(columns)
-    return replace(evaluation, probabilities=evaluation.probabilities[:, columns], gold=new_index[evaluation.gold])
+    index = np.array([first_names.index(name) for name in names])
+    if not np.array_equal(index[data.labels], first.gold):
+        return None
+    predicted = index[evaluation.predicted]
+    return bootstrap_quality(first.gold, predicted, n_classes=len(names), other=first.predicted)["accuracy"]

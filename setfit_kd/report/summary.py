@@ -13,11 +13,10 @@ from setfit_kd.config.presets import read_config
 from setfit_kd.config.run import RunConfig
 from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation.calibration import OperatingPoint, coverage_curve
+from setfit_kd.evaluation.calibration import OperatingPoint
 from setfit_kd.evaluation.intervals import Interval
-from setfit_kd.evaluation.measure import Evaluation
+from setfit_kd.evaluation.measure import Evaluation, read_texts
 from setfit_kd.evaluation.seeds import SeedSummary, summarize_seeds
-from setfit_kd.evaluation.texts import read_texts
 from setfit_kd.run_folder.manifest import Manifest
 from setfit_kd.run_folder.names import (
     BASELINES,
@@ -32,35 +31,22 @@ from setfit_kd.run_folder.names import (
     TEACHERS,
     reference_models,
 )
+from setfit_kd.utils.escape import short_class_name
 
 MAX_EXAMPLES = 20
 TARGET_ACCURACIES = (0.9, 0.95, 0.99)
 
-
-@dataclass(frozen=True)
-class ExamplePrediction:
-    """A text with its gold label and the predictions of student and teacher; ``teacher`` is empty without a teacher."""
-
-    text: str
-    gold: str
-    student: str
-    confidence: float
-    teacher: str
-    teacher_confidence: float
+Example = tuple[str, ...]
+"""A text, its gold class, and the predictions of the student and, if there is one, of the teacher."""
 
 
 @dataclass(frozen=True)
 class StudentSummary:
     """Results of one student.
 
-    Attributes:
-        name: Name of the student in the report.
-        source: The student as named in the config, such as ``static:256``.
-        evaluation: Its evaluation.
-        differences: Differences to ``teacher`` and ``baseline``, by metric.
-        thresholds: Operating point for each target accuracy; None if no threshold reaches it.
-        disagreements: Texts with the largest disagreements with the teacher.
-        errors: Errors with the highest confidence.
+    ``source`` is the student's name in the config, such as ``static:256``. ``differences`` are those to ``teacher`` and
+    ``baseline``, by metric. ``thresholds`` contains the operating point for each target accuracy; None if no threshold
+    reaches it. ``disagreements`` (with the teacher) and ``errors`` list the most confident ones first.
     """
 
     name: str
@@ -68,8 +54,8 @@ class StudentSummary:
     evaluation: Evaluation
     differences: dict[str, dict[str, Interval]]
     thresholds: dict[float, OperatingPoint | None]
-    disagreements: list[ExamplePrediction]
-    errors: list[ExamplePrediction]
+    disagreements: list[Example]
+    errors: list[Example]
 
 
 @dataclass(frozen=True)
@@ -80,27 +66,21 @@ class RunSummary:
         folder: The run folder.
         config: The config of the run.
         manifest: The content of ``run.json``.
+        losses: Training loss by step, for each training.
         evaluations: Evaluation of each model, by `display_name`; empty without an evaluation set.
         label_names: Names of the classes.
         students: Results of each evaluated student.
-        losses: Training loss by step, for each training.
         seed_summaries: Metrics of each model over the seeds; empty for a run with one seed.
     """
 
     folder: Path
     config: RunConfig
     manifest: Manifest
+    losses: dict[str, list[float]]
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     label_names: tuple[str, ...] = ()
     students: list[StudentSummary] = field(default_factory=list)
-    losses: dict[str, list[float]] = field(default_factory=dict)
     seed_summaries: dict[str, SeedSummary] = field(default_factory=dict)
-
-    @property
-    def without_baselines(self) -> dict[str, Evaluation]:
-        """Evaluations of the teacher and the students."""
-        names = {TEACHER, *(student.name for student in self.students)}
-        return {name: evaluation for name, evaluation in self.evaluations.items() if name in names}
 
     @property
     def teacher(self) -> Evaluation | None:
@@ -124,55 +104,36 @@ def read_summary(folder: str | Path) -> RunSummary:
         for name, stage in manifest.stages.items()
         if stage.losses and not name.startswith(f"{TEACHER_ACCURACIES}/")  # losses of several consecutive trainings
     }
-    evaluations = {name: Evaluation.load(folder / EVALUATION / name) for name in manifest.evaluated}
-    if not evaluations:
-        return RunSummary(folder, config, manifest, losses=losses)
+    if not manifest.evaluated:
+        return RunSummary(folder, config, manifest, losses)
     data = read_texts(folder / EVALUATION)
-    for name, evaluation in evaluations.items():
-        same_classes = list(evaluation.quality.classes) == list(data.label_names)
-        if not same_classes or not np.array_equal(evaluation.gold, data.labels):
-            raise DataError(
-                f"The evaluation in {folder / EVALUATION / name} does not match the texts in {folder / EVALUATION}.",
-                hint=f"Run `setfit-kd run --resume {shlex.quote(str(folder))}` to evaluate again.",
-            )
-    has_teacher = TEACHER in evaluations or config.signals is not None
-    if not has_teacher or not manifest.students or not set(manifest.students.values()) <= set(evaluations):
+    folders = [folder, *(folder / SEEDS / str(seed) for seed in manifest.seeds[1:])]
+    try:
+        by_seed = [
+            {name: _load_evaluation(path / EVALUATION / name, data) for name in manifest.evaluated} for path in folders
+        ]
+    except DataError as error:
+        hint = f"Run `setfit-kd run --resume {shlex.quote(str(folder))}` to evaluate again."
+        raise DataError(error.message, hint=hint) from None
+    evaluations, paths = by_seed[0], manifest.students.values()
+    if (TEACHER not in evaluations and config.signals is None) or not paths or not set(paths) <= set(evaluations):
         raise DataError(
             f"{folder / RUN_FILE} does not list all models.", hint="Start a new run in another --output-dir."
         )
+    seed_summaries = {}
+    if manifest.seeds:
+        seed_summaries = summarize_seeds(by_seed, {path: reference_models(path, evaluations) for path in paths})
     targets = sorted({*TARGET_ACCURACIES, *([] if config.target_accuracy is None else [config.target_accuracy])})
-    students = [
-        _summarize_student(path, source, evaluations, data, targets) for source, path in manifest.students.items()
-    ]
     return RunSummary(
         folder,
         config,
         manifest,
+        losses,
         {display_name(name): evaluation for name, evaluation in evaluations.items()},
         data.label_names,
-        students,
-        losses,
-        _summarize_seeds(folder, manifest, evaluations),
+        [_summarize_student(source, path, evaluations, data, targets) for source, path in manifest.students.items()],
+        {display_name(name): summary for name, summary in seed_summaries.items()},
     )
-
-
-def _summarize_seeds(folder: Path, manifest: Manifest, evaluations: dict[str, Evaluation]) -> dict[str, SeedSummary]:
-    if not manifest.seeds:
-        return {}
-    hint = f"Run `setfit-kd run --resume {shlex.quote(str(folder))}` to evaluate again."
-    try:
-        further_seeds = [
-            {name: Evaluation.load(folder / SEEDS / str(seed) / EVALUATION / name) for name in evaluations}
-            for seed in manifest.seeds[1:]
-        ]
-    except DataError as error:
-        raise DataError(error.message, hint=hint) from None
-    first = next(iter(evaluations))
-    if any(not np.array_equal(seed[first].gold, evaluations[first].gold) for seed in further_seeds):
-        raise DataError(f"The seeds in {folder} were not evaluated on the same texts.", hint=hint)
-    references = {name: reference_models(name, evaluations) for name in manifest.students.values()}
-    summaries = summarize_seeds([evaluations, *further_seeds], references)
-    return {display_name(name): summary for name, summary in summaries.items()}
 
 
 def display_name(name: str) -> str:
@@ -183,42 +144,42 @@ def display_name(name: str) -> str:
     return {**kinds, STUDENTS: student}.get(group, name)
 
 
+def _load_evaluation(folder: Path, data: LabeledSet) -> Evaluation:
+    evaluation = Evaluation.load(folder)
+    if tuple(evaluation.quality.classes) != data.label_names or not np.array_equal(evaluation.gold, data.labels):
+        raise DataError(f"The evaluation in {folder} does not match the evaluation texts of the run.")
+    return evaluation
+
+
 def _summarize_student(
-    name: str, source: str, evaluations: dict[str, Evaluation], data: LabeledSet, targets: list[float]
+    source: str, path: str, evaluations: dict[str, Evaluation], data: LabeledSet, targets: list[float]
 ) -> StudentSummary:
-    student = evaluations[name]
-    teacher = evaluations.get(TEACHER, student)
-    references = reference_models(name, evaluations)
-    differences = {role: student.difference_to(evaluations[path]) for role, path in references.items()}
-    confidence = student.probabilities.max(axis=1)
-    distance = np.abs(student.probabilities - teacher.probabilities).sum(axis=1)
-    distance[student.predicted == teacher.predicted] = 0
-    disagreements = np.argsort(-distance, kind="stable")[:MAX_EXAMPLES]
-    error_confidence = np.where(student.predicted != data.labels, confidence, 0)
-    errors = np.argsort(-error_confidence, kind="stable")[:MAX_EXAMPLES]
+    student, teacher = evaluations[path], evaluations.get(TEACHER)
+    models = [student] if teacher is None else [student, teacher]
+    predictions = [(model.predicted, model.probabilities.max(axis=1)) for model in models]
+    predicted, confidence = predictions[0]
 
-    def example(row: int) -> ExamplePrediction:
-        labels = data.label_names
-        return ExamplePrediction(
-            data.texts[row],
-            labels[data.labels[row]],
-            labels[student.predicted[row]],
-            float(confidence[row]),
-            labels[teacher.predicted[row]] if TEACHER in evaluations else "",
-            float(teacher.probabilities[row].max()),
-        )
+    def examples(weights: npt.NDArray[np.floating]) -> list[Example]:
+        """Return the texts with the highest weights above 0."""
+        return [
+            (
+                data.texts[row],
+                short_class_name(data.label_names[data.labels[row]]),
+                *(f"{short_class_name(data.label_names[p[row]])} {c[row]:.0%}" for p, c in predictions),
+            )
+            for row in np.argsort(-weights, kind="stable")[:MAX_EXAMPLES]
+            if weights[row] > 0
+        ]
 
+    references = reference_models(path, evaluations).items()
+    differences = {role: student.difference_to(evaluations[reference]) for role, reference in references}
+    distances = np.abs(student.probabilities - models[-1].probabilities).sum(axis=1)
     return StudentSummary(
-        display_name(name),
+        display_name(path),
         source,
         student,
         differences,
         {target: student.operating_point(target) for target in targets},
-        [example(int(row)) for row in disagreements if distance[row] > 0],
-        [example(int(row)) for row in errors if error_confidence[row] > 0],
+        examples(distances * (predicted != models[-1].predicted)),
+        examples(confidence * (predicted != data.labels)),
     )
-
-
-def coverage_curves(summary: RunSummary) -> dict[str, npt.NDArray[np.float64]]:
-    """Compute the `coverage_curve` of the teacher and of each student."""
-    return {name: coverage_curve(e.probabilities, e.gold) for name, e in summary.without_baselines.items()}

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 from setfit_kd.config.run import RunConfig
 from setfit_kd.config.values import CROSS_VALIDATED
 from setfit_kd.memory.devices import resolve_device
-from setfit_kd.student.distil import rows_without_signals
-from setfit_kd.student.steps import labels_only_config, student_steps, trains_on_labeled_texts
-from setfit_kd.teacher.ensemble import cross_validation_steps
-from setfit_kd.teacher.steps import training_steps
+from setfit_kd.student.distil import labels_only_config, rows_without_signals, student_steps
+from setfit_kd.teacher.train import cross_validation_steps, steps_and_batch_size
 
 if TYPE_CHECKING:
     from setfit_kd.run.inputs import RunInputs
@@ -31,24 +29,22 @@ def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
     data, report = inputs.data, inputs.data.report
     device, labeled = resolve_device(config.device), inputs.data.labeled
     n_texts = report.pool + (config.augment or 0) + (0 if data.signals else report.labeled)
-    families = [teacher.source.family for teacher in inputs.teachers]
+    families = [source.family for source in inputs.teachers.values()]
     stages = []
     if families:
-        steps = sum(training_steps(config, labeled, family=family, device=device) for family in families)
+        steps = sum(steps_and_batch_size(config, labeled, family=family, device=device)[0] for family in families)
         if len(families) > 1 and config.teacher_weights == CROSS_VALIDATED:
             steps += sum(cross_validation_steps(config, labeled, family=family, device=device) for family in families)
         stages = [PlannedStage("teacher", report.labeled, steps), PlannedStage("signals", n_texts)]
     students = [student.family for student in inputs.students]
     n_without_signals = len(rows_without_signals(data.signals, labeled)) if data.signals else 0
-    steps = 0
-    for family in students:
-        student_config = config.with_family_defaults(family)
-        n_extra = n_without_signals * trains_on_labeled_texts(family, student_config)
-        steps += student_steps(student_config, n_texts + n_extra)
+    steps = sum(student_steps(config, family, n_texts, n_without_signals) for family in students)
     stages.append(PlannedStage("student", n_texts, steps))
     if data.evaluation and config.baseline and report.labeled:
         configs = {"setfit": config, "transformer": labels_only_config(config, n_texts, n_without_signals)}
-        steps = sum(training_steps(configs[family], labeled, family=family, device=device) for family in students)
+        steps = sum(
+            steps_and_batch_size(configs[family], labeled, family=family, device=device)[0] for family in students
+        )
         stages.append(PlannedStage("baseline", report.labeled, steps))
     if data.evaluation:
         stages.append(PlannedStage("evaluation", report.evaluation))

@@ -1,4 +1,4 @@
-"""Check and load everything that a run needs."""
+"""Check and load everything that a run needs, before it writes or trains anything."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from setfit_kd import hub
-from setfit_kd.augment.fill_mask import load_fill_mask
+import numpy as np
+
+from setfit_kd.augment.fill_mask import FillMask
 from setfit_kd.config.run import RunConfig
-from setfit_kd.data.sources import Source
+from setfit_kd.config.stages import DataConfig
+from setfit_kd.data.labeled_set import LabeledSet, check_classes, encode_labels
+from setfit_kd.data.sources import Source, read, stream_texts
+from setfit_kd.data.splits import DataSplits, split_data
 from setfit_kd.errors import ConfigError
-from setfit_kd.memory.devices import check_device, resolve_device
-from setfit_kd.models.bodies import locate_body, locate_model
-from setfit_kd.run.data import RunData, load_run_data
-from setfit_kd.run.teacher_stages import PreparedTeacher
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.bodies import BodySource, locate_body, locate_model
 from setfit_kd.run_folder.folder import RunFolder
-from setfit_kd.student.checks import check_pool
+from setfit_kd.signals.files import read_signals
+from setfit_kd.signals.signals import TeacherSignals
+from setfit_kd.student.distil import check_pool
 from setfit_kd.student.kinds import PreparedStudent, locate_student
 from setfit_kd.training.precision import check_precision
 
@@ -28,17 +32,35 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RunInputs:
-    """Inputs of a run: cleaned data, models before training, and the revisions of everything from the hub.
+class RunData(DataSplits):
+    """Data of a run. If signals come from a file, their texts are the pool, and labeled texts are optional."""
 
-    If signals come from a file, there are no teachers.
+    signals: TeacherSignals | None = None
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Inputs of a run.
+
+    Attributes:
+        data: The data, without duplicates and leaks.
+        teachers: Source of the body of each teacher by its name in the settings; none if signals come from a file.
+        bodies: Bodies that are already loaded, by the name of the teacher; a stage that uses one removes it.
+        students: The students before training.
+        revisions: Revision of everything from the hub.
+        fill_mask: Folder of the masked language model for augmentation.
     """
 
     data: RunData
-    teachers: list[PreparedTeacher]
+    teachers: dict[str, BodySource]
+    bodies: dict[str, SentenceTransformer]
     students: list[PreparedStudent]
     revisions: dict[str, str]
     fill_mask: Path | None = None
+
+    def load_body(self, teacher: str, seed: int) -> SentenceTransformer:
+        """Load the pretrained body of a teacher; the seed determines the weights that a transformer lacks."""
+        return self.teachers[teacher].load(self.data.labeled.label_names, seed=seed)
 
 
 def prepare_run(
@@ -49,36 +71,94 @@ def prepare_run(
     eval: Source | None = None,  # noqa: A002
     resume: bool = False,
 ) -> RunInputs:
-    """Find, check and load all inputs of a run before it writes or trains anything.
+    """Find, check and load all inputs of a run. Checks that need no model come first.
 
     Raises:
         SetFitKDError: If an input is missing or cannot be used.
     """
-    check_device(config.device)
     if config.output_dir:
         RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=resume)
-    with hub.record_revisions() as revisions:
-        teachers = {} if config.signals else {name: locate_body(name) for name in config.teacher}
-        fill_mask = None if config.augment_model is None else locate_model(config.augment_model)
-        if fill_mask:
-            load_fill_mask(fill_mask, device=resolve_device("cpu"))  # only to check that it loads
-        sources = [locate_student(name) for name in config.student]
-        data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
+    data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
     check_pool(len(data.pool) + (0 if data.signals else len(data.labeled) + (config.augment or 0)), config)
-    if data.evaluation is None:
-        if config.seeds > 1:
-            raise ConfigError(
-                f"Running {config.seeds} seeds requires an evaluation set to measure how the metrics vary.",
-                hint="Pass --eval.",
-            )
-        logger.warning("There is no evaluation set: the models are not evaluated. Pass --eval to evaluate them.")
+    if data.evaluation is None and config.seeds > 1:
+        raise ConfigError(
+            f"Running {config.seeds} seeds requires an evaluation set to measure how the metrics vary.",
+            hint="Pass --eval.",
+        )
     check_precision(config.precision, resolve_device(config.device))
-    names, seed = data.labeled.label_names, config.seed
-    prepared = [PreparedTeacher(name, source, names, seed) for name, source in teachers.items()]
-    first_body: SentenceTransformer | None = None
-    for teacher in reversed(prepared):  # check that all of them load, with one at a time in memory
-        first_body = teacher.load()
-    if prepared:
-        prepared[0].body = first_body
-    students = [source.prepare(first_body, names, seed=seed) for source in sources]
-    return RunInputs(data, prepared, students, revisions, fill_mask)
+    teachers = {} if config.signals else {name: locate_body(name) for name in config.teacher}
+    fill_mask = None if config.augment_model is None else locate_model(config.augment_model)
+    sources = [locate_student(name) for name in config.student]
+    from setfit_kd.hub.client import cached_revisions  # imports huggingface_hub
+
+    models = [*teachers, config.augment_model, *config.student]
+    passed = {"labeled": labeled, "unlabeled": unlabeled, "eval": eval}
+    revisions = cached_revisions(models, [getattr(config, name) for name, source in passed.items() if source is None])
+    if data.evaluation is None:
+        logger.warning("There is no evaluation set: the models are not evaluated. Pass --eval to evaluate them.")
+    if fill_mask:
+        FillMask(fill_mask, device=resolve_device("cpu"))  # only to check that it loads
+    names, bodies = data.labeled.label_names, {}
+    for name in reversed(teachers):  # check that all of them load, with one at a time in memory
+        bodies = {name: teachers[name].load(names, seed=config.seed)}
+    first_body = next(iter(bodies.values()), None)
+    students = [source.prepare(first_body, names, seed=config.seed) for source in sources]
+    return RunInputs(data, teachers, bodies, students, revisions, fill_mask)
+
+
+def load_run_data(
+    config: DataConfig,
+    *,
+    labeled: Source | None = None,
+    unlabeled: Source | None = None,
+    eval: Source | None = None,  # noqa: A002 - the setting's name everywhere
+) -> RunData:
+    """Read the data of a run and split it with `split_data`.
+
+    Args:
+        config: The settings; they name the sources that are not passed as objects.
+        labeled: Labeled texts.
+        unlabeled: The pool.
+        eval: The evaluation set.
+
+    Raises:
+        ConfigError: If there are no labeled texts and no signals.
+        DataError: If a source cannot be used.
+        UnavailableError: If a hub data set cannot be reached.
+    """
+    labeled = config.labeled if labeled is None else labeled
+    unlabeled = config.unlabeled if unlabeled is None else unlabeled
+    evaluation = config.eval if eval is None else eval
+    if config.signals is not None and unlabeled is not None:
+        raise ConfigError("Signals contain their own pool texts.", hint="Remove --unlabeled or --signals.")
+    if labeled is None and config.signals is None:
+        raise ConfigError("Labeled texts are required.", hint="Pass --labeled or choose a --preset.")
+    if isinstance(labeled, str) and isinstance(evaluation, str) and labeled == evaluation and Path(labeled).is_file():
+        raise ConfigError(
+            f"{evaluation} cannot be both the labeled texts and the evaluation set.",
+            hint="Pass other texts with --eval, or leave it out.",
+        )
+
+    def read_labeled(source: Source, role: str, names: tuple[str, ...] | None) -> LabeledSet:
+        columns, label_column = config.text_column, config.label_column
+        return encode_labels(read(source, text_column=columns, label_column=label_column, role=role), names)
+
+    signals = None if config.signals is None else read_signals(config.signals)
+    names = None if signals is None else signals.label_names
+    rows = LabeledSet([], np.empty(0, np.int64), names or ())
+    if labeled is not None:
+        rows = read_labeled(labeled, "train", names)
+    if signals is None:
+        check_classes(rows)
+    held_out = None if evaluation is None else read_labeled(evaluation, "test", rows.label_names)
+    if signals is None:
+        if unlabeled is None:
+            logger.warning("There are no unlabeled texts: the student is trained on the labeled texts only.")
+        pool = None if unlabeled is None else stream_texts(unlabeled, text_column=config.text_column)
+        return RunData(**vars(split_data(rows, pool, held_out, config)))
+    # Labeled texts stay in the pool, since they have signals.
+    data = split_data(rows, signals.texts, held_out, config, disjoint=False)
+    if len(data.labeled):
+        check_classes(data.labeled)
+    first_row = {text: row for row, text in reversed(list(enumerate(signals.texts)))}
+    return RunData(**vars(data), signals=signals.take(np.array([first_row[text] for text in data.pool], np.int64)))

@@ -9,30 +9,25 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setfit_kd.augment.stage import drop_uncertain
 from setfit_kd.config.run import RunConfig
 from setfit_kd.data.sources import Source
-from setfit_kd.evaluation.measure import Evaluation
+from setfit_kd.evaluation.measure import Evaluation, evaluation_table, write_texts
 from setfit_kd.evaluation.seeds import SeedSummary, summarize_seeds
-from setfit_kd.evaluation.texts import write_texts
 from setfit_kd.memory.backoff import move_model, shared_backoff
 from setfit_kd.memory.devices import resolve_device
-from setfit_kd.report.write import write_report
-from setfit_kd.run.augment_stage import augment_or_load
+from setfit_kd.report.render import write_report
 from setfit_kd.run.inputs import RunInputs, prepare_run
 from setfit_kd.run.stage_cache import StageCache
-from setfit_kd.run.student_stages import StudentStages, fingerprint_signals
-from setfit_kd.run.teacher_stages import TeachersResult, run_teachers
+from setfit_kd.run.stages import Stages, Teachers, signals_key
 from setfit_kd.run_folder.folder import RunFolder
-from setfit_kd.run_folder.log import buffer_log, stage_in_log
+from setfit_kd.run_folder.log import record_log
 from setfit_kd.run_folder.manifest import versions
-from setfit_kd.run_folder.names import EVALUATION, SEEDS, STUDENT, STUDENTS, TEACHER, baseline_path, reference_models
+from setfit_kd.run_folder.names import EVALUATION, LOG_FILE, SEEDS, STUDENT, STUDENTS, TEACHER, reference_models
 from setfit_kd.signals.signals import TeacherSignals
-from setfit_kd.student.checks import check_pool
+from setfit_kd.student.distil import check_pool
 from setfit_kd.student.kinds import folder_names
 from setfit_kd.training.precision import Precision, resolve_precision
 from setfit_kd.utils.atomic_io import lock_folder
-from setfit_kd.utils.hashing import fingerprint
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
@@ -40,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResult:
     """Result of a run.
 
@@ -56,6 +51,7 @@ class RunResult:
         by_seed: With several seeds, the evaluations of each seed, including the first; otherwise empty.
         seconds: Wall time in seconds by stage.
         output_dir: Folder of the run; None if it was not written.
+        out_of_memory: Steps of the OOM backoff, over all seeds.
     """
 
     students: dict[str, SetFitModel]
@@ -66,6 +62,20 @@ class RunResult:
     by_seed: dict[int, dict[str, Evaluation]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     output_dir: Path | None = None
+    out_of_memory: list[dict[str, Any]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Return a short table of the evaluations."""
+        title = f"RunResult of {', '.join(self.students)}" + (f" in {self.output_dir}" if self.output_dir else "")
+        if not self.evaluations:
+            return f"{title} (without an evaluation set)"
+        headings, rows = evaluation_table(self.evaluations)
+        widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+            for row in (headings, *rows)
+        ]
+        return "\n".join([title, *lines])
 
     @property
     def student(self) -> SetFitModel:
@@ -111,7 +121,8 @@ def distill(
     """Train a teacher on a few labels, score the pool with it, and distil it into a student.
 
     Args:
-        labeled: A few labeled texts: a path, a hub name, a ``datasets.Dataset``, columns, or (text, label) pairs.
+        labeled: A few labeled texts: a path, a hub name, a ``datasets.Dataset``, a ``pandas.DataFrame``, columns, or
+            (text, label) pairs.
         unlabeled: The pool: the same types, or a list of texts.
         eval: Labeled texts to evaluate on; they are removed from the training data.
         config: The settings; any field of `RunConfig` can also be passed as a keyword argument.
@@ -180,116 +191,93 @@ def run(
         SetFitKDError: See `distill`.
     """
     objects = {"labeled": labeled, "unlabeled": unlabeled, "eval": eval}
-    result, _ = _run(config, objects, resume=resume)
+    result = _run(config, objects, resume=resume)
     for student in result.students.values():
         move_model(student.model_body, resolve_device(config.device), phase="Moving student")
     return result
 
 
-def _run(
-    config: RunConfig, objects: Mapping[str, Source | None], *, resume: bool
-) -> tuple[RunResult, list[dict[str, Any]]]:
-    """Run all stages for all seeds; return the result, with its models on the CPU, and the OOM backoff events."""
-    with buffer_log() as log, shared_backoff(cpu_fallback=config.cpu_fallback), ExitStack() as stack:
+def _run(config: RunConfig, objects: Mapping[str, Source | None], *, resume: bool, stage: str = "") -> RunResult:
+    """Run all stages for all seeds; return the result, with its models on the CPU."""
+    with record_log(stage) as log, shared_backoff(cpu_fallback=config.cpu_fallback), ExitStack() as stack:
         inputs, folder = prepare_run(config, **objects, resume=resume), None
         if config.output_dir is not None:
             stack.enter_context(lock_folder(config.output_dir))
             folder = (RunFolder.reopen if resume else RunFolder.create)(config, config.output_dir)
-            folder.attach_log(log)
-        resolved, stage_cache = _resolve_config(config, inputs, folder), StageCache(folder)
-        result = _run_stages(config, resolved, inputs, stage_cache)
-        out_of_memory = stage_cache.out_of_memory
+            log.open(folder.path / LOG_FILE)
+        resolved, cache = _resolve_config(config, inputs, folder), StageCache(folder, log)
+        result = _run_stages(config, resolved, inputs, cache)
         if config.seeds > 1:
-            result, events = _run_other_seeds(result, resolved, objects, folder)
-            out_of_memory = [*out_of_memory, *events]
-        stage_cache.discard_unused()
+            result = _run_other_seeds(result, resolved, objects, folder)
+        cache.discard_unused()
         if folder:
             folder.discard_seeds(keep=result.by_seed)
             folder.finish(
                 result.metrics,
                 students=student_paths(config),
                 evaluated=list(result.evaluations),
-                data=inputs.data.report.as_dict(),
+                data=vars(inputs.data.report),
                 seconds=result.seconds,
-                out_of_memory=out_of_memory,
+                out_of_memory=result.out_of_memory,
                 seeds=list(result.by_seed),
             )
             write_report(folder.path)
-        return result, out_of_memory
+        return result
 
 
-def _run_stages(config: RunConfig, resolved: RunConfig, inputs: RunInputs, stage_cache: StageCache) -> RunResult:
+def _run_stages(config: RunConfig, resolved: RunConfig, inputs: RunInputs, cache: StageCache) -> RunResult:
     """Run all stages for one seed; ``resolved`` are the settings with device and precision resolved."""
-    data = inputs.data
-    if data.evaluation and stage_cache.folder is not None:
-        write_texts(data.evaluation, stage_cache.folder.path / EVALUATION)  # for the report
-    if data.signals is None:
-        augmented = augment_or_load(resolved, data, inputs.fill_mask, stage_cache)
-        check_pool(len(data.pool) + len(data.labeled) + len(augmented), resolved)  # may be fewer than requested
-        teachers = run_teachers(
-            resolved,
-            replace(data, pool=[*data.pool, *augmented]),
-            inputs.teachers,
-            stage_cache,
-            keep_first=any(student.source_body is None for student in inputs.students),
-        )
-        if augmented:
-            rows = range(len(data.pool), len(data.pool) + len(augmented))
-            signals = drop_uncertain(teachers.signals, rows, min_confidence=config.augment_confidence)
-            teachers = replace(teachers, signals=signals, fingerprint=fingerprint(teachers.fingerprint, signals.texts))
+    data, folder = inputs.data, cache.folder
+    stages = Stages(resolved, data, cache)
+    if data.evaluation and folder:
+        write_texts(data.evaluation, folder.path / EVALUATION)  # for the report
+    if data.signals:
+        teachers = Teachers(data.signals, signals_key(data.signals))
     else:
-        teachers = TeachersResult(data.signals, fingerprint_signals(data.signals))
-    stages = StudentStages(resolved, data, teachers.fingerprint, stage_cache)
-    if stage_cache.folder is not None and stage_cache.folder.manifest.get("teacher_shares", {}) != teachers.shares:
-        stage_cache.folder.update_manifest(teacher_shares=teachers.shares)
-    students: dict[str, SetFitModel] = {}
-    models = {}
-    for (source, name), prepared in zip(student_paths(config).items(), inputs.students, strict=True):
-        baseline_name = baseline_path(name) if config.baseline and data.evaluation and len(data.labeled) else None
-        students[source], baseline = stages.train_student_and_baseline(
-            (name, baseline_name), source, prepared, teachers.first, teachers.signals
-        )
-        if baseline_name is not None and baseline is not None:
-            models[baseline_name] = baseline
-        models[name] = students[source]
+        augmented = stages.augment(inputs.fill_mask)
+        check_pool(len(data.pool) + len(data.labeled) + len(augmented), resolved)  # may be fewer than requested
+        teachers = stages.run_teachers(inputs, augmented)
+    if folder and folder.manifest.get("teacher_shares", {}) != teachers.shares:
+        folder.update_manifest(teacher_shares=teachers.shares)
+    models: dict[str, SetFitModel] = {}
+    for (name, path), prepared in zip(student_paths(config).items(), inputs.students, strict=True):
+        models |= stages.run_student(path, name, prepared, teachers)
     evaluations = dict(teachers.evaluations)
-    if data.evaluation:
-        for name, model in models.items():
-            evaluations[name] = stages.evaluate(name, model, data.evaluation, evaluations.get(TEACHER))
+    for path, model in models.items() if data.evaluation else ():
+        evaluations[path] = stages.evaluate(path, model, teachers.key, cache.key(path), evaluations.get(TEACHER))
     return RunResult(
-        students,
+        {name: models[path] for name, path in student_paths(config).items()},
         teachers.first if len(inputs.teachers) == 1 else None,
         teachers.signals,
         evaluations,
         config,
-        seconds=stage_cache.seconds,
-        output_dir=stage_cache.folder.path if stage_cache.folder else None,
+        seconds=cache.seconds,
+        output_dir=folder.path if folder else None,
+        out_of_memory=cache.out_of_memory,
     )
 
 
 def _run_other_seeds(
     result: RunResult, resolved: RunConfig, objects: Mapping[str, Source | None], folder: RunFolder | None
-) -> tuple[RunResult, list[dict[str, Any]]]:
-    """Repeat a run with the other seeds; return the result with their evaluations, and their OOM backoff events.
+) -> RunResult:
+    """Repeat a run with the other seeds; return the result with their evaluations.
 
     Each seed has a subfolder in the run folder. Only the models of the first seed and of one other are kept in memory.
     """
-    by_seed, seconds = {resolved.seed: result.evaluations}, 0.0
-    out_of_memory: list[dict[str, Any]] = []
+    by_seed, seconds, out_of_memory = {resolved.seed: result.evaluations}, 0.0, list(result.out_of_memory)
     for seed in range(resolved.seed + 1, resolved.seed + resolved.seeds):
         logger.info("Running seed %d (%d of %d).", seed, len(by_seed) + 1, resolved.seeds)
         name, resume = f"{SEEDS}/{seed}", False
         changes: dict[str, Any] = {"seed": seed, "seeds": 1, "overwrite": False}
         if folder is not None:
             changes["output_dir"], resume = folder.path / name, folder.prepare_nested_run(name)
-        with stage_in_log(name):
-            seed_result, events = _run(resolved.model_copy(update=changes), objects, resume=resume)
+        seed_result = _run(resolved.model_copy(update=changes), objects, resume=resume, stage=name)
         by_seed[seed] = seed_result.evaluations
         seconds += sum(seed_result.seconds.values())
-        out_of_memory += events
+        out_of_memory += seed_result.out_of_memory
         del seed_result  # free its models
     all_seconds = {**result.seconds, "other seeds": round(seconds, 2)}
-    return replace(result, by_seed=by_seed, seconds=all_seconds), out_of_memory
+    return replace(result, by_seed=by_seed, seconds=all_seconds, out_of_memory=out_of_memory)
 
 
 def _resolve_config(config: RunConfig, inputs: RunInputs, folder: RunFolder | None) -> RunConfig:
@@ -299,20 +287,17 @@ def _resolve_config(config: RunConfig, inputs: RunInputs, folder: RunFolder | No
     if config.precision == "auto" and manifest.get("device") == str(device) and "precision" in manifest:
         precision = Precision(**manifest["precision"])
     else:
-        body = inputs.teachers[0].body if inputs.teachers else inputs.students[0].source_body
+        body = next(iter(inputs.bodies.values()), None) or inputs.students[0].source_body
         assert body is not None
         move_model(body, device, phase="Choosing precision")
         texts = inputs.data.pool or inputs.data.labeled.texts
         precision = resolve_precision(config.precision, body, texts)
         body.to("cpu")
     if folder:
-        earlier_precision = manifest.get("precision", {}).get("name", precision.name)
-        if earlier_precision != precision.name:
-            logger.warning(
-                "This run was started in %s and is resumed in %s: the models are trained again.",
-                earlier_precision,
-                precision.name,
-            )
+        earlier = manifest.get("precision", {}).get("name", precision.name)
+        if earlier != precision.name:
+            message = "This run was started in %s and is resumed in %s: the models are trained again."
+            logger.warning(message, earlier, precision.name)
         current_versions = versions()
         if manifest.get("versions") not in (None, current_versions):
             logger.warning("This run was started with other package versions; its results so far are kept.")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import logging.handlers
 import os
+import shlex
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -15,13 +15,11 @@ from typing import Any
 from setfit_kd.config.presets import read_config
 from setfit_kd.config.run import RunConfig
 from setfit_kd.errors import ConfigError, DataError, OutputError
-from setfit_kd.run_folder.log import _LogFile
-from setfit_kd.run_folder.manifest import _is_run_folder, _read_resumable_manifest
+from setfit_kd.run_folder.manifest import is_run_folder, read_resumable_manifest
 from setfit_kd.run_folder.names import (
     ALL_NAMES,
     CHECKPOINTS,
     CONFIG_FILE,
-    LOG_FILE,
     METRICS_FILE,
     RESULTS,
     RUN_FILE,
@@ -62,20 +60,21 @@ class RunFolder:
             OutputError: If the path is a file, the folder is not writable, it is not empty and neither ``overwrite``
                 nor ``resume`` is set, or it contains files with the names of run files but no run.
         """
-        another = "Choose another --output-dir"
         with raise_output_errors(path):
             existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+            has_files = existing == path and path.is_dir() and any(file.name != LOCK_FILE for file in path.iterdir())
+            is_foreign = has_files and not resume and not is_run_folder(path)
+            hint = "Choose another --output-dir."
             if not existing.is_dir():
-                raise OutputError(f"{existing} is a file, not a folder.", hint=f"{another}.")
-            has_files = path.is_dir() and any(file.name != LOCK_FILE for file in path.iterdir())
+                raise OutputError(f"{existing} is a file, not a folder.", hint=hint)
             if has_files and not overwrite and not resume:
-                or_resume = f", or resume the run in it with --resume {path}" if (path / RUN_FILE).is_file() else ""
-                hint = f"{another}, pass --overwrite{or_resume}."
-                raise OutputError(f"The folder {path} is not empty.", hint=hint)
-            is_foreign = has_files and not resume and not _is_run_folder(path)
+                hint = "Choose another --output-dir, pass --overwrite"
+                if not is_foreign:
+                    hint += f", or resume the run in it with --resume {shlex.quote(str(path))}"
+                raise OutputError(f"The folder {path} is not empty.", hint=f"{hint}.")
             if is_foreign and any((path / name).exists() for name in ALL_NAMES):
                 message = f"The folder {path} contains files with the names of run files, but no run."
-                raise OutputError(message, hint=f"{another}.")
+                raise OutputError(message, hint=hint)
             RunFolder.refuse_links(path)
             if not os.access(existing, os.W_OK | os.X_OK):
                 hint = "Copy the run to a writable folder." if resume else "Choose a writable --output-dir."
@@ -106,7 +105,7 @@ class RunFolder:
     def contains_interrupted_run(path: Path) -> bool:
         """Return whether a folder contains an unfinished run with a result or checkpoint and no process uses it."""
         try:
-            manifest = _read_resumable_manifest(path)
+            manifest = read_resumable_manifest(path)
             if manifest.get("finished") or not (manifest["stages"] or any((path / CHECKPOINTS).glob("*/*"))):
                 return False
             with lock_folder(path):
@@ -140,7 +139,7 @@ class RunFolder:
             OutputError: As `check`, or if the disk is full.
         """
         cls.check(path, resume=True)
-        folder = cls(path, _read_resumable_manifest(path))
+        folder = cls(path, read_resumable_manifest(path))
         folder._remove_temporary_files()
         write_text(path / CONFIG_FILE, config.to_yaml())
         return folder
@@ -178,8 +177,8 @@ class RunFolder:
         """Return whether a subfolder contains a run that can be resumed; remove the subfolder if it does not."""
         path = self.path / name
         try:
-            if _is_run_folder(path):
-                _read_resumable_manifest(path)
+            if is_run_folder(path):
+                read_resumable_manifest(path)
                 return True
         except DataError as error:
             logger.warning("Starting the run in %s again: %s", path, error.message)
@@ -224,16 +223,3 @@ class RunFolder:
             OutputError: If it cannot be written.
         """
         write_text(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-    def attach_log(self, buffer: logging.handlers.MemoryHandler) -> None:
-        """Write the messages in the buffer of `buffer_log`, and all later ones, to ``run.log``.
-
-        Raises:
-            OutputError: If the file cannot be opened.
-        """
-        with raise_output_errors(self.path / LOG_FILE):
-            file = _LogFile(self.path / LOG_FILE, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(stage)s: %(message)s"))
-        buffer.setTarget(file)
-        buffer.flushLevel = logging.DEBUG
-        buffer.flush()

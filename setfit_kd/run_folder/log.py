@@ -6,27 +6,11 @@ import logging
 import logging.handlers
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from pathlib import Path
 
 from setfit_kd.errors import SetFitKDError
+from setfit_kd.utils.atomic_io import raise_output_errors
 from setfit_kd.utils.escape import printable
-
-_stage: ContextVar[str] = ContextVar("stage", default="")
-
-
-@contextmanager
-def stage_in_log(stage: str) -> Iterator[None]:
-    """Context manager that adds the name of a stage to all log records; nested names are joined by slashes."""
-    token = _stage.set("/".join(filter(None, (_stage.get(), stage))))
-    try:
-        yield
-    finally:
-        _stage.reset(token)
-
-
-def _add_stage(record: logging.LogRecord) -> bool:
-    record.stage = _stage.get() or "run"
-    return True
 
 
 class _LogFile(logging.FileHandler):
@@ -45,12 +29,52 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
+class RunLog(logging.handlers.MemoryHandler):
+    """Handler that keeps log messages in memory until `open` names the file for them and all later ones.
+
+    Args:
+        stage: Name of the current stage, which is added to every record.
+    """
+
+    def __init__(self, stage: str = "") -> None:
+        # Nothing is flushed before `open`.
+        super().__init__(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+        self.stage = stage
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add the name of the stage to a record, unless the log of a nested run has done so."""
+        record.stage = getattr(record, "stage", self.stage or "run")
+        return True
+
+    @contextmanager
+    def in_stage(self, name: str) -> Iterator[None]:
+        """Context manager that adds the name of a stage to all records."""
+        outer, self.stage = self.stage, f"{self.stage}/{name}".lstrip("/")
+        try:
+            yield
+        finally:
+            self.stage = outer
+
+    def open(self, path: Path) -> None:
+        """Write the messages so far, and all later ones, to a file.
+
+        Raises:
+            OutputError: If the file cannot be opened.
+        """
+        with raise_output_errors(path):
+            file = _LogFile(path, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(stage)s: %(message)s"))
+        self.setTarget(file)
+        self.flushLevel = logging.DEBUG
+        self.flush()
+
+
 class _Forwarder(logging.Handler):
     """Handler that forwards records to a logger's original handlers, at its original level."""
 
     def __init__(self, logger: logging.Logger) -> None:
         super().__init__(logger.getEffectiveLevel())
-        # A copy, because `buffer_log` replaces the handlers, level and propagation of the logger.
+        # A copy, because `record_log` replaces the handlers, level and propagation of the logger.
         self.original = logging.Logger(logger.name)
         vars(self.original).update(vars(logger))
 
@@ -60,20 +84,15 @@ class _Forwarder(logging.Handler):
 
 
 @contextmanager
-def buffer_log() -> Iterator[logging.handlers.MemoryHandler]:
-    """Context manager that keeps all log messages of setfit-kd in memory until `RunFolder.attach_log` opens a file.
-
-    Then all of them are written to the file. Other handlers receive the same records as before.
-    """
-    # Nothing is flushed until `attach_log` sets a target and lowers the flush level.
-    buffer = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
-    buffer.addFilter(_add_stage)
+def record_log(stage: str = "") -> Iterator[RunLog]:
+    """Context manager that records all log messages of setfit-kd. Other handlers receive the same records as before."""
+    log = RunLog(stage)
     package_logger = logging.getLogger("setfit_kd")
     forwarder = _Forwarder(package_logger)
-    package_logger.handlers, package_logger.propagate = [buffer, forwarder], False
+    package_logger.handlers, package_logger.propagate = [log, forwarder], False
     package_logger.setLevel(logging.DEBUG)
     try:
-        yield buffer
+        yield log
     except SetFitKDError as error:
         package_logger.debug("The run failed: %s", error)
         raise
@@ -83,6 +102,6 @@ def buffer_log() -> Iterator[logging.handlers.MemoryHandler]:
     finally:
         package_logger.handlers, package_logger.propagate = forwarder.original.handlers, forwarder.original.propagate
         package_logger.setLevel(forwarder.original.level)
-        if buffer.target is not None:
-            buffer.target.close()
-        buffer.close()
+        if log.target is not None:
+            log.target.close()
+        log.close()

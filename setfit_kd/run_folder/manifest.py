@@ -6,27 +6,22 @@ import platform
 import shlex
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from setfit_kd import __version__
 from setfit_kd.errors import DataError
 from setfit_kd.run_folder.names import RUN_FILE, StagePath
 from setfit_kd.utils.files import read_json
 
-_PACKAGES = (
-    "setfit",
-    "sentence-transformers",
-    "transformers",
-    "datasets",
-    "huggingface-hub",
-    "torch",
-    "scikit-learn",
-    "numpy",
-)
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-_ManifestType = TypeVar("_ManifestType", bound="_BaseManifest")
+_PACKAGES = (
+    *("setfit", "sentence-transformers", "transformers", "datasets", "huggingface-hub"),
+    *("torch", "scikit-learn", "numpy"),
+)
 
 
 def versions() -> dict[str, str]:
@@ -40,20 +35,11 @@ def versions() -> dict[str, str]:
     return result
 
 
-def _check_seeds(seeds: list[int]) -> list[int]:
-    if len(seeds) == 1:
-        raise ValueError("expected at least two seeds, got one")
-    return seeds
-
-
 class _Stage(BaseModel):
-    losses: list[float]
-
-
-class _ResumableStage(_Stage):
     inputs: str
     seconds: float = Field(allow_inf_nan=False)
     out_of_memory: list[dict[str, Any]]
+    losses: list[float]
 
 
 class _Precision(BaseModel):
@@ -82,38 +68,33 @@ class _OutOfMemoryEvent(BaseModel):
     after: _Attempt = Field(alias="to")
 
 
-class _BaseManifest(BaseModel):
-    """Fields of every ``run.json``."""
+class Manifest(BaseModel):
+    """Fields of ``run.json`` that are read; an unfinished run lacks most of them."""
 
     format: Literal[1]
     finished: bool
-
-
-class _ResumableManifest(_BaseManifest):
-    """Fields of ``run.json`` that a resumed run reads; all others are kept as they are."""
-
-    model_config = ConfigDict(extra="allow")
-
-    stages: dict[StagePath, _ResumableStage]
+    stages: dict[StagePath, _Stage]
+    versions: dict[str, str] = {}
     device: str = ""
-    precision: _Precision | None = None
-
-
-class Manifest(_BaseManifest):
-    """Fields of the ``run.json`` of a finished run."""
-
-    stages: dict[str, _Stage]
-    versions: dict[str, str]
-    device: str
-    precision: _Precision
-    data: dict[str, int]
-    seconds: dict[str, float]
-    students: dict[str, StagePath]
-    evaluated: list[StagePath]
+    precision: _Precision = _Precision(name="")
+    data: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    students: dict[str, StagePath] = {}
+    evaluated: list[StagePath] = []
     out_of_memory: list[_OutOfMemoryEvent] = []
-    seeds: Annotated[list[int], AfterValidator(_check_seeds)] = []
+    seeds: list[int] = []
     revisions: dict[str, str] = {}
     teacher_shares: dict[str, float] = {}
+
+    @model_validator(mode="after")
+    def _check_finished(self) -> Self:
+        required = {"versions", "device", "precision", "data", "seconds", "students", "evaluated"}
+        missing = sorted(required - self.model_fields_set) if self.finished else []
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        if len(self.seeds) == 1:
+            raise ValueError("expected at least two seeds, got one")
+        return self
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -123,34 +104,38 @@ class Manifest(_BaseManifest):
             DataError: If it cannot be read or the run is not finished.
         """
         command = f"setfit-kd run --resume {shlex.quote(str(folder))}"
-        hint = f"Run it again with `{command}`."
-        if not _read_manifest(folder, _BaseManifest, action="read", hint=hint).finished:
+        manifest, _ = _read_manifest(folder, action="read", hint=f"Run it again with `{command}`.")
+        if not manifest.finished:
             raise DataError(f"The run in {folder} is not finished.", hint=f"Resume it with `{command}`.")
-        return _read_manifest(folder, cls, action="read", hint=hint)
+        return manifest
 
 
-def _read_manifest(folder: Path, manifest_type: type[_ManifestType], *, action: str, hint: str) -> _ManifestType:
-    """Read the ``run.json`` in a folder as one of the models above; ``action`` and ``hint`` are parts of the error."""
+def _read_manifest(folder: Path, *, action: str, hint: str) -> tuple[Manifest, dict[str, Any]]:
+    """Read the ``run.json`` in a folder: validated, and as it is; ``action`` and ``hint`` are parts of the error."""
     path = folder / RUN_FILE
     try:
-        return manifest_type.model_validate(read_json(path))
+        content = read_json(path)
+        return Manifest.model_validate(content), content
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise DataError(
-            f"Cannot {action} {path} with this version of setfit-kd ({field}: {first['msg']}).", hint=hint
-        ) from None
+        field = ".".join(map(str, first["loc"])) or "content"
+        message = f"Cannot {action} {path} with this version of setfit-kd ({field}: {first['msg']})."
+        raise DataError(message, hint=hint) from None
     except (OSError, ValueError) as error:
         raise DataError(f"Cannot read {path}: {error}.", hint="Start a new run in another --output-dir.") from None
 
 
-def _read_resumable_manifest(folder: Path) -> dict[str, Any]:
+def read_resumable_manifest(folder: Path) -> dict[str, Any]:
+    """Read the ``run.json`` of a run to resume.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
     hint = "Start again with --overwrite, or use the version of setfit-kd that started the run."
-    manifest = _read_manifest(folder, _ResumableManifest, action="resume from", hint=hint)
-    return manifest.model_dump(exclude_unset=True)
+    return _read_manifest(folder, action="resume from", hint=hint)[1]
 
 
-def _is_run_folder(path: Path) -> bool:
+def is_run_folder(path: Path) -> bool:
     """Return whether a folder contains the ``run.json`` of a run."""
     try:
         manifest = read_json(path / RUN_FILE)

@@ -17,11 +17,19 @@ TEACHERS, BASELINES, STUDENTS = "teachers", "baselines", "students"
 AUGMENTED = "augmented"
 TEACHER_SIGNALS, TEACHER_ACCURACIES = "scored", "weighed"
 """Signals and cross-validated accuracy of each of several teachers."""
+STAGE_KINDS = {
+    TEACHERS: TEACHER,
+    TEACHER_ACCURACIES: TEACHER,
+    TEACHER_SIGNALS: SIGNALS,
+    STUDENTS: STUDENT,
+    BASELINES: BASELINE,
+}
+"""Kind of the stages in a group."""
 SEEDS = "seeds"
 EVALUATION, CHECKPOINTS = "evaluation", "checkpoints"
 REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"
 RESULTS = (METRICS_FILE, REPORT_HTML, REPORT_MARKDOWN)
-"""Files written at the end from the results of all stages."""
+"""Files written at the end from the results of all stages; only earlier versions wrote ``report.md``."""
 _FILES = (CONFIG_FILE, RUN_FILE, LOG_FILE, *RESULTS)
 _MODELS = (TEACHER, TEACHERS, BASELINE, BASELINES, STUDENT, STUDENTS)
 _SIGNALS = (SIGNALS, TEACHER_SIGNALS, TEACHER_ACCURACIES)

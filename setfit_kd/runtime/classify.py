@@ -4,12 +4,15 @@ Requires numpy and tokenizers, and onnxruntime for ONNX bundles. Every bundle co
 file of a bundle that is ever executed:
 
     python classify.py "some text" "another"      # prints one JSON object per text
-    python classify.py < texts.txt                # reads one text per line
+    python classify.py < texts.txt                # reads one text per line, and answers as the lines arrive
+
+A text without visible characters has no label: the answer is None in Python and null in JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
 import errno
 import hashlib
 import json
@@ -18,11 +21,12 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from io import IncrementalNewlineDecoder
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +37,6 @@ logger = logging.getLogger("setfit_kd.runtime")  # the same name in the copy ins
 FORMAT = 1
 MANIFEST, LABELS, TOKENIZER = "manifest.json", "labels.json", "tokenizer.json"
 ONNX_MODEL, VECTORS, HEAD = "model.onnx", "embeddings.safetensors", "head.safetensors"
-_INPUTS = {"input_ids", "attention_mask"}
 _EXTERNAL_DATA = b"\n\x08location"
 """Bytes by which an ONNX graph, a protocol buffer, marks a tensor that is stored in another file."""
 _CHUNK_SIZE = 2048
@@ -47,13 +50,18 @@ MAX_CHARACTERS = 1_000_000
 _CHARACTERS_PER_TOKEN, _MARGIN_TOKENS = 8, 32
 """An upper estimate, and the number of tokens next to a cut that may differ from those of the full text."""
 _WHITESPACE = re.compile(r"(?<=[^ \t\r\n])[ \t\r\n]")
+_READ_BYTES = 1 << 18
+_IGNORABLE = (
+    r"\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+    r"\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+INVISIBLE, _VISIBLE = re.compile(f"[{_IGNORABLE}]"), re.compile(rf"[^\s{_IGNORABLE}]")
+"""Invisible: Unicode's Default_Ignorable_Code_Point (zero-width characters, direction marks, variation selectors, tags,
+...) and interlinear annotation marks. Visible: everything else but white space."""
 _UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that a terminal interprets instead of displaying."""
-_DTYPES: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2"}
 
 Floats = npt.NDArray[np.float32]
-Files = Mapping[str, bytes]
-Manifest = Mapping[str, Any]
 T = TypeVar("T")
 
 
@@ -62,18 +70,23 @@ class BundleError(ValueError):
 
 
 class Prediction(NamedTuple):
-    """A text with its most probable label and the probability of that label."""
+    """A text with its most probable label and the probability of that label; None for a text without label."""
 
     text: str
-    label: str
-    probability: float
+    label: str | None
+    probability: float | None
+
+
+def has_text(text: str) -> bool:
+    """Return whether a text has a visible character; other texts get no label."""
+    return _VISIBLE.search(text) is not None
 
 
 def shorten(text: str, tokenizer: Any) -> str:
     """Shorten a long text before it is tokenized, without changing the tokens that remain after truncation.
 
-    Tokenizes longer and longer prefixes, cut at whitespace, until one has enough tokens or the whole text is reached.
-    Uses suffixes if the tokenizer truncates on the left. Without truncation, only `MAX_CHARACTERS` limits the text.
+    Tokenizes longer and longer prefixes (suffixes if the tokenizer truncates on the left), cut at whitespace, until one
+    has enough tokens. Without truncation, only `MAX_CHARACTERS` limits the text.
     """
     truncation = getattr(tokenizer, "truncation", None) or {}
     is_left = truncation.get("direction") == "left"
@@ -94,14 +107,48 @@ def shorten(text: str, tokenizer: Any) -> str:
     return text
 
 
+class Lines:
+    """Lines of a binary stream in UTF-8, read as they arrive.
+
+    Attributes:
+        is_waiting: Whether the next line has not been read yet, so that it may arrive much later.
+    """
+
+    def __init__(self, stream: Any, *, errors: str = "strict") -> None:
+        self.is_waiting = False
+        self._stream = stream
+        self._decoder = IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(errors), translate=True)
+
+    def __iter__(self) -> Iterator[str]:
+        parts: list[str] = []
+        while block := self._stream.read1(_READ_BYTES):
+            *lines, rest = self._decoder.decode(block).split("\n")
+            if lines:
+                lines[0] = "".join([*parts, lines[0]])
+                parts = []
+            parts.append(rest)
+            for number, line in enumerate(lines, 1):
+                self.is_waiting = number == len(lines)
+                yield line
+        if last := "".join([*parts, self._decoder.decode(b"", final=True)]):
+            yield last.removesuffix("\n")
+
+
 def chunk_texts(
-    items: Iterable[T], max_items: int, *, get_text: Callable[[Any], str | None] = lambda item: item
+    items: Iterable[T],
+    max_items: int,
+    *,
+    get_text: Callable[[Any], str | None] = lambda item: item,
+    is_waiting: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[T]]:
     """Split texts into lists of at most ``max_items`` texts and `MAX_CHARACTERS` characters, or of one longer text.
 
-    The items are texts, or anything from which ``get_text`` returns the text. Logs a warning at the end with the
-    number of texts of more than `MAX_CHARACTERS` characters, because `shorten` truncates them.
+    The items are texts, or anything from which ``get_text`` returns the text. A list is shorter if ``is_waiting`` says
+    that the next item has not arrived. Logs a warning at the end with the number of texts of more than
+    `MAX_CHARACTERS` characters, because `shorten` truncates them.
     """
+    if isinstance(items, str):
+        raise TypeError("expected a list of texts, got a single string")
     chunk: list[T] = []
     n_characters = n_long = 0
     for item in items:
@@ -112,7 +159,7 @@ def chunk_texts(
             chunk, n_characters = [], 0
         chunk.append(item)
         n_characters += length
-        if len(chunk) == max_items:  # without waiting for the next text, which may arrive much later
+        if len(chunk) >= max_items or is_waiting():
             yield chunk
             chunk, n_characters = [], 0
     if chunk:
@@ -131,6 +178,7 @@ class Classifier:
         batch_size: Texts per forward pass of an ONNX bundle.
 
     Attributes:
+        folder: Folder of the bundle.
         labels: Names of the classes.
         manifest: Content of ``manifest.json``.
 
@@ -147,16 +195,18 @@ class Classifier:
     def __init__(self, path: str | Path, *, threads: int | None = None, batch_size: int = 32) -> None:
         if batch_size < 1 or (threads is not None and threads < 1):
             raise ValueError(f"threads and batch_size must be 1 or more, got {threads} and {batch_size}")
-        folder = Path(path)
-        self.manifest = _read_manifest(folder)
-        files = _read_files(folder, self.manifest)
+        self.folder = folder = Path(path)
+        self.manifest, files = _read_bundle(folder)
         self.batch_size = batch_size
         if threads == 1:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         with _convert_errors(str(folder)):
-            self.labels = _read_labels(files[LABELS])
-            self._tokenizer = _read_tokenizer(files[TOKENIZER])
-            self._model: _Model = _MODEL_CLASSES[self.manifest["kind"]](files, self.manifest, threads)
+            self.labels = json.loads(files[LABELS])
+            if not isinstance(self.labels, list) or not all(isinstance(label, str) for label in self.labels):
+                raise BundleError(f"{LABELS} must contain a list of strings.")
+            self._tokenizer = Tokenizer.from_buffer(files[TOKENIZER])
+            self._tokenizer.no_padding()
+            self._model = _MODELS[self.manifest["kind"]](files, self.manifest, threads)
         n_tokens, n_classes = self._model.n_tokens, self._model.n_classes
         if n_tokens is not None and max(self._tokenizer.get_vocab().values(), default=0) >= n_tokens:
             raise BundleError(f"{folder} has vectors for {n_tokens} tokens, but its tokenizer uses higher token ids.")
@@ -169,97 +219,76 @@ class Classifier:
         Raises:
             BundleError: If the tokenizer or the model fails, or a probability is not finite.
         """
-        if isinstance(texts, str):
-            raise TypeError("expected a list of texts, got a single string")
-        with _convert_errors("The bundle"):
-            parts = [self._classify(chunk) for chunk in chunk_texts(texts, _CHUNK_SIZE)]
-        probabilities = np.concatenate([np.empty((0, len(self.labels)), np.float32), *parts])
-        if not np.isfinite(probabilities).all():
-            raise BundleError("The bundle predicts probabilities that are not finite.")
-        return probabilities
+        parts = [self._classify(chunk) for chunk in chunk_texts(texts, _CHUNK_SIZE)]
+        return np.concatenate([np.empty((0, len(self.labels)), np.float32), *parts])
 
-    def predict(self, texts: Sequence[str]) -> list[str]:
-        """Predict the most probable label of each text."""
-        return [self.labels[column] for column in self.predict_proba(texts).argmax(axis=1)]
+    def predict(self, texts: Sequence[str]) -> list[str | None]:
+        """Predict the most probable label of each text; None for a text without visible characters."""
+        return [prediction.label for prediction in self.stream(texts, chunk_size=_CHUNK_SIZE)]
 
-    def stream(self, texts: Iterable[str], *, chunk_size: int = 256) -> Iterator[Prediction]:
+    def stream(
+        self, texts: Iterable[str], *, chunk_size: int = 256, is_waiting: Callable[[], bool] = lambda: False
+    ) -> Iterator[Prediction]:
         """Classify any number of texts in their order, with at most ``chunk_size`` of them in memory.
 
-        Predictions are yielded once ``chunk_size`` texts have arrived or the input ends; use 1 for a live source.
+        Predictions are yielded once ``chunk_size`` texts have arrived, ``is_waiting`` says that the next text has not
+        arrived, or the input ends.
         """
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}")
-        for chunk in chunk_texts(texts, chunk_size):
+        for chunk in chunk_texts(texts, chunk_size, is_waiting=is_waiting):
             for text, row in zip(chunk, self._classify(chunk), strict=True):
                 column = int(row.argmax())
-                yield Prediction(text, self.labels[column], float(row[column]))
+                answer = (self.labels[column], float(row[column])) if has_text(text) else (None, None)
+                yield Prediction(text, *answer)
 
     def _classify(self, texts: list[str]) -> Floats:
         prefix, special = self.manifest["prefix"], self.manifest["special_tokens"]
-        inputs = [prefix + shorten(text, self._tokenizer) for text in texts]
-        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(inputs, add_special_tokens=special)]
-        size = self.batch_size if self._model.needs_padding else len(ids)
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row])) if self._model.needs_padding else range(len(ids))
-        probabilities = np.empty((len(texts), len(self.labels)), np.float32)
-        for start in range(0, len(order), size):
-            rows = list(order[start : start + size])
-            probabilities[rows] = self._model.predict_proba([ids[row] for row in rows])
+        with _convert_errors("The bundle"):
+            inputs = [prefix + shorten(text, self._tokenizer) for text in texts]
+            ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(inputs, add_special_tokens=special)]
+            order, size = list(range(len(ids))), len(ids)
+            if self._model.needs_padding:
+                order, size = sorted(order, key=lambda row: len(ids[row])), self.batch_size
+            probabilities = np.empty((len(texts), len(self.labels)), np.float32)
+            for start in range(0, len(order), size):
+                rows = order[start : start + size]
+                probabilities[rows] = self._model.predict_proba([ids[row] for row in rows])
+        if not np.isfinite(probabilities).all():
+            raise BundleError("The bundle predicts probabilities that are not finite.")
         return probabilities
 
 
 @contextmanager
 def _convert_errors(name: str) -> Iterator[None]:
-    """Convert errors of the tokenizer and the ONNX session to `BundleError`.
-
-    A panic of the tokenizer is not an `Exception` and is recognized by its name.
-    """
+    """Convert errors of the tokenizer and the ONNX session to `BundleError`."""
     try:
         yield
+    except (BundleError, ImportError, MemoryError):
+        raise
     except BaseException as error:
-        is_library_error = isinstance(error, Exception) or type(error).__name__ == "PanicException"
-        if not is_library_error or isinstance(error, (BundleError, ImportError, MemoryError)):
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a panic of the tokenizer
             raise
         raise BundleError(f"{name} cannot be used ({type(error).__name__}: {error}).") from error
-
-
-class _Model(Protocol):
-    """A model that maps token ids to class probabilities.
-
-    Attributes:
-        needs_padding: Whether texts are padded to the longest of their batch, so that similar lengths are faster.
-        n_classes: Number of classes.
-        n_tokens: Size of the vocabulary; None if unknown.
-    """
-
-    needs_padding: bool
-    n_classes: int
-    n_tokens: int | None
-
-    def predict_proba(self, ids: list[list[int]]) -> Floats:
-        """Predict (n, n_classes) probabilities from the token ids of n texts."""
 
 
 class _StaticModel:
     """Mean of token vectors, followed by a linear head."""
 
-    needs_padding = False
+    files, needs_padding = (VECTORS, HEAD), False
 
-    def __init__(self, files: Files, manifest: Manifest, threads: int | None) -> None:
+    def __init__(self, files: dict[str, bytes], manifest: dict[str, Any], threads: int | None) -> None:
         vectors = read_safetensors(files[VECTORS])["embeddings"]
         head = read_safetensors(files[HEAD])
         self._coef, self._intercept = head["coef"], head["intercept"]
         if vectors.ndim != 2 or self._coef.shape != (*self._intercept.shape, vectors.shape[1]):
-            raise BundleError(
-                f"Shapes do not match: vectors {vectors.shape}, head {self._coef.shape}, intercept "
-                f"{self._intercept.shape}."
-            )
+            shapes = f"vectors {vectors.shape}, head {self._coef.shape}, intercept {self._intercept.shape}"
+            raise BundleError(f"Shapes do not match: {shapes}.")
         self.n_tokens, self.n_classes = len(vectors), len(self._intercept)
         self._normalizes = bool(manifest["normalize"])
         # A linear head of a mean is the mean of the head's outputs, so n_classes numbers per token are enough.
         self._table = vectors if self._normalizes else vectors @ self._coef.T
 
     def predict_proba(self, ids: list[list[int]]) -> Floats:
-        """Predict (n, n_classes) probabilities from the token ids of n texts; a text without tokens has mean 0."""
+        """Predict (n, n_classes) probabilities from token ids; a text without tokens has mean 0."""
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         flat = np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum()))
         means = np.zeros((len(ids), self._table.shape[1]), np.float32)
@@ -275,12 +304,11 @@ class _StaticModel:
 
 
 class _OnnxModel:
-    """Body, pooling and head as one ONNX graph."""
+    """Body, pooling and head as one ONNX graph; similar lengths in a batch need less padding."""
 
-    needs_padding = True
-    n_tokens = None
+    files, needs_padding, n_tokens = (ONNX_MODEL,), True, None
 
-    def __init__(self, files: Files, manifest: Manifest, threads: int | None) -> None:
+    def __init__(self, files: dict[str, bytes], manifest: dict[str, Any], threads: int | None) -> None:
         try:
             import onnxruntime
         except ImportError:
@@ -298,13 +326,13 @@ class _OnnxModel:
         self._session = onnxruntime.InferenceSession(files[ONNX_MODEL], options, providers=["CPUExecutionProvider"])
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         names = {node.name for node in inputs}
-        if names != _INPUTS or outputs[0].name != "probabilities" or len(outputs[0].shape) != 2:
+        if names != {"input_ids", "attention_mask"} or outputs[0].name != "probabilities" or len(outputs[0].shape) != 2:
             raise BundleError(f"{ONNX_MODEL} must map input_ids and attention_mask to probabilities (n, n_classes).")
         self.n_classes = int(outputs[0].shape[1])
         self._pad = int(manifest["pad_id"])
 
     def predict_proba(self, ids: list[list[int]]) -> Floats:
-        """Predict (n, n_classes) probabilities from the token ids of n texts."""
+        """Predict (n, n_classes) probabilities from token ids."""
         longest = max(1, *map(len, ids))
         tokens = np.full((len(ids), longest), self._pad, np.int64)
         mask = np.zeros((len(ids), longest), np.int64)
@@ -315,19 +343,12 @@ class _OnnxModel:
         return np.asarray(probabilities, np.float32)
 
 
-_MODEL_CLASSES: dict[str, Any] = {"static": _StaticModel, "onnx": _OnnxModel}
-_MODEL_FILES = {"static": (VECTORS, HEAD), "onnx": (ONNX_MODEL,)}
-_MANIFEST_FIELDS: dict[str, tuple[type, ...]] = {
-    "files": (dict,),
-    "kind": (str,),
-    "normalize": (bool,),
-    "pad_id": (int,),
-    "prefix": (str,),
-    "special_tokens": (bool,),
-}
+_MODELS: dict[str, Any] = {"static": _StaticModel, "onnx": _OnnxModel}
+_FIELDS = {"files": dict, "kind": str, "normalize": bool, "pad_id": int, "prefix": str, "special_tokens": bool}
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Read the manifest of a bundle and the files, and check them against the hashes in the manifest."""
     file = folder / MANIFEST
     try:
         manifest = json.loads(_read(file))
@@ -338,29 +359,21 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         raise BundleError(f"{file} is not the manifest of a bundle.")
     if manifest["format"] > FORMAT:
-        raise BundleError(
-            f"{folder} has format {manifest['format']}, but this version reads formats up to {FORMAT}: upgrade, or use "
-            "the classify.py in the bundle."
-        )
-    invalid = [name for name, types in _MANIFEST_FIELDS.items() if not isinstance(manifest.get(name), types)]
+        problem = f"{folder} has format {manifest['format']}, but this version reads formats up to {FORMAT}"
+        raise BundleError(f"{problem}: upgrade, or use the classify.py in the bundle.")
+    invalid = [name for name, kind in _FIELDS.items() if not isinstance(manifest.get(name), kind)]
     if invalid:
         raise BundleError(f"{file} has missing or invalid fields: {', '.join(invalid)}.")
-    if manifest["kind"] not in _MODEL_CLASSES:
-        raise BundleError(f"{folder} has kind {manifest['kind']!r}, expected {' or '.join(_MODEL_CLASSES)}.")
-    return manifest
-
-
-def _read_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
-    """Read the files of a bundle and check them against the hashes in its manifest."""
-    hashes = manifest["files"]
+    if manifest["kind"] not in _MODELS:
+        raise BundleError(f"{folder} has kind {manifest['kind']!r}, expected {' or '.join(_MODELS)}.")
+    hashes, contents = manifest["files"], {}
     for name in hashes:
         if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
-            raise BundleError(f"{folder / MANIFEST} lists {name!r}, which is not a plain file name.")
-    required = (LABELS, TOKENIZER, *_MODEL_FILES[manifest["kind"]])
+            raise BundleError(f"{file} lists {name!r}, which is not a plain file name.")
+    required = (LABELS, TOKENIZER, *_MODELS[manifest["kind"]].files)
     missing = [name for name in required if name not in hashes]
     if missing:
-        raise BundleError(f"{folder / MANIFEST} does not list {', '.join(missing)}.")
-    contents = {}
+        raise BundleError(f"{file} does not list {', '.join(missing)}.")
     for name in required:
         try:
             contents[name] = _read(folder / name)
@@ -368,39 +381,21 @@ def _read_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
             raise BundleError(f"Cannot read {folder / name} ({error.strerror}): the bundle is incomplete.") from None
         if hashlib.sha256(contents[name]).hexdigest() != hashes[name]:
             raise BundleError(f"{folder / name} has changed since the bundle was exported: copy the bundle again.")
-    return contents
+    return manifest, contents
 
 
 def _read(path: Path) -> bytes:
     """Read a regular file of at most `_MAX_BYTES`; reading anything else might never end."""
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file")
-    if status.st_size > _MAX_BYTES[path.suffix]:
-        raise OSError(errno.EFBIG, "too large")
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES[path.suffix]:
+        raise OSError(errno.EINVAL, "not a regular file, or too large")
     return path.read_bytes()
 
 
-def _read_labels(content: bytes) -> list[str]:
-    labels = json.loads(content)
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise BundleError(f"{LABELS} must contain a list of strings.")
-    return labels
-
-
-def _read_tokenizer(content: bytes) -> Tokenizer:
-    tokenizer = Tokenizer.from_buffer(content)
-    tokenizer.no_padding()
-    return tokenizer
-
-
 def read_safetensors(content: bytes) -> dict[str, Floats]:
-    """Read the arrays of a safetensors file in half or single precision, as float32.
+    """Read the arrays of a safetensors file in half or single precision, as float32; else raise `BundleError`.
 
     Format: the length of the header in eight bytes, the header as JSON, the numbers (huggingface/safetensors).
-
-    Raises:
-        BundleError: If the content is not such a file.
     """
     try:
         size = int.from_bytes(content[:8], "little")
@@ -412,7 +407,7 @@ def read_safetensors(content: bytes) -> dict[str, Floats]:
             if begin != position:
                 raise ValueError("its arrays overlap or leave gaps")
             position = end
-            flat = np.frombuffer(data[begin:end], np.dtype(_DTYPES[entry["dtype"]]))
+            flat = np.frombuffer(data[begin:end], {"F32": "<f4", "F16": "<f2"}[entry["dtype"]])
             arrays[name] = flat.reshape(entry["shape"]).astype(np.float32)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"Expected a safetensors file in half or single precision ({error}).") from None
@@ -427,31 +422,26 @@ def _escape_control_characters(text: str) -> str:
 def main() -> None:
     """Classify the arguments or the lines of stdin."""
     parser = argparse.ArgumentParser(description="Classify texts and print one JSON object per text.")
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="Texts to classify. [default: the lines of stdin]")
-    parser.add_argument(
-        "--bundle", default=Path(__file__).parent, metavar="FOLDER", help="Folder of the bundle. [default: this folder]"
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="Maximum number of threads. [default: chosen by the libraries]"
-    )
+    add = parser.add_argument
+    add("texts", nargs="*", metavar="TEXT", help="Texts to classify. [default: the lines of stdin]")
+    add("--bundle", default=Path(__file__).parent, metavar="FOLDER", help="The bundle. [default: this folder]")
+    add("--threads", type=int, metavar="N", help="Maximum number of threads. [default: chosen by the libraries]")
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    lines = Lines(sys.stdin and sys.stdin.buffer, errors="replace")
+    texts = [text.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for text in arguments.texts] or lines
     try:
         classifier = Classifier(arguments.bundle, threads=arguments.threads)
+        for prediction in classifier.stream(texts, is_waiting=lambda: lines.is_waiting):
+            line = _escape_control_characters(json.dumps(prediction._asdict(), ensure_ascii=False))
+            print(line, flush=lines.is_waiting)
+        sys.stdout.flush()
+    except (BrokenPipeError, KeyboardInterrupt) as error:  # discard the rest of the output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 0)
     except (ValueError, ImportError) as error:
         sys.exit(_escape_control_characters(f"Error: {error}"))
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    encoded = [text.encode("utf-8", "surrogateescape") for text in arguments.texts]
-    lines = encoded or (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
-    texts = (text.decode("utf-8", "replace") for text in lines)
-    for prediction in classifier.stream(texts, chunk_size=1 if sys.stdin.isatty() else 256):
-        print(_escape_control_characters(json.dumps(prediction._asdict(), ensure_ascii=False)))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader has closed the pipe; discard the rest of the output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    main()

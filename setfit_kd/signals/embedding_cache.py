@@ -6,9 +6,9 @@ import logging
 import os
 import re
 import shutil
-import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import OutputError
+from setfit_kd.models.bodies import content_hash
 from setfit_kd.models.encode import embed
-from setfit_kd.models.fingerprint import content_hash
 from setfit_kd.utils.arrays import load_rows, save_rows
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import cache_folder
@@ -36,8 +36,6 @@ _LIBRARIES = ("torch", "transformers", "sentence-transformers", "tokenizers")
 _EMBEDDINGS, _ROWS, _CHECKSUM = "embeddings", "embeddings.npy", "embeddings.sha256"
 _ENTRY = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.[0-9a-f]{8}")
 """Folder name of an entry, or of an entry that is being written."""
-_ABANDONED_SECONDS = 3600.0
-"""Age at which an unfinished entry is removed."""
 
 
 def cache_bytes() -> int:
@@ -51,46 +49,39 @@ def cached_embed(
 ) -> npt.NDArray[np.floating]:
     """Compute embeddings with `embed`, or load them if the same body has embedded the same texts before.
 
-    Problems with the cache are logged and never raise an error.
-
-    Args:
-        body: Body that embeds the texts.
-        texts: n texts.
-        batch_size: Texts per forward pass.
-        normalize: Scale the embeddings to unit length.
-        description: Label of the progress bar and the log messages.
-
-    Returns:
-        (n, d) embeddings.
+    Takes the arguments of `embed`; ``description`` also labels the log messages. Problems with the cache are logged
+    and never raise an error.
     """
+    compute = partial(embed, body, texts, batch_size=batch_size, normalize=normalize, description=description)
     folder = cache_folder()
     if folder is None:
-        return embed(body, texts, batch_size=batch_size, normalize=normalize, description=description)
-    entry = folder / _EMBEDDINGS / _entry_name(body, texts, normalize=normalize)
+        return compute()
+    libraries = " ".join(f"{library} {version(library)}" for library in _LIBRARIES)
+    parts = chain((f"4 {normalize} {body.device.type} {libraries}", content_hash(body)), texts)
+    entry = folder / _EMBEDDINGS / hash_parts(part.encode() for part in parts)
     cached = _load(entry)
     if cached is not None:
         with suppress(OSError):  # a shared cache may be read-only
             os.utime(entry)
         logger.info("%s: loaded from the cache (%s).", description, entry)
         return cached
-    embeddings = embed(body, texts, batch_size=batch_size, normalize=normalize, description=description)
-    if embeddings.nbytes > MAX_BYTES:
-        return embeddings
-    try:
-        with atomic_folder(entry) as part:
-            save_rows(embeddings, part / _ROWS)
-            (part / _CHECKSUM).write_text(file_hash(part / _ROWS), encoding="utf-8")
-        _prune(entry.parent, keep=entry)
-    except (OSError, OutputError) as error:
-        logger.debug("Could not cache the embeddings: %s", error)
+    embeddings = compute()
+    if embeddings.nbytes <= MAX_BYTES:
+        try:
+            with atomic_folder(entry) as part:
+                save_rows(embeddings, part / _ROWS)
+                (part / _CHECKSUM).write_text(file_hash(part / _ROWS), encoding="utf-8")
+            _prune(entry.parent, keep=entry)
+        except (OSError, OutputError) as error:
+            logger.debug("Could not cache the embeddings: %s", error)
     return embeddings
 
 
 def _load(entry: Path) -> npt.NDArray[np.floating] | None:
     """Load the embeddings of an entry; remove the entry and return None if they do not match their checksum."""
-    if not os.path.lexists(entry):
-        return None
     try:
+        if not os.path.lexists(entry):
+            return None
         if any(path.is_symlink() for path in (entry, entry / _ROWS, entry / _CHECKSUM)):
             raise ValueError("it contains a symbolic link")
         if file_hash(entry / _ROWS) != (entry / _CHECKSUM).read_text(encoding="utf-8"):
@@ -107,31 +98,22 @@ def _remove(entry: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def _entry_name(body: SentenceTransformer, texts: Sequence[str], *, normalize: bool) -> str:
-    """Hash everything that determines the embeddings: body, texts, normalization, device type and library versions."""
-    libraries = " ".join(f"{library} {version(library)}" for library in _LIBRARIES)
-    parts = chain((f"4 {normalize} {body.device.type} {libraries}", content_hash(body)), texts)
-    return hash_parts(part.encode() for part in parts)
-
-
 def _entries(folder: Path) -> list[tuple[float, int, Path]]:
-    """List the time of last use, the size in bytes and the path of each entry; unfinished names start with a dot."""
+    """List the time of last use, the size in bytes and the path of each entry, including unfinished ones."""
     entries = []
     for path in folder.glob("*"):
         with suppress(OSError):  # another process may have removed it
             if _ENTRY.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-                files = [file.lstat() for file in path.iterdir()]
-                used = max([path.stat().st_mtime, *(file.st_mtime for file in files if path.name[0] == ".")])
-                entries.append((used, sum(file.st_size for file in files), path))
+                size = sum(file.lstat().st_size for file in path.iterdir())
+                entries.append((path.stat().st_mtime, size, path))
     return entries
 
 
 def _prune(folder: Path, *, keep: Path) -> None:
-    """Remove abandoned entries, then the least recently used ones until the rest fits in `MAX_BYTES`."""
-    entries = sorted(_entries(folder), key=lambda entry: (entry[2].name[0] != ".", entry[0]))
+    """Remove the least recently used entries, finished or not, until the rest fits in `MAX_BYTES`."""
+    entries = sorted(_entries(folder))
     total = sum(size for _, size, _ in entries)
-    for used, size, path in entries:
-        is_old = time.time() - used > _ABANDONED_SECONDS
-        if is_old if path.name[0] == "." else total > MAX_BYTES and path != keep:
+    for _, size, path in entries:
+        if total > MAX_BYTES and path != keep:
             _remove(path)
             total -= size

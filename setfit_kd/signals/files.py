@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from setfit_kd.data.readers import LINE_NUMBERED, read_records
+from setfit_kd.data.readers import read_records, record_unit
 from setfit_kd.data.sources import RowErrors, get_text
 from setfit_kd.errors import DataError
 from setfit_kd.signals.signals import TeacherSignals
 
-_TEXT, _PROBABILITIES, _COLUMN, _EMBEDDING = "text", "probabilities", "probability_", "embedding"
+_COLUMN = "probability_"
 _TOLERANCE = 0.01
 """Largest accepted difference between 1 and the sum of a row's probabilities, which may have been rounded."""
 
@@ -39,23 +39,25 @@ def read_signals(path: str | Path) -> TeacherSignals:
     probabilities, embeddings = array("f"), array("f")
     names: tuple[str, ...] = ()
     dimension: int | None = None
-    errors = RowErrors(str(path), "line" if path.suffix.lower() in LINE_NUMBERED else "row")
+    errors = RowErrors(str(path), record_unit(path))
     for number, record in read_records(path):
+        by_label = _probabilities(record)
         if not names:
-            names = _label_names(record, path)
-            dimension = _dimension(record, path)
-        text, text_problem = get_text(record, (_TEXT,))
-        distribution, distribution_problem = _distribution(_probabilities(record), names)
-        embedding, embedding_problem = _embedding(record, dimension)
-        problem = text_problem or distribution_problem or embedding_problem
+            names = tuple(by_label)
+            dimension = _check_first_row(record, names, path)
+        text, problem = get_text(record, ("text",))
+        try:
+            distribution = _distribution(by_label, names)
+            embedding = _embedding(record.get("embedding"), dimension)
+        except ValueError as error:
+            problem = problem or str(error)
         if problem is not None:
             errors.add(number, problem)
             continue
         texts.append(text)
         probabilities.extend(distribution)
         embeddings.extend(embedding)
-    if errors.total:
-        raise DataError(f"{errors}.", hint="Fix or remove these rows.")
+    errors.check()
     if not texts:
         raise DataError(f"{path} has no rows.", hint="Add at least two rows.")
     distributions = np.array(probabilities, np.float32).reshape(len(texts), len(names))
@@ -63,62 +65,24 @@ def read_signals(path: str | Path) -> TeacherSignals:
     return TeacherSignals(texts, distributions, names, vectors, str(path))
 
 
-def _probabilities(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the unchecked probabilities of a row by label, or None."""
-    value = record.get(_PROBABILITIES)
+def _probabilities(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the unchecked probabilities of a row by label; empty if it has none."""
+    value = record.get("probabilities")
     if isinstance(value, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
         value = dict(value)  # a Parquet map is read as a list of pairs
     if isinstance(value, Mapping):
         return {str(name): probability for name, probability in value.items()}
-    columns = {name.removeprefix(_COLUMN): value for name, value in record.items() if name.startswith(_COLUMN)}
-    return columns or None
+    return {name.removeprefix(_COLUMN): value for name, value in record.items() if name.startswith(_COLUMN)}
 
 
-def _label_names(record: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    probabilities = _probabilities(record)
-    if _TEXT not in record or probabilities is None:
+def _check_first_row(record: Mapping[str, Any], names: tuple[str, ...], path: Path) -> int | None:
+    """Return the dimension of the embeddings, or None if there are none."""
+    if "text" not in record or len(names) < 2:
         raise DataError(
-            f"{path} has the columns {', '.join(map(repr, record))}.",
-            hint=f"Add {_TEXT!r}, and {_PROBABILITIES!r} by label or one column '{_COLUMN}LABEL' per label.",
+            f"{path} has the columns {', '.join(map(repr, record))}, with probabilities of {len(names)} labels.",
+            hint=f"Add 'text', and 'probabilities' by label or one column '{_COLUMN}LABEL' per label, for two or more.",
         )
-    if len(probabilities) < 2:
-        raise DataError(f"{path}: expected at least two labels, got {len(probabilities)}.", hint="Add more labels.")
-    return tuple(probabilities)
-
-
-def _distribution(probabilities: dict[str, Any] | None, names: tuple[str, ...]) -> tuple[list[float], str | None]:
-    """Return the probabilities in the order of ``names``, scaled to sum to 1, and the reason if they are unusable."""
-    if probabilities is None:
-        return [], "no probabilities"
-    if probabilities.keys() != set(names):
-        name = sorted(probabilities.keys() ^ set(names))[0]
-        return [], f"the label {name!r} is {'not' if name in probabilities else 'only'} in the first row"
-    values = [_number(probabilities[name]) for name in names]
-    for name, value in zip(names, values, strict=True):
-        if value is None or not 0 <= value <= 1 + _TOLERANCE:
-            return [], f"the probability of {name!r} must be between 0 and 1, got {probabilities[name]!r:.40}"
-    total = math.fsum(value for value in values if value is not None)
-    if abs(total - 1) > _TOLERANCE:
-        return [], f"the probabilities must sum to 1, got {total:.4g}"
-    return [value / total for value in values if value is not None], None
-
-
-def _embedding(record: Mapping[str, Any], dimension: int | None) -> tuple[list[float], str | None]:
-    """Return the embedding of a row, and the reason if it is unusable; without ``dimension``, rows must have none."""
-    embedding = record.get(_EMBEDDING)
-    if dimension is None:
-        return [], None if embedding is None else "unexpected embedding: the first row has none"
-    if not isinstance(embedding, list) or len(embedding) != dimension:
-        return [], f"expected an embedding of {dimension} numbers, as in the first row"
-    values = [_number(value) for value in embedding]
-    if not all(value is not None and math.isfinite(value) for value in values):
-        return [], "the embedding must contain only finite numbers"
-    return [value for value in values if value is not None], None
-
-
-def _dimension(record: Mapping[str, Any], path: Path) -> int | None:
-    """Return the dimension of a row's embedding, or None if the row has none."""
-    embedding = record.get(_EMBEDDING)
+    embedding = record.get("embedding")
     if embedding is not None and (not isinstance(embedding, list) or not embedding):
         raise DataError(
             f"{path}: the embedding of the first row must be a list of numbers, got {embedding!r:.40}.",
@@ -127,10 +91,39 @@ def _dimension(record: Mapping[str, Any], path: Path) -> int | None:
     return None if embedding is None else len(embedding)
 
 
-def _number(value: Any) -> float | None:
-    """Convert a number or a numeric string to float; return None for NaN and all other values."""
+def _distribution(probabilities: dict[str, Any], names: tuple[str, ...]) -> list[float]:
+    """Return the probabilities in the order of ``names``, scaled to sum to 1; raise a `ValueError` if unusable."""
+    if not probabilities:
+        raise ValueError("no probabilities")
+    for name in sorted(probabilities.keys() ^ set(names)):
+        raise ValueError(f"the label {name!r} is {'not' if name in probabilities else 'only'} in the first row")
+    values = [_number(probabilities[name]) for name in names]
+    for name, value in zip(names, values, strict=True):
+        if not 0 <= value <= 1 + _TOLERANCE:
+            raise ValueError(f"the probability of {name!r} must be between 0 and 1, got {probabilities[name]!r:.40}")
+    total = math.fsum(values)
+    if abs(total - 1) > _TOLERANCE:
+        raise ValueError(f"the probabilities must sum to 1, got {total:.4g}")
+    return [value / total for value in values]
+
+
+def _embedding(embedding: Any, dimension: int | None) -> list[float]:
+    """Return the embedding of a row as numbers; raise a `ValueError` if it is unusable."""
+    if dimension is None:
+        if embedding is not None:
+            raise ValueError("unexpected embedding: the first row has none")
+        return []
+    if not isinstance(embedding, list) or len(embedding) != dimension:
+        raise ValueError(f"expected an embedding of {dimension} numbers, as in the first row")
+    values = [_number(value) for value in embedding]
+    if not all(map(math.isfinite, values)):
+        raise ValueError("the embedding must contain only finite numbers")
+    return values
+
+
+def _number(value: Any) -> float:
+    """Convert a number or a numeric string to float, and all other values to NaN."""
     try:
-        number = None if isinstance(value, bool) else float(value)
+        return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
-        return None
-    return None if number is None or math.isnan(number) else number
+        return math.nan

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import DataError
-from setfit_kd.models.temperature import at_temperature, fit_temperature, log_probabilities
+from setfit_kd.models.heads import at_temperature, fit_temperature, log_probabilities
 from setfit_kd.utils.arrays import allocate_array, iter_chunks, load_rows, normalize_rows, sample_rows, save_rows
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import read_json, read_json_lines
@@ -54,40 +54,29 @@ class TeacherSignals:
         set_field(self, "probabilities", np.asarray(self.probabilities, np.float32))
         if self.embeddings is not None and getattr(self.embeddings, "dtype", None) != np.float16:
             set_field(self, "embeddings", np.asarray(self.embeddings, np.float32))
-        if not 0 < self.temperature < float("inf"):
-            raise DataError(
-                f"The temperature must be positive and finite, got {self.temperature}.", hint="Use 1 for no scaling."
-            )
-        if len(set(self.label_names)) < len(self.label_names):
-            raise DataError(f"Label names must be distinct, got {self.label_names}.", hint="Rename the duplicates.")
-        n, c = len(self.texts), len(self.label_names)
-        if self.probabilities.shape != (n, c):
-            raise DataError(
-                f"Expected probabilities of shape ({n}, {c}) for {n} texts and {c} classes, "
-                f"got {self.probabilities.shape}.",
-                hint="Use one row per text and one column per class.",
-            )
-        if self.embeddings is not None and (self.embeddings.ndim != 2 or len(self.embeddings) != n):
-            raise DataError(
-                f"Expected embeddings of shape ({n}, d) for {n} texts, got {self.embeddings.shape}.",
-                hint="Use one row per text.",
-            )
+        n, c, shape = len(self.texts), len(self.label_names), self.probabilities.shape
+        positive = 0 < self.temperature < float("inf")
+        _check(
+            positive, f"The temperature must be positive and finite, got {self.temperature}.", "Use 1 for no scaling."
+        )
+        distinct = len(set(self.label_names)) == c
+        _check(distinct, f"Label names must be distinct, got {self.label_names}.", "Rename the duplicates.")
+        _check(
+            shape == (n, c), f"Expected probabilities of shape ({n}, {c}) for {n} texts and {c} classes, got {shape}."
+        )
         in_range = np.all((self.probabilities >= 0) & (self.probabilities <= 1.001), axis=1, keepdims=True)
         sums = np.where(in_range, self.probabilities, 0).sum(axis=1, dtype=np.float64)
         invalid = np.flatnonzero(~in_range[:, 0] | (np.abs(sums - 1) >= 1e-3))
-        if len(invalid):
-            raise DataError(
-                f"Row {invalid[0] + 1} of the probabilities is not a distribution: "
-                f"{self.probabilities[invalid[0]].tolist()} ({len(invalid)} such rows).",
-                hint="Make each row non-negative with a sum of 1.",
-            )
+        for row in invalid[:1]:
+            values, count = self.probabilities[row].tolist(), len(invalid)
+            message = f"Row {row + 1} of the probabilities is not a distribution: {values} ({count} such rows)."
+            _check(False, message, "Make each row non-negative with a sum of 1.")
         if self.embeddings is not None:
+            matches = self.embeddings.ndim == 2 and len(self.embeddings) == n
+            _check(matches, f"Expected embeddings of shape ({n}, d) for {n} texts, got {self.embeddings.shape}.")
             finite = [np.isfinite(part).all(axis=1) for part in iter_chunks(self.embeddings)]
-            invalid = np.flatnonzero(~np.concatenate([*finite, np.empty(0, bool)]))
-            if len(invalid):
-                raise DataError(
-                    f"Row {invalid[0] + 1} of the embeddings is not finite.", hint="Train the teacher again."
-                )
+            for row in np.flatnonzero(~np.concatenate([*finite, np.empty(0, bool)]))[:1]:
+                _check(False, f"Row {row + 1} of the embeddings is not finite.", "Train the teacher again.")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -117,27 +106,24 @@ class TeacherSignals:
         if not signals:
             raise DataError("Cannot average an empty list of signals.", hint="Pass the signals of each teacher.")
         first = signals[0]
-        for other in signals[1:]:
-            if other.texts != first.texts or other.label_names != first.label_names:
-                raise DataError(
-                    "The signals have different texts or classes.", hint="Score the same pool with all teachers."
-                )
+        if any((other.texts, other.label_names) != (first.texts, first.label_names) for other in signals):
+            raise DataError("The signals have different texts or classes.", hint="Score one pool with all teachers.")
         shares = np.ones(len(signals)) if weights is None else np.asarray(weights, np.float64)
         if shares.shape != (len(signals),) or not ((shares > 0) & np.isfinite(shares)).all():
             raise DataError(f"Expected {len(signals)} positive weights, one per teacher.", hint="Check the weights.")
         shares = shares / shares.sum()
         probabilities = np.average([s.probabilities for s in signals], axis=0, weights=shares)
-        embeddings = None
-        if all(s.embeddings is not None for s in signals):
-            embeddings = _concatenate([s.embeddings for s in signals if s.embeddings is not None], np.sqrt(shares))
-        return cls(
-            first.texts,
-            np.asarray(probabilities, np.float32),
-            first.label_names,
-            embeddings,
-            " + ".join(s.origin for s in signals),
-            _common_temperature(signals, shares, probabilities),
-        )
+        arrays = [s.embeddings for s in signals if s.embeddings is not None]
+        embeddings = _concatenate(arrays, np.sqrt(shares)) if len(arrays) == len(signals) else None
+        temperature = 1.0
+        if any(teacher.temperature != 1 for teacher in signals):
+            # If teachers disagree, averaging already flattens the probabilities, so the result is below their own.
+            rows = sample_rows(np.arange(len(probabilities)), _MAX_TEXTS, seed=[14])
+            calibrated = [at_temperature(teacher.probabilities[rows], teacher.temperature) for teacher in signals]
+            target = np.average(calibrated, axis=0, weights=shares)
+            temperature = fit_temperature(log_probabilities(probabilities[rows]), target)
+        origin = " + ".join(s.origin for s in signals)
+        return cls(first.texts, probabilities, first.label_names, embeddings, origin, temperature)
 
     def save(self, folder: str | Path) -> None:
         """Write the signals to a new folder, atomically.
@@ -167,40 +153,27 @@ class TeacherSignals:
         Raises:
             DataError: If the folder does not contain complete signals.
         """
-        folder = Path(folder)
+        folder, hint = Path(folder), "Score the pool again, or use the version that wrote them."
         try:
             metadata = read_json(folder / _METADATA)
-            texts = list(read_json_lines(folder / _TEXTS))
+            texts, names = list(read_json_lines(folder / _TEXTS)), metadata["label_names"]
             if metadata["format"] != _FORMAT:
-                raise DataError(
-                    f"Expected signals of format {_FORMAT} in {folder}, got format {metadata['format']}.",
-                    hint="Score the pool again, or use the version that wrote them.",
-                )
+                raise ValueError(f"expected format {_FORMAT}, got {metadata['format']}")
+            if not all(isinstance(text, str) for text in texts) or not isinstance(names, list):
+                raise ValueError("they have no texts or no labels")
             probabilities = load_rows(folder / _PROBABILITIES)
             embeddings = load_rows(folder / _EMBEDDINGS) if metadata["embeddings"] else None
-            names = metadata["label_names"]
-            if not all(isinstance(text, str) for text in texts) or not isinstance(names, list):
-                raise DataError(f"The signals in {folder} have no texts or no labels.", hint="Score the pool again.")
             temperature = float(metadata.get("temperature", 1.0))
             return cls(texts, probabilities, tuple(names), embeddings, metadata["origin"], temperature)
+        except DataError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"Cannot read the signals in {folder} ({error}).", hint="Score the pool again.") from None
+            raise DataError(f"Cannot read the signals in {folder} ({error}).", hint=hint) from None
 
 
-def _common_temperature(
-    signals: Sequence[TeacherSignals], shares: npt.NDArray[np.float64], averaged: npt.NDArray[np.floating]
-) -> float:
-    """Fit the temperature at which the average (n, n_classes) comes closest to the average of calibrated probabilities.
-
-    If teachers disagree, averaging already flattens the probabilities, so this temperature is below the teachers' own.
-    """
-    if all(teacher.temperature == 1 for teacher in signals):
-        return 1.0
-    rows = sample_rows(np.arange(len(averaged)), _MAX_TEXTS, seed=[14])
-    calibrated = [at_temperature(teacher.probabilities[rows], teacher.temperature) for teacher in signals]
-    return fit_temperature(log_probabilities(averaged[rows]), np.average(calibrated, axis=0, weights=shares))
+def _check(condition: bool, message: str, hint: str = "Use one row per text and one column per class.") -> None:
+    if not condition:
+        raise DataError(message, hint=hint)
 
 
 def _concatenate(
@@ -208,11 +181,10 @@ def _concatenate(
 ) -> npt.NDArray[np.floating]:
     """Normalize the rows of each (n, d) array, multiply them by the array's factor and concatenate them."""
     joined = allocate_array((len(arrays[0]), sum(array.shape[1] for array in arrays)))
-    column = 0
+    stop = 0
     for array, factor in zip(arrays, factors, strict=True):
-        row = 0
+        row, start, stop = 0, stop, stop + array.shape[1]
         for part in iter_chunks(array):
-            joined[row : row + len(part), column : column + part.shape[1]] = factor * normalize_rows(part)
+            joined[row : row + len(part), start:stop] = factor * normalize_rows(part)
             row += len(part)
-        column += array.shape[1]
     return joined

@@ -9,15 +9,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from setfit_kd.config.stages import StudentConfig
 from setfit_kd.models.encode import embed
-from setfit_kd.models.heads import fit_head, resolve_c
+from setfit_kd.models.heads import fit_head, get_head, resolve_c
 from setfit_kd.signals.signals import TeacherSignals
-from setfit_kd.student.steps import MAX_HELD_OUT, evaluations_per_epoch, n_held_out
+from setfit_kd.student.distil import MAX_HELD_OUT, n_held_out
 from setfit_kd.training.callbacks import EvaluationCallback
 from setfit_kd.utils.arrays import sample_rows
 from setfit_kd.utils.console import show_progress
 
 logger = logging.getLogger(__name__)
+
+EVALUATION_STEPS = 500
+"""Approximate number of steps between two evaluations; there is one at the end of each epoch in any case."""
 
 
 def hold_out(
@@ -49,54 +53,35 @@ def soft_agreement(teacher: npt.NDArray[np.floating], student: npt.NDArray[np.fl
 class AgreementCallback(EvaluationCallback):
     """Callback that stops training when agreement with the teacher stops improving, and keeps the best weights.
 
-    Each evaluation fits a head on a sample of the training texts and compares it with the teacher on held-out texts.
-
-    Attributes:
-        signals: The teacher's signals.
-        training_rows, held_out_rows: Rows of the signals, from `hold_out`.
-        head_c, balance: As in `RunConfig`.
-        encode_batch_size: Texts per forward pass.
-        seed: Random seed of the sample.
+    Each evaluation compares the student with the teacher on held-out rows of the signals, by a head that is fitted on a
+    sample of the training rows; or, if these are None, by the last layer, which is trained with the body.
     """
 
     signals: TeacherSignals
-    training_rows: npt.NDArray[np.int64]
+    training_rows: npt.NDArray[np.int64] | None
     held_out_rows: npt.NDArray[np.int64]
-    head_c: float | str
-    balance: bool
-    encode_batch_size: int
-    seed: int
+    config: StudentConfig
 
     def is_due(self, step: int, args: Any, state: Any) -> bool:
         """Evaluate at the end of each epoch, and at equal intervals within long epochs."""
         steps_per_epoch = max(1, round(state.max_steps / args.num_train_epochs))
-        n_evaluations = evaluations_per_epoch(steps_per_epoch)
+        n_evaluations = max(1, round(steps_per_epoch / EVALUATION_STEPS))
         return bool(step * n_evaluations % steps_per_epoch < n_evaluations)
 
     def measure(self, step: int) -> float:
         """Compute the agreement on the held-out texts."""
-        sample = sample_rows(self.training_rows, MAX_HELD_OUT, seed=[self.seed, 9])
-        rows = np.concatenate([sample, self.held_out_rows])
-        with show_progress(None):
-            embeddings = embed(
-                self.body,
-                [self.signals.texts[row] for row in rows],
-                batch_size=self.encode_batch_size,
-                description="Measuring agreement",
-            )
-        head = fit_head(
-            embeddings[: len(sample)],
-            self.signals.probabilities[sample],
-            C=resolve_c(self.head_c),
-            balance=self.balance,
-        )
+        config, sample = self.config, np.empty(0, np.int64)
+        if self.training_rows is not None:
+            sample = sample_rows(self.training_rows, MAX_HELD_OUT, seed=[config.seed, 9])
+        texts = [self.signals.texts[row] for row in np.concatenate([sample, self.held_out_rows])]
+        with show_progress(False):
+            embeddings = embed(self.body, texts, batch_size=config.encode_batch_size, description="Measuring agreement")
+        if self.training_rows is None:
+            head = get_head(self.body)
+        else:
+            c, probabilities = resolve_c(config.head_c), self.signals.probabilities[sample]
+            head = fit_head(embeddings[: len(sample)], probabilities, C=c, balance=config.balance)
         student = head.predict_proba(embeddings[len(sample) :])
         agreement = soft_agreement(self.signals.probabilities[self.held_out_rows], student)
         logger.debug("Step %d: agreement with the teacher on held-out texts is %.4f.", step, agreement)
         return agreement
-
-    def restore_best_weights(self) -> None:
-        """Load the best weights into the body."""
-        super().restore_best_weights()
-        if self.best_weights:
-            logger.info("Restored the weights of step %d, which agree best with the teacher.", self.best_step)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from setfit_kd.config.base import Family, resolved
+from setfit_kd.config.run import RunConfig
 from setfit_kd.config.stages import StudentConfig
+from setfit_kd.config.values import parse_objectives
 from setfit_kd.data.labeled_set import LabeledSet, encode_labels
 from setfit_kd.data.sources import Source, read
 from setfit_kd.data.splits import normalize
@@ -17,17 +21,16 @@ from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import family_of, locate_body
 from setfit_kd.models.io import new_model
-from setfit_kd.student.checks import check_embeddings, check_pool
-from setfit_kd.student.steps import student_batch_texts, student_steps, trains_on_labeled_texts
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.console import quiet_libraries
 
 if TYPE_CHECKING:
-    import torch
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
     from setfit_kd.signals.signals import TeacherSignals
+
+HELD_OUT_SHARE, MAX_HELD_OUT, MIN_HELD_OUT = 0.1, 500, 16
 
 
 def train_student(
@@ -56,54 +59,95 @@ def train_student(
         the weights of its last layer.
 
     Raises:
-        ConfigError: If a setting is unknown or out of range.
-        DataError: If the pool is smaller than a batch, or the labels do not match the signals.
-        ModelError: If the body cannot be loaded.
-        OutOfMemoryError: If memory runs out even for a single text on the CPU.
-        TrainingError: If the loss or the weights are not finite.
-        UnavailableError: If the hub cannot be reached.
+        DataError: If the pool is smaller than a batch, the labels do not match the signals, or the signals have no
+            embeddings and the objective needs them.
+        SetFitKDError: As `train_teacher`.
     """
     config = StudentConfig.merged(config, settings)
     check_pool(len(signals), config)
-    if labeled is not None and not isinstance(labeled, LabeledSet):
-        labeled = encode_labels(read(labeled, label_column="label"), signals.label_names)
     gold = labeled
+    if gold is not None and not isinstance(gold, LabeledSet):
+        gold = encode_labels(read(gold, label_column="label"), signals.label_names)
     if gold is not None and gold.label_names != signals.label_names:
         raise DataError(
             f"The classes must be the teacher's ({', '.join(signals.label_names)}), got {', '.join(gold.label_names)}.",
             hint="Use the same classes in the same order.",
         )
-    if config.objective is None and signals.embeddings is None:
-        config = config.model_copy(update={"objective": "soft-labels"})
-    check_embeddings(signals, config)
+    if signals.embeddings is None:
+        config = config.model_copy(update={"objective": config.objective or "soft-labels"})
+        if set(parse_objectives(resolved(config.objective))) != {"soft-labels"}:
+            raise DataError(
+                f"The signals of {signals.origin} have no embeddings, which the objective needs.",
+                hint="Use --objective soft-labels, or score the pool with a SetFit teacher.",
+            )
     device = resolve_device(config.device)
     check_precision(config.precision, device)
     if isinstance(student, str | Path):
-        body = locate_body(student).load(signals.label_names, seed=config.seed)
-    else:
-        body = student
-    config = config.with_family_defaults(family_of(body))
-    if gold is not None and trains_on_labeled_texts(family_of(body), config):
+        student = locate_body(student).load(signals.label_names, seed=config.seed)
+    family = family_of(student)
+    config = config.with_family_defaults(family)
+    if gold is not None and _trains_on_labeled_texts(family, config):
         signals = _append_labeled(signals, gold.take(rows_without_signals(signals, gold)))
 
     with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
         from setfit_kd.student.trainer import StudentTrainer
         from setfit_kd.training.loop import train
 
-        def make_trainer(config: StudentConfig, device: torch.device, folder: str) -> StudentTrainer:
-            return StudentTrainer(new_model(body, signals.label_names), signals, gold, config, device, folder)
-
         return train(
-            body,
-            make_trainer,
+            student,
+            partial(StudentTrainer, new_model(student, signals.label_names), signals, gold),
             config,
             device=device,
             texts=signals.texts,
-            batch_texts=student_batch_texts(config),
-            steps=student_steps(config, len(signals)),
+            batch_texts=config.batch_size * (2 if config.objective == "pairs" else 1),
+            steps=student_steps(config, family, len(signals)),
             description="Training student",
             checkpoints=checkpoints,
         )
+
+
+def check_pool(pool_size: int, config: StudentConfig) -> None:
+    """Raise a `DataError` unless the texts, pool and labeled texts together, fill at least one batch."""
+    if pool_size < config.batch_size:
+        raise DataError(
+            f"Expected at least one batch of {config.batch_size} training texts, got {pool_size}.",
+            hint=f"Add texts with --unlabeled, or use --batch-size {max(pool_size, 4)} or less.",
+        )
+
+
+def n_held_out(pool_size: int) -> int:
+    """Return the number of pool texts that early stopping holds out."""
+    return int(min(max(HELD_OUT_SHARE * pool_size, min(MIN_HELD_OUT, pool_size // 2)), MAX_HELD_OUT))
+
+
+def student_steps(config: StudentConfig, family: Family, pool_size: int, n_without_signals: int = 0) -> int:
+    """Return the maximum number of training steps on texts with signals, and on labeled texts without signals."""
+    config = config.with_family_defaults(family)
+    texts = pool_size + n_without_signals * _trains_on_labeled_texts(family, config)
+    texts -= n_held_out(texts) if config.patience is not None else 0
+    if config.objective == "pairs":
+        return config.epochs * -(-texts * config.num_iterations // config.batch_size)
+    full, rest = divmod(texts, config.batch_size)
+    return config.epochs * (full + (rest > 1))  # a last batch of one text has no pair and is dropped
+
+
+def labels_only_config(config: RunConfig, pool_size: int, n_without_signals: int = 0) -> RunConfig:
+    """Create the config of a transformer student's baseline: trained on the labels only, for as many steps."""
+    student = config.with_family_defaults("transformer")
+    return config.model_copy(
+        update={
+            "teacher_steps": student_steps(student, "transformer", pool_size, n_without_signals),
+            "teacher_batch_size": student.batch_size,
+            "teacher_learning_rate": student.learning_rate,
+            "teacher_dropout": student.dropout,
+        }
+    )
+
+
+def _trains_on_labeled_texts(family: Family, config: StudentConfig) -> bool:
+    """Return whether the body is also trained on labeled texts without signals, see `train_student`."""
+    objectives = set(parse_objectives(resolved(config.objective)))
+    return family == "transformer" and config.alpha > 0 and objectives == {"soft-labels"}
 
 
 def rows_without_signals(signals: TeacherSignals, labeled: LabeledSet) -> list[int]:

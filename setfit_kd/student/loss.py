@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,34 +14,26 @@ from setfit_kd.config.base import resolved
 from setfit_kd.config.stages import StudentConfig
 from setfit_kd.config.values import parse_objectives
 from setfit_kd.data.splits import normalize
-from setfit_kd.losses.base import BatchLoss, LossOptions
+from setfit_kd.losses.base import BatchLoss
 from setfit_kd.losses.embedding import EmbeddingLoss
 from setfit_kd.losses.similarity import SimilarityLoss
 from setfit_kd.losses.soft_labels import NO_GOLD, SoftLabelLoss
 from setfit_kd.losses.weighted_sum import WeightedSumLoss
 from setfit_kd.models.bodies import family_of
 from setfit_kd.models.encode import embed
-from setfit_kd.models.heads import fit_head, resolve_c, softmax_weights
-from setfit_kd.models.transformer_head import last_layer
+from setfit_kd.models.heads import fit_head, last_layer, resolve_c, softmax_weights
 from setfit_kd.signals.signals import TeacherSignals
-from setfit_kd.student.checks import check_embeddings
-from setfit_kd.student.steps import MAX_INIT_TEXTS
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+MAX_INIT_TEXTS = 256
+"""Maximum number of pool texts to fit a loss's initial weights on, before they are trained with the body."""
+
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Inputs of every loss.
-
-    Attributes:
-        body: The student's body.
-        signals: The teacher's signals on n texts.
-        rows: Rows of the signals to train on.
-        gold: (n,) gold class of each text, or `NO_GOLD`.
-        config: The student's settings.
-    """
+    """Inputs of every loss: ``rows`` of the signals to train on, and the ``gold`` class or `NO_GOLD` of each text."""
 
     body: SentenceTransformer
     signals: TeacherSignals
@@ -50,18 +42,13 @@ class LossInputs:
     config: StudentConfig
 
     @property
-    def options(self) -> LossOptions:
+    def options(self) -> dict[str, Any]:
         """Keyword arguments of every loss."""
         return {"dropout": resolved(self.config.dropout), "micro_batch_size": self.config.micro_batch_size}
 
     @property
     def teacher_embeddings(self) -> npt.NDArray[np.floating]:
-        """(n, d) embeddings of the teacher.
-
-        Raises:
-            DataError: If the signals have no embeddings.
-        """
-        check_embeddings(self.signals, self.config)
+        """(n, d) embeddings of the teacher."""
         assert self.signals.embeddings is not None
         return self.signals.embeddings
 
@@ -70,19 +57,13 @@ class LossInputs:
         """A sample of the training rows, and the untrained student's embeddings of their texts."""
         rng = np.random.default_rng([self.config.seed, 5])
         rows = np.sort(rng.permutation(self.rows)[:MAX_INIT_TEXTS])
-        texts = [self.signals.texts[row] for row in rows]
-        batch_size = self.config.encode_batch_size
-        return rows, embed(self.body, texts, batch_size=batch_size, description="Initializing loss")
+        texts, size = [self.signals.texts[row] for row in rows], self.config.encode_batch_size
+        return rows, embed(self.body, texts, batch_size=size, description="Initializing loss")
 
     @property
     def dimension(self) -> int:
         """Length of the student's embeddings."""
-        dimension = self.body.get_embedding_dimension()
-        return dimension or len(self.body.encode("a", show_progress_bar=False))
-
-
-def _similarity(inputs: LossInputs) -> BatchLoss:
-    return SimilarityLoss(inputs.body, inputs.teacher_embeddings, **inputs.options)
+        return self.body.get_embedding_dimension() or len(self.body.encode("a", show_progress_bar=False))
 
 
 def _embedding(inputs: LossInputs) -> BatchLoss:
@@ -114,7 +95,7 @@ def _soft_labels(inputs: LossInputs) -> BatchLoss:
 
 
 _LOSSES: dict[str, Callable[[LossInputs], BatchLoss]] = {
-    "similarity": _similarity,
+    "similarity": lambda inputs: SimilarityLoss(inputs.body, inputs.teacher_embeddings, **inputs.options),
     "embedding": _embedding,
     "soft-labels": _soft_labels,
 }

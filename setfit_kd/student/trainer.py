@@ -15,38 +15,38 @@ from torch import nn
 
 from setfit_kd.config.base import resolved
 from setfit_kd.config.stages import StudentConfig
+from setfit_kd.config.values import parse_objectives
 from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.losses.pairs import PairSimilarityLoss, draw_pairs
 from setfit_kd.losses.soft_labels import NO_GOLD
 from setfit_kd.models.bodies import family_of
 from setfit_kd.models.encode import embed, shorten_texts
-from setfit_kd.models.heads import fit_head, resolve_c
-from setfit_kd.models.temperature import at_temperature, fit_temperature, head_at_temperature, held_out_logits
-from setfit_kd.models.transformer_head import get_head
+from setfit_kd.models.heads import (
+    at_temperature,
+    fit_head,
+    fit_temperature,
+    get_head,
+    head_at_temperature,
+    held_out_logits,
+    resolve_c,
+)
 from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.student.agreement import AgreementCallback, hold_out
 from setfit_kd.student.loss import LossInputs, create_loss, match_gold_labels
-from setfit_kd.student.steps import MAX_HEAD_TEXTS, has_trained_head
-from setfit_kd.training.loop import inner_trainer_options, resolve_learning_rate, training_arguments
+from setfit_kd.training.loop import resolve_learning_rate
+from setfit_kd.training.loss_trainer import LossTrainer
 from setfit_kd.utils.arrays import sample_rows
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 LEARNING_RATE = 3e-4
+MAX_HEAD_TEXTS = 20_000
+"""Maximum number of pool texts to fit a head on. More do not improve a linear head, and each must be embedded."""
 
 
 class StudentTrainer(DistillationTrainer):
-    """Trainer of a SetFit model on a teacher's signals; the teacher itself is not needed.
-
-    Args:
-        model: The student, without a fitted head.
-        signals: The teacher's signals on the pool.
-        labeled: Texts with gold labels, if any.
-        config: The settings, with the precision resolved.
-        device: Device to train on.
-        output_dir: Folder for files of the inner trainer.
-    """
+    """Trainer of a student on a teacher's signals, without the teacher; the precision in the config is resolved."""
 
     def __init__(
         self,
@@ -57,78 +57,60 @@ class StudentTrainer(DistillationTrainer):
         device: torch.device,
         output_dir: str,
     ) -> None:
-        self.signals = signals
-        self.labeled = labeled
-        self.config = config = config.with_family_defaults(family_of(model.model_body))
-        arguments = training_arguments(
-            output_dir,
-            batch_size=config.batch_size,
-            epochs=config.epochs,
-            learning_rate=resolve_learning_rate(config.learning_rate, model.model_body, default=LEARNING_RATE),
-            num_iterations=config.num_iterations,
-            seed=config.seed,
-            precision=config.precision,
-        )
-        with inner_trainer_options(device, config.precision):
-            super().__init__(teacher_model=None, student_model=model, args=arguments, metric=lambda *_: {})
+        self.signals, self.labeled = signals, labeled
+        body = model.model_body
+        self.config = config = config.with_family_defaults(family_of(body))
+        objectives = parse_objectives(resolved(config.objective))
+        self._trains_last_layer = family_of(body) == "transformer" and "soft-labels" in objectives
         self.gold = np.full(len(signals), NO_GOLD)
         if labeled is not None:
             self.gold = match_gold_labels(signals, labeled.texts, labeled.labels)
-        self.rows = np.arange(len(signals))
-        self.agreement_callback: AgreementCallback | None = None
-        if config.patience is not None:
-            self.agreement_callback = self._add_early_stopping(config.patience)
-
-    def _add_early_stopping(self, patience: int) -> AgreementCallback:
-        self.rows, held_out = hold_out(len(self.signals), seed=self.config.seed, avoid=self.gold != NO_GOLD)
-        callback = AgreementCallback(
-            self.model.model_body,
-            patience,
-            self.signals,
-            training_rows=self.rows,
-            held_out_rows=held_out,
-            head_c=self.config.head_c,
-            balance=self.config.balance,
-            encode_batch_size=self.config.encode_batch_size,
-            seed=self.config.seed,
+        # SetFit's own constructor would move the body to the first accelerator and create another inner trainer.
+        self.args, self._model = TrainingArguments(report_to="none"), model
+        self.inner = self.st_trainer = LossTrainer(
+            body,
+            config,
+            device,
+            output_dir,
+            batch_size=config.batch_size,
+            learning_rate=resolve_learning_rate(config.learning_rate, body, default=LEARNING_RATE),
+            epochs=config.epochs,
         )
-        self.st_trainer.add_callback(callback)
-        return callback
-
-    def dataset_to_parameters(self, dataset: Dataset | None) -> list[Any]:
-        """Return the pool's texts; SetFit would map over a ``train_dataset`` for its model card."""
-        return [self.signals.texts]
+        self.rows = np.arange(len(signals))
+        if config.patience is not None:
+            self.rows, held_out = hold_out(len(signals), seed=config.seed, avoid=self.gold != NO_GOLD)
+            rows = None if self._trains_last_layer else self.rows
+            self.inner.add_callback(AgreementCallback(body, config.patience, signals, rows, held_out, config))
 
     def get_dataset(
         self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
     ) -> tuple[Dataset, nn.Module]:
         """Create the training dataset and the loss of the config's objective."""
-        inputs = LossInputs(self.model.model_body, self.signals, self.rows, self.gold, self.config)
+        config = self.config
+        inputs = LossInputs(self.model.model_body, self.signals, self.rows, self.gold, config)
         x = shorten_texts(inputs.body, x)
-        if self.config.objective == "pairs":
+        if config.objective == "pairs":
             left, right, cosines = draw_pairs(
-                inputs.teacher_embeddings, pairs_per_text=args.num_iterations, seed=args.seed, rows=self.rows
+                inputs.teacher_embeddings, pairs_per_text=config.num_iterations, seed=config.seed, rows=self.rows
             )
             columns = {"sentence_1": [x[row] for row in left], "sentence_2": [x[row] for row in right]}
             return Dataset.from_dict({**columns, "label": cosines}), PairSimilarityLoss(inputs.body, **inputs.options)
         # A last batch of one text has no pair.
-        self.st_trainer.args.dataloader_drop_last = len(self.rows) % args.embedding_batch_size == 1
+        self.inner.args.dataloader_drop_last = len(self.rows) % config.batch_size == 1
         columns = {"sentence": [x[row] for row in self.rows], "label": self.rows.tolist()}
         return Dataset.from_dict(columns), create_loss(inputs)
 
-    def train_embeddings(self, *args: Any, **kwargs: Any) -> None:
-        """Train the body; with early stopping, restore its best weights."""
+    def train_body(self) -> None:
+        """Train the body on the pool."""
         with _frozen_embeddings(self.model.model_body, resolved(self.config.freeze_embeddings)):
-            super().train_embeddings(*args, **kwargs)
-        if self.agreement_callback is not None:
-            self.agreement_callback.restore_best_weights()
+            self.train_embeddings(self.signals.texts)
 
-    def train_classifier(self, x_train: list[str], args: TrainingArguments | None = None) -> None:
+    def fit_head(self) -> None:
         """Fit the head on the teacher's soft labels and, with a larger weight, on the gold labels.
 
         A transformer trained on soft labels has a head already: its last layer.
         """
-        if has_trained_head(family_of(self.model.model_body), self.config):
+        if self._trains_last_layer:
             self.model.model_head = get_head(self.model.model_body)
             return
         texts, probabilities, weights = self._head_examples()

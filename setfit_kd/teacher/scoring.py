@@ -1,4 +1,4 @@
-"""Score a pool with a teacher: compute its embeddings and soft labels."""
+"""Score a pool with a teacher: refine its head by self-training, and compute embeddings and soft labels."""
 
 from __future__ import annotations
 
@@ -14,14 +14,22 @@ from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.models.encode import embed, head_proba
-from setfit_kd.models.temperature import fit_temperature, head_at_temperature, head_logits
+from setfit_kd.models.heads import DEFAULT_C, fit_head, fit_temperature, head_at_temperature, head_logits, resolve_c
+from setfit_kd.models.io import new_model
 from setfit_kd.signals.embedding_cache import cached_embed
 from setfit_kd.signals.signals import TeacherSignals
-from setfit_kd.teacher.self_training import MAX_TEXTS, refine
 from setfit_kd.utils.arrays import sample_rows
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
+    from sklearn.linear_model import LogisticRegression
+
+MAX_TEXTS = 10_000
+"""Maximum number of pool texts to refine a head on; more do not improve a linear head."""
+N_ROUNDS = 5
+SHARPENING = 0.5
+"""Temperature of the pseudo-labels."""
+GOLD_WEIGHT = 3.0
 
 
 def score(
@@ -48,14 +56,6 @@ def score(
     Raises:
         DataError: If there are no texts, or the teacher has no label names.
     """
-    texts, embeddings = _embed_texts(teacher, texts, encode_batch_size, cache)
-    return _to_signals(teacher, texts, embeddings, origin)
-
-
-def _embed_texts(
-    teacher: SetFitModel, texts: Sequence[str], encode_batch_size: int, cache: bool
-) -> tuple[list[str], npt.NDArray[np.floating]]:
-    """Return the n texts and their (n, d) embeddings."""
     if isinstance(texts, str):
         raise DataError("The texts to score must be a list, got a single string.", hint="Pass a list of texts.")
     texts = [str(text) for text in texts]
@@ -70,14 +70,7 @@ def _embed_texts(
         normalize=teacher.normalize_embeddings,
         description="Scoring pool",
     )
-    return texts, embeddings
-
-
-def _to_signals(
-    teacher: SetFitModel, texts: list[str], embeddings: npt.NDArray[np.floating], origin: str
-) -> TeacherSignals:
-    """Compute the probabilities of the teacher's head and return the signals."""
-    return TeacherSignals(texts, head_proba(teacher, embeddings), tuple(teacher.labels or ()), embeddings, origin)
+    return TeacherSignals(texts, head_proba(teacher, embeddings), tuple(teacher.labels), embeddings, origin)
 
 
 def refine_and_score(
@@ -94,7 +87,7 @@ def refine_and_score(
     Args:
         teacher: A trained SetFit model, on the device to use; it is not changed.
         labeled: The m labeled texts it was trained on.
-        pool: n unlabeled texts.
+        pool: n unlabeled texts. If there are more than `MAX_TEXTS`, the head is refined on a sample.
         config: The settings. Each can also be passed by keyword, as in ``refine_and_score(..., refine="none")``.
         origin: Name of the signals' source, stored with them.
 
@@ -109,23 +102,52 @@ def refine_and_score(
     """
     config = SignalsConfig.merged(config, settings)
     with shared_backoff(cpu_fallback=config.cpu_fallback):
-        texts, embeddings = _embed_texts(teacher, [*pool, *labeled.texts], config.encode_batch_size, config.cache)
-    refined = refine(
-        teacher,
-        labeled,
-        embeddings[len(pool) :],
-        embeddings[: len(pool)],
-        method=config.refine,
-        head_c=config.head_c,
-        balance=config.balance,
-        seed=config.seed,
-    )
-    signals = _to_signals(refined, texts, embeddings, origin)
-    if refined is teacher:
-        return refined, signals
+        texts = [*pool, *labeled.texts]
+        size, cache = config.encode_batch_size, config.cache
+        signals = score(teacher, texts, encode_batch_size=size, origin=origin, cache=cache)
+    if config.refine == "none" or not len(pool):
+        return teacher, signals
+    embeddings: Any = signals.embeddings
+    gold_embeddings = embeddings[len(pool) :]
+    sample = np.asarray(embeddings[sample_rows(np.arange(len(pool)), MAX_TEXTS, seed=[config.seed, 8])], np.float32)
+    c = resolve_c(config.head_c, gold_embeddings, labeled.labels, seed=config.seed)
+    gold = np.eye(len(labeled.label_names))[labeled.labels]
+    refined = new_model(teacher.model_body, labeled.label_names)
+    refined.normalize_embeddings = teacher.normalize_embeddings
+    refined.model_head = self_train(gold_embeddings, gold, sample, C=c, balance=config.balance)
+    probabilities = head_proba(refined, embeddings)
     # Sharp labels are good targets but overconfident; the head from before the refinement calibrates them.
-    rows = sample_rows(np.arange(len(pool)), MAX_TEXTS, seed=[config.seed, 8])
-    sample = np.asarray(embeddings[rows], np.float64)
     temperature = fit_temperature(head_logits(refined.model_head, sample), head_proba(teacher, sample))
     refined.model_head = head_at_temperature(refined.model_head, temperature)
-    return refined, replace(signals, temperature=temperature)
+    return refined, replace(signals, probabilities=probabilities, temperature=temperature)
+
+
+def self_train(
+    labeled: npt.NDArray[np.floating],
+    gold: npt.NDArray[np.floating],
+    pool: npt.NDArray[np.floating],
+    *,
+    C: float = DEFAULT_C,  # noqa: N803 - scikit-learn's name
+    balance: bool = False,
+) -> LogisticRegression:
+    """Fit a head on gold labels, then in `N_ROUNDS` rounds also on the head's own probabilities for the pool.
+
+    These are sharpened at a temperature of `SHARPENING` and weighted by the square of their confidence (pseudo-labels:
+    Lee, 2013; sharpening: Berthelot et al., 2019, "MixMatch").
+
+    Args:
+        labeled: (m, d) embeddings of the labeled texts.
+        gold: (m, n_classes) one-hot gold labels.
+        pool: (n, d) embeddings of the pool.
+        C, balance: As in `fit_head`.
+    """
+    head = fit_head(labeled, gold, C=C, balance=balance)
+    embeddings = np.concatenate([labeled, pool])
+    for _ in range(N_ROUNDS):
+        probabilities = head.predict_proba(pool)
+        confidence = probabilities.max(axis=1)
+        sharp = (probabilities / confidence[:, None]) ** (1 / SHARPENING)
+        targets = np.concatenate([gold, sharp / sharp.sum(axis=1, keepdims=True)])
+        weights = np.concatenate([np.full(len(gold), GOLD_WEIGHT), confidence**2])
+        head = fit_head(embeddings, targets, weights, C=C, balance=balance)
+    return head

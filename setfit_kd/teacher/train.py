@@ -1,19 +1,25 @@
-"""Train a teacher on a few labels."""
+"""Train a teacher on a few labels, and measure its accuracy by cross-validation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setfit_kd.config.stages import TeacherConfig
+import numpy as np
+import numpy.typing as npt
+
+from setfit_kd.config.base import Family, StageConfig, resolved
+from setfit_kd.config.stages import FinetuneConfig, TeacherConfig
 from setfit_kd.data.labeled_set import LabeledSet, check_classes, encode_labels
 from setfit_kd.data.sources import Source, read
-from setfit_kd.finetune.train import finetune
-from setfit_kd.memory.backoff import shared_backoff
+from setfit_kd.finetune.train import finetune, finetune_steps, resolve_batch_size
+from setfit_kd.memory.backoff import move_model, shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import family_of, locate_body
+from setfit_kd.models.encode import predict_proba
 from setfit_kd.models.io import new_model
-from setfit_kd.teacher.steps import teacher_batch_texts, teacher_steps, to_finetune_config
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.console import quiet_libraries
 
@@ -21,6 +27,14 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
+
+PAIRS_PER_BATCH = 16
+"""SetFit's default."""
+MIN_TRANSFORMER_STEPS = 150
+"""Default minimum for a transformer teacher; with a few labels, three epochs would hardly change it."""
+MIN_STEPS, MIN_EPOCHS = 20, 2
+"""Default minimum of steps, and of epochs over the labels, for a teacher with the in-batch objective."""
+MAX_FOLDS, MIN_LABELS_PER_CLASS = 4, 3
 
 
 def train_teacher(
@@ -62,29 +76,99 @@ def train_teacher(
     device = resolve_device(config.device)
     check_precision(config.precision, device)
     if isinstance(teacher, str | Path):
-        body = locate_body(teacher).load(labeled.label_names, seed=config.seed)
-    else:
-        body = teacher
-    if family_of(body) == "transformer":
+        teacher = locate_body(teacher).load(labeled.label_names, seed=config.seed)
+    if family_of(teacher) == "transformer":
         finetune_config = to_finetune_config(config, labeled, device)
-        return finetune(labeled, body, config=finetune_config, description=description, checkpoints=checkpoints)
+        return finetune(labeled, teacher, config=finetune_config, description=description, checkpoints=checkpoints)
     config = config.with_family_defaults("setfit")
-
+    steps, batch_texts = steps_and_batch_size(config, labeled, family="setfit", device=device)
     with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
         from setfit_kd.teacher.trainer import TeacherTrainer
         from setfit_kd.training.loop import train
 
-        def make_trainer(config: TeacherConfig, device: torch.device, folder: str) -> TeacherTrainer:
-            return TeacherTrainer(new_model(body, labeled.label_names), labeled, config, device, folder)
-
         return train(
-            body,
-            make_trainer,
+            teacher,
+            partial(TeacherTrainer, new_model(teacher, labeled.label_names), labeled),
             config,
             device=device,
             texts=labeled.texts,
-            batch_texts=teacher_batch_texts(config, labeled),
-            steps=teacher_steps(config, labeled),
+            batch_texts=batch_texts,
+            steps=steps,
             description=description,
             checkpoints=checkpoints,
         )
+
+
+def steps_and_batch_size(
+    config: TeacherConfig, labeled: LabeledSet, *, family: Family, device: torch.device
+) -> tuple[int, int]:
+    """Return the number of training steps of a teacher, and the number of texts in a full batch."""
+    n = len(labeled)
+    if family == "transformer":
+        finetune_config = to_finetune_config(config, labeled, device)
+        return finetune_steps(finetune_config, n, device), resolve_batch_size(device, finetune_config)
+    if config.teacher_objective == "pairs":
+        return -(-2 * config.num_iterations * n // PAIRS_PER_BATCH), 2 * PAIRS_PER_BATCH
+    batch_size = resolved(config.with_family_defaults("setfit").teacher_batch_size)
+    return config.teacher_steps or max(MIN_STEPS, -(-MIN_EPOCHS * n // batch_size)), min(batch_size, n)
+
+
+def to_finetune_config(config: TeacherConfig, labeled: LabeledSet, device: torch.device) -> FinetuneConfig:
+    """Convert to the config of a transformer teacher: by default 3 epochs, at least `MIN_TRANSFORMER_STEPS` steps."""
+    config = config.with_family_defaults("transformer")
+    finetune_config = FinetuneConfig.of(
+        **{name: getattr(config, name) for name in StageConfig.model_fields},
+        batch_size=config.teacher_batch_size,
+        learning_rate=config.teacher_learning_rate,
+        dropout=config.teacher_dropout,
+    ).with_family_defaults("transformer")
+    default_steps = max(MIN_TRANSFORMER_STEPS, finetune_steps(finetune_config, len(labeled), device))
+    return finetune_config.model_copy(update={"steps": config.teacher_steps or default_steps})
+
+
+def _folds(labeled: LabeledSet, seed: int) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Split the labels into folds of training rows and held-out rows; return none if there are too few labels."""
+    from sklearn.model_selection import StratifiedKFold
+
+    if labeled.counts.min() < MIN_LABELS_PER_CLASS:
+        return []
+    splitter = StratifiedKFold(min(MAX_FOLDS, int(labeled.counts.min())), shuffle=True, random_state=seed)
+    return list(splitter.split(labeled.texts, labeled.labels))
+
+
+def cross_validation_steps(config: TeacherConfig, labeled: LabeledSet, *, family: Family, device: torch.device) -> int:
+    """Count the training steps of `cross_validated_accuracy`."""
+    folds = _folds(labeled, config.seed)
+    training_sets = [labeled.take(train) for train, _ in folds]
+    return sum(steps_and_batch_size(config, rows, family=family, device=device)[0] for rows in training_sets)
+
+
+def cross_validated_accuracy(
+    labeled: LabeledSet, load_body: Callable[[], SentenceTransformer], *, config: TeacherConfig
+) -> float | None:
+    """Measure a teacher's accuracy by stratified cross-validation on its labels.
+
+    There are at most `MAX_FOLDS` folds; for each, a new teacher is trained on the other folds.
+
+    Args:
+        labeled: The labels.
+        load_body: Function that returns a new copy of the body.
+        config: The teacher's settings.
+
+    Returns:
+        The accuracy, from 0 to 1; None if a class has fewer than `MIN_LABELS_PER_CLASS` labels.
+    """
+    folds = _folds(labeled, config.seed)
+    if not folds:
+        return None
+    n_correct = 0
+    for number, (train_rows, held_out_rows) in enumerate(folds, 1):
+        phase = f"Cross-validating teacher, fold {number} of {len(folds)}"
+        with shared_backoff(cpu_fallback=config.cpu_fallback):
+            model = train_teacher(labeled.take(train_rows), load_body(), config=config, description=phase)
+            move_model(model.model_body, resolve_device(config.device), phase=phase)
+            held_out = labeled.take(held_out_rows)
+            probabilities = predict_proba(model, held_out.texts, batch_size=config.encode_batch_size, description=phase)
+            del model  # free its memory before the next one is trained
+        n_correct += int((np.asarray(probabilities).argmax(axis=1) == held_out.labels).sum())
+    return n_correct / len(labeled)

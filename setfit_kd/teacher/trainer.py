@@ -13,78 +13,66 @@ from torch import nn
 from setfit_kd.config.base import resolved
 from setfit_kd.config.stages import TeacherConfig
 from setfit_kd.data.labeled_set import LabeledSet
-from setfit_kd.losses.base import LossOptions
-from setfit_kd.losses.contrastive import ContrastiveLoss
+from setfit_kd.losses.contrastive import ContrastiveLoss, balanced_batches
 from setfit_kd.losses.pairs import PairSimilarityLoss
 from setfit_kd.models.encode import embed, shorten_texts
 from setfit_kd.models.heads import fit_head, resolve_c
-from setfit_kd.teacher.steps import PAIRS_PER_BATCH, teacher_batches
-from setfit_kd.training.loop import FixedBatchSampler, inner_trainer_options, resolve_learning_rate, training_arguments
+from setfit_kd.teacher.train import PAIRS_PER_BATCH, steps_and_batch_size
+from setfit_kd.training.loop import resolve_learning_rate
+from setfit_kd.training.loss_trainer import LossTrainer
 
 LEARNING_RATE = 6e-5
 
 
 class TeacherTrainer(Trainer):
-    """Trainer of a SetFit model on labeled texts.
-
-    Args:
-        model: The model to train, without a fitted head.
-        labeled: The labels.
-        config: The settings, with the precision resolved.
-        device: Device to train on.
-        output_dir: Folder for files of the inner trainer.
-    """
+    """Trainer of a SetFit model on labeled texts; the precision in the config is resolved."""
 
     def __init__(
         self, model: SetFitModel, labeled: LabeledSet, config: TeacherConfig, device: torch.device, output_dir: str
     ) -> None:
         self.labeled = labeled
         self.config = config = config.with_family_defaults("setfit")
-        is_in_batch = config.teacher_objective == "in-batch"
-        arguments = training_arguments(
+        # SetFit's own constructor would move the body to the first accelerator and create another inner trainer.
+        self.args, self._model = TrainingArguments(num_iterations=config.num_iterations, report_to="none"), model
+        self.inner = self.st_trainer = LossTrainer(
+            model.model_body,
+            config,
+            device,
             output_dir,
-            batch_size=resolved(config.teacher_batch_size) if is_in_batch else PAIRS_PER_BATCH,
-            epochs=1,
+            batch_size=PAIRS_PER_BATCH if config.teacher_objective == "pairs" else resolved(config.teacher_batch_size),
             learning_rate=resolve_learning_rate(config.teacher_learning_rate, model.model_body, default=LEARNING_RATE),
-            num_iterations=config.num_iterations,
-            seed=config.seed,
-            precision=config.precision,
         )
-        dataset = Dataset.from_dict({"text": labeled.texts, "label": labeled.labels.tolist()})
-        with inner_trainer_options(device, config.precision):
-            super().__init__(model=model, args=arguments, train_dataset=dataset, metric=_no_metric)
 
     def get_dataset(
         self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
     ) -> tuple[Dataset, nn.Module]:
         """Create the dataset and the loss: texts with classes and a contrastive loss, or SetFit's pairs."""
-        body = self.model.model_body
+        body, config = self.model.model_body, self.config
         x = shorten_texts(body, x)
-        options: LossOptions = {
-            "dropout": resolved(self.config.teacher_dropout),
-            "micro_batch_size": self.config.micro_batch_size,
+        options: dict[str, Any] = {
+            "dropout": resolved(config.teacher_dropout),
+            "micro_batch_size": config.micro_batch_size,
         }
-        if self.config.teacher_objective == "pairs":
+        if config.teacher_objective == "pairs":
             # SetFit draws pairs with a constant seed; shuffling the texts makes them depend on our seed.
-            order = np.random.default_rng([self.config.seed, 4]).permutation(len(x))
-            shuffled = [x[i] for i in order], [y[i] for i in order]
-            dataset, _ = super().get_dataset(*shuffled, args=args, max_pairs=max_pairs)
+            order = np.random.default_rng([config.seed, 4]).permutation(len(x))
+            dataset, _ = super().get_dataset([x[i] for i in order], [y[i] for i in order], args, max_pairs)
             return dataset, PairSimilarityLoss(body, **options)
-        batches = teacher_batches(self.config, self.labeled)
-        self.st_trainer.args.batch_sampler = lambda *_, **__: FixedBatchSampler(batches)
+        steps, _ = steps_and_batch_size(config, self.labeled, family="setfit", device=body.device)
+        size = resolved(config.teacher_batch_size)
+        self.inner.batches = balanced_batches(self.labeled.labels, batch_size=size, steps=steps, seed=config.seed)
         return Dataset.from_dict({"sentence": x, "label": y}), ContrastiveLoss(body, **options)
 
-    def train_classifier(self, x_train: list[str], y_train: Any, args: TrainingArguments | None = None) -> None:
+    def train_body(self) -> None:
+        """Train the body on the labels."""
+        self.train_embeddings(self.labeled.texts, self.labeled.labels.tolist())
+
+    def fit_head(self) -> None:
         """Fit the head on the gold labels."""
+        config, labels = self.config, self.labeled.labels
         embeddings = embed(
-            self.model.model_body, x_train, batch_size=self.config.encode_batch_size, description="Fitting head"
+            self.model.model_body, self.labeled.texts, batch_size=config.encode_batch_size, description="Fitting head"
         )
-        labels = np.asarray(y_train)
-        c = resolve_c(self.config.head_c, embeddings, labels, seed=self.config.seed)
+        c = resolve_c(config.head_c, embeddings, labels, seed=config.seed)
         one_hot = np.eye(len(self.labeled.label_names), dtype=np.float32)[labels]
-        self.model.model_head = fit_head(embeddings, one_hot, C=c, balance=self.config.balance)
-
-
-def _no_metric(*_: Any) -> dict[str, float]:
-    """Replace SetFit's default metric, which would be downloaded."""
-    return {}
+        self.model.model_head = fit_head(embeddings, one_hot, C=c, balance=config.balance)

@@ -1,9 +1,9 @@
-"""Trainer callbacks: evaluation with early stopping, and the progress bar."""
+"""Evaluation during training, with early stopping."""
 
 from __future__ import annotations
 
 import json
-import math
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from setfit_kd.utils.console import Advance
-
 if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
 
 _STATE_FILE, _BEST_WEIGHTS_FILE = "early-stop.json", "early-stop.safetensors"
 
@@ -26,13 +26,8 @@ _STATE_FILE, _BEST_WEIGHTS_FILE = "early-stop.json", "early-stop.safetensors"
 class EvaluationCallback(TrainerCallback, ABC):
     """Callback that evaluates the body at intervals, keeps the best weights and stops early.
 
-    Attributes:
-        body: The body being trained.
-        patience: Consecutive evaluations without a better score before training stops; None disables early stopping.
-        history: Step and score of each evaluation.
-        best_score: The best score so far.
-        best_weights: The weights with the best score.
-        evaluations_since_best: Evaluations since the best score.
+    Training stops after ``patience`` consecutive evaluations without a better score; None disables early stopping.
+    ``history`` holds the step and the score of each evaluation.
     """
 
     body: SentenceTransformer
@@ -51,33 +46,24 @@ class EvaluationCallback(TrainerCallback, ABC):
         """Return the score of the current weights. It must be greater than -1; higher is better."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate if an evaluation is due, and stop training if patience has run out."""
+        """Evaluate if it is due, keep the weights if they are the best, and stop if patience has run out."""
         if not self.is_due(state.global_step, args, state):
             return
-        self.evaluate(state.global_step)
-        if self.evaluations_since_best:
-            self.on_no_improvement(**kwargs)
-        if self.patience is not None and self.evaluations_since_best >= self.patience:
-            control.should_training_stop = True
-
-    def on_no_improvement(self, **kwargs: Any) -> None:
-        """Hook that is called after an evaluation without a better score, with the trainer's keyword arguments."""
-
-    def evaluate(self, step: int) -> None:
-        """Measure the score; keep the weights if it is the best so far."""
-        score = self.measure(step)
-        self.history.append((step, score))
+        score = self.measure(state.global_step)
+        self.history.append((state.global_step, score))
         self.evaluations_since_best += 1
         if score > self.best_score:
             self.best_score, self.evaluations_since_best = score, 0
             self.best_weights = {
                 name: value.detach().to("cpu", copy=True) for name, value in self.body.state_dict().items()
             }
+        else:
+            self.on_no_improvement(**kwargs)
+        if self.patience is not None and self.evaluations_since_best >= self.patience:
+            control.should_training_stop = True
 
-    @property
-    def best_step(self) -> int:
-        """Step with the best score."""
-        return max(self.history, key=itemgetter(1))[0]
+    def on_no_improvement(self, **kwargs: Any) -> None:
+        """Hook that is called after an evaluation without a better score, with the trainer's keyword arguments."""
 
     def save_state(self, folder: Path) -> None:
         """Write the history and the best weights to a checkpoint folder."""
@@ -99,23 +85,5 @@ class EvaluationCallback(TrainerCallback, ABC):
         """Load the best weights into the body."""
         if self.best_weights:
             self.body.load_state_dict(self.best_weights)
-
-
-class ProgressCallback(TrainerCallback):
-    """Callback that advances a progress bar, and stops training if the loss is not finite."""
-
-    def __init__(self, advance: Advance) -> None:
-        self.advance = advance
-
-    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        """Advance by the steps that a resumed training has already done."""
-        self.advance(state.global_step)
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Advance by one step."""
-        self.advance(1)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop training if the logged loss is not finite."""
-        if not math.isfinite(kwargs["logs"].get("embedding_loss", 0.0)):  # the name that SetFit logs the loss under
-            control.should_training_stop = True
+            step, score = max(self.history, key=itemgetter(1))
+            logger.info("Restored the best weights: step %d of %d, score %.3f.", step, self.history[-1][0], score)

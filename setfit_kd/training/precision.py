@@ -37,12 +37,7 @@ _measured: dict[str, Precision] = {}
 
 @dataclass(frozen=True)
 class Precision:
-    """A precision, with the measured speedup.
-
-    Attributes:
-        name: ``fp32``, ``bf16`` or ``fp16``.
-        speedup: Measured speedup of bf16 over fp32; None if it was not measured.
-    """
+    """``fp32``, ``bf16`` or ``fp16``, and the speedup of bf16 over fp32 if it was measured."""
 
     name: str
     speedup: float | None = None
@@ -79,6 +74,26 @@ def resolve_precision(name: str, body: SentenceTransformer, texts: Sequence[str]
     return _measured[key]
 
 
+def check_precision(name: str, device: torch.device) -> None:
+    """Check that a device can train in a precision.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    if name == "fp16" and device.type != "cuda":
+        raise ConfigError(
+            f"Training in fp16 needs a CUDA device, got {device.type}.", hint="Use --precision auto, fp32 or bf16."
+        )
+    if name == "bf16" and not _has_bf16(device):
+        raise ConfigError(f"The device {device} cannot train in bf16.", hint="Use --precision auto or fp32.")
+
+
+def _has_bf16(device: torch.device) -> bool:
+    import torch
+
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 def _machine(device: torch.device) -> str:
     """Describe what the speed of a training step depends on, apart from the body."""
     import torch
@@ -105,37 +120,16 @@ def _measure_speedup(body: SentenceTransformer, texts: Sequence[str]) -> float |
     while True:
         try:
             fp32, bf16 = _step_seconds(body, texts)
-            break
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 logger.debug("Precision: fp32, because bf16 does not run on this machine (%s).", str(error))
                 return None
             if len(texts) == 1:
                 raise
-        body.zero_grad(set_to_none=True)
+        else:
+            return round(fp32 / bf16, 2)
         clear_cache(body.device)
         texts = texts[: len(texts) // 2]
-    return round(fp32 / bf16, 2)
-
-
-def check_precision(name: str, device: torch.device) -> None:
-    """Check that a device can train in a precision.
-
-    Raises:
-        ConfigError: If it cannot.
-    """
-    if name == "fp16" and device.type != "cuda":
-        raise ConfigError(
-            f"Training in fp16 needs a CUDA device, got {device.type}.", hint="Use --precision auto, fp32 or bf16."
-        )
-    if name == "bf16" and not _has_bf16(device):
-        raise ConfigError(f"The device {device} cannot train in bf16.", hint="Use --precision auto or fp32.")
-
-
-def _has_bf16(device: torch.device) -> bool:
-    import torch
-
-    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _step_seconds(body: SentenceTransformer, texts: Sequence[str]) -> tuple[float, float]:

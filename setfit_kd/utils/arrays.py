@@ -15,6 +15,7 @@ import numpy.typing as npt
 from setfit_kd.utils.atomic_io import raise_output_errors
 from setfit_kd.utils.files import check_regular_file
 
+Floats = npt.NDArray[np.floating]
 MAX_IN_MEMORY_BYTES = 1 << 28
 """Maximum float32 size of an array in memory; larger arrays are memory-mapped float16 files."""
 _CHUNK_ROWS = 1 << 14
@@ -23,17 +24,18 @@ _CHUNK_ROWS = 1 << 14
 def allocate_array(shape: tuple[int, int]) -> npt.NDArray[np.floating]:
     """Allocate an array: float32 in memory, or memory-mapped float16 above `MAX_IN_MEMORY_BYTES`.
 
-    The file of a memory-mapped array is deleted together with the array.
-
-    Raises:
-        OutputError: If the temporary folder is full.
+    The file of a memory-mapped array is deleted together with the array. If the disk is full, an `OutputError` is
+    raised.
     """
     if not is_large(shape):
         return np.empty(shape, np.float32)
     with raise_output_errors(Path(gettempdir()), alternative="set TMPDIR to a disk with free space"):
         folder = TemporaryDirectory(prefix="setfit-kd-", ignore_cleanup_errors=True)
         path = Path(folder.name)
-        _preallocate(path / "rows.npy", shape)
+        with (path / "rows.npy").open("wb") as file:
+            _write_header(file, np.float16, shape)
+            for start in range(0, shape[0], _CHUNK_ROWS):  # writing to a memory map on a full disk kills the process
+                file.write(bytes(2 * shape[1] * min(_CHUNK_ROWS, shape[0] - start)))
         array = np.lib.format.open_memmap(path / "rows.npy", mode="r+")
     weakref.finalize(array, folder.cleanup)
     return array
@@ -53,9 +55,8 @@ def iter_chunks(array: npt.NDArray[np.floating]) -> Iterator[npt.NDArray[np.floa
 def normalize_rows(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
     """Scale rows to unit L2 norm; leave zero rows unchanged."""
     rows = np.asarray(rows, np.float32)
-    norms: npt.NDArray[np.float32] = np.linalg.norm(rows, axis=1, keepdims=True)
-    normalized: npt.NDArray[np.float32] = rows / np.maximum(norms, np.float32(1e-12))
-    return normalized
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.maximum(norms, np.float32(1e-12)), np.float32)
 
 
 def sample_rows(rows: npt.NDArray[np.int64], max_rows: int, *, seed: list[int]) -> npt.NDArray[np.int64]:
@@ -78,8 +79,7 @@ def load_rows(path: Path) -> npt.NDArray[np.floating]:
     """Read an array written by `save_rows`; a large array is memory-mapped.
 
     Raises:
-        OSError: If the file does not exist.
-        ValueError: If the file is not a complete float16 or float32 array.
+        OSError, ValueError: If the file does not exist, or is not a complete float16 or float32 array.
     """
     try:
         array = np.lib.format.open_memmap(check_regular_file(path), mode="r")
@@ -88,19 +88,6 @@ def load_rows(path: Path) -> npt.NDArray[np.floating]:
     if array.dtype not in (np.float16, np.float32):
         raise ValueError(f"{path.name} must be a float16 or float32 array, got {array.dtype}")
     return array if is_large(array.shape) else np.array(array)
-
-
-def _preallocate(path: Path, shape: tuple[int, ...]) -> None:
-    """Write a float16 file of zeros that occupies its disk space.
-
-    Writing to a memory-mapped file on a full disk would kill the process.
-    """
-    with path.open("wb") as file:
-        _write_header(file, np.float16, shape)
-        remaining = 2 * int(np.prod(shape, dtype=np.int64))
-        zeros = bytes(1 << 20)
-        while remaining > 0:
-            remaining -= file.write(zeros[:remaining])
 
 
 def _write_header(file: IO[bytes], dtype: type[np.floating], shape: tuple[int, ...]) -> None:

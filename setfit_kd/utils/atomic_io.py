@@ -1,9 +1,8 @@
-"""Write files and folders atomically, with helpful errors."""
+"""Write files and folders atomically. All functions raise an `OutputError` with a hint if they cannot write."""
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import shutil
@@ -15,32 +14,33 @@ from uuid import uuid4
 
 from setfit_kd.errors import OutputError, SetFitKDError, error_chain
 
-logger = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
 TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}")
-_ERRNO_HINTS = {
-    errno.ENOSPC: "The disk is full: free some space, or",
-    errno.EDQUOT: "The disk quota is used up: free some space, or",
-    errno.EROFS: "The file system is read-only:",
-    errno.EACCES: "No permission to write:",
-    errno.EPERM: "No permission to write:",
-    errno.ENOTDIR: "Part of the path is a file:",
+_ANOTHER_FOLDER = "choose another --output-dir"
+_HINTS = {
+    errno.ENOSPC: "The disk is full: free some space, or ",
+    errno.EDQUOT: "The disk quota is used up: free some space, or ",
+    errno.EROFS: "The file system is read-only: ",
+    errno.EACCES: "No permission to write: ",
+    errno.EPERM: "No permission to write: ",
+    errno.ENOTDIR: "Part of the path is a file: ",
 }
-
-_TORCH_WRITE_ERRORS = ("inline_container.cc", "iostream error")
-"""Parts of torch's messages for a failed write, which do not include the cause."""
+_MESSAGES = {
+    "No space left on device": errno.ENOSPC,
+    "Read-only file system": errno.EROFS,
+    "inline_container.cc": errno.EIO,  # of torch, without the cause
+    "iostream error": errno.EIO,
+    **{f"(os error {code})": code for code in errno.errorcode},  # of safetensors
+}
+"""Parts of the messages of errors that wrap the system's error."""
 
 
 @contextmanager
-def raise_output_errors(path: Path, *, alternative: str = "choose another --output-dir") -> Iterator[None]:
+def raise_output_errors(path: Path, *, alternative: str = _ANOTHER_FOLDER) -> Iterator[None]:
     """Context manager that turns failures to write to ``path`` into an `OutputError` with a hint.
 
-    torch and safetensors wrap the system's error in their own types, so the errno is read from the chain of causes or
-    from the messages.
-
-    Args:
-        path: File or folder that is written.
-        alternative: How to choose another path, as an imperative clause for the hint.
+    The errno is read from the chain of causes or from the messages. ``alternative`` is the clause of the hint that says
+    how to choose another path.
     """
     try:
         yield
@@ -50,9 +50,19 @@ def raise_output_errors(path: Path, *, alternative: str = "choose another --outp
         code = _find_errno(error)
         if code is None:
             raise
-        known = _ERRNO_HINTS.get(code)
-        hint = f"{known} {alternative}." if known else f"{alternative[0].upper()}{alternative[1:]}."
-        raise OutputError(f"Cannot write {path}: {error} [{errno.errorcode[code]}]", hint=hint) from error
+        hint = f"{_HINTS.get(code, '')}{alternative}."
+        message = f"Cannot write {path}: {error} [{errno.errorcode[code]}]"
+        raise OutputError(message, hint=hint[0].upper() + hint[1:]) from error
+
+
+def _find_errno(error: BaseException) -> int | None:
+    for cause in error_chain(error):
+        if isinstance(cause, OSError) and cause.errno in errno.errorcode:
+            return cause.errno
+        for fragment, code in _MESSAGES.items():
+            if fragment in str(cause):
+                return code
+    return None
 
 
 def temporary_path(path: Path) -> Path:
@@ -73,12 +83,23 @@ def _temporary_sibling(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Create a folder atomically: yield a temporary folder that is renamed to ``path`` at the end.
+def atomic_file(path: Path, *, alternative: str = "choose another file") -> Iterator[IO[bytes]]:
+    """Write or replace a file atomically: yield a temporary file that is renamed to ``path`` at the end."""
+    with raise_output_errors(path, alternative=alternative), _temporary_sibling(path) as part:
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
 
-    Raises:
-        OutputError: If ``path`` exists or cannot be written.
-    """
+
+def write_text(path: Path, text: str, *, alternative: str = _ANOTHER_FOLDER) -> None:
+    """Write or replace a text file atomically; see `atomic_file`."""
+    with atomic_file(path, alternative=alternative) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Create a folder atomically: yield a temporary folder that is renamed to ``path`` at the end."""
     target = Path(path).absolute()
     with raise_output_errors(Path(path)), _temporary_sibling(target) as part:
         if target.exists():
@@ -95,9 +116,6 @@ def replace_folder(path: str | Path, *, is_ours: Callable[[str], bool]) -> Itera
 
     The caller creates the folder at the temporary path. Files and folders of the replaced folder are kept if
     ``is_ours`` is false for their names.
-
-    Raises:
-        OutputError: If the folder cannot be written.
     """
     target = Path(path).resolve()  # a symbolic link to a folder is kept
     with _temporary_sibling(target) as part, _temporary_sibling(target) as previous:
@@ -135,9 +153,6 @@ def replace_files(folder: Path) -> Iterator[Path]:
     """Replace files of a folder: yield a temporary folder whose files are moved to ``folder`` at the end.
 
     Each file is replaced atomically, but not all files together.
-
-    Raises:
-        OutputError: If the files cannot be written.
     """
     with raise_output_errors(folder), _temporary_sibling(folder / "new") as part:
         part.mkdir()
@@ -145,91 +160,6 @@ def replace_files(folder: Path) -> Iterator[Path]:
         _apply_umask(part)
         for file in part.iterdir():
             file.replace(folder / file.name)
-
-
-def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Raise an error if the named files and folders of ``folder`` are or contain symbolic links.
-
-    Writing or deleting through a link would change files outside the folder. Links at or above ``folder`` are allowed.
-
-    Raises:
-        OutputError: If there is a link.
-    """
-    for name in names:
-        contents = (Path(root) / entry for root, folders, files in os.walk(folder / name) for entry in folders + files)
-        link = next((path for path in (folder / name, *contents) if path.is_symlink()), None)
-        if link is not None:
-            raise OutputError(
-                f"{link} is a symbolic link, which is not allowed inside an output folder.",
-                hint="Replace the link with its target, or choose another folder.",
-            )
-
-
-@contextmanager
-def lock_folder(path: Path) -> Iterator[None]:
-    """Create a folder and lock it for the duration of the block; the lock of a dead process is ignored.
-
-    If the folder did not exist before and is empty at the end, it is removed.
-
-    Raises:
-        OutputError: If another process holds the lock, or if the folder cannot be written.
-    """
-    from filelock import FileLock, Timeout
-
-    is_new = not path.exists()
-    refuse_links(path, [LOCK_FILE])
-    with raise_output_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / LOCK_FILE)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise OutputError(
-                f"Another process{_lock_owner(path / LOCK_FILE)} is using {path}.",
-                hint="Wait until it has finished, or choose another --output-dir.",
-            ) from None
-        except NotImplementedError:
-            logger.debug("The file system of %s does not support locks.", path)
-    try:
-        if lock.is_locked:
-            with suppress(OSError):
-                (path / LOCK_FILE).write_text(str(os.getpid()), encoding="utf-8")
-        yield
-    finally:
-        if is_new and path.is_dir() and not any(file.name != LOCK_FILE for file in path.iterdir()):
-            shutil.rmtree(path, ignore_errors=True)
-        lock.release()
-
-
-def _lock_owner(lock: Path) -> str:
-    try:
-        return f" ({int(lock.read_text(encoding='utf-8'))})"
-    except (OSError, ValueError):
-        return ""
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file atomically: yield a temporary file that is renamed to ``path`` at the end.
-
-    Raises:
-        OutputError: If the file cannot be written.
-    """
-    with raise_output_errors(path, alternative="choose another file"), _temporary_sibling(path) as part:
-        with part.open("wb") as file:
-            yield file
-        part.replace(path)
-
-
-def write_text(path: Path, text: str, *, alternative: str = "choose another --output-dir") -> None:
-    """Write or replace a text file atomically; see `raise_output_errors` for ``alternative``.
-
-    Raises:
-        OutputError: If the file cannot be written.
-    """
-    with raise_output_errors(path, alternative=alternative), _temporary_sibling(path) as part:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
 
 
 def _apply_umask(folder: Path) -> None:
@@ -243,18 +173,47 @@ def _apply_umask(folder: Path) -> None:
             path.chmod(mode)
 
 
-def _find_errno(error: BaseException) -> int | None:
-    for cause in error_chain(error):
-        if isinstance(cause, OSError) and cause.errno in errno.errorcode:
-            return cause.errno
-        text = str(cause)
-        match = re.search(r"\(os error (\d+)\)", text)  # format of safetensors
-        if match and int(match[1]) in errno.errorcode:
-            return int(match[1])
-        if "No space left on device" in text:
-            return errno.ENOSPC
-        if "Read-only file system" in text:
-            return errno.EROFS
-        if any(fragment in text for fragment in _TORCH_WRITE_ERRORS):
-            return errno.EIO
-    return None
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Raise an error if the named files and folders of ``folder`` are or contain symbolic links.
+
+    Writing or deleting through a link would change files outside the folder. Links at or above ``folder`` are allowed.
+    """
+    for path in (folder / name for name in names):
+        contents = (Path(root) / entry for root, folders, files in os.walk(path) for entry in folders + files)
+        for link in filter(Path.is_symlink, (path, *contents)):
+            message = f"{link} is a symbolic link, which is not allowed inside an output folder."
+            raise OutputError(message, hint="Replace the link with its target, or choose another folder.")
+
+
+@contextmanager
+def lock_folder(path: Path) -> Iterator[None]:
+    """Create a folder and lock it for the duration of the block; the lock of a dead process is ignored.
+
+    If the folder did not exist before and is empty at the end, it is removed.
+    """
+    from filelock import FileLock, Timeout
+
+    is_new = not path.exists()
+    file = path / LOCK_FILE
+    refuse_links(path, [LOCK_FILE])
+    with raise_output_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file)
+        try:
+            with suppress(NotImplementedError):  # the file system does not support locks
+                lock.acquire(blocking=False)
+        except Timeout:
+            owner = ""
+            with suppress(OSError, ValueError):
+                owner = f" ({int(file.read_text(encoding='utf-8'))})"
+            hint = "Wait until it has finished, or choose another --output-dir."
+            raise OutputError(f"Another process{owner} is using {path}.", hint=hint) from None
+    try:
+        if lock.is_locked:
+            with suppress(OSError):
+                file.write_text(str(os.getpid()), encoding="utf-8")
+        yield
+    finally:
+        if is_new and path.is_dir() and not any(entry.name != LOCK_FILE for entry in path.iterdir()):
+            shutil.rmtree(path, ignore_errors=True)
+        lock.release()

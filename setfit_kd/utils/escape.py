@@ -8,20 +8,15 @@ from typing import Any
 
 MAX_CHARACTERS = 600
 """Maximum length of a text that is shown."""
-MAX_NAME_CHARACTERS = 80
-"""Maximum length of a class name that is shown."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~!$&])")
 # Control characters, line separators, bidirectional marks and overrides, and lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, limit: int | None = 2_000, *, keep: str = "\n") -> str:
-    r"""Escape the characters that control a terminal, such as ``\x1b`` and ``\u202e``.
+    r"""Escape the characters that control a terminal, such as ``\x1b`` and ``\u202e``, except those in ``keep``.
 
-    Args:
-        text: Any text.
-        limit: Maximum length; the middle of a longer text is left out. None means no limit.
-        keep: Control characters that are not escaped.
+    The middle of a text with more than ``limit`` characters is left out.
     """
     if limit is not None and len(text) > limit:
         text = f"{text[: limit // 2]}… ({len(text) - limit:,} characters left out) …{text[len(text) - limit // 2 :]}"
@@ -31,8 +26,7 @@ def printable(text: str, limit: int | None = 2_000, *, keep: str = "\n") -> str:
 def json_text(value: Any, *, indent: int | None = None) -> str:
     """Return a value as JSON without control characters.
 
-    NaN and infinity, which JSON lacks, become null. Values of other types that JSON lacks, such as dates, become
-    strings.
+    NaN and infinity become null. Values of other types that JSON lacks, such as dates, become strings.
     """
     try:
         text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=as_text)
@@ -47,23 +41,22 @@ def as_text(value: Any) -> str:
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
-def one_line(text: str) -> str:
-    """Return a text as one line without control characters."""
-    return " ".join(_UNPRINTABLE.sub(" ", text).split())
-
-
 def truncate(text: str, max_characters: int = MAX_CHARACTERS) -> str:
-    """Return a text as one line of at most ``max_characters``."""
-    line = one_line(text[: 100 * MAX_CHARACTERS])
+    """Return a text as one line of at most ``max_characters``, without control characters."""
+    line = _one_line(text[: 100 * MAX_CHARACTERS])
     fits = len(line) <= max_characters and len(text) <= 100 * MAX_CHARACTERS
     return line if fits else line[: max_characters - 1] + "…"
 
 
+def _one_line(text: str) -> str:
+    return " ".join(_UNPRINTABLE.sub(" ", text).split())
+
+
 def short_class_name(name: object) -> str:
     """Return a class name as one line, truncated for tables."""
-    return truncate(str(name), MAX_NAME_CHARACTERS)
+    return truncate(str(name), 80)
 
 
 def escape_markdown(value: object) -> str:
     """Convert any value to one line of text with Markdown syntax escaped."""
-    return _MARKDOWN.sub(r"\\\1", one_line(str(value)))
+    return _MARKDOWN.sub(r"\\\1", _one_line(str(value)))

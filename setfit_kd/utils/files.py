@@ -17,10 +17,7 @@ CACHE_VARIABLE = "SETFIT_KD_CACHE"
 
 
 def cache_folder() -> Path | None:
-    """Return the cache folder: the environment variable ``SETFIT_KD_CACHE``, or the user's cache folder.
-
-    Returns None if the user has no home folder.
-    """
+    """Return ``SETFIT_KD_CACHE``, or a folder in the user's cache; None if the user has no home folder."""
     configured = os.environ.get(CACHE_VARIABLE)
     if configured:
         return Path(configured)
@@ -57,12 +54,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
-    """Read a regular file of one JSON value per line, each of at most `MAX_JSON_BYTES` characters.
-
-    Raises:
-        OSError: If the file cannot be read or is not a regular file.
-        ValueError: If a line is too long or is not JSON in UTF-8.
-    """
+    """Read a regular file of one JSON value per line, each of at most `MAX_JSON_BYTES`; raises as `read_json`."""
     with check_regular_file(path).open(encoding="utf-8") as file:
         while line := file.readline(MAX_JSON_BYTES + 1):
             if len(line) > MAX_JSON_BYTES:

@@ -23,22 +23,18 @@ def hash_parts(parts: Iterable[bytes]) -> str:
 def fingerprint(*parts: Any) -> str:
     """Hash JSON-serializable values to 32 hexadecimal digits."""
 
-    def pieces() -> Iterator[str]:
+    def pieces() -> Iterator[bytes]:
         for part in parts:
             is_list = isinstance(part, list)
-            yield f"{is_list} {len(part) if is_list else 1}"
+            yield f"{is_list} {len(part) if is_list else 1}".encode()
             for piece in part if is_list else [part]:  # avoids a JSON copy of a large pool
-                yield json.dumps(piece, sort_keys=True)
+                yield json.dumps(piece, sort_keys=True).encode()
 
-    return hash_parts(piece.encode() for piece in pieces())
+    return hash_parts(pieces())
 
 
 def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal.
-
-    Raises:
-        OSError: If the file cannot be read or is not a regular file.
-    """
+    """Return the SHA-256 of a regular file's content in hexadecimal."""
     digest = hashlib.sha256()
     with check_regular_file(path).open("rb") as file:
         while chunk := file.read(1 << 20):

@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_body, newswire
-from hypothesis import example, given
+from conftest import newswire
+from hypothesis import given
 from hypothesis import strategies as st
 
 from setfit_kd.augment.edits import EDITS, augment
-from setfit_kd.augment.fill_mask import FillMask, load_fill_mask
+from setfit_kd.augment.fill_mask import FillMask
 from setfit_kd.data.splits import normalize
 from setfit_kd.errors import ModelError
 from setfit_kd.memory.backoff import shared_backoff
@@ -51,35 +50,20 @@ def test_delete_removes_some_words_and_keeps_the_order(text: str, seed: int) -> 
     assert all(word in iterator for word in remaining)
 
 
-def test_delete_removes_one_of_two_words() -> None:
-    assert {apply_edit("delete", "a b", seed) for seed in range(500)} == {"a", "b"}
-
-
 def test_delete_removes_one_word_in_ten() -> None:
     text = " ".join(map(str, range(1000)))
     lengths = [len((apply_edit("delete", text, seed) or "").split()) for seed in range(20)]
     assert np.mean(lengths) == pytest.approx(900, abs=10)
 
 
-@given(WORDS, SEED)
-def test_swap_keeps_every_word(text: str, seed: int) -> None:
-    swapped = apply_edit("swap", text, seed) or ""
-    assert Counter(swapped.split()) == Counter(text.split())
-    assert changed_words(swapped, text) <= 2 * max(1, round(len(text.split()) / 10))
-
-
 @pytest.mark.parametrize(("n_words", "pairs"), [(2, 1), (14, 1), (16, 2), (1000, 100)])
 def test_swap_swaps_one_pair_per_ten_words(n_words: int, pairs: int) -> None:
     text = " ".join(map(str, range(n_words)))
-    n_moved = [changed_words(apply_edit("swap", text, seed) or "", text) for seed in range(20)]
+    swapped = [apply_edit("swap", text, seed) or "" for seed in range(20)]
+    assert all(Counter(new.split()) == Counter(text.split()) for new in swapped)
+    n_moved = [changed_words(new, text) for new in swapped]
     assert min(n_moved) > 0
     assert 1.8 * pairs <= max(n_moved) <= 2 * pairs
-
-
-@given(st.lists(WORD | st.sampled_from(["one.", "Why?", "“Ja!”"]), min_size=1, max_size=40).map(" ".join))
-def test_reversing_sentences_keeps_every_word(text: str) -> None:
-    reversed_text = apply_edit("sentences", text)
-    assert Counter((text if reversed_text is None else reversed_text).split()) == Counter(text.split())
 
 
 @pytest.mark.parametrize(
@@ -88,7 +72,6 @@ def test_reversing_sentences_keeps_every_word(text: str) -> None:
         ("Rain fell. Play stopped!  Why? ", "Why? Play stopped! Rain fell."),
         ('"No." He left\n(at last.) Then: “Ja!” Ende', 'Ende Then: “Ja!” He left\n(at last.) "No."'),
         ("It cost approx. five euros", None),
-        ("It cost 3.5 euros.", None),
         ("no end at all", None),
     ],
 )
@@ -100,45 +83,18 @@ def test_sentences_are_reversed(text: str, expected: str | None) -> None:
 def test_crossover_joins_half_of_each_text(text: str, other: str) -> None:
     first, second, crossed = text.split(), other.split(), (apply_edit("crossover", text, other=other) or "").split()
     assert crossed == first[: len(first) // 2] + second[len(second) // 2 :]
-    assert set(crossed[:1]) == set(first[:1])
-    assert crossed[-1] == second[-1]
 
 
 # All edits together
 
 
 def test_augment_creates_the_requested_number_of_new_texts() -> None:
-    augmented = augment(TEXTS, 500, seed=0)
+    augmented = augment(TEXTS, 500, seed=3)
     assert len(augmented) == 500
     assert len({normalize(text) for text in [*augmented, *TEXTS]}) == 500 + len(TEXTS)
+    assert augmented == augment(TEXTS, 500, seed=3)
+    assert len(set(augmented) & set(augment(TEXTS, 500, seed=4))) < 150  # such as reversed sentences
     assert augment(TEXTS, 0, seed=0) == []
-
-
-def test_same_seed_creates_same_texts() -> None:
-    assert augment(TEXTS, 50, seed=3) == augment(TEXTS, 50, seed=3)
-    assert not set(augment(TEXTS, 50, seed=3)) & set(augment(TEXTS, 50, seed=4)) - reversed_texts()
-
-
-def reversed_texts() -> set[str]:
-    return {text for text in (apply_edit("sentences", text) for text in TEXTS) if text}
-
-
-@pytest.mark.parametrize("hash_seed", ["0", "1"])
-def test_hash_seed_has_no_effect(hash_seed: str) -> None:
-    code = """
-import json, sys
-from setfit_kd.augment import augment
-print(json.dumps(augment(*json.load(sys.stdin), seed=5)))
-"""
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        input=json.dumps([TEXTS, 40]),
-        env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert json.loads(process.stdout) == augment(TEXTS, 40, seed=5)
 
 
 @pytest.mark.parametrize("rewrite", [str, str.upper, lambda text: f" {text.replace(' ', '  ')}\n"])
@@ -151,8 +107,9 @@ def test_forbidden_texts_are_never_created(rewrite: Callable[[str], str]) -> Non
     assert augmented.isdisjoint(map(normalize, forbidden))
 
 
-def test_augment_returns_fewer_texts_if_no_more_are_possible() -> None:
+def test_augment_returns_fewer_texts_if_no_more_are_possible(caplog: pytest.LogCaptureFixture) -> None:
     assert sorted(augment(["b a"], 10, seed=0)) == ["a", "a b", "b"]
+    assert caplog.messages == ["Could create only 3 different texts from 1 texts."]
     assert sorted(augment(["b a", "B  A", "word"], 10, seed=0)) == ["a", "a b", "b"]
 
 
@@ -171,44 +128,15 @@ def test_augment_accepts_any_text(texts: list[str], seed: int) -> None:
     assert len({*keys, *map(normalize, texts)}) == len(keys) + len(set(map(normalize, texts)))
 
 
-@pytest.fixture
-def edit_counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count the texts created by each edit, and append a distinct suffix to each text."""
-    counts: Counter[str] = Counter()
-
-    def counted(name: str) -> Callable[[str, str, np.random.Generator], str | None]:
-        edit = EDITS[name]
-
-        def edit_and_count(text: str, other: str, rng: np.random.Generator) -> str | None:
-            new = edit(text, other, rng)
-            counts[name] += new is not None
-            return new and f"{new} {name}{counts[name]}"
-
-        return edit_and_count
+def test_edits_are_used_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def edit(name: str, text: str, _: str, rng: np.random.Generator) -> str:
+        return f"{text} {rng.random()} {name}"
 
     for name in EDITS:
-        monkeypatch.setitem(EDITS, name, counted(name))
-    return counts
-
-
-def test_edits_are_used_evenly(edit_counts: Counter[str]) -> None:
-    to_fill: list[str] = []
-
-    def fill(texts: Sequence[str], seed: int) -> list[str]:
-        to_fill.extend(texts)
-        return [f"{text} filled" for text in texts]
-
-    texts = [f"Text {row} is here. It is long." for row in range(100)]
-    assert len(augment(texts, 100, seed=0, fill=fill)) == 100
-    assert edit_counts == dict.fromkeys(EDITS, 20)
-    assert len(to_fill) == 20
-
-
-def test_single_sentences_get_other_edits(edit_counts: Counter[str]) -> None:
-    texts = [*(f"Text {row} is here" for row in range(97)), "One. Two.", "Three. Four.", "Five. Six."]
-    assert len(augment(texts, 100, seed=0)) == 100
-    assert edit_counts["sentences"] == 3
-    assert max(edit_counts.values()) <= 33
+        monkeypatch.setitem(EDITS, name, partial(edit, name))
+    texts = [f"text {row}" for row in range(100)]
+    augmented = augment(texts, 100, seed=0, fill=lambda texts, _: [f"{text} replace" for text in texts])
+    assert Counter(text.split()[-1] for text in augmented) == dict.fromkeys([*EDITS, "replace"], 20)
 
 
 def test_texts_are_drawn_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,35 +173,21 @@ def test_augment_ends_if_fill_never_changes_a_text() -> None:
 
 # Word replacement by a masked language model
 
-
-@pytest.fixture(scope="session")
-def masked_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random masked language model with 64 positions."""
-    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
-
-    folder = tmp_path_factory.mktemp("models") / "masked-lm"
-    plain = make_body(folder.with_name("body"), layers=1).with_name("body-plain")
-    AutoTokenizer.from_pretrained(plain).save_pretrained(folder)
-    torch.manual_seed(0)
-    BertForMaskedLM(BertConfig.from_pretrained(plain)).save_pretrained(folder)
-    return folder
+LIKELY = ["was", "are", "has", "his", "her", "its", "they", "from", "that", "with"]
+"""Ten words of the tiny vocabulary, as many as there are candidates per word."""
 
 
 @pytest.fixture
 def fill(masked_lm: Path) -> FillMask:
-    return load_fill_mask(masked_lm, device=CPU, batch_size=8)
+    return FillMask(masked_lm, device=CPU, batch_size=8)
 
 
 def set_logits(fill: FillMask, words: dict[str, float]) -> None:
     """Set the logits of some words at all positions."""
-    bias = fill._model.cls.predictions.bias
+    bias = fill._model.get_output_embeddings().bias
     with torch.no_grad():
         for word, logit in words.items():
-            bias[fill._tokenizer.token_to_id(word)] = logit
-
-
-LIKELY = ["was", "are", "has", "his", "her", "its", "they", "from", "that", "with"]
-"""Ten words of the tiny vocabulary, as many as there are candidates per word."""
+            bias[fill._tokenizer.convert_tokens_to_ids(word)] = logit
 
 
 def fill_template(template: str, words: Sequence[str]) -> str:
@@ -290,23 +204,19 @@ def test_only_words_are_replaced(fill: FillMask) -> None:
     for seed in range(40):
         [new] = fill([text], seed)
         matches = [
-            (row, word)
+            row
             for row in range(len(words))
             for word in LIKELY
             if new == fill_template(template, [*words[:row], word, *words[row + 1 :]])
         ]
         assert len(matches) == 1, new
-        replaced.add(matches[0][0])
+        replaced.update(matches)
     assert replaced == set(range(len(words)))
 
 
 def test_about_one_word_in_seven_is_replaced(fill: FillMask) -> None:
-    text = " ".join(["rain"] * 40)
-    changed = [sum(word != "rain" for word in new.split()) for new in fill([text] * 5, 0)]
-    assert changed == [6] * 5
-    assert all(
-        changed_words(*pair) == 1 for pair in zip(fill(["rain play", "rain"], 0), ["rain play", "rain"], strict=True)
-    )
+    texts = [" ".join(["rain"] * 40), "rain play", "rain"]
+    assert [changed_words(*pair) for pair in zip(fill(texts, 0), texts, strict=True)] == [6, 1, 1]
 
 
 def test_replacements_are_sampled_from_ten_most_probable_words(fill: FillMask) -> None:
@@ -317,57 +227,12 @@ def test_replacements_are_sampled_from_ten_most_probable_words(fill: FillMask) -
     assert counts[LIKELY[0]] == pytest.approx(300, abs=50)
 
 
-def test_each_word_is_replaced_by_one_mask_token(fill: FillMask, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs: list[torch.Tensor] = []
-    forward = fill._model.forward
-
-    def spy(input_ids: torch.Tensor, **rest: Any) -> Any:
-        inputs.append(input_ids[0])
-        return forward(input_ids=input_ids, **rest)
-
-    monkeypatch.setattr(fill._model, "forward", spy)
-    words = ["the", "qqqq,", "and"]
-    masked = ["[MASK] qqqq, and", "the [MASK], and", "the qqqq, [MASK]"]
-    replaced = set()
-    for seed in range(20):
-        [new] = fill([" ".join(words)], seed)
-        [row] = [row for row, pair in enumerate(zip(words, new.split(), strict=True)) if len(set(pair)) == 2]
-        assert inputs[-1].tolist() == fill._tokenizer.encode(masked[row]).ids
-        replaced.add(row)
-    assert replaced == {0, 1, 2}
-
-
 def test_result_depends_on_seed_but_not_on_batch_size(fill: FillMask, masked_lm: Path) -> None:
     new = fill(TEXTS, 7)
     assert all(old != text for old, text in zip(TEXTS, new, strict=True))
     assert new == fill(TEXTS, 7)
-    assert new == load_fill_mask(masked_lm, device=CPU, batch_size=3)(TEXTS, 7)
+    assert new == FillMask(masked_lm, device=CPU, batch_size=3)(TEXTS, 7)
     assert sum(a == b for a, b in zip(new, fill(TEXTS, 8), strict=True)) <= 1
-
-
-def test_texts_are_batched_by_length(fill: FillMask, monkeypatch: pytest.MonkeyPatch) -> None:
-    widths = []
-    forward = fill._model.forward
-
-    def spy(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
-        widths.append(input_ids.shape[1])
-        assert torch.equal(attention_mask, (input_ids != 0).long())
-        return forward(input_ids=input_ids, attention_mask=attention_mask)
-
-    monkeypatch.setattr(fill._model, "forward", spy)
-    new = fill([" ".join(["rain"] * (1 + row * 7 % 40)) for row in range(40)], 0)
-    assert widths == [42, 34, 26, 18, 10]
-    assert [len(text.split()) for text in new] == [1 + row * 7 % 40 for row in range(40)]
-
-
-def test_padding_of_the_tokenizer_is_disabled(fill: FillMask, masked_lm: Path) -> None:
-    from transformers import AutoTokenizer
-
-    shutil.copytree(masked_lm, "padding")
-    tokenizer: Any = AutoTokenizer.from_pretrained("padding")
-    tokenizer.backend_tokenizer.enable_padding(length=30)
-    Path("padding/tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str())
-    assert load_fill_mask(Path("padding"), device=CPU)(TEXTS, 0) == fill(TEXTS, 0)
 
 
 def test_words_beyond_the_maximum_length_are_kept(fill: FillMask) -> None:
@@ -379,21 +244,8 @@ def test_words_beyond_the_maximum_length_are_kept(fill: FillMask) -> None:
 
 def test_texts_without_words_are_unchanged(fill: FillMask) -> None:
     assert fill([], 0) == []
-    texts = ["", "  ", "?!", "雨", "[MASK] [SEP]"]
+    texts = ["", "  ", "?!", "🙂", "[MASK] [SEP]", "…"]
     assert fill(texts, 0) == texts
-    [_, middle, _] = fill(["rain", "…", "play"], 0)
-    assert middle == "…"
-
-
-@given(text=st.text(max_size=30))
-@example("日本 rain 語")
-def test_fill_mask_accepts_any_text(shared_fill: FillMask, text: str) -> None:
-    assert len(shared_fill([text, "rain"], 0)) == 2
-
-
-@pytest.fixture(scope="module")
-def shared_fill(masked_lm: Path) -> FillMask:
-    return load_fill_mask(masked_lm, device=CPU)
 
 
 def test_out_of_memory_backs_off(fill: FillMask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +260,7 @@ def test_out_of_memory_backs_off(fill: FillMask, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fill._model, "forward", limited_forward)
     with shared_backoff() as events:
         assert fill(TEXTS, 1) == expected
-    assert [event.after.batch_size for event in events] == [8, 4, 2]  # the first retry keeps the size
+    assert [event["to"]["texts"] for event in events] == [8, 4, 2]  # the first retry keeps the size
     assert sizes[-1] == 2
 
 
@@ -421,107 +273,51 @@ def test_augment_replaces_words(fill: FillMask) -> None:
     assert augmented == augment(TEXTS, 100, seed=0, fill=fill)
 
 
-# Other kinds of tokenizers
-
-
-def other_tokenizer(kind: str) -> Any:
-    """Create a tokenizer of whole words that marks white space as byte-level BPE or SentencePiece does."""
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
+def test_white_space_is_kept_if_tokens_contain_it(kind: str, tmp_path: Path) -> None:
+    """Tokenizers of whole words that mark white space as byte-level BPE or SentencePiece does, for 16 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast as _Fast
+    from transformers import RobertaConfig, RobertaForMaskedLM
 
     mark, pre_tokenizer, decoder = {
         "byte-level": ("Ġ", pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()),
         "metaspace": ("▁", pre_tokenizers.Metaspace(), decoders.Metaspace()),
     }[kind]
-    words = [*"abcdefghijklmnop", "ing", "rain", "Rain", "play", "stops"]
-    pieces = [
-        "<s>",
-        "<pad>",
-        "</s>",
-        "<unk>",
-        "<mask>",
-        ",",
-        '"',
-        ".",
-        "'s",
-        f'{mark}"',
-        *words,
-        *(mark + word for word in words if word != "ing"),
-    ]
-    vocabulary: Any = [(piece, -1.0 / len(piece)) for piece in pieces]
-    tokenizer = Tokenizer(models.Unigram(vocabulary, 3))
+    words = [*"abcdefghijklmnop", "rain", "Rain", "play", "stops"]
+    special, punctuation = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], [",", '"', ".", f'{mark}"']
+    pieces = [*special, *punctuation, "ing", *words, *(mark + word for word in words)]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0 / len(piece)) for piece in pieces], 3))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), True, False)
     make_fast: Any = _Fast
-    return make_fast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        cls_token="<s>",
-        sep_token="</s>",
-        mask_token="<mask>",
-    )
-
-
-def other_fill(folder: Path, kind: str) -> FillMask:
-    """Create a random masked language model for 16 tokens with such a tokenizer."""
-    from transformers import RobertaConfig, RobertaForMaskedLM
-
-    tokenizer = other_tokenizer(kind)
-    tokenizer.save_pretrained(folder)
-    config = RobertaConfig(
-        vocab_size=len(tokenizer) + 3,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=18,
-    )
+    names = dict(zip(("cls_token", "pad_token", "sep_token", "unk_token", "mask_token"), special, strict=True))
+    make_fast(tokenizer_object=tokenizer, **names).save_pretrained(tmp_path)
+    sizes: Any = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     torch.manual_seed(0)
-    RobertaForMaskedLM(config).save_pretrained(folder)
-    return load_fill_mask(folder, device=CPU)
+    config = RobertaConfig(vocab_size=len(pieces) + 3, max_position_embeddings=18, **sizes)
+    RobertaForMaskedLM(config).save_pretrained(tmp_path)
 
-
-@pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
-def test_white_space_is_kept_if_tokens_contain_it(kind: str, tmp_path: Path) -> None:
-    fill = other_fill(tmp_path, kind)
+    fill = FillMask(tmp_path, device=CPU)
     text = 'Rain  "stops" play, rain.' + " rain" * 20
     template = '\0  "\0" \0, \0.' + " \0" * 20
     seen: list[set[str]] = [set() for _ in range(24)]
     for new in fill([text] * 100, 0):
-        words = new.replace('"', " ").replace(",", " ").replace(".", " ").split()
-        assert new == fill_template(template, words)
-        for row, word in enumerate(words):
+        new_words = new.replace('"', " ").replace(",", " ").replace(".", " ").split()
+        assert new == fill_template(template, new_words)
+        for row, word in enumerate(new_words):
             seen[row].add(word)
-    assert [len(words) > 1 for words in seen[:5]] == [True] * 5
-    assert [len(words) for words in seen[-10:]] == [1] * 10
-    assert set().union(*seen) <= {*"abcdefghijklmnop", "rain", "Rain", "play", "stops"}
-
-
-@pytest.mark.parametrize(("likely", "position"), [("Ġplay", 1), ("play", 0)])
-def test_words_after_white_space_have_other_tokens(likely: str, position: int, tmp_path: Path) -> None:
-    fill = other_fill(tmp_path, "byte-level")
-    with torch.no_grad():
-        fill._model.lm_head.bias[fill._tokenizer.token_to_id(likely)] = 100
-    words: list[set[str]] = [set(), set()]
-    for new in fill(["rain's rain"] * 100, 0):
-        assert new.split()[0].endswith("'s")
-        words[0].add(new.split()[0][:-2])
-        words[1].add(new.split()[1])
-    assert words[position] == {"rain", "play"}
-    assert len(words[1 - position]) > 5
+    assert [len(new_words) > 1 for new_words in seen[:5]] == [True] * 5
+    assert [len(new_words) for new_words in seen[-10:]] == [1] * 10
+    assert set().union(*seen) <= set(words)
 
 
 # Folders without a usable model
 
 
-def remove_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def change_config(folder: Path, **settings: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **settings}))
+def change_json(folder: Path, name: str, **settings: Any) -> None:
+    content = {**json.loads((folder / name).read_text()), **settings}
+    (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 def remove_head(folder: Path) -> None:
@@ -530,12 +326,6 @@ def remove_head(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     encoder = {name: weight for name, weight in weights.items() if name.startswith("bert.")}
     save_file(encoder, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def remove_mask_token(folder: Path) -> None:
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    del config["mask_token"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def use_slow_tokenizer(folder: Path) -> None:
@@ -554,15 +344,11 @@ def keep_few_words(folder: Path) -> None:
     ("damage", "message"),
     [
         (shutil.rmtree, "Cannot load .* as a masked language model"),
-        (remove_weights, "Cannot load .* as a masked language model"),
-        (
-            lambda folder: change_config(folder, architectures=["BertModel"]),
-            "Expected a masked language model in .*, got BertModel",
-        ),
-        (lambda folder: change_config(folder, model_type="gpt2", architectures=None), "Cannot load .* as a masked"),
-        (remove_head, "lacks weights of a masked language model, such as cls.predictions"),
-        (remove_mask_token, "has no mask token"),
-        (use_slow_tokenizer, "not a fast tokenizer"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "Cannot load .* as a masked language model"),
+        (lambda folder: change_json(folder, "config.json", model_type="gpt2"), "Cannot load .* as a masked"),
+        (remove_head, "lacks weights of a masked language model: cls.predictions"),
+        (lambda folder: change_json(folder, "tokenizer_config.json", mask_token=None), "has no mask or padding token"),
+        (use_slow_tokenizer, "is not fast"),
         (keep_few_words, "too few whole words"),
     ],
 )
@@ -572,13 +358,9 @@ def test_folder_without_masked_language_model_is_rejected(
     shutil.copytree(masked_lm, "damaged")
     damage(Path("damaged"))
     with pytest.raises(ModelError, match=message) as error:
-        load_fill_mask(Path("damaged"), device=CPU)
+        FillMask(Path("damaged"), device=CPU)
+    assert "damaged" in error.value.message
     assert "masked language model in the transformers format" in (error.value.hint or "")
-
-
-def test_sentence_transformer_is_rejected(tiny_teacher: Path) -> None:
-    with pytest.raises(ModelError, match=r"Expected a masked language model in .*, got BertModel"):
-        load_fill_mask(tiny_teacher, device=CPU)
 
 
 def test_fp16_model_is_loaded_as_fp32(masked_lm: Path) -> None:
@@ -586,6 +368,4 @@ def test_fp16_model_is_loaded_as_fp32(masked_lm: Path) -> None:
 
     shutil.copytree(masked_lm, "half")
     AutoModelForMaskedLM.from_pretrained("half").half().save_pretrained("half")
-    fill = load_fill_mask(Path("half"), device=CPU)
-    assert fill._model.dtype == torch.float32
-    assert fill(["Rain stops play"], 0) != ["Rain stops play"]
+    assert FillMask(Path("half"), device=CPU)._model.dtype == torch.float32

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
-import logging
 import random
+import subprocess
+import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, pairwise
+from collections.abc import Callable, Sequence
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,15 +27,16 @@ from hypothesis import strategies as st
 from setfit_kd.config.stages import DataConfig
 from setfit_kd.data.labeled_set import LabeledSet, draw_shots, encode_labels
 from setfit_kd.data.sources import Source, read, stream_texts
-from setfit_kd.data.splits import DataSplits, normalize, split_data
+from setfit_kd.data.splits import DataReport, normalize, split_data
 from setfit_kd.errors import ConfigError, DataError
-from setfit_kd.run.data import load_run_data
+from setfit_kd.run.inputs import load_run_data
 
 TEXTS = ["Rain stops play", 'She said: "no,\tnever"', "Two lines\nof café", "x" * 200_000]
 LABELS = ["Sports", "World", "World", "Sports"]
 COLUMNS = {"text": TEXTS, "label": LABELS}
 RECORDS = [{"text": text, "label": label} for text, label in zip(TEXTS, LABELS, strict=True)]
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=200)
+PROPERTY = settings(max_examples=200)
+NAN = float("nan")
 
 
 def class_label_dataset(texts: Sequence[str], labels: Sequence[int], names: Sequence[str]) -> Any:
@@ -44,6 +48,11 @@ def write_delimited(name: str, delimiter: str) -> str:
     with Path(name).open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows([("label", "text"), *zip(LABELS, TEXTS, strict=True)])
     return name
+
+
+def compress(name: str) -> str:
+    Path(f"{name}.gz").write_bytes(gzip.compress(Path(name).read_bytes()))
+    return f"{name}.gz"
 
 
 def write_jsonl(name: str) -> str:
@@ -71,7 +80,8 @@ SOURCES: dict[str, Callable[[], Source]] = {
     "tsv": lambda: write_delimited("a.tsv", "\t"),
     "upper-case extension": lambda: write_delimited("A.CSV", ","),
     "jsonl": lambda: write_jsonl("a.jsonl"),
-    "ndjson": lambda: write_jsonl("a.ndjson"),
+    "compressed csv": lambda: compress(write_delimited("a.csv", ",")),
+    "compressed jsonl": lambda: compress(write_jsonl("a.ndjson")),
     "parquet": lambda: write_parquet("a.parquet"),
     "path object": lambda: Path(write_delimited("a.csv", ",")),
     "folder": lambda: save_dataset("folder", datasets.Dataset.from_dict(COLUMNS)),
@@ -81,6 +91,7 @@ SOURCES: dict[str, Callable[[], Source]] = {
     "folder[split]": lambda: save_splits() + "[dev]",
     "dataset": lambda: datasets.Dataset.from_dict(COLUMNS),
     "dataset with class labels": lambda: class_label_dataset(TEXTS, [0, 1, 1, 0], ["Sports", "World"]),
+    "data frame": lambda: pd.DataFrame(COLUMNS, index=[3, 3, 1, 0]),
     "columns": lambda: COLUMNS,
     "columns of arrays": lambda: {"text": np.array(TEXTS), "label": np.array(LABELS)},
     "pairs": lambda: list(zip(TEXTS, LABELS, strict=True)),
@@ -97,48 +108,10 @@ def test_read_source_with_labels(source: Callable[[], Source]) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "pairs"])
-def test_read_source_without_labels(name: str) -> None:
+def test_read_or_stream_texts(name: str) -> None:
     rows = read(SOURCES[name]())
-    assert rows.texts == TEXTS
-    assert rows.labels is None
-
-
-@pytest.mark.parametrize("name", [name for name in SOURCES if name != "pairs"])
-def test_stream_source(name: str) -> None:
+    assert (rows.texts, rows.labels) == (TEXTS, None)
     assert list(stream_texts(SOURCES[name]())) == TEXTS
-
-
-class FailingList(Sequence[str]):
-    """A list that fails at its fourth text."""
-
-    def __len__(self) -> int:
-        return 1000
-
-    def __getitem__(self, row: Any) -> Any:
-        if row >= 3:
-            raise RuntimeError(f"cannot read row {row}")
-        return f"text {row}"
-
-
-class FailingDataset:
-    """A data set that fails at its fourth row."""
-
-    column_names = ("text",)
-
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        yield from ({"text": text} for text in FailingList())
-
-
-@pytest.mark.parametrize(
-    "source",
-    [FailingList(), {"text": FailingList()}, FailingDataset()],
-    ids=["list", "columns", "data set"],
-)
-def test_stream_yields_the_texts_before_a_failure(source: Any) -> None:
-    texts = stream_texts(source)
-    assert list(islice(texts, 3)) == ["text 0", "text 1", "text 2"]
-    with pytest.raises(RuntimeError, match="row 3"):
-        next(texts)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +119,6 @@ def test_stream_yields_the_texts_before_a_failure(source: Any) -> None:
     [
         ("a.jsonl", "", '{"text": "text"}\n'),
         ("a.csv", "text,label\n", "text,x\n"),
-        ("a.tsv", "text\tlabel\n", "text\tx\n"),
         ("a.txt", "", "text\n"),
     ],
 )
@@ -162,18 +134,13 @@ def test_files_are_read_lazily(name: str, head: str, line: str) -> None:
     "source",
     [
         pytest.param(["a", "", "b", None, 3, float("nan")], id="list"),
-        pytest.param({"text": ["a", "\ud800", " "]}, id="columns"),
-        pytest.param([""] * 10, id="many"),
         pytest.param([], id="empty"),
         pytest.param({"body": ["a"]}, id="missing column"),
         pytest.param("a.jsonl", id="rows of a file"),
-        pytest.param("nowhere.csv", id="missing file"),
-        pytest.param("notes.md", id="unsupported extension"),
     ],
 )
 def test_streaming_raises_the_same_errors_as_reading(source: Source) -> None:
     Path("a.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": "b"}\n{"text": null}\n')
-    Path("notes.md").write_text("notes")
     with pytest.raises(DataError) as read_error:
         read(source)
     with pytest.raises(DataError) as stream_error:
@@ -181,20 +148,9 @@ def test_streaming_raises_the_same_errors_as_reading(source: Source) -> None:
     assert str(stream_error.value) == str(read_error.value)
 
 
-def test_stream_reports_unusable_rows_at_the_end() -> None:
-    texts = stream_texts(["a", "", "b", None, "c"])
-    assert list(islice(texts, 3)) == ["a", "b", "c"]
-    with pytest.raises(DataError, match=r"row 2: the text is empty; row 4: no text"):
-        next(texts)
-
-
 def test_text_file_has_one_text_per_line() -> None:
     Path("pool.txt").write_bytes('\ufeffone, "two"\r\nthree\u2028four\r\nfive'.encode())
     assert read("pool.txt").texts == ['one, "two"', "three\u2028four", "five"]
-
-
-def test_list_of_texts_is_a_pool() -> None:
-    assert read(["a", "b"]).texts == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -220,20 +176,12 @@ def test_text_columns_are_joined_by_a_space() -> None:
     assert read(columns, text_column=("body", "title")).texts[0] == "Roofs gone Storm"
 
 
-def two_class_label_columns() -> Any:
+def class_labels_in_two_columns(label: str) -> Any:
+    names = datasets.ClassLabel(names=["poor", "good"])
     features = datasets.Features(
-        text=datasets.Value("string"),
-        lang=datasets.ClassLabel(names=["en", "de"]),
-        label=datasets.ClassLabel(names=["poor", "good"]),
+        {"text": datasets.Value("string"), "lang": datasets.ClassLabel(names=["en"]), label: names}
     )
-    return datasets.Dataset.from_dict({"text": ["a", "b"], "lang": [0, 0], "label": [1, 0]}, features=features)
-
-
-def class_labels_in_other_column() -> Any:
-    features = datasets.Features(
-        text=datasets.Value("string"), lang=datasets.ClassLabel(names=["en", "de"]), label=datasets.Value("string")
-    )
-    return datasets.Dataset.from_dict({"text": ["a", "b"], "lang": [0, 1], "label": ["y", "x"]}, features=features)
+    return datasets.Dataset.from_dict({"text": ["a", "b"], "lang": [0, 0], label: [1, 0]}, features=features)
 
 
 @pytest.mark.parametrize(
@@ -242,18 +190,11 @@ def class_labels_in_other_column() -> Any:
         pytest.param([("a", "zebra"), ("b", "ant")], ["zebra", "ant"], ("ant", "zebra"), id="strings sorted"),
         pytest.param([("a", " ant "), ("b", "bee")], ["ant", "bee"], ("ant", "bee"), id="strings stripped"),
         pytest.param([("a", 10), ("b", 2), ("c", -1)], ["10", "2", "-1"], ("-1", "2", "10"), id="integers"),
-        pytest.param([("a", "10"), ("b", "2")], ["10", "2"], ("2", "10"), id="integers as strings"),
         pytest.param([("a", "b"), ("b", "10"), ("c", "9")], ["b", "10", "9"], ("9", "10", "b"), id="numbers first"),
         pytest.param({"text": ["a", "b"], "label": [1.0, 0.0]}, ["1", "0"], ("0", "1"), id="integers as floats"),
         pytest.param({"text": ["a", "b"], "label": np.array([1, 0])}, ["1", "0"], ("0", "1"), id="array of integers"),
-        pytest.param(
-            class_label_dataset(["a", "b"], [1, 0], ["poor", "good"]),
-            ["good", "poor"],
-            ("poor", "good"),
-            id="class labels",
-        ),
-        pytest.param(two_class_label_columns(), ["good", "poor"], ("poor", "good"), id="two columns of class labels"),
-        pytest.param(class_labels_in_other_column(), ["y", "x"], ("x", "y"), id="class labels in another column"),
+        pytest.param(class_labels_in_two_columns("label"), ["good", "poor"], ("poor", "good"), id="class labels"),
+        pytest.param(class_labels_in_two_columns("labels"), ["good", "poor"], ("poor", "good"), id="column labels"),
     ],
 )
 def test_label_names_and_their_order(source: Source, labels: list[str], names: tuple[str, ...]) -> None:
@@ -262,11 +203,6 @@ def test_label_names_and_their_order(source: Source, labels: list[str], names: t
     assert rows.labels == labels
     assert encoded.label_names == names
     assert [names[label] for label in encoded.labels] == labels
-
-
-def test_declared_labels_without_texts_are_ignored() -> None:
-    rows = read(class_label_dataset(["a", "b"], [2, 0], ["poor", "fair", "good"]), label_column="label")
-    assert encode_labels(rows).label_names == ("poor", "good")
 
 
 @pytest.mark.parametrize(
@@ -285,11 +221,8 @@ def test_role_selects_the_split(splits: tuple[str, ...], name: str, role: str, e
     assert read(name, role=role).texts == [expected]
 
 
-def test_bundled_corpus_has_train_and_test_splits() -> None:
-    train = read("bundled:newswire", label_column="label")
-    test = read("bundled:newswire", label_column="label", role="test")
-    assert Counter(train.labels) == dict.fromkeys(train.label_names, 150)
-    assert Counter(test.labels) == dict.fromkeys(train.label_names, 50)
+def test_bundled_corpus_has_disjoint_splits() -> None:
+    train, test = read("bundled:newswire"), read("bundled:newswire", role="test")
     assert not {normalize(text) for text in train.texts} & {normalize(text) for text in test.texts}
 
 
@@ -299,67 +232,126 @@ MULTILINE_CSV = 'text,label\n"one\ntwo\nthree",x\n'
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        pytest.param("a.csv", MULTILINE_CSV + '" ",y\n', "a.csv, line 5: the text is empty", id="empty text"),
-        pytest.param("a.csv", MULTILINE_CSV + "\nfour,\n", "a.csv, line 6: no label", id="missing label"),
-        pytest.param("a.csv", MULTILINE_CSV + "a,b,c\n", "a.csv, line 5: expected 2 fields, got 3", id="fields"),
-        pytest.param("a.csv", MULTILINE_CSV + 'ok,x\n"four,x\nfive,y\n', "a.csv, line 6: ", id="unclosed quote"),
-        pytest.param(
-            "a.csv", MULTILINE_CSV.replace("\n", "\r\n") + ",x\r\n", "a.csv, line 5: ", id="windows line endings"
+        ("a.csv", MULTILINE_CSV + '" ",y\n', "a.csv, line 5: the text is empty"),
+        ("a.csv", MULTILINE_CSV + "\nfour,\n", "a.csv, line 6: no label"),
+        ("a.csv", MULTILINE_CSV + "a,b,c\n", "a.csv, line 5: expected 2 fields, got 3"),
+        ("a.csv", MULTILINE_CSV + 'ok,x\n"four,x\nfive,y\n', "a.csv, line 6: "),
+        ("a.csv", MULTILINE_CSV.replace("\n", "\r\n") + ",x\r\n", "a.csv, line 5: "),
+        ("a.csv", 'text,label,"a\nb"\n,x,y\n', "a.csv, line 3: "),
+        ("a.csv", "text,text\n", "a.csv: column 'text' occurs twice"),
+        ("a.csv", "text;label\n", "a.csv: expected columns separated by ',', got ';' in the header"),
+        ("a.csv", "\n\n", "a.csv is empty"),
+        ("a.csv", "", "a.csv is empty"),
+        ("a.csv", "text,label\n", "a.csv has no rows"),
+        ("a.csv", "body,label\na,b\n", "a.csv has no column 'text'; it has 'body', 'label'"),
+        ("a.csv", b"text,label\n\xc3\xa4,x\n\xff,x\n", "a.csv, line 3: byte 0xff is not UTF-8"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n\n{"text": "", "label": 1}\n', "a.jsonl, line 3"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "a" 1}\n', "a.jsonl, line 2: not valid"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: not valid JSON"),
+        ("a.jsonl", "[1]", "a.jsonl, line 1: expected a JSON object, got list"),
+        ("a.parquet", "text", "a.parquet is not a valid Parquet file"),
+        ("a.txt[train]", "text", "a.txt is a file and has no splits"),
+        ("a.md", "text", "Cannot read a.md: extension '.md' is not supported"),
+        ("a", "text", "Cannot read a: the file name has no extension"),
+        ("a.parquet.gz", "text", "Cannot read a.parquet.gz: extension '.gz' is not supported"),
+        ("a.csv.gz", "text,label\n", "Cannot read a.csv.gz: Not a gzipped file"),
+        ("a.csv.gz", gzip.compress(MULTILINE_CSV.encode())[:-9], "Cannot read a.csv.gz: Compressed file ended"),
+        ("a.csv.gz", gzip.compress(b"text,label\na,b,c\n"), "a.csv.gz, line 2: expected 2 fields, got 3"),
+        ("a.txt.gz", gzip.compress(bytes(70 << 20)), "Cannot read a.txt.gz: it expands to more than 67,108,864"),
+        (
+            "a.txt.gz",
+            gzip.compress((b"a" * (1 << 20) + b"\n") * 65),
+            "Cannot read a.txt.gz: it expands to more than 67,108,864",
         ),
-        pytest.param("a.csv", 'text,"label\nname"\n,x\n', "a.csv, line 3: ", id="line break in header"),
-        pytest.param(
-            "a.jsonl",
-            '{"text": "a", "label": 1}\n\n{"text": "", "label": 1}\n',
-            "a.jsonl, line 3",
-            id="empty text in jsonl",
-        ),
-        pytest.param(
-            "a.jsonl", '{"text": "a", "label": 1}\n{"text": "a" 1}\n', "a.jsonl, line 2: not valid", id="invalid json"
-        ),
+        ("missing.csv", None, "No such file: missing.csv"),
+        ("./missing", None, "No such file or folder: ./missing"),
+        ("x" * 5000, None, "Cannot read 'xxx"),
+        ("bundled:x", None, "No such bundled corpus: 'bundled:x'"),
     ],
+    ids=count(),
 )
-def test_errors_in_files_name_the_line(name: str, content: str, message: str) -> None:
-    Path(name).write_bytes(content.encode())
+def test_errors_in_files_name_file_and_line(name: str, content: str | bytes | None, message: str) -> None:
+    if content is not None:
+        Path(name.removesuffix("[train]")).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(DataError) as error:
-        read(name, label_column="label\nname" if "name" in content else "label")
+        read(name, label_column=None if ".txt" in name else "label")
     assert error.value.message.startswith(message)
-
-
-def test_errors_in_objects_name_the_row() -> None:
-    with pytest.raises(DataError, match="the list, row 2: the text is empty"):
-        read(["a", ""])
-    with pytest.raises(DataError, match=r"the mapping of columns, row 2: no text.*; row 3: no label"):
-        read({"text": ["a", None, "c"], "label": ["x", "y", float("nan")]}, label_column="label")
-
-
-def test_at_most_three_errors_are_shown() -> None:
-    with pytest.raises(DataError, match=r"row 1: .*; row 2: .*; row 3: .* and 7 more"):
-        read([""] * 10)
+    assert error.value.hint
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        pytest.param({"text": ["a"], "label": ["x", "y"]}, "differ in length", id="lengths"),
-        pytest.param([("a", "x"), "b"], "row 2: expected a (text, label) pair, got 'b'", id="not a pair"),
-        pytest.param(
-            [("a", "x"), ("b", 1.5)], "row 2: expected a string or an integer as label, got float", id="fraction"
+        ({"text": ["a"], "label": ["x", "y"]}, "differ in length"),
+        ([("a", "x"), "b"], "row 2: expected a (text, label) pair, got 'b'"),
+        ([("a", "x"), ("b", 1.5)], "row 2: expected a string or an integer as label, got float"),
+        ([("a", "x"), (3, "y")], "row 2: expected a string as text, got int"),
+        ([("a", "x"), ("b\ud800", "y")], "row 2: character 2 is an unpaired surrogate"),
+        ([("a", " ")], "row 1: no label"),
+        ([("", "x")] * 10, "row 1: the text is empty; row 2: the text is empty; row 3: the text is empty and 7 more"),
+        ({"body": ["a"], "label": ["x"]}, "no column 'text'; it has 'body', 'label'"),
+        (
+            {"text": ["a", None, "c"], "label": ["x", "y", NAN]},
+            "mapping of columns, row 2: no text (a missing value); row 3",
         ),
-        pytest.param([("a", "x"), (3, "y")], "row 2: expected a string as text, got int", id="number as text"),
-        pytest.param({"body": ["a"], "label": ["x"]}, "no column 'text'; it has 'body', 'label'", id="column"),
-        pytest.param([], "the list has no rows", id="empty"),
-        pytest.param(
-            class_label_dataset(["a"], [-1], ["n", "p"]),
-            "row 1: the label must be between 0 and 1, got -1",
-            id="negative class label",
+        ([], "the list has no rows"),
+        (class_label_dataset(["a"], [-1], ["n", "p"]), "row 1: the label must be between 0 and 1, got -1"),
+        (
+            pd.DataFrame({"text": ["a", None, NAN], "label": [1, 2, 3]}),
+            "the data frame, row 2: no text (a missing value); row 3",
         ),
+        (pd.DataFrame({"text": ["a", "b"], "label": [1, None]}), "the data frame, row 2: no label"),
+        (pd.DataFrame([["a", "b"]], columns=["text", "text"]), "data frame has two columns with the same name"),
+        (datasets.Dataset.from_dict({"text": ["a"]}), "the data set has no column 'label'; it has 'text'"),
+        (datasets.DatasetDict(x=datasets.Dataset.from_dict({"text": ["a"]})), "has no split 'train'; it has 'x'"),
     ],
+    ids=count(),
 )
 def test_unusable_objects_are_rejected(source: Source, message: str) -> None:
     with pytest.raises(DataError) as error:
         read(source, label_column="label")
     assert message in error.value.message
     assert error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (pa.table([["a"], ["b"]], names=["text", "text"]), "has two columns with the same name"),
+        (pa.table({"text": ["a"], "date": pa.array([2**60], pa.timestamp("us"))}), "a date or time is out of range"),
+    ],
+)
+def test_unusable_parquet_files_are_rejected(table: Any, message: str) -> None:
+    pq.write_table(table, "a.parquet")
+    with pytest.raises(DataError, match=message):
+        read("a.parquet")
+    with pytest.raises(DataError, match="the list has no labels"):
+        encode_labels(read(["a"]))
+
+
+def test_files_are_checked_without_heavy_libraries() -> None:
+    Path("a.csv").write_text("text,label\na,b\n")
+    code = (
+        "import sys; from setfit_kd.data.sources import read; read('a.csv', label_column='label'); print(*sys.modules)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "datasets", "pandas", "pyarrow", "numpy"} & set(process.stdout.split())
+
+
+def test_folder_and_its_splits_are_checked() -> None:
+    save_dataset("folder", datasets.Dataset.from_dict(COLUMNS))
+    with pytest.raises(DataError, match="folder has no splits"):
+        read("folder[train]")
+    Path("folder/state.json").unlink()
+    with pytest.raises(DataError, match="Cannot read folder "):
+        read("folder")
+
+
+def test_token_ids_are_decoded_unless_there_is_a_text() -> None:
+    rows = {"input_ids": [[1, 2], [3]], "labels": ["x", "y"]}
+    decoded = read(datasets.Dataset.from_dict(rows), label_column="label", decode=lambda ids: f"tokens {ids}")
+    assert (decoded.texts, decoded.labels) == (["tokens [1, 2]", "tokens [3]"], ["x", "y"])
+    assert read({**rows, "text": ["a", "b"]}, decode=lambda ids: "decoded").texts == ["a", "b"]
 
 
 def labeled_set(*rows: tuple[str, str]) -> LabeledSet:
@@ -382,23 +374,16 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_leak_guard_cleans_labeled_texts_and_pool(variant: str) -> None:
+def test_leak_guard_cleans_labeled_texts_and_pool(variant: str, caplog: pytest.LogCaptureFixture) -> None:
     evaluation = encode_labels(read([("Straße 2 fin", "a")], label_column="label"), ["a", "b"])
     data = split_data(labeled_set(*BASE, (variant, "b")), ["pool one", variant, variant], evaluation, DataConfig.of())
     assert data.labeled.texts == [text for text, _ in BASE]
     assert data.pool == ["pool one"]
     assert data.evaluation is evaluation
-    assert data.report.as_dict() == {
-        "labeled": 4,
-        "pool": 1,
-        "evaluation": 1,
-        "labeled_duplicates": 0,
-        "labeled_conflicts": 0,
-        "labeled_leaks": 1,
-        "pool_duplicates": 0,
-        "pool_labeled": 0,
-        "pool_leaks": 2,
-    }
+    removed = {"labeled_leaks": 1, "pool_leaks": 2}
+    assert data.report == DataReport(labeled=4, pool=1, evaluation=1, **removed)
+    assert "Leak guard: removed 1 labeled texts that are also in the evaluation set" in caplog.text
+    assert "Leak guard: removed 2 pool texts that are also in the evaluation set" in caplog.text
 
 
 INVISIBLE = "\u00ad\u034f\u061c\u180b\u180e\u200b\u200e\u202e\u2060\u206f\u3164\ufe0f\ufeff\U000e0041\U000e01ef"
@@ -422,19 +407,6 @@ def test_normalize_ignores_case_and_composition(text: str, change: Callable[[str
     assert normalize(change(text)) == normalize(text)
 
 
-def test_leak_guard_logs_the_number_of_texts(caplog: pytest.LogCaptureFixture) -> None:
-    evaluation = labeled_set(("alpha one", "a"), ("other", "b"))
-    split_data(labeled_set(*BASE, ("alpha three", "a")), ["ALPHA ONE", "pool", "other"], evaluation, DataConfig.of())
-    assert "Leak guard: removed 1 labeled texts that are also in the evaluation set" in caplog.text
-    assert "Leak guard: removed 2 pool texts that are also in the evaluation set" in caplog.text
-
-
-def test_leak_guard_logs_if_no_labeled_text_is_left(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(DataError, match="label 'a', got 0"):
-        split_data(labeled_set(*BASE), ["pool"], labeled_set(*BASE), DataConfig.of())
-    assert f"Leak guard: removed {len(BASE)} labeled texts that are also in the evaluation set" in caplog.text
-
-
 def test_conflicting_labels_and_duplicates_are_removed(caplog: pytest.LogCaptureFixture) -> None:
     rows = (*BASE, ("Alpha  ONE", "a"), ("torn", "a"), ("TORN", "b"), ("torn ", "a"))
     data = split_data(labeled_set(*rows), ["pool", "torn", "POOL"], None, DataConfig.of())
@@ -445,35 +417,21 @@ def test_conflicting_labels_and_duplicates_are_removed(caplog: pytest.LogCapture
     assert "Removed 3 labeled texts that occur with different labels" in caplog.text
 
 
-def test_drawn_labeled_texts_are_removed_from_the_pool() -> None:
-    labeled = numbered({"a": 6, "b": 6})
-    data = split_data(labeled, [text.upper() for text in labeled.texts], None, DataConfig.of(shots=2))
-    assert data.report.pool_labeled == len(data.labeled) == 4
-    remaining = set(labeled.texts) - set(data.labeled.texts)
-    assert {text.lower() for text in data.pool} == remaining
-
-
-def training_texts(data: DataSplits) -> tuple[list[str], list[str]]:
-    return data.labeled.texts, data.pool
-
-
 def test_draw_depends_on_the_seed() -> None:
     labeled = numbered({"a": 30, "b": 30})
-    pool = [f"pool {i}" for i in range(100)]
+    pool = [*(f"pool {i}" for i in range(100)), *map(str.upper, labeled.texts)]
 
-    def draw(seed: int) -> DataSplits:
-        return split_data(labeled, pool, None, DataConfig.of(shots=4, pool_size=20, seed=seed))
+    def draw(seed: int) -> tuple[list[str], list[str]]:
+        data = split_data(labeled, pool, None, DataConfig.of(shots=4, pool_size=20, seed=seed))
+        assert (data.report.labeled, data.report.pool, data.report.pool_labeled) == (8, 20, 8)
+        return data.labeled.texts, data.pool
 
-    assert training_texts(draw(5)) == training_texts(draw(5))
-    for texts, other_texts in zip(training_texts(draw(5)), training_texts(draw(6)), strict=True):
-        assert texts != other_texts
-        assert len(texts) == len(other_texts)
-    assert draw(5).report.labeled == 8
-    assert draw(5).report.pool == len(set(draw(5).pool)) == 20
+    assert draw(5) == draw(5)
+    assert all(texts != other_texts for texts, other_texts in zip(draw(5), draw(6), strict=True))
 
 
 def draw_pool(pool: Sequence[str], pool_size: int | None, *, seed: int = 0) -> list[str]:
-    return split_data(labeled_set(*BASE), pool, None, DataConfig.of(pool_size=pool_size, seed=seed)).pool
+    return split_data(labeled_set(*BASE), iter(pool), None, DataConfig.of(pool_size=pool_size, seed=seed)).pool
 
 
 POOL = [f"pool {i}" for i in range(60)]
@@ -498,23 +456,11 @@ def test_draw_does_not_depend_on_the_order_of_the_pool() -> None:
         assert draw == [text for text in shuffled if text in expected]
 
 
-def test_draw_is_stable_if_texts_are_added_or_removed() -> None:
-    draw = set(draw_pool(POOL, 20))
-    assert set(draw_pool([text for text in POOL if text in draw], 20)) == draw
-    from_larger_pool = set(draw_pool([*POOL, *(f"more {i}" for i in range(30))], 20))
-    assert from_larger_pool & set(POOL) <= draw
-
-
 def test_all_texts_are_drawn_equally_often() -> None:
     counts = Counter(text for seed in range(400) for text in draw_pool(POOL[:20], 5, seed=seed))
     assert set(counts) == set(POOL[:20])
     assert counts.total() == 2000
     assert 65 < min(counts.values()) <= max(counts.values()) < 135  # 100 ± four standard deviations
-
-
-def test_texts_are_drawn_independently() -> None:
-    together = sum(set(POOL[:2]) <= set(draw_pool(POOL[:4], 2, seed=seed)) for seed in range(300))
-    assert 25 < together < 75  # expected: 300 / 6
 
 
 @pytest.mark.parametrize("pool_size", [None, 2])
@@ -529,18 +475,10 @@ def test_variants_of_a_text_count_as_duplicates(pool_size: int | None) -> None:
     assert data.pool == split_data(labeled_set(*BASE), first_variants, None, config).pool
 
 
-def test_pool_may_be_an_iterator() -> None:
-    data = split_data(labeled_set(*BASE), iter(POOL), None, DataConfig.of(pool_size=10))
-    assert data.pool == draw_pool(POOL, 10)
-
-
 def test_warning_if_a_class_has_too_few_texts(caplog: pytest.LogCaptureFixture) -> None:
     data = split_data(numbered({"large": 9, "small": 3}), ["pool"], None, DataConfig.of(shots=5))
     assert data.labeled.counts.tolist() == [5, 3]
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "'small'" in warning
-    assert "3" in warning
-    assert "5" in warning
+    assert caplog.messages[0] == "Class 'small' has only 3 labeled texts, expected 5: using all of them."
 
 
 def test_warning_if_the_pool_is_too_small(caplog: pytest.LogCaptureFixture) -> None:
@@ -559,18 +497,12 @@ def test_evaluation_labels_are_mapped_by_name() -> None:
     assert data.evaluation.labels.tolist() == [1, 0, 0]
 
 
-def test_unknown_evaluation_labels_are_rejected() -> None:
-    with pytest.raises(DataError, match=r"not in the training set: 'c', 'd'; expected one of 'a', 'b'"):
-        load_run_data(DataConfig.of(), labeled=BASE, unlabeled=["pool"], eval=[("x", "d"), ("y", "c"), ("z", "a")])
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         pytest.param(BASE[:2], "only one class: 'a'", id="one class"),
         pytest.param(BASE[:3], "label 'b', got 1", id="one text"),
         pytest.param((*BASE[:3], ("BETA ONE", "b")), "label 'b', got 1", id="one text and a duplicate"),
-        pytest.param((*BASE[:3], ("leak", "b")), "label 'b', got 1", id="one text and a leak"),
         pytest.param((*BASE[:2], ("leak", "b"), ("LEAK", "b")), "label 'b', got 0", id="only leaks"),
     ],
 )
@@ -580,14 +512,27 @@ def test_too_few_labeled_texts_are_rejected(rows: Sequence[tuple[str, str]], mes
     assert message in error.value.message
 
 
-def test_pool_without_new_texts_is_rejected() -> None:
-    with pytest.raises(DataError, match="The pool is empty"):
-        load_run_data(DataConfig.of(), labeled=BASE, unlabeled=["ALPHA ONE", "held out"], eval=[("held out", "a")])
-
-
-def test_labeled_texts_are_required() -> None:
-    with pytest.raises(ConfigError, match="Labeled texts are required"):
-        load_run_data(DataConfig.of())
+@pytest.mark.parametrize(
+    ("sources", "error", "message"),
+    [
+        (
+            {"labeled": BASE, "unlabeled": ["ALPHA ONE", "held out"], "eval": [("held out", "a")]},
+            DataError,
+            "pool is empty",
+        ),
+        (
+            {"labeled": BASE, "eval": [("x", "d"), ("y", "c"), ("z", "a")]},
+            DataError,
+            "training set: 'c', 'd'; expected one of 'a', 'b'",
+        ),
+        ({}, ConfigError, "Labeled texts are required"),
+        ({"labeled": "a.csv", "eval": "a.csv"}, ConfigError, "cannot be both the labeled texts and the evaluation set"),
+    ],
+)
+def test_unusable_combinations_are_rejected(sources: dict[str, Any], error: type[Exception], message: str) -> None:
+    write_delimited("a.csv", ",")
+    with pytest.raises(error, match=message):
+        load_run_data(DataConfig.of(), **sources)
 
 
 def test_pool_is_optional(caplog: pytest.LogCaptureFixture) -> None:

@@ -25,10 +25,9 @@ def test_class_counts(split: str, per_class: int, hard: int) -> None:
     assert all(set(row) == {"text", "label", "hard"} for row in rows)
 
 
-def test_lengths_are_20_to_45_words() -> None:
-    lengths = [len(row["text"].split()) for row in ROWS]
-    assert min(lengths) >= 20
-    assert max(lengths) <= 45
+def test_texts_are_single_stripped_lines_of_20_to_45_words() -> None:
+    assert all(row["text"] == row["text"].strip() and "\n" not in row["text"] for row in ROWS)
+    assert {len(row["text"].split()) for row in ROWS} <= set(range(20, 46))
 
 
 def test_no_near_duplicates() -> None:
@@ -50,7 +49,3 @@ def test_no_word_identifies_a_class() -> None:
             if count > 0.1 * 200 and count >= 0.9 * total_counts[word]
         }
         assert identifying == {}, name
-
-
-def test_texts_are_single_stripped_lines() -> None:
-    assert all(row["text"] == row["text"].strip() and "\n" not in row["text"] for row in ROWS)

@@ -16,13 +16,11 @@ from hypothesis import strategies as st
 from setfit_kd import evaluate
 from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation.cost import count_parameters
-from setfit_kd.evaluation.measure import Evaluation
+from setfit_kd.evaluation.measure import Evaluation, count_parameters
 from setfit_kd.evaluation.metrics import measure_quality
 from setfit_kd.models.encode import predict_proba
 from setfit_kd.models.heads import fit_head
 from setfit_kd.models.io import new_model, save_model
-from setfit_kd.utils.files import folder_megabytes
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -52,16 +50,7 @@ def model(student_body: SentenceTransformer) -> SetFitModel:
 # Quality
 
 
-def test_quality_matches_hand_computed_values() -> None:
-    quality = measure_quality(ints([0, 0, 1, 1, 1, 0]), ints([0, 1, 1, 1, 0, 0]), ["a", "b"], ints([0, 0, 1, 1, 1, 1]))
-    assert quality.accuracy == pytest.approx(4 / 6)
-    assert quality.macro_f1 == pytest.approx(2 / 3)
-    assert quality.confusion == [[2, 1], [1, 2]]
-    assert quality.classes["a"].precision == quality.classes["b"].recall == pytest.approx(2 / 3)
-    assert quality.agreement == pytest.approx(5 / 6)
-
-
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
 def test_quality_matches_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
@@ -81,28 +70,6 @@ def test_quality_matches_scikit_learn(pairs: list[tuple[int, int]]) -> None:
         assert quality.classes[name].support == (gold == i).sum()
     counts = [[int(((gold == i) & (predicted == j)).sum()) for j in range(4)] for i in range(4)]
     assert quality.confusion == counts
-    assert quality.agreement is None
-
-
-def test_class_without_gold_texts_scores_zero_and_is_excluded_from_macro_f1() -> None:
-    quality = measure_quality(ints([0, 2, 1, 1]), ints([0, 0, 1, 1]), ["a", "b", "absent"])
-    absent = quality.classes["absent"]
-    assert (absent.precision, absent.recall, absent.f1, absent.support) == (0, 0, 0, 0)
-    assert quality.macro_f1 == pytest.approx((2 / 3 + 1) / 2)
-    assert quality.confusion[2] == [0, 0, 0]
-
-
-def test_class_never_predicted_scores_zero_and_counts_in_macro_f1() -> None:
-    quality = measure_quality(ints([0, 0, 0, 0]), ints([0, 0, 0, 1]), ["a", "missed"])
-    assert (quality.classes["missed"].precision, quality.classes["missed"].f1) == (0, 0)
-    assert quality.macro_f1 == pytest.approx((6 / 7 + 0) / 2)
-
-
-@pytest.mark.parametrize(("reference", "agreement"), [([0, 1, 0, 1], 1.0), ([1, 0, 1, 0], 0.0), ([0, 1, 1, 1], 0.75)])
-def test_agreement_does_not_depend_on_gold_labels(reference: list[int], agreement: float) -> None:
-    quality = measure_quality(ints([0, 1, 0, 1]), ints([1, 1, 1, 1]), ["a", "b"], ints(reference))
-    assert quality.agreement == agreement
-    assert quality.accuracy == 0.5
 
 
 # Cost
@@ -125,13 +92,6 @@ def test_parameters_include_torch_head(student_body: SentenceTransformer) -> Non
     body = sum(parameter.numel() for parameter in student_body.parameters())
     head = SetFitHead(in_features=16, out_features=4, device="cpu")
     assert count_parameters(SetFitModel(student_body, head, labels=list(NAMES))) == body + 16 * 4 + 4
-
-
-def test_megabytes_sum_file_sizes(tmp_path: Path) -> None:
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "first").write_bytes(b"x" * 1_000_000)
-    (tmp_path / "a" / "b" / "second").write_bytes(b"x" * 500_000)
-    assert folder_megabytes(tmp_path) == pytest.approx(1.5)
 
 
 # Evaluation of a model
@@ -159,40 +119,31 @@ def test_columns_are_accepted_as_evaluation_set(model: SetFitModel) -> None:
     assert evaluate(model, columns).quality == evaluate(model, DATA).quality
 
 
-def test_model_agrees_with_itself(model: SetFitModel) -> None:
-    teacher = evaluate(model, DATA)
-    assert teacher.quality.agreement is None
-    assert evaluate(model, DATA, teacher=teacher).quality.agreement == 1
-
-
 def test_agreement_uses_teacher_evaluation(model: SetFitModel) -> None:
     student = evaluate(model, DATA)
+    assert student.quality.agreement is None
     probabilities = student.probabilities.copy()
     probabilities[:5] = np.roll(probabilities[:5], 1, axis=1)
     teacher = Evaluation(student.quality, student.cost, probabilities, student.gold)
-    assert evaluate(model, DATA, teacher=teacher).quality.agreement == pytest.approx(0.75)
-
-
-def test_as_dict_is_flat_and_complete(model: SetFitModel) -> None:
-    values = evaluate(model, DATA).as_dict()
+    evaluation = evaluate(model, DATA, teacher=teacher)
+    assert evaluation.quality.agreement == pytest.approx(0.75)
+    values = evaluation.as_dict(target_accuracy=0.0)
     assert {"accuracy", "macro_f1", "classes", "confusion", "agreement", "parameters", "megabytes"} <= values.keys()
     assert values["classes"]["World"]["support"] == int((DATA.labels == 3).sum())
+    assert values["agreement_interval"][0] <= 0.75 <= values["agreement_interval"][1]
+    assert values["answering"]["coverage"] == 1
 
 
-def test_different_classes_are_rejected(model: SetFitModel) -> None:
-    reordered = LabeledSet(DATA.texts, DATA.labels, NAMES[::-1])
-    unknown = {"text": ["a text"], "label": ["Weather"]}
-    for data, message in [(reordered, "World, Sports"), (unknown, "'Weather'")]:
-        with pytest.raises(DataError, match=message):
-            evaluate(model, data)
-
-
-def test_teacher_evaluation_on_another_set_is_rejected(model: SetFitModel) -> None:
-    teacher = evaluate(model, DATA.take(range(5)))
-    with pytest.raises(DataError):
-        evaluate(model, DATA, teacher=teacher)
-
-
-def test_empty_set_is_rejected(model: SetFitModel) -> None:
-    with pytest.raises(DataError):
-        evaluate(model, LabeledSet([], ints([]), NAMES))
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (LabeledSet(DATA.texts, DATA.labels, NAMES[::-1]), "World, Sports"),
+        ({"text": ["a text"], "label": ["Weather"]}, "'Weather'"),
+        (LabeledSet([], ints([]), NAMES), "contains no texts"),
+        (DATA.take(range(5)), "evaluated on 20 texts"),
+    ],
+)
+def test_unsuitable_sets_are_rejected(model: SetFitModel, data: Any, message: str) -> None:
+    teacher = None if "20" not in message else evaluate(model, DATA)
+    with pytest.raises(DataError, match=message):
+        evaluate(model, data, teacher=teacher)

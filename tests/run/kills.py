@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from sentence_transformers import SentenceTransformer
 from transformers import Trainer
 
-import setfit_kd.models.encode
 from setfit_kd.run.pipeline import distill
 from setfit_kd.student import trainer as student_trainer  # noqa: F401 - imported once, for all attempts
 from setfit_kd.teacher import trainer as teacher_trainer  # noqa: F401
@@ -61,7 +61,7 @@ def run_attempt(folder: Path, n_events: int, settings: dict[str, Any]) -> NoRetu
     try:
         deadline = Deadline(n_events)
         deadline.watch(Trainer, "training_step")
-        deadline.watch(setfit_kd.models.encode, "_encode")
+        deadline.watch(SentenceTransformer, "encode")
         deadline.watch(Path, "rename")
         deadline.watch(Path, "replace")
         folder_setting = "resume" if (folder / "config.yaml").is_file() else "output_dir"

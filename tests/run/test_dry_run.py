@@ -12,14 +12,13 @@ from synthetic import POOL_SIZE, QUICK, few_labels, pool_signals
 from setfit_kd import train_student, train_teacher
 from setfit_kd.config.run import RunConfig
 from setfit_kd.config.stages import FinetuneConfig, StudentConfig, TeacherConfig
-from setfit_kd.finetune.steps import finetune_steps
-from setfit_kd.finetune.train import finetune
+from setfit_kd.finetune.train import finetune, finetune_steps
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.run.dry_run import plan
 from setfit_kd.run.inputs import prepare_run
 from setfit_kd.run.pipeline import run as run_pipeline
-from setfit_kd.student.steps import student_steps
-from setfit_kd.teacher.steps import training_steps
+from setfit_kd.student.distil import student_steps
+from setfit_kd.teacher.train import steps_and_batch_size
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -40,7 +39,7 @@ def test_student_steps_are_counted(
 ) -> None:
     config = StudentConfig.of(**{**QUICK, "learning_rate": 1e-4, **settings})
     train_student(pool_signals(), student_body, labeled=few_labels(), config=config)
-    assert len(trained_steps) == student_steps(config.with_family_defaults("setfit"), POOL_SIZE)
+    assert len(trained_steps) == student_steps(config, "setfit", POOL_SIZE)
 
 
 @pytest.mark.parametrize("name", ["{}", "transformer:{}"])
@@ -51,12 +50,12 @@ def test_student_steps_are_counted(
 def test_teacher_steps_are_counted(
     name: str, settings: dict[str, Any], tiny_student: Path, trained_steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("setfit_kd.teacher.steps.MIN_TRANSFORMER_STEPS", 5)
+    monkeypatch.setattr("setfit_kd.teacher.train.MIN_TRANSFORMER_STEPS", 5)
     labeled, device = few_labels(18), resolve_device("cpu")
     config = TeacherConfig.of(**{"device": "cpu", "precision": "fp32", "teacher_batch_size": 12, **settings})
     train_teacher(labeled, name.format(tiny_student), config=config)
     family: Any = "transformer" if name.startswith("transformer") else "setfit"
-    assert len(trained_steps) == training_steps(config, labeled, family=family, device=device)
+    assert len(trained_steps) == steps_and_batch_size(config, labeled, family=family, device=device)[0]
 
 
 @pytest.mark.parametrize("settings", [{}, {"batch_size": 6}, {"steps": 3}])

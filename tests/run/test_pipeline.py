@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import FAST, newswire
 from setfit import SetFitModel
 
@@ -26,9 +25,8 @@ from setfit_kd.data.splits import split_data
 from setfit_kd.errors import OutputError
 from setfit_kd.models.bodies import load_body
 from setfit_kd.models.encode import predict_proba
-from setfit_kd.models.temperature import at_temperature
-from setfit_kd.run_folder.folder import RunFolder
-from setfit_kd.run_folder.log import buffer_log
+from setfit_kd.models.heads import at_temperature
+from setfit_kd.run_folder.log import record_log
 
 QUALITY = ("accuracy", "macro_f1", "classes", "confusion", "agreement")
 
@@ -46,7 +44,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tin
 
 
 def test_run_folder_contains_exactly_the_expected_files(run_folder: Path) -> None:
-    files = {"config.yaml", "metrics.json", "run.json", "run.log", "report.html", "report.md", ".lock"}
+    files = {"config.yaml", "metrics.json", "run.json", "run.log", "report.html", ".lock"}
     expected = files | {"teacher", "signals", "student", "baseline", "evaluation"}
     assert {path.name for path in run_folder.iterdir()} == expected
 
@@ -72,13 +70,6 @@ def test_metrics_are_complete(run_folder: Path) -> None:
     assert metrics["student"]["megabytes"] < metrics["teacher"]["megabytes"]
 
 
-def test_config_can_be_read_again(run_folder: Path) -> None:
-    config = RunConfig.resolve(read_config(run_folder / "config.yaml"))
-    assert config.teacher_steps == FAST["teacher_steps"]
-    assert config.to_yaml() == (run_folder / "config.yaml").read_text()
-    assert yaml.safe_load((run_folder / "config.yaml").read_text())["seed"] == 0
-
-
 def test_versions_seed_and_data_are_recorded(run_folder: Path) -> None:
     manifest = json.loads((run_folder / "run.json").read_text())
     assert manifest["seed"] == 0
@@ -87,7 +78,11 @@ def test_versions_seed_and_data_are_recorded(run_folder: Path) -> None:
     assert manifest["data"]["pool"] == 568
     assert manifest["data"]["evaluation"] == 200
     assert set(manifest["seconds"]) == {"teacher", "signals", "student", "baseline", "evaluation"}
-    assert "Stage student took" in (run_folder / "run.log").read_text()
+    log = (run_folder / "run.log").read_text()
+    assert log.index("Data: 32 labeled, 568 pool") < log.index("Stage teacher took") < log.index("Stage student took")
+    config = RunConfig.resolve(read_config(run_folder / "config.yaml"))
+    assert config.teacher_steps == FAST["teacher_steps"]
+    assert config.to_yaml() == (run_folder / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize("name", ["teacher", "student"])
@@ -105,13 +100,6 @@ def test_signals_are_the_predictions_of_the_teacher(run_folder: Path) -> None:
     assert len(signals) == 568 + 32  # the labeled texts follow the pool
     probabilities = at_temperature(signals.probabilities, signals.temperature)
     np.testing.assert_allclose(probabilities, predict_proba(teacher, signals.texts), atol=1e-5)
-
-
-def test_same_seed_gives_the_same_metrics(run_folder: Path, tiny_teacher: Path, tiny_student: Path) -> None:
-    second = small_run(tiny_teacher, tiny_student).metrics
-    first = json.loads((run_folder / "metrics.json").read_text())
-    for name in first:
-        assert {key: second[name][key] for key in QUALITY} == {key: first[name][key] for key in QUALITY}
 
 
 def test_baseline_is_trained_on_the_labels_only(run_folder: Path, tiny_student: Path) -> None:
@@ -141,11 +129,6 @@ def test_names_passed_from_python_are_in_the_config(tiny_teacher: Path, tmp_path
     assert (config.labeled, config.unlabeled, config.eval) == ("bundled:newswire",) * 3
 
 
-def test_log_starts_with_the_data(run_folder: Path) -> None:
-    log = (run_folder / "run.log").read_text()
-    assert log.index("Data: 32 labeled, 568 pool") < log.index("Stage teacher took")
-
-
 @pytest.fixture
 def restore_log_levels() -> Iterator[None]:
     """Restore the levels of the loggers after the test."""
@@ -167,13 +150,10 @@ def configure(root_level: int, level: int = logging.NOTSET) -> AbstractContextMa
     ("configure_logging", "expected"),
     [
         pytest.param(nullcontext, "warning", id="unconfigured"),
-        pytest.param(partial(configure, logging.WARNING), "warning", id="WARNING"),
         pytest.param(partial(configure, logging.INFO), "info warning", id="INFO"),
-        pytest.param(partial(configure, logging.DEBUG), "debug info warning", id="DEBUG"),
         pytest.param(partial(configure, logging.INFO, logging.DEBUG), "debug info warning", id="DEBUG of setfit_kd"),
         pytest.param(partial(configure, logging.INFO, logging.ERROR), "", id="ERROR of setfit_kd"),
         pytest.param(partial(console_output, quiet=True, verbose=False), "Warning: warning", id="--quiet"),
-        pytest.param(partial(console_output, quiet=False, verbose=False), "info Warning: warning", id="command line"),
         pytest.param(partial(console_output, quiet=False, verbose=True), "debug info Warning: warning", id="--verbose"),
     ],
 )
@@ -194,10 +174,10 @@ def test_recording_the_log_does_not_affect_other_handlers(
     monkeypatch.setattr(logging.root, "handlers", [])  # as in a new process
     with configure_logging():
         before = log()
-        with buffer_log() as recorder:
-            RunFolder(tmp_path).attach_log(recorder)
+        with record_log() as log_file:
+            log_file.open(tmp_path / "run.log")
             during = log()
-            with buffer_log():  # as for each further seed
+            with record_log():  # as for each further seed
                 nested = log()
         assert [before, during, nested, log()] == [expected] * 4
     lines = (tmp_path / "run.log").read_text().splitlines()
@@ -206,6 +186,10 @@ def test_recording_the_log_does_not_affect_other_handlers(
 
 def test_nothing_is_written_without_an_output_dir(tiny_teacher: Path, tmp_path: Path) -> None:
     result = small_run(tiny_teacher, "layers:0,2", baseline=False)
+    title, headings, *rows = repr(result).splitlines()
+    assert title == "RunResult of layers:0,2"
+    assert headings.split()[:2] == ["accuracy", "95%"]
+    assert [row.split()[0] for row in rows] == ["teacher", "student"]
     assert result.output_dir is None
     assert list(result.evaluations) == ["teacher", "student"]
     assert list(tmp_path.iterdir()) == []
@@ -222,27 +206,15 @@ def test_data_can_be_passed_as_objects(tiny_teacher: Path, tiny_student: Path) -
         **{**FAST, "shots": None},
     )
     assert result.evaluations == {}
+    assert "without an evaluation set" in repr(result)
     assert len(result.signals) == 520 + 80
     assert set(result.student.predict(["A new telescope", "The match ended"])) <= {row["label"] for row in rows}
 
 
-@pytest.mark.parametrize("objective", ["similarity", "pairs"])
-@pytest.mark.parametrize("teacher_objective", ["in-batch", "pairs"])
-def test_all_combinations_of_objectives_run(
-    tiny_teacher: Path, tiny_student: Path, objective: str, teacher_objective: str
-) -> None:
-    settings = {"objective": objective, "teacher_objective": teacher_objective, "num_iterations": 1, "pool_size": 64}
+def test_objectives_of_pairs_run(tiny_teacher: Path, tiny_student: Path) -> None:
+    settings = {"objective": "pairs", "teacher_objective": "pairs", "num_iterations": 1, "pool_size": 64}
     result = small_run(tiny_teacher, tiny_student, baseline=False, **settings)
     assert result.evaluations["student"].quality.agreement is not None
-
-
-def test_only_a_run_folder_is_overwritten(tiny_teacher: Path, tmp_path: Path) -> None:
-    (tmp_path / "project" / "student").mkdir(parents=True)
-    (tmp_path / "project" / "student" / "a.py").write_text("mine")
-    (tmp_path / "project" / "config.yaml").write_text("name: mine")
-    with pytest.raises(OutputError, match="but no run"):
-        small_run(tiny_teacher, "layers:1", output_dir=tmp_path / "project", overwrite=True)
-    assert (tmp_path / "project" / "student" / "a.py").read_text() == "mine"
 
 
 def test_non_empty_folder_requires_overwrite(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> None:
@@ -250,7 +222,7 @@ def test_non_empty_folder_requires_overwrite(tiny_teacher: Path, tiny_student: P
     (folder / "student").mkdir(parents=True)
     (folder / "student" / "stale.bin").write_text("old")
     (folder / "notes.txt").write_text("mine")
-    (folder / "config.yaml").write_text(RunConfig.of().to_yaml())
+    (folder / "config.yaml").write_text("name: mine")
     with pytest.raises(OutputError, match="not empty"):
         small_run(tiny_teacher, tiny_student, output_dir=folder)
     with pytest.raises(OutputError, match="but no run"):  # any project may have a config.yaml
@@ -267,7 +239,7 @@ def test_real_model_can_be_distilled_in_a_few_steps(demo_model: str) -> None:
     accuracy = {name: evaluation.quality.accuracy for name, evaluation in result.evaluations.items()}
     assert accuracy["teacher"] > 0.75
     assert accuracy["student"] > 0.7
-    assert result.evaluations["student"].cost.parameters < 18e6
+    assert (result.evaluations["student"].cost.parameters or 0) < 18e6
 
 
 @pytest.mark.slow

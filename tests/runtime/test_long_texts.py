@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +20,7 @@ from setfit_kd import train_student, train_teacher
 from setfit_kd.models import static
 from setfit_kd.models.bodies import load_body
 from setfit_kd.models.encode import embed
-from setfit_kd.runtime.classify import Classifier, chunk_texts, shorten
+from setfit_kd.runtime.classify import chunk_texts, shorten
 
 LIMIT = "setfit_kd.runtime.classify.MAX_CHARACTERS"
 WORDS = ["the", "then", "hen", "e", "東京", "、", "é", "x" * 150, "🙂", "\x1c", "\u3000", "\u00a0", "'s", "[MASK]"]
@@ -32,17 +28,8 @@ SPACES = ["", " ", " ", "\n", "\t", "   ", " \r\n"]
 
 
 def wordpiece_tokenizer() -> Tokenizer:
-    pieces = [
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "the",
-        "he",
-        "##he",
-        "##n",
-        *"thenx東京",
-        *(f"##{letter}" for letter in "thenx"),
-    ]
+    suffixes = [f"##{letters}" for letters in ("he", *"thenx")]
+    pieces = ["[UNK]", "[CLS]", "[SEP]", "the", "he", *"thenx東京", *suffixes]
     tokenizer = Tokenizer(tokenizer_models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -60,18 +47,8 @@ def byte_level_tokenizer() -> Tokenizer:
 
 def unigram_tokenizer() -> Tokenizer:
     """Create a tokenizer that does not split texts into words first."""
-    scores = {
-        "<unk>": 0.0,
-        "▁": -2.0,
-        "▁the": -2.5,
-        "the": -3.0,
-        "he": -3.5,
-        "hen": -3.6,
-        "▁東": -4.0,
-        "東京": -4.0,
-        "xx": -5.0,
-    }
-    pieces = [*scores.items(), *((letter, -6.0) for letter in "thenx東京")]
+    words = ["<unk>", "▁", "▁the", "the", "he", "hen", "▁東", "東京", "xx"]
+    pieces = [(word, -index / 2) for index, word in enumerate(words)] + [(letter, -6.0) for letter in "thenx東京"]
     tokenizer = Tokenizer(tokenizer_models.Unigram(pieces, unk_id=0))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
@@ -89,7 +66,7 @@ def unigram_tokenizer() -> Tokenizer:
 )
 @example(pairs=[("the", " ")], repeats=200, affixes=("", ""), max_length=5, options={})
 @example(pairs=[("東京、", "")], repeats=200, affixes=("the ", " the"), max_length=5, options={})
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_shortened_text_has_the_same_tokens(
     make_tokenizer: Callable[[], Tokenizer],
     side: str,
@@ -108,18 +85,10 @@ def test_shortened_text_has_the_same_tokens(
     shortened = shorten(text, tokenizer)
     assert text.startswith(shortened) if side == "right" else text.endswith(shortened)
     for special in (True, False):
-        assert (
-            tokenizer.encode(shortened, add_special_tokens=special).ids
-            == tokenizer.encode(text, add_special_tokens=special).ids
-        )
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("make_tokenizer", [wordpiece_tokenizer, byte_level_tokenizer, unigram_tokenizer])
-def test_long_texts_are_shortened(make_tokenizer: Callable[[], Tokenizer], side: str) -> None:
-    tokenizer = make_tokenizer()
+        ids = [tokenizer.encode(part, add_special_tokens=special).ids for part in (shortened, text)]
+        assert ids[0] == ids[1]
     tokenizer.enable_truncation(64, direction=side)
-    assert len(shorten("the then hen " * 50_000, tokenizer)) < 2_000
+    assert len(shorten("the then hen " * 5_000, tokenizer)) < 2_000
 
 
 def test_short_text_is_not_tokenized() -> None:
@@ -129,22 +98,19 @@ def test_short_text_is_not_tokenized() -> None:
         shorten("the hen " * 640, tokenizer)
 
 
-@pytest.mark.parametrize(("side", "expected"), [("right", "aaaab"), ("left", "bcccc"), (None, "aaaab")])
-def test_texts_are_cut_to_the_character_limit(side: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_cut_to_the_character_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LIMIT, 5)
     tokenizer = wordpiece_tokenizer()
-    if side is not None:
-        tokenizer.enable_truncation(64, direction=side)
-    assert shorten("aaaabcccc", tokenizer) == expected
+    assert shorten("aaaabcccc", tokenizer) == "aaaab"
+    tokenizer.enable_truncation(64, direction="left")
+    assert shorten("aaaabcccc", tokenizer) == "bcccc"
 
 
 @pytest.mark.parametrize(
     ("lengths", "max_items", "expected"),
     [
-        ([], 3, []),
         ([3, 3, 3, 3, 3], 9, [[3, 3, 3], [3, 3]]),
         ([1, 1, 1, 1, 1], 2, [[1, 1], [1, 1], [1]]),
-        ([10, 10], 9, [[10], [10]]),
         ([1, 25, 1], 9, [[1], [25], [1]]),
         ([None, 9, None, 1, 1], 9, [[None, 9, None, 1], [1]]),
     ],
@@ -193,18 +159,20 @@ def record_tokenizers(monkeypatch: pytest.MonkeyPatch) -> list[RecordingTokenize
     from setfit_kd.runtime import classify
 
     recorders: list[RecordingTokenizer] = []
-    read_tokenizer, preprocess = classify._read_tokenizer, SentenceTransformer.preprocess
+    preprocess = SentenceTransformer.preprocess
 
-    def read_recording(content: bytes) -> Any:
-        recorders.append(RecordingTokenizer(read_tokenizer(content)))
-        return recorders[-1]
+    class Recording:
+        @staticmethod
+        def from_buffer(content: bytes) -> RecordingTokenizer:
+            recorders.append(RecordingTokenizer(Tokenizer.from_buffer(content)))
+            return recorders[-1]
 
     def preprocess_recording(self: SentenceTransformer, texts: Any, *arguments: Any, **options: Any) -> Any:
         recorders.append(RecordingTokenizer(self.tokenizer))
         recorders[-1].n_characters.append(sum(map(len, texts)))
         return preprocess(self, texts, *arguments, **options)
 
-    monkeypatch.setattr(classify, "_read_tokenizer", read_recording)
+    monkeypatch.setattr(classify, "Tokenizer", Recording)
     monkeypatch.setattr(SentenceTransformer, "preprocess", preprocess_recording)
     return recorders
 
@@ -264,68 +232,3 @@ def test_token_counts_of_a_static_student_tokenize_few_characters_per_call(monke
     monkeypatch.setattr(LIMIT, 1_000)
     np.testing.assert_array_equal(static._sif_weights(recorder, texts, 20), expected)
     assert max(recorder.n_characters) <= 1_000
-
-
-def test_truncated_texts_are_reported_once(
-    models: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(LIMIT, 100)
-    classifier = Classifier(models["bundle"])
-    texts = ["goal " * 21, "goal", "vote " * 30] * 2
-
-    def predict_stream(texts: list[str]) -> list[str]:
-        return [prediction.label for prediction in classifier.stream(texts, chunk_size=2)]
-
-    for predict in (classifier.predict, predict_stream):
-        caplog.clear()
-        assert predict(texts) == classifier.predict([text[:100] for text in texts])
-        assert [(record.name, record.levelno, record.args[1]) for record in caplog.records] == [  # type: ignore[index]
-            ("setfit_kd.runtime", logging.WARNING, 4)
-        ]
-
-
-def test_classify_script_reports_truncated_texts_on_stderr(models: dict[str, Path]) -> None:
-    process = subprocess.run(
-        [sys.executable, "-I", str(models["bundle"] / "classify.py")],
-        input=b"x" * 1_000_001 + b"\nx\n",
-        capture_output=True,
-        timeout=120,
-    )
-    assert process.returncode == 0
-    assert len(process.stdout.splitlines()) == 2
-    assert process.stderr.decode().strip() == "Number of texts truncated to 1,000,000 characters: 1."
-
-
-PREDICT_PROGRAM = """
-import sys
-from setfit_kd.cli import main
-from setfit_kd.inference.benchmark import _peak_memory
-main(sys.argv[1:], standalone_mode=False)
-print(_peak_memory())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["bundle", "setfit"])
-@pytest.mark.parametrize(("lines", "length"), [(1, 100_000_000), (2_000, 100_000)])
-def test_long_lines_need_less_than_two_gigabytes(
-    model: str,
-    lines: int,
-    length: int,
-    models: dict[str, Path],
-) -> None:
-    texts = [("match goal shares " * (1 + length // 18))[:length], ("vote law chip " * (1 + length // 14))[:length]]
-    with Path("in.txt").open("w") as file:
-        file.writelines(texts[line % 2] + "\n" for line in range(lines))
-    arguments = ["predict", str(models[model]), "--device", "cpu", "-q", "-i", "in.txt", "-o", "out.jsonl"]
-    process = subprocess.run(
-        [sys.executable, "-c", PREDICT_PROGRAM, *arguments], capture_output=True, check=True, timeout=600
-    )
-    assert int(process.stdout) < 2e9
-    with Path("out.jsonl").open() as file:
-        labels = [json.loads(line)["label"] for line in file]
-    truncated = "".join(text[:1_000_000] + "\n" for text in texts)
-    expected = [row.label for row in read_output("stdout", predict_ok(models[model], stdin=truncated))]
-    assert labels == [expected[line % 2] for line in range(lines)]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from checks import truncate_file
 from conftest import FAST, newswire
 
 from setfit_kd import distill, score
@@ -23,13 +22,12 @@ from setfit_kd.models.heads import fit_head
 from setfit_kd.models.io import new_model
 from setfit_kd.signals import embedding_cache as cache
 from setfit_kd.utils import arrays
-from setfit_kd.utils.arrays import load_rows, save_rows
+from setfit_kd.utils.arrays import load_rows
 from setfit_kd.utils.files import CACHE_VARIABLE, cache_folder
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
-
 
 TEXTS = [row["text"] for row in newswire("train")[:9]]
 
@@ -65,15 +63,12 @@ def encode_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def cached_files(folder: Path) -> list[Path]:
-    """List the cached arrays, oldest first."""
-    files = [path for path in folder.rglob("*.npy") if path.is_file()]
-    return sorted(files, key=lambda path: path.parent.stat().st_mtime)
+    return [path for path in folder.rglob("*.npy") if path.is_file()]
 
 
-def embeddings(teacher: SetFitModel, texts: list[str] | None = None) -> npt.NDArray[np.floating]:
-    signals = score(teacher, TEXTS if texts is None else texts, cache=True)
-    assert signals.embeddings is not None
-    return signals.embeddings
+def embeddings(teacher: SetFitModel, texts: list[str] | None = None, *, use_cache: bool = True) -> npt.NDArray[Any]:
+    signals = score(teacher, TEXTS if texts is None else texts, cache=use_cache)
+    return np.asanyarray(signals.embeddings)
 
 
 # Cache hits and misses
@@ -91,40 +86,22 @@ def test_same_teacher_and_texts_are_embedded_once(teacher: SetFitModel, folder: 
 
 
 @pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize("used_before", [False, True])
-def test_reloaded_teacher_uses_the_cache(
-    teacher: SetFitModel, tiny_student: Path, encode_calls: list[int], used_before: bool
+def test_reloaded_teacher_with_another_head_uses_the_cache(
+    teacher: SetFitModel, tiny_student: Path, encode_calls: list[int]
 ) -> None:
-    embeddings(teacher)
+    rows = embeddings(teacher)
     reloaded = new_model(load_body(tiny_student), ("a", "b"))
-    reloaded.model_head = teacher.model_head
-    if used_before:
-        reloaded.model_body.encode("a text")
+    reloaded.model_head = fit_head(rows, np.eye(2)[np.arange(len(TEXTS)) % 2][::-1])
+    reloaded.model_body.encode("a text")
     encode_calls.clear()
     embeddings(reloaded)
-    embeddings(reloaded)
     assert not encode_calls
-
-
-def test_other_head_uses_the_cache(teacher: SetFitModel, folder: Path, encode_calls: list[int]) -> None:
-    rows = embeddings(teacher)
-    teacher.model_head = fit_head(rows, np.eye(2)[np.arange(len(TEXTS)) % 2][::-1])
-    embeddings(teacher)
-    assert encode_calls == [len(TEXTS)]
 
 
 def change_weight(model: SetFitModel) -> None:
     with torch.no_grad():
         [*_, bias] = [value for name, value in model.model_body.named_parameters() if "output.LayerNorm.bias" in name]
         bias[0] += 1e-4
-
-
-def change_max_length(model: SetFitModel) -> None:
-    model.model_body.max_seq_length = 7
-
-
-def normalize_embeddings(model: SetFitModel) -> None:
-    model.normalize_embeddings = True
 
 
 def add_prompt(model: SetFitModel) -> None:
@@ -157,25 +134,25 @@ def change_activation(model: SetFitModel) -> None:
         layer.intermediate.intermediate_act_fn = torch.nn.ReLU()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        change_weight,
-        change_max_length,
-        normalize_embeddings,
-        add_prompt,
-        change_pooling,
-        add_module,
-        change_tokenizer,
-        change_activation,
-    ],
-)
+CHANGES: dict[str, Callable[[SetFitModel], None]] = {
+    "weight": change_weight,
+    "maximum length": lambda model: setattr(model.model_body, "max_seq_length", 7),
+    "normalization": lambda model: setattr(model, "normalize_embeddings", True),
+    "prompt": add_prompt,
+    "pooling": change_pooling,
+    "module": add_module,
+    "tokenizer": change_tokenizer,
+    "activation": change_activation,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_changed_teacher_embeds_again(
     teacher: SetFitModel, folder: Path, encode_calls: list[int], change: Callable[[SetFitModel], None]
 ) -> None:
     before = embeddings(teacher)
     change(teacher)
-    expected = np.asarray(score(teacher, TEXTS).embeddings)
+    expected = embeddings(teacher, use_cache=False)
     encode_calls.clear()
     np.testing.assert_array_equal(embeddings(teacher), expected)
     assert encode_calls == [len(TEXTS)]
@@ -183,25 +160,22 @@ def test_changed_teacher_embeds_again(
     assert len(cached_files(folder)) == 2
 
 
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(
     "texts",
     [
         pytest.param([*TEXTS[:-1], TEXTS[-1] + "."], id="changed text"),
-        pytest.param([*TEXTS, "more"], id="additional text"),
         pytest.param(TEXTS[:-1], id="missing text"),
         pytest.param(TEXTS[::-1], id="other order"),
         pytest.param([TEXTS[0] + TEXTS[1][:1], TEXTS[1][1:], *TEXTS[2:]], id="other boundary between texts"),
     ],
 )
-def test_other_texts_are_embedded_again(
-    teacher: SetFitModel, folder: Path, encode_calls: list[int], texts: list[str]
-) -> None:
+def test_other_texts_are_embedded_again(teacher: SetFitModel, encode_calls: list[int], texts: list[str]) -> None:
     embeddings(teacher)
-    expected = np.asarray(score(teacher, texts).embeddings)
+    expected = embeddings(teacher, texts, use_cache=False)
     encode_calls.clear()
     np.testing.assert_array_equal(embeddings(teacher, texts), expected)
     assert encode_calls == [len(texts)]
-    np.testing.assert_array_equal(embeddings(teacher), np.asarray(score(teacher, TEXTS).embeddings))
 
 
 @pytest.mark.usefixtures("folder")
@@ -219,64 +193,12 @@ def test_large_cached_embeddings_are_memory_mapped(
 # Damaged entries
 
 
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def clear(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-def overwrite(file: Path) -> None:
-    file.write_bytes(b"not an array" * 50)
-
-
-def break_header(file: Path) -> None:
-    file.write_bytes(file.read_bytes().replace(b"(9, 16)", b"((9, 16"))
-
-
-def write_objects(file: Path) -> None:
-    np.save(file, np.array([{}, []], dtype=object), allow_pickle=True)
-
-
-def write_integers(file: Path) -> None:
-    np.save(file, np.zeros((len(TEXTS), 16), np.int64))
-
-
-def write_fewer_rows(file: Path) -> None:
-    save_rows(np.zeros((len(TEXTS) - 1, 16), np.float32), file)
-
-
-def write_vector(file: Path) -> None:
-    save_rows(np.zeros(len(TEXTS), np.float32), file)
-
-
-def write_narrow_rows(file: Path) -> None:
-    save_rows(np.zeros((len(TEXTS), 5), np.float32), file)
-
-
-def write_nan(file: Path) -> None:
-    save_rows(np.full((len(TEXTS), 16), np.nan, np.float32), file)
-
-
-def reverse_rows(file: Path) -> None:
-    save_rows(load_rows(file)[::-1], file)
-
-
-def remove_checksum(file: Path) -> None:
-    file.with_suffix(".sha256").unlink()
-
-
 def link_file(file: Path) -> None:
     file.symlink_to(file.rename(file.parents[3] / "elsewhere.npy"))
 
 
 def link_folder(file: Path) -> None:
     file.parent.symlink_to(file.parent.rename(file.parents[3] / "elsewhere"))
-
-
-def remove_file(file: Path) -> None:
-    file.unlink()
 
 
 def replace_file_by_folder(file: Path) -> None:
@@ -289,28 +211,18 @@ def replace_folder_by_file(file: Path) -> None:
     file.parent.write_text("other content")
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        truncate,
-        clear,
-        overwrite,
-        break_header,
-        write_objects,
-        write_integers,
-        write_fewer_rows,
-        write_vector,
-        write_narrow_rows,
-        write_nan,
-        reverse_rows,
-        remove_checksum,
-        link_file,
-        link_folder,
-        remove_file,
-        replace_file_by_folder,
-        replace_folder_by_file,
-    ],
-)
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "truncated": truncate_file,
+    "without checksum": lambda file: file.with_suffix(".sha256").unlink(),
+    "missing": Path.unlink,
+    "link": link_file,
+    "link to a folder": link_folder,
+    "folder": replace_file_by_folder,
+    "file": replace_folder_by_file,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_entry_is_replaced(
     teacher: SetFitModel,
     folder: Path,
@@ -323,7 +235,6 @@ def test_damaged_entry_is_replaced(
     assert not caplog.text
     damage(file)
     np.testing.assert_array_equal(embeddings(teacher), expected)
-    assert len(encode_calls) == 2
     assert f"Cannot use the cached embeddings in {file.parent}" in caplog.text
     assert not any(path.is_symlink() for path in (file, file.parent))
     assert all(path.exists() for path in folder.parents[1].glob("elsewhere*"))
@@ -332,38 +243,19 @@ def test_damaged_entry_is_replaced(
     assert len(encode_calls) == 2
 
 
-def test_random_damage_never_fails(teacher: SetFitModel, folder: Path) -> None:
-    embeddings(teacher)
-    [file] = cached_files(folder)
-    valid, rng = file.read_bytes(), random.Random(0)
-    for _ in range(40):
-        damaged = bytearray(valid)
-        for _ in range(rng.choice([1, 2, 5])):
-            damaged[rng.randrange(128)] = rng.choice(b"()' 9\n\x00\xff")
-        file.write_bytes(damaged)
-        assert embeddings(teacher).shape == (len(TEXTS), 16)
-
-
 # Unwritable caches
-
-
-def raise_disk_full(*_: Any, **__: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def raise_permission_error(*_: Any, **__: Any) -> None:
     raise PermissionError(errno.EACCES, "Permission denied")
 
 
-@pytest.mark.parametrize(
-    ("name", "failure"),
-    [("save_rows", raise_disk_full), ("save_rows", raise_permission_error), ("_prune", raise_permission_error)],
-)
+@pytest.mark.parametrize("name", ["save_rows", "_prune"])
 def test_write_errors_do_not_fail(
-    teacher: SetFitModel, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, failure: Callable[..., None]
+    teacher: SetFitModel, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    expected = np.asarray(score(teacher, TEXTS).embeddings)
-    monkeypatch.setattr(cache, name, failure)
+    expected = embeddings(teacher, use_cache=False)
+    monkeypatch.setattr(cache, name, raise_permission_error)
     np.testing.assert_array_equal(embeddings(teacher), expected)
     if name == "save_rows":
         assert list(folder.iterdir()) == []
@@ -374,17 +266,16 @@ def test_file_at_the_path_of_the_cache_does_not_fail(teacher: SetFitModel, folde
     file = folder.parent.parent / path
     file.parent.mkdir(exist_ok=True)
     file.write_text("other content")
-    expected = np.asarray(score(teacher, TEXTS).embeddings)
-    np.testing.assert_array_equal(embeddings(teacher), expected)
+    np.testing.assert_array_equal(embeddings(teacher), embeddings(teacher, use_cache=False))
     assert file.read_text() == "other content"
 
 
+@pytest.mark.usefixtures("folder")
 def test_read_only_cache_is_used(
-    teacher: SetFitModel, folder: Path, encode_calls: list[int], monkeypatch: pytest.MonkeyPatch
+    teacher: SetFitModel, encode_calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embeddings(teacher)
     monkeypatch.setattr(os, "utime", raise_permission_error)
-    monkeypatch.setattr(cache, "save_rows", raise_permission_error)
     embeddings(teacher)
     assert len(encode_calls) == 1
 
@@ -393,7 +284,7 @@ def test_read_only_cache_is_used(
 
 
 def test_least_recently_used_entries_are_removed_first(
-    teacher: SetFitModel, folder: Path, encode_calls: list[int], monkeypatch: pytest.MonkeyPatch
+    teacher: SetFitModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = [[text] for text in TEXTS[:5]]
     entries: list[Path] = []
@@ -408,48 +299,29 @@ def test_least_recently_used_entries_are_removed_first(
     embeddings(teacher, texts[4])
     assert [entry.exists() for entry in entries] == [True, False, False, True]
     assert len(cached_files(folder)) == 3
-    encode_calls.clear()
-    for part in (texts[0], texts[3], texts[4]):
-        embeddings(teacher, part)
-    assert not encode_calls
 
 
 def test_too_large_embeddings_are_not_cached(
-    teacher: SetFitModel, folder: Path, encode_calls: list[int], monkeypatch: pytest.MonkeyPatch
+    teacher: SetFitModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = embeddings(teacher, TEXTS[:3])
-    monkeypatch.setattr(cache, "MAX_BYTES", small.nbytes)
+    monkeypatch.setattr(cache, "MAX_BYTES", embeddings(teacher, TEXTS[:3]).nbytes)
     embeddings(teacher)
     assert len(cached_files(folder)) == 1
-    embeddings(teacher, TEXTS[:3])
-    assert encode_calls == [3, len(TEXTS)]
 
 
-def test_pruning_keeps_other_files(teacher: SetFitModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "notes").mkdir(parents=True)
-    (folder / "notes" / "a.txt").write_text("other content")
-    (folder / "b.txt").write_text("other content")
-    (folder.parent / "c.txt").write_text("other content")
-    (folder / "embeddings" / ".part").mkdir(parents=True)  # as if another process were writing it
-    (folder / "embeddings" / ".part" / "embeddings.npy").write_text("half")
+def test_pruning_removes_unfinished_entries_and_keeps_other_files(
+    teacher: SetFitModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unfinished = folder / f".{'0' * 32}.{'0' * 8}"
+    for file in (folder / "notes" / "a.txt", folder / "b.txt", folder / ".part" / "c.npy", unfinished / "d.npy"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(bytes(100))
+    os.utime(unfinished, (1000, 1000))
+    assert cache.cache_bytes() == 100
     monkeypatch.setattr(cache, "MAX_BYTES", embeddings(teacher).nbytes + 200)
     embeddings(teacher, TEXTS[1:])
-    assert len(cached_files(folder)) == 2
-    assert {file.name for file in folder.parent.rglob("*") if file.is_file()} == {
-        *("a.txt", "b.txt", "c.txt", "embeddings.npy", "embeddings.sha256")
-    }
-
-
-def test_unfinished_entries_are_counted_and_removed_after_an_hour(teacher: SetFitModel, folder: Path) -> None:
-    ages = {f".{'0' * 32}.{'0' * 8}": 7200, f".{'0' * 32}.{'1' * 8}": 60, ".notes": 7200}
-    for name, age in ages.items():
-        (folder / name).mkdir(parents=True)
-        (folder / name / "embeddings.npy").write_bytes(bytes(100))
-        for path in (folder / name / "embeddings.npy", folder / name):
-            os.utime(path, (time.time() - age,) * 2)
-    assert cache.cache_bytes() == 200
-    embeddings(teacher)
-    assert [(folder / name).exists() for name in ages] == [False, True, True]
+    names = {file.name for file in folder.rglob("*") if file.is_file()}
+    assert names == {"a.txt", "b.txt", "c.npy", "embeddings.npy", "embeddings.sha256"}
 
 
 # Cache folder and versions
@@ -460,7 +332,6 @@ def test_unfinished_entries_are_counted_and_removed_after_an_hour(teacher: SetFi
     [
         ({CACHE_VARIABLE: "/named", "XDG_CACHE_HOME": "/xdg"}, "/named"),
         ({CACHE_VARIABLE: "", "XDG_CACHE_HOME": "/xdg"}, "/xdg/setfit-kd"),
-        ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/setfit-kd"),
         ({"XDG_CACHE_HOME": ""}, "/home/me/.cache/setfit-kd"),
         ({}, "/home/me/.cache/setfit-kd"),
     ],
@@ -476,14 +347,14 @@ def test_environment_selects_the_folder(
     assert cache_folder() == Path(expected)
 
 
+@pytest.mark.usefixtures("folder")
 def test_other_library_version_embeds_again(
-    teacher: SetFitModel, folder: Path, encode_calls: list[int], monkeypatch: pytest.MonkeyPatch
+    teacher: SetFitModel, encode_calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embeddings(teacher)
     monkeypatch.setattr(cache, "version", lambda library: "99" if library == "torch" else "1")
     embeddings(teacher)
     assert encode_calls == [len(TEXTS)] * 2
-    assert len(cached_files(folder)) == 2
 
 
 def test_no_cache_without_home_folder(

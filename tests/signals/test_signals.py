@@ -6,14 +6,15 @@ import errno
 import gc
 import io
 import json
-import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from checks import read_tree, truncate_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ from setfit_kd.utils import arrays
 
 Floats = npt.NDArray[np.float32]
 
-few = settings(max_examples=30, deadline=None)
+few = settings(max_examples=30)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -67,26 +68,18 @@ PROBABILITIES, EMBEDDINGS = VALID.probabilities, vectors(1, 4, 2)
     ("probabilities", "embeddings", "message"),
     [
         pytest.param(PROBABILITIES[:3], None, r"shape \(4, 3\) .*, got \(3, 3\)", id="missing row"),
-        pytest.param(PROBABILITIES[:, :2], None, r"shape \(4, 3\) .*, got \(4, 2\)", id="missing class"),
         pytest.param(PROBABILITIES[:, 0], None, r"shape \(4, 3\) .*, got \(4,\)", id="hard labels"),
         pytest.param(with_row(PROBABILITIES, 2, [0.5, 0.5, 0.5]), None, "Row 3 .*0.5, 0.5, 0.5", id="sum above 1"),
-        pytest.param(with_row(PROBABILITIES, 0, [0.1, 0.1, 0.1]), None, "Row 1 ", id="sum below 1"),
         pytest.param(with_row(PROBABILITIES, 3, [NAN, 0.5, 0.5]), None, "Row 4 ", id="nan"),
-        pytest.param(with_row(PROBABILITIES, 1, [INF, 0, 0]), None, "Row 2 ", id="infinite"),
         pytest.param(with_row(PROBABILITIES, 1, [1.5, -0.5, 0]), None, "Row 2 ", id="negative"),
         pytest.param(np.zeros_like(PROBABILITIES), None, r"Row 1 .*\(4 such rows\)", id="all rows"),
         pytest.param(
-            PROBABILITIES, EMBEDDINGS[:3], r"embeddings of shape \(4, d\) .*, got \(3, 2\)", id="missing embedding"
+            PROBABILITIES, EMBEDDINGS[:3], r"embeddings of shape \(4, d\) .*, got \(3, 2\)", id="missing vector"
         ),
         pytest.param(
-            PROBABILITIES, EMBEDDINGS[:, 0], r"embeddings of shape \(4, d\) .*, got \(4,\)", id="flat embeddings"
+            PROBABILITIES, EMBEDDINGS[:, 0], r"embeddings of shape \(4, d\) .*, got \(4,\)", id="flat vectors"
         ),
-        pytest.param(
-            PROBABILITIES, with_row(EMBEDDINGS, 2, [NAN, 1]), "Row 3 of the embeddings", id="nan in embedding"
-        ),
-        pytest.param(
-            PROBABILITIES, with_row(EMBEDDINGS, 0, [1, -INF]), "Row 1 of the embeddings", id="infinity in embedding"
-        ),
+        pytest.param(PROBABILITIES, with_row(EMBEDDINGS, 2, [NAN, 1]), "Row 3 of the embeddings", id="nan in vector"),
     ],
 )
 def test_invalid_arrays_are_rejected(probabilities: Floats, embeddings: Floats | None, message: str) -> None:
@@ -100,10 +93,13 @@ def test_probabilities_rounded_to_fp16_are_accepted() -> None:
     assert len(TeacherSignals(["text"] * 200, probabilities, names)) == 200
 
 
-def test_embeddings_are_optional() -> None:
-    without_embeddings = TeacherSignals(VALID.texts, PROBABILITIES, VALID.label_names)
-    assert without_embeddings.embeddings is None
-    assert len(without_embeddings) == 4
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"temperature": 0.0}, "temperature must be positive"), ({"label_names": ("a", "a", "b")}, "must be distinct")],
+)
+def test_invalid_values_are_rejected(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        replace(VALID, **changes)
 
 
 # Saving and loading
@@ -133,16 +129,11 @@ def test_load_restores_saved_signals(
         np.testing.assert_array_equal(loaded.embeddings, embeddings, strict=True)
 
 
-def test_save_keeps_line_breaks_and_emoji(tmp_path: Path) -> None:
-    texts = ["two\nlines\r\nor three", "🙂 émoji 日本語", " \u2028 \x85 \t", ""]
-    TeacherSignals(texts, PROBABILITIES, VALID.label_names).save(tmp_path / "saved")
-    assert TeacherSignals.load(tmp_path / "saved").texts == texts
-
-
-def test_save_accepts_non_contiguous_arrays(tmp_path: Path) -> None:
-    transposed = vectors(0, 5, 4).T
-    TeacherSignals(VALID.texts, PROBABILITIES[::-1], VALID.label_names, transposed).save(tmp_path / "saved")
-    loaded = TeacherSignals.load(tmp_path / "saved")
+def test_save_accepts_special_characters_and_non_contiguous_arrays(tmp_path: Path) -> None:
+    texts, transposed = ["two\nlines\r\nor three", "🙂 émoji 日本語", " \u2028 \x85 \t", ""], vectors(0, 5, 4).T
+    TeacherSignals(texts, PROBABILITIES[::-1], VALID.label_names, transposed).save(tmp_path / "a" / "saved")
+    loaded = TeacherSignals.load(tmp_path / "a" / "saved")
+    assert loaded.texts == texts
     np.testing.assert_array_equal(loaded.embeddings, transposed)
     np.testing.assert_array_equal(loaded.probabilities, PROBABILITIES[::-1])
 
@@ -153,12 +144,8 @@ def array_bytes(array: npt.NDArray[Any]) -> bytes:
     return file.getvalue()
 
 
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def _drop_last_line(path: Path) -> None:
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+def break_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"(4, 5)", b"((4, 5"))
 
 
 def _write(content: str | bytes) -> Callable[[Path], None]:
@@ -179,28 +166,19 @@ def _change_metadata(**changes: Any) -> Callable[[Path], None]:
     ("file", "damage"),
     [
         pytest.param("signals.json", Path.unlink, id="missing metadata"),
-        pytest.param("texts.jsonl", Path.unlink, id="missing texts"),
-        pytest.param("probabilities.npy", Path.unlink, id="missing probabilities"),
-        pytest.param("embeddings.npy", Path.unlink, id="missing embeddings"),
-        pytest.param("signals.json", _truncate, id="truncated metadata"),
-        pytest.param("texts.jsonl", _truncate, id="truncated texts"),
-        pytest.param("texts.jsonl", _drop_last_line, id="missing last text"),
-        pytest.param("probabilities.npy", _truncate, id="truncated probabilities"),
-        pytest.param("embeddings.npy", _truncate, id="truncated embeddings"),
+        pytest.param("texts.jsonl", truncate_file, id="truncated texts"),
+        pytest.param("texts.jsonl", _write('"a"\n"b"\n"c"\n'), id="missing text"),
+        pytest.param("embeddings.npy", truncate_file, id="truncated embeddings"),
         pytest.param("embeddings.npy", _write(b""), id="empty embeddings"),
-        pytest.param("embeddings.npy", _write(b"PK\x03\x04 something else"), id="embeddings in other format"),
         pytest.param("embeddings.npy", _write(array_bytes(EMBEDDINGS[:2])), id="embeddings of another pool"),
         pytest.param("embeddings.npy", _write(array_bytes(np.array(["a"] * 4))), id="embeddings of strings"),
         pytest.param("embeddings.npy", _write(array_bytes(np.array([{}] * 4))), id="embeddings of objects"),
+        pytest.param("embeddings.npy", break_header, id="damaged header"),
         pytest.param("probabilities.npy", _write(array_bytes(PROBABILITIES[:2])), id="probabilities of another pool"),
-        pytest.param("signals.json", _write("{}"), id="empty metadata"),
         pytest.param("signals.json", _write("[]"), id="metadata list"),
-        pytest.param("signals.json", _write("null"), id="metadata null"),
         pytest.param("signals.json", _write(b"\xff\xfe\x00"), id="binary metadata"),
         pytest.param("signals.json", _change_metadata(format=99), id="later format"),
         pytest.param("signals.json", _change_metadata(label_names=None), id="missing names"),
-        pytest.param("signals.json", _change_metadata(label_names=["one"]), id="other names"),
-        pytest.param("texts.jsonl", _write("plain text\n" * 4), id="texts not JSON"),
         pytest.param("texts.jsonl", _write("1\n2\n3\n4\n"), id="texts not strings"),
     ],
 )
@@ -220,26 +198,13 @@ def test_path_without_signals_is_rejected(tmp_path: Path, name: str) -> None:
         TeacherSignals.load(tmp_path / name)
 
 
-def test_save_does_not_overwrite_a_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "saved"
-    VALID.save(folder)
+@pytest.mark.parametrize("create", [VALID.save, lambda path: path.write_text("other content")], ids=["folder", "file"])
+def test_save_does_not_overwrite(tmp_path: Path, create: Callable[[Path], object]) -> None:
+    create(tmp_path / "saved")
+    before = read_tree(tmp_path)
     with pytest.raises(OutputError):
-        signals(seed=9).save(folder)
-    np.testing.assert_array_equal(TeacherSignals.load(folder).probabilities, PROBABILITIES)
-    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-
-
-def test_save_does_not_overwrite_a_file(tmp_path: Path) -> None:
-    (tmp_path / "saved").write_text("other content")
-    with pytest.raises(OutputError):
-        VALID.save(tmp_path / "saved")
-    assert (tmp_path / "saved").read_text() == "other content"
-    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-
-
-def test_save_creates_parent_folders(tmp_path: Path) -> None:
-    VALID.save(tmp_path / "a" / "b" / "saved")
-    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["saved"]
+        signals(seed=9).save(tmp_path / "saved")
+    assert read_tree(tmp_path) == before
 
 
 def test_save_leaves_no_files_if_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,12 +276,6 @@ def test_non_finite_row_in_a_large_array_is_rejected() -> None:
         TeacherSignals(["text"] * 40, distributions(0, 40, 2), ("a", "b"), rows)
 
 
-def test_saved_folder_can_be_moved(tmp_path: Path) -> None:
-    VALID.save(tmp_path / "old")
-    shutil.move(tmp_path / "old", tmp_path / "new")
-    assert TeacherSignals.load(tmp_path / "new").texts == VALID.texts
-
-
 # Averages
 
 
@@ -352,13 +311,9 @@ def test_average_of_large_signals_is_memory_mapped() -> None:
     np.testing.assert_allclose(cosines(np.asarray(mean.embeddings, np.float32)), expected, atol=2e-3)
 
 
-def test_average_does_not_depend_on_the_scale_of_embeddings() -> None:
-    first, second = signals(0), signals(10)
-    scaled = TeacherSignals(
-        second.texts, second.probabilities, second.label_names, np.asarray(second.embeddings) * 1000
-    )
-    mean, mean_scaled = (TeacherSignals.average([first, other]).embeddings for other in (second, scaled))
-    np.testing.assert_allclose(cosines(np.asarray(mean)), cosines(np.asarray(mean_scaled)), atol=1e-5)
+def test_average_has_a_temperature_if_a_teacher_has_one() -> None:
+    parts = [replace(signals(seed, n=50), temperature=temperature) for seed, temperature in ((0, 1.0), (0, 3.0))]
+    assert 1 < TeacherSignals.average(parts).temperature < 3
 
 
 def test_average_has_no_embeddings_if_a_teacher_has_none() -> None:
@@ -372,16 +327,17 @@ def test_average_has_no_embeddings_if_a_teacher_has_none() -> None:
     ("other", "weights"),
     [
         pytest.param(TeacherSignals([*VALID.texts[:3], "?"], PROBABILITIES, VALID.label_names), None, id="other texts"),
-        pytest.param(TeacherSignals(VALID.texts[::-1], PROBABILITIES, VALID.label_names), None, id="other order"),
         pytest.param(TeacherSignals(VALID.texts, PROBABILITIES, VALID.label_names[::-1]), None, id="other classes"),
-        pytest.param(signals(n=3), None, id="fewer texts"),
-        pytest.param(signals(classes=2), None, id="fewer classes"),
         pytest.param(VALID, [1.0], id="missing weight"),
         pytest.param(VALID, [1.0, 0.0], id="zero weight"),
-        pytest.param(VALID, [2.0, -1.0], id="negative weight"),
         pytest.param(VALID, [1.0, NAN], id="nan weight"),
     ],
 )
 def test_incompatible_signals_are_not_averaged(other: TeacherSignals, weights: list[float] | None) -> None:
     with pytest.raises(DataError):
         TeacherSignals.average([VALID, other], weights)
+
+
+def test_empty_list_is_not_averaged() -> None:
+    with pytest.raises(DataError, match="empty list"):
+        TeacherSignals.average([])

@@ -11,18 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import LABEL_NAMES, QUICK, equal_weights, few_labels, pool_signals, weights
+from synthetic import LABEL_NAMES, QUICK, equal_weights, few_labels, pool_signals, raise_at_step, weights
 
 from setfit_kd import train_student
 from setfit_kd.config.stages import StudentConfig
 from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.bodies import load_body
 from setfit_kd.models.encode import embed
-from setfit_kd.models.heads import DEFAULT_C, fit_head
+from setfit_kd.models.heads import DEFAULT_C, fit_head, get_head
 from setfit_kd.models.io import new_model
+from setfit_kd.models.transformer import load_transformer
 from setfit_kd.student import agreement as agreement_module
-from setfit_kd.student import steps
 from setfit_kd.student.agreement import AgreementCallback, hold_out, soft_agreement
-from setfit_kd.student.steps import MAX_HELD_OUT, MIN_HELD_OUT
+from setfit_kd.student.distil import MAX_HELD_OUT, MIN_HELD_OUT
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -83,14 +84,6 @@ def test_held_out_rows_depend_on_seed() -> None:
     held_out = [set(hold_out(1000, seed=seed)[1].tolist()) for seed in range(4)]
     assert len(set.union(*held_out)) > 300
     assert max(held_out[0]) > 800  # not only the beginning of the pool
-
-
-def test_soft_agreement_is_the_mean_shared_probability() -> None:
-    teacher = np.array([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]], np.float32)
-    student = np.array([[0.2, 0.3, 0.5], [0.25, 0.5, 0.25]], np.float32)
-    assert soft_agreement(teacher, student) == pytest.approx((0.7 + 0.25) / 2)
-    assert soft_agreement(teacher, teacher) == pytest.approx(1)
-    assert soft_agreement(teacher[1:], np.array([[0.0, 0.5, 0.5]])) == 0
 
 
 @few
@@ -156,33 +149,30 @@ def test_training_stops_and_restores_best_weights(
     assert not student_body.training
 
 
-def test_long_epochs_have_several_evaluations(
-    student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("family", ["setfit", "transformer"])
+def test_agreement_is_measured_by_the_students_own_head(
+    family: str, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_agreement = FakeAgreement(student_body, [0.1, 0.2, 0.3, 0.4])
-    monkeypatch.setattr(agreement_module, "soft_agreement", fake_agreement)
-    monkeypatch.setattr(steps, "EVALUATION_STEPS", 2)
-    train_student(pool_signals(POOL), student_body, **{**QUICK, "patience": 9, "batch_size": 8})
-    assert len(fake_agreement.weights) == 3  # after steps 2, 4 and 6 of 6
-
-
-def test_agreement_is_measured_on_held_out_texts(
-    student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    """A transformer that is trained on soft labels predicts by its last layer, other students by a fitted head."""
+    body = load_transformer(tiny_student, LABEL_NAMES) if family == "transformer" else load_body(tiny_student)
     signals = pool_signals(POOL)
     training, held_out = hold_out(POOL, seed=3)
-    measured: list[tuple[Any, Any]] = []
+    measured: list[Any] = []
 
     def compare(teacher: Any, student: Any) -> float:
-        rows = embed(student_body, signals.texts)
-        head = fit_head(rows[training], signals.probabilities[training], C=2.0)
+        rows = embed(body, signals.texts)
+        fitted = fit_head(rows[training], signals.probabilities[training], C=2.0)
+        head = get_head(body) if family == "transformer" else fitted
         np.testing.assert_array_equal(teacher, signals.probabilities[held_out])
         np.testing.assert_allclose(student, head.predict_proba(rows[held_out]), atol=1e-4)
-        measured.append((teacher, student))
+        if family == "transformer":
+            assert np.abs(head.predict_proba(rows) - fitted.predict_proba(rows)).max() > 0.01
+        measured.append(student)
         return 0.5
 
     monkeypatch.setattr(agreement_module, "soft_agreement", compare)
-    train_student(signals, student_body, **{**QUICK, "patience": 1, "seed": 3, "head_c": 2.0})
+    objective = "soft-labels" if family == "transformer" else "similarity"
+    train_student(signals, body, **{**QUICK, "objective": objective, "patience": 1, "seed": 3, "head_c": 2.0})
     assert len(measured) == 1
 
 
@@ -206,13 +196,40 @@ def test_head_is_fitted_on_a_sample_of_all_training_rows(
     assert seen[12:] == [signals.texts[row] for row in held_out]
 
 
+@pytest.mark.parametrize("interrupted_step", [2, None])
+def test_resumed_training_stops_at_the_same_step(
+    interrupted_step: int | None, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it is interrupted after it has stopped, while the head is fitted."""
+    agreements = {1: 0.1, 2: 0.5, 3: 0.4, 4: 0.3, 5: 0.9, 6: 0.9}
+    monkeypatch.setattr(AgreementCallback, "measure", lambda _, step: agreements[step])
+    settings = {**QUICK, "patience": 2, "epochs": 6, "batch_size": 48}
+    expected = train_student(pool_signals(POOL), tiny_student, **settings)
+    with_checkpoints = {**settings, "checkpoints": tmp_path, "checkpoint_seconds": 1e-9}
+    with monkeypatch.context() as patch:
+        if interrupted_step is None:
+            patch.setattr("setfit_kd.student.trainer.fit_head", raise_interrupt)
+        else:
+            raise_at_step(patch, interrupted_step, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_student(pool_signals(POOL), tiny_student, **with_checkpoints)
+    resumed = train_student(pool_signals(POOL), tiny_student, **with_checkpoints)
+    assert len(resumed.loss_curve_) == 4
+    assert resumed.loss_curve_ == expected.loss_curve_
+    assert equal_weights(weights(resumed), weights(expected))
+
+
+def raise_interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_evaluation_does_not_change_training(tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout, any random number drawn in an evaluation would change the training."""
     agreements = iter(np.linspace(0, 1, 99))
     monkeypatch.setattr(agreement_module, "soft_agreement", lambda *_: next(agreements))
     runs = []
     for evaluation_steps in (1, 500):
-        monkeypatch.setattr(steps, "EVALUATION_STEPS", evaluation_steps)
+        monkeypatch.setattr(agreement_module, "EVALUATION_STEPS", evaluation_steps)
         settings = {**QUICK, "patience": 9, "epochs": 2, "dropout": True}
         runs.append(weights(train_student(pool_signals(POOL), tiny_student, **settings)))
     assert equal_weights(*runs)
@@ -241,25 +258,6 @@ def test_held_out_texts_are_not_in_training_data(
         assert dataset["label"] == training.tolist()
 
 
-@pytest.mark.parametrize("patience", [None, 1])
-def test_batches_contain_exactly_the_training_rows(
-    student_body: SentenceTransformer, patience: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from setfit_kd.losses.similarity import SimilarityLoss
-
-    seen: list[int] = []
-    compute_loss = SimilarityLoss.compute_loss
-
-    def record(self: Any, rows: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        seen.extend(labels.tolist())
-        return compute_loss(self, rows, labels)
-
-    monkeypatch.setattr(SimilarityLoss, "compute_loss", record)
-    train_student(pool_signals(POOL), student_body, **{**QUICK, "patience": patience})
-    training = hold_out(POOL, seed=0)[0].tolist() if patience else list(range(POOL))
-    assert sorted(seen) == training
-
-
 @pytest.mark.parametrize("objective", ["soft-labels", "similarity,soft-labels=0.5", "pairs"])
 def test_early_stopping_works_with_every_objective(
     student_body: SentenceTransformer, objective: str, monkeypatch: pytest.MonkeyPatch
@@ -273,16 +271,13 @@ def test_early_stopping_works_with_every_objective(
 
 
 def test_state_saved_under_the_old_key_can_be_loaded(student_body: SentenceTransformer, tmp_path: Path) -> None:
-    def make_callback() -> AgreementCallback:
-        options: dict[str, Any] = {"head_c": 1.0, "balance": False, "encode_batch_size": 32, "seed": 0}
-        return AgreementCallback(student_body, 2, pool_signals(POOL), *hold_out(POOL, seed=0), **options)
-
-    callback, loaded = make_callback(), make_callback()
-    callback.evaluate(1)
-    callback.evaluations_since_best = 3
+    callback, loaded = (
+        AgreementCallback(student_body, 2, pool_signals(POOL), *hold_out(POOL, seed=0), StudentConfig.of())
+        for _ in range(2)
+    )
+    callback.history, callback.best_score, callback.evaluations_since_best = [(1, 0.5)], 0.5, 3
     callback.save_state(tmp_path)
     file = tmp_path / "early-stop.json"
     file.write_text(file.read_text().replace("evaluations_since_best", "looks_since_best"))
     loaded.load_state(tmp_path)
-    assert loaded.evaluations_since_best == 3
-    assert (loaded.history, loaded.best_score) == (callback.history, callback.best_score)
+    assert (loaded.history, loaded.best_score, loaded.evaluations_since_best) == ([(1, 0.5)], 0.5, 3)

@@ -1,4 +1,4 @@
-"""Training loop: inputs of the losses, trained models, errors, temporary files, log output and devices."""
+"""Training of students and teachers: what they learn, reproducibility, prompts, errors, files and devices."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from synthetic import (
     BATCH_SIZE,
     LABEL_NAMES,
@@ -25,7 +26,7 @@ from synthetic import (
 )
 
 from setfit_kd import TeacherSignals, score, train_student, train_teacher
-from setfit_kd.config.stages import StudentConfig, TeacherConfig
+from setfit_kd.config.stages import StudentConfig
 from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import ConfigError, DataError, TrainingError
 from setfit_kd.finetune.train import finetune
@@ -35,7 +36,7 @@ from setfit_kd.models.encode import embed, predict_proba
 from setfit_kd.models.io import new_model
 from setfit_kd.models.static import static_body
 from setfit_kd.models.transformer import load_transformer
-from setfit_kd.training.loop import inner_trainer_options
+from setfit_kd.student.distil import student_steps
 from setfit_kd.utils.console import quiet_libraries
 
 if TYPE_CHECKING:
@@ -48,10 +49,6 @@ Floats = npt.NDArray[np.float32]
 
 CPU = resolve_device("cpu")
 OBJECTIVES = ["similarity", "pairs"]
-LEARNING: dict[str, dict[str, Any]] = {
-    "similarity": {"objective": "similarity", "epochs": 8},
-    "pairs": {"objective": "pairs", "epochs": 2, "num_iterations": 8},
-}
 
 
 def cosines(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -66,44 +63,14 @@ def pairwise_cosines(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return cosines(rows)[np.triu_indices(len(rows), 1)]
 
 
-def student_trainer(
-    folder: Path, body: SentenceTransformer, signals: TeacherSignals, **settings: Any
-) -> StudentTrainer:
+def student_trainer(folder: Path, body: SentenceTransformer, n: int = POOL_SIZE) -> StudentTrainer:
     from setfit_kd.student.trainer import StudentTrainer
 
-    config = StudentConfig.of(**{**QUICK, **settings})
-    return StudentTrainer(new_model(body, LABEL_NAMES), signals, None, config, CPU, str(folder))
+    model = new_model(body, LABEL_NAMES)
+    return StudentTrainer(model, pool_signals(n), None, StudentConfig.of(**QUICK), CPU, str(folder))
 
 
-# Inputs of the losses
-
-
-def test_similarity_targets_are_teacher_cosines(student_body: SentenceTransformer, tmp_path: Path) -> None:
-    signals = pool_signals()
-    trainer = student_trainer(tmp_path, student_body, signals, objective="similarity")
-    dataset, module = trainer.get_dataset(signals.texts, None, trainer.args)
-    loss: Any = module
-    assert list(dataset["sentence"]) == signals.texts
-    expected = cosines(np.asarray(signals.embeddings))
-    labels = np.array(dataset["label"])
-    for rows in (labels, labels[[5, 0, 31, 5]]):
-        targets: torch.Tensor = loss.targets(torch.tensor(rows))
-        np.testing.assert_allclose(targets.numpy(), expected[np.ix_(rows, rows)], atol=1e-6)
-    assert np.std(loss.targets(torch.tensor(labels)).numpy()) > 0.2
-
-
-def test_pair_targets_are_teacher_cosines(student_body: SentenceTransformer, tmp_path: Path) -> None:
-    signals = pool_signals()
-    trainer = student_trainer(tmp_path, student_body, signals, objective="pairs", num_iterations=5)
-    dataset, _ = trainer.get_dataset(signals.texts, None, trainer.args)
-    expected = cosines(np.asarray(signals.embeddings))
-    row_of = {text: i for i, text in enumerate(signals.texts)}
-    assert len(dataset) == 5 * POOL_SIZE
-    for pair in dataset:
-        left, right = row_of[pair["sentence_1"]], row_of[pair["sentence_2"]]
-        assert left != right
-        assert pair["label"] == pytest.approx(expected[left, right], abs=1e-5)
-    assert np.std(dataset["label"]) > 0.2
+# Students
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -152,124 +119,41 @@ def test_setfit_distillation_dataset_has_constant_targets() -> None:
     assert targets[0] == pytest.approx(1)
 
 
-# Trained students
-
-
-@pytest.fixture(scope="module")
-def students(tiny_student: Path) -> dict[str, SetFitModel]:
-    """Students trained with each objective, on signals loaded from a folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        pool_signals().save(Path(folder) / "signals")
-        signals = TeacherSignals.load(Path(folder) / "signals")
-    return {name: train_student(signals, tiny_student, **{**QUICK, **LEARNING[name]}) for name in OBJECTIVES}
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_student_learns_geometry_of_teacher(
-    students: dict[str, SetFitModel], student_body: SentenceTransformer, objective: str
+@pytest.mark.parametrize(
+    "settings",
+    [{"objective": "similarity", "epochs": 8}, {"objective": "pairs", "epochs": 2, "num_iterations": 8}],
+    ids=OBJECTIVES,
+)
+def test_student_learns_geometry_and_classes_of_the_teacher(
+    settings: dict[str, Any], tiny_student: Path, tmp_path: Path
 ) -> None:
     signals = pool_signals()
+    signals.save(tmp_path / "signals")
+    student = train_student(TeacherSignals.load(tmp_path / "signals"), tiny_student, **{**QUICK, **settings})
     teacher = pairwise_cosines(np.asarray(signals.embeddings))
-    before = pairwise_cosines(embed(student_body, signals.texts))
-    after = pairwise_cosines(embed(students[objective].model_body, signals.texts))
+    before = pairwise_cosines(embed(load_body(tiny_student), signals.texts))
+    after = pairwise_cosines(embed(student.model_body, signals.texts))
     assert after.std() > teacher.std() / 2
     assert np.mean((after - teacher) ** 2) < np.mean((before - teacher) ** 2) / 4
     assert np.corrcoef(after, teacher)[0, 1] > np.corrcoef(before, teacher)[0, 1] + 0.2
 
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_student_classifies_into_teacher_classes(students: dict[str, SetFitModel], objective: str) -> None:
-    from sklearn.linear_model import LogisticRegression
-
-    student, signals = students[objective], pool_signals()
     assert tuple(student.labels) == LABEL_NAMES
     assert isinstance(student.model_head, LogisticRegression)
     probabilities = predict_proba(student, signals.texts)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
     assert (probabilities.argmax(axis=1) == signals.probabilities.argmax(axis=1)).mean() > 0.8
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_trained_body_is_in_evaluation_mode_without_gradients(students: dict[str, SetFitModel], objective: str) -> None:
-    body = students[objective].model_body
-    assert not any(module.training for module in body.modules())
-    assert all(parameter.grad is None for parameter in body.parameters())
-    assert body.device == CPU
-
-
-def test_finish_training_resets_mode_and_gradients(student_body: SentenceTransformer, tmp_path: Path) -> None:
-    from setfit_kd.training.loop import finish_training
-
-    trainer = student_trainer(tmp_path, student_body, pool_signals())
-    trainer.train_embeddings(trainer.signals.texts)
-    student_body.train()
-    for parameter in student_body.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    finish_training(trainer, CPU)
-    assert not any(module.training for module in student_body.modules())
-    assert all(parameter.grad is None for parameter in student_body.parameters())
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_student_is_reproducible_by_seed(tiny_student: Path, objective: str) -> None:
-    signals = pool_signals()
-    runs: list[tuple[list[torch.Tensor], Any]] = []
-    for seed in (1, 1, 2):
-        random.seed(len(runs))
-        torch.manual_seed(len(runs))
-        model = train_student(signals, tiny_student, **{**QUICK, "objective": objective, "seed": seed})
-        runs.append((weights(model), model.model_head.coef_))
-    assert equal_weights(runs[0][0], runs[1][0])
-    np.testing.assert_array_equal(runs[0][1], runs[1][1])
-    assert not equal_weights(runs[0][0], runs[2][0])
+    assert len(student.loss_curve_) == student_steps(StudentConfig.of(**{**QUICK, **settings}), "setfit", POOL_SIZE)
+    assert np.isfinite(student.loss_curve_).all()
 
 
 @pytest.mark.parametrize(("remainder", "steps"), [(0, 2), (1, 2), (2, 3)])
 def test_last_batch_of_one_text_is_dropped(
     student_body: SentenceTransformer, tmp_path: Path, remainder: int, steps: int
 ) -> None:
-    from setfit_kd.student.steps import student_steps
-    from setfit_kd.training.loop import step_losses
-
-    signals = pool_signals(2 * BATCH_SIZE + remainder)
-    trainer = student_trainer(tmp_path, student_body, signals)
-    trainer.train_embeddings(signals.texts)
-    losses = step_losses(trainer)
-    assert len(losses) == steps == student_steps(trainer.config, len(signals))
-    assert np.isfinite(losses).all()
-    assert all(bool(parameter.isfinite().all()) for parameter in student_body.parameters())
-
-
-@pytest.mark.parametrize("dropout", [False, True])
-def test_dropout_setting_applies_to_training(
-    student_body: SentenceTransformer, dropout: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    modes: list[bool] = []
-    forward = torch.nn.Dropout.forward
-
-    def record(self: torch.nn.Dropout, rows: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            modes.append(self.training)
-        return forward(self, rows)
-
-    monkeypatch.setattr(torch.nn.Dropout, "forward", record)
-    student_settings: dict[str, Any] = {**QUICK, **({"dropout": True} if dropout else {})}
-    teacher_settings: dict[str, Any] = {"teacher_steps": 1, **({"teacher_dropout": True} if dropout else {})}
-    train_student(pool_signals(), student_body, **student_settings)
-    assert set(modes) == {dropout}
-    modes.clear()
-    train_teacher(few_labels(), student_body, device="cpu", precision="fp32", **teacher_settings)
-    assert set(modes) == {dropout}
-
-
-# Head on soft and gold labels
-
-
-def without_class(signals: TeacherSignals, label: int) -> TeacherSignals:
-    probabilities = signals.probabilities.copy()
-    probabilities[:, label] = 0
-    probabilities /= probabilities.sum(axis=1, keepdims=True)
-    return TeacherSignals(signals.texts, probabilities, signals.label_names, signals.embeddings)
+    n = 2 * BATCH_SIZE + remainder
+    trainer = student_trainer(tmp_path, student_body, n)
+    trainer.train_body()
+    assert len(trainer.inner.losses) == steps == student_steps(trainer.config, "setfit", n)
 
 
 def test_gold_weight_moves_predictions_towards_gold_labels(tiny_student: Path) -> None:
@@ -286,13 +170,15 @@ def test_gold_weight_moves_predictions_towards_gold_labels(tiny_student: Path) -
     assert accuracies[0] < accuracies[2]
 
 
-@pytest.mark.parametrize("label", [0, 1, 3])
-def test_class_that_teacher_never_predicts_keeps_its_column(tiny_student: Path, label: int) -> None:
-    signals = without_class(pool_signals(), label)
-    student = train_student(signals, tiny_student, **QUICK)
-    probabilities = predict_proba(student, signals.texts)
-    assert probabilities.shape == (POOL_SIZE, 4)
-    assert probabilities[:, label].max() < 0.2
+def test_class_that_teacher_never_predicts_keeps_its_column(tiny_student: Path) -> None:
+    signals = pool_signals()
+    probabilities = signals.probabilities.copy()
+    probabilities[:, 1] = 0
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    signals = TeacherSignals(signals.texts, probabilities, signals.label_names, signals.embeddings)
+    predicted = predict_proba(train_student(signals, tiny_student, **QUICK), signals.texts)
+    assert predicted.shape == (POOL_SIZE, 4)
+    assert predicted[:, 1].max() < 0.2
 
 
 def test_label_names_are_matched_to_teacher_classes(tiny_student: Path) -> None:
@@ -304,53 +190,7 @@ def test_label_names_are_matched_to_teacher_classes(tiny_student: Path) -> None:
     np.testing.assert_array_equal(by_name.model_head.coef_, by_number.model_head.coef_)
 
 
-# Errors
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_signals_without_embeddings_raise_error(tiny_student: Path, objective: str) -> None:
-    signals = pool_signals()
-    no_embeddings = TeacherSignals(signals.texts, signals.probabilities, LABEL_NAMES, origin="a rule")
-    with pytest.raises(DataError, match="a rule have no embeddings"):
-        train_student(no_embeddings, tiny_student, **{**QUICK, "objective": objective})
-
-
-def test_pool_smaller_than_batch_raises_error(tiny_student: Path) -> None:
-    with pytest.raises(DataError, match=r"one batch of 16 training texts, got 15[\s\S]*--batch-size 15"):
-        train_student(pool_signals(15), tiny_student, **QUICK)
-
-
-@pytest.mark.parametrize(
-    ("labeled", "message"),
-    [
-        pytest.param(LabeledSet(["a"], np.array([0]), LABEL_NAMES[::-1]), "must be the teacher's", id="other order"),
-        pytest.param(LabeledSet(["a"], np.array([0]), LABEL_NAMES[:2]), "must be the teacher's", id="fewer classes"),
-        pytest.param({"text": ["a"], "label": ["weather"]}, "'weather'", id="unknown label"),
-        pytest.param({"text": ["a"]}, "label", id="no labels"),
-    ],
-)
-def test_labels_of_other_classes_raise_error(tiny_student: Path, labeled: Any, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        train_student(pool_signals(), tiny_student, labeled=labeled, **QUICK)
-
-
-@pytest.mark.parametrize("settings", [{"epochs": 0}, {"learning_rate": -1.0}, {"unknown": 1}, {"teacher_steps": 3}])
-def test_invalid_settings_raise_error(tiny_student: Path, settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(settings))):
-        train_student(pool_signals(), tiny_student, **{**QUICK, **settings})
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [([0, 0, 0, 0], "label 'no', got 0"), ([0, 0, 0, 1], "label 'no', got 1")],
-)
-def test_too_few_labels_per_class_raise_error(tiny_teacher: Path, labels: list[int], message: str) -> None:
-    labeled = LabeledSet(["a", "b", "c", "d"], np.array(labels), ("yes", "no"))
-    with pytest.raises(DataError, match=message):
-        train_teacher(labeled, tiny_teacher, device="cpu")
-
-
-# Teacher
+# Teachers
 
 
 @pytest.mark.parametrize(
@@ -361,8 +201,6 @@ def test_too_few_labels_per_class_raise_error(tiny_teacher: Path, labels: list[i
     ],
 )
 def test_teacher_learns_labels(tiny_teacher: Path, settings: dict[str, Any]) -> None:
-    from sklearn.linear_model import LogisticRegression
-
     labeled = few_labels()
     same_class = (labeled.labels[:, None] == labeled.labels)[np.triu_indices(16, 1)]
 
@@ -376,8 +214,6 @@ def test_teacher_learns_labels(tiny_teacher: Path, settings: dict[str, Any]) -> 
     assert tuple(teacher.labels) == LABEL_NAMES
     assert isinstance(teacher.model_head, LogisticRegression)
     assert (predict_proba(teacher, labeled.texts).argmax(axis=1) == labeled.labels).mean() > 0.8
-    assert not any(module.training for module in teacher.model_body.modules())
-    assert all(parameter.grad is None for parameter in teacher.model_body.parameters())
 
     signals = score(teacher, pool_signals().texts)
     assert signals.label_names == LABEL_NAMES
@@ -385,36 +221,9 @@ def test_teacher_learns_labels(tiny_teacher: Path, settings: dict[str, Any]) -> 
     np.testing.assert_allclose(signals.probabilities, predict_proba(teacher, signals.texts), atol=1e-5)
 
 
-def test_teacher_is_reproducible_by_seed(tiny_teacher: Path) -> None:
-    runs: list[list[torch.Tensor]] = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(len(runs))
-        model = train_teacher(
-            few_labels(), tiny_teacher, device="cpu", teacher_steps=2, teacher_batch_size=8, seed=seed
-        )
-        runs.append(weights(model))
-    assert equal_weights(runs[0], runs[1])
-    assert not equal_weights(runs[0], runs[2])
-
-
-@pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("objective", ["in-batch", "pairs"])
-def test_dropout_setting_applies_to_teacher_objectives(
-    teacher_body: SentenceTransformer, objective: str, dropout: bool
-) -> None:
-    modes = set()
-    hook = teacher_body[0].register_forward_pre_hook(
-        lambda module, _: modes.add((module.training, torch.is_grad_enabled()))
-    )
-    settings: dict[str, Any] = {"teacher_steps": 2, "num_iterations": 1, "teacher_dropout": dropout}
-    train_teacher(few_labels(), teacher_body, device="cpu", precision="fp32", teacher_objective=objective, **settings)
-    hook.remove()
-    assert modes == {(dropout, True), (False, False)}  # during training and while fitting the head
-
-
 @pytest.mark.parametrize("dropout", [False, True])
 def test_dropout_depends_on_seed(tiny_teacher: Path, dropout: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("setfit_kd.losses.contrastive.balanced_batches", lambda *_, **__: [list(range(8))] * 2)
+    monkeypatch.setattr("setfit_kd.teacher.trainer.balanced_batches", lambda *_, **__: [list(range(8))] * 2)
     settings: dict[str, Any] = {"teacher_steps": 2, "teacher_learning_rate": 1e-3, "teacher_dropout": dropout}
     first, second = (
         train_teacher(few_labels(), tiny_teacher, device="cpu", precision="fp32", seed=seed, **settings)
@@ -423,40 +232,12 @@ def test_dropout_depends_on_seed(tiny_teacher: Path, dropout: bool, monkeypatch:
     assert equal_weights(weights(first), weights(second)) is not dropout
 
 
-def test_loaded_body_is_trained_in_place(teacher_body: SentenceTransformer) -> None:
-    before = [parameter.clone() for parameter in teacher_body.parameters()]
-    teacher = train_teacher(few_labels(), teacher_body, device="cpu", teacher_steps=2, teacher_batch_size=8)
-    assert teacher.model_body is teacher_body
-    assert not equal_weights(before, list(teacher_body.parameters()))
-
-
-@pytest.mark.parametrize(
-    "settings", [{"teacher_steps": 3, "teacher_batch_size": 8}, {"teacher_objective": "pairs", "num_iterations": 1}]
-)
-def test_number_of_steps_is_known_before_training(
-    teacher_body: SentenceTransformer, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    from setfit_kd.teacher.steps import teacher_steps
-    from setfit_kd.teacher.trainer import TeacherTrainer
-    from setfit_kd.training.loop import step_losses
-
-    config, labeled = TeacherConfig.of(device="cpu", **settings), few_labels()
-    trainer = TeacherTrainer(new_model(teacher_body, LABEL_NAMES), labeled, config, CPU, str(tmp_path))
-    trainer.train_embeddings(labeled.texts, labeled.labels.tolist())
-    assert len(step_losses(trainer)) == teacher_steps(config, labeled)
-
-
-def test_scoring_no_texts_raises_error(students: dict[str, SetFitModel]) -> None:
-    with pytest.raises(DataError, match="no texts"):
-        score(students["pairs"], [])
-
-
-# Bodies with a default prompt
+# Both
 
 PROMPT = "bank shares: "
 
 
-def make_body(kind: str, folder: Path, *, prompt: bool, include_prompt: bool = True) -> SentenceTransformer:
+def make_body(kind: str, folder: Path, *, prompt: bool = False, include_prompt: bool = True) -> SentenceTransformer:
     """Load a body for this kind of training, with the same weights each time."""
     body = load_transformer(folder, LABEL_NAMES) if kind.startswith("transformer") else load_body(folder)
     if kind == "static student":
@@ -469,32 +250,63 @@ def make_body(kind: str, folder: Path, *, prompt: bool, include_prompt: bool = T
 
 def train(kind: str, body: SentenceTransformer, *, prefix: str = "", **settings: Any) -> SetFitModel:
     """Train a body on texts with a prefix."""
+    signals, labeled = pool_signals(), few_labels()
     if kind.endswith("teacher"):
-        labeled = few_labels()
         labeled = LabeledSet([prefix + text for text in labeled.texts], labeled.labels, LABEL_NAMES)
-        rate = settings.pop("learning_rate", 1e-2)
-        teacher_settings = {
-            "device": "cpu",
-            "precision": "fp32",
-            "teacher_steps": 2,
-            "teacher_batch_size": 8,
-            **settings,
-        }
-        return train_teacher(labeled, body, teacher_learning_rate=rate, **teacher_settings)
+        renamed = {f"teacher_{name}" if name in ("dropout", "learning_rate") else name: value
+                   for name, value in settings.items()}  # fmt: skip
+        pairs = {"teacher_objective": "pairs", "num_iterations": 1} if kind.startswith("pairs") else {}
+        options = {"teacher_steps": 2, "teacher_batch_size": 8, "teacher_learning_rate": 1e-2, **pairs, **renamed}
+        return train_teacher(labeled, body, **{"device": "cpu", "precision": "fp32", **options})
     if kind == "transformer":
         settings = {"device": "cpu", "precision": "fp32", "epochs": 1, "batch_size": 8, **settings}
-        return finetune(few_labels(), body, validation=few_labels(), **settings)
-    signals = pool_signals()
+        return finetune(labeled, body, validation=labeled, **settings)
     texts = [prefix + text for text in signals.texts]
     signals = TeacherSignals(texts, signals.probabilities, LABEL_NAMES, signals.embeddings)
-    return train_student(signals, body, **{**QUICK, "learning_rate": 1e-2, **settings})
+    objective = {"objective": "pairs"} if kind.startswith("pairs") else {}
+    return train_student(signals, body, **{**QUICK, **objective, **settings})
+
+
+KINDS = pytest.mark.parametrize("kind", ["student", "pairs student", "teacher", "pairs teacher"])
+
+
+@KINDS
+def test_training_is_reproducible_by_seed(kind: str, tiny_student: Path) -> None:
+    runs: list[SetFitModel] = []
+    for seed in (1, 1, 2):
+        random.seed(len(runs))
+        torch.manual_seed(len(runs))
+        runs.append(train(kind, load_body(tiny_student), seed=seed))
+    assert equal_weights(weights(runs[0]), weights(runs[1]))
+    np.testing.assert_array_equal(runs[0].model_head.coef_, runs[1].model_head.coef_)
+    assert runs[0].loss_curve_ == runs[1].loss_curve_
+    assert not equal_weights(weights(runs[0]), weights(runs[2]))
+
+
+@KINDS
+@pytest.mark.parametrize("dropout", [False, True])
+def test_loaded_body_is_trained_in_place_with_or_without_dropout(
+    kind: str, dropout: bool, student_body: SentenceTransformer
+) -> None:
+    before, modes = [parameter.clone() for parameter in student_body.parameters()], set()
+    hook = student_body[0].register_forward_pre_hook(
+        lambda module, _: modes.add((module.training, torch.is_grad_enabled()))
+    )
+    model = train(kind, student_body, dropout=dropout)
+    hook.remove()
+    assert modes == {(dropout, True), (False, False)}  # during training and while fitting the head
+    assert model.model_body is student_body
+    assert not equal_weights(before, list(student_body.parameters()))
+    assert not any(module.training for module in student_body.modules())
+    assert all(parameter.grad is None for parameter in student_body.parameters())
+    assert student_body.device == CPU
 
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
         ("student", {"patience": 9, "epochs": 3, "batch_size": 8}),
-        ("student", {"objective": "pairs", "micro_batch_size": 4}),
+        ("pairs student", {"micro_batch_size": 4}),
         ("static student", {}),
         ("transformer student", {"objective": "soft-labels"}),
         ("teacher", {}),
@@ -503,7 +315,7 @@ def train(kind: str, body: SentenceTransformer, *, prefix: str = "", **settings:
 )
 def test_default_prompt_is_used_in_training(kind: str, settings: dict[str, Any], tiny_student: Path) -> None:
     prompted = train(kind, make_body(kind, tiny_student, prompt=True), **settings)
-    prefixed = train(kind, make_body(kind, tiny_student, prompt=False), prefix=PROMPT, **settings)
+    prefixed = train(kind, make_body(kind, tiny_student), prefix=PROMPT, **settings)
     assert equal_weights(weights(prompted), weights(prefixed))
     np.testing.assert_array_equal(prompted.model_head.coef_, prefixed.model_head.coef_)
 
@@ -534,7 +346,37 @@ def test_prompt_excluded_from_pooling_is_excluded_in_training(
     assert np.linalg.norm(embed(included, texts) - expected, axis=1).min() > 1e-2
 
 
-# Divergence
+# Errors
+
+
+def test_pool_smaller_than_batch_raises_error(tiny_student: Path) -> None:
+    with pytest.raises(DataError, match=r"one batch of 16 training texts, got 15[\s\S]*--batch-size 15"):
+        train_student(pool_signals(15), tiny_student, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("labeled", "message"), [({"text": ["a"], "label": ["weather"]}, "'weather'"), ({"text": ["a"]}, "label")]
+)
+def test_invalid_labels_raise_error(tiny_student: Path, labeled: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        train_student(pool_signals(), tiny_student, labeled=labeled, **QUICK)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"epochs": 0}, {"learning_rate": -1.0}, {"unknown": 1}, {"teacher_steps": 3}, {"device": "unknown"}]
+)
+def test_invalid_settings_raise_error(tiny_student: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        train_student(pool_signals(), tiny_student, **{**QUICK, **settings})
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [([0, 0, 0, 0], "label 'no', got 0"), ([0, 0, 0, 1], "label 'no', got 1")]
+)
+def test_too_few_labels_per_class_raise_error(tiny_teacher: Path, labels: list[int], message: str) -> None:
+    labeled = LabeledSet(["a", "b", "c", "d"], np.array(labels), ("yes", "no"))
+    with pytest.raises(DataError, match=message):
+        train_teacher(labeled, tiny_teacher, device="cpu")
 
 
 LOSS, WEIGHTS = "the loss is nan", "the weights are not finite"
@@ -560,7 +402,7 @@ def test_divergence_raises_error_and_restores_body(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    body = make_body(kind, tiny_student, prompt=False)
+    body = make_body(kind, tiny_student)
     before = [value.clone() for value in body.state_dict().values()]
     original_step, steps = torch.optim.AdamW.step, 0
 
@@ -580,7 +422,7 @@ def test_divergence_raises_error_and_restores_body(
     assert not (tmp_path / "checkpoints").exists()
 
 
-# Temporary files and output
+# Temporary files, output and devices
 
 
 @pytest.fixture
@@ -599,117 +441,41 @@ def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 @pytest.mark.usefixtures("temporary_folder")
-def test_student_training_leaves_no_files(tiny_student: Path) -> None:
-    train_student(pool_signals(), tiny_student, **QUICK)
-
-
-@pytest.mark.usefixtures("temporary_folder")
-@pytest.mark.parametrize("objective", ["in-batch", "pairs"])
-def test_teacher_training_leaves_no_files(tiny_teacher: Path, objective: str) -> None:
-    settings: dict[str, Any] = {"teacher_objective": objective, "num_iterations": 1, "teacher_steps": 1}
-    train_teacher(few_labels(), tiny_teacher, device="cpu", **settings)
-
-
-@pytest.mark.usefixtures("temporary_folder")
-def test_failed_training_leaves_no_files(tiny_student: Path) -> None:
-    signals = pool_signals()
-    no_embeddings = TeacherSignals(signals.texts, signals.probabilities, LABEL_NAMES)
-    with pytest.raises(DataError):
-        train_student(no_embeddings, tiny_student, **QUICK)
-
-
-def test_training_prints_nothing(tiny_student: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    train_student(pool_signals(), tiny_student, **QUICK)
-    train_teacher(few_labels(), tiny_student, device="cpu", teacher_steps=1)
+@KINDS
+def test_training_leaves_no_files_and_prints_nothing(
+    kind: str, tiny_student: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train(kind, load_body(tiny_student))
     assert capfd.readouterr() == ("", "")
 
 
-def verbosity_levels() -> tuple[Any, ...]:
+def test_training_restores_the_verbosity_of_libraries(tiny_student: Path) -> None:
     import datasets
     import setfit
     import transformers
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
     logging: Any = transformers.utils.logging
-    return (
-        setfit.logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        datasets.is_progress_bar_enabled(),
-        are_progress_bars_disabled(),
-    )
 
+    def verbosity() -> tuple[int, bool, bool]:
+        bars = (logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled())
+        return (setfit.logging.get_verbosity(), *bars)
 
-@pytest.fixture
-def verbose_libraries() -> Iterator[None]:
-    """Turn on the log messages and progress bars of the libraries."""
-    import datasets
-    import setfit
-    import transformers
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    logging: Any = transformers.utils.logging
-    level, bars = setfit.logging.get_verbosity(), are_progress_bars_disabled()
+    level, before = setfit.logging.get_verbosity(), (20, True, True)
     setfit.logging.set_verbosity_info()
-    logging.enable_progress_bar()
-    datasets.enable_progress_bars()
-    enable_progress_bars()
-    yield
-    setfit.logging.set_verbosity(level)
-    if bars:
-        disable_progress_bars()
-
-
-@pytest.mark.usefixtures("verbose_libraries")
-def test_quiet_libraries_restores_verbosity(tiny_student: Path) -> None:
-    before = verbosity_levels()
-    with quiet_libraries():
-        inside = verbosity_levels()
-    assert inside == (30, False, False, True)
-    assert verbosity_levels() == before
-    train_student(pool_signals(), tiny_student, **QUICK)
-    assert verbosity_levels() == before
-    with pytest.raises(DataError):
-        train_student(
-            TeacherSignals(["a"] * BATCH_SIZE, np.full((BATCH_SIZE, 4), 0.25, np.float32), LABEL_NAMES),
-            tiny_student,
-            **QUICK,
-        )
-    assert verbosity_levels() == before
-
-
-def test_quiet_libraries_can_be_nested() -> None:
-    with quiet_libraries():
-        inside = verbosity_levels()
+    try:
         with quiet_libraries():
-            pass
-        assert verbosity_levels() == inside
-
-
-# Devices
+            with quiet_libraries():
+                pass
+            assert verbosity() == (30, False, False)
+        assert verbosity() == before
+        train("student", load_body(tiny_student))
+        assert verbosity() == before
+    finally:
+        setfit.logging.set_verbosity(level)
 
 
 def test_inner_trainer_uses_the_cpu(student_body: SentenceTransformer, tmp_path: Path) -> None:
-    inner = student_trainer(tmp_path, student_body, pool_signals()).st_trainer
+    inner = student_trainer(tmp_path, student_body).inner
     assert inner.args.use_cpu
-    assert inner.args.device == CPU
+    assert inner.args.device == inner.model.device == CPU
     assert not inner.args.dataloader_pin_memory
-    assert inner.model.device == CPU
-
-
-def test_inner_trainer_options_restores_setfit_after_error() -> None:
-    import setfit.trainer
-
-    def fail() -> None:
-        with inner_trainer_options(CPU):
-            assert setfit.trainer.SentenceTransformerTrainingArguments is not original
-            raise RuntimeError("failed inside")
-
-    original = setfit.trainer.SentenceTransformerTrainingArguments
-    with pytest.raises(RuntimeError, match="failed inside"):
-        fail()
-    assert setfit.trainer.SentenceTransformerTrainingArguments is original
-
-
-def test_unknown_device_raises_error(tiny_student: Path) -> None:
-    with pytest.raises(ConfigError, match="device"):
-        train_student(pool_signals(), tiny_student, **{**QUICK, "device": "unknown"})

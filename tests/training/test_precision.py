@@ -98,8 +98,6 @@ def resolve_in_new_process(
         ("", "fp32"),
         ("[" * 100_000, "fp32"),
         ('["a list"]', "fp32"),
-        ('{KEY: "fast"}', "fp32"),
-        ("{KEY: NaN}", "fp32"),
         ('{KEY: 1.5, "another": -1}', "fp32"),
     ],
     ids=str,
@@ -116,8 +114,7 @@ def test_speedup_is_cached_for_later_processes(
     assert resolve_in_new_process(1.11) == expected  # an invalid file was replaced
     assert list(json.loads(file.read_text())) == [key]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    assert resolve_in_new_process(9) == "bf16"
-    assert resolve_in_new_process(1) == "bf16"
+    assert [resolve_in_new_process(speedup) for speedup in (9, 1)] == ["bf16", "bf16"]
     assert len(json.loads(file.read_text())) == 2
 
 
@@ -135,62 +132,37 @@ def test_unusable_cache_folder_is_ignored(
     assert not caplog.records
 
 
-def test_precisions_are_timed_in_alternation(
+def test_fp32_is_chosen_if_bf16_does_not_run(
     student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If a machine slows down during the measurement, both precisions are affected equally."""
-    clock = iter(range(1, 10**6))
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock) ** 2))
-    fp32, bf16 = module._step_seconds(student_body, TEXTS)
-    assert 0.5 < fp32 / bf16 <= 1
+    errors: Iterator[Exception] = iter(
+        [RuntimeError("\"addmm_impl_cpu_\" not implemented for 'BFloat16'"), *[torch.OutOfMemoryError("CUDA")] * 9]
+    )
 
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (RuntimeError("\"addmm_impl_cpu_\" not implemented for 'BFloat16'"), Precision("fp32")),
-        (torch.OutOfMemoryError("CUDA out of memory."), None),
-    ],
-)
-def test_fp32_is_chosen_if_bf16_does_not_run(
-    student_body: SentenceTransformer,
-    error: Exception,
-    expected: Precision | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
     def fail(*_: Any) -> None:
-        raise error
+        raise next(errors)
 
     monkeypatch.setattr(module, "_step_seconds", fail)
-    if expected is None:
-        with pytest.raises(torch.OutOfMemoryError):
-            resolve_precision("auto", student_body, TEXTS)
-    else:
-        assert resolve_precision("auto", student_body, TEXTS) == expected
+    assert resolve_precision("auto", student_body, TEXTS) == Precision("fp32")
+    with pytest.raises(torch.OutOfMemoryError):
+        resolve_precision("auto", student_body, TEXTS)
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16"])
-def test_explicit_precision_is_not_measured(
+@pytest.mark.parametrize("name", ["fp32", "bf16", "auto"])
+def test_precision_is_measured_only_for_auto_and_transformers(
     student_body: SentenceTransformer, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured_widths = fake_times(monkeypatch, 2, 1)
-    assert resolve_precision(name, student_body, TEXTS) == Precision(name)
-    assert not measured_widths
-
-
-def test_body_without_transformer_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import BoW
 
     measured_widths = fake_times(monkeypatch, 2, 1)
-    body = SentenceTransformer(modules=[BoW(vocab=["a", "b"])], device="cpu")
-    assert resolve_precision("auto", body, TEXTS) == Precision("fp32")
+    body = SentenceTransformer(modules=[BoW(vocab=["a", "b"])], device="cpu") if name == "auto" else student_body
+    assert resolve_precision(name, body, TEXTS) == Precision("fp32" if name == "auto" else name)
     assert not measured_widths
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_measurement_does_not_change_body(student_body: SentenceTransformer, training: bool) -> None:
-    student_body.train(training)
+def test_measurement_does_not_change_body(student_body: SentenceTransformer) -> None:
+    student_body.eval()
     before = {name: value.clone() for name, value in student_body.state_dict().items()}
     precision = resolve_precision("auto", student_body, TEXTS)
     assert precision.speedup is not None
@@ -201,7 +173,7 @@ def test_measurement_does_not_change_body(student_body: SentenceTransformer, tra
         assert parameter.grad is None
         assert parameter.requires_grad
         assert parameter.dtype == torch.float32
-    assert student_body.training is training
+    assert not student_body.training
 
 
 @pytest.mark.parametrize(
@@ -210,11 +182,6 @@ def test_measurement_does_not_change_body(student_body: SentenceTransformer, tra
 def test_unsupported_precision_raises_error(name: str, device: torch.device, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_precision(name, device)
-
-
-@pytest.mark.parametrize("name", ["auto", "fp32", "bf16"])
-def test_cpu_supports_fp32_and_bf16(name: str) -> None:
-    check_precision(name, CPU)
 
 
 def train_student_in(body: SentenceTransformer | Path, precision: str) -> SetFitModel:
@@ -231,10 +198,9 @@ STAGES = pytest.mark.parametrize("train", [train_student_in, train_teacher_in], 
 
 
 @STAGES
-@pytest.mark.parametrize(("name", "message"), [("fp16", "fp16 needs a CUDA device"), ("fp8", "fp8")])
-def test_training_in_invalid_precision_raises_error(tiny_student: Path, train: Train, name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        train(tiny_student, name)
+def test_training_in_unsupported_precision_raises_error(tiny_student: Path, train: Train) -> None:
+    with pytest.raises(ConfigError, match="fp16 needs a CUDA device"):
+        train(tiny_student, "fp16")
 
 
 # Training
@@ -275,12 +241,6 @@ def test_precision_applies_only_to_training(
     loaded = load(tmp_path / "saved", device="cpu")
     np.testing.assert_array_equal(embeddings, loaded.model_body.encode(TEXTS))
     np.testing.assert_array_equal(probabilities, predict_proba(loaded, TEXTS))
-
-
-@STAGES
-def test_bf16_gives_similar_probabilities_to_fp32(tiny_student: Path, train: Train) -> None:
-    fp32, bf16 = (predict_proba(train(tiny_student, name), pool_signals().texts) for name in ("fp32", "bf16"))
-    assert 0 < np.abs(fp32 - bf16).max() < 0.25
 
 
 def test_run_records_precision(

@@ -11,91 +11,56 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-from setfit import SetFitModel
+from checks import invoke
 from synthetic import QUICK, few_labels, pool_signals
 
 from setfit_kd import train_student
-from setfit_kd.cli import main
 from setfit_kd.export.bundle import export_bundle
 from setfit_kd.models.bodies import load_body
 from setfit_kd.models.io import save_model
 from setfit_kd.models.static import static_body
-from setfit_kd.run_folder.folder import RunFolder
-from setfit_kd.run_folder.log import buffer_log
+from setfit_kd.run_folder.log import record_log
 from setfit_kd.utils.escape import json_text, printable
 
 LINK = "](http://x) <img src=x> \n# heading"
 LABELS = ("\x1b]0;x\x07title", "\x1b[2J\x9b31m", "\u202egnp\r\x7f\u2028\u2066x", LINK)
 HOSTILE = "\x1b]0;x\x07\x1b[2J\x9b\u202e\r\x7f"
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-DRY_RUN = ["--student", "layers:1", "--shots", "2", "--eval", "eval.jsonl", "--device", "cpu", "--dry-run"]
+RUN = "run --labeled labeled.jsonl --student layers:1 --shots 2 --eval eval.jsonl --device cpu --dry-run --teacher"
 
 
 @pytest.fixture(scope="module")
-def model(tiny_teacher: Path) -> SetFitModel:
-    """Static student with hostile class names."""
-    signals, labeled = pool_signals(), few_labels()
-    body = static_body(load_body(tiny_teacher), signals.texts, dimension=8)
-    return train_student(
-        replace(signals, label_names=LABELS), body, labeled=replace(labeled, label_names=LABELS), **QUICK
-    )
-
-
-@pytest.fixture(scope="module")
-def folder(model: SetFitModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the student as a SetFit model, which contains a file with a hostile name, and as a bundle."""
+def folder(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a static student with hostile class names as a model, which has a hostile file, and as a bundle."""
     folder = tmp_path_factory.mktemp("hostile")
+    signals, labeled = replace(pool_signals(), label_names=LABELS), replace(few_labels(), label_names=LABELS)
+    model = train_student(signals, static_body(load_body(tiny_teacher), signals.texts, dimension=8), labeled=labeled,
+                          **QUICK)  # fmt: skip
     save_model(model, folder / "model", title=LINK)
+    save_model(model, folder / "long", title="t" * 5_000)
     (folder / "model" / f"left out {HOSTILE}").touch()
-    export_bundle(model, folder / "bundle", texts=pool_signals().texts, title=LINK)
+    export_bundle(model, folder / "bundle", texts=signals.texts, title=LINK)
     return folder
 
 
-COMMANDS: dict[str, list[str]] = {
-    "predict": ["predict", "{bundle}", "a text", HOSTILE],
-    "predict: warning": ["predict", "{bundle}", "-i", f"{HOSTILE}.txt"],
-    "predict: no such file": ["predict", "{bundle}", "-i", f"nowhere{HOSTILE}"],
-    "predict: no such model": ["predict", f"./nowhere{HOSTILE}", "a text"],
-    "predict: output": ["predict", "{bundle}", "a text", "-o", f"{HOSTILE}.x"],
-    "evaluate": ["evaluate", "{model}", "--eval", "eval.jsonl", "--device", "cpu"],
-    "evaluate --json": ["evaluate", "{model}", "--eval", "eval.jsonl", "--device", "cpu", "--json"],
-    "evaluate: unknown classes": ["evaluate", "{model}", "--eval", "other.jsonl", "--device", "cpu"],
-    "benchmark": ["benchmark", "{bundle}", "--unlabeled", f"./{HOSTILE}.csv"],
-    "run: no such model": ["run", "--labeled", "eval.jsonl", "--teacher", f"./nowhere{HOSTILE}"],
-    "run: no such file": ["run", "--labeled", f"./{HOSTILE}.csv", "--teacher", "{teacher}", "--student", "layers:1"],
-    "run: no such column": [
-        "run",
-        "--labeled",
-        "labeled.jsonl",
-        "--text-column",
-        HOSTILE,
-        *DRY_RUN,
-        "--teacher",
-        "{teacher}",
-    ],
-    "run --dry-run": [
-        "run",
-        "--labeled",
-        "labeled.jsonl",
-        "--teacher",
-        "{teacher}",
-        "--output-dir",
-        f"x{HOSTILE}",
-        *DRY_RUN,
-    ],
-    "run --config": ["run", "--config", f"{HOSTILE}.txt"],
-    "run --resume": ["run", "--resume", f"./{HOSTILE}"],
-    "finetune": ["finetune", f"./nowhere{HOSTILE}", "--labeled", "eval.jsonl", "--output-dir", "out"],
-    "export: no such model": ["export", f"./{HOSTILE}", "--output-dir", "out"],
-    "export: folder exists": ["export", "{model}", "--unlabeled", "eval.jsonl", "--output-dir", HOSTILE],
-    "report": ["report", f"./{HOSTILE}"],
-    "compare": ["compare", f"./{HOSTILE}"],
-    "push --dry-run": ["push", "{model}", "me/tiny", "--dry-run"],
-    "push: name": ["push", "{model}", HOSTILE, "--dry-run"],
-    "usage": ["report", "a", f"b{HOSTILE}"],
-    "no such command": [HOSTILE],
-}
+COMMANDS = [
+    "predict BUNDLE text HOSTILE",
+    "predict BUNDLE -i HOSTILE.txt",
+    "predict ./nowhereHOSTILE text",
+    "evaluate MODEL --eval eval.jsonl --device cpu",
+    "evaluate MODEL --eval eval.jsonl --device cpu --json",
+    "benchmark BUNDLE --unlabeled ./HOSTILE.csv",
+    f"{RUN} ./nowhereHOSTILE",
+    f"{RUN} TEACHER --text-column HOSTILE",
+    f"{RUN} TEACHER --output-dir xHOSTILE",
+    "run --config HOSTILE.txt",
+    "finetune ./nowhereHOSTILE --labeled eval.jsonl --output-dir out",
+    "export MODEL --unlabeled eval.jsonl --output-dir HOSTILE",
+    "report ./HOSTILE",
+    "push MODEL me/tiny --dry-run",
+    "report a bHOSTILE",
+    "HOSTILE",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -104,11 +69,10 @@ def test_no_command_writes_control_characters(command: str, folder: Path, tiny_t
     rows = [{"text": f"{text} {HOSTILE}", "label": LABELS[row % 4]} for row, text in enumerate(texts[:8])]
     for name in ("labeled.jsonl", "eval.jsonl"):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    Path("other.jsonl").write_text(json.dumps({"text": "a", "label": f"x{HOSTILE}x"}) + "\n", encoding="utf-8")
     Path(f"{HOSTILE}.txt").write_text(f"a text\n\n{HOSTILE}: [\n", encoding="utf-8", newline="")
     Path(HOSTILE).mkdir()
-    paths = {"model": folder / "model", "bundle": folder / "bundle", "teacher": tiny_teacher}
-    result = CliRunner().invoke(main, [part.format(**paths) for part in COMMANDS[command]])
+    names = {"MODEL": folder / "model", "BUNDLE": folder / "bundle", "TEACHER": tiny_teacher}
+    result = invoke(*(names.get(part, part.replace("HOSTILE", HOSTILE)) for part in command.split()))
     assert result.exception is None or isinstance(result.exception, SystemExit)
     for content in (result.stdout_bytes, result.stderr_bytes):
         assert CONTROL.findall(content.decode("utf-8")) == []
@@ -116,8 +80,7 @@ def test_no_command_writes_control_characters(command: str, folder: Path, tiny_t
 
 
 def test_json_output_round_trips(folder: Path) -> None:
-    result = CliRunner().invoke(main, ["predict", str(folder / "bundle"), HOSTILE])
-    record = json.loads(result.stdout)
+    record = json.loads(invoke("predict", folder / "bundle", HOSTILE).stdout)
     assert record["text"] == HOSTILE
     assert tuple(record["probabilities"]) == LABELS
 
@@ -134,8 +97,8 @@ def test_standalone_runtime_writes_no_control_characters(folder: Path, tmp_path:
 
 
 def test_run_log_has_no_control_characters(tmp_path: Path) -> None:
-    with buffer_log() as recorder:
-        RunFolder(tmp_path).attach_log(recorder)
+    with record_log() as log:
+        log.open(tmp_path / "run.log")
         logging.getLogger("setfit_kd").warning("Of %s", HOSTILE)
         try:
             raise ValueError(HOSTILE)
@@ -148,19 +111,14 @@ def test_run_log_has_no_control_characters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["model", "bundle"])
-def test_readme_escapes_markdown_in_names(kind: str, folder: Path) -> None:
+def test_readme_escapes_markdown_and_truncates_names(kind: str, folder: Path) -> None:
     lines = (folder / kind / "README.md").read_text(encoding="utf-8").split("\n")
     escaped = r"\](http://x) \<img src=x\> \# heading"
     assert f"# {escaped}" in lines
     (classes,) = (line for line in lines if " 4 classes: " in line)
     assert classes.endswith(rf"classes: \]0;x title, \[2J 31m, gnp x, {escaped}.")
     assert CONTROL.findall("".join(lines)) == []
-
-
-def test_readme_truncates_long_names(model: SetFitModel, tmp_path: Path) -> None:
-    save_model(model, tmp_path / "model", title="t" * 5_000)
-    model_card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
-    assert f"# {'t' * 599}…\n" in model_card
+    assert f"# {'t' * 599}…\n" in (folder / "long" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +141,7 @@ def test_middle_of_long_message_is_left_out(folder: Path) -> None:
     assert printable(text) == "a" * 1_000 + "… (3,000 characters left out) …" + "z" * 1_000
     assert printable("b" * 2_000) == "b" * 2_000
     Path("eval.csv").write_text(f"{'y' * 9_000},label\na,b\n", encoding="utf-8")
-    result = CliRunner().invoke(main, ["evaluate", str(folder / "model"), "--eval", "eval.csv", "--device", "cpu"])
+    result = invoke("evaluate", folder / "model", "--eval", "eval.csv", "--device", "cpu")
     assert result.exit_code == 2
     assert "characters left out" in result.stderr
     assert len(result.stderr) < 2_500
