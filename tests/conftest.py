@@ -112,10 +112,8 @@ def newswire(split: str) -> list[dict[str, str]]:
 def make_body(folder: Path, *, layers: int, width: int = 32, seed: int = 0, roberta: bool = False) -> Path:
     """Save a BERT with random weights and a vocabulary from newswire as a sentence-transformers folder.
 
-    A RoBERTa pads with token 1 and counts positions from there.
-
-    The vocabulary consists of the most frequent words: the trainers of tokenizers break ties differently in each
-    process.
+    A RoBERTa pads with token 1 and counts positions from there. The vocabulary is made of the most frequent words,
+    because the trainers of tokenizers break ties differently in each process.
     """
     import torch
     from sentence_transformers import SentenceTransformer
@@ -137,26 +135,13 @@ def make_body(folder: Path, *, layers: int, width: int = 32, seed: int = 0, robe
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     fast_tokenizer: Any = _Fast
-    fast = fast_tokenizer(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=64,
-    )
+    special_tokens = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    fast = fast_tokenizer(tokenizer_object=tokenizer, model_max_length=64, **special_tokens)
     torch.manual_seed(seed)
     architecture: Any = RobertaModel if roberta else BertModel
-    config = architecture.config_class(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=2 * width,
-        max_position_embeddings=66 if roberta else 64,
-        pad_token_id=int(roberta),
-    )
+    size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": 2}
+    positions = {"max_position_embeddings": 66, "pad_token_id": 1} if roberta else {"max_position_embeddings": 64}
+    config = architecture.config_class(vocab_size=tokenizer.get_vocab_size(), **size, **positions)
     plain = folder.with_name(folder.name + "-plain")
     architecture(config).save_pretrained(plain)
     fast.save_pretrained(plain)
@@ -340,11 +325,9 @@ def ag_news_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, newswire_split in (("train", "train"), ("test", "eval")):
         rows = newswire(newswire_split)
         columns = {"text": [row["text"] for row in rows], "label": [names.index(row["label"]) for row in rows]}
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(
-            folder / "data" / f"{split}-00000-of-00001.parquet"
-        )
-    card = ["---", "configs:", "- config_name: default", "  data_files:"]
-    for split in ("train", "test"):
-        card += [f"  - split: {split}", f"    path: data/{split}-*"]
-    (folder / "README.md").write_text("\n".join([*card, "---", "# A news corpus", ""]), encoding="utf-8")
+        data = datasets.Dataset.from_dict(columns, features=features)
+        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    paths = "".join(f"  - split: {split}\n    path: data/{split}-*\n" for split in ("train", "test"))
+    card = f"---\nconfigs:\n- config_name: default\n  data_files:\n{paths}---\n# A news corpus\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
     return folder

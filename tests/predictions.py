@@ -82,14 +82,13 @@ def read_output(kind: str, result: Result) -> list[Row]:
 
 
 @contextmanager
-def live_process(command: Sequence[str | Path], env: dict[str, str] | None = None) -> Iterator[Any]:
+def live_process(command: Sequence[str]) -> Iterator[Any]:
     """Context manager that runs a command with pipes, and kills it at the end or after a minute."""
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=env,
         # If the tests run in the background, they ignore interrupts, and child processes inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
@@ -102,10 +101,15 @@ def live_process(command: Sequence[str | Path], env: dict[str, str] | None = Non
             process.kill()
 
 
+def read_manifest(bundle: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    return manifest
+
+
 def replace_file(bundle: Path, name: str, content: bytes) -> None:
     """Write a file of a bundle and update its hash in the manifest."""
     (bundle / name).write_bytes(content)
-    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(bundle)
     manifest["files"][name] = hashlib.sha256(content).hexdigest()
     (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
@@ -113,5 +117,4 @@ def replace_file(bundle: Path, name: str, content: bytes) -> None:
 def claim_onnx(bundle: Path) -> None:
     """Change the manifest of a static bundle so that loading it imports onnxruntime."""
     replace_file(bundle, "model.onnx", b"")
-    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    (bundle / "manifest.json").write_text(json.dumps({**manifest, "kind": "onnx"}), encoding="utf-8")
+    (bundle / "manifest.json").write_text(json.dumps({**read_manifest(bundle), "kind": "onnx"}), encoding="utf-8")

@@ -75,8 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._serve_repository()
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
+    do_HEAD = do_GET  # noqa: N815
 
     def do_POST(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))  # otherwise the connection is reset
@@ -155,10 +154,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _has_token(self) -> bool:
         """Whether the request has the required token; otherwise, send an error response."""
-        has_token = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
-        if not has_token:
-            self._error(401, "", "Invalid credentials in Authorization header")
-        return has_token
+        if self.headers.get("Authorization") == f"Bearer {self.hub.token}":
+            return True
+        self._error(401, "", "Invalid credentials in Authorization header")
+        return False
 
     def _send_file(self, path: Path, headers: dict[str, str]) -> None:
         body, status, start, n_sent = path.read_bytes(), 200, 0, None
@@ -177,9 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
         self._send(status, {"error": message, **(fields or {})}, headers)
 
-    def _send(
-        self, status: int, body: object, headers: Mapping[str, str] | None = None, n_sent: int | None = None
-    ) -> None:
+    def _send(self, status: int, body: object, headers: Any = None, n_sent: int | None = None) -> None:
         """Send bytes, or other values as JSON; ``n_sent`` cuts the body off after this number of bytes."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
@@ -199,13 +196,11 @@ class StandInHub:
         aliases: Names in ``repos`` that other names redirect to, as the hub does for "datasets/ag_news".
         uploads: Folder for new repositories, which are added to ``repos``.
         token: Token that uploads require. Downloads never require one.
-        private: Whether a new repository was requested as private, by its name in ``repos``. Downloads ignore it.
+        private: Whether a new repository was requested as private, by its name in ``repos``.
         commits: First lines of the commit messages.
-        failure: How requests fail: "unauthorized" like a private repository without a token; "cut_off" in the middle
-            of each file of more than 1,024 bytes, with the metadata intact; "stalled" without a response until the hub
-            is closed; "refused_commit" at a commit but not before.
+        failure: How requests fail: "cut_off" in the middle of each file of more than 1,024 bytes, "stalled" without a
+            response until the hub is closed, "refused_commit" at a commit but not before.
         requests: Requests as "GET /api/models/...", including the query.
-        endpoint: URL; available inside the ``with`` block.
     """
 
     endpoint: str

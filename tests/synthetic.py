@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from setfit_kd.data.labeled_set import LabeledSet
 if TYPE_CHECKING:
     import pytest
     import torch
+    from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
 LABEL_NAMES = ("sports", "business", "politics", "computing")
@@ -50,6 +52,26 @@ def pool_signals(n: int = POOL_SIZE, classes: int = len(LABEL_NAMES)) -> Teacher
 def few_labels(n: int = 16) -> LabeledSet:
     """Return the first n texts of `pool_signals` with their labels."""
     return LabeledSet(*texts_and_labels(n), LABEL_NAMES)
+
+
+def random_classifier(
+    body: SentenceTransformer, labels: Sequence[str], texts: Sequence[str], *, normalize: bool = False
+) -> Any:
+    """Return a classifier whose random head predicts every label for some of the texts."""
+    from setfit_kd.models.encode import embed
+    from setfit_kd.models.heads import new_head
+    from setfit_kd.models.io import new_model
+
+    model: Any = new_model(body, labels)
+    model.normalize_embeddings = normalize
+    embeddings = embed(body, texts, normalize=normalize)
+    rows, width = (1 if len(labels) == 2 else len(labels)), embeddings.shape[1]
+    head = model.model_head = new_head()
+    head.classes_, head.n_features_in_ = np.arange(len(labels)), width
+    head.coef_ = 2 * np.random.default_rng(0).normal(size=(rows, width)) / (embeddings.std(axis=0) + 1e-9)
+    head.coef_ /= np.sqrt(width)
+    head.intercept_ = -head.coef_ @ embeddings.mean(axis=0)
+    return model
 
 
 def weights(model: SetFitModel) -> list[torch.Tensor]:

@@ -1,33 +1,31 @@
-"""Create new texts by editing existing ones, for pools that are too small.
-
-The new texts have no labels and need not make sense: it is enough that they are similar to the texts the student will
-classify.
-"""
+"""Create unlabeled texts, which need not make sense, by editing existing ones, for pools that are too small."""
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from setfit_kd.data.splits import normalize
+from setfit_kd.errors import DataError
+from setfit_kd.models.heads import at_temperature
+from setfit_kd.signals.signals import TeacherSignals
+from setfit_kd.utils.atomic_io import atomic_folder
+from setfit_kd.utils.files import read_json_lines
 
 logger = logging.getLogger(__name__)
 
+# Replaces some words of texts, with a random seed.
 Fill = Callable[[Sequence[str], int], list[str]]
-"""Function of texts and a seed that returns the texts, in the same order, with some words replaced."""
-
+# Returns a new text from two texts, each of at least two words, or None if the edit does not apply.
 Edit = Callable[[str, str, np.random.Generator], str | None]
-"""Function of two texts, each of at least two words, that returns a new text, or None if the edit does not apply."""
-
-_REPLACE_WORDS = "replace"
-"""Name of the edit that ``fill`` makes, in one call for all texts it was chosen for."""
-
-_DELETE_PROBABILITY = 0.1
-_WORDS_PER_SWAP = 10
-_MAX_FAILED_DRAWS = 100
+_REPLACE_WORDS = "replace"  # name of the edit that ``fill`` makes, in one call for all texts it was chosen for
+_DELETE_PROBABILITY, _WORDS_PER_SWAP, _MAX_FAILED_DRAWS = 0.1, 10, 100
+_TEXTS = "texts.jsonl"
 # A lower-case letter continues the sentence: "approx. five".
 _SENTENCE_END = re.compile(r"(?:(?<=[.!?…])|(?<=[.!?…][\"'”’)\]]))\s+(?=[^\sa-z])")
 
@@ -35,15 +33,12 @@ _SENTENCE_END = re.compile(r"(?:(?<=[.!?…])|(?<=[.!?…][\"'”’)\]]))\s+(?=
 def augment(
     texts: Sequence[str], n: int, *, seed: int, forbidden: Iterable[str] = (), fill: Fill | None = None
 ) -> list[str]:
-    """Create new texts with `EDITS` and, if ``fill`` is set, by replacing masked words.
+    """Create ``n`` new texts with `EDITS` and, if ``fill`` is set, by replacing masked words.
 
     The texts are drawn evenly. To each, the least used of the edits that create something new is applied. Texts of a
     single word, such as texts in languages written without spaces, are skipped.
 
     Args:
-        texts: Texts to edit.
-        n: Number of new texts.
-        seed: Random seed.
         forbidden: Texts that must not be created, after `normalize`, such as those of the evaluation set.
         fill: Replaces words, such as a `FillMask` (Jiao et al., 2020, "TinyBERT").
 
@@ -128,16 +123,35 @@ def _crossover(text: str, other: str, _: np.random.Generator) -> str:
 
 
 EDITS: dict[str, Edit] = {
+    # Delete each word with probability 0.1, but at least one and not all (Wei and Zou, 2019, "EDA").
     "delete": _delete_words,
+    # Swap two words, once per ten words (same paper).
     "swap": _swap_words,
     "sentences": _reverse_sentences,
+    # Join the halves of two texts (Luque, 2019, "Atalaya at TASS 2019"); best for short questions.
     "crossover": _crossover,
 }
-"""The edits by name.
 
-- delete: Delete each word with probability 0.1, but at least one and not all (Wei and Zou, 2019, "EDA").
-- swap: Swap two words, once per ten words (same paper).
-- sentences: Reverse the order of the sentences.
-- crossover: Join the first half of a text's words and the second half of another's (Luque, 2019, "Atalaya at TASS
-  2019"). The best of the four for short questions.
-"""
+
+def save_texts(texts: Sequence[str], folder: Path) -> None:
+    """Write augmented texts to a new folder, as `atomic_folder` does."""
+    with atomic_folder(folder) as part, (part / _TEXTS).open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
+
+
+def load_texts(folder: Path) -> list[str]:
+    """Read texts written by `save_texts`; raise a `DataError` if they cannot be read."""
+    try:
+        return [str(text) for text in read_json_lines(folder / _TEXTS)]
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot read the texts in {folder} ({error}).", hint="Create them again.") from None
+
+
+def drop_uncertain(signals: TeacherSignals, rows: range, *, min_confidence: float) -> TeacherSignals:
+    """Remove those of the ``rows`` whose highest probability, at the temperature, is below ``min_confidence``."""
+    augmented = np.arange(rows.start, rows.stop)
+    confidence = at_temperature(signals.probabilities[augmented], signals.temperature).astype(np.float32).max(axis=1)
+    uncertain = augmented[confidence < min_confidence]
+    n_kept = len(augmented) - len(uncertain)
+    logger.info("The teacher is confident about %d of %d augmented texts.", n_kept, len(augmented))
+    return signals.take(np.setdiff1d(np.arange(len(signals)), uncertain))

@@ -21,24 +21,19 @@ if TYPE_CHECKING:
     import torch
 
 _MASK_RATIO = 0.15
-_N_CANDIDATES, _N_SPELLINGS = 10, 6
-"""Words that a replacement is sampled from, and additional tokens in case some of them spell the masked word."""
+_N_CANDIDATES, _N_SPELLINGS = 10, 6  # additional tokens in case some of them spell the masked word
 # Some models number positions from 2 and therefore accept 2 tokens fewer than their configuration says.
 _MAX_TOKENS, _SPARE_POSITIONS = 512, 2
+# Characters without white space and punctuation.
 _WORD = re.compile("[^\\s!-/:-@\\[-`{-~\xa1\xab\xbb\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff0f]+")
-"""Characters without white space and punctuation."""
 _HINT = "Use a masked language model in the transformers format with a fast tokenizer, such as distilroberta-base."
 
 
 class FillMask:
     """Replaces about 15% of the words of texts with predictions of a masked language model.
 
-    The model is loaded in fp32, without running code that comes with it; on the CPU if it does not fit on the device.
-
-    Args:
-        folder: transformers folder with config, weights and tokenizer.
-        device: Device to run on.
-        batch_size: Texts per forward pass.
+    The model is loaded from a transformers folder in fp32, without running code that comes with it; on the CPU if it
+    does not fit on the device. ``batch_size`` is the number of texts per forward pass.
 
     Raises:
         ModelError: If the folder does not contain a masked language model with a mask token and a fast tokenizer whose
@@ -56,8 +51,7 @@ class FillMask:
             model, info = load_local(AutoModelForMaskedLM.from_pretrained, folder, output_loading_info=True)
             for name in sorted(info["missing_keys"])[:1]:
                 raise ModelError(f"It lacks weights of a masked language model: {name}.", hint=_HINT)
-            # A token is a whole word if its text, tokenized after another word, gives only this token. Tokenizers mark
-            # such tokens in different ways, but tokenizing works with all of them.
+            # A token is a whole word if its text, tokenized after another word, gives only this token.
             n_tokens = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
             texts = [text.strip() for text in tokenizer.batch_decode([[token] for token in range(n_tokens)])]
             [prefix, *encoded] = tokenizer(["a", *(f"a {text}" for text in texts)], add_special_tokens=False).input_ids
@@ -77,18 +71,11 @@ class FillMask:
         move_model(self._model, device, phase="Loading the masked language model")
 
     def __call__(self, texts: Sequence[str], seed: int) -> list[str]:
-        """Replace about 15% of the words of each text, at least one per text, and leave everything else unchanged.
+        """Replace about 15% of the words of each text, at least one per text; return the texts in the same order.
 
         Each replacement is sampled from the ten most probable other words that are a single token. Words beyond the
         model's maximum length, and texts without words or with the mask token, stay unchanged. If memory runs out, the
         batches get smaller, and as a last resort the model runs on the CPU.
-
-        Args:
-            texts: n texts.
-            seed: Random seed.
-
-        Returns:
-            n texts, in the same order.
 
         Raises:
             OutOfMemoryError: If not even a single text fits into memory.
@@ -139,7 +126,6 @@ class FillMask:
 
 
 def _replace(text: str, matches: list[re.Match[str]], new_words: list[str]) -> str:
-    """Replace matches in a text, which are in order."""
     for match, new_word in reversed(list(zip(matches, new_words, strict=False))):
         text = text[: match.start()] + new_word + text[match.end() :]
     return text

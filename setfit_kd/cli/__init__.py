@@ -1,4 +1,4 @@
-"""Command line interface: one module per command, which parses options, calls the library and prints the result."""
+"""Command line interface: each command parses options, calls the library and prints the result."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from setfit_kd.cli.predict import predict
 from setfit_kd.cli.push import push
 from setfit_kd.cli.report import report
 from setfit_kd.cli.run import run
-from setfit_kd.errors import ModelError, OutOfMemoryError, SetFitKDError
-from setfit_kd.memory.oom_errors import first_line, is_out_of_memory
-from setfit_kd.utils.escape import printable
+from setfit_kd.errors import ModelError, OutOfMemoryError, SetFitKDError, first_line, is_out_of_memory
+from setfit_kd.utils.console import printable
 
 
 class _Group(click.Group):
@@ -28,31 +27,28 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except SetFitKDError as error:
-            _exit_with(error, ctx)
-        except click.ClickException as error:
-            error.message = printable(error.message)  # type: ignore[misc]
+        except SetFitKDError as raised:
+            error = raised
+        except click.ClickException as raised:
+            raised.message = printable(raised.message)  # type: ignore[misc]
             raise
-        except Exception as error:
-            if not is_out_of_memory(error):
+        except Exception as raised:
+            if not is_out_of_memory(raised):
                 raise
-            message = f"Out of memory ({first_line(str(error))})."
-            _exit_with(OutOfMemoryError(message, hint="Use a smaller model or fewer texts."), ctx)
+            message = f"Out of memory ({first_line(str(raised))})."
+            error = OutOfMemoryError(message, hint="Use a smaller model or fewer texts.")
         except KeyboardInterrupt:
             click.echo("\nInterrupted.", err=True)
             ctx.exit(130)
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # raised by the tokenizers library; not an Exception
+        except BaseException as raised:
+            if type(raised).__name__ != "PanicException":  # raised by the tokenizers library; not an Exception
                 raise
-            _exit_with(ModelError(f"The tokenizer failed: {error}.", hint="Use another model."), ctx)
-
-
-def _exit_with(error: SetFitKDError, ctx: click.Context) -> None:
-    click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-    click.echo(printable(error.message), err=True)
-    if error.hint:
-        click.echo(printable(error.hint), err=True)
-    ctx.exit(error.exit_code)
+            error = ModelError(f"The tokenizer failed: {raised}.", hint="Use another model.")
+        click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+        click.echo(printable(error.message), err=True)
+        if error.hint:
+            click.echo(printable(error.hint), err=True)
+        return ctx.exit(error.exit_code)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -10,7 +10,7 @@ import click
 
 from setfit_kd.cli.options import json_option, output_options, passed, pickle_option, setting_options, threads_option
 from setfit_kd.config.run import RunConfig
-from setfit_kd.utils.escape import json_text
+from setfit_kd.utils.console import json_text
 
 
 @click.command()
@@ -24,12 +24,7 @@ from setfit_kd.utils.escape import json_text
 @pickle_option
 @output_options
 def benchmark(
-    models: tuple[str, ...],
-    n_texts: int,
-    threads: int | None,
-    as_json: bool,
-    trust_pickle: bool,
-    **flags: Any,
+    models: tuple[str, ...], n_texts: int, threads: int | None, as_json: bool, trust_pickle: bool, **flags: Any
 ) -> None:
     """Compare speed, memory and size of classifiers.
 
@@ -47,10 +42,8 @@ def benchmark(
     texts = texts[:: max(1, len(texts) // n_texts)][:n_texts]
     speeds = {}
     with track("Measuring", len(models), unit="models") as advance:
-        for model in dict.fromkeys(models):
-            speeds[model] = measure_speed(
-                model, texts, threads=threads, device=config.device, trust_pickle=trust_pickle
-            )
+        for path in dict.fromkeys(models):
+            speeds[path] = measure_speed(path, texts, threads=threads, device=config.device, trust_pickle=trust_pickle)
             advance(1)
     if as_json:
         results = {"texts": len(texts), "models": {name: asdict(speed) for name, speed in speeds.items()}}
@@ -60,20 +53,12 @@ def benchmark(
     if len(set(names)) < len(names):
         names = list(speeds)
     first = next(iter(speeds.values()))
-    rows = [
-        (
-            name,
-            *(f"{milliseconds:.2f}" for milliseconds in (speed.p50_ms, speed.p95_ms, speed.p99_ms)),
-            f"{speed.texts_per_second:,.0f}",
-            f"{speed.texts_per_second / first.texts_per_second:,.1f}x",
-            f"{speed.load_seconds:.2f}",
-            f"{speed.memory_mb:.0f}",
-            "" if speed.disk_mb is None else f"{speed.disk_mb:.1f}",
-        )
-        for name, speed in zip(names, speeds.values(), strict=True)
-    ]
+    rows = []
+    for name, speed in zip(names, speeds.values(), strict=True):
+        latency = [f"{milliseconds:.2f}" for milliseconds in (speed.p50_ms, speed.p95_ms, speed.p99_ms)]
+        throughput = (f"{speed.texts_per_second:,.0f}", f"{speed.texts_per_second / first.texts_per_second:,.1f}x")
+        disk = "" if speed.disk_mb is None else f"{speed.disk_mb:.1f}"
+        rows.append((name, *latency, *throughput, f"{speed.load_seconds:.2f}", f"{speed.memory_mb:.0f}", disk))
     show_table(("", "p50 ms", "p95 ms", "p99 ms", "texts/s", "ratio", "load s", "memory MB", "disk MB"), rows)
-    echo(
-        f"\n{len(texts)} texts, {first.threads} threads. p50 to p99: latency of a single text. "
-        "ratio: texts/s relative to the first model."
-    )
+    note = "p50 to p99: latency of a single text. ratio: texts/s relative to the first model."
+    echo(f"\n{len(texts)} texts, {first.threads} threads. {note}")

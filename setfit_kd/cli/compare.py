@@ -16,23 +16,14 @@ def compare(runs: tuple[Path, ...]) -> None:
     left out for runs that were evaluated on other texts.
     """
     from setfit_kd.cli.output import show_table
-    from setfit_kd.report.comparison import compare as compare_runs
+    from setfit_kd.report.summary import compare as compare_runs
 
     rows = []
     for run, name, evaluation, difference in compare_runs(runs):
-        points = ""
+        quality, cost, points = evaluation.quality, evaluation.cost, ""
         if difference is not None:
             points = f"{100 * difference.value:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
-        rows.append(
-            (
-                str(run),
-                name,
-                f"{evaluation.quality.accuracy:.1%}",
-                points,
-                f"{evaluation.quality.macro_f1:.1%}",
-                f"{evaluation.calibration.ece:.1%}",
-                f"{evaluation.cost.megabytes:.1f}",
-                f"{evaluation.cost.texts_per_second:,.0f}",
-            )
-        )
+        shares = [f"{share:.1%}" for share in (quality.macro_f1, evaluation.calibration.ece)]
+        costs = [f"{cost.megabytes:.1f}", f"{cost.texts_per_second:,.0f}"]
+        rows.append([str(run), name, f"{quality.accuracy:.1%}", points, *shares, *costs])
     show_table(("run", "model", "accuracy", "difference", "macro-F1", "calibration error", "MB", "texts/s"), rows)

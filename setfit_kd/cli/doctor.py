@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import click
 
 from setfit_kd.config.presets import PRESETS
 from setfit_kd.errors import SetFitKDError
-from setfit_kd.utils.escape import printable
-
-if TYPE_CHECKING:
-    import torch
+from setfit_kd.utils.console import printable
 
 
 @click.command()
@@ -31,37 +27,35 @@ def doctor() -> None:
     click.echo("Versions")
     for package, version in versions().items():
         click.echo(f"  {package:<22}{version}")
-    device = resolve_device("auto")
-    click.echo("Device")
-    click.echo(f"  --device auto uses    {device}")
+    click.echo(f"Device\n  --device auto uses    {resolve_device('auto')}")
     for index in range(torch.cuda.device_count()):
-        click.echo(f"  cuda:{index:<17}{torch.cuda.get_device_name(index)}{_free(torch.device('cuda', index))}")
+        click.echo(f"  cuda:{index:<17}{torch.cuda.get_device_name(index)}{_free(f'cuda:{index}')}")
     if torch.backends.mps.is_available():
-        click.echo(f"  mps                   Apple GPU{_free(torch.device('mps'))}")
+        click.echo(f"  mps                   Apple GPU{_free('mps')}")
     threads = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
-    click.echo(f"  cpu                   {threads}{_free(torch.device('cpu'))}")
+    click.echo(f"  cpu                   {threads}{_free('cpu')}")
     reachable = False
     with suppress(Exception):
         reachable = get_session().head(hub.display_endpoint(), timeout=3.0) is not None
     reason = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
-    click.echo("Hub")
-    click.echo(f"  {printable(hub.display_endpoint()):<21} {'reachable' if reachable else 'not reachable'}{reason}")
+    state = "reachable" if reachable else "not reachable"
+    click.echo(f"Hub\n  {printable(hub.display_endpoint()):<21} {state}{reason}")
     folder, size = cache_folder(), cache_bytes()
-    click.echo("Cache")
     cache = f"{folder}  {size / 2**20:,.0f} MiB of embeddings" if folder else "none: no home folder"
-    click.echo(f"  {printable(cache)}")
-    click.echo("Presets")
+    click.echo(f"Cache\n  {printable(cache)}\nPresets")
     for name in PRESETS:
         problem = _problem(name, reachable)
         click.echo(f"  {name:<22}{'can run' if problem is None else f'cannot run: {problem}'}")
 
 
-def _free(device: torch.device) -> str:
+def _free(device: str) -> str:
+    import torch
+
+    from setfit_kd.errors import first_line
     from setfit_kd.memory.devices import free_memory
-    from setfit_kd.memory.oom_errors import first_line
 
     try:
-        free, total = free_memory(device)
+        free, total = free_memory(torch.device(device))
     except RuntimeError as error:
         return f", not available: {first_line(str(error))}"
     return f", {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"

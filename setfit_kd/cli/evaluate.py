@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from setfit_kd.cli.options import json_option, output_options, passed, pickle_option, setting_options
 from setfit_kd.config.run import RunConfig
 from setfit_kd.errors import ConfigError
-from setfit_kd.utils.escape import json_text
-
-if TYPE_CHECKING:
-    from setfit_kd.evaluation.calibration import OperatingPoint
+from setfit_kd.utils.console import json_text
 
 
 @click.command()
@@ -29,11 +26,11 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> Non
     MODEL is a bundle, a run folder, one of its models, or a SetFit model or transformer classifier in a folder or on
     the hub. Without --eval, a run and its models are evaluated on the evaluation texts of the run.
     """
-    from setfit_kd.cli.output import echo, show_evaluations, show_table
+    from setfit_kd.cli.output import echo, show_table
     from setfit_kd.data.labeled_set import encode_labels
     from setfit_kd.data.sources import read
     from setfit_kd.evaluation.measure import evaluate as evaluate_model
-    from setfit_kd.evaluation.measure import read_texts
+    from setfit_kd.evaluation.measure import evaluation_table, read_texts
     from setfit_kd.inference.classifier import TorchClassifier, open_classifier
     from setfit_kd.memory.backoff import shared_backoff
 
@@ -46,19 +43,16 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> Non
         batch_size = config.encode_batch_size
         classifier = open_classifier(model, device=config.device, batch_size=batch_size, trust_pickle=trust_pickle)
         data = read_texts(folder) if config.eval is None else encode_labels(rows, classifier.labels)
-        evaluation = evaluate_model(
-            classifier.model if isinstance(classifier, TorchClassifier) else classifier,
-            data,
-            encode_batch_size=batch_size,
-        )
+        evaluated = classifier.model if isinstance(classifier, TorchClassifier) else classifier
+        evaluation = evaluate_model(evaluated, data, encode_batch_size=batch_size)
     if as_json:
         values = evaluation.as_dict(target_accuracy=config.target_accuracy)
         echo(json_text({"eval": data.origin, "eval_texts": len(data), **values}, indent=2))
         return
-    show_evaluations({model: evaluation})
+    show_table(*evaluation_table({model: evaluation}))
     echo("")
     classes = [
-        (name, f"{quality.precision:.1%}", f"{quality.recall:.1%}", f"{quality.f1:.1%}", quality.support)
+        (name, *(f"{value:.1%}" for value in (quality.precision, quality.recall, quality.f1)), quality.support)
         for name, quality in evaluation.quality.classes.items()
     ]
     show_table(("class", "precision", "recall", "F1", "texts"), classes)
@@ -66,8 +60,14 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> Non
     stored = f", stored in {folder}" if config.eval is None else ""
     echo(f"\n{len(data):,} evaluation texts: {data.origin}{stored}.")
     echo(f"Calibration error {calibration.ece:.1%}, Brier score {calibration.brier:.3f}.")
-    if config.target_accuracy is not None:
-        echo(_threshold_message(evaluation.operating_point(config.target_accuracy), config.target_accuracy))
+    if (target := config.target_accuracy) is None:
+        return
+    if (point := evaluation.operating_point(target)) is None:
+        echo(f"No threshold reaches an accuracy of {target:.1%}.")
+    else:
+        needed = f"--threshold {point.threshold:.9g}, which {point.coverage:.1%} of the texts reach"
+        interval = f"95% interval of the accuracy: {point.low:.1%} to {point.high:.1%}"
+        echo(f"An accuracy of {target:.1%} needs {needed}. {interval}.")
 
 
 def _stored_texts(model: Path) -> Path:
@@ -81,12 +81,3 @@ def _stored_texts(model: Path) -> Path:
         if (run / EVALUATION / "texts.jsonl").is_file():
             return run / EVALUATION
     raise ConfigError(f"Found no evaluation texts in {model}.", hint="Pass labeled texts with --eval.")
-
-
-def _threshold_message(point: OperatingPoint | None, target: float) -> str:
-    if point is None:
-        return f"No threshold reaches an accuracy of {target:.1%}."
-    return (
-        f"An accuracy of {target:.1%} needs --threshold {point.threshold:.9g}, which {point.coverage:.1%} of the texts "
-        f"reach. 95% interval of the accuracy: {point.low:.1%} to {point.high:.1%}."
-    )

@@ -53,22 +53,15 @@ def export(
     from setfit_kd.models.io import load
 
     check_output(output_dir, overwrite=overwrite)
-    classifier = load(model, device="cpu", trust_pickle=trust_pickle)
+    loaded, path = load(model, device="cpu", trust_pickle=trust_pickle), Path(model)
+    texts, title = _texts(path, config), path.resolve().name
     bundle = export_bundle(
-        classifier,
-        output_dir,
-        texts=_texts(Path(model), config),
-        format=format_,
-        min_agreement=min_agreement,
-        title=Path(model).resolve().name,
-        overwrite=overwrite,
+        loaded, output_dir, texts=texts, format=format_, min_agreement=min_agreement, title=title, overwrite=overwrite
     )
     parity = bundle.parity
     echo(f"Wrote {bundle.format} bundle to {output_dir} ({bundle.megabytes:.1f} MB).")
-    echo(
-        f"Agreement with the model: {parity['agreement']:.1%} of {parity['texts']:,} texts. Probabilities differ by at "
-        f"most {parity['largest_difference']:.2g}."
-    )
+    difference = f"Probabilities differ by at most {parity['largest_difference']:.2g}."
+    echo(f"Agreement with the model: {parity['agreement']:.1%} of {parity['texts']:,} texts. {difference}")
     echo(f'To use it, here or on another machine: python {output_dir}/classify.py "..."')
 
 
@@ -93,9 +86,6 @@ def _texts(model: Path, config: RunConfig) -> list[str]:
                     return read_signals(str(source)).texts
             except DataError as error:
                 raise DataError(error.message, hint="Pass texts to check the bundle on with --unlabeled.") from None
-    logger.warning(
-        "%s is not part of a run: checking the bundle on %s. Pass your own texts with --unlabeled.",
-        model,
-        _DEFAULT_TEXTS,
-    )
+    message = "%s is not part of a run: checking the bundle on %s. Pass your own texts with --unlabeled."
+    logger.warning(message, model, _DEFAULT_TEXTS)
     return read(_DEFAULT_TEXTS).texts

@@ -9,7 +9,7 @@ import click
 
 from setfit_kd.cli.options import GroupedCommand, json_option, output_options, passed, setting_options
 from setfit_kd.config.run import FinetuneRunConfig
-from setfit_kd.utils.escape import json_text
+from setfit_kd.utils.console import json_text
 
 _COMMON = {
     "Data": ("labeled", "validation", "eval", "text_column", "label_column"),
@@ -43,7 +43,8 @@ def finetune(as_json: bool, **flags: Any) -> None:
     """
     config = FinetuneRunConfig.of(**passed(flags))
 
-    from setfit_kd.cli.output import echo, show_evaluations, show_table
+    from setfit_kd.cli.output import echo, show_table
+    from setfit_kd.evaluation.measure import evaluation_table
     from setfit_kd.finetune.run import finetune_run
 
     result = finetune_run(config)
@@ -53,9 +54,8 @@ def finetune(as_json: bool, **flags: Any) -> None:
     evaluation = result.evaluation or result.validation
     if evaluation is not None:
         name = f"{config.output_dir}{'' if result.evaluation else ' (validation)'}"
-        show_evaluations({name: evaluation})
+        show_table(*evaluation_table({name: evaluation}))
         echo("")
-        scores = [(name, f"{value:.1%}") for name, value in evaluation.quality.scores.items()]
-        show_table(("", ""), scores)
+        show_table(("", ""), [(name, f"{value:.1%}") for name, value in evaluation.quality.scores.items()])
         echo("")
     echo(f'To use it: setfit-kd predict {shlex.quote(str(config.output_dir))} "..."')

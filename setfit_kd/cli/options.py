@@ -21,11 +21,9 @@ Groups = Mapping[str, Sequence[str]]
 
 
 class GroupedCommand(click.Command):
-    """Command whose options have headings: common ones in ``--help``, all in ``--help-all``.
+    """Command whose options have headings: the ``common`` ones in ``--help``, all ``groups`` in ``--help-all``.
 
-    Args:
-        common: Names of the common options by heading; the last heading is "Run".
-        groups: Names of all options by heading; "Run" may be left out and gets all other options.
+    The last heading of both is "Run"; it may be left out of ``groups`` and gets all other options.
     """
 
     def __init__(self, *args: Any, common: Groups, groups: Groups, **kwargs: Any) -> None:
@@ -117,26 +115,16 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 _METAVARS: dict[Any, str] = {
-    int: "N",
-    float: "X",
-    Path: "FOLDER",
-    "labeled": "SOURCE",
-    "unlabeled": "SOURCE",
-    "validation": "SOURCE",
-    "eval": "SOURCE",
-    "teacher": "MODEL",
-    "student": "MODEL",
-    "text_column": "NAME[,NAME...]",
-    "label_column": "NAME",
-    "device": "DEVICE",
-    "objective": "NAME[=X][,...]",
-    "head_c": "X|auto",
+    **{int: "N", float: "X", Path: "FOLDER"},
+    **dict.fromkeys(("labeled", "unlabeled", "validation", "eval"), "SOURCE"),
+    **dict.fromkeys(("teacher", "student"), "MODEL"),
+    **{"text_column": "NAME[,NAME...]", "label_column": "NAME", "device": "DEVICE"},
+    **{"objective": "NAME[=X][,...]", "head_c": "X|auto"},
 }
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
-    flag = "--" + name.replace("_", "-")
-    kind = _base_type(field.annotation)
+    flag, kind = "--" + name.replace("_", "-"), _base_type(field.annotation)
     text, default = field.description or "", field.default
     if kind is bool:
         flag, default = f"{flag}/--no-{flag[2:]}", "on" if default else None if default is None else "off"
@@ -146,15 +134,9 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         return click.option(flag, name, is_flag=True, default=None, help=text)
     if get_origin(kind) is Literal:
         return click.option(flag, name, type=click.Choice(get_args(kind)), default=None, help=text)
-    return click.option(
-        flag,
-        name,
-        type=kind if kind in (int, float) else str,
-        metavar=_METAVARS.get(name, _METAVARS.get(kind, "TEXT")),
-        default=None,
-        multiple=name in ("teacher", "student"),
-        help=text,
-    )
+    metavar, multiple = _METAVARS.get(name, _METAVARS.get(kind, "TEXT")), name in ("teacher", "student")
+    kind = kind if kind in (int, float) else str
+    return click.option(flag, name, type=kind, metavar=metavar, default=None, multiple=multiple, help=text)
 
 
 def _base_type(annotation: Any) -> Any:

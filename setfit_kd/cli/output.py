@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.cells import cell_len
@@ -13,11 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from setfit_kd.utils.console import hide_download_bars, show_progress, stderr_console
-from setfit_kd.utils.escape import printable
-
-if TYPE_CHECKING:
-    from setfit_kd.evaluation.measure import Evaluation
+from setfit_kd.utils.console import hide_download_bars, printable, show_progress, stderr_console
 
 
 class _ConsoleHandler(logging.Handler):
@@ -66,10 +62,3 @@ def show_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for row in cells:
         table.add_row(*map(Text, row))
     console.print(table, width=max(console.width, min_width), crop=False)
-
-
-def show_evaluations(evaluations: Mapping[str, Evaluation]) -> None:
-    """Print one row per model: quality, then cost."""
-    from setfit_kd.evaluation.measure import evaluation_table
-
-    show_table(*evaluation_table(evaluations))

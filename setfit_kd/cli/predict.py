@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,13 +70,8 @@ def predict(
         raise DataError("No texts to classify.", hint="Pass texts, --input FILE, or lines on stdin.")
     lines = Lines(sys.stdin and sys.stdin.buffer)
     with shared_backoff(cpu_fallback=config.cpu_fallback):
-        classifier = open_classifier(
-            model,
-            device=config.device,
-            batch_size=config.encode_batch_size,
-            threads=threads,
-            trust_pickle=trust_pickle,
-        )
+        device, size = config.device, config.encode_batch_size
+        classifier = open_classifier(model, device=device, batch_size=size, threads=threads, trust_pickle=trust_pickle)
         columns = column_types(map(Path, files)) if output and "json" not in output.suffix.lower() else {}
         if config.text_column == ("text",):
             columns.pop("text", None)
@@ -92,19 +87,16 @@ def _show_progress(chunks: Iterator[list[Prediction]]) -> Iterator[list[Predicti
     from setfit_kd.inference.predict import CHUNK_SIZE
     from setfit_kd.utils.console import track
 
-    done = 0
-    for chunk in chunks:
-        yield chunk
-        done += len(chunk)
-        if done >= CHUNK_SIZE:
-            break
-    else:
-        return
-    with track("Classifying", None) as advance:
-        advance(done)
+    n_new, advance = 0, None
+    with ExitStack() as stack:
         for chunk in chunks:
             yield chunk
-            advance(len(chunk))
+            n_new += len(chunk)
+            if advance is None and n_new >= CHUNK_SIZE:
+                advance = stack.enter_context(track("Classifying", None))
+            if advance is not None:
+                advance(n_new)
+                n_new = 0
 
 
 def _rows(texts: tuple[str, ...], files: tuple[str, ...], lines: Lines, text_column: tuple[str, ...]) -> Iterator[Row]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import click
 
-from setfit_kd.utils.escape import printable
+from setfit_kd.utils.console import printable
+
+logger = logging.getLogger(__name__)
 
 
 @click.command()
@@ -30,9 +33,7 @@ def push(model: Path, name: str, private: bool | None, message: str, dry_run: bo
     for file in skipped:
         click.echo(printable(f"Skipped, not part of a model: {file}"), err=True)
     url = f"{display_endpoint()}/{name}"
-    sizes = {
-        file: len(content) if isinstance(content, bytes) else content.stat().st_size for file, content in files.items()
-    }
+    sizes = {file: len(part) if isinstance(part, bytes) else part.stat().st_size for file, part in files.items()}
     if dry_run:
         show_table(("file", "bytes"), [*sizes.items(), ("total", sum(sizes.values()))])
         echo(f"Dry run: nothing was uploaded to {url}.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from setfit_kd.utils.escape import printable
+from setfit_kd.utils.console import printable
 
 
 @click.command()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Set
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -17,10 +17,7 @@ from setfit_kd.config.presets import DEFAULT_PRESET, PRESETS, preset, read_confi
 from setfit_kd.config.run import RunConfig
 from setfit_kd.config.stages import AugmentConfig, DataConfig, SignalsConfig, StudentConfig, TeacherConfig
 from setfit_kd.errors import ConfigError, UnavailableError
-from setfit_kd.utils.escape import printable
-
-if TYPE_CHECKING:
-    from setfit_kd.run.pipeline import RunResult
+from setfit_kd.utils.console import printable
 
 _COMMON = {
     "Data": ("labeled", "unlabeled", "eval", "text_column", "label_column", "shots"),
@@ -94,7 +91,25 @@ def run(preset_name: str | None, config_file: Path | None, resume: Path | None, 
         # Runs when click closes its context, so that the hint appears below the error message.
         click.get_current_context().find_root().call_on_close(partial(_print_resume_hint, config.output_dir))
         raise
-    _print_result(result, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+
+    from setfit_kd.cli.output import echo, show_table
+    from setfit_kd.evaluation.measure import evaluation_table
+    from setfit_kd.report.render import SEED_HEADINGS, seed_cells
+    from setfit_kd.report.summary import display_name
+
+    if result.evaluations:
+        show_table(*evaluation_table({display_name(name): each for name, each in result.evaluations.items()}))
+        echo("")
+    if result.by_seed:
+        rows = [(display_name(name), *seed_cells(summary)) for name, summary in result.over_seeds.items()]
+        show_table((f"{len(result.by_seed)} seeds", *SEED_HEADINGS), rows)
+        echo("")
+    student, model_path = "the student", str(result.output_dir)
+    if len(result.students) > 1:
+        student, model_path = "a student", f"{model_path}/{next(iter(pipeline.student_paths(result.config).values()))}"
+    echo(f"Finished in {seconds:.0f} s. Report: {result.output_dir}/report.html. To use {student}:")
+    echo(f'  setfit-kd predict {shlex.quote(model_path)} "..."')
 
 
 def _offline_hint(error: UnavailableError, config: RunConfig, *, chosen: Set[str]) -> str | None:
@@ -134,23 +149,3 @@ def _print_plan(config: RunConfig, *, resume: bool) -> None:
     show_table(("stage", "texts", "steps"), [(stage.name, stage.texts, stage.steps or "") for stage in stages])
     if config.seeds > 1:
         echo(f"All stages run with {config.seeds} seeds.")
-
-
-def _print_result(result: RunResult, seconds: float) -> None:
-    from setfit_kd.cli.output import echo, show_evaluations, show_table
-    from setfit_kd.report.render import SEED_HEADINGS, seed_cells
-    from setfit_kd.report.summary import display_name
-    from setfit_kd.run.pipeline import student_paths
-
-    if result.evaluations:
-        show_evaluations({display_name(name): evaluation for name, evaluation in result.evaluations.items()})
-        echo("")
-    if result.by_seed:
-        rows = [(display_name(name), *seed_cells(summary)) for name, summary in result.over_seeds.items()]
-        show_table((f"{len(result.by_seed)} seeds", *SEED_HEADINGS), rows)
-        echo("")
-    student, model_path = "the student", str(result.output_dir)
-    if len(result.students) > 1:
-        student, model_path = "a student", f"{model_path}/{next(iter(student_paths(result.config).values()))}"
-    echo(f"Finished in {seconds:.0f} s. Report: {result.output_dir}/report.html. To use {student}:")
-    echo(f'  setfit-kd predict {shlex.quote(model_path)} "..."')

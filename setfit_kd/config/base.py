@@ -16,16 +16,9 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**32
 
-_NOT_FINGERPRINTED = frozenset(
-    {
-        "device",
-        "cpu_fallback",
-        "micro_batch_size",
-        "gradient_checkpointing",
-        "checkpoint_seconds",
-        "encode_batch_size",
-        "cache",
-    }
+_NOT_FINGERPRINTED = (
+    *("device", "cpu_fallback", "micro_batch_size", "gradient_checkpointing", "checkpoint_seconds"),
+    *("encode_batch_size", "cache"),
 )
 """Settings that affect how a stage runs, but not its result."""
 

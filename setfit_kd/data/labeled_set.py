@@ -29,6 +29,11 @@ class LabeledSet:
         """(n_classes,) int64, number of texts per class."""
         return np.bincount(self.labels, minlength=len(self.label_names))
 
+    @property
+    def one_hot(self) -> npt.NDArray[np.float32]:
+        """(n, n_classes) float32, 1 for the class of each text and 0 for the others."""
+        return np.eye(len(self.label_names), dtype=np.float32)[self.labels]
+
     def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> LabeledSet:
         """Select the rows at ``indices``, in that order."""
         return LabeledSet([self.texts[i] for i in indices], self.labels[indices], self.label_names, self.origin)
@@ -47,23 +52,16 @@ def encode_labels(rows: Rows, label_names: Sequence[str] | None = None) -> Label
     unknown = sorted(present - set(names))
     if unknown:
         listed = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
-        raise DataError(
-            f"{rows.origin} has labels that are not in the training set: {listed}; expected one of "
-            f"{', '.join(map(repr, names))}.",
-            hint="Add labeled texts of these classes to the training set, or remove these rows.",
-        )
+        expected = ", ".join(map(repr, names))
+        message = f"{rows.origin} has labels that are not in the training set: {listed}; expected one of {expected}."
+        hint = "Add labeled texts of these classes to the training set, or remove these rows."
+        raise DataError(message, hint=hint)
     index = {name: i for i, name in enumerate(names)}
     return LabeledSet(rows.texts, np.array([index[label] for label in rows.labels], np.int64), names, rows.origin)
 
 
 def draw_shots(data: LabeledSet, shots: int | None, *, seed: int) -> LabeledSet:
-    """Draw ``shots`` texts per class without replacement, or all texts of a class that has fewer.
-
-    Without ``shots``, all texts are kept. They stay in the order of ``data``.
-
-    Raises:
-        DataError: If there is only one class, or a class has fewer than two texts.
-    """
+    """Draw ``shots`` texts per class, or all if it has fewer, in the order of ``data``; raises as `check_classes`."""
     check_classes(data)
     if shots is None:
         return data
@@ -73,11 +71,7 @@ def draw_shots(data: LabeledSet, shots: int | None, *, seed: int) -> LabeledSet:
 
 
 def check_classes(data: LabeledSet) -> None:
-    """Check that a set has enough classes and texts for contrastive pairs.
-
-    Raises:
-        DataError: If there is only one class, or a class has fewer than two texts.
-    """
+    """Raise a `DataError` if a set has only one class or a class has fewer than two texts, too few for pairs."""
     if len(data.label_names) < 2:
         message = f"{data.origin} has only one class: {', '.join(map(repr, data.label_names))}."
         raise DataError(message, hint="Use labeled texts of at least two classes, and check --label-column.")

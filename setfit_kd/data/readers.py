@@ -20,8 +20,7 @@ Record = tuple[int, Mapping[str, Any]]
 
 # By default the csv module rejects fields longer than 131,072 characters; news articles can be longer.
 csv.field_size_limit(2**31 - 1)
-_INVALID_BYTE = re.compile("[\udc80-\udcff]")
-"""Characters by which the error handler ``surrogateescape`` replaces bytes that are not UTF-8."""
+_INVALID_BYTE = re.compile("[\udc80-\udcff]")  # ``surrogateescape`` replaces bytes that are not UTF-8 by these
 
 
 def file_format(path: Path) -> str:
@@ -36,14 +35,12 @@ def record_unit(path: Path) -> str:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Yield ``(line or row number, record)`` from a data file.
-
-    Raises:
-        DataError: If the file is missing, empty or damaged, or its format is not supported.
-    """
+    """Yield ``(line or row number, record)`` from a data file; raise a `DataError` if it is missing or damaged."""
     reader = READERS.get(file_format(path))
     if reader is None:
-        raise unsupported_format(path)
+        extension = f"extension {path.suffix!r} is not supported" if path.suffix else "the file name has no extension"
+        hint = f"Use one of {', '.join(READERS)}. All but .parquet may be compressed, as in .csv.gz."
+        raise DataError(f"Cannot read {path}: {extension}.", hint=hint)
     try:
         if path.stat().st_size == 0:
             raise _empty_file(path)
@@ -51,13 +48,6 @@ def read_records(path: Path) -> Iterator[Record]:
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"Cannot read {path}: {reason}.", hint="Check the path and the file.") from None
-
-
-def unsupported_format(path: Path) -> DataError:
-    """Create the error for a file whose extension is not supported."""
-    extension = f"extension {path.suffix!r} is not supported" if path.suffix else "the file name has no extension"
-    hint = f"Use one of {', '.join(READERS)}. All but .parquet may be compressed, as in .csv.gz."
-    return DataError(f"Cannot read {path}: {extension}.", hint=hint)
 
 
 def _empty_file(path: Path) -> DataError:
@@ -96,21 +86,16 @@ def _read_delimited(path: Path, *, delimiter: str) -> Iterator[Record]:
                     raise DataError(f"{path}: column {duplicates[0]!r} occurs twice.", hint="Rename one of them.")
                 other = re.search(r"[,;\t|]", header[0]) if len(header) == 1 else None
                 if other:
-                    raise DataError(
-                        f"{path}: expected columns separated by {delimiter!r}, got {other[0]!r} in the header.",
-                        hint="Separate the columns by commas, or by tabs in a .tsv file.",
-                    )
+                    message = f"{path}: expected columns separated by {delimiter!r}, got {other[0]!r} in the header."
+                    raise DataError(message, hint="Separate the columns by commas, or by tabs in a .tsv file.")
             elif fields:
                 if len(fields) != len(header):
-                    raise DataError(
-                        f"{path}, line {line}: expected {len(header)} fields, got {len(fields)}.",
-                        hint="Quote texts that contain the delimiter, a quote or a line break.",
-                    )
+                    message = f"{path}, line {line}: expected {len(header)} fields, got {len(fields)}."
+                    raise DataError(message, hint="Quote texts that contain the delimiter, a quote or a line break.")
                 yield line, dict(zip(header, fields, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
-        hint = "Check the quotes in this row; double those inside a text."
-        raise DataError(f"{path}, line {line}: {error}.", hint=hint) from None
+        raise DataError(f"{path}, line {line}: {error}.", hint="Check the quotes; double those in a text.") from None
     if not header:
         raise _empty_file(path)
 
@@ -146,30 +131,21 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         raise DataError(f"{path}: a date or time is out of range ({error}).", hint="Write the file again.") from None
 
 
-def _read_text_lines(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(_read_lines(path), 1):
-        yield number, {"text": line.rstrip("\r\n")}
-
-
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".csv": partial(_read_delimited, delimiter=","),
     ".tsv": partial(_read_delimited, delimiter="\t"),
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".parquet": _read_parquet,
-    ".txt": _read_text_lines,
+    ".txt": lambda path: ((i, {"text": line.rstrip("\r\n")}) for i, line in enumerate(_read_lines(path), 1)),
 }
-"""Reader for each supported file extension."""
 
 
 def column_types(paths: Iterable[Path]) -> dict[str, Any]:
     """Return the columns of several files in order of appearance, each with an Arrow type that fits all its values.
 
     JSONL files are read to the end, since any row may add a column. Values without a common type become strings, as do
-    lists and objects in JSONL files. Text files have no columns.
-
-    Raises:
-        DataError: See `read_records`.
+    lists and objects in JSONL files. Text files have no columns. Raises as `read_records`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from setfit_kd.data.readers import READERS, Record, file_format, read_records, record_unit, unsupported_format
+from setfit_kd.data.readers import READERS, Record, file_format, read_records, record_unit
 from setfit_kd.errors import DataError
 from setfit_kd.utils.console import quiet_libraries
 from setfit_kd.utils.files import MAX_JSON_BYTES, check_regular_file
@@ -26,33 +26,25 @@ Source: TypeAlias = Union[str, Path, "Dataset", "DataFrame", Mapping[str, Sequen
 """A path, a hub name, a ``datasets.Dataset``, a ``pandas.DataFrame``, a mapping of columns, or a list of texts, pairs
 or mappings."""
 
-Decode: TypeAlias = Callable[[Sequence[int]], str]
-"""Converts token ids to text."""
-
-TextRow: TypeAlias = tuple[str | None, Mapping[str, Any]]
-"""A pair: the text of a row (None if unusable), and its other columns."""
-
-BUNDLED_FOLDER = Path(__file__).parent
+Decode: TypeAlias = Callable[[Sequence[int]], str]  # converts token ids to text
+TextRow: TypeAlias = tuple[str | None, Mapping[str, Any]]  # the text of a row (None if unusable), and its other columns
 _HUB_SOURCE = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?(?:@[\w./-]+)?)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>[\w.-]+)\])?"
 )
-_FILE_SUFFIXES = (*READERS, ".json", ".xlsx", ".xls", ".gz", ".zip", ".bz2", ".xz")
+# Names of the splits for each role; the first one that exists is used.
 _SPLITS = {"train": ["train"], "validation": ["validation", "dev"], "test": ["test", "validation"]}
-"""Names of the splits to try for each role; the first one that exists is used."""
 INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-"""Unicode's Default_Ignorable_Code_Point (zero-width characters, direction marks, variation selectors, tags, ...) and
-interlinear annotation marks."""
+"""See `runtime.classify.INVISIBLE`; importing that would load numpy."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts of a source, none of them empty, and the names of their labels; None if only texts were read.
+    """Non-empty texts of a source, and their labels, or None if only texts were read.
 
-    ``label_names`` are the distinct names, in the order declared by the source, otherwise sorted. ``origin`` names the
-    source in messages.
+    ``label_names`` are in the order declared by the source, otherwise sorted; ``origin`` names it in messages.
     """
 
     texts: list[str]
@@ -98,37 +90,23 @@ def read(
         UnavailableError: If the hub cannot be reached.
     """
     table = _open(source, role, label_column)
-    texts: list[str] = []
-    labels: list[str] = []
-    for text, label, _ in _rows(table, text_column, decode=decode):
-        texts.append(text)
-        labels.append(label)
+    rows = [(text, label) for text, label, _ in _rows(table, text_column, decode=decode)]
+    texts, labels = [text for text, _ in rows], [label for _, label in rows]
     names = table.declared_labels or tuple(sorted(set(labels), key=_label_sort_key))
     return Rows(texts, labels if label_column else None, names, table.origin)
 
 
 def stream_texts(source: Source, *, text_column: Sequence[str] = ("text",)) -> Iterator[str]:
-    """Yield the texts of a source one by one, without loading a whole file into memory.
-
-    Unusable rows are skipped.
-
-    Raises:
-        DataError: See `read`; for unusable rows, after the last row.
-        UnavailableError: If the hub cannot be reached.
-    """
+    """Yield the texts of a source one by one, without loading a whole file into memory; raises as `read`."""
     for text, _, _ in _rows(_open(source, "train"), text_column):
         yield text
 
 
 def stream_rows(source: Source | _Table, *, text_column: Sequence[str] = ("text",)) -> Iterator[TextRow]:
-    """Yield the text of each row, or None if it is unusable, and the row's other columns.
+    """Yield the text of each row, or None if it is unusable, and the row's other columns; raises as `read`.
 
-    The other columns include those named in ``text_column``; only the default column ``text`` is left out. Files are
-    not loaded into memory as a whole. After the last row, a warning lists the rows without a usable text.
-
-    Raises:
-        DataError: If the source cannot be read or lacks a text column.
-        UnavailableError: If the hub cannot be reached.
+    The other columns include those named in ``text_column``; only the default column ``text`` is left out. After the
+    last row, a warning lists the rows without a usable text.
     """
     table = source if isinstance(source, _Table) else _open(source, "train")
     drop_text = not table.has_columns or tuple(text_column) == ("text",)
@@ -147,8 +125,8 @@ def _rows(
 ) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Yield the text, the label ("" without a label column) and the record of each row.
 
-    If ``strict``, unusable rows are skipped, and an error that lists them is raised after the last row. Otherwise
-    their text is "", and a warning lists them after the last row.
+    Unusable rows are skipped and listed in an error after the last row; if not ``strict``, their text is "", and a
+    warning lists them.
     """
     columns = text_column if table.has_columns else ("text",)
     errors = RowErrors(table.origin, table.unit)
@@ -159,10 +137,8 @@ def _rows(
         required = [*columns, *([table.label_column] if table.label_column else [])] if is_first else []
         missing = [column for column in required if column not in record]
         if missing:
-            raise DataError(
-                f"{table.origin} has no column {missing[0]!r}; it has {', '.join(map(repr, record))}.",
-                hint="Name the columns with --text-column and --label-column.",
-            )
+            message = f"{table.origin} has no column {missing[0]!r}; it has {', '.join(map(repr, record))}."
+            raise DataError(message, hint="Name the columns with --text-column and --label-column.")
         is_first, label = False, ""
         text, problem = get_text(record, columns)
         if table.label_column and problem is None:
@@ -286,20 +262,15 @@ def _list_records(items: Sequence[Any], label_column: str | None) -> Iterator[Re
         elif isinstance(item, tuple | list) and len(item) == 2:
             yield number, {"text": item[0], label_column: item[1]}
         else:
-            raise DataError(
-                f"The list, row {number}: expected a (text, label) pair, got {item!r:.60}.",
-                hint="Pass pairs, mappings, or a mapping of columns.",
-            )
+            message = f"The list, row {number}: expected a (text, label) pair, got {item!r:.60}."
+            raise DataError(message, hint="Pass pairs, mappings, or a mapping of columns.")
 
 
 def _find(name: str, role: str) -> tuple[Path | re.Match[str], str | None]:
-    """Return the file or folder that a name means, or the parts of the name of a hub data set; and the split.
-
-    Raises:
-        DataError: If there is no such file, or its format is not supported.
-    """
+    """Return the file or folder that a name means, or the parts of the name of a hub data set; and the split."""
     if name.startswith("bundled:"):
-        path = BUNDLED_FOLDER / name.removeprefix("bundled:") / ("eval.jsonl" if role == "test" else "train.jsonl")
+        corpus = Path(__file__).parent / name.removeprefix("bundled:")
+        path = corpus / ("eval.jsonl" if role == "test" else "train.jsonl")
         if not path.is_file():
             raise DataError(f"No such bundled corpus: {name!r}.", hint="Use bundled:newswire.")
         return path, None
@@ -313,11 +284,9 @@ def _find(name: str, role: str) -> tuple[Path | re.Match[str], str | None]:
         raise DataError(f"Cannot read {name!r:.200}: {error.strerror or error}.", hint="Check the path.") from None
     if is_file and split:
         raise DataError(f"{path} is a file and has no splits.", hint="Remove the square brackets.")
-    if is_file and file_format(path) not in READERS:
-        raise unsupported_format(path)
     if is_file or is_folder:
         return path, split
-    is_file_name = name.lower().endswith(_FILE_SUFFIXES)
+    is_file_name = name.lower().endswith((*READERS, ".json", ".xlsx", ".xls", ".gz", ".zip", ".bz2", ".xz"))
     match = None if is_file_name or name.startswith((".", "~")) else _HUB_SOURCE.fullmatch(name)
     if match is None:
         raise DataError(f"No such file{'' if is_file_name else ' or folder'}: {name}.", hint="Check the path.")
@@ -348,11 +317,9 @@ def _open_named(name: str, role: str, label_column: str | None) -> _Table:
             else:
                 data = datasets.load_dataset(str(folder), name=config, cache_dir=cache_dir, keep_in_memory=True)
         except Exception as error:
-            raise DataError(
-                f"Cannot read {origin} ({type(error).__name__}: {error}).",
-                hint="Use a folder written by `Dataset.save_to_disk`, or a CSV, TSV, JSONL or Parquet file. "
-                "Name the configuration of a hub data set as NAME:CONFIG.",
-            ) from error
+            hint = "Use a folder written by `Dataset.save_to_disk`, or a CSV, TSV, JSONL or Parquet file. "
+            hint += "Name the configuration of a hub data set as NAME:CONFIG."
+            raise DataError(f"Cannot read {origin} ({type(error).__name__}: {error}).", hint=hint) from error
     return _open_dataset(data, role, origin, label_column, split)
 
 
@@ -361,10 +328,9 @@ def _open_dataset(data: Any, role: str, origin: str, label_column: str | None, s
         candidates = [split] if split else _SPLITS[role]
         split_name = next((name for name in candidates if name in data), None)
         if split_name is None:
-            raise DataError(
-                f"{origin} has no split {' or '.join(map(repr, candidates))}; it has {', '.join(map(repr, data))}.",
-                hint="Name a split in square brackets, as in NAME[validation], or in Python pass one split.",
-            )
+            wanted, present = " or ".join(map(repr, candidates)), ", ".join(map(repr, data))
+            hint = "Name a split in square brackets, as in NAME[validation], or in Python pass one split."
+            raise DataError(f"{origin} has no split {wanted}; it has {present}.", hint=hint)
         data, origin = data[split_name], f"{origin} [{split_name}]"
     elif split:
         raise DataError(f"{origin} has no splits.", hint="Remove the square brackets.")

@@ -23,11 +23,7 @@ _QUOTES = str.maketrans(dict.fromkeys("‘’‚‛‹›ʼ", "'") | dict.fromke
 
 @dataclass(frozen=True)
 class DataReport:
-    """Numbers of texts used, and of texts removed by cleaning.
-
-    Texts are removed if they are duplicates, are in the evaluation set (leaks), occur with different labels
-    (conflicts), or, in the pool, are labeled texts.
-    """
+    """Numbers of texts used and removed; conflicts occur with different labels, leaks are in the evaluation set."""
 
     labeled: int
     pool: int
@@ -84,25 +80,14 @@ def split_data(
 
     1. Leak guard: remove all texts of the evaluation set, after `normalize`, from the labeled set and the pool.
     2. Remove duplicates, and labeled texts that occur with different labels.
-    3. Draw the labeled texts, and remove them from the pool if ``disjoint``.
-    4. Draw the pool from the rest. It is read only once: memory holds the drawn texts and about 100 bytes per text of
-       the pool to detect duplicates.
-
-    Args:
-        labeled: Labeled texts.
-        pool: Unlabeled texts; None for no pool.
-        evaluation: Evaluation set, or None.
-        config: How many texts to draw, and the seed.
-        disjoint: Remove the labeled texts from the pool. Without it, ``labeled`` may be empty.
-
-    Raises:
-        DataError: If too few texts are left for training.
+    3. Draw the labeled texts; if ``disjoint``, remove them from the pool. Otherwise ``labeled`` may be empty.
+    4. Draw the pool (None for no pool) from the rest. It is read only once: memory holds the drawn texts and about 100
+       bytes per text of the pool to detect duplicates. If too few texts are left, a `DataError` is raised.
     """
     held_out = {normalize(text) for text in evaluation.texts} if evaluation else set()
     removed: Counter[str] = Counter(labeled_leaks=len(labeled))
     labeled = remove_leaks(labeled, held_out, name="labeled", held_out_name="evaluation")
     removed["labeled_leaks"] -= len(labeled)
-
     keys = [normalize(text) for text in labeled.texts]
     labels_by_key: dict[str, set[int]] = defaultdict(set)
     for key, label in zip(keys, labeled.labels.tolist(), strict=True):
@@ -119,31 +104,25 @@ def split_data(
             if count < (config.shots or 0):
                 message = "Class %r has only %d labeled texts, expected %d: using all of them."
                 logger.warning(message, name, count, config.shots)
-
     shot_keys = {normalize(text) for text in shots.texts} if disjoint else set()
     texts = [] if pool is None else _draw_pool(pool, held_out, shot_keys, config, removed)
     report = DataReport(len(shots), len(texts), len(evaluation or ()), **removed)
-    logger.info(
-        "Data: %d labeled, %d pool and %d evaluation texts (removed %d labeled and %d pool duplicates).",
-        report.labeled,
-        report.pool,
-        report.evaluation,
-        report.labeled_duplicates,
-        report.pool_duplicates,
-    )
+    message = "Data: %d labeled, %d pool and %d evaluation texts (removed %d labeled and %d pool duplicates)."
+    counts = report.labeled, report.pool, report.evaluation, report.labeled_duplicates, report.pool_duplicates
+    logger.info(message, *counts)
     return DataSplits(shots, texts, evaluation, report)
 
 
 def _draw_pool(
     pool: Iterable[str], held_out: set[str], shots: set[str], config: DataConfig, removed: Counter[str]
 ) -> list[str]:
-    """Clean the pool and draw texts from it, in the order of the pool; add the numbers of removed texts to ``removed``.
+    """Clean the pool and draw texts from it, in the order of the pool; count the removed texts in ``removed``.
 
     The texts with the smallest keyed hashes are drawn. The draw therefore depends only on the seed and the texts, not
     on their order, and a smaller draw is a subset of a larger one.
     """
-    size = config.pool_size
     seen: set[bytes] = set()
+    size = config.pool_size
 
     def hashed() -> Iterator[tuple[int, int, str]]:
         """Yield the hash, the row and the text of each text that may be drawn."""
@@ -166,10 +145,8 @@ def _draw_pool(
     if removed["pool_leaks"]:
         logger.warning("Leak guard: removed %d pool texts that are also in the evaluation set.", removed["pool_leaks"])
     if not drawn:
-        raise DataError(
-            "The pool is empty after removing the labeled texts and the evaluation texts.",
-            hint="Add unlabeled texts that are not in these sets.",
-        )
+        message = "The pool is empty after removing the labeled texts and the evaluation texts."
+        raise DataError(message, hint="Add unlabeled texts that are not in these sets.")
     if size is not None and len(seen) < size:
         logger.warning("The pool has only %d texts, expected %d: using all of them.", len(seen), size)
     return [text for _, _, text in drawn]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,8 @@ import numpy.typing as npt
 from setfit_kd.data.labeled_set import LabeledSet, encode_labels
 from setfit_kd.data.sources import Source, read
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation.calibration import Calibration, OperatingPoint, coverage_curve, measure_calibration
-from setfit_kd.evaluation.intervals import Interval, bootstrap_calibration, bootstrap_proportion, bootstrap_quality
-from setfit_kd.evaluation.metrics import ClassQuality, Quality, measure_quality
+from setfit_kd.evaluation import metrics
+from setfit_kd.evaluation.metrics import Calibration, ClassQuality, Interval, OperatingPoint, Quality, measure_quality
 from setfit_kd.memory.backoff import OOMBackoff, shared_backoff
 from setfit_kd.models.bodies import family_of
 from setfit_kd.models.encode import predict_proba
@@ -41,13 +41,10 @@ _MEASURED, _PROBABILITIES, _TEXTS = "measured.json", "probabilities.npy", "texts
 
 @dataclass(frozen=True)
 class Cost:
-    """Size and speed of a classifier.
+    """Size and speed of a classifier on a device.
 
-    Attributes:
-        parameters: Number of weights in body and head; None for a bundle.
-        megabytes: Size on disk of the saved model, in 10^6 bytes.
-        texts_per_second: Texts classified per second, including tokenization, in batches sorted by length.
-        device: Device on which the speed was measured.
+    ``parameters`` are the weights in body and head; None for a bundle. ``megabytes`` is the size of the saved model, in
+    10^6 bytes. ``texts_per_second`` includes tokenization, in batches sorted by length.
     """
 
     parameters: int | None
@@ -71,11 +68,7 @@ class Evaluation:
         return np.asarray(self.probabilities.argmax(axis=1), np.int64)
 
     def save(self, folder: Path) -> None:
-        """Write the evaluation to a new folder atomically.
-
-        Raises:
-            OutputError: If the folder already exists or cannot be written.
-        """
+        """Write the evaluation to a new folder, as `atomic_folder` does."""
         with atomic_folder(folder) as part:
             save_rows(self.probabilities, part / _PROBABILITIES, half_if_large=False)
             measured = {"quality": asdict(self.quality), "cost": asdict(self.cost), "gold": self.gold.tolist()}
@@ -83,11 +76,7 @@ class Evaluation:
 
     @classmethod
     def load(cls, folder: Path) -> Evaluation:
-        """Load an evaluation that `save` wrote.
-
-        Raises:
-            DataError: If the folder does not contain a complete evaluation.
-        """
+        """Load an evaluation that `save` wrote; raise a `DataError` if it is not complete."""
         try:
             measured = read_json(folder / _MEASURED)
             classes = {name: ClassQuality(**fields) for name, fields in measured["quality"].pop("classes").items()}
@@ -103,36 +92,36 @@ class Evaluation:
     @cached_property
     def calibration(self) -> Calibration:
         """Calibration of the predicted probabilities."""
-        return measure_calibration(self.probabilities, self.gold)
+        return metrics.measure_calibration(self.probabilities, self.gold)
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
         """``accuracy``, ``macro_f1`` and, for students, ``agreement`` with their 95% intervals."""
-        intervals = bootstrap_quality(self.gold, self.predicted, n_classes=self.probabilities.shape[1])
+        intervals = metrics.bootstrap_quality(self.gold, self.predicted, n_classes=self.probabilities.shape[1])
         if self.quality.agreement is not None:
             n = len(self.gold)
-            intervals["agreement"] = bootstrap_proportion(round(self.quality.agreement * n), n)
+            intervals["agreement"] = metrics.bootstrap_proportion(round(self.quality.agreement * n), n)
         return intervals
 
     @cached_property
     def calibration_intervals(self) -> dict[str, Interval]:
         """``ece`` and ``brier`` with their 95% intervals; takes seconds for hundreds of thousands of texts."""
-        return bootstrap_calibration(self.probabilities, self.gold)
+        return metrics.bootstrap_calibration(self.probabilities, self.gold)
 
     def difference_to(self, other: Evaluation) -> dict[str, Interval]:
         """Compute the difference in ``accuracy`` and ``macro_f1`` to another evaluation on the same texts."""
         n_classes = self.probabilities.shape[1]
-        return bootstrap_quality(self.gold, self.predicted, n_classes=n_classes, other=other.predicted)
+        return metrics.bootstrap_quality(self.gold, self.predicted, n_classes=n_classes, other=other.predicted)
 
     def operating_point(self, target: float) -> OperatingPoint | None:
         """Find the lowest threshold at which the answers reach the accuracy ``target``; None if there is none.
 
-        The threshold is chosen and measured on the same texts. Expect a lower accuracy on new texts, especially if the
-        threshold was chosen on few texts. The interval shows how much of the accuracy may be due to chance.
+        The threshold is chosen and measured on the same texts, so expect a lower accuracy on new ones, especially if
+        there were few texts. The interval shows how much of the accuracy may be due to chance.
         """
         from scipy.stats import binomtest
 
-        curve = coverage_curve(self.probabilities, self.gold)
+        curve = metrics.coverage_curve(self.probabilities, self.gold)
         points = curve[curve[:, 2] >= target]
         if not len(points):
             return None
@@ -180,18 +169,14 @@ def evaluate(
     if not isinstance(data, LabeledSet):
         data = encode_labels(read(data, label_column="label", role="test"), names)
     if data.label_names != names:
-        raise DataError(
-            f"{data.origin} has the classes {', '.join(data.label_names)}; expected the classes of the model, "
-            f"{', '.join(names)}.",
-            hint="Use an evaluation set with the classes of the model, in the same order.",
-        )
+        classes = f"{', '.join(data.label_names)}; expected the classes of the model, {', '.join(names)}"
+        hint = "Use an evaluation set with the classes of the model, in the same order."
+        raise DataError(f"{data.origin} has the classes {classes}.", hint=hint)
     if not len(data):
         raise DataError(f"{data.origin} contains no texts.", hint="Pass at least one text.")
     if teacher is not None and len(teacher.gold) != len(data):
-        raise DataError(
-            f"The teacher was evaluated on {len(teacher.gold)} texts, but {data.origin} has {len(data)}.",
-            hint="Evaluate the teacher and the student on the same set.",
-        )
+        message = f"The teacher was evaluated on {len(teacher.gold)} texts, but {data.origin} has {len(data)}."
+        raise DataError(message, hint="Evaluate the teacher and the student on the same set.")
     predict: Callable[[list[str]], npt.NDArray[np.float32]]
     if isinstance(model, Classifier):
         predict = model.predict_proba
@@ -239,10 +224,7 @@ def count_parameters(model: SetFitModel) -> int:
 
 
 def evaluate_ensemble(
-    evaluations: Sequence[Evaluation],
-    weights: Sequence[float],
-    temperatures: Sequence[float],
-    average_temperature: float,
+    evaluations: Sequence[Evaluation], weights: Sequence[float], temperatures: Sequence[float], mean_temperature: float
 ) -> Evaluation:
     """Evaluate an ensemble from the evaluations, weights and temperatures of its members on the same texts.
 
@@ -252,23 +234,16 @@ def evaluate_ensemble(
     first, costs = evaluations[0], [evaluation.cost for evaluation in evaluations]
     unscaled = [at_temperature(e.probabilities, 1 / t) for e, t in zip(evaluations, temperatures, strict=True)]
     averaged = np.average(unscaled, axis=0, weights=np.asarray(weights))
-    probabilities = np.asarray(at_temperature(averaged, average_temperature), np.float32)
+    probabilities = np.asarray(at_temperature(averaged, mean_temperature), np.float32)
     predicted = np.asarray(probabilities.argmax(axis=1), np.int64)
-    cost = Cost(
-        parameters=sum(cost.parameters or 0 for cost in costs),
-        megabytes=round(sum(cost.megabytes for cost in costs), 1),
-        texts_per_second=round(1 / sum(1 / max(cost.texts_per_second, 0.1) for cost in costs), 1),
-        device=first.cost.device,
-    )
+    parameters, megabytes = sum(c.parameters or 0 for c in costs), round(sum(c.megabytes for c in costs), 1)
+    speed = round(1 / sum(1 / max(c.texts_per_second, 0.1) for c in costs), 1)
+    cost = Cost(parameters, megabytes, speed, first.cost.device)
     return Evaluation(measure_quality(predicted, first.gold, [*first.quality.classes]), cost, probabilities, first.gold)
 
 
 def write_texts(data: LabeledSet, folder: Path) -> None:
-    """Write the texts and labels to ``texts.jsonl``; its first line holds the label names and the origin.
-
-    Raises:
-        OutputError: If the file cannot be written.
-    """
+    """Write the texts and labels to ``texts.jsonl``; its first line holds the label names and the origin."""
     with raise_output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     header = {"label_names": list(data.label_names), "origin": data.origin, "texts": len(data)}
@@ -279,11 +254,7 @@ def write_texts(data: LabeledSet, folder: Path) -> None:
 
 
 def read_texts(folder: Path) -> LabeledSet:
-    """Read the evaluation set that `write_texts` wrote.
-
-    Raises:
-        DataError: If the file is missing or incomplete.
-    """
+    """Read the evaluation set that `write_texts` wrote; raise a `DataError` if it is missing or incomplete."""
     try:
         header, *rows = read_json_lines(folder / _TEXTS)
         names, texts = header["label_names"], [row["text"] for row in rows]
@@ -298,7 +269,6 @@ def read_texts(folder: Path) -> LabeledSet:
 
 
 def _class_indices(values: object, n_classes: int) -> npt.NDArray[np.int64]:
-    """Convert a list of class indices from 0 to ``n_classes`` - 1 to an array."""
     if not isinstance(values, list) or not all(type(value) is int and 0 <= value < n_classes for value in values):
         raise ValueError(f"labels must be integers from 0 to {n_classes - 1}")
     return np.array(values, np.int64)
@@ -312,12 +282,56 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], 
     for name, evaluation in evaluations.items():
         quality, cost, interval = evaluation.quality, evaluation.cost, evaluation.intervals["accuracy"]
         agreement = "" if quality.agreement is None else f"{quality.agreement:.1%}"
-        rows.append(
-            [
-                *(name, f"{quality.accuracy:.1%}", f"{100 * interval.low:.1f}-{100 * interval.high:.1f}"),
-                *(f"{quality.macro_f1:.1%}", *[agreement] * has_teacher),
-                "" if cost.parameters is None else f"{cost.parameters / 1e6:.1f} M",
-                *(f"{cost.megabytes:.1f}", f"{cost.texts_per_second:,.0f}"),
-            ]
-        )
+        accuracy = f"{quality.accuracy:.1%}", f"{100 * interval.low:.1f}-{100 * interval.high:.1f}"
+        parameters = "" if cost.parameters is None else f"{cost.parameters / 1e6:.1f} M"
+        costs = parameters, f"{cost.megabytes:.1f}", f"{cost.texts_per_second:,.0f}"
+        rows.append([name, *accuracy, f"{quality.macro_f1:.1%}", *[agreement] * has_teacher, *costs])
     return headings, rows
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, sample standard deviation (divided by n - 1) and values of a metric over several seeds."""
+
+    mean: float
+    std: float
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class SeedSummary:
+    """Metrics of one model over several seeds.
+
+    ``figures`` are ``accuracy``, ``macro_f1``, ``ece``, ``brier`` and, for a student or baseline, ``agreement``.
+    ``against`` are the differences of ``accuracy`` and ``macro_f1`` to each ``teacher`` or ``baseline``, within a seed.
+    """
+
+    figures: dict[str, Spread]
+    against: dict[str, dict[str, Spread]]
+
+
+def summarize_seeds(
+    by_seed: Sequence[Mapping[str, Evaluation]], references: Mapping[str, Mapping[str, str]]
+) -> dict[str, SeedSummary]:
+    """Summarize the evaluations, by model name, of the same models over at least two seeds.
+
+    ``references`` has, for each student, the names of its reference models by role (``teacher``, ``baseline``).
+    """
+    seeds = [{name: _figures(evaluation) for name, evaluation in evaluations.items()} for evaluations in by_seed]
+
+    def spreads(keys: Iterable[str], name: str, reference: str | None = None) -> dict[str, Spread]:
+        values = {k: [seed[name][k] - (seed[reference][k] if reference else 0.0) for seed in seeds] for k in keys}
+        return {key: Spread(fmean(v), stdev(v), v) for key, v in values.items()}
+
+    summaries = {}
+    for name, figures in seeds[0].items():
+        roles = references.get(name, {}).items()
+        against = {role: spreads(("accuracy", "macro_f1"), name, reference) for role, reference in roles}
+        summaries[name] = SeedSummary(spreads(figures, name), against)
+    return summaries
+
+
+def _figures(evaluation: Evaluation) -> dict[str, float]:
+    quality, calibration = evaluation.quality, evaluation.calibration
+    figures = {"accuracy": quality.accuracy, "macro_f1": quality.macro_f1, "agreement": quality.agreement}
+    return {k: v for k, v in figures.items() if v is not None} | {"ece": calibration.ece, "brier": calibration.brier}

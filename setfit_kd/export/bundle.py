@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from timeit import repeat
@@ -14,29 +15,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from safetensors.numpy import save
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 
 from setfit_kd import __version__
-from setfit_kd.errors import ModelError, OutputError
-from setfit_kd.export.formats import head_weights, quantize, write_onnx, write_static
+from setfit_kd.errors import ModelError, OutputError, UnavailableError
 from setfit_kd.models.bodies import default_prompt, is_static
 from setfit_kd.models.encode import predict_proba
 from setfit_kd.runtime import classify
 from setfit_kd.utils.atomic_io import atomic_folder, raise_output_errors, replace_folder
-from setfit_kd.utils.escape import escape_markdown, short_class_name, truncate
-from setfit_kd.utils.files import folder_megabytes, read_json
-from setfit_kd.utils.hashing import file_hash
+from setfit_kd.utils.console import escape_markdown, short_class_name, suppress_warnings, truncate
+from setfit_kd.utils.files import file_hash, folder_megabytes, read_json
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
 
 logger = logging.getLogger(__name__)
 
-MIN_AGREEMENT = {"onnx": 0.999, "onnx-int8": 0.98, "static": 0.999}
-"""Default minimum share of texts that the bundle must label like the classifier, by format."""
+MIN_AGREEMENT = {"onnx": 0.999, "onnx-int8": 0.98, "static": 0.999}  # defaults, see `export_bundle`
 _README_FILE, _SCRIPT, _SINGLE_PRECISION_MODEL = "README.md", "classify.py", ".single.onnx"
 _FILES = (classify.MANIFEST, classify.LABELS, classify.TOKENIZER, classify.ONNX_MODEL, classify.VECTORS, classify.HEAD)
-_NO_LIMIT = 1_000_000
-"""Tokenizers without a length limit report a number far above this."""
+_NO_LIMIT = 1_000_000  # tokenizers without a length limit report a number far above this
 _README = """# {title}
 
 A text classifier with {n_classes} classes: {labels}.
@@ -65,19 +66,14 @@ verified on loading.
 
 @dataclass(frozen=True)
 class Bundle:
-    """An exported bundle.
+    """An exported bundle; ``parity`` compares it with the classifier.
 
-    Attributes:
-        path: Folder of the bundle.
-        format: ``onnx``, ``onnx-int8`` or ``static``; ``onnx`` also if ``onnx-int8`` was requested but rejected.
-        parity: Comparison with the original classifier: the number of ``texts``, the ``agreement`` (share of texts
-            with the same label), and the ``largest_difference`` between two probabilities.
-        megabytes: Size in 10^6 bytes.
-        int8_rejection_reason: Reason why ``onnx-int8`` was rejected; None if it was not.
+    ``parity`` holds the number of ``texts``, the ``agreement`` (share of texts with the same label), and the
+    ``largest_difference`` between two probabilities.
     """
 
     path: Path
-    format: str
+    format: str  # onnx also if onnx-int8 was requested but rejected
     parity: dict[str, Any]
     megabytes: float
     int8_rejection_reason: str | None = None
@@ -117,8 +113,7 @@ def export_bundle(
         model: Classifier with a logistic regression head; it is moved to the CPU.
         folder: Output folder.
         texts: Typical texts, such as the pool; at most 1,000 are used, evenly spaced.
-        format: ``onnx``, ``onnx-int8`` or ``static``; None selects ``static`` for static bodies and ``onnx-int8`` for
-            all others.
+        format: ``onnx``, ``onnx-int8`` or ``static``. [default: ``static`` for static bodies, else ``onnx-int8``]
         min_agreement: Minimum share of texts, from 0 to 1, that the bundle must label like the classifier. [default:
             0.98 for ``onnx-int8``, 0.999 for the others]
         title: Title of the bundle's README.
@@ -175,11 +170,9 @@ class _Draft:
         difference = float(np.abs(probabilities - self.expected).max())
         threshold = MIN_AGREEMENT[format] if self.min_agreement is None else self.min_agreement
         if agreement < threshold:
-            raise ModelError(
-                f"The {format} bundle and the classifier agree on {agreement:.2%} of {len(self.texts):,} texts, "
-                f"expected at least {threshold:.2%}.",
-                hint="Use another --format or a lower --min-agreement.",
-            )
+            shares = f"{agreement:.2%} of {len(self.texts):,} texts, expected at least {threshold:.2%}"
+            message = f"The {format} bundle and the classifier agree on {shares}."
+            raise ModelError(message, hint="Use another --format or a lower --min-agreement.")
         parity = {"texts": len(self.texts), "agreement": agreement, "largest_difference": difference}
         self.write_manifest(format, parity)
         return parity
@@ -218,17 +211,12 @@ class _Draft:
             parity=parity,
             files={path.name: file_hash(path) for path in sorted(self.folder.iterdir()) if path.name not in others},
         )
-        (self.folder / classify.MANIFEST).write_text(_to_json(self.manifest), encoding="utf-8")
-
-
-def _to_json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n"
+        (self.folder / classify.MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _write_common_files(model: SetFitModel, folder: Path) -> dict[str, Any]:
     """Write the tokenizer, which includes truncation, the labels and the script, and return the manifest so far."""
-    from tokenizers import Tokenizer
-
     body, labels = model.model_body, [str(label) for label in model.labels or ()]
     original, prefix = body.tokenizer, default_prompt(body)
     if prefix and not all(getattr(module, "include_prompt", True) for module in body):
@@ -245,7 +233,7 @@ def _write_common_files(model: SetFitModel, folder: Path) -> dict[str, Any]:
         if max_length < _NO_LIMIT:
             tokenizer.enable_truncation(int(max_length), direction=original.truncation_side)
     (folder / classify.TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
-    (folder / classify.LABELS).write_text(_to_json(labels), encoding="utf-8")
+    (folder / classify.LABELS).write_text(json.dumps(labels, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.copyfile(classify.__file__, folder / _SCRIPT)
     return {
         "format": classify.FORMAT,
@@ -272,3 +260,108 @@ def _readme(model: SetFitModel, format: str, parity: dict[str, Any], title: str)
         packages=" ".join(packages),
         **parity,
     )
+
+
+def head_weights(model: SetFitModel) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return coefficients (n_classes, d) and intercept (n_classes,) of a head; a binary head is converted to two rows.
+
+    Raises:
+        ModelError: If the head is not a fitted logistic regression.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    head = model.model_head
+    if not isinstance(head, LogisticRegression) or not hasattr(head, "coef_"):
+        message = f"The head is a {type(head).__name__}; only a fitted logistic regression can be exported."
+        raise ModelError(message, hint="Train the classifier with setfit-kd.")
+    coef, intercept = np.asarray(head.coef_, np.float32), np.asarray(head.intercept_, np.float32)
+    if len(coef) == 1:
+        coef, intercept = np.concatenate([0 * coef, coef]), np.concatenate([0 * intercept, intercept])
+    return coef, intercept
+
+
+class _ClassifierGraph(nn.Module):
+    """Module that maps (B, T) token ids and attention mask to (B, n_classes) probabilities."""
+
+    def __init__(self, model: SetFitModel) -> None:
+        super().__init__()
+        self.body, self.normalizes = model.model_body, bool(model.normalize_embeddings)
+        coef, intercept = head_weights(model)
+        # A MatMul node, because the quantizer renames Gemm nodes and could not exclude the head from quantization.
+        self.coef = nn.Parameter(torch.as_tensor(coef.T.copy()), requires_grad=False)
+        self.intercept = nn.Parameter(torch.as_tensor(intercept), requires_grad=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        embeddings = self.body({"input_ids": input_ids, "attention_mask": attention_mask})["sentence_embedding"]
+        if self.normalizes:
+            embeddings = nn.functional.normalize(embeddings)
+        return torch.softmax(embeddings @ self.coef + self.intercept, dim=1)
+
+
+def write_onnx(model: SetFitModel, file: Path) -> None:
+    """Write a classifier with a body that is not static as an ONNX graph in single precision."""
+    if is_static(model.model_body):
+        raise ModelError("A static body cannot be exported as ONNX.", hint="Use --format static.")
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        hint = "Install the extra: pip install 'setfit-kd[onnx]'"
+        raise UnavailableError(f"Exporting to ONNX needs {error.name}.", hint=hint) from None
+    graph = _ClassifierGraph(model).eval()
+    example = (torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
+    axes = {0: "texts", 1: "tokens"}
+    settings: dict[str, Any] = {
+        "input_names": ["input_ids", "attention_mask"],
+        "output_names": ["probabilities"],
+        "dynamic_axes": {"input_ids": axes, "attention_mask": axes, "probabilities": {0: "texts"}},
+        "opset_version": 17,  # the oldest with LayerNormalization, supported by all recent versions of onnxruntime
+    }
+    with _silence_warnings(), torch.inference_mode():
+        torch.onnx.export(graph, example, str(file), dynamo=False, **settings)
+
+
+def quantize(source: Path, target: Path) -> None:
+    """Quantize weights to 8 bits with one scale per column, and activations at run time; the head remains as it is."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    # The head is the last matrix product of the graph.
+    head = [node.name for node in onnx.load(str(source)).graph.node if node.op_type == "MatMul"][-1:]
+    with _silence_warnings():
+        quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8, nodes_to_exclude=head)
+
+
+def write_static(model: SetFitModel, folder: Path) -> bool:
+    """Write token vectors in half precision and the head of a model; return whether the mean vectors are normalized."""
+    from sentence_transformers.sentence_transformer.modules import Normalize
+
+    body = model.model_body
+    if not is_static(body) or not all(isinstance(module, Normalize) for module in list(body)[1:]):
+        hint = "Use --format onnx-int8, or train with --student static."
+        raise ModelError("Only static bodies can be exported as static.", hint=hint)
+    vectors = body[0].embedding.weight.detach().cpu().numpy()
+    largest = float(np.abs(vectors).max(initial=0))
+    # Half precision ranges from 6e-8 to 65,504. If vectors are scaled, the head is scaled inversely.
+    scale = 1.0 if 0.1 <= largest <= 1e4 or not largest else 1 / largest
+    coef, intercept = head_weights(model)
+    normalizes = len(body) > 1 or bool(model.normalize_embeddings)
+    # Written as bytes, because safetensors creates files that only their owner can read.
+    (folder / classify.VECTORS).write_bytes(save({"embeddings": (vectors * scale).astype(np.float16)}))
+    scaled = coef if normalizes else coef / np.float32(scale)
+    (folder / classify.HEAD).write_bytes(save({"coef": scaled, "intercept": intercept}))
+    return normalizes
+
+
+@contextmanager
+def _silence_warnings() -> Iterator[None]:
+    """Suppress warnings of the ONNX exporter and quantizer, which the check of every bundle makes unnecessary."""
+    # The quantizer logs with the root logger, which then prints all later messages again if it has no handler yet.
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        with warnings.catch_warnings(), suppress_warnings("root"):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.removeHandler(handler)

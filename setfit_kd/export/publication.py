@@ -6,6 +6,10 @@ import re
 from io import BytesIO
 from pathlib import Path
 
+import joblib
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
 from setfit_kd.errors import InputError, ModelError
 from setfit_kd.models.bodies import module_folders, transformer_label_names
 from setfit_kd.models.heads import load_head
@@ -22,10 +26,9 @@ _FILES = re.compile(
 
 
 def collect_files(model: str | Path, name: str) -> tuple[dict[str, Path | bytes], list[str]]:
-    """Collect the files of a classifier for the hub, without network access.
+    """Collect the files of a classifier for the hub, without network access; only regular files inside the folder.
 
-    Only regular files inside the folder are included. SetFit loads a pickled head and otherwise starts with a random
-    one, so a pickle is created from ``head.safetensors``; an existing pickle is never uploaded.
+    SetFit needs a pickled head, so a pickle is created from ``head.safetensors``; an existing one is never uploaded.
 
     Args:
         model: Folder of a run, of one of its students, or of another SetFit model or transformer.
@@ -38,9 +41,6 @@ def collect_files(model: str | Path, name: str) -> tuple[dict[str, Path | bytes]
         InputError: If the name is not a valid repository name.
         ModelError: If the folder does not exist, is not a classifier, or cannot be loaded.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
     try:
         validate_repo_id(name if "/" in name else f"{name}/")
     except HFValidationError:
@@ -48,8 +48,7 @@ def collect_files(model: str | Path, name: str) -> tuple[dict[str, Path | bytes]
     if not Path(model).is_dir():
         raise ModelError(f"No such folder: {model}.", hint="Pass the folder of a run or of a model.")
     folder = classifier_folder(model)
-    head = load_head(folder)
-    if head is None and transformer_label_names(folder) is None:
+    if (head := load_head(folder)) is None and transformer_label_names(folder) is None:
         raise ModelError(f"Found no classifier in {folder}.", hint="Pass the folder of a run or of a student.")
     load_folder(folder)  # a model that cannot be loaded must not be published
     modules = {"", *module_folders(folder)}
@@ -67,8 +66,6 @@ def collect_files(model: str | Path, name: str) -> tuple[dict[str, Path | bytes]
     if _CARD in files:
         files[_CARD] = (folder / _CARD).read_bytes().replace(b'"path/to/this/folder"', f'"{name}"'.encode())
     if head is not None:
-        import joblib
-
         buffer = BytesIO()
         joblib.dump(head, buffer)
         files[_PICKLED_HEAD] = buffer.getvalue()

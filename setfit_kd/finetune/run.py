@@ -8,13 +8,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config.run import FinetuneRunConfig
 from setfit_kd.config.stages import FinetuneConfig
-from setfit_kd.data.labeled_set import LabeledSet, check_classes, encode_labels
+from setfit_kd.data.labeled_set import check_classes, encode_labels
 from setfit_kd.data.sources import read
 from setfit_kd.data.splits import normalize, remove_leaks
 from setfit_kd.errors import DataError, OutputError
@@ -32,39 +32,28 @@ from setfit_kd.utils.atomic_io import (
     replace_folder,
     write_text,
 )
-from setfit_kd.utils.files import read_json
-from setfit_kd.utils.hashing import fingerprint
+from setfit_kd.utils.files import fingerprint, read_json
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
 
-
 METRICS, _FILES = "metrics.json", "files"
-_HISTORY, _OLD_HISTORY = "validation_history", "looks"
-"""Key of the history in ``metrics.json``, now and in earlier versions."""
-_MIN_ROWS = 8
-"""Minimum number of tokenized rows to decide whether another tokenizer was used."""
+_HISTORY, _OLD_HISTORY = "validation_history", "looks"  # key in ``metrics.json``, now and in earlier versions
+_MIN_ROWS = 8  # minimum number of tokenized rows to decide whether another tokenizer was used
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """Result of fine-tuning.
+    """Classifier on the device of the run, and its metrics; ``evaluation`` is None without an evaluation set.
 
-    Attributes:
-        model: The classifier, on the device of the run.
-        evaluation: Evaluation on the evaluation set; None without one.
-        validation: Evaluation on the validation texts, if there is no evaluation set. It is optimistic, since the best
-            weights were selected on the same texts.
-        history: Step and metrics of each evaluation on the validation texts during training.
-        leaks: Number of ``labeled`` and ``validation`` texts that were removed because a later set contains them.
-        output_dir: Folder of the model.
+    ``validation``, only without an evaluation set, is optimistic: the best weights were selected on the same texts.
     """
 
     model: SetFitModel
     evaluation: Evaluation | None
     validation: Evaluation | None = None
-    history: list[dict[str, float]] = field(default_factory=list)
-    leaks: dict[str, int] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)  # step and metrics of each validation in training
+    leaks: dict[str, int] = field(default_factory=dict)  # number of texts removed because a later set contains them
     output_dir: Path | None = None
 
     @property
@@ -106,7 +95,13 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     )
     check_settings(config, labeled, validation)
     n_labeled, n_validation = len(labeled), len(validation or ())
-    labeled, validation = _remove_leaks(labeled, validation, held_out, config.metric)
+    seen, test = ({normalize(t) for t in data.texts} if data else set() for data in (validation, held_out))
+    labeled = remove_leaks(labeled, seen | test, name="labeled", held_out_name="validation or evaluation")
+    if validation is not None:
+        validation = remove_leaks(validation, test, name="validation", held_out_name="evaluation")
+        if not (validation.counts[-1] if config.metric == "f1-binary" else len(validation)):
+            message = f"{validation.origin}: no texts are left to compute {config.metric} on."
+            raise DataError(message, hint="Pass other validation texts with --validation.")
     leaks = {"labeled": n_labeled - len(labeled), "validation": n_validation - len(validation or ())}
     checkpoints = output_dir.absolute().with_name(f"{output_dir.absolute().name}.checkpoints")
     refuse_links(checkpoints.parent, [checkpoints.name])
@@ -116,9 +111,8 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     batch_size = resolve_batch_size(device, config)  # its default depends on the device
     training = fingerprint(FinetuneConfig.fingerprint_inputs(config), batch_size, content_hash(body), sets)
     history: list[dict[str, float]] = []
-    model = finetune(
-        labeled, body, validation=validation, config=config, checkpoints=checkpoints / training, history=history
-    )
+    options: dict[str, Any] = {"config": config, "checkpoints": checkpoints / training, "history": history}
+    model = finetune(labeled, body, validation=validation, **options)
     move_model(model.model_body, device, phase="Evaluating")
     evaluation, validation_evaluation = (
         None if data is None else evaluate(model, data, encode_batch_size=config.encode_batch_size)
@@ -144,20 +138,17 @@ class _Decoder:
 
     def __init__(self, locate: Callable[[], Path]) -> None:
         self._locate = locate
-        self._tokenizer: Any = None
         self._n_rows = self._n_mismatched = 0
 
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        with model_errors(self._locate()):
+            return load_local(AutoTokenizer.from_pretrained, self._locate())
+
     def __call__(self, ids: Sequence[int]) -> str:
-        """Return the text of one row.
-
-        Raises:
-            DataError: If this tokenizer encodes the decoded text differently for most rows so far.
-        """
-        if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            with model_errors(self._locate()):
-                self._tokenizer = load_local(AutoTokenizer.from_pretrained, self._locate())
+        """Return the text of one row; a `DataError` if most rows so far are from another tokenizer."""
         tokenizer = self._tokenizer
         special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         tokens = [token for token in ids if token not in special]
@@ -165,40 +156,14 @@ class _Decoder:
         self._n_rows += 1
         self._n_mismatched += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] != tokens
         if self._n_rows >= _MIN_ROWS and self._n_mismatched > self._n_rows / 2:
-            raise DataError(
-                f"The tokens of most rows do not match the tokenizer in {self._locate()}, for example those of "
-                f"{text[:40]!r}.",
-                hint="Pass the texts themselves, or the model whose tokenizer was used.",
-            )
+            example = f"for example those of {text[:40]!r}"
+            message = f"The tokens of most rows do not match the tokenizer in {self._locate()}, {example}."
+            raise DataError(message, hint="Pass the texts themselves, or the model whose tokenizer was used.")
         return text
 
 
-def _remove_leaks(
-    labeled: LabeledSet, validation: LabeledSet | None, held_out: LabeledSet | None, metric: str
-) -> tuple[LabeledSet, LabeledSet | None]:
-    """Remove labeled texts that are in the validation or evaluation set, and validation texts in the evaluation set."""
-    validation_texts, evaluation_texts = (
-        {normalize(t) for t in data.texts} if data else set() for data in (validation, held_out)
-    )
-    labeled = remove_leaks(
-        labeled, validation_texts | evaluation_texts, name="labeled", held_out_name="validation or evaluation"
-    )
-    if validation is not None:
-        validation = remove_leaks(validation, evaluation_texts, name="validation", held_out_name="evaluation")
-        if not (validation.counts[-1] if metric == "f1-binary" else len(validation)):
-            raise DataError(
-                f"{validation.origin}: no texts are left to compute {metric} on.",
-                hint="Pass other validation texts with --validation.",
-            )
-    return labeled, validation
-
-
 def _check_output(folder: Path, *, overwrite: bool) -> set[str]:
-    """Check that a model can be written to a folder; return the names of the files in it that may be replaced.
-
-    Raises:
-        OutputError: If the folder is not empty and ``overwrite`` is not set or fine-tuning did not write it.
-    """
+    """Return the names of files in a folder that may be replaced; an `OutputError` if it cannot be written to."""
     with raise_output_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"{folder} is a file, not a folder.", hint="Choose another --output-dir.")
@@ -210,12 +175,9 @@ def _check_output(folder: Path, *, overwrite: bool) -> set[str]:
             raise ValueError("not written by fine-tuning")
         written = {str(name) for name in metrics.get(_FILES, [METRICS])}
     except (OSError, ValueError, AttributeError, TypeError):
-        raise OutputError(
-            f"The folder {folder} is not empty and was not written by `setfit-kd finetune`.",
-            hint="Choose another --output-dir.",
-        ) from None
+        message = f"The folder {folder} is not empty and was not written by `setfit-kd finetune`."
+        raise OutputError(message, hint="Choose another --output-dir.") from None
     if not overwrite:
-        raise OutputError(
-            f"The folder {folder} is not empty.", hint="Choose another --output-dir, or pass --overwrite."
-        )
+        message = f"The folder {folder} is not empty."
+        raise OutputError(message, hint="Choose another --output-dir, or pass --overwrite.")
     return {LOCK_FILE, *written}

@@ -62,17 +62,14 @@ def finetune(
     if validation is not None and not isinstance(validation, LabeledSet):
         validation = encode_labels(read(validation, label_column="label", role="validation"), labeled.label_names)
     if validation is not None and validation.label_names != labeled.label_names:
-        raise DataError(
-            f"{validation.origin} and {labeled.origin} have different classes.", hint="Use the same classes in both."
-        )
+        message = f"{validation.origin} and {labeled.origin} have different classes."
+        raise DataError(message, hint="Use the same classes in both.")
     check_settings(config, labeled, validation)
     device = resolve_device(config.device)
     check_precision(config.precision, device)
     if isinstance(model, str | Path):
-        body = BodySource(locate_model(model), "transformer").load(labeled.label_names, seed=config.seed)
-    else:
-        body = model
-    if family_of(body) != "transformer":
+        model = BodySource(locate_model(model), "transformer").load(labeled.label_names, seed=config.seed)
+    if family_of(model) != "transformer":
         raise ModelError("A SetFit body has no classification layer to fine-tune.", hint="Use setfit_kd.train_teacher.")
 
     with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
@@ -81,15 +78,10 @@ def finetune(
 
         # A CPU fallback must not change the batch size.
         batch_size = resolve_batch_size(device, config)
+        results = [] if history is None else history
         return train(
-            body,
-            partial(
-                FinetuneTrainer,
-                new_model(body, labeled.label_names),
-                labeled,
-                validation,
-                [] if history is None else history,
-            ),
+            model,
+            partial(FinetuneTrainer, new_model(model, labeled.label_names), labeled, validation, results),
             config.model_copy(update={"batch_size": batch_size}),
             device=device,
             texts=labeled.texts,
@@ -103,14 +95,11 @@ def finetune(
 def check_settings(config: FinetuneConfig, labeled: LabeledSet, validation: LabeledSet | None) -> None:
     """Raise a `ConfigError` if the data lacks what a setting requires."""
     if validation is None and (config.patience is not None or config.schedule == "plateau"):
-        raise ConfigError(
-            "The settings patience and schedule=plateau require validation texts.",
-            hint="Pass --validation, or remove --patience and --schedule plateau.",
-        )
+        message = "The settings patience and schedule=plateau require validation texts."
+        raise ConfigError(message, hint="Pass --validation, or remove --patience and --schedule plateau.")
     if config.metric == "f1-binary" and len(labeled.label_names) != 2:
-        raise ConfigError(
-            f"The metric f1-binary requires 2 classes, got {len(labeled.label_names)}.", hint="Use --metric f1-macro."
-        )
+        message = f"The metric f1-binary requires 2 classes, got {len(labeled.label_names)}."
+        raise ConfigError(message, hint="Use --metric f1-macro.")
 
 
 def resolve_batch_size(device: torch.device, config: FinetuneConfig) -> int:

@@ -21,8 +21,7 @@ from setfit_kd.finetune.train import resolve_batch_size, steps_per_epoch
 from setfit_kd.losses.cross_entropy import CrossEntropyLoss
 from setfit_kd.models.encode import embed, shorten_texts
 from setfit_kd.models.heads import get_head, last_layer
-from setfit_kd.training.callbacks import EvaluationCallback
-from setfit_kd.training.loss_trainer import LossTrainer
+from setfit_kd.training.loss_trainer import EvaluationCallback, LossTrainer
 from setfit_kd.utils.console import show_progress
 
 logger = logging.getLogger(__name__)
@@ -80,10 +79,7 @@ class ValidationCallback(EvaluationCallback):
 
 
 class FinetuneTrainer:
-    """Trainer of a transformer on labeled texts; the precision in the config is resolved.
-
-    The results of the evaluations on the validation texts are appended to ``history``.
-    """
+    """Trainer of a transformer on labeled texts; the results on the validation texts are appended to ``history``."""
 
     def __init__(
         self,
@@ -97,21 +93,14 @@ class FinetuneTrainer:
     ) -> None:
         self.model, self.history = model, history
         body = model.model_body
+        size, rate, epochs = resolve_batch_size(device, config), resolved(config.learning_rate), config.epochs
         self.inner = LossTrainer(
-            body,
-            config,
-            device,
-            output_dir,
-            batch_size=resolve_batch_size(device, config),
-            learning_rate=resolved(config.learning_rate),
-            epochs=config.epochs,
-            steps=config.steps,
+            body, config, device, output_dir, batch_size=size, learning_rate=rate, epochs=epochs, steps=config.steps
         )
         columns = {"sentence": shorten_texts(body, labeled.texts), "label": labeled.labels.tolist()}
         self.inner.train_dataset = Dataset.from_dict(columns)
-        self.inner.loss = CrossEntropyLoss(
-            body, last_layer(body), dropout=resolved(config.dropout), micro_batch_size=config.micro_batch_size
-        )
+        options = {"dropout": resolved(config.dropout), "micro_batch_size": config.micro_batch_size}
+        self.inner.loss = CrossEntropyLoss(body, last_layer(body), **options)
         self.validation_callback: ValidationCallback | None = None
         if validation is not None:
             eval_steps = config.eval_steps or steps_per_epoch(config, len(labeled), device)

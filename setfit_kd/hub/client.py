@@ -22,11 +22,10 @@ logger = logging.getLogger(__name__)
 Kind = Literal["model", "dataset"]
 CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, UPLOAD_TIMEOUT_S = 5.0, 10.0, 60.0
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.pkl")
-_NEEDED_FILES = {
+_NEEDED_FILES = {  # files of a complete copy; other programs may have downloaded single files to the cache
     "model": (r"config\.json", r".*\.(safetensors|bin)", r"(.*/)?(tokenizer|vocab|sentencepiece)[^/]*"),
     "dataset": (r"(.*/)?(?!dataset_infos?\.json)[^/]+\.(?!md$)\w+",),
 }
-"""Files of a complete copy; other programs may have downloaded single files to the cache."""
 _MODEL_PREFIXES = re.compile(r"((transformer|blank):|(layers|static)(:[^@]*)?@)*")
 
 
@@ -41,10 +40,7 @@ def _remove_credentials(text: str) -> str:
 
 
 def cached_revisions(models: Iterable[str | None], sources: Iterable[object]) -> dict[str, str]:
-    """Return the commit of each model, student and data set that is in the hub's cache, by its name on the hub.
-
-    Names of data sets are prefixed with ``datasets/``. Anything else, such as a local path or None, is skipped.
-    """
+    """Return the cached commits by the names on the hub, with ``datasets/`` before data sets; skip local paths etc."""
     names: list[tuple[str, Kind]] = [(_MODEL_PREFIXES.sub("", name, count=1), "model") for name in models if name]
     names += [(re.split(r"[:\[]", source)[0], "dataset") for source in sources if isinstance(source, str)]
     commits = {}
@@ -57,14 +53,12 @@ def cached_revisions(models: Iterable[str | None], sources: Iterable[object]) ->
 
 
 def snapshot(name: str, kind: Kind) -> Path:
-    """Return the folder of a hub repository in the local cache; download it if needed.
+    """Return the folder of a hub repository in the local cache; download it, or complete an interrupted download.
 
-    If the hub cannot be reached, a complete copy in the cache is used. An interrupted download is not used and is
-    continued by the next call.
+    If the hub cannot be reached, a complete copy in the cache is used.
 
     Args:
-        name: ``owner/name``, or the short name of a canonical repository, optionally followed by ``@revision``: a
-            branch, a tag or a commit.
+        name: ``owner/name``, or the name of a canonical repository, optionally followed by ``@revision``.
         kind: Type of the repository.
 
     Raises:
@@ -85,11 +79,10 @@ def snapshot(name: str, kind: Kind) -> Path:
             # This call fails fast: unlike the download, it has a timeout and is not retried.
             api, pinned = HfApi(endpoint=constants.ENDPOINT), revision or None
             info = api.repo_info(repository, revision=pinned, repo_type=kind, timeout=CONNECT_TIMEOUT_S)
-            has_safetensors = any(
-                file.rfilename.endswith(".safetensors") for file in getattr(info, "siblings", None) or ()
-            )
+            files = [file.rfilename for file in getattr(info, "siblings", None) or ()]
+            old_weights = () if any(file.endswith(".safetensors") for file in files) else ("pytorch_model.bin",)
             with _limit_requests(REQUEST_TIMEOUT_S):
-                return _download(name, kind, *(() if has_safetensors else ("pytorch_model.bin",)))
+                return _download(name, kind, *old_weights)
         except Exception as error:
             if not _is_hub_error(error):
                 cache = Path(constants.HF_HUB_CACHE)
@@ -117,17 +110,11 @@ def cached_snapshot(name: str, kind: Kind) -> Path | None:
 
 def _download(name: str, kind: Kind, *more_files: str, local_files_only: bool = False) -> Path:
     repository, _, revision = name.partition("@")
-    folder = snapshot_download(
-        repository,
-        repo_type=kind,
-        revision=revision or None,
-        endpoint=constants.ENDPOINT,
-        cache_dir=constants.HF_HUB_CACHE,
-        allow_patterns=[*_MODEL_FILES, *more_files] if kind == "model" else None,
-        ignore_patterns=["onnx/*", "openvino/*"] if kind == "model" else None,
-        local_files_only=local_files_only,
-    )
-    return Path(folder)
+    settings: dict[str, Any] = {"endpoint": constants.ENDPOINT, "cache_dir": constants.HF_HUB_CACHE}
+    if kind == "model":
+        settings |= {"allow_patterns": [*_MODEL_FILES, *more_files], "ignore_patterns": ["onnx/*", "openvino/*"]}
+    settings |= {"repo_type": kind, "revision": revision or None, "local_files_only": local_files_only}
+    return Path(snapshot_download(repository, **settings))
 
 
 def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, private: bool | None = None) -> None:
@@ -163,10 +150,7 @@ def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, privat
 
 @contextmanager
 def _limit_requests(timeout_s: float) -> Iterator[None]:
-    """Limit each request to the hub to ``timeout_s`` and one retry, or five for downloads.
-
-    huggingface_hub has no timeout for listings and no setting for its retries.
-    """
+    """Limit requests to ``timeout_s`` and one retry, or five for downloads; huggingface_hub has no setting for this."""
     requests: Counter[tuple[str, str]] = Counter()
 
     def limit(request: Any) -> None:
@@ -213,10 +197,9 @@ def _download_error(error: Exception | None, name: str, kind: Kind) -> SetFitKDE
     label, hub = f"The {'data set' if kind == 'dataset' else 'model'} {name!r}", f"the hub at {display_endpoint()}"
     status = _http_status(error)
     if status in (401, 403):
-        return InputError(
-            f"{label} is not a local path, and it does not exist on {hub} or requires a login (HTTP {status}).",
-            hint="Check the name. If it is private or gated, log in with `hf auth login` or set HF_TOKEN.",
-        )
+        message = f"{label} is not a local path, and it does not exist on {hub} or requires a login (HTTP {status})."
+        hint = "Check the name. If it is private or gated, log in with `hf auth login` or set HF_TOKEN."
+        return InputError(message, hint=hint)
     if isinstance(error, errors.RevisionNotFoundError):
         repository, _, revision = name.partition("@")
         message = f"{repository!r} on {hub} has no revision {revision!r}."
@@ -234,10 +217,9 @@ def _download_error(error: Exception | None, name: str, kind: Kind) -> SetFitKDE
 def _upload_error(error: Exception, name: str) -> SetFitKDError:
     status = _http_status(error)
     if status in (401, 403, 404):
-        return InputError(
-            f"No permission to write to {name!r}: the hub at {display_endpoint()} returned HTTP {status}.",
-            hint="Log in with a write token (`hf auth login` or HF_TOKEN), and check the owner's name.",
-        )
+        message = f"No permission to write to {name!r}: the hub at {display_endpoint()} returned HTTP {status}."
+        hint = "Log in with a write token (`hf auth login` or HF_TOKEN), and check the owner's name."
+        return InputError(message, hint=hint)
     if 400 <= status < 500 and status not in (408, 412, 429):  # timeout, concurrent commit, too many requests
         reason = " ".join(_remove_credentials(str(getattr(error, "server_message", None) or error)).split())
         message = f"The hub at {display_endpoint()} rejected the upload (HTTP {status}): {reason}"

@@ -21,7 +21,6 @@ from setfit_kd.errors import DataError, SetFitKDError
 from setfit_kd.inference.classifier import is_bundle, open_classifier
 from setfit_kd.utils.files import folder_megabytes
 
-BATCH_SIZES = (8, 32, 128, 512)
 _N_WARMUP_TEXTS = 16
 _MAX_LATENCY_SECONDS, _MIN_LATENCY_TEXTS, _MIN_THROUGHPUT_SECONDS = 10.0, 30, 1.0
 _PROGRAM = """
@@ -34,31 +33,18 @@ main()
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed, memory and size of a classifier.
+    """Speed, memory and size of a classifier; sizes are in 10^6 bytes."""
 
-    Attributes:
-        p50_ms: Median latency of a single text, in milliseconds.
-        p95_ms: 95th percentile of the latency.
-        p99_ms: 99th percentile of the latency.
-        texts_per_second: Highest throughput over all batch sizes, including tokenization.
-        batch_size: Batch size of the highest throughput.
-        load_seconds: Time from the start of Python until the classifier is ready.
-        memory_mb: Peak memory of the process while texts are classified one by one, in 10^6 bytes.
-        disk_mb: Size of the folder, in 10^6 bytes; None for a model on the hub.
-        threads: Maximum number of CPU threads.
-        torch: Whether torch was imported.
-    """
-
-    p50_ms: float
+    p50_ms: float  # percentiles of the latency of a single text
     p95_ms: float
     p99_ms: float
-    texts_per_second: float
-    batch_size: int
-    load_seconds: float
-    memory_mb: float
-    disk_mb: float | None
-    threads: int
-    torch: bool
+    texts_per_second: float  # highest throughput over all batch sizes, including tokenization
+    batch_size: int  # of the highest throughput
+    load_seconds: float  # from the start of Python until the classifier is ready
+    memory_mb: float  # peak memory of the process while texts are classified one by one
+    disk_mb: float | None  # size of the folder; None for a model on the hub
+    threads: int  # maximum number of CPU threads
+    torch: bool  # whether torch was imported
 
 
 def measure_speed(
@@ -67,7 +53,7 @@ def measure_speed(
     *,
     threads: int | None = None,
     device: str = "cpu",
-    batch_sizes: Sequence[int] = BATCH_SIZES,
+    batch_sizes: Sequence[int] = (8, 32, 128, 512),
     trust_pickle: bool = False,
 ) -> Speed:
     """Measure the student of a run, a SetFit model or a bundle in a separate process.
@@ -85,19 +71,15 @@ def measure_speed(
     options = {"device": device, "threads": threads, "trust_pickle": trust_pickle}
     task = {"path": str(path), "texts": list(texts), "batch_sizes": list(batch_sizes), "options": options}
     variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
-    process = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, str(Path(__file__).parents[2])],
-        input=json.dumps({**task, "started": time.time()}).encode(),
-        env={**os.environ, **variables, "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false"},
-        capture_output=True,
-    )
+    variables = {**os.environ, **variables, "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false"}
+    command = [sys.executable, "-c", _PROGRAM, str(Path(__file__).parents[2])]
+    content = json.dumps({**task, "started": time.time()}).encode()
+    process = subprocess.run(command, input=content, env=variables, capture_output=True)
     if process.returncode or not process.stdout:
         stderr = process.stderr.decode("utf-8", "replace").strip().splitlines()
         reason = ": ".join([str(process.returncode), *stderr[-1:]])
-        raise SetFitKDError(
-            f"Cannot measure {path}: the process ended with exit code {reason}.",
-            hint="Check that `setfit-kd predict` works with this model.",
-        )
+        message = f"Cannot measure {path}: the process ended with exit code {reason}."
+        raise SetFitKDError(message, hint="Check that `setfit-kd predict` works with this model.")
     result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     if "error" in result:
         raise getattr(errors, result["kind"])(result["error"], hint=result["hint"])
@@ -117,7 +99,7 @@ def main() -> None:
 def _measure(path: str, texts: list[str], batch_sizes: list[int], options: dict[str, Any], started: float) -> Speed:
     # This module imports only the packages that a bundle needs, so that time and memory are those of the classifier.
     classifier = open_classifier(path, **options)
-    load_seconds = time.time() - started
+    load_seconds = round(time.time() - started, 3)
 
     def seconds(texts: list[str]) -> float:
         start = time.perf_counter()
@@ -131,7 +113,7 @@ def _measure(path: str, texts: list[str], batch_sizes: list[int], options: dict[
         if len(latencies) >= _MIN_LATENCY_TEXTS and sum(latencies) > _MAX_LATENCY_SECONDS:
             break
         latencies.append(seconds([text]))
-    peak_memory = _peak_memory()
+    memory_mb = round(_peak_memory() / 1e6, 1)
     throughputs: list[tuple[float, int]] = []
     for size in batch_sizes:
         classifier.batch_size = size
@@ -140,30 +122,19 @@ def _measure(path: str, texts: list[str], batch_sizes: list[int], options: dict[
             times.append(seconds(texts))
         throughputs.append((len(times) * len(texts) / sum(times), size))
     texts_per_second, best_size = max(throughputs)
-    disk_mb = None
-    if is_bundle(path):
-        disk_mb = folder_megabytes(Path(path))
-    elif Path(path).is_dir():
+    folder = Path(path)
+    if folder.is_dir() and not is_bundle(folder):
         from setfit_kd.models.io import classifier_folder
 
-        disk_mb = folder_megabytes(classifier_folder(path))
+        folder = classifier_folder(folder)
+    disk_mb = round(folder_megabytes(folder), 1) if folder.is_dir() else None
     p50, p95, p99 = (round(1000 * float(value), 3) for value in np.percentile(latencies, (50, 95, 99)))
-    return Speed(
-        p50_ms=p50,
-        p95_ms=p95,
-        p99_ms=p99,
-        texts_per_second=round(texts_per_second, 1),
-        batch_size=best_size,
-        load_seconds=round(load_seconds, 3),
-        memory_mb=round(peak_memory / 1e6, 1),
-        disk_mb=None if disk_mb is None else round(disk_mb, 1),
-        threads=options["threads"],
-        torch="torch" in sys.modules,
-    )
+    throughput, has_torch = round(texts_per_second, 1), "torch" in sys.modules
+    return Speed(p50, p95, p99, throughput, best_size, load_seconds, memory_mb, disk_mb, options["threads"], has_torch)
 
 
 def _peak_memory() -> int:
-    """Peak memory of this process in bytes."""
+    """Return the peak memory of this process in bytes."""
     import psutil
 
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +14,11 @@ from setfit_kd.errors import ModelError, UnavailableError
 from setfit_kd.runtime.classify import MANIFEST, BundleError, Classifier
 from setfit_kd.utils.console import show_progress
 
-if TYPE_CHECKING:
-    from setfit import SetFitModel
-
 
 class TorchClassifier:
     """A SetFit model with the interface of a bundle: ``labels``, ``batch_size`` and `predict_proba`."""
 
-    def __init__(self, model: SetFitModel, batch_size: int) -> None:
+    def __init__(self, model: Any, batch_size: int) -> None:
         self.model = model
         self.labels = [str(label) for label in model.labels or ()]
         self.batch_size = batch_size

@@ -19,28 +19,20 @@ from setfit_kd.errors import ConfigError
 from setfit_kd.inference.classifier import TorchClassifier
 from setfit_kd.runtime.classify import Classifier, chunk_texts
 from setfit_kd.utils.atomic_io import atomic_file
-from setfit_kd.utils.console import suppress_warnings
-from setfit_kd.utils.escape import as_text, json_text
+from setfit_kd.utils.console import as_text, json_text, suppress_warnings
 
-Row: TypeAlias = tuple[str | None, Mapping[str, Any]]
-"""A text, or None if the row has no usable text, and the other columns of the row."""
-Columns: TypeAlias = Mapping[str, Any]
-"""The other columns of a table, with their Arrow types."""
-CHUNK_SIZE = 1024
-"""Maximum number of texts in memory."""
+Row: TypeAlias = tuple[str | None, Mapping[str, Any]]  # usable text of a row, if it has one, and the other columns
+Columns: TypeAlias = Mapping[str, Any]  # the other columns of a table, with their Arrow types
+CHUNK_SIZE = 1024  # maximum number of texts in memory
 
 
 class Prediction(NamedTuple):
-    """Prediction for one row: text, label, (n_classes,) float32 probabilities and the other columns of the row.
-
-    Text and label are None and the probabilities NaN if the row has no usable text. The label is also None if its
-    probability is below the threshold.
-    """
+    """Prediction for one row; without usable text, text and label are None and the probabilities NaN."""
 
     text: str | None
-    label: str | None
-    probabilities: npt.NDArray[np.float32]
-    columns: Mapping[str, Any]
+    label: str | None  # also None if its probability is below the threshold
+    probabilities: npt.NDArray[np.float32]  # (n_classes,)
+    columns: Mapping[str, Any]  # the other columns of the row
 
     def rounded(self) -> list[float] | None:
         """Return the probabilities rounded for text formats; None without text."""
@@ -63,12 +55,10 @@ def classify(
         probabilities = np.full((len(chunk), len(classifier.labels)), np.nan, np.float32)
         with suppress_warnings("setfit_kd.runtime"):  # `chunk_texts` logs one warning for all chunks
             probabilities[has_text] = classifier.predict_proba([text for text, _ in chunk if text is not None])
-        labels = [
-            classifier.labels[column] if highest >= threshold else None  # false for NaN
-            for column, highest in zip(probabilities.argmax(axis=1), probabilities.max(axis=1), strict=True)
+        yield [  # a comparison with NaN is false
+            Prediction(text, classifier.labels[row.argmax()] if row.max() >= threshold else None, row, columns)
+            for (text, columns), row in zip(chunk, probabilities, strict=True)
         ]
-        rows_of_chunk = zip(chunk, labels, probabilities, strict=True)
-        yield [Prediction(text, label, row, columns) for (text, columns), label, row in rows_of_chunk]
 
 
 def _column_renamer(reserved: list[str]) -> Callable[[Iterable[str]], list[str]]:
@@ -103,8 +93,8 @@ def _write_json_lines(file: IO[bytes], chunks: Iterable[list[Prediction]], names
         for prediction in chunk:
             other = dict(zip(rename(prediction.columns), prediction.columns.values(), strict=True))
             row = prediction.rounded()
-            answer = {"label": prediction.label, "probabilities": row and dict(zip(names, row, strict=True))}
-            record = {**other, "text": prediction.text, **answer}
+            probabilities = row and dict(zip(names, row, strict=True))
+            record = {**other, "text": prediction.text, "label": prediction.label, "probabilities": probabilities}
             file.write(json_text(record).encode("utf-8") + b"\n")
         file.flush()
 
@@ -163,11 +153,7 @@ _FORMATS: dict[str, Callable[[IO[bytes], Iterable[list[Prediction]], list[str], 
 
 
 def check_output(path: Path) -> None:
-    """Check that predictions can be written to a file with this extension.
-
-    Raises:
-        ConfigError: If the extension is unknown.
-    """
+    """Raise a `ConfigError` if predictions cannot be written to a file with this extension."""
     if path.suffix.lower() not in _FORMATS:
         raise ConfigError(f"Unknown file extension: {path}.", hint=f"Use one of {', '.join(_FORMATS)}.")
 

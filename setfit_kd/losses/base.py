@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -13,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from setfit_kd.utils.arrays import Floats
 
-CPU_CHUNK = 16
-"""Texts per forward pass on a CPU, where padding a whole batch to its longest text is expensive."""
+CPU_CHUNK = 16  # texts per forward pass on a CPU, where padding a whole batch to its longest text is expensive
 
 
 class BatchLoss(nn.Module, ABC):
@@ -26,17 +26,14 @@ class BatchLoss(nn.Module, ABC):
 
     Args:
         model: The body to train.
-        dropout: Keep the body's dropout on. By default it is off, because it disturbs a student that must reproduce
-            the geometry of the teacher's embeddings.
-        micro_batch_size: Maximum number of texts whose activations are kept in memory; None keeps those of the whole
-            batch.
+        dropout: Keep the body's dropout on. It disturbs a student that must reproduce the teacher's geometry.
+        micro_batch_size: Maximum number of texts whose activations are kept in memory; None is the whole batch.
 
     References:
         - Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup".
 
     Inputs:
-        sentence_features: One feature mapping per text column, of B texts each, as the trainer of
-            sentence-transformers passes them.
+        sentence_features: One feature mapping per text column, of B texts each, as in sentence-transformers.
         labels: (B,) numbers; their meaning depends on the loss.
     """
 
@@ -63,7 +60,9 @@ class BatchLoss(nn.Module, ABC):
         size = self.micro_batch_size or (CPU_CHUNK if mask.device.type == "cpu" else len(mask))
         if len(mask) * (1 if self.micro_batch_size is None else n_columns) <= size:
             return self._encode(features)
-        recompute = self.micro_batch_size is not None and torch.is_grad_enabled()
+        encode: Callable[[dict[str, Tensor]], Tensor] = self._encode
+        if self.micro_batch_size is not None and torch.is_grad_enabled():  # both passes draw the same dropout masks
+            encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=self.dropout)
         lengths = mask.sum(dim=1)
         order = lengths.argsort(descending=True, stable=True)
         padded_right = bool(mask[:, 0].all())
@@ -76,12 +75,7 @@ class BatchLoss(nn.Module, ABC):
                 else value
                 for name, value in features.items()
             }
-            embeddings.append(
-                # Both passes must draw the same dropout masks.
-                checkpoint(self._encode, chunk, use_reentrant=False, preserve_rng_state=self.dropout)
-                if recompute
-                else self._encode(chunk)
-            )
+            embeddings.append(encode(chunk))
         return torch.cat(embeddings)[order.argsort()]
 
     def _encode(self, features: dict[str, Tensor]) -> Tensor:

@@ -58,8 +58,6 @@ def balanced_batches(labels: npt.NDArray[np.int64], *, batch_size: int, steps: i
     Args:
         labels: (n,) class of each text; at least two texts per class.
         batch_size: Maximum number of texts per batch, at least 4.
-        steps: Number of batches.
-        seed: Seed of the random order.
     """
     rng = np.random.default_rng([seed, 2])
     rows_of = [np.flatnonzero(labels == label) for label in np.unique(labels)]

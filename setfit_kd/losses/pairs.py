@@ -46,7 +46,6 @@ def draw_pairs(
     Args:
         embeddings: (n, d) of the teacher.
         pairs_per_text: Number of pairs with each text on the left.
-        seed: Seed of the random draws.
         rows: Rows of the m texts to pair, at least 2; None pairs all texts.
 
     Returns:

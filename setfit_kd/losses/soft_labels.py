@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from setfit_kd.losses.base import BatchLoss, take_rows, to_float32
 from setfit_kd.utils.arrays import Floats
 
-NO_GOLD = -1
-"""Stands for the gold class of a text without a gold label."""
+NO_GOLD = -1  # stands for the gold class of a text without a gold label
 
 
 class SoftLabelLoss(BatchLoss):

@@ -39,9 +39,6 @@ class WeightedSumLoss(BatchLoss):
 
     def compute_loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """Compute the weighted sum of the losses."""
-        terms = [
-            weight * part.compute_loss(embeddings, labels)
-            for weight, part in zip(self.weights, self.parts, strict=True)
-            if isinstance(part, BatchLoss)
-        ]
-        return sum(terms[1:], terms[0])
+        losses = [part.compute_loss(embeddings, labels) for part in self.parts if isinstance(part, BatchLoss)]
+        first, *others = (weight * loss for weight, loss in zip(self.weights, losses, strict=True))
+        return sum(others, first)

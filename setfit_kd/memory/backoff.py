@@ -10,16 +10,18 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from setfit_kd.errors import OutOfMemoryError
+from setfit_kd.errors import OutOfMemoryError, first_line, is_out_of_memory
 from setfit_kd.memory.devices import free_memory
-from setfit_kd.memory.oom_errors import first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
+_HINTS = {
+    "training": ["train on shorter texts (--max-length 64)", "use --gradient-checkpointing"],
+    "encoding": ["use a model trained on shorter texts (--max-length 64)"],
+}
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,12 @@ class Attempt:
 
 @dataclass
 class _BackoffState:
-    """Setting, events and limits that the backoffs within `shared_backoff` share.
-
-    A limit is an attempt that followed an error, by kind of phase, first device, and parameters of the model.
-    """
+    """Setting, events and limits that the backoffs within `shared_backoff` share."""
 
     cpu_fallback: bool = True
     events: list[dict[str, Any]] = field(default_factory=list)
-    limits: list[tuple[str, torch.device, int, Attempt]] = field(default_factory=list)
+    # Attempts that followed an error, by kind of phase and first device, and by the number of parameters of the model.
+    limits: list[tuple[tuple[str, torch.device], int, Attempt]] = field(default_factory=list)
 
 
 _backoff_state: ContextVar[_BackoffState | None] = ContextVar("oom_backoff", default=None)
@@ -50,14 +50,10 @@ def shared_backoff(*, cpu_fallback: bool | None = None) -> Iterator[list[dict[st
     """Context manager in which a phase starts from the limits found by earlier phases.
 
     A limit applies to phases of the same kind whose model is at least as large. Nested blocks share the limits and
-    events of the outermost block.
+    events of the outermost block. Yields the list of events as plain values for JSON, extended as they occur.
 
-    Args:
-        cpu_fallback: Whether to fall back from an accelerator to the CPU. None inherits the setting of the enclosing
-            block. True has no effect inside a block that forbids the fallback.
-
-    Yields:
-        List of backoff events as plain values for JSON, extended as they occur.
+    ``cpu_fallback`` is whether to fall back from an accelerator to the CPU. None inherits the setting of the enclosing
+    block, and True has no effect inside a block that forbids the fallback.
     """
     outer = _backoff_state.get() or _BackoffState()
     inner = outer if cpu_fallback is None else replace(outer, cpu_fallback=cpu_fallback and outer.cpu_fallback)
@@ -69,11 +65,7 @@ def shared_backoff(*, cpu_fallback: bool | None = None) -> Iterator[list[dict[st
 
 
 def move_model(model: torch.nn.Module, device: torch.device, *, phase: str) -> None:
-    """Move a model to a device, or to the CPU if it does not fit on the device.
-
-    Raises:
-        OutOfMemoryError: If the model does not fit on the CPU either, or if the CPU fallback is off.
-    """
+    """Move a model to a device, or to the CPU if it does not fit; an `OutOfMemoryError` if that fails or is off."""
     backoff = OOMBackoff(phase, kind="loading", device=device, batch_size=1, model=model)
     backoff.run(lambda attempt: model.to(attempt.device))
 
@@ -87,18 +79,14 @@ class OOMBackoff:
     Args:
         phase: Name of the phase, for messages and the report.
         kind: ``training``, ``encoding`` or ``loading``. Known limits are shared between phases of the same kind.
-        device: Device of the first attempt.
-        batch_size: Batch size of the first attempt.
+        device, batch_size: Those of the first attempt.
         model: Model to run. An attempt that failed for a model is skipped for models that are at least as large.
 
-    Attributes:
-        attempt: Current attempt.
-        step: Training step from 1, or number of texts encoded so far, for messages; None at the beginning.
     """
 
     def __init__(self, phase: str, *, kind: str, device: torch.device, batch_size: int, model: torch.nn.Module) -> None:
         self.phase, self._kind = phase, kind
-        self.step: int | None = None
+        self.step: int | None = None  # training step from 1, or number of texts encoded so far, for messages
         self._first = Attempt(device, batch_size)
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         self._state = _backoff_state.get() or _BackoffState()
@@ -106,11 +94,8 @@ class OOMBackoff:
         self._failed: list[Attempt] = []
         self._retried: list[Attempt] = []
         self._can_repeat = True
-        limits = [
-            limit
-            for limit_kind, limit_device, parameters, limit in self._state.limits
-            if (limit_kind, limit_device) == (kind, device) and parameters <= self._parameters
-        ]
+        self._key = (kind, device)
+        limits = [limit for key, n, limit in self._state.limits if key == self._key and n <= self._parameters]
         cpu_sizes = [limit.batch_size for limit in limits if limit.device != device]
         device_sizes = [limit.batch_size for limit in limits if limit.device == device]
         if cpu_sizes and self._can_use_cpu:
@@ -135,12 +120,8 @@ class OOMBackoff:
     def run(self, function: Callable[[Attempt], T], *, clear: Callable[[], None] = lambda: None) -> T:
         """Call a function with the current attempt, and back off until it no longer runs out of memory.
 
-        Args:
-            function: Function to run. It starts from the beginning at each attempt.
-            clear: Function that frees the remains of a failed attempt, such as gradients.
-
-        Raises:
-            OutOfMemoryError: If the last attempt failed.
+        The function starts from the beginning at each attempt, and ``clear`` frees the remains of a failed one, such
+        as gradients. If the last attempt fails, an `OutOfMemoryError` is raised.
         """
         while True:
             try:
@@ -157,12 +138,9 @@ class OOMBackoff:
             self.back_off(cause, clear=clear)
 
     def back_off(self, cause: str, *, clear: Callable[[], None] = lambda: None) -> None:
-        """Clear the cache and move on to the next attempt.
+        """Clear the cache and move on to the next attempt; if none is left, raise an `OutOfMemoryError`.
 
         Call it outside the except block, when nothing refers to the error or its traceback any more.
-
-        Raises:
-            OutOfMemoryError: If no attempt is left.
         """
         failed, cause = self.attempt, first_line(cause)
         free_before = _free_mb(failed.device)
@@ -185,7 +163,7 @@ class OOMBackoff:
             raise self._exhausted(cause)
         self._can_repeat = False
         if self.attempt != failed:
-            self._state.limits.append((self._kind, self._first.device, self._parameters, self.attempt))
+            self._state.limits.append((self._key, self._parameters, self.attempt))
         event = {
             "phase": self.phase,
             "kind": self._kind,
@@ -197,40 +175,27 @@ class OOMBackoff:
             "free_mb_after": free_after,
         }
         self._state.events.append(event)
-        free = ""
-        if free_before is not None and free_after is not None:
-            free = f" ({free_before:,} MiB free, {free_after:,} MiB after clearing the cache)"
+        is_known = free_before is not None and free_after is not None
+        free = f" ({free_before:,} MiB free, {free_after:,} MiB after clearing the cache)" if is_known else ""
         logger.warning("%s: out of memory on %s%s; %s.", self._position, failed.device, free, action)
 
     @property
     def _position(self) -> str:
-        """The phase, and the step if there is one, for messages."""
-        if not self.step:
-            return self.phase
-        return f"{self.phase}, " + (f"step {self.step}" if self._kind == "training" else f"after {self.step} texts")
+        progress = f"step {self.step}" if self._kind == "training" else f"after {self.step} texts"
+        return f"{self.phase}, {progress}" if self.step else self.phase
 
     def _exhausted(self, cause: str) -> OutOfMemoryError:
         tried: dict[str, list[str]] = {}
         for attempt in self._failed:
             tried.setdefault(str(attempt.device), []).append(str(attempt.batch_size))
-        has_sizes = self._kind != "loading"
-        attempts = " and ".join(
-            f"with batch size {', '.join(sizes)} on {device}" if has_sizes else f"on {device}"
-            for device, sizes in tried.items()
-        )
-        hints = ["Use a smaller model", *_HINTS[self._kind]]
+        attempts = [f"with batch size {', '.join(sizes)} on {device}" for device, sizes in tried.items()]
+        if self._kind == "loading":
+            attempts = [f"on {device}" for device in tried]
+        hints = ["Use a smaller model", *_HINTS.get(self._kind, [])]
         if _is_accelerator(self._first.device) and not self._state.cpu_fallback:
             hints.append("allow the CPU (--cpu-fallback)")
-        return OutOfMemoryError(
-            f"{self._position}: out of memory {attempts} ({cause}).", hint=f"{', or '.join(hints)}."
-        )
-
-
-_HINTS = {
-    "training": ["train on shorter texts (--max-length 64)", "use --gradient-checkpointing"],
-    "encoding": ["use a model trained on shorter texts (--max-length 64)"],
-    "loading": [],
-}
+        message = f"{self._position}: out of memory {' and '.join(attempts)} ({cause})."
+        return OutOfMemoryError(message, hint=f"{', or '.join(hints)}.")
 
 
 def _free_mb(device: torch.device) -> int | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from setfit_kd.errors import ConfigError
-from setfit_kd.memory.oom_errors import first_line, is_out_of_memory
+from setfit_kd.errors import ConfigError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +39,8 @@ def resolve_device(name: str) -> torch.device:
         return device
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if device.type not in _available_accelerators() or (device.index or 0) >= count:
-        raise ConfigError(
-            f"Device {name!r} is not available.",
-            hint="Use --device auto, or run `setfit-kd doctor` to list the devices.",
-        )
+        message = f"Device {name!r} is not available."
+        raise ConfigError(message, hint="Use --device auto, or run `setfit-kd doctor` to list the devices.")
     error = _probe_device(device)
     if error is not None and not is_out_of_memory(error):
         raise ConfigError(f"Cannot use device {name!r}: {first_line(str(error))}", hint="Use --device cpu.")

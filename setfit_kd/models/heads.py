@@ -19,13 +19,9 @@ if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
     from torch import nn
 
-HEAD_WEIGHTS = "head.safetensors"
-HEAD_CONFIG = "head.json"
-_KIND = "logistic-regression"
-DEFAULT_C = 10.0
-C_GRID = (1.0, 3.0, 10.0, 30.0, 100.0)
-_FOLDS, _MAX_TEXTS = 5, 5_000
-"""Folds and maximum number of texts of `held_out_logits`; a single parameter needs no more texts."""
+HEAD_WEIGHTS, HEAD_CONFIG, _KIND = "head.safetensors", "head.json", "logistic-regression"
+DEFAULT_C, C_GRID = 10.0, (1.0, 3.0, 10.0, 30.0, 100.0)
+_FOLDS, _MAX_TEXTS = 5, 5_000  # of `held_out_logits`; a single parameter needs no more texts
 
 
 def new_head() -> LogisticRegression:
@@ -52,8 +48,7 @@ def fit_head(
     """Fit a logistic regression over the classes 0 to n_classes - 1 to soft labels.
 
     Minimizes ``C * sum_i w_i CE(p_i, softmax(W x_i + b)) + |W|² / 2`` by L-BFGS. This is scikit-learn's objective with
-    distributions instead of hard labels. Memory is that of the embeddings in double precision, regardless of the
-    number of classes.
+    distributions instead of hard labels. Memory is that of the embeddings in float64, for any number of classes.
 
     Args:
         embeddings: (n, d).
@@ -65,8 +60,7 @@ def fit_head(
     from scipy.optimize import minimize
     from scipy.special import expit, log_expit, logsumexp
 
-    features = np.asarray(embeddings, np.float64)
-    targets = np.asarray(probabilities, np.float64)
+    features, targets = np.asarray(embeddings, np.float64), np.asarray(probabilities, np.float64)
     n, d = features.shape
     share = np.ones(n) if weights is None else np.asarray(weights, np.float64)
     if balance:  # all classes with any weight get the same total; the overall sum is kept
@@ -78,14 +72,14 @@ def fit_head(
     total = max(share.sum(), np.finfo(np.float64).tiny)
     share = share / total
     penalty = 1 / (C * total)
-    is_binary = targets.shape[1] == 2
-    n_rows = 1 if is_binary else targets.shape[1]
+    n_classes = targets.shape[1]
+    n_rows = 1 if n_classes == 2 else n_classes
 
     def objective(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
         matrix = flat.reshape(n_rows, d + 1)
         coef, intercept = matrix[:, :d], matrix[:, d]
         logits = features @ coef.T + intercept  # (n, n_rows)
-        if is_binary:
+        if n_classes == 2:
             z, p = logits[:, 0], targets[:, 1]
             loss = -(share * (p * log_expit(z) + (1 - p) * log_expit(-z))).sum()
             slope = (share * (expit(z) - p))[:, None]
@@ -101,7 +95,7 @@ def fit_head(
     options = {"maxiter": 1000, "gtol": 1e-5, "ftol": 1e-10}
     result = minimize(objective, np.zeros(n_rows * (d + 1)), jac=True, method="L-BFGS-B", options=options)
     matrix = result.x.reshape(n_rows, d + 1)
-    head = _create_head(np.arange(targets.shape[1]), matrix[:, :d].copy(), matrix[:, d].copy())
+    head = _create_head(np.arange(n_classes), matrix[:, :d].copy(), matrix[:, d].copy())
     head.C, head.n_iter_ = C, np.array([result.nit], np.int32)
     return head
 
@@ -146,8 +140,7 @@ def resolve_c(
 ) -> float:
     """Resolve the setting of C from (n, d) embeddings of labeled texts and their (n,) classes, from 0.
 
-    ``auto`` chooses the C of `C_GRID` with the lowest log loss in stratified cross-validation. It is `DEFAULT_C`
-    without labeled texts, or if a class has only one text, which cannot be held out.
+    ``auto`` is the C of `C_GRID` with the lowest log loss in stratified cross-validation, or `DEFAULT_C` without that.
     """
     from sklearn.model_selection import StratifiedKFold
 
@@ -212,10 +205,9 @@ def at_temperature(probabilities: Floats, temperature: float) -> npt.NDArray[np.
 
 
 def fit_temperature(logits: Floats, targets: Floats) -> float:
-    """Fit the temperature, from 1/20 to 20, that minimizes the cross-entropy of logits against distributions.
+    """Fit the temperature, from 1/20 to 20, with the lowest cross-entropy of (n, n_classes) logits and distributions.
 
-    As in Guo et al., 2017, "On Calibration of Modern Neural Networks", with distributions instead of gold classes. Both
-    are (n, n_classes); without texts, the result is 1.
+    As in Guo et al., 2017, "On Calibration of Modern Neural Networks". Without texts, the result is 1.
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
@@ -262,8 +254,6 @@ def load_head(folder: Path) -> LogisticRegression | None:
         if not (np.isfinite(coef).all() and np.isfinite(intercept).all()):
             raise ValueError("the weights are not all finite")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(
-            f"Cannot read the head in {folder}: {error}.",
-            hint="Train the model again, or upgrade setfit-kd if a later version wrote it.",
-        ) from None
+        message = f"Cannot read the head in {folder}: {error}."
+        raise ModelError(message, hint="Train the model again, or upgrade setfit-kd if it is newer.") from None
     return _create_head(classes, coef, intercept)

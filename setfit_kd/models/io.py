@@ -14,8 +14,7 @@ from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import BodySource, family_of, load_body, locate_model, transformer_label_names
 from setfit_kd.models.heads import get_head, load_head, new_head, save_head, set_head
 from setfit_kd.utils.atomic_io import atomic_folder, replace_files
-from setfit_kd.utils.console import quiet_libraries
-from setfit_kd.utils.escape import escape_markdown, short_class_name, truncate
+from setfit_kd.utils.console import escape_markdown, quiet_libraries, short_class_name, truncate
 from setfit_kd.utils.files import check_regular_file, read_json
 
 if TYPE_CHECKING:
@@ -133,16 +132,12 @@ def classifier_folder(path: str | Path) -> Path:
             return student
         names = sorted(student.name for student in (folder / _STUDENTS).glob("*") if student.is_dir())
         if names:
-            raise ModelError(
-                f"The run {path} has {len(names)} students: {', '.join(names)}.",
-                hint=f"Choose one, for example {path}/{_STUDENTS}/{names[0]}.",
-            )
+            message = f"The run {path} has {len(names)} students: {', '.join(names)}."
+            raise ModelError(message, hint=f"Choose one, for example {path}/{_STUDENTS}/{names[0]}.")
         raise ModelError(f"The run {path} has no student yet.", hint="Finish the run first.")
     if not folder.exists() and "/" not in str(path) and not str(path).startswith("demo:"):
-        raise ModelError(
-            f"No such file or folder: {path}",
-            hint="Check the path of the model or run folder. Classifiers on the hub are named USER/NAME.",
-        )
+        message = f"No such file or folder: {path}"
+        raise ModelError(message, hint="Check the path. Classifiers on the hub are named USER/NAME.")
     return locate_model(path)
 
 
@@ -180,9 +175,8 @@ def load_folder(folder: Path, *, trust_pickle: bool = False) -> SetFitModel:
     model = new_model(load_body(folder), labels)
     width, expected = model.model_body.get_embedding_dimension(), getattr(head, "n_features_in_", None)
     if None not in (width, expected) and width != expected:
-        raise ModelError(
-            f"The body in {folder} must have {expected} dimensions to match its head, got {width}.", hint=_RETRAIN
-        )
+        message = f"The body in {folder} must have {expected} dimensions to match its head, got {width}."
+        raise ModelError(message, hint=_RETRAIN)
     model.model_head, model.normalize_embeddings = head, normalize
     return model
 
@@ -193,10 +187,8 @@ def _unpickle_head(folder: Path, trust_pickle: bool) -> Any:
     if not (folder / _PICKLED_HEAD).is_file():
         raise ModelError(f"The model in {folder} has no head.", hint="Use a run folder or a SetFit model.")
     if not trust_pickle:
-        raise ModelError(
-            f"The head in {folder} is a pickle, which can run arbitrary code.",
-            hint="If you trust its author, add --trust-pickle (trust_pickle=True).",
-        )
+        message = f"The head in {folder} is a pickle, which can run arbitrary code."
+        raise ModelError(message, hint="If you trust its author, add --trust-pickle (trust_pickle=True).")
     try:
         head = joblib.load(check_regular_file(folder / _PICKLED_HEAD))
     except Exception as error:
@@ -205,10 +197,8 @@ def _unpickle_head(folder: Path, trust_pickle: bool) -> Any:
     # scikit-learn's one-vs-rest and SetFit's own head set the first two; multi-output heads and chains have lists.
     is_multi_label = any(getattr(head, name, False) for name in ("multilabel_", "multitarget"))
     if is_multi_label or isinstance(getattr(head, "classes_", None), list):
-        raise ModelError(
-            f"The head in {folder} predicts several labels per text, which is not supported.",
-            hint="Use a classifier with one label per text.",
-        )
+        message = f"The head in {folder} predicts several labels per text, which is not supported."
+        raise ModelError(message, hint="Use a classifier with one label per text.")
     return head
 
 
@@ -222,7 +212,6 @@ def with_saved_head(model: SetFitModel, folder: Path) -> SetFitModel:
 
 
 def _read_setfit_config(folder: Path, head: Any) -> tuple[list[str], bool]:
-    """Read the label names and whether embeddings are normalized."""
     path = folder / _SETFIT_CONFIG
     try:
         config = read_json(path) if path.is_file() else {}
@@ -237,8 +226,6 @@ def _read_setfit_config(folder: Path, head: Any) -> tuple[list[str], bool]:
         # String classes are matched by name: SetFit predicts them, regardless of the order of the labels.
         matches, labels = sorted(map(str, labels)) == sorted(names), names
     if not matches:
-        raise ModelError(
-            f"The labels in {path} must match the classes of the head, {classes!s:.200}, got {saved!r:.200}.",
-            hint=_RETRAIN,
-        )
+        message = f"The labels in {path} must match the classes of the head, {classes!s:.200}, got {saved!r:.200}."
+        raise ModelError(message, hint=_RETRAIN)
     return labels, normalize

@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from setfit_kd.errors import ModelError
 from setfit_kd.models.bodies import family_of, load_local, model_errors
-from setfit_kd.utils.console import quiet_libraries
-from setfit_kd.utils.escape import truncate
+from setfit_kd.utils.console import quiet_libraries, truncate
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import nn
 
 logger = logging.getLogger(__name__)
-# Attribute paths of the list of layers in common encoders.
-_LAYER_PATHS = ("encoder.layer", "transformer.layer", "encoder.layers", "layers")
+_LAYER_PATHS = ("encoder.layer", "transformer.layer", "encoder.layers", "layers")  # in common encoders
 
 
 def _find_layers(body: SentenceTransformer) -> tuple[nn.Module, str, nn.ModuleList]:
@@ -66,27 +64,19 @@ def n_layers(body: SentenceTransformer) -> int:
 
 
 def cut_layers(body: SentenceTransformer, keep: Sequence[int]) -> SentenceTransformer:
-    """Copy a body with only some of its L transformer layers; embeddings, tokenizer and pooling are kept.
-
-    ``keep`` has distinct indices of layers, from 0 to L - 1, in their new order. A body whose layers cannot be cut out
-    is a `ModelError`.
-    """
+    """Copy a body with only the transformer layers ``keep``, in this order; embeddings and pooling stay the same."""
     from torch import nn
 
     total = n_layers(body)
     if not keep or len(set(keep)) != len(keep) or not all(0 <= index < total for index in keep):
-        raise ModelError(
-            f"Cannot keep layers {truncate(', '.join(map(str, keep)), 60)} of a body with {total} layers.",
-            hint=f"Choose distinct layers from 0 to {total - 1}, for example layers:0,2,5.",
-        )
+        message = f"Cannot keep layers {truncate(', '.join(map(str, keep)), 60)} of a body with {total} layers."
+        raise ModelError(message, hint=f"Choose distinct layers from 0 to {total - 1}, for example layers:0,2,5.")
     small = copy.deepcopy(body)
     encoder: Any = small[0]
     config = encoder.auto_model.config
     if getattr(config, "layer_types", None):
-        raise ModelError(
-            f"The layers of {config.model_type} differ in type and cannot be cut out.",
-            hint="Pass a model name as the student.",
-        )
+        message = f"The layers of {config.model_type} differ in type and cannot be cut out."
+        raise ModelError(message, hint="Pass a model name as the student.")
     owner, attribute, layers = _find_layers(small)
     setattr(owner, attribute, nn.ModuleList(layers[index] for index in keep))
     config.num_hidden_layers = len(keep)
@@ -120,28 +110,19 @@ def to_distilbert(body: SentenceTransformer, layers: Sequence[int]) -> SentenceT
     from setfit_kd.models.transformer import body_from_model
 
     if family_of(body) != "transformer" or body[0].auto_model.config.model_type != "bert":  # type: ignore[union-attr]
-        raise ModelError(
-            "Only layers of a BERT can be converted to a DistilBERT.",
-            hint="Use layers without :distilbert to keep the model type.",
-        )
+        message = "Only layers of a BERT can be converted to a DistilBERT."
+        raise ModelError(message, hint="Use layers without :distilbert to keep the model type.")
     small: Any = cut_layers(body, layers)[0]
     bert = small.model.config
     if bert.hidden_act not in ("gelu", "relu") or bert.is_decoder:
-        raise ModelError(
-            f"Expected an encoder with gelu or relu, got hidden_act={bert.hidden_act}, is_decoder={bert.is_decoder}.",
-            hint="Use layers without :distilbert.",
-        )
+        settings = f"hidden_act={bert.hidden_act}, is_decoder={bert.is_decoder}"
+        message = f"Expected an encoder with gelu or relu, got {settings}."
+        raise ModelError(message, hint="Use layers without :distilbert.")
     same = ("vocab_size", "max_position_embeddings", "initializer_range", "pad_token_id", "id2label", "label2id")
-    config = DistilBertConfig(
-        n_layers=bert.num_hidden_layers,
-        n_heads=bert.num_attention_heads,
-        dim=bert.hidden_size,
-        hidden_dim=bert.intermediate_size,
-        dropout=bert.hidden_dropout_prob,
-        attention_dropout=bert.attention_probs_dropout_prob,
-        activation=bert.hidden_act,
-        **{name: getattr(bert, name) for name in same},
-    )
+    layout = {"n_layers": bert.num_hidden_layers, "n_heads": bert.num_attention_heads, "activation": bert.hidden_act}
+    sizes = {"dim": bert.hidden_size, "hidden_dim": bert.intermediate_size}
+    rates = {"dropout": bert.hidden_dropout_prob, "attention_dropout": bert.attention_probs_dropout_prob}
+    config = DistilBertConfig(**layout, **sizes, **rates, **{name: getattr(bert, name) for name in same})
     weights = {**small.model.state_dict(), **{f"classifier.{key}": v for key, v in small.head.state_dict().items()}}
     token_types = weights.pop("bert.embeddings.token_type_embeddings.weight")
     renamed = {}
@@ -176,11 +157,8 @@ def untrained_transformer(
             tokenizer = load_local(AutoTokenizer.from_pretrained, folder)
         if len(tokenizer) > config.vocab_size:
             owner = "its" if has_tokenizer else "the teacher's"
-            raise ModelError(
-                f"The vocab_size of the config in {folder} must be at least {len(tokenizer)}, the size of {owner} "
-                f"tokenizer, got {config.vocab_size}.",
-                hint="Add a matching tokenizer to the folder, or increase vocab_size.",
-            )
+            expected = f"at least {len(tokenizer)}, the size of {owner} tokenizer"
+            message = f"The vocab_size of the config in {folder} must be {expected}, got {config.vocab_size}."
+            raise ModelError(message, hint="Add a matching tokenizer to the folder, or increase vocab_size.")
         from_config: Any = AutoModelForSequenceClassification.from_config
-        model = from_config(config, trust_remote_code=False)
-        return body_from_model(model, tokenizer, label_names, seed=seed)
+        return body_from_model(from_config(config, trust_remote_code=False), tokenizer, label_names, seed=seed)

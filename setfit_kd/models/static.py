@@ -17,24 +17,19 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 DEFAULT_DIMENSION = 128
-_SIF = 1e-3
-"""Parameter a of smooth inverse frequency; 1e-3 to 1e-4 were best on all tasks of Arora et al."""
+_SIF = 1e-3  # parameter a of smooth inverse frequency; 1e-3 to 1e-4 were best on all tasks of Arora et al.
 _TOKENIZE_CHUNK = 10_000
 
 
 def check_static_teacher(teacher: SentenceTransformer, dimension: int) -> None:
     """Raise a `ModelError` if a body has no fast tokenizer or smaller embeddings than static ones distilled from it."""
     if getattr(teacher.tokenizer, "backend_tokenizer", None) is None:
-        raise ModelError(
-            "Static embeddings can only be distilled from a transformer with a fast tokenizer.",
-            hint="Choose another model with static@NAME.",
-        )
-    max_dimension = teacher.get_embedding_dimension() or 0
-    if dimension > max_dimension:
-        raise ModelError(
-            f"Static embeddings must have at most {max_dimension} dimensions, as the teacher has, got {dimension}.",
-            hint=f"Use static:{max_dimension} or less.",
-        )
+        message = "Static embeddings can only be distilled from a transformer with a fast tokenizer."
+        raise ModelError(message, hint="Choose another model with static@NAME.")
+    limit = teacher.get_embedding_dimension() or 0
+    if dimension > limit:
+        message = f"Static embeddings must have at most {limit} dimensions, as the teacher has, got {dimension}."
+        raise ModelError(message, hint=f"Use static:{limit} or less.")
 
 
 def static_body(teacher: SentenceTransformer, texts: Sequence[str], *, dimension: int) -> SentenceTransformer:
@@ -46,9 +41,8 @@ def static_body(teacher: SentenceTransformer, texts: Sequence[str], *, dimension
     result, on the CPU, can be trained like any other body.
 
     Args:
-        teacher: A transformer body with a fast tokenizer.
+        teacher: A transformer body with a fast tokenizer and at least ``dimension`` dimensions.
         texts: Texts to count tokens in, such as the pool.
-        dimension: Dimension of the vectors, at most the teacher's.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding

@@ -26,8 +26,7 @@ class TransformerFeatures(Transformer):
 
     Args:
         folder: A transformers model with its tokenizer.
-        label_names: Names of the classes. The last layer in the folder is kept if it has exactly these classes, in any
-            order.
+        label_names: Names of the classes. A saved last layer is kept if it has exactly these classes, in any order.
         local: Options for loading from `load_local`.
     """
 
@@ -38,19 +37,14 @@ class TransformerFeatures(Transformer):
         is_classifier = any(name.endswith(CLASSIFIER_SUFFIX) for name in config.architectures or ())
         saved_names = [str(config.id2label[index]) for index in sorted(config.id2label)]
         self._keeps_head = is_classifier and sorted(saved_names) == sorted(label_names)
-        id2label = dict(enumerate(label_names))
-        classes = {
-            "num_labels": len(label_names),
-            "id2label": id2label,
-            "label2id": {name: index for index, name in id2label.items()},
-            "problem_type": "single_label_classification",
-        }
+        label2id = {name: index for index, name in enumerate(label_names)}
+        classes = {"num_labels": len(label_names), "id2label": dict(enumerate(label_names)), "label2id": label2id}
         super().__init__(
             folder,
             transformer_task="sequence-classification",
             model_kwargs={**local, "ignore_mismatched_sizes": True, "dtype": torch.float32},
             processor_kwargs=dict(local),
-            config_kwargs={**local, **classes},
+            config_kwargs={**local, **classes, "problem_type": "single_label_classification"},
         )
         self.module_output_name = "sentence_embedding"
         for name, table in self.model.named_modules():
@@ -59,17 +53,12 @@ class TransformerFeatures(Transformer):
                 # In models such as RoBERTa and MPNet, positions start after the padding index.
                 n_positions = table.num_embeddings - padding - 1
                 self.max_seq_length = min(self.max_seq_length or n_positions, n_positions)
-        linear_layers = [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and module.out_features == len(label_names) and module.bias is not None
-        ]
-        if not linear_layers:
-            raise ModelError(
-                f"The last layer of {type(self.model).__name__} must be linear with a bias.",
-                hint="Use an encoder such as BERT or RoBERTa.",
-            )
-        self._head_path, self.head = linear_layers[-1]
+        linear = ((path, layer) for path, layer in self.model.named_modules() if isinstance(layer, nn.Linear))
+        last = [pair for pair in linear if pair[1].out_features == len(label_names) and pair[1].bias is not None][-1:]
+        if not last:
+            message = f"The last layer of {type(self.model).__name__} must be linear with a bias."
+            raise ModelError(message, hint="Use an encoder such as BERT or RoBERTa.")
+        self._head_path, self.head = last[0]
         self._set_last_layer(nn.Identity())
         if self._keeps_head:
             order = [saved_names.index(name) for name in label_names]
@@ -91,10 +80,8 @@ class TransformerFeatures(Transformer):
         keys = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
         missing = [key for key in keys if self._keeps_head or (key.startswith(prefix) and "pooler" not in key)]
         if missing:
-            raise ModelError(
-                f"The model lacks {len(missing)} weights of {type(model).__name__}, including {missing[0]}.",
-                hint="Use a transformers model with complete weights.",
-            )
+            message = f"The model lacks {len(missing)} weights of {type(model).__name__}, including {missing[0]}."
+            raise ModelError(message, hint="Use a transformers model with complete weights.")
         return model
 
     def get_embedding_dimension(self) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from setfit_kd.evaluation.calibration import coverage_curve
+from setfit_kd.evaluation.metrics import coverage_curve
 from setfit_kd.run_folder.names import TEACHER
 
 if TYPE_CHECKING:
@@ -19,51 +19,30 @@ if TYPE_CHECKING:
     from setfit_kd.report.summary import RunSummary
 
 N_COLORS = 10
-_MAX_POINTS, _MIN_COVERAGE = 500, 0.02
-"""Maximum number of points per curve; minimum coverage to plot, because the accuracy of few answers is mostly noise."""
-_MAX_TICKS = 6
+_MAX_POINTS, _MIN_COVERAGE = 500, 0.02  # per curve; below this coverage, accuracy is mostly noise
 _INK, _FAINT = "#010101", "#020202"
 _SERIES = [f"#0300{number:02x}" for number in range(1, N_COLORS + 1)]
-_PAGE_COLORS = {
-    _INK: "var(--ink)",
-    _FAINT: "var(--line)",
-    **{color: f"var(--series-{number})" for number, color in enumerate(_SERIES, 1)},
-}
-"""CSS variable of the page for each color used in the plots."""
+_PAGE_COLORS = {color: f"var(--series-{number})" for number, color in enumerate(_SERIES, 1)}
+_PAGE_COLORS |= {_INK: "var(--ink)", _FAINT: "var(--line)"}
 _STYLE: dict[str, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
     **dict.fromkeys(("axes.edgecolor", "grid.color"), _FAINT),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
     **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.8,
 }
+_STYLE |= {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
+_STYLE |= {"grid.linewidth": 0.6, "lines.linewidth": 1.8}
 
 
-class Plot(NamedTuple):
-    """A plot as SVG, with its legend as pairs of CSS color and label."""
-
-    svg: str
-    legend: list[tuple[str, str]]
-
-
-def draw_plots(summary: RunSummary) -> dict[str, Plot]:
-    """Draw the plots of a report by name; a model has the same color in all of them."""
+def draw_plots(summary: RunSummary) -> dict[str, Any]:
+    """Draw the plots of a report by name, each with its SVG and legend; a model has the same color in all of them."""
     names = dict.fromkeys([*summary.evaluations, *summary.losses])
     colors = {name: _SERIES[index % N_COLORS] for index, name in enumerate(names)}
     compared = {TEACHER, *(student.name for student in summary.students)}
     models = {name: evaluation for name, evaluation in summary.evaluations.items() if name in compared}
-    plots = {}
-    if models:
-        plots["speed"] = _draw("speed", _speed, summary.evaluations, colors)
-        plots["reliability"] = _draw("reliability", _reliability, models, colors)
-        plots["coverage"] = _draw("coverage", _coverage, models, colors)
-    if summary.losses:
-        plots["training"] = _draw("training", _training, summary.losses, colors)
-    return plots
+    plots: dict[str, Any] = {"reliability": (_reliability, models), "coverage": (_coverage, models)}
+    plots |= {"speed": (_speed, summary.evaluations), "training": (_training, summary.losses)}
+    return {name: _draw(name, function, data, colors) for name, (function, data) in plots.items() if data}
 
 
 def _speed(axes: Axes, evaluations: Mapping[str, Evaluation], colors: Mapping[str, str]) -> list[str]:
@@ -126,13 +105,13 @@ def _round_ticks(low: float, high: float) -> list[float]:
     for multiples in ((1, 2, 5), (1,)):
         steps = np.outer(10.0 ** np.arange(-3, 12), multiples).ravel()
         first, last = np.searchsorted(steps, low * 1.001, side="right") - 1, np.searchsorted(steps, high / 1.001)
-        if last - first < _MAX_TICKS:
+        if last - first < 6:
             break
     return list(map(float, steps[first : last + 1]))
 
 
-def _draw(name: str, function: Callable[..., list[str]], data: Mapping[str, Any], colors: Mapping[str, str]) -> Plot:
-    """Draw a plot with a function that returns the legend's label of each model."""
+def _draw(name: str, function: Callable[..., list[str]], data: Mapping[str, Any], colors: Mapping[str, str]) -> Any:
+    """Draw a plot with a function that returns the legend's label of each model; return its SVG and its legend."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -150,4 +129,5 @@ def _draw(name: str, function: Callable[..., list[str]], data: Mapping[str, Any]
     svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in referenced else "", svg)
     for color, variable in _PAGE_COLORS.items():
         svg = svg.replace(color, variable)
-    return Plot(svg, [(_PAGE_COLORS[colors[name]], label) for name, label in zip(data, labels, strict=True)])
+    legend = [(_PAGE_COLORS[colors[name]], label) for name, label in zip(data, labels, strict=True)]
+    return {"svg": svg, "legend": legend}

@@ -16,72 +16,54 @@ from setfit_kd.report.summary import RunSummary, StudentSummary, read_summary
 from setfit_kd.run_folder.folder import RunFolder
 from setfit_kd.run_folder.names import BASELINE, REPORT_HTML, TEACHER
 from setfit_kd.utils.atomic_io import write_text
-from setfit_kd.utils.escape import escape_markdown, short_class_name, truncate
+from setfit_kd.utils.console import escape_markdown, short_class_name, truncate
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-    from setfit_kd.evaluation.intervals import Interval
-    from setfit_kd.evaluation.seeds import SeedSummary, Spread
+    from setfit_kd.evaluation.measure import SeedSummary, Spread
+    from setfit_kd.evaluation.metrics import Interval
 
 SEED_HEADINGS = ("accuracy", "macro-F1", "agreement", "calibration error", "minus teacher", "minus baseline")
 MAX_MATRIX_CLASSES, N_WORST, MAX_CONFUSIONS = 12, 10, 100
-"""Maximum size of a confusion matrix; with more classes, the worst classes and the most frequent confusions are shown,
-and further ones are folded."""
+"""With more classes than a matrix has, the worst classes and most frequent confusions are shown, the rest folded."""
 
 
 def write_report(folder: str | Path) -> RunSummary:
     """Write ``report.html`` and the model card of each student from the results in a run folder.
 
-    Raises:
-        DataError: If the folder contains no finished run or cannot be read.
-        OutputError: If a file cannot be written, or the folder contains links.
+    Raises as `read_summary`, and an `OutputError` if a file cannot be written or the folder contains links.
     """
     summary = read_summary(folder)
     RunFolder.refuse_links(summary.folder)
-    files = {REPORT_HTML: render_html(summary)}
+    files = {REPORT_HTML: _render_html(summary)}
     files |= {f"{path}/README.md": render_card(summary, name) for name, path in summary.manifest.students.items()}
     for name, content in files.items():
         write_text(summary.folder / name, content, alternative="copy the run to a writable folder")
     return summary
 
 
-def render_html(summary: RunSummary) -> str:
-    """Render the report as a self-contained HTML page."""
+def _render_html(summary: RunSummary) -> str:
     # With a single student, the run folder itself can be loaded.
     students = summary.manifest.students.values()
-    return _template("report.html").render(
-        summary=summary,
-        title=f"Distillation report: {truncate(summary.folder.absolute().name)}",
-        verdict=verdict(summary),
-        seed_headings=SEED_HEADINGS,
-        seed_cells=seed_cells,
-        with_matrix=len(summary.label_names) <= MAX_MATRIX_CLASSES,
-        n_worst=N_WORST,
-        confusions=_confusions,
-        paths=[str(summary.folder / path if len(students) > 1 else summary.folder) for path in students],
-        plots=draw_plots(summary),
-    )
+    paths = [str(summary.folder / path if len(students) > 1 else summary.folder) for path in students]
+    title = f"Distillation report: {truncate(summary.folder.absolute().name)}"
+    values: dict[str, Any] = {"title": title, "verdict": verdict(summary), "paths": paths, "plots": draw_plots(summary)}
+    values |= {"with_matrix": len(summary.label_names) <= MAX_MATRIX_CLASSES, "n_worst": N_WORST}
+    values |= {"seed_headings": SEED_HEADINGS, "seed_cells": seed_cells, "confusions": _confusions}
+    return _template("report.html").render(summary=summary, **values)
 
 
 def _template(name: str) -> Template:
     """Return a template; in HTML, all values are escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-    environment = Environment(
-        loader=PackageLoader("setfit_kd.report"),
-        autoescape=select_autoescape(),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    options: Any = dict.fromkeys(("trim_blocks", "lstrip_blocks", "keep_trailing_newline"), True)
+    options |= {"autoescape": select_autoescape(), "undefined": StrictUndefined}
+    environment = Environment(loader=PackageLoader("setfit_kd.report"), **options)
+    environment.filters |= {"label": short_class_name, "markdown": escape_markdown, "quote": shlex.quote, "repr": repr}
     environment.filters |= {
         "cell": lambda value: truncate(str(value)),
-        "label": short_class_name,
-        "markdown": escape_markdown,
-        "quote": shlex.quote,
-        "repr": repr,
         "percent": "{:.1%}".format,
         "interval": lambda interval: f"{interval.low:.1%} to {interval.high:.1%}",
         "points": lambda interval: f"{100 * interval.value:+.1f} points (95% interval {_range(interval)})",
@@ -148,11 +130,10 @@ def _comparison(summary: RunSummary) -> list[list[str]]:
 
 def _comparison_note(summary: RunSummary) -> str:
     first, has_teacher = next(iter(summary.evaluations.values())), summary.teacher is not None
+    has_baseline = any(BASELINE in student.differences for student in summary.students)
     notes = {
         f"Evaluated on {len(first.gold):,} texts; speed measured on {first.cost.device}.": True,
-        "Baseline: the same student trained on the labels only, without distillation.": any(
-            BASELINE in student.differences for student in summary.students
-        ),
+        "Baseline: the same student trained on the labels only, without distillation.": has_baseline,
         "Agreement: share of texts with the same label as the teacher's.": has_teacher,
         "Speedup: texts per second relative to the teacher.": has_teacher,
         "Teacher: the average of all teachers.": has_teacher and len(summary.config.teacher) > 1,
@@ -163,10 +144,8 @@ def _comparison_note(summary: RunSummary) -> str:
 
 def seed_cells(model: SeedSummary) -> tuple[str, ...]:
     """Format the metrics of one model as mean ± standard deviation in percent, in the order of `SEED_HEADINGS`."""
-    return (
-        *(_spread(model.figures.get(metric)) for metric in ("accuracy", "macro_f1", "agreement", "ece")),
-        *(_spread(model.against.get(reference, {}).get("accuracy"), "+") for reference in (TEACHER, BASELINE)),
-    )
+    figures = (_spread(model.figures.get(metric)) for metric in ("accuracy", "macro_f1", "agreement", "ece"))
+    return (*figures, *(_spread(model.against.get(role, {}).get("accuracy"), "+") for role in (TEACHER, BASELINE)))
 
 
 def _spread(spread: Spread | None, sign: str = "") -> str:
@@ -178,12 +157,8 @@ def _confusions(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
     labels, counts = list(map(short_class_name, evaluation.quality.classes)), np.array(evaluation.quality.confusion)
     errors = counts - np.diag(np.diag(counts))
     order = np.argsort(-errors, axis=None, kind="stable")[:MAX_CONFUSIONS]
-    pairs = zip(*np.unravel_index(order, errors.shape), strict=True)
-    return [
-        (labels[g], labels[p], f"{errors[g, p]:,}", f"{errors[g, p] / counts[g].sum():.1%}")
-        for g, p in pairs
-        if errors[g, p]
-    ]
+    pairs = [(g, p) for g, p in zip(*np.unravel_index(order, errors.shape), strict=True) if errors[g, p]]
+    return [(labels[g], labels[p], f"{(n := errors[g, p]):,}", f"{n / counts[g].sum():.1%}") for g, p in pairs]
 
 
 def render_card(summary: RunSummary, source: str) -> str:
@@ -194,24 +169,18 @@ def render_card(summary: RunSummary, source: str) -> str:
     library, kind = ("setfit", "SetFit model") if is_setfit else ("transformers", "transformer")
     classes = f" for the classes {', '.join(map(short_class_name, summary.label_names))}" if summary.label_names else ""
     title, metadata = "Distilled text classifier", dict[str, Any]()
-    student = next((student for student in summary.students if student.source == source), None)
-    if student is not None:
-        quality = student.evaluation.quality
+    for quality in (student.evaluation.quality for student in summary.students if student.source == source):
         dataset = _public(summary.config.eval or "the evaluation set", summary)
         results = [
             EvalResult("text-classification", dataset, dataset, metric, round(value, 4), metric_name=name)
             for metric, name, value in (("accuracy", None, quality.accuracy), ("f1", "macro-F1", quality.macro_f1))
         ]
         metadata = {"metrics": ["accuracy", "f1"], "model_name": title, "eval_results": results}
-    data = ModelCardData(
-        library_name=library,
-        pipeline_tag="text-classification",
-        tags=[*(["setfit", "sentence-transformers"] * is_setfit), "text-classification", "knowledge-distillation"],
-        base_model=source.partition("@")[0] if source in summary.manifest.revisions else None,
-        **metadata,
-    )
+    tags = [*(["setfit", "sentence-transformers"] * is_setfit), "text-classification", "knowledge-distillation"]
+    base_model = source.partition("@")[0] if source in summary.manifest.revisions else None
+    metadata |= {"library_name": library, "pipeline_tag": "text-classification", "tags": tags, "base_model": base_model}
     about = f"A {kind}{classes}, distilled by setfit-kd from {_source_of(summary)}."
-    values = {"metadata": data.to_yaml(), "title": title, "about": about, "library": library}
+    values = {"metadata": ModelCardData(**metadata).to_yaml(), "title": title, "about": about, "library": library}
     return _template("card.md").render(summary=summary, **values)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,31 +15,17 @@ from setfit_kd.config.presets import read_config
 from setfit_kd.config.run import RunConfig
 from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation.calibration import OperatingPoint
-from setfit_kd.evaluation.intervals import Interval
-from setfit_kd.evaluation.measure import Evaluation, read_texts
-from setfit_kd.evaluation.seeds import SeedSummary, summarize_seeds
+from setfit_kd.evaluation.measure import Evaluation, SeedSummary, read_texts, summarize_seeds
+from setfit_kd.evaluation.metrics import Interval, OperatingPoint, bootstrap_quality
+from setfit_kd.run_folder import names as run_names
 from setfit_kd.run_folder.manifest import Manifest
-from setfit_kd.run_folder.names import (
-    BASELINES,
-    CONFIG_FILE,
-    EVALUATION,
-    RUN_FILE,
-    SEEDS,
-    STUDENTS,
-    TEACHER,
-    TEACHER_ACCURACIES,
-    TEACHER_SIGNALS,
-    TEACHERS,
-    reference_models,
-)
-from setfit_kd.utils.escape import short_class_name
+from setfit_kd.run_folder.names import CONFIG_FILE, EVALUATION, RUN_FILE, TEACHER, reference_models
+from setfit_kd.utils.console import short_class_name
 
 MAX_EXAMPLES = 20
 TARGET_ACCURACIES = (0.9, 0.95, 0.99)
 
-Example = tuple[str, ...]
-"""A text, its gold class, and the predictions of the student and, if there is one, of the teacher."""
+Example = tuple[str, ...]  # a text, its gold class, and the predictions of the student and, if any, of the teacher
 
 
 @dataclass(frozen=True)
@@ -62,15 +50,8 @@ class StudentSummary:
 class RunSummary:
     """Results of a run, from which its report is written.
 
-    Attributes:
-        folder: The run folder.
-        config: The config of the run.
-        manifest: The content of ``run.json``.
-        losses: Training loss by step, for each training.
-        evaluations: Evaluation of each model, by `display_name`; empty without an evaluation set.
-        label_names: Names of the classes.
-        students: Results of each evaluated student.
-        seed_summaries: Metrics of each model over the seeds; empty for a run with one seed.
+    ``losses`` has the training loss by step, for each training. ``evaluations`` (empty without an evaluation set) and
+    ``seed_summaries`` (empty for a run with one seed) are by `display_name`.
     """
 
     folder: Path
@@ -84,64 +65,50 @@ class RunSummary:
 
     @property
     def teacher(self) -> Evaluation | None:
-        """Evaluation of the teacher or of the ensemble of teachers; None if the run started from signals."""
+        """Evaluation of the teacher or ensemble; None if the run started from signals."""
         return self.evaluations.get(TEACHER)
 
 
 def read_summary(folder: str | Path) -> RunSummary:
-    """Read the results of a finished run.
-
-    Raises:
-        DataError: If the folder contains no finished run, or if its files cannot be read.
-    """
+    """Read the results of a finished run; raise a `DataError` if there is none, or its files cannot be read."""
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file() or not (folder / RUN_FILE).is_file():
         raise DataError(f"Found no run in {folder}.", hint="Pass the folder of a finished run.")
     config = RunConfig.of(**read_config(folder / CONFIG_FILE))
     manifest = Manifest.read(folder)
-    losses = {
-        display_name(name): stage.losses
-        for name, stage in manifest.stages.items()
-        if stage.losses and not name.startswith(f"{TEACHER_ACCURACIES}/")  # losses of several consecutive trainings
-    }
+    # The losses of a cross-validation are of several trainings.
+    stages = ((n, s) for n, s in manifest.stages.items() if not n.startswith(f"{run_names.TEACHER_ACCURACIES}/"))
+    losses = {display_name(name): stage.losses for name, stage in stages if stage.losses}
     if not manifest.evaluated:
         return RunSummary(folder, config, manifest, losses)
     data = read_texts(folder / EVALUATION)
-    folders = [folder, *(folder / SEEDS / str(seed) for seed in manifest.seeds[1:])]
+    folders = [folder, *(folder / run_names.SEEDS / str(seed) for seed in manifest.seeds[1:])]
     try:
-        by_seed = [
-            {name: _load_evaluation(path / EVALUATION / name, data) for name in manifest.evaluated} for path in folders
-        ]
+        names = manifest.evaluated
+        by_seed = [{name: _load_evaluation(path / EVALUATION / name, data) for name in names} for path in folders]
     except DataError as error:
         hint = f"Run `setfit-kd run --resume {shlex.quote(str(folder))}` to evaluate again."
         raise DataError(error.message, hint=hint) from None
     evaluations, paths = by_seed[0], manifest.students.values()
     if (TEACHER not in evaluations and config.signals is None) or not paths or not set(paths) <= set(evaluations):
-        raise DataError(
-            f"{folder / RUN_FILE} does not list all models.", hint="Start a new run in another --output-dir."
-        )
-    seed_summaries = {}
-    if manifest.seeds:
-        seed_summaries = summarize_seeds(by_seed, {path: reference_models(path, evaluations) for path in paths})
+        message = f"{folder / RUN_FILE} does not list all models."
+        raise DataError(message, hint="Start a new run in another --output-dir.")
+    references = {path: reference_models(path, evaluations) for path in paths}
+    seed_summaries = summarize_seeds(by_seed, references) if manifest.seeds else {}
     targets = sorted({*TARGET_ACCURACIES, *([] if config.target_accuracy is None else [config.target_accuracy])})
-    return RunSummary(
-        folder,
-        config,
-        manifest,
-        losses,
-        {display_name(name): evaluation for name, evaluation in evaluations.items()},
-        data.label_names,
-        [_summarize_student(source, path, evaluations, data, targets) for source, path in manifest.students.items()],
-        {display_name(name): summary for name, summary in seed_summaries.items()},
-    )
+    students = manifest.students.items()
+    summaries = [_summarize_student(source, path, evaluations, data, targets) for source, path in students]
+    by_name = {display_name(name): evaluation for name, evaluation in evaluations.items()}
+    over_seeds = {display_name(name): summary for name, summary in seed_summaries.items()}
+    return RunSummary(folder, config, manifest, losses, by_name, data.label_names, summaries, over_seeds)
 
 
 def display_name(name: str) -> str:
     """Name of a model or training in the report: ``x`` for ``students/x``, ``x (baseline)`` for ``baselines/x``."""
     group, _, slug = name.partition("/")
-    student = f"{slug} (student)" if slug == TEACHER else slug
-    kinds = {TEACHERS: f"{slug} (teacher)", TEACHER_SIGNALS: f"{slug} (teacher)", BASELINES: f"{slug} (baseline)"}
-    return {**kinds, STUDENTS: student}.get(group, name)
+    kinds = {run_names.BASELINES: f"{slug} (baseline)", run_names.STUDENTS: slug}
+    kinds |= dict.fromkeys((run_names.TEACHERS, run_names.TEACHER_SIGNALS), f"{slug} (teacher)")
+    return f"{slug} (student)" if name == f"{run_names.STUDENTS}/{TEACHER}" else kinds.get(group, name)
 
 
 def _load_evaluation(folder: Path, data: LabeledSet) -> Evaluation:
@@ -158,28 +125,58 @@ def _summarize_student(
     models = [student] if teacher is None else [student, teacher]
     predictions = [(model.predicted, model.probabilities.max(axis=1)) for model in models]
     predicted, confidence = predictions[0]
+    names = list(map(short_class_name, data.label_names))
 
     def examples(weights: npt.NDArray[np.floating]) -> list[Example]:
         """Return the texts with the highest weights above 0."""
-        return [
-            (
-                data.texts[row],
-                short_class_name(data.label_names[data.labels[row]]),
-                *(f"{short_class_name(data.label_names[p[row]])} {c[row]:.0%}" for p, c in predictions),
-            )
-            for row in np.argsort(-weights, kind="stable")[:MAX_EXAMPLES]
-            if weights[row] > 0
-        ]
+        rows = [row for row in np.argsort(-weights, kind="stable")[:MAX_EXAMPLES] if weights[row] > 0]
+        cells = [[f"{names[p[row]]} {c[row]:.0%}" for p, c in predictions] for row in rows]
+        return [(data.texts[row], names[data.labels[row]], *c) for row, c in zip(rows, cells, strict=True)]
 
     references = reference_models(path, evaluations).items()
     differences = {role: student.difference_to(evaluations[reference]) for role, reference in references}
     distances = np.abs(student.probabilities - models[-1].probabilities).sum(axis=1)
-    return StudentSummary(
-        display_name(path),
-        source,
-        student,
-        differences,
-        {target: student.operating_point(target) for target in targets},
-        examples(distances * (predicted != models[-1].predicted)),
-        examples(confidence * (predicted != data.labels)),
-    )
+    thresholds = {target: student.operating_point(target) for target in targets}
+    disagreements = examples(distances * (predicted != models[-1].predicted))
+    errors = examples(confidence * (predicted != data.labels))
+    return StudentSummary(display_name(path), source, student, differences, thresholds, disagreements, errors)
+
+
+class ComparedModel(NamedTuple):
+    """A model of one of the compared runs, with the difference in accuracy to the first student of the first run.
+
+    The difference is None for that student itself, and if the two were evaluated on different texts.
+    """
+
+    run: Path
+    name: str
+    evaluation: Evaluation
+    difference: Interval | None
+
+
+def compare(runs: Sequence[str | Path]) -> list[ComparedModel]:
+    """Compare the models of several runs in order; raise a `DataError` if one is not finished or was not evaluated."""
+    compared: list[ComparedModel] = []
+    reference: tuple[Evaluation, LabeledSet] | None = None
+    for summary in map(read_summary, runs):
+        if not summary.students:
+            hint = "Compare runs with an evaluation set (--eval)."
+            raise DataError(f"The run in {summary.folder} was not evaluated.", hint=hint)
+        data = read_texts(summary.folder / EVALUATION)
+        reference = reference or (summary.students[0].evaluation, data)
+        for name, evaluation in summary.evaluations.items():
+            difference = None if evaluation is reference[0] else _difference(evaluation, data, *reference)
+            compared.append(ComparedModel(summary.folder, name, evaluation, difference))
+    return compared
+
+
+def _difference(evaluation: Evaluation, data: LabeledSet, first: Evaluation, first_data: LabeledSet) -> Interval | None:
+    """Return the difference in accuracy to ``first``; None if the texts, classes or gold labels differ."""
+    names, first_names = data.label_names, first_data.label_names
+    if data.texts != first_data.texts or sorted(names) != sorted(first_names):
+        return None
+    index = np.array([first_names.index(name) for name in names])
+    if not np.array_equal(index[data.labels], first.gold):
+        return None
+    predicted = index[evaluation.predicted]
+    return bootstrap_quality(first.gold, predicted, n_classes=len(names), other=first.predicted)["accuracy"]

@@ -63,14 +63,7 @@ class RunInputs:
         return self.teachers[teacher].load(self.data.labeled.label_names, seed=seed)
 
 
-def prepare_run(
-    config: RunConfig,
-    *,
-    labeled: Source | None = None,
-    unlabeled: Source | None = None,
-    eval: Source | None = None,  # noqa: A002
-    resume: bool = False,
-) -> RunInputs:
+def prepare_run(config: RunConfig, *, resume: bool = False, **sources: Source | None) -> RunInputs:
     """Find, check and load all inputs of a run. Checks that need no model come first.
 
     Raises:
@@ -78,7 +71,7 @@ def prepare_run(
     """
     if config.output_dir:
         RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=resume)
-    data = load_run_data(config, labeled=labeled, unlabeled=unlabeled, eval=eval)
+    data = load_run_data(config, **sources)
     check_pool(len(data.pool) + (0 if data.signals else len(data.labeled) + (config.augment or 0)), config)
     if data.evaluation is None and config.seeds > 1:
         raise ConfigError(
@@ -88,12 +81,12 @@ def prepare_run(
     check_precision(config.precision, resolve_device(config.device))
     teachers = {} if config.signals else {name: locate_body(name) for name in config.teacher}
     fill_mask = None if config.augment_model is None else locate_model(config.augment_model)
-    sources = [locate_student(name) for name in config.student]
+    student_sources = [locate_student(name) for name in config.student]
     from setfit_kd.hub.client import cached_revisions  # imports huggingface_hub
 
     models = [*teachers, config.augment_model, *config.student]
-    passed = {"labeled": labeled, "unlabeled": unlabeled, "eval": eval}
-    revisions = cached_revisions(models, [getattr(config, name) for name, source in passed.items() if source is None])
+    named = [getattr(config, name) for name in ("labeled", "unlabeled", "eval") if sources.get(name) is None]
+    revisions = cached_revisions(models, named)
     if data.evaluation is None:
         logger.warning("There is no evaluation set: the models are not evaluated. Pass --eval to evaluate them.")
     if fill_mask:
@@ -102,33 +95,26 @@ def prepare_run(
     for name in reversed(teachers):  # check that all of them load, with one at a time in memory
         bodies = {name: teachers[name].load(names, seed=config.seed)}
     first_body = next(iter(bodies.values()), None)
-    students = [source.prepare(first_body, names, seed=config.seed) for source in sources]
+    students = [source.prepare(first_body, names, seed=config.seed) for source in student_sources]
     return RunInputs(data, teachers, bodies, students, revisions, fill_mask)
 
 
-def load_run_data(
-    config: DataConfig,
-    *,
-    labeled: Source | None = None,
-    unlabeled: Source | None = None,
-    eval: Source | None = None,  # noqa: A002 - the setting's name everywhere
-) -> RunData:
+def load_run_data(config: DataConfig, **sources: Source | None) -> RunData:
     """Read the data of a run and split it with `split_data`.
 
     Args:
-        config: The settings; they name the sources that are not passed as objects.
-        labeled: Labeled texts.
-        unlabeled: The pool.
-        eval: The evaluation set.
+        config: The settings.
+        sources: ``labeled``, ``unlabeled`` and ``eval``: data to use instead of the sources named in the settings.
 
     Raises:
         ConfigError: If there are no labeled texts and no signals.
         DataError: If a source cannot be used.
         UnavailableError: If a hub data set cannot be reached.
     """
-    labeled = config.labeled if labeled is None else labeled
-    unlabeled = config.unlabeled if unlabeled is None else unlabeled
-    evaluation = config.eval if eval is None else eval
+    labeled, unlabeled, evaluation = (
+        getattr(config, name) if sources.get(name) is None else sources[name]
+        for name in ("labeled", "unlabeled", "eval")
+    )
     if config.signals is not None and unlabeled is not None:
         raise ConfigError("Signals contain their own pool texts.", hint="Remove --unlabeled or --signals.")
     if labeled is None and config.signals is None:
@@ -144,10 +130,10 @@ def load_run_data(
         return encode_labels(read(source, text_column=columns, label_column=label_column, role=role), names)
 
     signals = None if config.signals is None else read_signals(config.signals)
-    names = None if signals is None else signals.label_names
-    rows = LabeledSet([], np.empty(0, np.int64), names or ())
+    classes = None if signals is None else signals.label_names
+    rows = LabeledSet([], np.empty(0, np.int64), classes or ())
     if labeled is not None:
-        rows = read_labeled(labeled, "train", names)
+        rows = read_labeled(labeled, "train", classes)
     if signals is None:
         check_classes(rows)
     held_out = None if evaluation is None else read_labeled(evaluation, "test", rows.label_names)

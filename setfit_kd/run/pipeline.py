@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config.run import RunConfig
 from setfit_kd.data.sources import Source
-from setfit_kd.evaluation.measure import Evaluation, evaluation_table, write_texts
-from setfit_kd.evaluation.seeds import SeedSummary, summarize_seeds
+from setfit_kd.evaluation.measure import Evaluation, SeedSummary, evaluation_table, summarize_seeds, write_texts
 from setfit_kd.memory.backoff import move_model, shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.report.render import write_report
@@ -142,18 +141,18 @@ def distill(
         >>> result.student.predict(["Rain stops play on the third day"])  # doctest: +SKIP
         ['Sports']
     """
-    objects: dict[str, Any] = {}
+    sources: dict[str, Any] = {}
     for name, source in (("labeled", labeled), ("unlabeled", unlabeled), ("eval", eval)):
         # Names are settings, so that config.yaml describes the run completely.
         if isinstance(source, str | Path):
             settings[name] = str(source)
         elif source is not None:
-            objects[name] = source
+            sources[name] = source
     if resume is None:
         config = RunConfig.merged(config, settings)
     else:
         config = resumed_config(Path(resume), settings if config is None else {**config.model_dump(), **settings})
-    return run(config, resume=resume is not None, **objects)
+    return run(config, resume=resume is not None, **sources)
 
 
 def resumed_config(folder: Path, *layers: Mapping[str, Any]) -> RunConfig:
@@ -166,41 +165,32 @@ def resumed_config(folder: Path, *layers: Mapping[str, Any]) -> RunConfig:
         ConfigError: If the folder contains no run, or a setting is unknown or out of range.
     """
     settings = RunFolder.read_settings(folder)
-    data_settings: dict[str, Any] = {
-        name: settings[name] for name in ("text_column", "label_column", "shots", "pool_size") if name in settings
-    }
-    return RunConfig.resolve(settings, data_settings, *layers, {"output_dir": folder, "overwrite": False})
+    reading = ("text_column", "label_column", "shots", "pool_size")
+    kept = {name: value for name, value in settings.items() if name in reading}
+    return RunConfig.resolve(settings, kept, *layers, {"output_dir": folder, "overwrite": False})
 
 
-def run(
-    config: RunConfig,
-    *,
-    labeled: Source | None = None,
-    unlabeled: Source | None = None,
-    eval: Source | None = None,  # noqa: A002
-    resume: bool = False,
-) -> RunResult:
+def run(config: RunConfig, *, resume: bool = False, **sources: Source | None) -> RunResult:
     """Run all stages.
 
     Args:
         config: The settings.
-        labeled, unlabeled, eval: Data to use instead of the sources named in the settings.
         resume: Resume the run in the output folder: load the stages whose data and settings are unchanged.
+        sources: ``labeled``, ``unlabeled`` and ``eval``: data to use instead of the sources named in the settings.
 
     Raises:
         SetFitKDError: See `distill`.
     """
-    objects = {"labeled": labeled, "unlabeled": unlabeled, "eval": eval}
-    result = _run(config, objects, resume=resume)
+    result = _run(config, sources, resume=resume)
     for student in result.students.values():
         move_model(student.model_body, resolve_device(config.device), phase="Moving student")
     return result
 
 
-def _run(config: RunConfig, objects: Mapping[str, Source | None], *, resume: bool, stage: str = "") -> RunResult:
+def _run(config: RunConfig, sources: Mapping[str, Source | None], *, resume: bool, stage: str = "") -> RunResult:
     """Run all stages for all seeds; return the result, with its models on the CPU."""
     with record_log(stage) as log, shared_backoff(cpu_fallback=config.cpu_fallback), ExitStack() as stack:
-        inputs, folder = prepare_run(config, **objects, resume=resume), None
+        inputs, folder = prepare_run(config, **sources, resume=resume), None
         if config.output_dir is not None:
             stack.enter_context(lock_folder(config.output_dir))
             folder = (RunFolder.reopen if resume else RunFolder.create)(config, config.output_dir)
@@ -208,7 +198,7 @@ def _run(config: RunConfig, objects: Mapping[str, Source | None], *, resume: boo
         resolved, cache = _resolve_config(config, inputs, folder), StageCache(folder, log)
         result = _run_stages(config, resolved, inputs, cache)
         if config.seeds > 1:
-            result = _run_other_seeds(result, resolved, objects, folder)
+            result = _run_other_seeds(result, resolved, sources, folder)
         cache.discard_unused()
         if folder:
             folder.discard_seeds(keep=result.by_seed)
@@ -258,7 +248,7 @@ def _run_stages(config: RunConfig, resolved: RunConfig, inputs: RunInputs, cache
 
 
 def _run_other_seeds(
-    result: RunResult, resolved: RunConfig, objects: Mapping[str, Source | None], folder: RunFolder | None
+    result: RunResult, resolved: RunConfig, sources: Mapping[str, Source | None], folder: RunFolder | None
 ) -> RunResult:
     """Repeat a run with the other seeds; return the result with their evaluations.
 
@@ -271,7 +261,7 @@ def _run_other_seeds(
         changes: dict[str, Any] = {"seed": seed, "seeds": 1, "overwrite": False}
         if folder is not None:
             changes["output_dir"], resume = folder.path / name, folder.prepare_nested_run(name)
-        seed_result = _run(resolved.model_copy(update=changes), objects, resume=resume, stage=name)
+        seed_result = _run(resolved.model_copy(update=changes), sources, resume=resume, stage=name)
         by_seed[seed] = seed_result.evaluations
         seconds += sum(seed_result.seconds.values())
         out_of_memory += seed_result.out_of_memory

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from setfit_kd.augment.edits import augment
+from setfit_kd.augment.edits import augment, drop_uncertain, load_texts, save_texts
 from setfit_kd.augment.fill_mask import FillMask
-from setfit_kd.augment.stage import drop_uncertain, load_texts, save_texts
 from setfit_kd.config.run import RunConfig
 from setfit_kd.config.stages import SignalsConfig, StudentConfig, TeacherConfig
 from setfit_kd.config.values import CROSS_VALIDATED, parse_weights
@@ -47,8 +46,7 @@ from setfit_kd.teacher.scoring import refine_and_score
 from setfit_kd.teacher.train import cross_validated_accuracy, steps_and_batch_size, train_teacher
 from setfit_kd.utils.arrays import iter_chunks
 from setfit_kd.utils.atomic_io import atomic_folder
-from setfit_kd.utils.files import read_json
-from setfit_kd.utils.hashing import fingerprint, hash_parts
+from setfit_kd.utils.files import fingerprint, hash_parts, read_json
 
 if TYPE_CHECKING:
     import torch

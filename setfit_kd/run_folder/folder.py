@@ -68,10 +68,9 @@ class RunFolder:
             if not existing.is_dir():
                 raise OutputError(f"{existing} is a file, not a folder.", hint=hint)
             if has_files and not overwrite and not resume:
-                hint = "Choose another --output-dir, pass --overwrite"
-                if not is_foreign:
-                    hint += f", or resume the run in it with --resume {shlex.quote(str(path))}"
-                raise OutputError(f"The folder {path} is not empty.", hint=f"{hint}.")
+                resume_it = "" if is_foreign else f", or resume the run in it with --resume {shlex.quote(str(path))}"
+                hint = f"Choose another --output-dir{resume_it}, or pass --overwrite."
+                raise OutputError(f"The folder {path} is not empty.", hint=hint)
             if is_foreign and any((path / name).exists() for name in ALL_NAMES):
                 message = f"The folder {path} contains files with the names of run files, but no run."
                 raise OutputError(message, hint=hint)

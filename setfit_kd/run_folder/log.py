@@ -10,7 +10,7 @@ from pathlib import Path
 
 from setfit_kd.errors import SetFitKDError
 from setfit_kd.utils.atomic_io import raise_output_errors
-from setfit_kd.utils.escape import printable
+from setfit_kd.utils.console import printable
 
 
 class _LogFile(logging.FileHandler):

@@ -65,5 +65,5 @@ def reference_models(student_path: str, evaluated: Collection[str]) -> dict[str,
 
 def default_folder(config: RunConfig) -> Path:
     """Return the default output folder of a run: ``runs/`` and the name of the labeled data."""
-    name = Path((config.labeled or "").removeprefix("bundled:")).stem
+    name = Path((config.labeled or "").removeprefix("bundled:").removesuffix(".gz")).stem
     return Path("runs") / (re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run")

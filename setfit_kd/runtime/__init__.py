@@ -1,6 +1,3 @@
-"""Classify texts with a bundle, using numpy and tokenizers, and onnxruntime for ONNX bundles.
-
-It does not import torch or other packages of setfit-kd. Every bundle contains a copy of `classify.py`.
-"""
+"""Classify texts with a bundle, without torch. Every bundle contains a copy of `classify.py`."""
 
 from setfit_kd.runtime.classify import Classifier as Classifier

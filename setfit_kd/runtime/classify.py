@@ -5,8 +5,6 @@ file of a bundle that is ever executed:
 
     python classify.py "some text" "another"      # prints one JSON object per text
     python classify.py < texts.txt                # reads one text per line, and answers as the lines arrive
-
-A text without visible characters has no label: the answer is None in Python and null in JSON.
 """
 
 from __future__ import annotations
@@ -37,18 +35,13 @@ logger = logging.getLogger("setfit_kd.runtime")  # the same name in the copy ins
 FORMAT = 1
 MANIFEST, LABELS, TOKENIZER = "manifest.json", "labels.json", "tokenizer.json"
 ONNX_MODEL, VECTORS, HEAD = "model.onnx", "embeddings.safetensors", "head.safetensors"
-_EXTERNAL_DATA = b"\n\x08location"
-"""Bytes by which an ONNX graph, a protocol buffer, marks a tensor that is stored in another file."""
-_CHUNK_SIZE = 2048
-"""Maximum number of texts that are tokenized and sorted by length together."""
-_MAX_BYTES = {".json": 64 << 20, ".safetensors": 1 << 31, ".onnx": 1 << 31}
-"""Maximum file sizes in bytes; larger files are not read."""
-_LOOP_OPERATORS = {"Loop", "Scan"}
-"""Operators that let a small graph run forever; `setfit-kd export` never writes them."""
-MAX_CHARACTERS = 1_000_000
-"""Maximum number of characters that are read of one text and that are tokenized together."""
-_CHARACTERS_PER_TOKEN, _MARGIN_TOKENS = 8, 32
-"""An upper estimate, and the number of tokens next to a cut that may differ from those of the full text."""
+_EXTERNAL_DATA = b"\n\x08location"  # marks a tensor in an ONNX graph, a protocol buffer, that is in another file
+_CHUNK_SIZE = 2048  # maximum number of texts that are tokenized and sorted by length together
+_MAX_BYTES = {".json": 64 << 20, ".safetensors": 1 << 31, ".onnx": 1 << 31}  # larger files are not read
+_LOOP_OPERATORS = {"Loop", "Scan"}  # let a small graph run forever; `setfit-kd export` never writes them
+MAX_CHARACTERS = 1_000_000  # maximum number of characters that are read of one text, and tokenized together
+_CHARACTERS_PER_TOKEN = 8  # an upper estimate
+_MARGIN_TOKENS = 32  # number of tokens next to a cut that may differ from those of the full text
 _WHITESPACE = re.compile(r"(?<=[^ \t\r\n])[ \t\r\n]")
 _READ_BYTES = 1 << 18
 _IGNORABLE = (
@@ -108,11 +101,7 @@ def shorten(text: str, tokenizer: Any) -> str:
 
 
 class Lines:
-    """Lines of a binary stream in UTF-8, read as they arrive.
-
-    Attributes:
-        is_waiting: Whether the next line has not been read yet, so that it may arrive much later.
-    """
+    """Lines of a UTF-8 stream, read as they arrive; ``is_waiting`` says that the next line may arrive much later."""
 
     def __init__(self, stream: Any, *, errors: str = "strict") -> None:
         self.is_waiting = False
@@ -359,8 +348,8 @@ def _read_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         raise BundleError(f"{file} is not the manifest of a bundle.")
     if manifest["format"] > FORMAT:
-        problem = f"{folder} has format {manifest['format']}, but this version reads formats up to {FORMAT}"
-        raise BundleError(f"{problem}: upgrade, or use the classify.py in the bundle.")
+        problem = f"has format {manifest['format']}, but this version reads formats up to {FORMAT}"
+        raise BundleError(f"{folder} {problem}: upgrade, or use the classify.py in the bundle.")
     invalid = [name for name, kind in _FIELDS.items() if not isinstance(manifest.get(name), kind)]
     if invalid:
         raise BundleError(f"{file} has missing or invalid fields: {', '.join(invalid)}.")

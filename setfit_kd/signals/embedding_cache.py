@@ -22,20 +22,16 @@ from setfit_kd.models.bodies import content_hash
 from setfit_kd.models.encode import embed
 from setfit_kd.utils.arrays import load_rows, save_rows
 from setfit_kd.utils.atomic_io import atomic_folder
-from setfit_kd.utils.files import cache_folder
-from setfit_kd.utils.hashing import file_hash, hash_parts
+from setfit_kd.utils.files import cache_folder, file_hash, hash_parts
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 2 << 30
-"""Size limit of the cache; the least recently used entries are removed first."""
-_LIBRARIES = ("torch", "transformers", "sentence-transformers", "tokenizers")
+MAX_BYTES = 2 << 30  # of the cache
 _EMBEDDINGS, _ROWS, _CHECKSUM = "embeddings", "embeddings.npy", "embeddings.sha256"
-_ENTRY = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.[0-9a-f]{8}")
-"""Folder name of an entry, or of an entry that is being written."""
+_ENTRY = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.[0-9a-f]{8}")  # finished, or being written
 
 
 def cache_bytes() -> int:
@@ -49,18 +45,16 @@ def cached_embed(
 ) -> npt.NDArray[np.floating]:
     """Compute embeddings with `embed`, or load them if the same body has embedded the same texts before.
 
-    Takes the arguments of `embed`; ``description`` also labels the log messages. Problems with the cache are logged
-    and never raise an error.
+    ``description`` also labels the log messages. Problems with the cache are logged and never raise an error.
     """
     compute = partial(embed, body, texts, batch_size=batch_size, normalize=normalize, description=description)
-    folder = cache_folder()
-    if folder is None:
+    if (folder := cache_folder()) is None:
         return compute()
-    libraries = " ".join(f"{library} {version(library)}" for library in _LIBRARIES)
+    names = "torch", "transformers", "sentence-transformers", "tokenizers"
+    libraries = " ".join(f"{library} {version(library)}" for library in names)
     parts = chain((f"4 {normalize} {body.device.type} {libraries}", content_hash(body)), texts)
     entry = folder / _EMBEDDINGS / hash_parts(part.encode() for part in parts)
-    cached = _load(entry)
-    if cached is not None:
+    if (cached := _load(entry)) is not None:
         with suppress(OSError):  # a shared cache may be read-only
             os.utime(entry)
         logger.info("%s: loaded from the cache (%s).", description, entry)

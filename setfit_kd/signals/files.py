@@ -16,8 +16,7 @@ from setfit_kd.errors import DataError
 from setfit_kd.signals.signals import TeacherSignals
 
 _COLUMN = "probability_"
-_TOLERANCE = 0.01
-"""Largest accepted difference between 1 and the sum of a row's probabilities, which may have been rounded."""
+_TOLERANCE = 0.01  # largest difference between 1 and the sum of a row's probabilities, which may have been rounded
 
 
 def read_signals(path: str | Path) -> TeacherSignals:
@@ -34,9 +33,7 @@ def read_signals(path: str | Path) -> TeacherSignals:
         >>> from setfit_kd import train_student
         >>> train_student(read_signals("labels.jsonl"), "path/to/a/body", objective="soft-labels")  # doctest: +SKIP
     """
-    path = Path(path)
-    texts: list[str] = []
-    probabilities, embeddings = array("f"), array("f")
+    path, texts, probabilities, embeddings = Path(path), list[str](), array("f"), array("f")
     names: tuple[str, ...] = ()
     dimension: int | None = None
     errors = RowErrors(str(path), record_unit(path))
@@ -53,10 +50,10 @@ def read_signals(path: str | Path) -> TeacherSignals:
             problem = problem or str(error)
         if problem is not None:
             errors.add(number, problem)
-            continue
-        texts.append(text)
-        probabilities.extend(distribution)
-        embeddings.extend(embedding)
+        else:
+            texts.append(text)
+            probabilities.extend(distribution)
+            embeddings.extend(embedding)
     errors.check()
     if not texts:
         raise DataError(f"{path} has no rows.", hint="Add at least two rows.")
@@ -78,16 +75,13 @@ def _probabilities(record: Mapping[str, Any]) -> dict[str, Any]:
 def _check_first_row(record: Mapping[str, Any], names: tuple[str, ...], path: Path) -> int | None:
     """Return the dimension of the embeddings, or None if there are none."""
     if "text" not in record or len(names) < 2:
-        raise DataError(
-            f"{path} has the columns {', '.join(map(repr, record))}, with probabilities of {len(names)} labels.",
-            hint=f"Add 'text', and 'probabilities' by label or one column '{_COLUMN}LABEL' per label, for two or more.",
-        )
+        message = f"{path} has the columns {', '.join(map(repr, record))}, with probabilities of {len(names)} labels."
+        hint = f"Add 'text', and 'probabilities' by label or one column '{_COLUMN}LABEL' per label, for two or more."
+        raise DataError(message, hint=hint)
     embedding = record.get("embedding")
     if embedding is not None and (not isinstance(embedding, list) or not embedding):
-        raise DataError(
-            f"{path}: the embedding of the first row must be a list of numbers, got {embedding!r:.40}.",
-            hint="Use JSONL or Parquet for embeddings, since CSV and TSV cannot contain lists, or remove the column.",
-        )
+        message = f"{path}: the embedding of the first row must be a list of numbers, got {embedding!r:.40}."
+        raise DataError(message, hint="Use JSONL or Parquet for embeddings, or remove the column.")
     return None if embedding is None else len(embedding)
 
 

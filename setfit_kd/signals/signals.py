@@ -12,13 +12,20 @@ import numpy.typing as npt
 
 from setfit_kd.errors import DataError
 from setfit_kd.models.heads import at_temperature, fit_temperature, log_probabilities
-from setfit_kd.utils.arrays import allocate_array, iter_chunks, load_rows, normalize_rows, sample_rows, save_rows
+from setfit_kd.utils.arrays import (
+    Floats,
+    allocate_array,
+    iter_chunks,
+    load_rows,
+    normalize_rows,
+    sample_rows,
+    save_rows,
+)
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import read_json, read_json_lines
 
 _FORMAT = 2
-_MAX_TEXTS = 10_000
-"""Maximum number of texts that a temperature is fitted on; more would not improve the fit of one number."""
+_MAX_TEXTS = 10_000  # that a temperature is fitted on; more would not improve the fit of one number
 _PROBABILITIES, _EMBEDDINGS, _TEXTS, _METADATA = "probabilities.npy", "embeddings.npy", "texts.jsonl", "signals.json"
 
 
@@ -55,15 +62,12 @@ class TeacherSignals:
         if self.embeddings is not None and getattr(self.embeddings, "dtype", None) != np.float16:
             set_field(self, "embeddings", np.asarray(self.embeddings, np.float32))
         n, c, shape = len(self.texts), len(self.label_names), self.probabilities.shape
-        positive = 0 < self.temperature < float("inf")
-        _check(
-            positive, f"The temperature must be positive and finite, got {self.temperature}.", "Use 1 for no scaling."
-        )
+        message = f"The temperature must be positive and finite, got {self.temperature}."
+        _check(0 < self.temperature < float("inf"), message, "Use 1 for no scaling.")
         distinct = len(set(self.label_names)) == c
         _check(distinct, f"Label names must be distinct, got {self.label_names}.", "Rename the duplicates.")
-        _check(
-            shape == (n, c), f"Expected probabilities of shape ({n}, {c}) for {n} texts and {c} classes, got {shape}."
-        )
+        message = f"Expected probabilities of shape ({n}, {c}) for {n} texts and {c} classes, got {shape}."
+        _check(shape == (n, c), message)
         in_range = np.all((self.probabilities >= 0) & (self.probabilities <= 1.001), axis=1, keepdims=True)
         sums = np.where(in_range, self.probabilities, 0).sum(axis=1, dtype=np.float64)
         invalid = np.flatnonzero(~in_range[:, 0] | (np.abs(sums - 1) >= 1e-3))
@@ -137,13 +141,8 @@ class TeacherSignals:
                 save_rows(self.embeddings, part / _EMBEDDINGS)
             with (part / _TEXTS).open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in self.texts)
-            metadata = {
-                "format": _FORMAT,
-                "label_names": list(self.label_names),
-                "origin": self.origin,
-                "temperature": self.temperature,
-                "embeddings": self.embeddings is not None,
-            }
+            metadata = {"format": _FORMAT, "label_names": list(self.label_names), "origin": self.origin}
+            metadata |= {"temperature": self.temperature, "embeddings": self.embeddings is not None}
             (part / _METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
@@ -176,9 +175,7 @@ def _check(condition: bool, message: str, hint: str = "Use one row per text and 
         raise DataError(message, hint=hint)
 
 
-def _concatenate(
-    arrays: Sequence[npt.NDArray[np.floating]], factors: npt.NDArray[np.floating]
-) -> npt.NDArray[np.floating]:
+def _concatenate(arrays: Sequence[Floats], factors: Floats) -> Floats:
     """Normalize the rows of each (n, d) array, multiply them by the array's factor and concatenate them."""
     joined = allocate_array((len(arrays[0]), sum(array.shape[1] for array in arrays)))
     stop = 0

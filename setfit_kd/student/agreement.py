@@ -14,7 +14,7 @@ from setfit_kd.models.encode import embed
 from setfit_kd.models.heads import fit_head, get_head, resolve_c
 from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.student.distil import MAX_HELD_OUT, n_held_out
-from setfit_kd.training.callbacks import EvaluationCallback
+from setfit_kd.training.loss_trainer import EvaluationCallback
 from setfit_kd.utils.arrays import sample_rows
 from setfit_kd.utils.console import show_progress
 

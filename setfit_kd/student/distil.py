@@ -158,6 +158,5 @@ def rows_without_signals(signals: TeacherSignals, labeled: LabeledSet) -> list[i
 
 def _append_labeled(signals: TeacherSignals, labeled: LabeledSet) -> TeacherSignals:
     """Append labeled texts with one-hot probabilities to signals, without the embeddings."""
-    one_hot = np.eye(len(labeled.label_names), dtype=np.float32)[labeled.labels]
-    probabilities = np.concatenate([signals.probabilities, one_hot])
+    probabilities = np.concatenate([signals.probabilities, labeled.one_hot])
     return replace(signals, texts=[*signals.texts, *labeled.texts], probabilities=probabilities, embeddings=None)

@@ -113,34 +113,24 @@ class StudentTrainer(DistillationTrainer):
         if self._trains_last_layer:
             self.model.model_head = get_head(self.model.model_body)
             return
+        config, gold = self.config, self._gold_set
         texts, probabilities, weights = self._head_examples()
-        embeddings = embed(
-            self.model.model_body, texts, batch_size=self.config.encode_batch_size, description="Fitting head"
+        size = config.encode_batch_size
+        embeddings = embed(self.model.model_body, texts, batch_size=size, description="Fitting head")
+        n_soft = len(texts) - len(gold or ())
+        c = (
+            resolve_c(config.head_c, embeddings[n_soft:], gold.labels, seed=config.seed)
+            if gold
+            else resolve_c(config.head_c)
         )
-        gold = self._gold_set
-        c = resolve_c(
-            self.config.head_c,
-            embeddings[-len(gold) :] if gold else None,
-            gold.labels if gold else None,
-            seed=self.config.seed,
-        )
-        head = fit_head(embeddings, probabilities, weights, C=c, balance=self.config.balance)
-        self.model.model_head = head_at_temperature(head, self._temperature(embeddings, probabilities, weights, c))
-
-    def _temperature(
-        self,
-        embeddings: npt.NDArray[np.floating],
-        probabilities: npt.NDArray[np.float32],
-        weights: npt.NDArray[np.float32],
-        c: float,
-    ) -> float:
-        """Fit the temperature at which the student's probabilities on held-out texts match the teacher's."""
+        head = fit_head(embeddings, probabilities, weights, C=c, balance=config.balance)
+        # The temperature at which the student's probabilities on held-out texts match the teacher's.
         rows, logits = held_out_logits(
-            embeddings, probabilities, weights, C=c, balance=self.config.balance, seed=self.config.seed
+            embeddings, probabilities, weights, C=c, balance=config.balance, seed=config.seed
         )
-        is_soft = rows < len(embeddings) - (len(self._gold_set) if self._gold_set else 0)
+        is_soft = rows < n_soft
         targets = at_temperature(probabilities[rows[is_soft]], self.signals.temperature)
-        return fit_temperature(logits[is_soft], targets)
+        self.model.model_head = head_at_temperature(head, fit_temperature(logits[is_soft], targets))
 
     @property
     def _gold_set(self) -> LabeledSet | None:
@@ -156,8 +146,7 @@ class StudentTrainer(DistillationTrainer):
         probabilities, weights = self.signals.probabilities[rows], np.ones(len(rows), np.float32)
         if gold:
             texts += gold.texts
-            one_hot = np.eye(len(gold.label_names), dtype=np.float32)[gold.labels]
-            probabilities = np.concatenate([probabilities, one_hot])
+            probabilities = np.concatenate([probabilities, gold.one_hot])
             weights = np.concatenate([weights, np.full(len(gold), self.config.gold_weight, np.float32)])
         return texts, probabilities, weights
 
@@ -167,13 +156,11 @@ def _frozen_embeddings(body: SentenceTransformer, frozen: bool) -> Iterator[None
     """Context manager that, if ``frozen``, excludes a transformer's word embeddings from training."""
     model = getattr(body[0], "auto_model", None)
     embeddings = model.get_input_embeddings() if frozen and model is not None else None
-    if embeddings is None:
-        yield
-        return
-    requires_grad = [(parameter, parameter.requires_grad) for parameter in embeddings.parameters()]
-    embeddings.requires_grad_(False)
+    trained = [] if embeddings is None else [weight for weight in embeddings.parameters() if weight.requires_grad]
     try:
+        for weight in trained:
+            weight.requires_grad_(False)
         yield
     finally:
-        for parameter, value in requires_grad:
-            parameter.requires_grad_(value)
+        for weight in trained:
+            weight.requires_grad_(True)

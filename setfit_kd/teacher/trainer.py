@@ -49,10 +49,7 @@ class TeacherTrainer(Trainer):
         """Create the dataset and the loss: texts with classes and a contrastive loss, or SetFit's pairs."""
         body, config = self.model.model_body, self.config
         x = shorten_texts(body, x)
-        options: dict[str, Any] = {
-            "dropout": resolved(config.teacher_dropout),
-            "micro_batch_size": config.micro_batch_size,
-        }
+        options: dict[str, Any] = {"dropout": config.teacher_dropout, "micro_batch_size": config.micro_batch_size}
         if config.teacher_objective == "pairs":
             # SetFit draws pairs with a constant seed; shuffling the texts makes them depend on our seed.
             order = np.random.default_rng([config.seed, 4]).permutation(len(x))
@@ -70,9 +67,7 @@ class TeacherTrainer(Trainer):
     def fit_head(self) -> None:
         """Fit the head on the gold labels."""
         config, labels = self.config, self.labeled.labels
-        embeddings = embed(
-            self.model.model_body, self.labeled.texts, batch_size=config.encode_batch_size, description="Fitting head"
-        )
+        texts, size = self.labeled.texts, config.encode_batch_size
+        embeddings = embed(self.model.model_body, texts, batch_size=size, description="Fitting head")
         c = resolve_c(config.head_c, embeddings, labels, seed=config.seed)
-        one_hot = np.eye(len(self.labeled.label_names), dtype=np.float32)[labels]
-        self.model.model_head = fit_head(embeddings, one_hot, C=c, balance=config.balance)
+        self.model.model_head = fit_head(embeddings, self.labeled.one_hot, C=c, balance=config.balance)

@@ -13,30 +13,25 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from sentence_transformers import SentenceTransformer
 from transformers import SchedulerType
 
-from setfit_kd.errors import OutOfMemoryError, TrainingError
+from setfit_kd.config.base import StageConfig
+from setfit_kd.errors import OutOfMemoryError, TrainingError, first_line, is_out_of_memory
 from setfit_kd.memory.backoff import Attempt, OOMBackoff, clear_cache
-from setfit_kd.memory.oom_errors import first_line, is_out_of_memory
 from setfit_kd.models.bodies import is_static
 from setfit_kd.models.layers import checkpointed_layers
-from setfit_kd.training.checkpoints import Checkpoints
-from setfit_kd.training.loss_trainer import LossTrainer
+from setfit_kd.training.loss_trainer import Checkpoints, LossTrainer
 from setfit_kd.training.precision import resolve_precision
 from setfit_kd.utils.console import track
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
     from setfit import SetFitModel
 
-    from setfit_kd.config.base import StageConfig
-
-    Config = TypeVar("Config", bound=StageConfig)
-
 logger = logging.getLogger(__name__)
+Config = TypeVar("Config", bound=StageConfig)
 
-STATIC_LEARNING_RATE = 1e-3
-"""Larger than for a network, since only the texts that contain a token update its vector."""
+STATIC_LEARNING_RATE = 1e-3  # larger than for a network, since only the texts that contain a token update its vector
 _MAX_WARMUP_STEPS = 500
 _SCHEDULES = {"constant": "constant_with_warmup", "plateau": "constant_with_warmup"}
 
@@ -48,15 +43,13 @@ class StageTrainer(Protocol):
     model: SetFitModel
 
     def train_body(self) -> None: ...  # noqa: D102
-
     def fit_head(self) -> None: ...  # noqa: D102
 
 
 def resolve_learning_rate(learning_rate: float | None, body: SentenceTransformer, *, default: float) -> float:
     """Return the learning rate, or if it is None the default for this kind of body."""
-    if learning_rate is not None:
-        return learning_rate
-    return STATIC_LEARNING_RATE if is_static(body) else default
+    default = STATIC_LEARNING_RATE if is_static(body) else default
+    return default if learning_rate is None else learning_rate
 
 
 def train(
@@ -87,8 +80,7 @@ def train(
         The trained model, with the loss of each step in the attribute ``loss_curve_``.
 
     Raises:
-        OutOfMemoryError: If the last attempt fails too, or the head does not fit into memory. As after any error, the
-            body has its initial weights.
+        OutOfMemoryError: If the last attempt fails too. As after any error, the body has its initial weights.
         TrainingError: If the loss or the weights are not finite.
     """
     if config.max_length is not None and body.max_seq_length != math.inf:  # a static body has no maximum length
@@ -101,8 +93,7 @@ def train(
     def resolve_config(attempt: Attempt) -> Config:
         # A precision requested for an accelerator does not apply to the CPU fallback.
         requested = config.precision if attempt.device.type == device.type else "auto"
-        if is_static(body):  # a table lookup is no faster in half precision
-            requested = "fp32"
+        requested = "fp32" if is_static(body) else requested  # a table lookup is no faster in half precision
         precision = resolve_precision(requested, body, texts[: attempt.batch_size])
         full_batch = config.micro_batch_size is None and attempt.batch_size >= batch_texts
         micro_batch_size = None if full_batch else attempt.batch_size
@@ -137,16 +128,13 @@ def train(
         body.load_state_dict(initial_weights)
         if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError(
-            f"{description}: out of memory while fitting the head ({first_line(str(error))}).",
-            hint="Free some memory, use fewer texts, or choose a body with shorter embeddings.",
-        ) from error
+        message = f"{description}: out of memory while fitting the head ({first_line(str(error))})."
+        raise OutOfMemoryError(message, hint="Use fewer texts, or a body with shorter embeddings.") from error
     trainer.model.loss_curve_ = trainer.inner.losses
     return trainer.model
 
 
 def _set_schedule(arguments: Any, config: StageConfig, steps: int) -> None:
-    """Set warmup, learning rate schedule and weight decay."""
     warmup = config.warmup_steps
     arguments.warmup_steps = min(_MAX_WARMUP_STEPS, math.ceil(steps / 10)) if warmup is None else warmup
     arguments.lr_scheduler_type = SchedulerType(_SCHEDULES.get(config.schedule, config.schedule))
@@ -186,10 +174,8 @@ def _check_finite(inner: LossTrainer, description: str) -> None:
         problem = "the weights are not finite"
     else:
         return
-    raise TrainingError(
-        f"{description}: {problem} after step {inner.state.global_step}.",
-        hint="Lower --learning-rate (for a teacher, --teacher-learning-rate), or add --precision fp32.",
-    )
+    message = f"{description}: {problem} after step {inner.state.global_step}."
+    raise TrainingError(message, hint="Lower --learning-rate or --teacher-learning-rate, or add --precision fp32.")
 
 
 def _reset_body(body: SentenceTransformer) -> None:

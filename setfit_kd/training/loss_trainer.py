@@ -1,36 +1,40 @@
-"""transformers' Trainer for a body and a loss over whole batches, with OOM backoff and checkpoints."""
+"""transformers' Trainer for a body and a loss over whole batches, with checkpoints and early stopping."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import shutil
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from setfit_kd.errors import DataError
-from setfit_kd.memory.oom_errors import is_out_of_memory
+from setfit_kd.config.base import StageConfig
+from setfit_kd.errors import DataError, OutputError, is_out_of_memory
+from setfit_kd.losses.base import BatchLoss
+from setfit_kd.memory.backoff import OOMBackoff
 from setfit_kd.models.bodies import default_prompt
-from setfit_kd.training.callbacks import EvaluationCallback
+from setfit_kd.utils.atomic_io import raise_output_errors
 from setfit_kd.utils.console import Advance
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
-    from setfit_kd.config.base import StageConfig
-    from setfit_kd.losses.base import BatchLoss
-    from setfit_kd.memory.backoff import OOMBackoff
-    from setfit_kd.training.checkpoints import Checkpoints
+from setfit_kd.utils.files import file_hash, read_json
 
 logger = logging.getLogger(__name__)
 
 _BODY, _LOSS_WEIGHTS = "body.safetensors", "beside-body.safetensors"
+_PREFIX, _HASHES = "checkpoint-", "whole.json"
+_STATE_FILE, _BEST_WEIGHTS_FILE = "early-stop.json", "early-stop.safetensors"
 
 
 class LossTrainer(Trainer):
@@ -80,9 +84,8 @@ class LossTrainer(Trainer):
         if device.type == "cuda" and device.index:
             # The library has already chosen the first GPU, in its own cache and in accelerate's shared state.
             vars(arguments)["_setup_devices"] = arguments.distributed_state.device = device
-        if arguments.n_gpu > 1:
-            # With several GPUs the body would be wrapped in DataParallel, which splits the batch of a whole-batch loss.
-            arguments._n_gpu = 1
+        # With several GPUs the body would be wrapped in DataParallel, which splits the batch of a whole-batch loss.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         super().__init__(body, arguments, data_collator=partial(_collate, body))
         self.remove_callback(PrinterCallback)
 
@@ -98,11 +101,7 @@ class LossTrainer(Trainer):
         return [entry[key] for entry in self.state.log_history for key in keys if key in entry]
 
     def train(self, *_: Any, **__: Any) -> Any:
-        """Train from the newest checkpoint, if any; remove all checkpoints if it cannot be loaded.
-
-        Raises:
-            DataError: If a file is damaged or in another format, such as a pickle, which is never loaded.
-        """
+        """Train from the newest checkpoint, if any; if it cannot be loaded, remove all and raise a `DataError`."""
         latest = self.checkpoints.latest() if self.checkpoints else None
         if self.checkpoints is None or latest is None:
             return super().train()
@@ -115,10 +114,8 @@ class LossTrainer(Trainer):
             if self.state.global_step > step or is_out_of_memory(error):
                 raise
             self.checkpoints.clear()
-            raise DataError(
-                f"Cannot resume from the checkpoint {latest} ({type(error).__name__}: {error}).",
-                hint="It was removed. Run the same command again to train from the start.",
-            ) from error
+            message = f"Cannot resume from the checkpoint {latest} ({type(error).__name__}: {error})."
+            raise DataError(message, hint="It was removed. Run the same command again to start over.") from error
 
     def get_train_dataloader(self) -> Any:
         """Load the predefined batches, if any."""
@@ -134,8 +131,7 @@ class LossTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
         """Compute the loss of a batch. Only the body runs in mixed precision."""
-        loss: torch.Tensor = self.loss(inputs["features"], inputs["label"])
-        return loss
+        return cast("torch.Tensor", self.loss(inputs["features"], inputs["label"]))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run a step; repeat it in smaller micro-batches if its forward or backward pass runs out of memory."""
@@ -144,16 +140,14 @@ class LossTrainer(Trainer):
         return run() if self.backoff is None else retry_step(run, self.loss, self.state.global_step + 1, self.backoff)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a step, stop if its loss is not finite, and request a checkpoint if it is time for one.
-
-        The step that ends the training has none: a training that resumed from it would continue.
-        """
+        """Log a step, stop if its loss is not finite, and request a checkpoint if it is time for one."""
         super().log(logs, start_time)
         if "loss" in logs:  # not in the summary at the end
             self.advance(1)
             if not math.isfinite(logs["loss"]):
                 self.control.should_training_stop = True
             is_due = self.checkpoints is not None and self.checkpoints.is_due
+            # The last step has no checkpoint: a training that resumed from it would continue.
             self.control.should_save = is_due and not self.control.should_training_stop
 
     # The library's own methods would pickle all arguments, write a model card and reload the whole model.
@@ -181,13 +175,11 @@ class LossTrainer(Trainer):
             callback.load_state(folder)
 
     def _loss_weights(self) -> dict[str, torch.nn.Parameter]:
-        """Parameters of the loss that do not belong to the body."""
         body = {id(parameter) for parameter in self.model.parameters()}
         return {name: value for name, value in self.loss.named_parameters() if id(value) not in body}
 
 
 def _collate(body: SentenceTransformer, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tokenize the text columns of some rows."""
     columns = [[row[name] for row in rows] for name in rows[0] if name != "label"]
     features = [body.preprocess(texts, prompt=default_prompt(body)) for texts in columns]
     return {"features": features, "label": torch.tensor([row["label"] for row in rows])}
@@ -210,3 +202,127 @@ def retry_step(run: Callable[[], torch.Tensor], loss: BatchLoss, step: int, back
         backoff.back_off(cause, clear=partial(loss.zero_grad, set_to_none=True))
         if backoff.attempt.batch_size < size:
             loss.micro_batch_size = backoff.attempt.batch_size
+
+
+class Checkpoints:
+    """Checkpoints of one training in a folder of its own, written about every ``seconds`` seconds.
+
+    They hold body, weights of the loss, optimizer, random states and progress, as written by transformers, and a file
+    with the hash of every other file. A checkpoint that is incomplete or damaged is never loaded.
+    """
+
+    def __init__(self, folder: Path, *, seconds: float) -> None:
+        self.folder, self.seconds = folder, seconds
+        self._has_failed = False
+        self._next = time.monotonic() + seconds
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to write a checkpoint."""
+        return time.monotonic() >= self._next
+
+    def latest(self) -> Path | None:
+        """Return the folder of the newest complete checkpoint; remove newer ones that are not complete."""
+        for path in self._newest_first():
+            if _is_complete(path):
+                return path
+            logger.warning("The checkpoint %s is incomplete or damaged and is ignored.", path)
+            shutil.rmtree(path, ignore_errors=True)
+        return None
+
+    def _newest_first(self) -> list[Path]:
+        paths = [path for path in self.folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+        return sorted(paths, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
+
+    def clear(self) -> None:
+        """Remove all checkpoints."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write(self, step: int, save: Callable[[], None]) -> None:
+        """Write a checkpoint with a function, add the hashes, and remove older checkpoints; warn if that fails."""
+        folder = self.folder / f"{_PREFIX}{step}"
+        try:
+            with raise_output_errors(folder):
+                save()
+                files = [path for path in folder.rglob("*") if path.is_file()]
+                hashes = {str(path.relative_to(folder)): file_hash(path) for path in files}
+                (folder / _HASHES).write_text(json.dumps(hashes), encoding="utf-8")
+            for path in self._newest_first()[1:]:
+                shutil.rmtree(path, ignore_errors=True)
+        except OutputError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            level = logging.DEBUG if self._has_failed else logging.WARNING
+            logger.log(level, "Skipped a checkpoint, training continues: %s", error.message)
+            self._has_failed = True
+        self._next = time.monotonic() + self.seconds
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        hashes = read_json(folder / _HASHES)
+        return all(file_hash(folder / name) == expected for name, expected in hashes.items())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
+@dataclass
+class EvaluationCallback(TrainerCallback, ABC):
+    """Callback that evaluates the body at intervals, keeps the best weights and stops early.
+
+    Training stops after ``patience`` consecutive evaluations without a better score; None disables early stopping.
+    """
+
+    body: SentenceTransformer
+    patience: int | None
+    history: list[tuple[int, float]] = field(default_factory=list, kw_only=True)  # steps and scores
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
+    best_score: float = field(default=-1.0, kw_only=True)
+    evaluations_since_best: int = field(default=0, kw_only=True)
+
+    @abstractmethod
+    def is_due(self, step: int, args: Any, state: Any) -> bool:
+        """Return whether to evaluate after this step; ``args`` and ``state`` are the trainer's."""
+
+    @abstractmethod
+    def measure(self, step: int) -> float:
+        """Return the score of the current weights. It must be greater than -1; higher is better."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate if it is due, keep the weights if they are the best, and stop if patience has run out."""
+        if not self.is_due(state.global_step, args, state):
+            return
+        score = self.measure(state.global_step)
+        self.history.append((state.global_step, score))
+        self.evaluations_since_best += 1
+        if score > self.best_score:
+            self.best_score, self.evaluations_since_best = score, 0
+            self.best_weights = {k: v.detach().to("cpu", copy=True) for k, v in self.body.state_dict().items()}
+        else:
+            self.on_no_improvement(**kwargs)
+        if self.patience is not None and self.evaluations_since_best >= self.patience:
+            control.should_training_stop = True
+
+    def on_no_improvement(self, **kwargs: Any) -> None:
+        """Hook that is called after an evaluation without a better score, with the trainer's keyword arguments."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write the history and the best weights to a checkpoint folder."""
+        count = self.evaluations_since_best
+        state = {"history": self.history, "best": self.best_score, "evaluations_since_best": count}
+        (folder / _STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        save_file(self.best_weights, folder / _BEST_WEIGHTS_FILE)
+
+    def load_state(self, folder: Path) -> None:
+        """Load the state that `save_state` wrote."""
+        state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+        self.history = [(step, score) for step, score in state["history"]]
+        count = state.get("evaluations_since_best", state.get("looks_since_best"))  # the latter in older versions
+        self.best_score, self.evaluations_since_best = state["best"], count
+        self.best_weights = load_file(folder / _BEST_WEIGHTS_FILE)
+
+    def restore_best_weights(self) -> None:
+        """Load the best weights into the body."""
+        if self.best_weights:
+            self.body.load_state_dict(self.best_weights)
+            step, score = max(self.history, key=itemgetter(1))
+            logger.info("Restored the best weights: step %d of %d, score %.3f.", step, self.history[-1][0], score)

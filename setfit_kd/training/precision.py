@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from setfit_kd.errors import ConfigError
+from setfit_kd.errors import ConfigError, is_out_of_memory
 from setfit_kd.memory.backoff import clear_cache
-from setfit_kd.memory.oom_errors import is_out_of_memory
 from setfit_kd.utils.atomic_io import write_text
 from setfit_kd.utils.files import cache_folder, read_json
 
@@ -26,10 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MIN_SPEEDUP = 1.1
-"""Minimum speedup over fp32 to choose bf16, which has fewer digits."""
-_N_PROBE_TEXTS = {"cpu": 8, "cuda": 64}
-"""Number of texts in the measured steps; more on a GPU, which is only fast on large batches."""
+_MIN_SPEEDUP = 1.1  # minimum speedup over fp32 to choose bf16, which has fewer digits
+_N_PROBE_TEXTS = {"cpu": 8, "cuda": 64}  # texts in the measured steps; a GPU is only fast on large batches
 _N_ROUNDS = 5
 _CACHE_FILE = "precision.json"
 _measured: dict[str, Precision] = {}
@@ -44,14 +41,10 @@ class Precision:
 
 
 def resolve_precision(name: str, body: SentenceTransformer, texts: Sequence[str]) -> Precision:
-    """Resolve a precision setting; ``auto`` times one small training step in fp32 and in bf16.
+    """Resolve a precision setting; ``auto`` times a small training step on some texts in fp32 and in bf16.
 
     The speedup is measured once per machine and embedding size, and stored in ``precision.json`` in the cache folder.
-
-    Args:
-        name: The setting, as in `RunConfig`.
-        body: The body to be trained, on its device; it is not changed.
-        texts: Some of the training texts.
+    The body, on its device, is not changed.
     """
     device = body.device
     if name != "auto":
@@ -75,15 +68,10 @@ def resolve_precision(name: str, body: SentenceTransformer, texts: Sequence[str]
 
 
 def check_precision(name: str, device: torch.device) -> None:
-    """Check that a device can train in a precision.
-
-    Raises:
-        ConfigError: If it cannot.
-    """
+    """Raise a `ConfigError` if a device cannot train in a precision."""
     if name == "fp16" and device.type != "cuda":
-        raise ConfigError(
-            f"Training in fp16 needs a CUDA device, got {device.type}.", hint="Use --precision auto, fp32 or bf16."
-        )
+        message = f"Training in fp16 needs a CUDA device, got {device.type}."
+        raise ConfigError(message, hint="Use --precision auto, fp32 or bf16.")
     if name == "bf16" and not _has_bf16(device):
         raise ConfigError(f"The device {device} cannot train in bf16.", hint="Use --precision auto or fp32.")
 

@@ -16,27 +16,25 @@ from setfit_kd.utils.atomic_io import raise_output_errors
 from setfit_kd.utils.files import check_regular_file
 
 Floats = npt.NDArray[np.floating]
-MAX_IN_MEMORY_BYTES = 1 << 28
-"""Maximum float32 size of an array in memory; larger arrays are memory-mapped float16 files."""
+MAX_IN_MEMORY_BYTES = 1 << 28  # in float32; larger arrays are memory-mapped float16 files
 _CHUNK_ROWS = 1 << 14
 
 
 def allocate_array(shape: tuple[int, int]) -> npt.NDArray[np.floating]:
     """Allocate an array: float32 in memory, or memory-mapped float16 above `MAX_IN_MEMORY_BYTES`.
 
-    The file of a memory-mapped array is deleted together with the array. If the disk is full, an `OutputError` is
-    raised.
+    The file of a memory map is deleted together with the array. A full disk raises an `OutputError`.
     """
     if not is_large(shape):
         return np.empty(shape, np.float32)
     with raise_output_errors(Path(gettempdir()), alternative="set TMPDIR to a disk with free space"):
         folder = TemporaryDirectory(prefix="setfit-kd-", ignore_cleanup_errors=True)
-        path = Path(folder.name)
-        with (path / "rows.npy").open("wb") as file:
+        path = Path(folder.name, "rows.npy")
+        with path.open("wb") as file:
             _write_header(file, np.float16, shape)
             for start in range(0, shape[0], _CHUNK_ROWS):  # writing to a memory map on a full disk kills the process
                 file.write(bytes(2 * shape[1] * min(_CHUNK_ROWS, shape[0] - start)))
-        array = np.lib.format.open_memmap(path / "rows.npy", mode="r+")
+        array = np.lib.format.open_memmap(path, mode="r+")
     weakref.finalize(array, folder.cleanup)
     return array
 
@@ -76,11 +74,7 @@ def save_rows(array: npt.NDArray[np.floating], path: Path, *, half_if_large: boo
 
 
 def load_rows(path: Path) -> npt.NDArray[np.floating]:
-    """Read an array written by `save_rows`; a large array is memory-mapped.
-
-    Raises:
-        OSError, ValueError: If the file does not exist, or is not a complete float16 or float32 array.
-    """
+    """Read an array written by `save_rows`, memory-mapped if large; raise an `OSError` or `ValueError` if it cannot."""
     try:
         array = np.lib.format.open_memmap(check_regular_file(path), mode="r")
     except (SyntaxError, TokenError, TypeError, EOFError, OverflowError) as error:  # numpy parses the header as Python

@@ -21,26 +21,22 @@ _HINTS = {
     errno.ENOSPC: "The disk is full: free some space, or ",
     errno.EDQUOT: "The disk quota is used up: free some space, or ",
     errno.EROFS: "The file system is read-only: ",
-    errno.EACCES: "No permission to write: ",
-    errno.EPERM: "No permission to write: ",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "No permission to write: "),
     errno.ENOTDIR: "Part of the path is a file: ",
 }
 _MESSAGES = {
     "No space left on device": errno.ENOSPC,
     "Read-only file system": errno.EROFS,
-    "inline_container.cc": errno.EIO,  # of torch, without the cause
-    "iostream error": errno.EIO,
+    **dict.fromkeys(("inline_container.cc", "iostream error"), errno.EIO),  # of torch, without the cause
     **{f"(os error {code})": code for code in errno.errorcode},  # of safetensors
 }
-"""Parts of the messages of errors that wrap the system's error."""
 
 
 @contextmanager
 def raise_output_errors(path: Path, *, alternative: str = _ANOTHER_FOLDER) -> Iterator[None]:
-    """Context manager that turns failures to write to ``path`` into an `OutputError` with a hint.
+    """Turn failures to write to ``path``, found by errno or message, into an `OutputError`.
 
-    The errno is read from the chain of causes or from the messages. ``alternative`` is the clause of the hint that says
-    how to choose another path.
+    ``alternative`` is the clause of the hint that says how to choose another path.
     """
     try:
         yield
@@ -72,7 +68,7 @@ def temporary_path(path: Path) -> Path:
 
 @contextmanager
 def _temporary_sibling(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; at the end, remove the file or folder at it."""
+    """Yield a temporary path beside ``path``; remove it at the end."""
     part = temporary_path(path)
     try:
         yield part
@@ -150,10 +146,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def replace_files(folder: Path) -> Iterator[Path]:
-    """Replace files of a folder: yield a temporary folder whose files are moved to ``folder`` at the end.
-
-    Each file is replaced atomically, but not all files together.
-    """
+    """Yield a temporary folder whose files replace those of ``folder`` at the end, each atomically."""
     with raise_output_errors(folder), _temporary_sibling(folder / "new") as part:
         part.mkdir()
         yield part
@@ -174,10 +167,7 @@ def _apply_umask(folder: Path) -> None:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Raise an error if the named files and folders of ``folder`` are or contain symbolic links.
-
-    Writing or deleting through a link would change files outside the folder. Links at or above ``folder`` are allowed.
-    """
+    """Raise an error if the named files and folders of ``folder`` are or contain links, which may lead elsewhere."""
     for path in (folder / name for name in names):
         contents = (Path(root) / entry for root, folders, files in os.walk(path) for entry in folders + files)
         for link in filter(Path.is_symlink, (path, *contents)):
@@ -187,14 +177,10 @@ def refuse_links(folder: Path, names: Iterable[str]) -> None:
 
 @contextmanager
 def lock_folder(path: Path) -> Iterator[None]:
-    """Create a folder and lock it for the duration of the block; the lock of a dead process is ignored.
-
-    If the folder did not exist before and is empty at the end, it is removed.
-    """
+    """Create and lock a folder during the block, and remove it if it is new and empty at the end."""
     from filelock import FileLock, Timeout
 
-    is_new = not path.exists()
-    file = path / LOCK_FILE
+    is_new, file = not path.exists(), path / LOCK_FILE
     refuse_links(path, [LOCK_FILE])
     with raise_output_errors(path):
         path.mkdir(parents=True, exist_ok=True)

@@ -1,25 +1,23 @@
-"""Read files safely and find the cache folder."""
+"""Read and hash files safely, and find the cache folder."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-MAX_JSON_BYTES = 32 << 20
-"""Maximum size of a JSON document or line. Parsed, it takes about twenty times as much memory."""
-
+MAX_JSON_BYTES = 32 << 20  # of a JSON document or line; parsed, it takes about twenty times as much memory
 CACHE_VARIABLE = "SETFIT_KD_CACHE"
 
 
 def cache_folder() -> Path | None:
-    """Return ``SETFIT_KD_CACHE``, or a folder in the user's cache; None if the user has no home folder."""
-    configured = os.environ.get(CACHE_VARIABLE)
-    if configured:
+    """Return ``SETFIT_KD_CACHE`` or a folder in the user's cache; None if the user has no home folder."""
+    if configured := os.environ.get(CACHE_VARIABLE):
         return Path(configured)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setfit-kd"
@@ -28,12 +26,9 @@ def cache_folder() -> Path | None:
 
 
 def check_regular_file(path: Path, *, limit: float = float("inf")) -> Path:
-    """Return ``path`` if it is a regular file, or a link to one, of at most ``limit`` bytes.
+    """Return ``path`` if it is a regular file, or a link to one, of at most ``limit`` bytes; else raise an `OSError`.
 
     Reading anything else, such as a pipe or a device, might never end.
-
-    Raises:
-        OSError: If the path does not exist, is not a regular file or is larger.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -44,12 +39,7 @@ def check_regular_file(path: Path, *, limit: float = float("inf")) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON document of at most `MAX_JSON_BYTES` from a regular file.
-
-    Raises:
-        OSError: If the file cannot be read, is not a regular file or is too large.
-        ValueError: If the content is not JSON in UTF-8.
-    """
+    """Read JSON in UTF-8 of at most `MAX_JSON_BYTES` from a regular file, or raise an `OSError` or `ValueError`."""
     return _parse_json(check_regular_file(path, limit=MAX_JSON_BYTES).read_text(encoding="utf-8"))
 
 
@@ -72,3 +62,33 @@ def _parse_json(text: str) -> Any:
 def folder_megabytes(folder: Path) -> float:
     """Return the total size of the files in a folder in 10^6 bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+def hash_parts(parts: Iterable[bytes]) -> str:
+    """Hash a sequence of byte strings to 32 hexadecimal digits; the boundaries between the strings count."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def fingerprint(*parts: Any) -> str:
+    """Hash JSON-serializable values to 32 hexadecimal digits."""
+
+    def pieces() -> Iterator[bytes]:
+        for part in parts:
+            values, is_list = (part, True) if isinstance(part, list) else ([part], False)
+            yield f"{is_list} {len(values)}".encode()
+            yield from (json.dumps(value, sort_keys=True).encode() for value in values)  # no copy of a large pool
+
+    return hash_parts(pieces())
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a regular file's content in hexadecimal."""
+    digest = hashlib.sha256()
+    with check_regular_file(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -15,7 +15,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 import safetensors.torch
-from checks import assert_refused, corrupt_file, invoke, read_tree, truncate_file
+from checks import assert_refused, invoke, read_tree, truncate_file
 from click.testing import Result
 
 from setfit_kd.errors import OutputError
@@ -59,44 +59,34 @@ JSONL = '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
 FILES: list[tuple[str, str | bytes | None, tuple[str, ...]]] = [
     ("labeled.csv", None, ("No such file",)),
     ("labeled.csv", "", ("is empty",)),
-    ("labeled.csv", "\ufeff", ()),
-    ("pool.txt", "", ("is empty",)),
     ("labeled.csv", "text,label\n", ("has no rows",)),
     ("labeled.csv", "headline,label\na,x\n", ("no column 'text'", "'headline', 'label'", "--text-column")),
     ("labeled.csv", "text;label\na;x\n", ("separated by ','", "got ';'", ".tsv")),
     ("eval.csv", "text,class\na,x\n", ("no column 'label'",)),
     ("labeled.csv", "text,label\na,x\nb,x\n", ("only one class", "'x'")),
-    ("labeled.csv", CSV + "c,z\n", ("label 'z', got 1",)),
     ("labeled.csv", CSV + "c,z\nheld out one,z\n", ("label 'z', got 1",)),
     ("eval.csv", "text,label\na,wasps\nb,ants\n", ("'wasps'", "'ants', 'bees'")),
     ("pool.txt", "one\nONE\nants text 0\nheld out one\n" * 20, ("batch of 32", "got 9")),
     ("pool.txt", "held out one\nHELD  OUT two\n" * 20, ("The pool is empty",)),
-    ("labeled.csv", CSV + ",x\n", ("line 6", "the text is empty")),
     ("labeled.csv", CSV + '"\t\n ",x\n \u00a0,y\n', ("line 6: the text is empty; line 8: the text is empty",)),
-    ("pool.txt", "a\nb\n\nc\n", ("line 3: the text is empty",)),
     ("labeled.csv", CSV + "c,\n", ("line 6: no label",)),
     ("bad.jsonl", JSONL + '{"text": NaN, "label": "x"}\n', ("line 3: no text",)),
-    ("bad.jsonl", JSONL + '{"text": "c", "label": null}\n', ("line 3: no label",)),
     ("bad.jsonl", JSONL + '{"text": 7, "label": "x"}\n', ("line 3", "int")),
-    ("bad.jsonl", JSONL + '{"text": "c", "label": []}\n', ("line 3", "list")),
     ("bad.jsonl", JSONL + '{"text": "\\ud800", "label": "x"}\n', ("line 3",)),
     ("bad.parquet", CSV, ("not a valid Parquet file",)),
     ("labeled.csv", CSV.encode() + "caf\u00e9,x\n".encode("latin-1"), ("line 6", "0xe9", "UTF-8")),
-    ("bad.jsonl", JSONL.encode() + b'{"text": "\xff"}\n', ("line 3", "0xff")),
-    ("pool.txt", b"one\ncaf\xe9\n", ("line 2", "0xe9")),
     ("labeled.csv", CSV.encode("utf-16"), ("line 1", "UTF-8")),
     ("bad.jsonl", JSONL[:-6], ("line 2: not valid JSON",)),
     ("bad.jsonl", JSONL + "[" * 200_000 + "\n", ("line 3",)),
     ("bad.jsonl", JSONL + '{"text": "c", "label": ' + "9" * 5000 + "}\n", ("line 3",)),
     ("bad.jsonl", JSONL + '["c", "x"]\n', ("line 3", "expected a JSON object, got list")),
     ("labeled.csv", CSV + "a, b,x\n", ("line 6: expected 2 fields, got 3",)),
-    ("labeled.csv", CSV + "a\n", ("line 6: expected 2 fields, got 1",)),
     ("labeled.csv", CSV + '"a,x\nb,y\n', ("line 6",)),
     ("labeled.xlsx", CSV, ("'.xlsx'", ".csv, .tsv, .jsonl")),
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "messages"), FILES, ids=[str(number) for number in range(len(FILES))])
+@pytest.mark.parametrize(("name", "content", "messages"), FILES, ids=range(len(FILES)))
 def test_rejects_bad_files(name: str, content: str | bytes | None, messages: tuple[str, ...]) -> None:
     if content is None:
         Path(name).unlink()
@@ -105,31 +95,26 @@ def test_rejects_bad_files(name: str, content: str | bytes | None, messages: tup
     flags = () if name in VALID_FILES else ("--labeled", name)
     if name not in ("eval.csv", "pool.txt"):
         Path("eval.csv").write_text("text,label\nheld out one,x\nheld out two,x\n")
-    assert_run_refused(*flags, "--device", "cpu", messages=messages or (name,))
+    assert_run_refused(*flags, "--device", "cpu", messages=messages)
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"text": ["a", None], "label": ["x", "y"]}, "row 2: no text"),
-        ({"text": ["a", "b"], "label": [1.0, float("nan")]}, "row 2: no label"),
-        ({"text": ["a", "b"], "label": [None, "y"]}, "row 1: no label"),
-        ({"text": [1.5, 2.5], "label": ["x", "y"]}, "row 1"),
-    ],
-)
-def test_rejects_bad_parquet(columns: dict[str, list[Any]], message: str) -> None:
-    pq.write_table(pa.table(columns), "bad.parquet")
-    assert_run_refused("--labeled", "bad.parquet", messages=("bad.parquet", message))
+def test_rejects_bad_parquet() -> None:
+    columns: dict[str, dict[str, list[Any]]] = {
+        "row 2: no text": {"text": ["a", None], "label": ["x", "y"]},
+        "row 2: no label": {"text": ["a", "b"], "label": [1.0, float("nan")]},
+        "row 1": {"text": [1.5, 2.5], "label": ["x", "y"]},
+    }
+    for message, table in columns.items():
+        pq.write_table(pa.table(table), "bad.parquet")
+        assert_run_refused("--labeled", "bad.parquet", messages=("bad.parquet", message))
 
 
 CONFIGS: list[tuple[str | bytes, tuple[str, ...]]] = [
     ("epoch: 2\nshot: 3\n", ("epoch", "shot", "unknown setting", "epochs")),
-    ("epochs: 2\nshots: [1\n", ("settings.yaml", "line")),
     ("epochs: 2\n\tshots: 3\n", ("settings.yaml, line 2",)),
     ("- epochs\n", ("settings.yaml", "name: value")),
     (b"labeled: caf\xe9.csv\n", ("settings.yaml", "UTF-8")),
     ("alpha:\n", ("alpha",)),
-    ("objective: [pairs]\n", ("objective",)),
     ("text_column: 5\n", ("text_column", "5")),
 ]
 
@@ -144,38 +129,24 @@ FLAGS = [
     ("--preset imdb", ("imdb", "ag_news", "newswire")),
     ("--lables x", ("--lables", "--labeled")),
     ("--config no.yaml", ("no.yaml", "No such file", "--config")),
-    ("--config folder", ("folder", "--config")),
     ("--shots 1", ("shots", "greater than or equal to 2", "1")),
-    ("--epochs 0", ("epochs", "greater than or equal to 1", "0")),
     ("--learning-rate nan", ("learning_rate", "nan")),
-    ("--gold-weight inf", ("gold_weight", "inf")),
     ("--epochs many", ("--epochs", "many")),
     ("--objective triplet", ("objective", "triplet", "similarity", "pairs")),
-    ("--objective similarity=", ("objective", "must be a number")),
-    ("--objective embedding,embedding=2", ("objective", "twice")),
-    ("--objective pairs,similarity", ("objective", "pairs cannot be combined")),
-    ("--precision fp16 --device cpu", ("fp16", "CUDA", "--precision")),
     ("--head-c 0", ("head_c", "positive")),
-    ("--temperature 0", ("temperature", "greater than or equal to 0.01")),
     ("--device tpu", ("device", "tpu", "cpu")),
-    ("--device cuda:99", ("cuda:99", "auto")),
+    ("--device cuda:99", ("'cuda:99'", "--device auto")),
     ("--batch-size 64", ("batch of 64", "got 48", "--batch-size 48")),
-    ("--eval no/such/eval.csv", ("No such file", "no/such/eval.csv")),
     ("--eval labeled.csv", ("labeled.csv", "evaluation set")),
-    ("--label-column topic", ("labeled.csv", "no column 'topic'", "'text', 'label'", "--label-column")),
-    ("--text-column text,body", ("labeled.csv", "no column 'body'")),
     ("--labeled folder", ("Cannot read folder", "save_to_disk")),
     ("--labeled d.csv", ("d.csv",)),
     ("--labeled labeled.csv[train]", ("labeled.csv",)),
     ("--labeled bundled:books", ("bundled:books", "bundled:newswire")),
     ("--teacher folder", ("folder", "not a model", "modules.json")),
     ("--teacher ./nowhere", ("No such model folder", "nowhere")),
-    ("--student /no/such/model", ("No such model folder", "/no/such/model")),
-    ("--teacher labeled.csv", ("labeled.csv",)),
     ("--teacher demo:bert", ("demo:bert", "demo:all-MiniLM-L6-v2")),
     ("--student layers:0,9", ("0, 9", "4", "from 0 to 3")),
     ("--student layers:1,1", ("1, 1",)),
-    ("--student layers:x", ("'layers:x'", "layers:0,2,5")),
     ("--output-dir folder", ("folder", "not empty", "--overwrite")),
     ("--output-dir eval.csv/a/b/c", ("eval.csv is a file", "--output-dir")),
     ("--output-dir dead", ("dead",)),
@@ -188,55 +159,38 @@ def test_rejects_bad_flags(flags: str, messages: tuple[str, ...], models: list[s
         Path(folder).mkdir()
     Path("folder/mine.txt").write_text("mine")
     Path("dead").symlink_to("nowhere/at/all")
-    chosen = flags.split()
-    defaults = {flag: value for flag, value in zip(models[::2], models[1::2], strict=True) if flag != chosen[0]}
-    assert_run_refused(*(part for pair in defaults.items() for part in pair), *chosen, messages=messages)
+    assert_run_refused(*models, *flags.split(), messages=messages)
 
 
 @pytest.mark.parametrize(
-    ("flag", "name", "change"),
+    ("name", "change"),
     [
-        ("--teacher", "model.safetensors", truncate_file),
-        ("--teacher", "model.safetensors", corrupt_file),
-        ("--teacher", "model.safetensors", Path.unlink),
-        ("--student", "model.safetensors", truncate_file),
-        ("--teacher", "config.json", truncate_file),
-        ("--teacher", "tokenizer.json", truncate_file),
-        ("--teacher", "modules.json", truncate_file),
+        ("model.safetensors", truncate_file),
+        ("model.safetensors", Path.unlink),
+        ("config.json", truncate_file),
+        ("tokenizer.json", truncate_file),
+        ("modules.json", truncate_file),
     ],
 )
 def test_rejects_broken_models(
-    flag: str, name: str, change: Callable[[Path], object], models: list[str], tiny_teacher: Path
+    name: str, change: Callable[[Path], object], models: list[str], tiny_teacher: Path
 ) -> None:
     shutil.copytree(tiny_teacher, "broken")
     change(Path("broken") / name)
-    models[models.index(flag) + 1] = "broken"
-    assert_run_refused(*models, messages=("broken", "Cannot load"))
+    assert_run_refused("--teacher", "broken", *models[2:], messages=("broken", "Cannot load"))
 
 
-@pytest.mark.parametrize(
-    ("sources", "message"), [(("labeled.csv",), "--unlabeled"), (("", "--unlabeled", "pool.txt"), "labeled")]
-)
-def test_rejects_missing_sources(sources: tuple[str, ...], message: str, models: list[str]) -> None:
-    assert_refused(invoke("run", "--labeled", *sources, *models, *QUICK, "--output-dir", "out"), message)
+def test_rejects_missing_sources(models: list[str]) -> None:
+    for sources, message in ((("labeled.csv",), "--unlabeled"), (("", "--unlabeled", "pool.txt"), "labeled")):
+        assert_refused(invoke("run", "--labeled", *sources, *models, *QUICK, "--output-dir", "out"), message)
     assert not Path("out").exists()
 
 
-def test_rejects_cuda_without_a_gpu(models: list[str]) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("CUDA is available")
-    assert_run_refused(*models, "--device", "cuda", messages=("'cuda'", "--device auto"))
-
-
 def test_accepts_valid_input_and_warns_about_fewer_labels_than_shots(models: list[str], tmp_path: Path) -> None:
-    more = "more ants,ants\neven more ants,ants\n"
-    Path("labeled.csv").write_text(VALID_FILES["labeled.csv"] + more, encoding="utf-8")
+    Path("labeled.csv").write_text(VALID_FILES["labeled.csv"] + "more ants,ants\neven more ants,ants\n")
     before = read_tree(tmp_path)
     result = invoke_run(*models, "--shots", "5", "--dry-run")
     assert result.exit_code == 0, result.stderr
-    assert "steps" in result.stdout
     assert "Class 'bees' has only 4 labeled texts, expected 5" in result.stderr
     assert "'ants'" not in result.stderr
     assert read_tree(tmp_path) == before
@@ -247,35 +201,21 @@ def test_rejects_folder_without_write_permission(
 ) -> None:
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
-    folder = str(tmp_path / "new" / "run")
-    assert_run_refused(*models, "--output-dir", folder, messages=(str(tmp_path), "is not writable", "--output-dir"))
+    messages = (str(tmp_path), "is not writable", "--output-dir")
+    assert_run_refused(*models, "--output-dir", "new/run", messages=messages)
 
 
-def test_rejects_read_only_file_system(models: list[str], mount: Callable[[str], Path]) -> None:
-    folder = mount("ro,size=64k")
-    result = invoke_run(*models, "--output-dir", str(folder / "run"))
-    assert_refused(result, str(folder), "is not writable", "--output-dir")
-
-
-ALL_STAGES = {
-    "teacher": {"model.safetensors", "modules.json", "head.safetensors", "head.json", "model_head.pkl"},
-    "signals": {"signals.json", "texts.jsonl", "probabilities.npy", "embeddings.npy"},
-    "evaluation": {"texts.jsonl"},
-    "evaluation/teacher": {"measured.json", "probabilities.npy"},
-}
-"""Expected files of the stages before the student."""
+ALL_STAGES = ("teacher", "signals", "evaluation")  # before the student
 
 
 def assert_full_disk(result: Result, folder: Path, *done: str) -> None:
     """Check that the message reports a full disk, and that the folder contains only completed stages."""
     assert_refused(result, str(folder), "The disk is full", "--output-dir")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    assert names - {"config.yaml", "run.json", "run.log", ".lock"} == {name for name in done if "/" not in name}
-    for name in done:
-        assert {path.name for path in (folder / name).iterdir()} >= ALL_STAGES[name]
+    assert names - {"config.yaml", "run.json", "run.log", ".lock"} == set(done)
 
 
-@pytest.mark.parametrize(("free_kb", "done"), [(0, ()), (4, ()), (256, ("evaluation",)), (640, tuple(ALL_STAGES))])
+@pytest.mark.parametrize(("free_kb", "done"), [(0, ()), (256, ("evaluation",)), (640, ALL_STAGES)])
 def test_reports_full_disk(free_kb: int, done: tuple[str], models: list[str], mount: Callable[[str], Path]) -> None:
     folder = mount("size=1m")
     (folder / "ballast").write_bytes(bytes(shutil.disk_usage(folder).free - free_kb * 1024))
@@ -332,7 +272,7 @@ def test_failed_write_keeps_previous_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_suppressed_write_error_is_not_reported(tmp_path: Path) -> None:
     def fail() -> None:
         try:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise DISK_FULL
         except OSError:
             raise KeyError("no such column") from None
 

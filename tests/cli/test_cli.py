@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 import pytest
-from checks import invoke
+from checks import assert_refused, invoke
 from conftest import FAST
 from synthetic import raise_at_step
 
@@ -31,26 +31,21 @@ def test_flags_of_run_match_settings() -> None:
 @pytest.mark.parametrize("command", ["run", "finetune"])
 def test_help_is_short_and_help_all_is_complete(command: str) -> None:
     short, complete = (invoke(command, flag).stdout for flag in ("--help", "--help-all"))
-    assert "Data:" in short
     assert "--labeled" in short
     assert short.count("\n  -") <= 22
     options = [param for param in main.commands[command].params if isinstance(param, click.Option)]
     assert all(complete.count(f"{option.opts[-1]} ") >= 1 for option in options)
 
 
-def test_help_lists_commands_with_whole_sentences() -> None:
-    commands = invoke("--help").stdout.partition("Commands:")[2]
-    assert "run " in commands
-    assert "..." not in commands
-
-
 @pytest.mark.parametrize(
     ("file", "flags", "expected"),
     [
         ("", [], {"shots": 16, "teacher": "demo:all-MiniLM-L6-v2", "labeled": "bundled:newswire"}),
-        ("epochs: 7\nbatch-size: 8\n", [], {"epochs": 7, "batch_size": 8}),
-        ("epochs: 7\nbaseline: false\n", ["--epochs", "9", "--baseline"], {"epochs": 9, "baseline": True}),
-        ("shots: 4\ndropout: true\n", ["--no-dropout"], {"shots": 4, "eval": "bundled:newswire", "dropout": False}),
+        (
+            "epochs: 7\nbatch-size: 8\nbaseline: false\ndropout: true\n",
+            ["--epochs", "9", "--baseline", "--no-dropout"],
+            {"epochs": 9, "batch_size": 8, "baseline": True, "dropout": False, "eval": "bundled:newswire"},
+        ),
     ],
 )
 def test_flags_override_file_and_file_overrides_preset(
@@ -67,9 +62,8 @@ def test_flags_override_file_and_file_overrides_preset(
 def test_labeled_flag_drops_data_of_the_preset() -> None:
     Path("few.csv").write_text("text,label\nred,a\nblue,b\nrose,a\nsky,b\n")
     result = invoke(*NEWSWIRE, "--labeled", "few.csv")
-    assert result.exit_code == 2
-    assert "There are no unlabeled texts" in result.stderr
-    assert "Expected at least one batch of 32 training texts, got 4" in result.stderr
+    message = "Expected at least one batch of 32 training texts, got 4"
+    assert_refused(result, "There are no unlabeled texts", message)
 
 
 @pytest.mark.parametrize("is_installed", [True, False])
@@ -100,9 +94,7 @@ def test_dry_run_lists_texts_and_training_steps(tiny_teacher: Path, tiny_student
     assert result.exit_code == 0, result.stderr
     rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line and line[0] != "-"}
     assert rows["teacher"] == rows["baseline"] == ["32", "3"]
-    assert rows["signals"] == [str(100 + 32)]
-    assert rows["student"] == [str(100 + 32), str(2 * 5)]
-    assert rows["evaluation"] == ["200"]
+    assert (rows["signals"], rows["student"], rows["evaluation"]) == (["132"], ["132", "10"], ["200"])
     assert "with 2 seeds" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -117,41 +109,29 @@ def test_run_prints_results_and_predict_command(tiny_teacher: Path, tiny_student
     assert "\nTraining teacher: 4 steps\n" in result.stderr
     assert "\nEvaluating student: 200 texts\n" in result.stderr
     assert invoke("predict", "out", "hello", "-q", "--device", "cpu").stderr == ""
+    assert "is not a number" in invoke("predict", "out", "hello", "--threshold", "nan").stderr
 
 
 def test_doctor_shows_which_presets_can_run() -> None:
     result = invoke("doctor")
     assert result.exit_code == 0, result.stderr
-    assert "http://127.0.0.1:9    not reachable" in result.stdout
-    assert "torch" in result.stdout
-    assert "ag_news               cannot run" in result.stdout
-    assert "newswire" in result.stdout
-    assert "0 MiB of embeddings" in result.stdout
+    for part in ("http://127.0.0.1:9    not reachable", "ag_news               cannot run", "0 MiB of embeddings"):
+        assert part in result.stdout
 
 
 def test_interrupt_exits_with_130(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raise_at_step(monkeypatch, 2, KeyboardInterrupt)
     result = invoke(*NEWSWIRE, "--teacher", tiny_teacher, "--student", "layers:1", "--output-dir", "out")
-    assert result.exit_code == 130, result.stderr
-    assert "Interrupted." in result.stderr
+    assert (result.exit_code, "Interrupted." in result.stderr) == (130, True)
     assert not Path("out/metrics.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("error", "exit_code", "message"),
-    [(RuntimeError("CUDA out of memory."), 71, "Out of memory (CUDA out of memory.)"), (MemoryError(), 71, "memory")],
-)
-def test_unexpected_memory_errors_are_explained(
-    error: Exception, exit_code: int, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory."), MemoryError()])
+def test_unexpected_memory_errors_are_explained(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise error
 
     monkeypatch.setattr("setfit_kd.config.run.RunConfig.resolve", fail)
     result = invoke("run")
-    assert result.exit_code == exit_code
-    assert message in result.stderr
-
-
-def test_threshold_must_be_a_number() -> None:
-    assert "is not a number" in invoke("predict", "model", "text", "--threshold", "nan").stderr
+    assert result.exit_code == 71
+    assert f"Out of memory ({str(error) or 'unknown reason'})." in result.stderr

@@ -6,8 +6,6 @@ import csv
 import gzip
 import json
 import random
-import subprocess
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -50,13 +48,8 @@ def write_delimited(name: str, delimiter: str) -> str:
     return name
 
 
-def compress(name: str) -> str:
-    Path(f"{name}.gz").write_bytes(gzip.compress(Path(name).read_bytes()))
-    return f"{name}.gz"
-
-
-def write_jsonl(name: str) -> str:
-    Path(name).write_text("".join(json.dumps(record) + "\n\n" for record in RECORDS), encoding="utf-8")
+def write_compressed_jsonl(name: str) -> str:
+    Path(name).write_bytes(gzip.compress("".join(json.dumps(record) + "\n\n" for record in RECORDS).encode()))
     return name
 
 
@@ -70,57 +63,36 @@ def save_dataset(name: str, data: Any) -> str:
     return name
 
 
-def save_splits() -> str:
-    train = datasets.Dataset.from_dict({"text": ["other text"], "label": ["World"]})
-    return save_dataset("folder", datasets.DatasetDict(train=train, dev=datasets.Dataset.from_dict(COLUMNS)))
-
-
 SOURCES: dict[str, Callable[[], Source]] = {
-    "csv": lambda: write_delimited("a.csv", ","),
     "tsv": lambda: write_delimited("a.tsv", "\t"),
-    "upper-case extension": lambda: write_delimited("A.CSV", ","),
-    "jsonl": lambda: write_jsonl("a.jsonl"),
-    "compressed csv": lambda: compress(write_delimited("a.csv", ",")),
-    "compressed jsonl": lambda: compress(write_jsonl("a.ndjson")),
+    "compressed jsonl": lambda: write_compressed_jsonl("a.ndjson.gz"),
     "parquet": lambda: write_parquet("a.parquet"),
-    "path object": lambda: Path(write_delimited("a.csv", ",")),
+    "path of a csv": lambda: Path(write_delimited("A.CSV", ",")),
     "folder": lambda: save_dataset("folder", datasets.Dataset.from_dict(COLUMNS)),
-    "folder with splits": lambda: save_dataset(
-        "folder", datasets.DatasetDict(train=datasets.Dataset.from_dict(COLUMNS))
-    ),
-    "folder[split]": lambda: save_splits() + "[dev]",
+    "split": lambda: save_dataset("folder", datasets.DatasetDict(dev=datasets.Dataset.from_dict(COLUMNS))) + "[dev]",
     "dataset": lambda: datasets.Dataset.from_dict(COLUMNS),
     "dataset with class labels": lambda: class_label_dataset(TEXTS, [0, 1, 1, 0], ["Sports", "World"]),
     "data frame": lambda: pd.DataFrame(COLUMNS, index=[3, 3, 1, 0]),
     "columns": lambda: COLUMNS,
-    "columns of arrays": lambda: {"text": np.array(TEXTS), "label": np.array(LABELS)},
     "pairs": lambda: list(zip(TEXTS, LABELS, strict=True)),
     "mappings": lambda: RECORDS,
 }
 
 
-@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
-def test_read_source_with_labels(source: Callable[[], Source]) -> None:
-    rows = read(source(), label_column="label")
-    assert rows.texts == TEXTS
-    assert rows.labels == LABELS
-    assert rows.label_names == ("Sports", "World")
-
-
-@pytest.mark.parametrize("name", [name for name in SOURCES if name != "pairs"])
-def test_read_or_stream_texts(name: str) -> None:
-    rows = read(SOURCES[name]())
-    assert (rows.texts, rows.labels) == (TEXTS, None)
-    assert list(stream_texts(SOURCES[name]())) == TEXTS
+@pytest.mark.parametrize("name", SOURCES)
+def test_read_or_stream_a_source(name: str) -> None:
+    source = SOURCES[name]()
+    rows = read(source, label_column="label")
+    assert (rows.texts, rows.labels, rows.label_names) == (TEXTS, LABELS, ("Sports", "World"))
+    if name != "pairs":
+        rows = read(source)
+        assert (rows.texts, rows.labels) == (TEXTS, None)
+        assert list(stream_texts(source)) == TEXTS
 
 
 @pytest.mark.parametrize(
     ("name", "head", "line"),
-    [
-        ("a.jsonl", "", '{"text": "text"}\n'),
-        ("a.csv", "text,label\n", "text,x\n"),
-        ("a.txt", "", "text\n"),
-    ],
+    [("a.jsonl", "", '{"text": "text"}\n'), ("a.csv", "text,label\n", "text,x\n"), ("a.txt", "", "text\n")],
 )
 def test_files_are_read_lazily(name: str, head: str, line: str) -> None:
     Path(name).write_bytes((head + line * 100_000).encode() + b"\xff\n")
@@ -131,16 +103,9 @@ def test_files_are_read_lazily(name: str, head: str, line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "source",
-    [
-        pytest.param(["a", "", "b", None, 3, float("nan")], id="list"),
-        pytest.param([], id="empty"),
-        pytest.param({"body": ["a"]}, id="missing column"),
-        pytest.param("a.jsonl", id="rows of a file"),
-    ],
+    "source", [["a", "", "b", None, 3, NAN], [], {"body": ["a"]}], ids=["texts", "empty", "missing column"]
 )
 def test_streaming_raises_the_same_errors_as_reading(source: Source) -> None:
-    Path("a.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": "b"}\n{"text": null}\n')
     with pytest.raises(DataError) as read_error:
         read(source)
     with pytest.raises(DataError) as stream_error:
@@ -157,13 +122,11 @@ def test_text_file_has_one_text_per_line() -> None:
     ("name", "content"),
     [
         ("a.csv", 'text,label\r\none,x\r\n\r\n"two\r\nlines",y\r\n'),
-        ("a.tsv", 'text\tlabel\r\none\tx\r\n"two\r\nlines"\ty\r\n'),
         ("a.jsonl", '{"text": "one", "label": "x"}\r\n{"text": "two\\r\\nlines", "label": "y"}\r\n'),
     ],
 )
-@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["no byte order mark", "byte order mark"])
-def test_windows_line_endings_and_byte_order_mark(name: str, content: str, mark: str) -> None:
-    Path(name).write_bytes((mark + content).encode())
+def test_windows_line_endings_and_byte_order_mark(name: str, content: str) -> None:
+    Path(name).write_bytes(f"\ufeff{content}".encode())
     rows = read(name, label_column="label")
     assert rows.texts == ["one", "two\r\nlines"]
     assert rows.labels == ["x", "y"]
@@ -176,25 +139,21 @@ def test_text_columns_are_joined_by_a_space() -> None:
     assert read(columns, text_column=("body", "title")).texts[0] == "Roofs gone Storm"
 
 
-def class_labels_in_two_columns(label: str) -> Any:
-    names = datasets.ClassLabel(names=["poor", "good"])
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "lang": datasets.ClassLabel(names=["en"]), label: names}
-    )
-    return datasets.Dataset.from_dict({"text": ["a", "b"], "lang": [0, 0], label: [1, 0]}, features=features)
+def class_labels_in_two_columns() -> Any:
+    columns = {"text": datasets.Value("string"), "lang": datasets.ClassLabel(names=["en"])}
+    features = datasets.Features({**columns, "labels": datasets.ClassLabel(names=["poor", "good"])})
+    return datasets.Dataset.from_dict({"text": ["a", "b"], "lang": [0, 0], "labels": [1, 0]}, features=features)
 
 
 @pytest.mark.parametrize(
     ("source", "labels", "names"),
     [
-        pytest.param([("a", "zebra"), ("b", "ant")], ["zebra", "ant"], ("ant", "zebra"), id="strings sorted"),
-        pytest.param([("a", " ant "), ("b", "bee")], ["ant", "bee"], ("ant", "bee"), id="strings stripped"),
+        pytest.param([("a", " zebra "), ("b", "ant")], ["zebra", "ant"], ("ant", "zebra"), id="strings"),
         pytest.param([("a", 10), ("b", 2), ("c", -1)], ["10", "2", "-1"], ("-1", "2", "10"), id="integers"),
         pytest.param([("a", "b"), ("b", "10"), ("c", "9")], ["b", "10", "9"], ("9", "10", "b"), id="numbers first"),
         pytest.param({"text": ["a", "b"], "label": [1.0, 0.0]}, ["1", "0"], ("0", "1"), id="integers as floats"),
         pytest.param({"text": ["a", "b"], "label": np.array([1, 0])}, ["1", "0"], ("0", "1"), id="array of integers"),
-        pytest.param(class_labels_in_two_columns("label"), ["good", "poor"], ("poor", "good"), id="class labels"),
-        pytest.param(class_labels_in_two_columns("labels"), ["good", "poor"], ("poor", "good"), id="column labels"),
+        pytest.param(class_labels_in_two_columns(), ["good", "poor"], ("poor", "good"), id="column labels"),
     ],
 )
 def test_label_names_and_their_order(source: Source, labels: list[str], names: tuple[str, ...]) -> None:
@@ -215,15 +174,8 @@ def test_label_names_and_their_order(source: Source, labels: list[str], names: t
     ],
 )
 def test_role_selects_the_split(splits: tuple[str, ...], name: str, role: str, expected: str) -> None:
-    save_dataset(
-        "folder", datasets.DatasetDict({split: datasets.Dataset.from_dict({"text": [split]}) for split in splits})
-    )
+    datasets.DatasetDict({s: datasets.Dataset.from_dict({"text": [s]}) for s in splits}).save_to_disk("folder")
     assert read(name, role=role).texts == [expected]
-
-
-def test_bundled_corpus_has_disjoint_splits() -> None:
-    train, test = read("bundled:newswire"), read("bundled:newswire", role="test")
-    assert not {normalize(text) for text in train.texts} & {normalize(text) for text in test.texts}
 
 
 MULTILINE_CSV = 'text,label\n"one\ntwo\nthree",x\n'
@@ -233,19 +185,14 @@ MULTILINE_CSV = 'text,label\n"one\ntwo\nthree",x\n'
     ("name", "content", "message"),
     [
         ("a.csv", MULTILINE_CSV + '" ",y\n', "a.csv, line 5: the text is empty"),
-        ("a.csv", MULTILINE_CSV + "\nfour,\n", "a.csv, line 6: no label"),
         ("a.csv", MULTILINE_CSV + "a,b,c\n", "a.csv, line 5: expected 2 fields, got 3"),
         ("a.csv", MULTILINE_CSV + 'ok,x\n"four,x\nfive,y\n', "a.csv, line 6: "),
-        ("a.csv", MULTILINE_CSV.replace("\n", "\r\n") + ",x\r\n", "a.csv, line 5: "),
-        ("a.csv", 'text,label,"a\nb"\n,x,y\n', "a.csv, line 3: "),
         ("a.csv", "text,text\n", "a.csv: column 'text' occurs twice"),
         ("a.csv", "text;label\n", "a.csv: expected columns separated by ',', got ';' in the header"),
         ("a.csv", "\n\n", "a.csv is empty"),
-        ("a.csv", "", "a.csv is empty"),
         ("a.csv", "text,label\n", "a.csv has no rows"),
         ("a.csv", "body,label\na,b\n", "a.csv has no column 'text'; it has 'body', 'label'"),
         ("a.csv", b"text,label\n\xc3\xa4,x\n\xff,x\n", "a.csv, line 3: byte 0xff is not UTF-8"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n\n{"text": "", "label": 1}\n', "a.jsonl, line 3"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "a" 1}\n', "a.jsonl, line 2: not valid"),
         ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: not valid JSON"),
         ("a.jsonl", "[1]", "a.jsonl, line 1: expected a JSON object, got list"),
@@ -253,16 +200,10 @@ MULTILINE_CSV = 'text,label\n"one\ntwo\nthree",x\n'
         ("a.txt[train]", "text", "a.txt is a file and has no splits"),
         ("a.md", "text", "Cannot read a.md: extension '.md' is not supported"),
         ("a", "text", "Cannot read a: the file name has no extension"),
-        ("a.parquet.gz", "text", "Cannot read a.parquet.gz: extension '.gz' is not supported"),
         ("a.csv.gz", "text,label\n", "Cannot read a.csv.gz: Not a gzipped file"),
         ("a.csv.gz", gzip.compress(MULTILINE_CSV.encode())[:-9], "Cannot read a.csv.gz: Compressed file ended"),
-        ("a.csv.gz", gzip.compress(b"text,label\na,b,c\n"), "a.csv.gz, line 2: expected 2 fields, got 3"),
         ("a.txt.gz", gzip.compress(bytes(70 << 20)), "Cannot read a.txt.gz: it expands to more than 67,108,864"),
-        (
-            "a.txt.gz",
-            gzip.compress((b"a" * (1 << 20) + b"\n") * 65),
-            "Cannot read a.txt.gz: it expands to more than 67,108,864",
-        ),
+        ("a.txt.gz", gzip.compress((b"a" * (1 << 20) + b"\n") * 65), "Cannot read a.txt.gz: it expands to more than"),
         ("missing.csv", None, "No such file: missing.csv"),
         ("./missing", None, "No such file or folder: ./missing"),
         ("x" * 5000, None, "Cannot read 'xxx"),
@@ -288,21 +229,10 @@ def test_errors_in_files_name_file_and_line(name: str, content: str | bytes | No
         ([("a", "x"), (3, "y")], "row 2: expected a string as text, got int"),
         ([("a", "x"), ("b\ud800", "y")], "row 2: character 2 is an unpaired surrogate"),
         ([("a", " ")], "row 1: no label"),
-        ([("", "x")] * 10, "row 1: the text is empty; row 2: the text is empty; row 3: the text is empty and 7 more"),
-        ({"body": ["a"], "label": ["x"]}, "no column 'text'; it has 'body', 'label'"),
-        (
-            {"text": ["a", None, "c"], "label": ["x", "y", NAN]},
-            "mapping of columns, row 2: no text (a missing value); row 3",
-        ),
-        ([], "the list has no rows"),
+        ({"text": ["", None, "c", "d", "e"], "label": [NAN] * 5}, "row 3: no label and 2 more"),
         (class_label_dataset(["a"], [-1], ["n", "p"]), "row 1: the label must be between 0 and 1, got -1"),
-        (
-            pd.DataFrame({"text": ["a", None, NAN], "label": [1, 2, 3]}),
-            "the data frame, row 2: no text (a missing value); row 3",
-        ),
-        (pd.DataFrame({"text": ["a", "b"], "label": [1, None]}), "the data frame, row 2: no label"),
+        (pd.DataFrame({"text": [None, NAN], "label": [1, 2]}), "row 1: no text (a missing value); row 2: no text"),
         (pd.DataFrame([["a", "b"]], columns=["text", "text"]), "data frame has two columns with the same name"),
-        (datasets.Dataset.from_dict({"text": ["a"]}), "the data set has no column 'label'; it has 'text'"),
         (datasets.DatasetDict(x=datasets.Dataset.from_dict({"text": ["a"]})), "has no split 'train'; it has 'x'"),
     ],
     ids=count(),
@@ -314,28 +244,17 @@ def test_unusable_objects_are_rejected(source: Source, message: str) -> None:
     assert error.value.hint
 
 
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        (pa.table([["a"], ["b"]], names=["text", "text"]), "has two columns with the same name"),
-        (pa.table({"text": ["a"], "date": pa.array([2**60], pa.timestamp("us"))}), "a date or time is out of range"),
-    ],
-)
-def test_unusable_parquet_files_are_rejected(table: Any, message: str) -> None:
-    pq.write_table(table, "a.parquet")
-    with pytest.raises(DataError, match=message):
-        read("a.parquet")
+def test_unusable_parquet_files_are_rejected() -> None:
+    times = pa.array([2**60], pa.timestamp("us"))
+    for names, message in ((["text", "text"], "two columns with the same name"), (["text", "time"], "is out of range")):
+        pq.write_table(pa.table([["a"], times], names=names), "a.parquet")
+        with pytest.raises(DataError, match=message):
+            read("a.parquet")
+
+
+def test_texts_without_labels_are_rejected() -> None:
     with pytest.raises(DataError, match="the list has no labels"):
         encode_labels(read(["a"]))
-
-
-def test_files_are_checked_without_heavy_libraries() -> None:
-    Path("a.csv").write_text("text,label\na,b\n")
-    code = (
-        "import sys; from setfit_kd.data.sources import read; read('a.csv', label_column='label'); print(*sys.modules)"
-    )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "datasets", "pandas", "pyarrow", "numpy"} & set(process.stdout.split())
 
 
 def test_folder_and_its_splits_are_checked() -> None:
@@ -365,25 +284,19 @@ def numbered(counts: dict[str, int]) -> LabeledSet:
 
 
 BASE = (("alpha one", "a"), ("alpha two", "a"), ("beta one", "b"), ("beta two", "b"))
-VARIANTS = {
-    "exact": "Straße 2 fin",
-    "case": "STRASSE 2 Fin",
-    "white space": "\n Straße \t 2\u00a0 fin ",
-    "compatibility forms": "Straße \uff12 \ufb01n",
-}
+VARIANTS = ["Straße 2 fin", "STRASSE 2 Fin", "\n Straße \t 2\u00a0 fin ", "Straße \uff12 \ufb01n"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_leak_guard_cleans_labeled_texts_and_pool(variant: str, caplog: pytest.LogCaptureFixture) -> None:
-    evaluation = encode_labels(read([("Straße 2 fin", "a")], label_column="label"), ["a", "b"])
-    data = split_data(labeled_set(*BASE, (variant, "b")), ["pool one", variant, variant], evaluation, DataConfig.of())
+def test_leak_guard_cleans_labeled_texts_and_pool(caplog: pytest.LogCaptureFixture) -> None:
+    evaluation = encode_labels(read([(VARIANTS[0], "a")], label_column="label"), ["a", "b"])
+    leaks = [(variant, "b") for variant in VARIANTS]
+    data = split_data(labeled_set(*BASE, *leaks), ["pool one", *VARIANTS], evaluation, DataConfig.of())
     assert data.labeled.texts == [text for text, _ in BASE]
     assert data.pool == ["pool one"]
     assert data.evaluation is evaluation
-    removed = {"labeled_leaks": 1, "pool_leaks": 2}
-    assert data.report == DataReport(labeled=4, pool=1, evaluation=1, **removed)
-    assert "Leak guard: removed 1 labeled texts that are also in the evaluation set" in caplog.text
-    assert "Leak guard: removed 2 pool texts that are also in the evaluation set" in caplog.text
+    assert data.report == DataReport(labeled=4, pool=1, evaluation=1, labeled_leaks=4, pool_leaks=4)
+    assert "Leak guard: removed 4 labeled texts that are also in the evaluation set" in caplog.text
+    assert "Leak guard: removed 4 pool texts that are also in the evaluation set" in caplog.text
 
 
 INVISIBLE = "\u00ad\u034f\u061c\u180b\u180e\u200b\u200e\u202e\u2060\u206f\u3164\ufe0f\ufeff\U000e0041\U000e01ef"
@@ -396,15 +309,15 @@ def test_invisible_characters_are_ignored(character: str) -> None:
         read(["a", character * 2])
 
 
-@pytest.mark.parametrize("quote", "‘’‚‛‹›ʼ＇")
-def test_normalize_replaces_typographic_quotes(quote: str) -> None:
-    assert normalize(f"Don{quote}t «say» “so” „now‟") == 'don\'t "say" "so" "now"'
+def test_normalize_replaces_typographic_quotes() -> None:
+    assert normalize("‘’‚‛‹›ʼ＇ «say» “so” „now‟") == "'" * 8 + ' "say" "so" "now"'
 
 
 @pytest.mark.parametrize("text", ["μαΐου", "weiß", "café", "ὑπνώδης", "ﬂood", "ij ǆ"])
-@pytest.mark.parametrize("change", [str.upper, str.title, lambda text: unicodedata.normalize("NFD", text)])
-def test_normalize_ignores_case_and_composition(text: str, change: Callable[[str], str]) -> None:
-    assert normalize(change(text)) == normalize(text)
+def test_normalize_ignores_case_and_composition(text: str) -> None:
+    assert {normalize(text.upper()), normalize(text.title()), normalize(unicodedata.normalize("NFD", text))} == {
+        normalize(text)
+    }
 
 
 def test_conflicting_labels_and_duplicates_are_removed(caplog: pytest.LogCaptureFixture) -> None:
@@ -437,9 +350,8 @@ def draw_pool(pool: Sequence[str], pool_size: int | None, *, seed: int = 0) -> l
 POOL = [f"pool {i}" for i in range(60)]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
-def test_smaller_draw_is_a_subset_of_larger_draw(seed: int) -> None:
-    draws = [draw_pool(POOL, size, seed=seed) for size in (2, 7, 30, 59, 60, None)]
+def test_smaller_draw_is_a_subset_of_larger_draw() -> None:
+    draws = [draw_pool(POOL, size, seed=2**32 - 1) for size in (2, 7, 30, 59, 60, None)]
     assert [len(draw) for draw in draws] == [2, 7, 30, 59, 60, 60]
     for smaller, larger in pairwise(draws):
         assert set(smaller) <= set(larger)
@@ -463,27 +375,18 @@ def test_all_texts_are_drawn_equally_often() -> None:
     assert 65 < min(counts.values()) <= max(counts.values()) < 135  # 100 ± four standard deviations
 
 
-@pytest.mark.parametrize("pool_size", [None, 2])
-def test_variants_of_a_text_count_as_duplicates(pool_size: int | None) -> None:
+def test_first_variant_of_a_text_is_kept() -> None:
     pool = ["Caf\u00e9 one", "CAFE\u0301 ONE", " caf\u00e9\u200b  one", "two", "TWO", "two\t", "\uff54wo", "three"]
-    config = DataConfig.of(pool_size=pool_size)
-    data = split_data(labeled_set(*BASE), pool, None, config)
-    assert data.report.pool_duplicates == 5
     first_variants = ["Caf\u00e9 one", "two", "three"]
-    assert data.pool == first_variants if pool_size is None else len(data.pool) == 2
-    assert set(data.pool) <= set(first_variants)
-    assert data.pool == split_data(labeled_set(*BASE), first_variants, None, config).pool
+    assert draw_pool(pool, None) == first_variants
+    assert draw_pool(pool, 2) == draw_pool(first_variants, 2)
 
 
-def test_warning_if_a_class_has_too_few_texts(caplog: pytest.LogCaptureFixture) -> None:
-    data = split_data(numbered({"large": 9, "small": 3}), ["pool"], None, DataConfig.of(shots=5))
+def test_warning_if_a_class_or_the_pool_is_too_small(caplog: pytest.LogCaptureFixture) -> None:
+    data = split_data(numbered({"large": 9, "small": 3}), ["p", "q"], None, DataConfig.of(shots=5, pool_size=7))
     assert data.labeled.counts.tolist() == [5, 3]
-    assert caplog.messages[0] == "Class 'small' has only 3 labeled texts, expected 5: using all of them."
-
-
-def test_warning_if_the_pool_is_too_small(caplog: pytest.LogCaptureFixture) -> None:
-    data = split_data(numbered({"a": 2, "b": 2}), ["p", "q"], None, DataConfig.of(pool_size=7))
     assert data.pool == ["p", "q"]
+    assert "Class 'small' has only 3 labeled texts, expected 5: using all of them." in caplog.messages
     assert "The pool has only 2 texts, expected 7" in caplog.text
 
 
@@ -500,31 +403,22 @@ def test_evaluation_labels_are_mapped_by_name() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        pytest.param(BASE[:2], "only one class: 'a'", id="one class"),
-        pytest.param(BASE[:3], "label 'b', got 1", id="one text"),
-        pytest.param((*BASE[:3], ("BETA ONE", "b")), "label 'b', got 1", id="one text and a duplicate"),
-        pytest.param((*BASE[:2], ("leak", "b"), ("LEAK", "b")), "label 'b', got 0", id="only leaks"),
+        (BASE[:2], "only one class: 'a'"),
+        ((*BASE[:3], ("BETA ONE", "b")), "label 'b', got 1"),
+        ((*BASE[:2], ("leak", "b"), ("LEAK", "b")), "label 'b', got 0"),
     ],
+    ids=["one class", "one text and a duplicate", "only leaks"],
 )
 def test_too_few_labeled_texts_are_rejected(rows: Sequence[tuple[str, str]], message: str) -> None:
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match=message):
         load_run_data(DataConfig.of(), labeled=list(rows), unlabeled=["pool"], eval=[("leak", "a")])
-    assert message in error.value.message
 
 
 @pytest.mark.parametrize(
     ("sources", "error", "message"),
     [
-        (
-            {"labeled": BASE, "unlabeled": ["ALPHA ONE", "held out"], "eval": [("held out", "a")]},
-            DataError,
-            "pool is empty",
-        ),
-        (
-            {"labeled": BASE, "eval": [("x", "d"), ("y", "c"), ("z", "a")]},
-            DataError,
-            "training set: 'c', 'd'; expected one of 'a', 'b'",
-        ),
+        ({"labeled": BASE, "unlabeled": ["ALPHA ONE", "held"], "eval": [("held", "a")]}, DataError, "pool is empty"),
+        ({"labeled": BASE, "eval": [("x", "d"), ("y", "c")]}, DataError, "set: 'c', 'd'; expected one of 'a', 'b'"),
         ({}, ConfigError, "Labeled texts are required"),
         ({"labeled": "a.csv", "eval": "a.csv"}, ConfigError, "cannot be both the labeled texts and the evaluation set"),
     ],
@@ -536,9 +430,7 @@ def test_unusable_combinations_are_rejected(sources: dict[str, Any], error: type
 
 
 def test_pool_is_optional(caplog: pytest.LogCaptureFixture) -> None:
-    data = load_run_data(DataConfig.of(), labeled=BASE)
-    assert data.pool == []
-    assert data.labeled.texts == [text for text, _ in BASE]
+    assert load_run_data(DataConfig.of(), labeled=BASE).pool == []
     assert "no unlabeled texts" in caplog.text
 
 
@@ -576,14 +468,7 @@ def test_draw_shots_draws_at_most_shots_per_class(labels: list[int], shots: int 
     assert draw.labels.tolist() == [labels[row] for row in rows]
 
 
-REWRITES: tuple[Callable[[str], str], ...] = (
-    str,
-    str.upper,
-    lambda text: f"  {text}\t",
-    lambda text: text.replace(" ", " \n "),
-    lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
-)
-SOME_TEXT = st.builds(lambda number, rewrite: rewrite(f"text {number}"), st.integers(0, 12), st.sampled_from(REWRITES))
+SOME_TEXT = st.builds(str.format, st.sampled_from(["text {}", "TEXT {}", "  text \n {}\t"]), st.integers(0, 12))
 
 
 @PROPERTY
@@ -609,10 +494,8 @@ def test_labeled_texts_pool_and_evaluation_set_are_disjoint(
     eval_keys = {normalize(text) for text in held_out.texts}
     shot_keys = [normalize(text) for text in data.labeled.texts]
     pool_keys = [normalize(text) for text in data.pool]
-    assert len(set(shot_keys)) == len(shot_keys)
-    assert len(set(pool_keys)) == len(pool_keys)
-    assert not eval_keys & set(shot_keys)
-    assert not set(pool_keys) & (eval_keys | set(shot_keys))
+    keys = [*eval_keys, *shot_keys, *pool_keys]
+    assert len(set(keys)) == len(keys)
     assert set(data.pool) <= set(pool)
     rest = {normalize(text) for text in pool} - eval_keys - set(shot_keys)
     assert len(data.pool) == min(len(rest), pool_size or len(rest))

@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import sys
@@ -16,22 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from checks import assert_refused, invoke, read_tree
 from conftest import FAST, make_body, newswire
+from predictions import read_manifest
 from sklearn.linear_model import RidgeClassifier
+from synthetic import random_classifier
 
 from setfit_kd import TeacherSignals, distill
 from setfit_kd.errors import ModelError, OutputError, SetFitKDError, UnavailableError
 from setfit_kd.export import bundle as bundle_module
-from setfit_kd.export.bundle import Bundle, export_bundle
-from setfit_kd.export.formats import write_onnx
+from setfit_kd.export.bundle import Bundle, export_bundle, write_onnx
 from setfit_kd.models.bodies import load_body
-from setfit_kd.models.encode import embed, predict_proba
+from setfit_kd.models.encode import predict_proba
 from setfit_kd.models.heads import new_head
-from setfit_kd.models.io import new_model
 from setfit_kd.models.static import static_body
 from setfit_kd.runtime import classify
 from setfit_kd.runtime.classify import Classifier
@@ -43,21 +41,11 @@ if TYPE_CHECKING:
 MAX_LENGTH = 64
 NEWS = [row["text"] for row in newswire("train")]
 TEXTS = [
-    *NEWS[:40],
-    "",
-    " ",
-    "goal",
-    "  two  spaces\tand a tab ",
-    "Ünïcödé, 東京 and 🙂",
+    *(*NEWS[:40], "", " ", "goal", "  two  spaces\tand a tab ", "Ünïcödé, 東京 and 🙂"),
     *(" ".join(NEWS[:n]) for n in (2, 3, 5, 20)),
     *(" ".join(NEWS[50].split()[:n]) for n in (2, 3, 4, 7)),
 ]
 """Texts of many lengths, from empty to far longer than the maximum length."""
-
-
-# Classifiers
-
-
 Bodies = Callable[[str], "SentenceTransformer"]
 
 
@@ -65,11 +53,8 @@ Bodies = Callable[[str], "SentenceTransformer"]
 def bodies(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path) -> Bodies:
     """Function that returns a new copy of a body of some kind."""
     bert, folder = load_body(tiny_student), tmp_path_factory.mktemp("models") / "roberta"
-    loaded = {
-        "BERT": bert,
-        "RoBERTa": load_body(make_body(folder, layers=2, width=16, roberta=True)),
-        "static": static_body(bert, NEWS[:200], dimension=8),
-    }
+    roberta = load_body(make_body(folder, layers=2, width=16, roberta=True))
+    loaded = {"BERT": bert, "RoBERTa": roberta, "static": static_body(bert, NEWS[:200], dimension=8)}
     return lambda name: copy.deepcopy(loaded[name])
 
 
@@ -79,23 +64,13 @@ def with_module(body: SentenceTransformer, *modules: torch.nn.Module) -> Sentenc
     return SentenceTransformer(modules=[*body, *modules], device="cpu")
 
 
-def make_classifier(body: SentenceTransformer, classes: int = 4, *, module: bool = False, flag: bool = False) -> Any:
-    """Create a classifier that predicts every label for some texts and normalizes by a module or a flag."""
+def make_classifier(body: SentenceTransformer, classes: int = 4, normalize: str = "") -> Any:
+    """Create a classifier that predicts every label for some texts and may normalize by a module or a flag."""
     from sentence_transformers.sentence_transformer.modules import Normalize
 
-    body = with_module(body, Normalize()) if module else body
-    model: Any = new_model(body, [f"class {number}" for number in range(classes)])
-    model.normalize_embeddings = flag
-    embeddings = embed(body, NEWS[:100], normalize=flag)
-    mean, std = embeddings.mean(axis=0), embeddings.std(axis=0) + 1e-9
-    rng = np.random.default_rng(0)
-    rows, width = (1 if classes == 2 else classes), embeddings.shape[1]
-    head = new_head()
-    head.classes_, head.n_features_in_ = np.arange(classes), width
-    head.coef_ = 2 * rng.normal(size=(rows, width)) / std / np.sqrt(width)
-    head.intercept_ = -head.coef_ @ mean
-    model.model_head = head
-    return model
+    body = with_module(body, Normalize()) if normalize == "module" else body
+    labels = [f"class {number}" for number in range(classes)]
+    return random_classifier(body, labels, NEWS[:100], normalize=normalize == "flag")
 
 
 @pytest.fixture
@@ -108,11 +83,6 @@ def parent(tmp_path: Path) -> Path:
 
 def export(model: SetFitModel, parent: Path, *, texts: list[str] = TEXTS, **settings: Any) -> Bundle:
     return export_bundle(model, parent / "bundle", texts=texts, **settings)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    return manifest
 
 
 def assert_same_probabilities(folder: Path, model: SetFitModel, tolerance: float) -> None:
@@ -131,37 +101,36 @@ def assert_same_probabilities(folder: Path, model: SetFitModel, tolerance: float
 
 TOLERANCE = {"onnx": 1e-4, "static": 0.02}
 """Half precision has a relative error of at most 1/2048, which changes logits below 100 by a few hundredths."""
-normalizations = pytest.mark.parametrize(
-    ("module", "flag", "classes"), [(False, False, 4), (True, False, 2), (False, True, 4), (False, False, 2)]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "normalize", "classes"), [("BERT", "", 4), ("BERT", "flag", 4), ("RoBERTa", "module", 2)]
 )
-
-
-@normalizations
-@pytest.mark.parametrize("architecture", ["BERT", "RoBERTa"])
 def test_onnx_bundle_predicts_the_probabilities_of_torch(
-    bodies: Bodies, parent: Path, architecture: str, module: bool, flag: bool, classes: int
+    bodies: Bodies, parent: Path, architecture: str, normalize: str, classes: int
 ) -> None:
-    model = make_classifier(bodies(architecture), classes, module=module, flag=flag)
-    bundle = export(model, parent, format="onnx", min_agreement=0)
+    model = make_classifier(bodies(architecture), classes, normalize)
+    bundle = export(model, parent, format="onnx", min_agreement=1)
     assert_same_probabilities(bundle.path, model, TOLERANCE["onnx"])
-    assert bundle.parity["agreement"] == 1
     assert bundle.parity["largest_difference"] < TOLERANCE["onnx"]
     manifest = read_manifest(bundle.path)
     assert (manifest["kind"], manifest["weights"], manifest["n_classes"]) == ("onnx", "fp32", classes)
     assert (manifest["max_length"], manifest["pad_id"]) == (MAX_LENGTH, 0 if architecture == "BERT" else 1)
 
 
-@normalizations
-@pytest.mark.parametrize("largest", [None, 3e7, 3e-7])
+@pytest.mark.parametrize(
+    ("largest", "normalize", "classes"),
+    [(None, "", 4), (None, "flag", 4), (3e7, "", 2), (3e7, "module", 2), (3e-7, "", 4), (3e-7, "flag", 4)],
+)
 def test_static_bundle_predicts_the_probabilities_of_torch(
-    bodies: Bodies, parent: Path, module: bool, flag: bool, classes: int, largest: float | None
+    bodies: Bodies, parent: Path, normalize: str, classes: int, largest: float | None
 ) -> None:
     """Vectors outside the range of half precision are scaled; vectors in half precision are exact."""
     body: Any = bodies("static")
     vectors = body[0].embedding.weight
     with torch.no_grad():
         vectors.copy_(vectors.half().float() if largest is None else vectors * largest / vectors.abs().max())
-    model = make_classifier(body, classes, module=module, flag=flag)
+    model = make_classifier(body, classes, normalize)
     bundle = export(model, parent, min_agreement=0)
     assert bundle.format == "static"
     assert bundle.parity["largest_difference"] < TOLERANCE["static"]
@@ -170,36 +139,31 @@ def test_static_bundle_predicts_the_probabilities_of_torch(
     assert (manifest["kind"], manifest["weights"], manifest["n_classes"]) == ("static", "fp16", classes)
 
 
+def set_prompt(body: Any) -> None:
+    body.prompts, body.default_prompt_name = {"other": "chip data: ", "classify": "bank shares: "}, "classify"
+
+
 @pytest.mark.parametrize(
     ("kind", "change"),
     [
         ("onnx", lambda body: setattr(body, "max_seq_length", 16)),
         ("onnx", lambda body: setattr(body.tokenizer, "truncation_side", "left")),
+        ("onnx", set_prompt),
         ("static", lambda body: body.tokenizer.enable_truncation(8)),
+        ("static", set_prompt),
     ],
 )
-def test_long_texts_are_truncated_as_in_torch(
+def test_texts_are_truncated_and_prefixed_as_in_torch(
     bodies: Bodies, parent: Path, kind: str, change: Callable[[Any], None]
 ) -> None:
     body = bodies("static" if kind == "static" else "BERT")
+    unchanged = make_classifier(copy.deepcopy(body))
     change(body)
     model = make_classifier(body)
     bundle = export(model, parent, texts=["short", "texts"], format=kind, min_agreement=0)
     actual, expected = Classifier(bundle.path).predict_proba(TEXTS), predict_proba(model, TEXTS)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE[kind])
-
-
-@pytest.mark.parametrize("kind", ["onnx", "static"])
-def test_prompt_of_a_body_is_exported(bodies: Bodies, parent: Path, kind: str) -> None:
-    body = bodies("static" if kind == "static" else "BERT")
-    body.prompts = {"other": "chip data: ", "classify": "bank shares: "}
-    body.default_prompt_name = "classify"
-    model = make_classifier(body)
-    bundle = export(model, parent, format=kind, min_agreement=0.1)
-    assert read_manifest(bundle.path)["prefix"] == "bank shares: "
-    assert_same_probabilities(bundle.path, model, TOLERANCE[kind])
-    body.default_prompt_name = None
-    assert np.abs(Classifier(bundle.path).predict_proba(TEXTS) - predict_proba(model, TEXTS)).max() > 0.05
+    assert np.abs(actual - predict_proba(unchanged, TEXTS)).max() > 2 * TOLERANCE[kind]
 
 
 # 8 bits
@@ -211,17 +175,11 @@ def set_measured_seconds(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> No
     monkeypatch.setattr(bundle_module._Draft, "measure_seconds", lambda self: next(values))
 
 
-def constants(file: Path, *types: type) -> list[npt.NDArray[Any]]:
-    """Read the constants of these types in a graph."""
-    import onnx
-
-    arrays = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(str(file)).graph.initializer]
-    return [array for array in arrays if array.dtype in types]
-
-
 def test_int8_bundle_is_smaller_and_has_a_head_in_single_precision(
     bodies: Bodies, parent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import onnx
+
     set_measured_seconds(monkeypatch, 2.0, 1.0)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     model = make_classifier(bodies("BERT"))
@@ -229,18 +187,16 @@ def test_int8_bundle_is_smaller_and_has_a_head_in_single_precision(
     bundle = export(model, parent, format="onnx-int8", min_agreement=0.5)
     assert logging.getLogger().handlers == [], "a handler of the root logger would print all warnings twice"
     assert (bundle.format, bundle.int8_rejection_reason) == ("onnx-int8", None)
-    assert bundle.megabytes < single.megabytes
     assert (bundle.path / "model.onnx").stat().st_size < 0.8 * (single.path / "model.onnx").stat().st_size
     manifest = read_manifest(bundle.path)
-    assert (manifest["kind"], manifest["weights"]) == ("onnx", "int8")
-    assert manifest["parity"] == bundle.parity
+    assert (manifest["kind"], manifest["weights"], manifest["parity"]) == ("onnx", "int8", bundle.parity)
     expected, actual = predict_proba(model, TEXTS), Classifier(bundle.path).predict_proba(TEXTS)
     difference, same = float(np.abs(actual - expected).max()), actual.argmax(axis=1) == expected.argmax(axis=1)
     assert 1e-6 < difference < 0.5
-    (matrix,) = (array for array in constants(bundle.path / "model.onnx", np.float32) if array.ndim == 2)
-    np.testing.assert_array_equal(matrix if len(matrix) == 4 else matrix.T, model.model_head.coef_.astype(np.float32))
-    assert sum(array.size for array in constants(bundle.path / "model.onnx", np.int8, np.uint8)) > 2000 * 16
     assert list(bundle.parity.values()) == pytest.approx([len(TEXTS), same.mean(), difference], abs=1e-6)
+    arrays = map(onnx.numpy_helper.to_array, onnx.load(str(bundle.path / "model.onnx")).graph.initializer)
+    (matrix,) = (array for array in arrays if array.ndim == 2 and array.dtype == np.float32)
+    np.testing.assert_array_equal(matrix if len(matrix) == 4 else matrix.T, model.model_head.coef_.astype(np.float32))
 
 
 @pytest.mark.parametrize(
@@ -251,13 +207,7 @@ def test_int8_bundle_is_smaller_and_has_a_head_in_single_precision(
     ],
 )
 def test_single_precision_is_used_if_int8_is_not_good_enough(
-    bodies: Bodies,
-    parent: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    after: float,
-    min_agreement: float | None,
-    reason: str,
+    bodies: Bodies, parent: Path, monkeypatch: pytest.MonkeyPatch, after: float, min_agreement: Any, reason: str
 ) -> None:
     set_measured_seconds(monkeypatch, 2.0, after)
     body: Any = bodies("BERT")
@@ -268,30 +218,22 @@ def test_single_precision_is_used_if_int8_is_not_good_enough(
     model = make_classifier(body)
     bundle = export(model, parent, min_agreement=min_agreement)
     assert bundle.format == "onnx"
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warning == f"The bundle is saved in single precision instead of 8 bits: {bundle.int8_rejection_reason}."
-    assert re.search(reason, warning)
-    assert not constants(bundle.path / "model.onnx", np.int8, np.uint8)
+    assert re.search(reason, bundle.int8_rejection_reason or "")
     plain = export_bundle(model, parent / "plain", texts=TEXTS, format="onnx")
     assert read_tree(bundle.path) == read_tree(plain.path)
-    assert (bundle.parity, bundle.megabytes) == (plain.parity, plain.megabytes)
 
 
-# Parity check
-
-
-@pytest.mark.parametrize(("n_texts", "n_checked"), [(1, 1), (7, 7), (2345, 1000)])
-def test_at_most_1000_texts_are_checked(bodies: Bodies, parent: Path, n_texts: int, n_checked: int) -> None:
-    texts = [f"{NEWS[row % len(NEWS)]} {row}" for row in range(n_texts)]
-    bundle = export(make_classifier(bodies("static")), parent, texts=texts, min_agreement=0)
-    assert bundle.parity["texts"] == read_manifest(bundle.path)["parity"]["texts"] == n_checked
+def test_at_most_1000_texts_are_checked(bodies: Bodies, parent: Path) -> None:
+    model, texts = make_classifier(bodies("static")), [f"{NEWS[row % len(NEWS)]} {row}" for row in range(2345)]
+    for some, n_checked in ((texts[:1], 1), (texts, 1000)):
+        bundle = export(model, parent, texts=some, min_agreement=0, overwrite=True)
+        assert bundle.parity["texts"] == read_manifest(bundle.path)["parity"]["texts"] == n_checked
 
 
 def test_min_agreement_is_the_threshold(bodies: Bodies, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, texts = make_classifier(bodies("BERT")), NEWS[:200]
     columns = predict_proba(model, texts).argmax(axis=1)
     texts = [texts[row] for label in range(4) for row in np.flatnonzero(columns == label)[:5]]
-    assert len(texts) == 20
 
     def write_without_last_class(model: SetFitModel, file: Path) -> None:
         before = model.model_head.intercept_.copy()
@@ -307,18 +249,16 @@ def test_min_agreement_is_the_threshold(bodies: Bodies, parent: Path, monkeypatc
     assert export(model, parent, texts=texts, format="onnx", min_agreement=0.74).parity["agreement"] == 0.75
 
 
-# Content of a bundle
-
-KINDS = {
-    "onnx": {"model.onnx"},
-    "onnx-int8": {"model.onnx"},
-    "static": {"embeddings.safetensors", "head.safetensors"},
-}
-
-
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        ("onnx", ["model.onnx"]),
+        ("onnx-int8", ["model.onnx"]),
+        ("static", ["embeddings.safetensors", "head.safetensors"]),
+    ],
+)
 def test_bundle_contains_exactly_its_files(
-    bodies: Bodies, parent: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    bodies: Bodies, parent: Path, monkeypatch: pytest.MonkeyPatch, kind: str, weights: list[str]
 ) -> None:
     model = make_classifier(bodies("static" if kind == "static" else "BERT"))
     labels = model.labels = ["Übermorgen", "a, b", "{weird}", "4"]
@@ -326,7 +266,7 @@ def test_bundle_contains_exactly_its_files(
     bundle = export(model, parent, format=kind, min_agreement=0.1, title="Tiny model")
     assert [path.name for path in parent.iterdir()] == ["bundle"]
     files = {file.name: file.read_bytes() for file in bundle.path.iterdir()}
-    hashed = {"labels.json", "tokenizer.json", "classify.py", *KINDS[kind]}
+    hashed = {"labels.json", "tokenizer.json", "classify.py", *weights}
     assert set(files) == {"manifest.json", "README.md", *hashed}
     manifest = read_manifest(bundle.path)
     assert manifest["files"] == {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(hashed)}
@@ -340,7 +280,6 @@ def test_bundle_contains_exactly_its_files(
     assert readme.startswith("# Tiny model\n")
     assert "with 4 classes: Übermorgen, a, b, \\{weird\\}, 4." in readme
     assert f"pip install numpy tokenizers{'' if kind == 'static' else ' onnxruntime'}\n" in readme
-    assert ("onnxruntime" in readme) == (kind != "static")
     assert f"On {len(TEXTS)} texts, {bundle.parity['agreement']:.1%} of the labels are the same" in readme
 
 
@@ -354,70 +293,55 @@ def add_layer(model: Any) -> None:
 
 
 def exclude_prompt(model: Any) -> None:
-    model.model_body.prompts, model.model_body.default_prompt_name = {"classify": "Classify: "}, "classify"
+    set_prompt(model.model_body)
     model.model_body[1].include_prompt = False
 
 
 @pytest.mark.parametrize(
-    ("body", "change", "settings", "error", "message"),
+    ("body", "change", "format_", "message"),
     [
-        ("BERT", None, {"format": "static"}, ModelError, "Only static bodies.*\n.*onnx-int8"),
-        ("static", None, {"format": "onnx"}, ModelError, "static body cannot.*\n.*--format static"),
-        ("static", None, {"format": "onnx-int8"}, ModelError, "static body cannot"),
-        ("static", add_layer, {"format": "static"}, ModelError, "Only static bodies"),
-        ("BERT", lambda model: model.model_head.coef_.fill(np.nan), {}, ModelError, "not finite"),
-        ("BERT", lambda model: setattr(model, "model_head", new_head()), {}, ModelError, "is a LogisticRegression;"),
-        (
-            "static",
-            lambda model: setattr(model, "model_head", RidgeClassifier()),
-            {},
-            ModelError,
-            "is a RidgeClassifier;",
-        ),
-        ("BERT", exclude_prompt, {"format": "onnx"}, ModelError, "excludes its prompt"),
+        ("BERT", None, "static", "Only static bodies.*\n.*onnx-int8"),
+        ("static", None, "onnx", "static body cannot.*\n.*--format static"),
+        ("static", add_layer, "static", "Only static bodies"),
+        ("BERT", lambda model: model.model_head.coef_.fill(np.nan), None, "not finite"),
+        ("BERT", lambda model: setattr(model, "model_head", new_head()), None, "is a LogisticRegression;"),
+        ("static", lambda model: setattr(model, "model_head", RidgeClassifier()), None, "is a RidgeClassifier;"),
+        ("BERT", exclude_prompt, "onnx", "excludes its prompt"),
     ],
 )
 def test_invalid_models_and_settings_are_rejected_and_leave_no_files(
-    bodies: Bodies, parent: Path, body: str, change: Any, settings: dict[str, Any], error: Any, message: str
+    bodies: Bodies, parent: Path, body: str, change: Any, format_: str | None, message: str
 ) -> None:
     model = make_classifier(bodies(body))
     if change is not None:
         change(model)
-    with pytest.raises(error, match=message):
-        export(model, parent, **settings)
+    with pytest.raises(ModelError, match=message):
+        export(model, parent, format=format_)
     assert list(parent.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("step", "error", "expected_error"),
-    [
-        ("write_onnx", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OutputError),
-        ("quantize", KeyboardInterrupt(), KeyboardInterrupt),
-    ],
+    ("step", "error", "expected"),
+    [("write_onnx", OSError(errno.ENOSPC, "full"), OutputError), ("quantize", KeyboardInterrupt(), KeyboardInterrupt)],
 )
 def test_failed_export_leaves_no_files(
-    bodies: Bodies, parent: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Any, expected_error: Any
+    bodies: Bodies, parent: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Any, expected: Any
 ) -> None:
     def fail(*arguments: object) -> None:
         raise error
 
     monkeypatch.setattr(bundle_module, step, fail)
-    with pytest.raises(expected_error):
+    with pytest.raises(expected):
         export(make_classifier(bodies("BERT")), parent, format="onnx-int8", min_agreement=0)
     assert list(parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
-def test_missing_onnx_packages_are_reported(
-    bodies: Bodies, parent: Path, monkeypatch: pytest.MonkeyPatch, missing: str
-) -> None:
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(UnavailableError, match=rf"needs {missing}.*\n.*pip install 'setfit-kd\[onnx\]'"):
-        export(make_classifier(bodies("BERT")), parent, format="onnx-int8")
+def test_missing_onnx_packages_are_reported(bodies: Bodies, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing in ("onnxruntime", "onnx"):
+        monkeypatch.setitem(sys.modules, missing, None)
+        with pytest.raises(UnavailableError, match=rf"needs {missing}.*\n.*pip install 'setfit-kd\[onnx\]'"):
+            export(make_classifier(bodies("BERT")), parent, format="onnx-int8")
     assert list(parent.iterdir()) == []
-
-
-# Existing folders
 
 
 @pytest.mark.parametrize("content", ["folder", "file", "bundle"])
@@ -430,11 +354,10 @@ def test_existing_output_is_not_changed(bodies: Bodies, parent: Path, content: s
         (target / "manifest.json").write_text('{"format": 1}')
     else:
         target.write_text("content")
-    before = read_tree(parent)
-    hint = "or pass --overwrite" if content == "bundle" else "or remove it"
-    with pytest.raises(OutputError, match=f"already exists.*\n.*{hint}"):
+    before, is_bundle = read_tree(parent), content == "bundle"
+    with pytest.raises(OutputError, match=f"already exists.*\n.*or {'pass --overwrite' if is_bundle else 'remove it'}"):
         export(model, parent)
-    if content != "bundle":
+    if not is_bundle:
         with pytest.raises(OutputError, match="already exists and is not a bundle"):
             export(model, parent, overwrite=True)
     assert read_tree(parent) == before
@@ -460,9 +383,8 @@ def test_overwrite_replaces_only_the_files_of_the_earlier_bundle(bodies: Bodies,
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    settings = {**FAST, "pool_size": 50}
-    sources = ["bundled:newswire"] * 3
-    distill(*sources, teacher=str(tiny_teacher), student="layers:1", output_dir=folder, baseline=False, **settings)
+    models = {"teacher": str(tiny_teacher), "student": "layers:1"}
+    distill(*["bundled:newswire"] * 3, output_dir=folder, baseline=False, pool_size=50, **{**FAST, **models})
     return folder
 
 
@@ -475,23 +397,12 @@ def test_run_is_exported_and_checked_on_its_pool(run_folder: Path, tmp_path: Pat
     assert read_manifest(tmp_path / "out")["parity"]["texts"] == len(pool) < len(NEWS)
     assert result.stdout.startswith("Wrote onnx bundle to ")
     assert f"% of {len(pool)} texts." in result.stdout
-    assert f"python {tmp_path / 'out'}/classify.py" in result.stdout
     assert "Warning" not in result.stderr
     title = run_folder.name if path == "." else path
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8").startswith(f"# {title}\n")
-    assert set(Classifier(tmp_path / "out").labels) == {"World", "Sports", "Business", "Sci/Tech"}
 
 
-def test_model_outside_a_run_is_checked_on_bundled_texts_with_a_warning(run_folder: Path, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(run_folder / "student", tmp_path / "model"))
-    result = invoke("export", model, "--output-dir", tmp_path / "out", "--format", "onnx", "-q")
-    assert result.exit_code == 0, result.stderr
-    for fragment in ("Warning", "is not part of a run", "bundled:newswire", "--unlabeled"):
-        assert fragment in result.stderr
-    assert read_manifest(tmp_path / "out")["parity"]["texts"] == len(NEWS)
-
-
-def test_texts_of_the_check_can_be_specified(run_folder: Path, tmp_path: Path) -> None:
+def test_texts_of_the_check_without_a_pool(run_folder: Path, tmp_path: Path) -> None:
     run = shutil.copytree(run_folder, tmp_path / "run")
     (run / "signals/texts.jsonl").write_text("{")
     result = invoke("export", run, "--output-dir", "out")
@@ -499,15 +410,19 @@ def test_texts_of_the_check_can_be_specified(run_folder: Path, tmp_path: Path) -
     (tmp_path / "few.txt").write_text("one text\nanother\nand a third\n")
     result = invoke("export", run, "--output-dir", "out", "--min-agreement", "0", "--unlabeled", "few.txt")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.startswith("Wrote onnx")
     assert read_manifest(tmp_path / "out")["parity"]["texts"] == 3
+    (run / "student").rename("model")
+    result = invoke("export", "model", "--output-dir", "other", "--format", "onnx", "-q")
+    assert result.exit_code == 0, result.stderr
+    for fragment in ("Warning", "is not part of a run", "bundled:newswire", "--unlabeled"):
+        assert fragment in result.stderr
+    assert read_manifest(Path("other"))["parity"]["texts"] == len(NEWS)
 
 
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
         ([".", "--output-dir", "out", "--min-agreement", "1.5"], "0<=x<=1"),
-        ([".", "--output-dir", "out", "--unlabeled", "nowhere.txt"], "nowhere.txt"),
         (["student", "--output-dir", "student", "--overwrite"], "is not a bundle"),
         (["./nowhere", "--output-dir", "out"], "nowhere"),
     ],

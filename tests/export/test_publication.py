@@ -22,7 +22,6 @@ from setfit_kd.errors import InputError
 from setfit_kd.hub import client
 
 TEXTS = [row["text"] for row in newswire("eval")[:20]]
-OFFLINE = "huggingface_hub.constants.HF_HUB_OFFLINE"
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +32,8 @@ def finished_run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -
     for name in ("train", "eval"):
         rows = newswire(name)[:120]
         (folder / f"acme/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train, models = (
-        str(folder / "acme/train.jsonl"),
-        {"teacher": str(tiny_teacher), "student": "layers:0,1@acme/teacher"},
-    )
+    train = str(folder / "acme/train.jsonl")
+    models = {"teacher": str(tiny_teacher), "student": "layers:0,1@acme/teacher"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         distill(train, train, "acme/eval.jsonl", **{**FAST, **models, "output_dir": folder / "run"})
@@ -65,10 +62,13 @@ def push(*arguments: str | Path) -> Result:
 def assert_not_pushed(result: Result, message: str, code: int = 2) -> None:
     assert result.exit_code == code, result.output
     assert re.search(message, result.stderr), result.stderr
-    assert len(result.stderr.strip().splitlines()) <= 3
 
 
 def test_loaded_model_predicts_like_the_pushed_student(server: StandInHub, run: Path, tmp_path: Path) -> None:
+    result = push(run, "me/news", "--dry-run")
+    assert f"{(run / 'student/model.safetensors').stat().st_size:,}" in result.stdout
+    assert f"Dry run: nothing was uploaded to {server.endpoint}/me/news." in result.stdout
+    assert not server.requests
     result = push(run, "me/news", "--private", "--message", "The first one")
     assert result.stdout == f"{server.endpoint}/me/news\n"
     assert (server.private, server.commits) == ({"models/me/news": True}, ["The first one"])
@@ -76,7 +76,11 @@ def test_loaded_model_predicts_like_the_pushed_student(server: StandInHub, run: 
     np.testing.assert_array_equal(local.predict_proba(TEXTS).numpy(), loaded.predict_proba(TEXTS).numpy())
     card = (tmp_path / "uploads/me/news/README.md").read_text()
     assert 'SetFitModel.from_pretrained("me/news")' in card
-    assert "path/to/this/folder" in (run / "student/README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["model-index"][0]["results"][0]["dataset"]["name"] == "eval.jsonl"
+    for path in (tmp_path / "uploads").rglob("*.*"):
+        if path.suffix in (".json", ".md", ".txt"):
+            assert not re.search("secret-folder|acme", path.read_text()), f"{path} contains a local path"
 
 
 def test_second_push_replaces_the_first(server: StandInHub, run: Path, tmp_path: Path) -> None:
@@ -106,27 +110,10 @@ def test_only_files_of_the_model_are_pushed(server: StandInHub, run: Path, tmp_p
         assert f"Skipped, not part of a model: {name}\n" in result.stderr
 
 
-def test_pushed_files_do_not_contain_local_paths(server: StandInHub, run: Path, tmp_path: Path) -> None:
-    push(run, "me/news")
-    for path in (tmp_path / "uploads").rglob("*.*"):
-        if path.suffix in (".json", ".md", ".txt"):
-            assert not re.search("secret-folder|acme", path.read_text()), path
-    metadata = yaml.safe_load((tmp_path / "uploads/me/news/README.md").read_text().split("---")[1])
-    assert metadata["model-index"][0]["results"][0]["dataset"]["name"] == "eval.jsonl"
-
-
-def test_dry_run_lists_files_without_contacting_the_hub(server: StandInHub, run: Path) -> None:
-    result = push(run, "me/news", "--dry-run")
-    assert f"{(run / 'student/model.safetensors').stat().st_size:,}" in result.stdout
-    assert f"Dry run: nothing was uploaded to {server.endpoint}/me/news." in result.stdout
-    assert not server.requests
-
-
 @pytest.mark.parametrize(
     ("failure", "message", "code"),
     [
         ("unauthorized", "No permission to write to .* returned HTTP 401.*\n.*hf auth login", 2),
-        ("not_found", "No permission to write to .* returned HTTP 404", 2),
         ("refused_commit", "No permission to write to .* returned HTTP 403", 2),
         ("unavailable", "Cannot upload .* the hub at .* returned HTTP 503", 69),
         ("stalled", "Cannot upload .* timed out", 69),
@@ -141,22 +128,22 @@ def test_failed_upload_is_reported(
     assert not server.commits
 
 
-def test_unreachable_hub_is_reported(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_not_pushed(invoke("push", run, "me/news"), "Cannot upload .*: cannot connect to the hub", 69)
-    monkeypatch.setattr(OFFLINE, True)
-    assert_not_pushed(invoke("push", run, "me/news"), "Cannot upload .*: HF_HUB_OFFLINE is set", 69)
-
-
-def test_invalid_card_is_reported(server: StandInHub, run: Path) -> None:
+def test_unreachable_hub_and_invalid_card_are_reported(
+    server: StandInHub, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (run / "student/README.md").write_text("---\nlicense: [\n---\n# Mine\n")
     assert_not_pushed(invoke("push", run, "me/news"), "rejected the upload .*README.md")
+    use_hub(monkeypatch, "http://127.0.0.1:9")
+    assert_not_pushed(invoke("push", run, "me/news"), "Cannot upload .*: cannot connect to the hub", 69)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert_not_pushed(invoke("push", run, "me/news"), "Cannot upload .*: HF_HUB_OFFLINE is set", 69)
     assert not server.commits
 
 
 @pytest.mark.parametrize(
     ("model", "name", "message"),
     [
-        *(("run", name, f"'{name}' is not a valid repository name") for name in ("news", "a/b/c", "../x", "me/news--")),
+        *(("run", name, f"'{name}' is not a valid repository name") for name in ("news", "../x")),
         ("nowhere", "me/news", "No such folder: nowhere"),
         ("run/signals", "me/news", "is not a model"),
         ("tiny", "me/news", "Found no classifier"),
@@ -173,17 +160,9 @@ def test_invalid_model_or_name_is_rejected(
     assert not server.requests
 
 
-# Pinned revisions
-
-
-@pytest.fixture
-def pinned(server: StandInHub, run: Path) -> str:
-    """The commit hash of a pushed model."""
+def test_run_records_the_revisions_of_its_models(server: StandInHub, run: Path, tmp_path: Path) -> None:
     push(run, "me/news")
-    return str(HfApi(endpoint=server.endpoint).repo_info("me/news").sha)
-
-
-def test_run_records_the_revisions_of_its_models(server: StandInHub, pinned: str, tmp_path: Path) -> None:
+    pinned = str(HfApi(endpoint=server.endpoint).repo_info("me/news").sha)
     models = {"teacher": f"me/news@{pinned}", "student": [f"layers:0,1@me/news@{pinned}", "static:8@me/news@main"]}
     sources = dict.fromkeys(("labeled", "unlabeled", "eval"), "bundled:newswire")
     distill(**{**FAST, **models, **sources, "output_dir": tmp_path / "again", "pool_size": 60, "baseline": False})
@@ -191,9 +170,6 @@ def test_run_records_the_revisions_of_its_models(server: StandInHub, pinned: str
     assert record["revisions"] == {f"me/news@{pinned}": pinned, "me/news@main": pinned}
     assert pinned in (tmp_path / "again/report.html").read_text()
     assert "@" not in "".join(record["students"].values())
-
-
-@pytest.mark.parametrize("revision", ["v9", "feature/x"])
-def test_unknown_revision_is_reported(pinned: str, revision: str) -> None:
-    with pytest.raises(InputError, match=f"'me/news' on the hub at .* has no revision '{revision}'"):
-        load(f"me/news@{revision}")
+    for revision in ("v9", "feature/x"):
+        with pytest.raises(InputError, match=f"'me/news' on the hub at .* has no revision '{revision}'"):
+            load(f"me/news@{revision}")

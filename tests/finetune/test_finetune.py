@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from checks import invoke
+from checks import assert_refused, invoke
 from conftest import newswire
 from safetensors.torch import load_file, save_file
 from synthetic import equal_weights, raise_at_step, weight_distance, weights
@@ -23,24 +21,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from setfit_kd import evaluate, load
 from setfit_kd.config.run import FinetuneRunConfig
-from setfit_kd.errors import ConfigError, DataError, OutputError, SetFitKDError
+from setfit_kd.errors import DataError, OutputError, SetFitKDError
 from setfit_kd.finetune.run import FinetuneResult, finetune_run
-from setfit_kd.models.encode import predict_proba
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
 
 NAMES = ["Business", "Sci/Tech", "Sports", "World"]
 SPLITS = {"train": newswire("train")[:40], "validation": newswire("train")[40:60], "test": newswire("eval")[:20]}
-STEPS = 15
-"""Three epochs over 40 texts in batches of 8."""
-QUICK: dict[str, Any] = {
-    "device": "cpu",
-    "precision": "fp32",
-    "epochs": 3,
-    "batch_size": 8,
-    "learning_rate": 1e-3,
-}
+QUICK: dict[str, Any] = {"device": "cpu", "precision": "fp32", "epochs": 3, "batch_size": 8, "learning_rate": 1e-3}
 EVERY_STEP = 1e-9
 
 Row = dict[str, str]
@@ -106,20 +95,13 @@ def command(files: Path, folder: Path | None, **settings: Any) -> list[str]:
     return arguments
 
 
-@dataclass(frozen=True)
-class FinishedRun:
-    """A finished run by the command: its folder, metrics and output, and the model as loaded from the folder."""
+class FinishedRun(NamedTuple):
+    """A finished run by the command: its folder, output and metrics, and the model as loaded from the folder."""
 
     folder: Path
     stdout: str
-
-    @cached_property
-    def metrics(self) -> Any:
-        return read_json(self.folder / "metrics.json")
-
-    @cached_property
-    def model(self) -> SetFitModel:
-        return load(self.folder, device="cpu")
+    metrics: Any
+    model: SetFitModel
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +109,7 @@ def by_command(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Finishe
     folder = tmp_path_factory.mktemp("models") / "by-command"
     result = invoke(*command(files, folder), "--json")
     assert result.exit_code == 0, result.output
-    return FinishedRun(folder, result.stdout)
+    return FinishedRun(folder, result.stdout, read_json(folder / "metrics.json"), load(folder, device="cpu"))
 
 
 # Output folder
@@ -162,19 +144,17 @@ def test_metrics_are_measured_on_validation_and_evaluation_texts(by_command: Fin
     assert [entry["step"] for entry in history] == [5, 10, 15]  # one per epoch
     for entry in history:
         assert set(entry) == {"step", "accuracy", "f1-macro", "f1-weighted"}
-        n_correct = entry["accuracy"] * len(SPLITS["validation"])
-        assert n_correct == pytest.approx(round(n_correct))
 
 
-def test_best_weights_are_restored(files: Path, tmp_path: Path) -> None:
-    result = run_finetune(files, tmp_path / "out", eval=None, eval_steps=2, metric="f1-macro")
-    scores = [entry["f1-macro"] for entry in result.history]
-    assert [entry["step"] for entry in result.history] == [*range(2, STEPS, 2), STEPS]
-    assert scores[-1] < max(scores), "the last weights must not be the best"
-    assert result.evaluation is None
-    assert result.validation is not None
-    assert result.validation.quality.scores["f1-macro"] == pytest.approx(max(scores))
+def test_validation_metrics_of_the_best_weights_are_shown_without_evaluation_texts(files: Path, tmp_path: Path) -> None:
+    settings = {"eval_steps": 2, "metric": "f1-macro", "patience": 9}
+    result = invoke(*command(files, tmp_path / "out", eval=None, **settings))
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path / 'out'} (validation)" in result.stdout
     metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert [entry["step"] for entry in metrics["validation_history"]] == [*range(2, 15, 2), 15]
+    scores = [entry["f1-macro"] for entry in metrics["validation_history"]]
+    assert scores[-1] < max(scores), "the last weights must not be the best"
     assert (metrics["evaluation"], metrics["validation"]["f1-macro"]) == (None, pytest.approx(max(scores)))
     evaluation = evaluate(load(tmp_path / "out", device="cpu"), str(files / "validation.jsonl"))
     assert evaluation.quality.scores["f1-macro"] == pytest.approx(max(scores))
@@ -188,15 +168,6 @@ def test_no_metrics_without_validation_and_evaluation_texts(files: Path, tmp_pat
     assert (metrics["evaluation"], metrics["validation"], metrics["validation_history"]) == (None, None, [])
 
 
-def test_training_stops_after_patience_and_shows_validation_metrics(files: Path, tmp_path: Path) -> None:
-    settings = {"learning_rate": 1e-12, "eval_steps": 2, "patience": 2}
-    result = invoke(*command(files, tmp_path / "out", eval=None, **settings))
-    assert result.exit_code == 0, result.output
-    assert f"{tmp_path / 'out'} (validation)" in result.stdout
-    history = read_json(tmp_path / "out" / "metrics.json")["validation_history"]
-    assert [entry["step"] for entry in history] == [2, 4, 6]
-
-
 # Sources
 
 
@@ -204,38 +175,26 @@ def test_splits_of_a_folder_are_read_by_role(files: Path, by_command: FinishedRu
     sources = dict.fromkeys(("labeled", "validation", "eval"), str(files / "splits"))
     result = invoke(*command(files, tmp_path / "out", **sources))
     assert result.exit_code == 0, result.output
-    assert equal_weights(*(weights(load(folder, device="cpu")) for folder in (tmp_path / "out", by_command.folder)))
-    metrics, expected = (read_json(folder / "metrics.json") for folder in (tmp_path / "out", by_command.folder))
+    assert equal_weights(weights(load(tmp_path / "out", device="cpu")), weights(by_command.model))
+    metrics, expected = read_json(tmp_path / "out" / "metrics.json"), by_command.metrics
     assert metrics["validation_history"] == expected["validation_history"]
-    assert metrics["evaluation"]["confusion"] == expected["evaluation"]["confusion"]
     for name in ("accuracy", "f1-macro", "f1-weighted"):
         assert f"{expected['evaluation'][name]:.1%}" in result.stdout
         assert name in result.stdout
 
 
-def write_tokens(files: Path, folder: Path, *, special: bool = True, padded: bool = False) -> Path:
+@pytest.mark.parametrize("options", [{"add_special_tokens": False}, {"padding": "max_length"}], ids=str)
+def test_tokenized_texts_are_decoded(options: Any, files: Path, by_command: FinishedRun, tmp_path: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(files / "model")
 
     def columns(rows: list[Row]) -> dict[str, list[Any]]:
-        encoded = tokenizer(
-            get_texts(rows), add_special_tokens=special, padding="max_length" if padded else False, truncation=True
-        )
+        encoded = tokenizer(get_texts(rows), truncation=True, **options)
         return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
-    make_splits(columns).save_to_disk(folder)
-    return folder
-
-
-@pytest.mark.parametrize("options", [{"special": False}, {"padded": True}], ids=["no special tokens", "padded"])
-def test_tokenized_texts_are_decoded(
-    options: dict[str, bool], files: Path, by_command: FinishedRun, tmp_path: Path
-) -> None:
-    folder = write_tokens(files, tmp_path / "tokens", **options)
-    sources = dict.fromkeys(("labeled", "validation", "eval"), str(folder))
+    make_splits(columns).save_to_disk(tmp_path / "tokens")
+    sources = dict.fromkeys(("labeled", "validation", "eval"), str(tmp_path / "tokens"))
     result = run_finetune(files, tmp_path / "out", **sources)
     assert equal_weights(weights(result.model), weights(by_command.model))
-    assert result.evaluation is not None
-    assert result.evaluation.quality.confusion == by_command.metrics["evaluation"]["confusion"]
 
 
 def test_tokens_of_another_tokenizer_are_refused(files: Path, tmp_path: Path) -> None:
@@ -246,18 +205,15 @@ def test_tokens_of_another_tokenizer_are_refused(files: Path, tmp_path: Path) ->
     splits = make_splits(lambda rows: {"input_ids": [rng.choice(endings, 20).tolist() for _ in rows]})
     splits.save_to_disk(tmp_path / "tokens")
     result = invoke(*command(files, tmp_path / "out", labeled=tmp_path / "tokens"))
-    assert result.exit_code == DataError.exit_code
-    assert f"do not match the tokenizer in {files / 'model'}" in result.stderr
-    assert "Pass the texts themselves, or the model whose tokenizer was used." in result.stderr.splitlines()
+    assert_refused(result, f"do not match the tokenizer in {files / 'model'}")
     assert not (tmp_path / "out").exists()
 
 
 def test_column_names_can_be_set(files: Path, by_command: FinishedRun, tmp_path: Path) -> None:
-    sources = {}
-    for name, split in (("labeled", "train"), ("validation", "validation"), ("eval", "test")):
+    sources = {name: str(tmp_path / f"{name}.jsonl") for name in ("labeled", "validation", "eval")}
+    for path, split in zip(sources.values(), SPLITS, strict=True):
         text = (files / f"{split}.jsonl").read_text(encoding="utf-8")
-        sources[name] = str(tmp_path / f"{split}.jsonl")
-        Path(sources[name]).write_text(text.replace('"text":', '"headline":').replace('"label":', '"topic":'))
+        Path(path).write_text(text.replace('"text":', '"headline":').replace('"label":', '"topic":'))
     result = run_finetune(files, tmp_path / "out", **sources, text_column="headline", label_column="topic")
     assert equal_weights(weights(result.model), weights(by_command.model))
 
@@ -275,11 +231,7 @@ def test_leak_guard_removes_held_out_texts(files: Path, tmp_path: Path, caplog: 
     assert result.leaks == read_json(tmp_path / "out" / "metrics.json")["leaks"] == {"labeled": 5, "validation": 2}
     assert result.evaluation is not None
     assert len(result.evaluation.gold) == len(test)
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warnings == [
-        "Leak guard: removed 5 labeled texts that are also in the validation or evaluation set.",
-        "Leak guard: removed 2 validation texts that are also in the evaluation set.",
-    ]
+    assert "removed 2 validation texts that are also in the evaluation set." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -287,7 +239,6 @@ def test_leak_guard_removes_held_out_texts(files: Path, tmp_path: Path, caplog: 
     [
         ({"validation": "test"}, r"test\.jsonl without .* of the evaluation set: no texts are left"),
         ({"eval": "train"}, r"train\.jsonl without .* of the validation or evaluation set: .*, got 0"),
-        ({"validation": None, "eval": "train"}, r"texts of the validation or evaluation set: .*, got 0"),
         ({"metric": "f1-binary"}, r"The metric f1-binary requires 2 classes, got 4\."),
         ({"validation": None, "patience": 1}, "require validation texts"),
     ],
@@ -302,12 +253,9 @@ def test_data_that_does_not_fit_the_settings_is_refused(
 
 
 def test_binary_f1_requires_validation_texts_of_the_second_class(tmp_path: Path, files: Path) -> None:
-    rows = [("a", "no"), ("b", "no"), ("c", "yes"), ("d", "yes"), ("e", "no"), ("f", "yes")]
+    rows = [{"text": f"text {row}", "label": label} for row, label in enumerate("nnyyny")]
     parts = {"labeled": rows[:4], "validation": rows[4:], "eval": rows[5:]}
-    sources = {
-        name: write_rows(tmp_path / f"{name}.jsonl", [{"text": f"text {text}", "label": label} for text, label in part])
-        for name, part in parts.items()
-    }
+    sources = {name: write_rows(tmp_path / f"{name}.jsonl", part) for name, part in parts.items()}
     with pytest.raises(DataError, match="no texts are left to compute f1-binary"):
         run_finetune(files, tmp_path / "out", **sources, metric="f1-binary")
 
@@ -317,15 +265,14 @@ def test_binary_f1_requires_validation_texts_of_the_second_class(tmp_path: Path,
 
 def test_mistakes_are_reported_before_torch_is_imported(files: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.doc").touch()
-    (tmp_path / "other.csv").write_text("headline,topic\na,b\n", encoding="utf-8")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     mistakes: dict[str, dict[str, Any]] = {
         "labeled: is required": {"labeled": None},
         "output_dir: is required": {"folder": None},
         "epochs: ": {"epochs": 0},
+        "model: must not be empty": {"model": " "},
         "extension '.doc' is not supported": {"labeled": tmp_path / "texts.doc"},
-        "has no column 'label'": {"labeled": tmp_path / "other.csv", "text_column": "headline"},
         "No such file": {"eval": tmp_path / "missing.csv"},
         "is not empty": {"folder": tmp_path / "full"},
     }
@@ -344,25 +291,6 @@ def test_mistakes_are_reported_before_torch_is_imported(files: Path, tmp_path: P
         assert expected in message
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"batch_size": 0}, "batch_size: "),
-        ({"learning_rate": 0}, "learning_rate: "),
-        ({"eval_steps": 0}, "eval_steps: "),
-        ({"patience": 0}, "patience: "),
-        ({"metric": "f2"}, "metric: "),
-        ({"schedule": "steep"}, "schedule: "),
-        ({"model": " "}, "model: must not be empty"),
-        ({"labeled": ""}, "labeled: must not be empty"),
-        ({"objective": "pairs"}, "objective: unknown setting"),
-    ],
-)
-def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        FinetuneRunConfig.of(**{"model": "m", "labeled": "l", "output_dir": "o", **settings})
-
-
 # Folders
 
 
@@ -377,16 +305,14 @@ def test_model_is_replaced_only_with_overwrite(files: Path, by_command: Finished
     (folder / "data").mkdir()
     (folder / "data" / "more.txt").write_text("also mine")
     (folder / "spare.bin").write_text("part of the earlier model")
-    metrics = json.loads((folder / "metrics.json").read_text())
-    (folder / "metrics.json").write_text(json.dumps({**metrics, "files": [*metrics["files"], "spare.bin"]}))
+    metrics = {**by_command.metrics, "files": [*by_command.metrics["files"], "spare.bin"]}
+    metrics["looks"] = metrics.pop("validation_history")  # the key in earlier versions
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     checkpoints = tmp_path / "out.checkpoints"
     checkpoints.mkdir()
     (checkpoints / "kept.txt").write_text("mine")
     before = contents(folder)
-    refused = invoke(*command(files, folder))
-    assert refused.exit_code == OutputError.exit_code
-    assert f"The folder {folder} is not empty." in refused.stderr
-    assert "pass --overwrite" in refused.stderr
+    assert_refused(invoke(*command(files, folder)), f"The folder {folder} is not empty.", "pass --overwrite")
     assert contents(folder) == before
     replaced = invoke(*command(files, folder, steps=1), "--overwrite")
     assert replaced.exit_code == 0, replaced.output
@@ -394,16 +320,8 @@ def test_model_is_replaced_only_with_overwrite(files: Path, by_command: Finished
     assert contents(folder).keys() == contents(by_command.folder).keys() | other_files.keys()
     assert other_files.items() <= contents(folder).items()
     assert contents(checkpoints) == {"kept.txt": b"mine"}
-    assert weight_distance(weights(load(folder, device="cpu")), weights(by_command.model)) > 0
-
-
-def test_model_of_an_earlier_version_can_be_replaced(files: Path, by_command: FinishedRun, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(by_command.folder, tmp_path / "out"))
-    metrics = dict(by_command.metrics)
-    metrics["looks"] = metrics.pop("validation_history")  # the key in earlier versions
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    run_finetune(files, folder, steps=1, overwrite=True)
     assert "looks" not in read_json(folder / "metrics.json")
+    assert weight_distance(weights(load(folder, device="cpu")), weights(by_command.model)) > 0
 
 
 @pytest.mark.parametrize("function", ["training_step", "save_model", "write_text"])
@@ -413,41 +331,38 @@ def test_interruption_or_failed_write_keeps_the_earlier_model(
     folder = Path(shutil.copytree(by_command.folder, tmp_path / "out"))
     before = contents(tmp_path)
 
-    def fail(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     if function == "training_step":
         raise_at_step(monkeypatch, 1, KeyboardInterrupt)
     else:
-        monkeypatch.setattr(f"setfit_kd.finetune.run.{function}", fail)
+        error = OSError(28, "No space left on device")
+        monkeypatch.setattr(f"setfit_kd.finetune.run.{function}", Mock(side_effect=error))
     with pytest.raises((OSError, OutputError, KeyboardInterrupt)):
         run_finetune(files, folder, steps=1, overwrite=True)
     after = {name: content for name, content in contents(tmp_path).items() if "checkpoints" not in name}
     assert after == before
 
 
-@pytest.mark.parametrize("name", [".", "../empty", "../a/b/c"])
-def test_model_is_written_to_current_empty_and_missing_folders(
+@pytest.mark.parametrize("name", [".", "../a/b"])
+def test_model_is_written_to_current_and_missing_folders(
     name: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for folder in ("here", "empty"):
-        (tmp_path / folder).mkdir()
+    (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     run_finetune(files, Path(name), steps=1, validation=None, eval=None)
     assert load((tmp_path / "here" / name).resolve(), device="cpu").labels == NAMES
-    assert {path.name for path in tmp_path.iterdir()} <= {"here", "empty", "a"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"here", "a"}
 
 
-@pytest.mark.parametrize("name", ["out/notes.txt", "out/config.json", "out/other/config.json", "out"])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_folders_and_files_of_others_are_never_replaced(
-    name: str, overwrite: bool, files: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("mine")
-    with pytest.raises(OutputError, match=r"is a file, not a folder|was not written by `setfit-kd finetune`"):
-        run_finetune(files, tmp_path / "out", overwrite=overwrite)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("out", "is a file, not a folder"), ("out/other/config.json", "was not written by `setfit-kd finetune`")],
+)
+def test_folders_and_files_of_others_are_never_replaced(name: str, message: str, files: Path, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=message):
+            run_finetune(files, tmp_path / "out", overwrite=overwrite)
     assert contents(tmp_path) == {name: b"mine"}
 
 
@@ -465,7 +380,7 @@ def test_resumed_training_equals_an_uninterrupted_one(
     assert not folder.exists()
     assert any(checkpoints.rglob("whole.json"))
     with monkeypatch.context() as patch:
-        patch.setattr("setfit_kd.finetune.run.evaluate", interrupt)
+        patch.setattr("setfit_kd.finetune.run.evaluate", Mock(side_effect=KeyboardInterrupt))
         evaluated = invoke(*command(files, folder, checkpoint_seconds=EVERY_STEP, encode_batch_size=7))
     assert evaluated.exit_code == 130
     assert "Resuming from step 8" in evaluated.stderr
@@ -473,15 +388,9 @@ def test_resumed_training_equals_an_uninterrupted_one(
     assert result.exit_code == 0, result.output
     assert "Resuming from step 14" in result.stderr
     assert equal_weights(weights(load(folder, device="cpu")), weights(by_command.model))
-    metrics = read_json(folder / "metrics.json")
-    assert metrics["validation_history"] == by_command.metrics["validation_history"]
-    assert metrics["evaluation"]["confusion"] == by_command.metrics["evaluation"]["confusion"]
+    assert read_json(folder / "metrics.json")["validation_history"] == by_command.metrics["validation_history"]
     assert contents(folder).keys() == contents(by_command.folder).keys()
     assert not checkpoints.exists()
-
-
-def interrupt(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 2e-3}, {"labeled": "fewer"}, {"model": "other"}])
@@ -500,22 +409,6 @@ def test_changed_training_does_not_resume(
     assert equal_weights(weights(result.model), weights(fresh.model))
 
 
-# Other commands
-
-
-def test_other_commands_use_the_model(by_command: FinishedRun, files: Path) -> None:
-    text = SPLITS["test"][0]["text"]
-    predicted = invoke("predict", by_command.folder, text, "--device", "cpu")
-    expected = predict_proba(by_command.model, [text])[0]
-    assert json.loads(predicted.stdout)["probabilities"] == pytest.approx(
-        dict(zip(NAMES, expected.tolist(), strict=True)), abs=1e-5
-    )
-    evaluated = invoke("evaluate", by_command.folder, "--eval", files / "test.jsonl", "--device", "cpu", "--json")
-    assert json.loads(evaluated.stdout)["confusion"] == by_command.metrics["evaluation"]["confusion"]
-
-
 def test_model_can_be_finetuned_further(by_command: FinishedRun, files: Path, tmp_path: Path) -> None:
     result = run_finetune(files, tmp_path / "out", model=str(by_command.folder), learning_rate=1e-12, steps=1)
     assert weight_distance(weights(result.model), weights(by_command.model)) < 1e-6
-    head = by_command.model.model_head
-    np.testing.assert_allclose(result.model.model_head.coef_, head.coef_, atol=1e-6)

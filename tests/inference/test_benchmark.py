@@ -30,10 +30,18 @@ def assert_plausible(speed: Speed, folder: Path) -> None:
     assert speed.disk_mb == round(size / 1e6, 1)
 
 
-def test_bundle_is_measured_without_torch_and_without_code_of_the_working_directory(bundle: Path) -> None:
+def test_bundle_is_measured_without_torch_and_without_code_of_the_working_directory(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("random.py", "hashlib.py", "tokenizers.py"):
         Path(name).write_text("raise SystemExit('imported')\n", encoding="utf-8")
-    speed = measure_speed(bundle, TEXTS, threads=1, batch_sizes=(2, 4))
+    Path("few.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    monkeypatch.setattr(benchmark_module, "measure_speed", partial(measure_speed, batch_sizes=(2, 4)))
+    result = invoke(*f"benchmark {bundle} --json -q --unlabeled few.txt --texts 1000 --threads 1".split())
+    assert (result.exit_code, result.stderr) == (0, "")
+    output = json.loads(result.stdout)
+    assert (output["texts"], list(output["models"])) == (len(TEXTS), [str(bundle)])
+    speed = Speed(**output["models"][str(bundle)])
     assert_plausible(speed, bundle)
     assert (speed.torch, speed.threads) == (False, 1)
     assert speed.batch_size in (2, 4)
@@ -53,15 +61,9 @@ def test_student_of_a_run_with_a_pickled_head_is_measured_with_torch(setfit_fold
     assert (speed.torch, speed.threads, speed.batch_size) == (True, 2, 4)
 
 
-def test_measuring_without_texts_is_rejected(bundle: Path) -> None:
+def test_error_of_the_process_is_raised(bundle: Path) -> None:
     with pytest.raises(DataError, match="without texts"):
         measure_speed(bundle, [])
-
-
-# Errors in the separate process
-
-
-def test_error_of_the_process_is_raised(bundle: Path) -> None:
     shutil.copytree(bundle, "broken")
     truncate_file(Path("broken/embeddings.safetensors"))
     with pytest.raises(InputError, match="safetensors has changed since") as raised:
@@ -76,9 +78,6 @@ def test_failed_process_is_reported(bundle: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(SetFitKDError, match=rf"{bundle}: .* exit code 3: out of memory\."):
         measure_speed(bundle, TEXTS)
-
-
-# Command line
 
 
 @pytest.fixture
@@ -105,38 +104,22 @@ def test_each_model_has_a_row_and_a_ratio_to_the_first(
     models: list[str], names: list[str], measured: list[tuple[str, list[str]]]
 ) -> None:
     result = invoke("benchmark", *models, "--texts", 20)
-    assert result.exit_code == 0, result.stderr
     assert [path for path, _ in measured] == models[:2]
-    header, first, second = [line.split() for line in result.stdout.splitlines()[:3]]
-    assert {"p50", "p95", "p99", "texts/s", "ratio", "load", "memory", "disk"} <= set(header)
+    first, second = [line.split() for line in result.stdout.splitlines()[1:3]]
     assert first == [names[0], "0.12", "0.34", "0.56", "123,457", "1.0x", "1.23", "1234", "345.6"]
     assert [second[0], *second[4:6]] == [names[1], "61,728", "0.5x"]
     assert "20 texts, 1 threads" in result.stdout
 
 
-def test_json_output_is_complete(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_module, "measure_speed", quick)
-    Path("few.txt").write_text("".join(f"{text}\n" for text in TEXTS), encoding="utf-8")
-    result = invoke("benchmark", bundle, "--json", "-q", "--unlabeled", "few.txt", "--texts", 1000)
-    assert (result.exit_code, result.stderr) == (0, "")
-    output = json.loads(result.stdout)
-    assert output["texts"] == 4  # all texts of the file
-    assert list(output["models"]) == [str(bundle)]
-    assert_plausible(Speed(**output["models"][str(bundle)]), bundle)
-
-
-@pytest.mark.parametrize(("n_texts", "expected"), [(1, 1), (7, 7), (400, 400), (5000, None)])
-def test_texts_are_spread_over_the_corpus(
-    n_texts: int, expected: int | None, measured: list[tuple[str, list[str]]]
-) -> None:
+@pytest.mark.parametrize("n_texts", [1, 7, 5000])
+def test_texts_are_spread_over_the_corpus(n_texts: int, measured: list[tuple[str, list[str]]]) -> None:
     assert invoke("benchmark", "anything", "--texts", n_texts).exit_code == 0
     corpus = read("bundled:newswire").texts
     ((_, texts),) = measured
-    assert len(texts) == (expected or len(corpus))
+    assert len(texts) == min(n_texts, len(corpus))
     rows = [corpus.index(text) for text in texts]
     assert rows == sorted(set(rows))
-    if 1 < n_texts < len(corpus) / 2:
-        assert rows[-1] > len(corpus) / 2
+    assert n_texts == 1 or rows[-1] > len(corpus) / 2
 
 
 @pytest.mark.parametrize(
@@ -144,9 +127,7 @@ def test_texts_are_spread_over_the_corpus(
     [
         (["nowhere"], "No such file or folder: nowhere"),
         (["x", "--texts", "0"], "--texts"),
-        (["x", "--threads", "0"], "--threads"),
         (["x", "--unlabeled", "nowhere.txt"], "No such file: nowhere.txt"),
-        ([], "MODEL"),
     ],
 )
 def test_invalid_arguments_are_reported(arguments: list[str], message: str) -> None:

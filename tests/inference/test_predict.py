@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import csv
 import datetime as dt
-import errno
 import itertools
 import json
 import math
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +30,6 @@ from predictions import (
     OUTPUT_COLUMNS,
     Row,
     claim_onnx,
-    live_process,
     predict_ok,
     read_output,
     read_records,
@@ -47,9 +43,6 @@ from setfit_kd.inference.predict import CHUNK_SIZE, classify, write_predictions
 
 TEXTS = [*texts_and_labels(4)[0], "something else"]
 OUTPUTS = ("stdout", "jsonl", "csv", "tsv", "parquet")
-
-
-# Input and output formats
 
 
 def write_delimited(path: Path, rows: Sequence[Sequence[Any]]) -> None:
@@ -109,7 +102,6 @@ def assert_predictions(rows: list[Row], model: Path, texts: list[str | None]) ->
     [
         *(("bundle", kind, "stdout") for kind in ("arguments", "stdin", "txt", "csv", "tsv", "jsonl", "parquet")),
         *(("bundle", "csv", out) for out in OUTPUTS[1:]),
-        ("setfit", "stdin", "stdout"),
         ("setfit", "jsonl", "parquet"),
     ],
 )
@@ -129,23 +121,18 @@ def test_arguments_precede_files_and_files_keep_their_order(bundle: Path) -> Non
     assert_predictions(read_output("stdout", result), bundle, list(texts))
 
 
-def test_several_text_columns_are_joined(bundle: Path) -> None:
-    write_delimited(Path("in.csv"), [("title", "body"), ("match", "goal"), ("shares", ""), ("", "")])
-    result = predict_ok(bundle, "--input", "in.csv", "--text-column", "body,title")
-    assert_predictions(read_output("stdout", result), bundle, ["goal match", "shares", None])
-
-
 # Rows without text
 
 
 MISSING_TEXTS: list[tuple[str, Any, str]] = [
     ("arguments", "", "the arguments, text 2"),
+    ("arguments", "caf\udce9", "the arguments, text 2"),  # the surrogate stands for a byte in another encoding
     ("stdin", "\u200b\u2060\ufeff", "stdin, line 2"),
     ("txt", "  \t ", "in.txt, line 2"),
     ("csv", "\u200b", "in.csv, line 3"),
     ("tsv", "", "in.tsv, line 3"),
     ("parquet", None, "in.parquet, row 2"),
-    *(("jsonl", value, "in.jsonl, line 2") for value in ["", None, 7, float("nan"), True, ["a text"], "half \ud83d"]),
+    *(("jsonl", value, "in.jsonl, line 2") for value in [None, 7, float("nan"), ["a text"], "half \ud83d"]),
 ]
 
 
@@ -159,25 +146,6 @@ def test_row_without_text_has_no_label_and_is_reported(kind: str, missing: Any, 
     assert location in warning
 
 
-def test_rows_without_text_are_counted_per_file(bundle: Path) -> None:
-    first, _ = write_input("txt", ["", TEXTS[0]])
-    second, _ = write_input("csv", [TEXTS[1]])
-    third, _ = write_input("jsonl", [TEXTS[0], *[None] * 12])
-    result = predict_ok(bundle, "-q", *first, *second, *third)
-    assert_predictions(read_output("stdout", result), bundle, [None, TEXTS[0], TEXTS[1], TEXTS[0], *[None] * 12])
-    text_warning, json_warning = result.stderr.splitlines()
-    assert "in.txt, line 1" in text_warning
-    for fragment in ("in.jsonl", "line 2:", "line 3:", "line 4:", "and 9 more"):
-        assert fragment in json_warning
-
-
-@pytest.mark.parametrize("out", OUTPUTS)
-def test_rows_without_text_are_written_to_every_output(out: str, bundle: Path) -> None:
-    arguments, _ = write_input("parquet", pa.array([None, TEXTS[0], None], pa.string()))
-    result = predict_ok(bundle, *output_flags(out), *arguments)
-    assert_predictions(read_output(out, result), bundle, [None, TEXTS[0], None])
-
-
 # Other columns of the input
 
 
@@ -189,7 +157,7 @@ def other_columns(kind: str, result: Result) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("kind", "out"),
-    [("csv", "stdout"), ("csv", "tsv"), ("tsv", "parquet"), ("jsonl", "csv"), ("parquet", "jsonl"), ("parquet", "tsv")],
+    [("csv", "stdout"), ("tsv", "parquet"), ("jsonl", "csv"), ("parquet", "jsonl"), ("parquet", "tsv")],
 )
 def test_other_columns_are_copied_in_order(kind: str, out: str, bundle: Path) -> None:
     n, texts = CHUNK_SIZE + 2, [TEXTS[0], " "]
@@ -212,23 +180,20 @@ def test_other_columns_are_copied_in_order(kind: str, out: str, bundle: Path) ->
     assert [row.label is None for row in rows] == [False, True] * (n // 2)
 
 
-RESERVED_NAMES: list[tuple[list[str], str, str, list[str]]] = [
-    (["label", "input_label", "text"], "text", "both", ["input_input_label", "input_label"]),
-    (["input_label", "label", "text"], "text", "both", ["input_label", "input_input_label"]),
-    (["body", "text"], "body", "both", ["body", "input_text"]),
-    (["text", "body"], "text,body", "both", ["input_text", "body"]),
-    (["text", "probabilities", "probability"], "text", "jsonl", ["input_probabilities", "probability"]),
-    (["text", "probabilities", "probability"], "text", "csv", ["probabilities", "input_probability"]),
-    (["text", "probability_Sports", "probability_x"], "text", "csv", ["input_probability_Sports", "probability_x"]),
-]
-
-
-@pytest.mark.parametrize(("columns", "text_column", "out", "expected"), RESERVED_NAMES, ids=repr)
+@pytest.mark.parametrize(
+    ("columns", "text_column", "outputs", "expected"),
+    [
+        (["label", "input_label", "text"], "text", "jsonl csv", ["input_input_label", "input_label"]),
+        (["text", "body"], "text,body", "jsonl csv", ["input_text", "body"]),
+        (["text", "probabilities", "probability"], "text", "jsonl", ["input_probabilities", "probability"]),
+        (["text", "probability_Sports", "probability_x"], "text", "csv", ["input_probability_Sports", "probability_x"]),
+    ],
+)
 def test_columns_with_reserved_names_are_renamed(
-    columns: list[str], text_column: str, out: str, expected: list[str], bundle: Path
+    columns: list[str], text_column: str, outputs: str, expected: list[str], bundle: Path
 ) -> None:
     flags = write_table(Path("in.csv"), {name: [f"a {name}"] for name in columns})
-    for kind in ("jsonl", "csv") if out == "both" else (out,):
+    for kind in outputs.split():
         result = predict_ok(bundle, *flags, "--text-column", text_column, *output_flags(kind))
         assert [list(row) for row in other_columns(kind, result)] == [expected]
         assert read_output(kind, result)[0].text == " ".join(f"a {name}" for name in text_column.split(","))
@@ -252,37 +217,33 @@ def test_files_with_different_columns_give_their_union(out: str, bundle: Path) -
     assert other_columns(out, result) == expected
 
 
-VALUES: dict[str, tuple[pa.DataType, Any]] = {
-    "big": (pa.int64(), 2**62 + 1),
-    "small": (pa.int8(), 7),
-    "unsigned": (pa.uint64(), 2**64 - 1),
-    "half": (pa.float16(), np.float16(1.5)),
-    "day": (pa.date32(), dt.date(2024, 2, 29)),
-    "moment": (pa.timestamp("ns", "UTC"), 1_234_567_890_123_456_789),
-    "clock": (pa.time64("us"), dt.time(1, 2, 3, 4)),
-    "length": (pa.duration("ms"), dt.timedelta(seconds=90)),
-    "price": (pa.decimal128(10, 2), Decimal("1.20")),
-    "bytes": (pa.binary(), b"caf\xe9"),
-    "yes": (pa.bool_(), True),
-    "category": (pa.dictionary(pa.int32(), pa.string()), "red"),
-    "list": (pa.list_(pa.date32()), [dt.date(2024, 2, 29)]),
-    "object": (pa.struct([("a", pa.float64()), ("b", pa.string())]), {"a": math.nan, "b": 'x"'}),
-    "map": (pa.map_(pa.string(), pa.int8()), [("k", 1)]),
-    "nothing": (pa.null(), None),
-    "nan": (pa.float64(), math.nan),
-    "infinite": (pa.float32(), math.inf),
+VALUES: dict[str, tuple[pa.DataType, Any, Any]] = {
+    "big": (pa.int64(), 2**62 + 1, 2**62 + 1),
+    "unsigned": (pa.uint64(), 2**64 - 1, 2**64 - 1),
+    "half": (pa.float16(), np.float16(1.5), 1.5),
+    "day": (pa.date32(), dt.date(2024, 2, 29), "2024-02-29"),
+    "moment": (pa.timestamp("ns", "UTC"), 1_234_567_890_123_456_789, "2009-02-13 23:31:30.123456789+00:00"),
+    "clock": (pa.time64("us"), dt.time(1, 2, 3, 4), "01:02:03.000004"),
+    "length": (pa.duration("ms"), dt.timedelta(seconds=90), "0:01:30"),
+    "price": (pa.decimal128(10, 2), Decimal("1.20"), "1.20"),
+    "bytes": (pa.binary(), b"caf\xe9", "caf\\xe9"),
+    "yes": (pa.bool_(), True, True),
+    "list": (pa.list_(pa.date32()), [dt.date(2024, 2, 29)], ["2024-02-29"]),
+    "object": (
+        pa.struct([("a", pa.float64()), ("b", pa.string())]),
+        {"a": math.nan, "b": 'x"'},
+        {"a": None, "b": 'x"'},
+    ),
+    "map": (pa.map_(pa.string(), pa.int8()), [("k", 1)], [["k", 1]]),
+    "nan": (pa.float64(), math.nan, None),
+    "infinite": (pa.float32(), math.inf, None),
 }
-AS_JSON = {
-    **{"big": 2**62 + 1, "small": 7, "unsigned": 2**64 - 1, "half": 1.5, "yes": True, "category": "red"},
-    **{"day": "2024-02-29", "moment": "2009-02-13 23:31:30.123456789+00:00", "clock": "01:02:03.000004"},
-    **{"length": "0:01:30", "price": "1.20", "bytes": "caf\\xe9", "list": ["2024-02-29"], "map": [["k", 1]]},
-    **{"object": {"a": None, "b": 'x"'}, "nothing": None, "nan": None, "infinite": None},
-}
+"""Arrow types with a value, and the value in JSON."""
 
 
 def test_values_of_all_types_are_copied(bundle: Path) -> None:
     """Parquet keeps the types; in JSON and delimited files, values without an equivalent become text or null."""
-    columns: dict[str, Any] = {name: pa.array([value, None], kind) for name, (kind, value) in VALUES.items()}
+    columns: dict[str, Any] = {name: pa.array([value, None], kind) for name, (kind, value, _) in VALUES.items()}
     flags = write_table(Path("in.parquet"), {**columns, "text": ["a", "b"]})
     predict_ok(bundle, *flags, *output_flags("parquet"))
     before, after = pq.read_table("in.parquet").drop_columns("text"), pq.read_table("out.parquet")
@@ -292,12 +253,12 @@ def test_values_of_all_types_are_copied(bundle: Path) -> None:
         assert after[name].to_pylist() == before[name].to_pylist(), name
     assert after["nan"].to_pylist() == [None, None]
     first, second = other_columns("stdout", predict_ok(bundle, *flags))
-    assert first == AS_JSON
-    assert second == dict.fromkeys(VALUES)
+    as_json = {name: value for name, (_, _, value) in VALUES.items()}
+    assert (first, second) == (as_json, dict.fromkeys(VALUES))
     first, second = other_columns("csv", predict_ok(bundle, *flags, *output_flags("csv")))
     assert first == {
         name: None if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
-        for name, value in {**AS_JSON, "infinite": "inf"}.items()
+        for name, value in {**as_json, "infinite": "inf"}.items()
     }
     assert set(second.values()) == {None}
 
@@ -305,11 +266,9 @@ def test_values_of_all_types_are_copied(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "kind", "expected"),
     [
-        ([1, None], pa.int64(), [1, None]),
         ([2**53 + 1, math.nan], pa.int64(), [2**53 + 1, None]),
         ([True, None], pa.bool_(), [True, None]),
         ([1, "a"], pa.string(), ["1", "a"]),
-        ([2**70, 1], pa.string(), [str(2**70), "1"]),
         ([[1], {"a": math.inf}], pa.string(), ["[1]", '{"a": null}']),
         (["half \ud83d", ""], pa.string(), ["half \\ud83d", ""]),
     ],
@@ -331,28 +290,11 @@ def test_columns_of_different_types_get_a_common_type(bundle: Path) -> None:
         write_table(Path("b.parquet"), {"n": large, "x": pa.array([0.5]), "mixed": large}),
         write_table(Path("c.csv"), {"mixed": ["c"]}),
     ]
-    result = predict_ok(bundle, "--text-column", "mixed", *itertools.chain(*parts), *output_flags("parquet"))
-    table = pq.read_table("out.parquet")
-    assert table.schema.types[:3] == [pa.int64(), pa.float64(), pa.string()]
-    assert [table[name].to_pylist() for name in ("n", "x", "mixed")] == [
-        [1, 2**62, None],
-        [1.0, 0.5, None],
-        ["a", str(2**62), "c"],
-    ]
-    assert "got int" in result.stderr
-
-
-@pytest.mark.parametrize("out", ["stdout", "csv", "parquet"])
-def test_deeply_nested_json_and_surrogates_are_preserved(out: str, bundle: Path) -> None:
-    deep = 400
-    Path("in.jsonl").write_text(
-        '{"text": "a", "deep": ' + "[" * deep + "NaN" + "]" * deep + ', "half": "\\ud83d", "half": "\\udc00"}\n'
-    )
-    (row,) = other_columns(out, predict_ok(bundle, "--input", "in.jsonl", *output_flags(out)))
-    is_json = out in ("stdout", "jsonl")
-    assert row["half"] == ("\udc00" if is_json else "\\udc00")
-    nested = json.dumps(row["deep"]) if is_json else row["deep"]
-    assert nested == "[" * deep + "null" + "]" * deep
+    predict_ok(bundle, "--text-column", "mixed", *itertools.chain(*parts), *output_flags("parquet"))
+    table = pq.read_table("out.parquet").select(["n", "x", "mixed"])
+    assert table.schema.types == [pa.int64(), pa.float64(), pa.string()]
+    expected = {"n": [1, 2**62, None], "x": [1.0, 0.5, None], "mixed": ["a", str(2**62), "c"]}
+    assert table.to_pydict() == expected
 
 
 # Hostile texts
@@ -373,20 +315,15 @@ HOSTILE_TEXTS = [
 CARRIAGE_RETURNS = ["carriage\rreturn", "windows\r\nbreak", "\r.", "old\rnew\n"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "out"),
-    [
-        *(("jsonl", out) for out in OUTPUTS),
-        *((kind, "jsonl") for kind in ("csv", "parquet", "arguments", "stdin", "txt")),
-    ],
-)
-def test_hostile_texts_are_written_unchanged(kind: str, out: str, bundle: Path) -> None:
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "arguments", "stdin", "txt"])
+def test_hostile_texts_are_written_unchanged(kind: str, bundle: Path) -> None:
     texts = HOSTILE_TEXTS + CARRIAGE_RETURNS * (kind == "jsonl")
     if kind in ("arguments", "stdin", "txt"):
         texts = [text for text in texts if "\n" not in text and not text.startswith("\ufeff")]
     arguments, stdin = write_input(kind, texts)
-    result = predict_ok(bundle, *output_flags(out), *arguments, stdin=stdin)
-    assert_predictions(read_output(out, result), bundle, list(texts))
+    for out in OUTPUTS if kind == "jsonl" else ("stdout",):
+        result = predict_ok(bundle, *output_flags(out), *arguments, stdin=stdin)
+        assert_predictions(read_output(out, result), bundle, list(texts))
 
 
 CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0\r")
@@ -409,29 +346,7 @@ def test_any_text_round_trips_through_any_file(out: str, texts: list[str | None]
     assert read_back == texts
 
 
-@pytest.mark.parametrize("kind", ["stdin", "txt", "csv"])
-def test_byte_order_mark_is_removed_from_the_first_text(kind: str, bundle: Path) -> None:
-    arguments, stdin = write_input(kind, TEXTS[:2])
-    if stdin is None:
-        Path(arguments[1]).write_bytes(b"\xef\xbb\xbf" + Path(arguments[1]).read_bytes())
-    else:
-        stdin = f"\ufeff{stdin}"
-    result = predict_ok(bundle, *arguments, stdin=stdin)
-    assert_predictions(read_output("stdout", result), bundle, list(TEXTS[:2]))
-
-
-def test_argument_that_is_not_utf8_does_not_crash(bundle: Path) -> None:
-    result = run_predict(bundle, "caf\udce9")  # the surrogate that Python uses for a byte in another encoding
-    assert result.exit_code == 0, result.exception
-    assert [row.label for row in read_output("stdout", result)] == [None]
-
-
-# Thresholds
-
-
-@pytest.mark.parametrize(
-    ("threshold", "out"), [(0.0, "stdout"), (0.3, "csv"), (0.5, "jsonl"), (0.5, "parquet"), (1.0, "stdout")]
-)
+@pytest.mark.parametrize(("threshold", "out"), [(0.3, "csv"), (0.5, "jsonl"), (0.5, "parquet"), (1.0, "stdout")])
 def test_label_below_the_threshold_is_null(threshold: float, out: str, bundle: Path) -> None:
     texts = [*TEXTS, *pool_signals().texts]
     arguments, _ = write_input("jsonl", texts)
@@ -440,21 +355,17 @@ def test_label_below_the_threshold_is_null(threshold: float, out: str, bundle: P
     rows = read_output(out, result)
     assert [row.label is not None for row in rows] == (highest >= threshold).tolist()
     assert [max((row.probabilities or {}).values()) for row in rows] == pytest.approx(highest.tolist(), abs=2e-6)
-    if threshold in (0, 1):
-        assert {row.label is None for row in rows} == {threshold == 1}
+    assert threshold < 1 or all(row.label is None for row in rows)
 
 
 # Complete files, or none
 
 
 REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
-    *((["--threshold", threshold], ("--threshold",)) for threshold in ("1.1", "nan", "half")),
-    *((["--threads", threads], ("--threads",)) for threads in ("0", "many")),
-    *(
-        (["-o", name, "-i", "no.csv"], (name, ".jsonl", ".csv", ".parquet"))
-        for name in ("out.txt", "out", "out.csv.gz")
-    ),
-    *((["-i", "in.csv", "-o", name], ("both --input and",)) for name in ("in.csv", "folder/../in.csv", "link.csv")),
+    *((["--threshold", threshold], ("--threshold",)) for threshold in ("1.1", "nan")),
+    (["--threads", "0"], ("--threads",)),
+    *((["-o", name, "-i", "no.csv"], (name, ".jsonl", ".csv", ".parquet")) for name in ("out", "out.csv.gz")),
+    *((["-i", "in.csv", "-o", name], ("both --input and",)) for name in ("folder/../in.csv", "link.csv")),
     (["-i", "in.csv", "-i", "no.csv", "-o", "out.csv"], ("No such file: no.csv",)),
     (["-i", "other.csv", "-o", "out.csv"], ("other.csv", "no column 'text'", "'title'", "--text-column")),
     (["-i", "twice.csv"], ("twice.csv", "Rename one of them")),
@@ -483,47 +394,28 @@ def test_invalid_arguments_and_files_are_refused(
     assert read_tree(tmp_path) == before
 
 
-INVALID_INPUTS: dict[str, tuple[bytes, str]] = {
-    "in.jsonl": (b'{"text": "a"}\n' * 4999 + b"{broken\n" + b'{"text": "a"}\n', "in.jsonl, line 5000"),
-    "in.csv": (b"text\n" + b"a\n" * 4998 + b"a,b\n", "in.csv, line 5000"),
-    "in.txt": (b"a\n" * 4999 + b"caf\xe9\n", "in.txt, line 5000"),
-    "stdin": (b"a\n" * 4999 + b"caf\xe9\n", "stdin is not UTF-8"),
-}
+INVALID_INPUTS: list[tuple[str, str, bytes, str]] = [
+    ("in.jsonl", "jsonl", b'{"text": "a"}\n' * 4999 + b"{broken\n" + b'{"text": "a"}\n', "in.jsonl, line 5000"),
+    ("in.csv", "csv", b"text\n" + b"a\n" * 4998 + b"a,b\n", "in.csv, line 5000"),
+    ("in.txt", "tsv", b"a\n" * 4999 + b"caf\xe9\n", "in.txt, line 5000"),
+    ("stdin", "parquet", b"a\n" * 4999 + b"caf\xe9\n", "stdin is not UTF-8"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "out"), [("in.jsonl", "jsonl"), ("in.csv", "csv"), ("in.txt", "tsv"), ("stdin", "parquet")]
-)
-def test_invalid_input_row_leaves_the_existing_output(name: str, out: str, bundle: Path, tmp_path: Path) -> None:
-    content, message = INVALID_INPUTS[name]
-    if name != "stdin":
-        Path(name).write_bytes(content)
+@pytest.mark.parametrize(("name", "out", "content", "message"), INVALID_INPUTS, ids=[row[0] for row in INVALID_INPUTS])
+def test_invalid_input_row_leaves_the_existing_output(
+    name: str, out: str, content: bytes, message: str, bundle: Path, tmp_path: Path
+) -> None:
+    arguments = [] if name == "stdin" else ["--input", name]
+    Path(name).write_bytes(content)
     Path(f"out.{out}").write_bytes(b"existing content")
     before = read_tree(tmp_path)
-    arguments = [] if name == "stdin" else ["--input", name]
     assert_refused(run_predict(bundle, *arguments, *output_flags(out), stdin=content), message)
     assert read_tree(tmp_path) == before
-
-
-def test_rows_before_an_invalid_row_are_on_stdout(bundle: Path) -> None:
-    Path("in.jsonl").write_bytes(INVALID_INPUTS["in.jsonl"][0])
-    result = run_predict(bundle, "--input", "in.jsonl")
-    assert_refused(result, "in.jsonl, line 5000")
-    rows = read_output("stdout", result)
-    assert 4999 - CHUNK_SIZE <= len(rows) <= 4999
-    assert {row.text for row in rows} == {"a"}
-
-
-def test_disk_that_fills_up_is_reported(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(file: IO[bytes], *_: object) -> None:
-        file.write(b"part")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    Path("out.csv").write_bytes(b"existing content")
-    before = read_tree(tmp_path)
-    monkeypatch.setitem(predict_module._FORMATS, ".csv", fail)
-    assert_refused(run_predict(bundle, "a text", *output_flags("csv")), "Cannot write out.csv", "The disk is full")
-    assert read_tree(tmp_path) == before
+    if out == "jsonl":
+        result = run_predict(bundle, *arguments)
+        assert_refused(result, message)
+        assert [row.text for row in read_output("stdout", result)] == ["a"] * (4999 - 4999 % CHUNK_SIZE)
 
 
 # Streams
@@ -557,89 +449,30 @@ def test_rows_are_classified_in_chunks_and_not_read_ahead(chunk_size: int, monke
             has_text = classified % 10 != 3
             assert row.columns == {"number": classified}
             assert (row.text, row.label) == ((f"text {classified}", "yes") if has_text else (None, None))
-            assert np.isnan(row.probabilities).all() != has_text
         assert read == classified
     assert (classified, classifier.max_texts <= chunk_size) == (1000, True)
     assert list(classify(classifier, [])) == []
 
 
-def env_without_torch(tmp_path: Path) -> dict[str, str]:
-    """Environment variables for a Python that cannot import torch or the packages that depend on it."""
-    folder = tmp_path / "without-torch"
-    folder.mkdir()
-    modules = ["torch", "setfit", "sentence_transformers", "transformers"]
-    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({modules}))\n")
-    path = os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
-    return {**os.environ, "PYTHONPATH": path}
-
-
-def test_lines_are_answered_as_they_arrive_until_an_interrupt(bundle: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "setfit_kd", "predict", str(bundle)]
-    with live_process(command, env_without_torch(tmp_path)) as process:
-        for part, labeled in (("a text\nder Schl", [True]), ("uß\n\ngoal\n", [True, False, True])):
-            process.stdin.write(part.encode())
-            process.stdin.flush()
-            answers = [json.loads(process.stdout.readline()) for _ in labeled]
-            assert [answer["label"] is not None for answer in answers] == labeled
-        assert answers[0]["text"] == "der Schluß"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
-        assert process.stderr.read().decode().split() == ["Interrupted."]
-
-
-def test_closed_stdout_ends_the_command_quietly(bundle: Path, tmp_path: Path) -> None:
-    write_delimited(Path("in.csv"), [["text"]] * 20_000)
-    command = [sys.executable, "-m", "setfit_kd", "predict", str(bundle), "-q", "--input", "in.csv"]
-    with live_process(command, env_without_torch(tmp_path)) as process:
-        assert json.loads(process.stdout.readline())["text"] == "text"
-        process.stdout.close()
-        assert process.stderr.read() == b""
-        process.wait(60)
-
-
-def test_progress_is_shown_for_many_texts_only(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("setfit_kd.utils.console._show", True)
-    for n_texts, shown in ((CHUNK_SIZE - 1, False), (CHUNK_SIZE + 1, True)):
-        Path("in.txt").write_text("a text\n" * n_texts, encoding="utf-8")
-        result = predict_ok(bundle, "--input", "in.txt")
-        assert ("Classifying" in result.stderr) == shown
-        assert len(result.stdout.splitlines()) == n_texts
-
-
-# Damaged bundles
-
-
-def test_damaged_bundle_is_reported(bundle: Path, tmp_path: Path) -> None:
-    shutil.copytree(bundle, "broken")
+def test_unusable_bundle_is_reported(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("broken", "onnx"):
+        shutil.copytree(bundle, name)
     truncate_file(Path("broken/embeddings.safetensors"))
-    before = read_tree(tmp_path)
     result = run_predict("broken", "a text", "--output", "out.csv")
     assert_refused(result, "embeddings.safetensors has changed since", "Export or copy the bundle again.")
-    assert read_tree(tmp_path) == before
-
-
-def test_missing_onnxruntime_is_reported(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(bundle, "onnx")
+    assert not Path("out.csv").exists()
     claim_onnx(Path("onnx"))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     result = run_predict("onnx", "a text")
     assert result.exit_code == 69
-    assert "needs onnxruntime" in result.stderr
     assert "pip install onnxruntime" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-# Threads
-
-
-@pytest.mark.parametrize("model", ["bundle", "setfit"])
-def test_number_of_threads_does_not_change_predictions(
-    model: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_number_of_threads_of_a_setfit_model(setfit_folder: Path) -> None:
     import torch
 
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     for threads in (2, 1):
-        result = predict_ok(models[model], "--threads", str(threads), *TEXTS)
-        assert_predictions(read_output("stdout", result), models[model], list(TEXTS))
-        assert model == "bundle" or torch.get_num_threads() == threads
+        result = predict_ok(setfit_folder, "--threads", str(threads), *TEXTS)
+        assert_predictions(read_output("stdout", result), setfit_folder, list(TEXTS))
+        assert torch.get_num_threads() == threads

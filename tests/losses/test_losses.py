@@ -6,8 +6,8 @@ import doctest
 from collections import Counter
 from importlib import import_module
 from itertools import permutations
-from pathlib import Path
 from typing import Any, cast
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import numpy.typing as npt
@@ -77,24 +77,10 @@ def test_similarity_loss_and_gradient_are_weighted_means_over_pairs_of_different
     torch.testing.assert_close(gradient(loss, rows), gradient(expected, rows), rtol=1e-3, atol=1e-5)
 
 
-@few_examples
-@given(seeds, batch_sizes, dimensions, st.integers(0, 4))
-def test_similarity_loss_is_zero_for_equal_angles_in_another_basis_and_dimension(
-    seed: int, n: int, d: int, extra: int
-) -> None:
-    teacher = gaussian(seed, n, d)
-    basis, _ = np.linalg.qr(gaussian(seed + 1, d + extra, d))
-    lengths = np.random.default_rng(seed + 2).uniform(0.1, 10, size=(n, 1))
-    rows = torch.tensor(lengths * (teacher @ basis.T), requires_grad=True)
-    loss = SimilarityLoss(NO_BODY, teacher).compute_loss([rows], torch.arange(n))
-    assert loss.item() < 1e-9
-
-
 @pytest.mark.parametrize("weights", [None, [0, 0, 0], [0, 2, 0]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_similarity_loss_is_finite_for_zero_embeddings_and_zero_weights(weights: Any, dtype: torch.dtype) -> None:
+def test_similarity_loss_is_finite_for_zero_embeddings_and_zero_weights(weights: Any) -> None:
     weights = None if weights is None else np.array(weights, np.float32)
-    rows = torch.tensor([[0.0, 0.0], [1.0, 2.0], [2.0, -1.0]], dtype=dtype, requires_grad=True)
+    rows = torch.tensor([[0.0, 0.0], [1.0, 2.0], [2.0, -1.0]], requires_grad=True)
     loss = SimilarityLoss(NO_BODY, gaussian(0, 3, 2), weights=weights).compute_loss([rows], torch.arange(3))
     assert loss.isfinite()
     assert gradient(loss, rows).isfinite().all()
@@ -169,11 +155,10 @@ def test_soft_label_loss_is_weighted_sum_of_divergence_and_cross_entropy(
 
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 10.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_soft_label_loss_is_finite_for_zero_probabilities(temperature: float, dtype: torch.dtype) -> None:
-    loss_fn = SoftLabelLoss(NO_BODY, np.eye(3, dtype=np.float32), dimension=3, temperature=temperature).to(dtype)
+def test_soft_label_loss_is_finite_for_zero_probabilities(temperature: float) -> None:
+    loss_fn = SoftLabelLoss(NO_BODY, np.eye(3, dtype=np.float32), dimension=3, temperature=temperature)
     loss_fn.init_head(np.eye(3), np.zeros(3))
-    rows = torch.tensor(gaussian(0, 3, 3), dtype=dtype, requires_grad=True)
+    rows = torch.tensor(gaussian(0, 3, 3), dtype=torch.float32, requires_grad=True)
     loss = loss_fn.compute_loss([rows], torch.arange(3))
     assert loss.isfinite()
     assert gradient(loss, rows).isfinite().all()
@@ -212,10 +197,8 @@ def test_draw_pairs_draws_all_possible_pairs_depending_on_the_seed() -> None:
 @pytest.mark.parametrize(
     ("sizes", "batch_size"),
     [
-        pytest.param([8, 8, 8, 8], 16, id="even"),
         pytest.param([30, 2, 7], 16, id="uneven"),
         pytest.param([5, 5, 5], 64, id="fewer texts than a batch"),
-        pytest.param([2, 2], 4, id="smallest"),
         pytest.param([3] * 150, 64, id="150 classes"),
         pytest.param([20, 20, 20], 17, id="odd batch size"),
     ],
@@ -249,14 +232,10 @@ PROBABILITIES = softmax(gaussian(1, 12, 3), axis=1).astype(np.float32)
 GOLD = np.where(np.arange(12) % 2, np.arange(12) % 3, NO_GOLD)
 
 
-def weighted_parts(body: nn.Module) -> list[tuple[float, BatchLoss]]:
+def weighted_sum(body: nn.Module, **options: Any) -> WeightedSumLoss:
     soft_labels = SoftLabelLoss(body, PROBABILITIES, dimension=32, gold=GOLD)
     embedding = EmbeddingLoss(body, POOL, dimension=32, dropout=True)  # an option that is ignored
-    return [(1.0, SimilarityLoss(body, POOL)), (0.5, soft_labels), (2.0, embedding)]
-
-
-def weighted_sum(body: nn.Module, **options: Any) -> WeightedSumLoss:
-    return WeightedSumLoss(body, weighted_parts(body), **options)
+    return WeightedSumLoss(body, [(1.0, SimilarityLoss(body, POOL)), (0.5, soft_labels), (2.0, embedding)], **options)
 
 
 # Each loss takes embeddings of dimension 32 and labels from 0 to 11.
@@ -290,18 +269,6 @@ class _DropoutBody(nn.Module):
         return features
 
 
-class _RecordingArray:
-    """Array that records which rows are read."""
-
-    def __init__(self, array: npt.NDArray[Any]) -> None:
-        self.array, self.shape = array, array.shape
-        self.read_rows: set[int] = set()
-
-    def __getitem__(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        self.read_rows |= set(rows.tolist())
-        return self.array[rows]
-
-
 @pytest.mark.parametrize(("make", "columns"), LOSSES)
 @pytest.mark.parametrize("dropout", [False, True])
 def test_dropout_is_off_by_default_and_features_are_not_modified(make: Any, columns: int, dropout: bool) -> None:
@@ -321,30 +288,23 @@ def test_dropout_is_off_by_default_and_features_are_not_modified(make: Any, colu
 
 
 @pytest.mark.parametrize(
-    ("make", "array"),
+    "make",
     [
-        pytest.param(lambda array: SimilarityLoss(NO_BODY, array), POOL, id="similarity"),
-        pytest.param(lambda array: SimilarityLoss(NO_BODY, POOL, weights=array), WEIGHTS, id="weights"),
-        pytest.param(lambda array: EmbeddingLoss(NO_BODY, array, dimension=5), POOL, id="embedding"),
-        pytest.param(lambda array: SoftLabelLoss(NO_BODY, array, dimension=5), PROBABILITIES, id="soft labels"),
-        pytest.param(lambda array: SoftLabelLoss(NO_BODY, PROBABILITIES, dimension=5, gold=array), GOLD, id="gold"),
+        lambda array: SimilarityLoss(NO_BODY, array),
+        lambda array: EmbeddingLoss(NO_BODY, array, dimension=5),
+        lambda array: SoftLabelLoss(NO_BODY, array, dimension=5),
     ],
+    ids=["similarity", "embedding", "soft labels"],
 )
-def test_only_rows_in_labels_are_read(make: Any, array: npt.NDArray[Any]) -> None:
-    recording = _RecordingArray(array)
-    make(recording).compute_loss([torch.tensor(gaussian(0, 4, 5)).float()], torch.tensor([7, 2, 11, 2]))
-    assert recording.read_rows == {2, 7, 11}
-
-
-def test_teacher_embeddings_can_be_memory_mapped_in_half_precision(tmp_path: Path) -> None:
-    on_disk: Any = np.memmap(tmp_path / "embeddings", dtype=np.float16, mode="w+", shape=POOL.shape)
-    on_disk[:] = POOL
-    arrays = (on_disk, POOL.astype(np.float16).astype(np.float32))
-    rows, labels = torch.tensor(gaussian(1, 4, 5)).float(), torch.tensor([7, 2, 11, 0])
-    for make in (SimilarityLoss, lambda *args: EmbeddingLoss(*args, dimension=5)):
-        mapped, expected = (cast("Any", make)(NO_BODY, array).compute_loss([rows], labels) for array in arrays)
-        assert mapped.dtype == torch.float32
-        assert mapped.item() == pytest.approx(expected.item())
+def test_teacher_arrays_can_be_in_half_precision_and_only_rows_in_labels_are_read(make: Any) -> None:
+    half, labels = softmax(POOL, axis=1).astype(np.float16), torch.tensor([7, 2, 11, 2])
+    array = MagicMock(shape=half.shape, __getitem__=Mock(side_effect=half.__getitem__))
+    torch.manual_seed(0)
+    rows = [torch.tensor(gaussian(0, 4, 5)).float()]
+    loss = make(array).compute_loss(rows, labels)
+    assert {row for call in array.__getitem__.call_args_list for row in call.args[0].tolist()} == {2, 7, 11}
+    torch.manual_seed(0)
+    torch.testing.assert_close(loss, make(half.astype(np.float32)).compute_loss(rows, labels))
 
 
 @pytest.mark.parametrize(("make", "columns"), LOSSES)
@@ -363,18 +323,18 @@ def test_loss_of_half_precision_embeddings_is_float32(make: Any, columns: int, h
 
 
 def test_weighted_sum_loss_is_the_weighted_sum_of_its_losses() -> None:
-    parts, (rows,) = weighted_parts(NO_BODY), rows_of_width_32(1)
-    expected = sum(weight * part.compute_loss([rows], LABELS).item() for weight, part in parts)
-    assert WeightedSumLoss(NO_BODY, parts).compute_loss([rows], LABELS).item() == pytest.approx(expected, rel=1e-5)
+    parts: list[tuple[float, BatchLoss]] = [(0.5, SimilarityLoss(NO_BODY, POOL)), (2.0, ContrastiveLoss(NO_BODY))]
+    rows = rows_of_width_32(1)
+    expected = sum(weight * part.compute_loss(rows, LABELS).item() for weight, part in parts)
+    assert WeightedSumLoss(NO_BODY, parts).compute_loss(rows, LABELS).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", ["contrastive", "cross_entropy", "embedding", "pairs", "similarity", "soft_labels", "weighted_sum"]
-)
-def test_docstring_examples_run(name: str) -> None:
-    results = doctest.testmod(import_module(f"setfit_kd.losses.{name}"))
-    assert results.attempted > 0
-    assert results.failed == 0
+def test_docstring_examples_run() -> None:
+    names = ("contrastive", "cross_entropy", "embedding", "pairs", "similarity", "soft_labels", "weighted_sum")
+    for name in names:
+        results = doctest.testmod(import_module(f"setfit_kd.losses.{name}"))
+        assert results.attempted > 0
+        assert results.failed == 0
 
 
 # Chunks and micro-batches
@@ -397,10 +357,6 @@ def columns_of(body: SentenceTransformer, columns: int) -> list[dict[str, Tensor
     return [body.preprocess(texts) for texts in (TEXTS, TEXTS[::-1])[:columns]]
 
 
-weak_reference: Any = StorageWeakRef
-"""Weak reference to the storage of a tensor, which autograd may keep through another tensor."""
-
-
 class _ForwardPasses:
     """Layer outputs of every forward pass, and the number of passes in memory at the start of each."""
 
@@ -414,7 +370,8 @@ class _ForwardPasses:
     def record(self, output: Tensor, first: bool) -> None:
         if first:
             self.outputs.append([])
-        self.outputs[-1].append(weak_reference(output.untyped_storage()))
+        # Refer to the storage, which autograd may keep through another tensor.
+        self.outputs[-1].append(cast("Any", StorageWeakRef)(output.untyped_storage()))
         if first:
             self.in_memory.append(self.n_in_memory())
 
@@ -422,8 +379,7 @@ class _ForwardPasses:
         return sum(not all(output.expired() for output in outputs) for outputs in self.outputs)
 
 
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-@pytest.mark.parametrize("chunk_size", [1, 8, 19, 64])
+@pytest.mark.parametrize(("padding_side", "chunk_size"), [("right", 1), ("right", 64), ("left", 8)])
 def test_chunk_size_does_not_change_embeddings(
     teacher_body: SentenceTransformer, chunk_size: int, padding_side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,18 +404,17 @@ def test_chunks_and_micro_batches_do_not_change_loss_or_gradient(
     embeddings = [teacher_body(dict(column))["sentence_embedding"] for column in features]
     expected_loss = loss_fn.compute_loss(embeddings, TEXT_LABELS)
     expected = flat_gradient(expected_loss, loss_fn)
-    for loss_fn.micro_batch_size in (1, 3, 8, None):
+    for loss_fn.micro_batch_size in (1, 8, None):
         loss = loss_fn(features, TEXT_LABELS)
         assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
         assert relative_error(flat_gradient(loss, loss_fn), expected) < 1e-6
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 8])
 @pytest.mark.parametrize(("make", "columns"), [(PairSimilarityLoss, 2), (weighted_sum, 1)], ids=["pairs", "sum"])
 def test_micro_batches_reuse_dropout_masks_in_the_backward_pass(
-    teacher_body: SentenceTransformer, make: Any, columns: int, micro_batch_size: int, monkeypatch: pytest.MonkeyPatch
+    teacher_body: SentenceTransformer, make: Any, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss_fn = make(teacher_body, dropout=True, micro_batch_size=micro_batch_size).double()
+    loss_fn = make(teacher_body, dropout=True, micro_batch_size=8).double()
     features = columns_of(teacher_body, columns)
 
     def compute_gradient(seed: int) -> Tensor:
@@ -473,26 +428,21 @@ def test_micro_batches_reuse_dropout_masks_in_the_backward_pass(
     assert relative_error(other_seed, expected) > 1e-2
 
 
-def test_micro_batches_work_with_frozen_word_embeddings(teacher_body: SentenceTransformer) -> None:
-    transformer: Any = teacher_body[0]
-    table = transformer.auto_model.get_input_embeddings().requires_grad_(False).weight
-    PairSimilarityLoss(teacher_body, micro_batch_size=8)(columns_of(teacher_body, 2), TEXT_LABELS).backward()
-    assert table.grad is None
-    assert transformer.auto_model.encoder.layer[0].attention.self.query.weight.grad.any()
-
-
 @pytest.mark.parametrize(("make", "columns"), [(PairSimilarityLoss, 2), (weighted_sum, 1)], ids=["pairs", "sum"])
-@pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize(("micro_batch_size", "n_passes"), [(3, 7), (None, 2)])
 def test_only_activations_of_one_micro_batch_are_in_memory(
-    teacher_body: SentenceTransformer, make: Any, columns: int, dropout: bool, micro_batch_size: Any, n_passes: int
+    teacher_body: SentenceTransformer, make: Any, columns: int, micro_batch_size: Any, n_passes: int
 ) -> None:
-    loss_fn = make(teacher_body, dropout=dropout, micro_batch_size=micro_batch_size)
+    """The word embeddings are frozen; gradients must reach the first layer nevertheless."""
+    transformer: Any = teacher_body[0]
+    transformer.auto_model.get_input_embeddings().requires_grad_(False)
+    loss_fn = make(teacher_body, dropout=True, micro_batch_size=micro_batch_size)
     passes, n_passes = _ForwardPasses(teacher_body), n_passes * columns
     loss = loss_fn(columns_of(teacher_body, columns), TEXT_LABELS)
     assert len(passes.in_memory) == n_passes
     assert passes.n_in_memory() == (0 if micro_batch_size else n_passes)
     loss.backward()
+    assert transformer.auto_model.encoder.layer[0].attention.self.query.weight.grad.any()
     assert len(passes.in_memory) == (2 * n_passes if micro_batch_size else n_passes)
     assert passes.n_in_memory() == 0
     assert max(passes.in_memory) == (1 if micro_batch_size else n_passes)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,13 +21,12 @@ from torch import Tensor
 from transformers import Trainer
 
 from setfit_kd import distill, evaluate, load, train_student, train_teacher
-from setfit_kd.errors import ConfigError, ModelError, OutOfMemoryError, OutputError
+from setfit_kd.errors import ConfigError, ModelError, OutOfMemoryError, is_out_of_memory
 from setfit_kd.losses.base import BatchLoss
 from setfit_kd.memory import backoff as backoff_module
 from setfit_kd.memory import devices
 from setfit_kd.memory.backoff import Attempt, OOMBackoff, shared_backoff
 from setfit_kd.memory.devices import resolve_device
-from setfit_kd.memory.oom_errors import is_out_of_memory
 from setfit_kd.models.bodies import load_body
 from setfit_kd.models.encode import embed
 from setfit_kd.models.io import save_model
@@ -62,20 +62,11 @@ OOM_ERRORS = [
     oom_error(),
     MemoryError("Unable to allocate 74.5 GiB for an array with shape (100000, 100000) and data type float64"),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
-    RuntimeError(
-        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call"
-    ),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported."),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError(
-        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous one."
-    ),
-    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-    RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in another one."),
     RuntimeError("MPS backend out of memory (MPS allocated: 17.64 GB, max allowed: 18.13 GB)."),
-    RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"
-    ),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:80] DefaultCPUAllocator: not enough memory: you tried to allocate 8"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried 8"),
     RuntimeError("std::bad_alloc"),
     OnnxError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer of size 8"),
     OutOfMemoryError("Training teacher: out of memory."),
@@ -84,12 +75,8 @@ OOM_ERRORS = [
 ]
 OTHER_ERRORS = [
     RuntimeError("CUDA error: an illegal memory access was encountered"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
-    RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed."),
     KeyError("CUDA out of memory"),
-    ValueError("row 3: the label 'CUDA out of memory' is not among the teacher's"),
     OSError(errno.ENOSPC, "No space left on device"),
-    OutputError("Cannot write runs/out of memory: No space left on device"),
     ConfigError("Unknown device: 'error: out of memory'."),
     OnnxError("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Unexpected input data type."),
     chained(ValueError("no such label"), context=oom_error(), suppress=True),
@@ -130,8 +117,8 @@ def test_auto_resolves_to_first_working_device(
     assert resolve_device("cuda") == CUDA  # full, but requested by name: the backoff handles it
     with pytest.raises(ConfigError, match="Unknown device: 'nonsense'"):
         resolve_device("nonsense")
+    monkeypatch.setattr(devices, "_available_accelerators", lambda: ["cuda"])
     for name in ("cuda:1", "mps:0"):
-        monkeypatch.setattr(devices, "_available_accelerators", lambda: ["cuda"])
         with pytest.raises(ConfigError, match=f"Device '{name}' is not available"):
             resolve_device(name)
 
@@ -160,13 +147,7 @@ def no_cuda_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_failing(
-    *,
-    failures: int,
-    kind: str = "training",
-    device: str = "cpu",
-    batch_size: int = 4,
-    step: int | None = 1,
-    **settings: Any,
+    *, failures: int, kind: str = "training", device: str = "cpu", step: int | None = 1, **settings: Any
 ) -> tuple[list[Attempt], list[dict[str, Any]]]:
     """Run a phase whose first attempts fail; return all attempts and the events."""
     attempts: list[Attempt] = []
@@ -177,7 +158,7 @@ def run_failing(
             raise oom_error()
 
     with shared_backoff(**settings) as events:
-        backoff = make_backoff(kind, torch.device(device), batch_size)
+        backoff = make_backoff(kind, torch.device(device))
         backoff.step = step
         backoff.run(fail_first)
     return attempts, events
@@ -189,7 +170,6 @@ def run_failing(
     [
         ({"failures": 0, "device": "cuda"}, ["4 cuda"]),
         ({"failures": 6, "device": "cuda"}, ["4 cuda", "4 cuda", "2 cuda", "1 cuda", "4 cpu", "2 cpu", "1 cpu"]),
-        ({"failures": 4, "batch_size": 11}, ["11 cpu", "11 cpu", "5 cpu", "2 cpu", "1 cpu"]),
         ({"failures": 2, "device": "cuda", "step": None}, ["4 cuda", "4 cuda", "4 cpu"]),  # before the first step
     ],
 )
@@ -221,16 +201,10 @@ def test_final_error_lists_all_attempts(settings: dict[str, Any], attempts: str,
 
 @pytest.mark.parametrize("error", [ValueError("CUDA out of memory"), KeyboardInterrupt()])
 def test_other_errors_are_not_retried(error: BaseException) -> None:
-    calls = []
-
-    def fail(attempt: Attempt) -> None:
-        calls.append(attempt)
-        raise error
-
     with shared_backoff() as events, pytest.raises(type(error)) as raised:
-        make_backoff().run(fail)
+        make_backoff().run(Mock(side_effect=[error]))
     assert raised.value is error
-    assert (len(calls), events) == (1, [])
+    assert events == []
 
 
 def fail_above(max_size: int, device: torch.device) -> Callable[[Attempt], None]:
@@ -278,78 +252,59 @@ def test_model_that_only_fit_on_the_cpu_starts_there() -> None:
                 assert initial_attempt(large) == Attempt(CUDA, 1)
 
 
-def test_each_event_is_logged_on_one_line(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = iter([100, 300] * 2)
-    monkeypatch.setattr(backoff_module, "_free_mb", lambda _: next(free))
+def test_each_event_is_logged_with_the_free_memory_if_it_is_known(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch_failure = RuntimeError("CUDA error: unspecified launch failure")
+    memory = Mock(side_effect=[launch_failure, launch_failure, (100 << 20, 0), (300 << 20, 0)])
+    monkeypatch.setattr(backoff_module, "free_memory", memory)
     _, events = run_failing(failures=2)
-    assert [record.getMessage() for record in caplog.records] == [
-        "Phase, step 1: out of memory on cpu (100 MiB free, 300 MiB after clearing the cache); retrying.",
+    assert caplog.messages == [
+        "Phase, step 1: out of memory on cpu; retrying.",
         "Phase, step 1: out of memory on cpu (100 MiB free, 300 MiB after clearing the cache); "
         "continuing with batch size 2 instead of 4.",
     ]
-    assert events[1] == {
-        "phase": "Phase",
-        "kind": "training",
-        "step": 1,
-        "cause": "CUDA out of memory. Tried to allocate 2.00 GiB.",
-        "from": {"device": "cpu", "texts": 4},
-        "to": {"device": "cpu", "texts": 2},
-        "free_mb_before": 100,
-        "free_mb_after": 300,
-    }
-
-
-def test_free_memory_of_failed_device_is_unknown(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(_: torch.device) -> None:
-        raise RuntimeError("CUDA error: unspecified launch failure")
-
-    monkeypatch.setattr(backoff_module, "free_memory", fail)
-    assert run_failing(failures=1)[1][0]["free_mb_before"] is None
-    assert caplog.messages == ["Phase, step 1: out of memory on cpu; retrying."]
+    assert [event["free_mb_before"] for event in events] == [None, 100]
+    assert [event["free_mb_after"] for event in events] == [None, 300]
+    names = ("phase", "kind", "step", "cause")
+    expected = ["Phase", "training", 1, "CUDA out of memory. Tried to allocate 2.00 GiB."]
+    assert [events[1][name] for name in names] == expected
 
 
 # Training
 
 
-class Faults:
-    """Wrapper of a function that raises out-of-memory errors in certain calls, counted from 1."""
-
-    def __init__(self, function: Callable[..., Any], failing_calls: tuple[int, ...], *, after: bool) -> None:
-        self.calls = 0
-        self._function, self._failing_calls, self._after = function, failing_calls, after
-        self._tensors: list[weakref.ref[Tensor]] = []
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        assert all(tensor() is None for tensor in self._tensors)
-        fails = self.calls in self._failing_calls
-        result = self._function(*args, **kwargs) if self._after or not fails else None
-        if fails:
-            activations = torch.zeros(5, requires_grad=True) * 2  # only the failed attempt refers to it
-            self._tensors.append(weakref.ref(activations))
-            raise oom_error()
-        return result
-
-
-Inject = Callable[..., Faults]
+Inject = Callable[..., list[int]]
 
 
 @pytest.fixture
 def inject(monkeypatch: pytest.MonkeyPatch) -> Inject:
-    """Function that makes certain calls of a method run out of memory, before or after it has run."""
+    """Function that makes certain calls of a method, from 1, run out of memory; return a list with one item per call.
 
-    def patch(owner: Any, name: str, *failing_calls: int, after: bool = False) -> Faults:
-        faults = Faults(getattr(owner, name), failing_calls, after=after)
-        monkeypatch.setattr(owner, name, lambda *args, **kwargs: faults.call(*args, **kwargs))
-        return faults
+    ``after`` raises the error after the method has run.
+    """
+
+    def patch(owner: Any, name: str, *failing_calls: int, after: bool = False) -> list[int]:
+        function, calls, tensors = getattr(owner, name), list[int](), list[weakref.ref[Tensor]]()
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            assert all(tensor() is None for tensor in tensors)
+            fails = len(calls) in failing_calls
+            result = function(*args, **kwargs) if after or not fails else None
+            if fails:
+                activations = torch.zeros(5, requires_grad=True) * 2  # only the failed attempt refers to it
+                tensors.append(weakref.ref(activations))
+                raise oom_error()
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+        return calls
 
     return patch
 
 
 STEPS = 8
-TRAININGS = ("student", "teacher", "transformer student", "transformer teacher")
 
 
 def run_training(training: str, body: Any, **settings: Any) -> Any:
@@ -368,7 +323,7 @@ def run_training(training: str, body: Any, **settings: Any) -> Any:
 with_fitted_head = pytest.mark.parametrize("training", ["student", "teacher"])
 
 
-@pytest.fixture(params=TRAININGS)
+@pytest.fixture(params=["student", "teacher", "transformer student", "transformer teacher"])
 def training(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -395,50 +350,31 @@ def assert_weights_close(actual: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(actual_tensor, expected_tensor, atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize(
-    ("failing_calls", "sizes", "after"),
-    [((1,), [8], True), ((8,), [8], False), ((3, 4), [8, 4], True), ((2, 3, 4, 5), [8, 4, 2, 1], False)],
-    ids=["first", "last", "twice", "down to one"],
+    ("failing_calls", "sizes", "after", "n_repeated"),
+    [((1,), [8], True, 0), ((3, 4, 5, 6, 7), [8, 4, 2, 1, 8], False, 2)],  # the fallback to the CPU repeats two steps
+    ids=["first", "to the CPU"],
 )
 def test_failed_step_is_retried_with_equal_weights(
-    train: Any, expected: list[Tensor], failing_calls: tuple[int, ...], sizes: list[int], after: bool, inject: Inject
+    train: Any, expected: list[Tensor], failing_calls: Any, sizes: Any, after: bool, n_repeated: int, inject: Inject
 ) -> None:
     """A failed call is repeated, so the second fault in a row hits the retry; ``after`` is after the backward pass."""
     faults = inject(Trainer, "training_step", *failing_calls, after=after)
     with shared_backoff() as events:
         assert_weights_close(weights(train()), expected)
-    assert faults.calls > STEPS
+    assert len(faults) == STEPS + len(failing_calls) + n_repeated
     assert [event["to"]["texts"] for event in events] == sizes
     assert {event["step"] for event in events} == {failing_calls[0]}
 
 
-@pytest.mark.parametrize("failing_calls", [(1,), (3, 4)], ids=["first", "twice"])
-def test_failed_optimizer_step_restarts_the_phase(
-    train: Any, expected: list[Tensor], failing_calls: tuple[int, ...], inject: Inject
-) -> None:
+def test_failed_optimizer_step_restarts_the_phase(train: Any, expected: list[Tensor], inject: Inject) -> None:
     """Some of the weights may have been updated by then."""
-    faults = inject(torch.optim.AdamW, "step", *failing_calls, after=True)
+    faults = inject(torch.optim.AdamW, "step", 3, 4, after=True)
     with shared_backoff() as events:
         assert_weights_close(weights(train()), expected)
-    assert len(events) == len(failing_calls)
-    assert faults.calls > STEPS + failing_calls[0] - 1
-
-
-@pytest.mark.usefixtures("accelerator")
-def test_training_falls_back_to_the_cpu(train: Any, expected: list[Tensor], inject: Inject) -> None:
-    faults = inject(Trainer, "training_step", 3, 4, 5, 6, 7)
-    with shared_backoff() as events:
-        assert_weights_close(weights(train()), expected)
-    assert [event["to"]["texts"] for event in events] == [8, 4, 2, 1, 8]
-    assert faults.calls == 7 + STEPS  # two completed steps are repeated
-
-
-@pytest.mark.usefixtures("accelerator")
-def test_error_without_cpu_fallback_lists_attempts(training: str, train: Any, inject: Inject) -> None:
-    inject(Trainer, "training_step", *range(3, 99))
-    message = rf"Training {training.split()[-1]}, step 3: .* batch size 8, 4, 2, 1 on cpu"
-    with pytest.raises(OutOfMemoryError, match=message):
-        train(cpu_fallback=False)
+    assert len(events) == 2
+    assert len(faults) > STEPS + 2
 
 
 @with_fitted_head
@@ -447,37 +383,29 @@ def test_error_without_cpu_fallback_lists_attempts(training: str, train: Any, in
     [
         ("fit_head", MemoryError("Unable to allocate 74.5 GiB"), r"out of memory while fitting the head .*74\.5 GiB"),
         ("embed", OutOfMemoryError("Fitting head: out of memory."), r"^Fitting head: out of memory\.$"),
-        ("embed", ValueError("no such row"), "^no such row$"),
     ],
 )
 def test_failed_head_fit_does_not_repeat_training(
-    training: str,
-    train: Any,
-    name: str,
-    error: Exception,
-    message: str,
-    inject: Inject,
-    monkeypatch: pytest.MonkeyPatch,
+    training: str, train: Any, name: str, error: Exception, message: str, inject: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(f"setfit_kd.{training}.trainer.{name}", fail)
+    monkeypatch.setattr(f"setfit_kd.{training}.trainer.{name}", Mock(side_effect=error))
     steps = inject(Trainer, "training_step")
-    expected_error = ValueError if isinstance(error, ValueError) else OutOfMemoryError
-    with shared_backoff() as events, pytest.raises(expected_error, match=message):
+    with shared_backoff() as events, pytest.raises(OutOfMemoryError, match=message):
         train()
-    assert (steps.calls, events) == (STEPS, [])
+    assert (len(steps), events) == (STEPS, [])
 
 
+@pytest.mark.usefixtures("accelerator")
 @with_fitted_head
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_failed_training_restores_the_body(
     student_body: SentenceTransformer, tiny_student: Path, training: str, precision: str, inject: Inject
 ) -> None:
     inject(torch.optim.AdamW, "step", *range(2, 99))
-    with pytest.raises(OutOfMemoryError):
-        run_training(training, student_body, precision=precision)
+    message = rf"Training {training}, step \d: .* batch size 8, 4, 2, 1 on cpu"
+    with shared_backoff() as events, pytest.raises(OutOfMemoryError, match=message):
+        run_training(training, student_body, precision=precision, cpu_fallback=False)
+    assert all(event["to"]["texts"] <= event["from"]["texts"] for event in events)  # no fallback
     original = load_body(tiny_student)
     assert equal_weights(list(student_body.state_dict().values()), list(original.state_dict().values()))
     np.testing.assert_array_equal(embed(student_body, ["match goal"]), embed(original, ["match goal"]))  # not in bf16
@@ -485,22 +413,19 @@ def test_failed_training_restores_the_body(
     assert all(parameter.grad is None for parameter in student_body.parameters())
 
 
-@pytest.mark.parametrize(("max_size", "final_size"), [(5, 4), (1, 1)])
-def test_batch_is_split_until_it_fits(
-    train: Any, expected: list[Tensor], max_size: int, final_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batch_is_split_until_it_fits(train: Any, expected: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is raised in the forward pass and in the recomputation during the backward pass."""
     encode = BatchLoss._encode
 
     def limited(self: BatchLoss, features: dict[str, Tensor]) -> Tensor:
-        if len(features["input_ids"]) > max_size:
+        if len(features["input_ids"]) > 2:
             raise oom_error()
         return encode(self, features)
 
     monkeypatch.setattr(BatchLoss, "_encode", limited)
     with shared_backoff() as events:
         assert_weights_close(weights(train()), expected)
-    assert events[-1]["to"]["texts"] == final_size
+    assert events[-1]["to"]["texts"] == 2
     assert {event["step"] for event in events} == {1}
 
 
@@ -508,8 +433,7 @@ def test_optimizer_is_freed_before_the_next_attempt_and_before_the_head_is_fitte
     training: str, train: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The optimizer's state is twice the size of the model."""
-    references: list[weakref.ref[Any]] = []
-    step, calls = torch.optim.AdamW.step, []
+    step, calls, references = torch.optim.AdamW.step, list[int](), list[weakref.ref[Any]]()
 
     def fail_once(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -541,15 +465,9 @@ def test_optimizer_is_freed_before_the_next_attempt_and_before_the_head_is_fitte
 
 
 @pytest.mark.usefixtures("accelerator")
-@pytest.mark.parametrize(
-    ("failing_calls", "sizes"), [((1,), [4]), ((5,), [4]), ((2, 3), [4, 2]), ((2, 3, 4, 5), [4, 2, 1, 4])]
-)
+@pytest.mark.parametrize(("failing_calls", "sizes"), [((1,), [4]), ((2, 3, 4, 5), [4, 2, 1, 4])])
 def test_encoding_continues_after_the_last_batch(
-    student_body: SentenceTransformer,
-    failing_calls: tuple[int, ...],
-    sizes: list[int],
-    inject: Inject,
-    monkeypatch: pytest.MonkeyPatch,
+    student_body: Any, failing_calls: Any, sizes: Any, inject: Inject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = pool_signals().texts
     expected = embed(student_body, texts, batch_size=4)
@@ -560,7 +478,7 @@ def test_encoding_continues_after_the_last_batch(
     assert [event["to"]["texts"] for event in events] == sizes
     positions = {(event["phase"], event["step"]) for event in events}
     assert positions == {("Scoring pool", 7 * (failing_calls[0] - 1) or None)}
-    assert faults.calls == 5 + len(failing_calls)
+    assert len(faults) == 5 + len(failing_calls)
     np.testing.assert_allclose(embeddings, expected, atol=1e-6)
 
 
@@ -568,7 +486,7 @@ def test_speed_excludes_failed_attempts(tiny_student: Path, inject: Inject) -> N
     model = run_training("teacher", tiny_student)
     faults = inject(type(model.model_body), "encode", 2, 3)
     assert evaluate(model, few_labels()).cost.device == "cpu"
-    assert faults.calls == 1 + 3 + 1  # the warm-up, the attempts, and a timed repetition
+    assert len(faults) == 1 + 3 + 1  # the warm-up, the attempts, and a timed repetition
 
 
 @pytest.mark.usefixtures("accelerator")
@@ -609,14 +527,8 @@ def test_run_with_faults_equals_run_without(tiny_teacher: Path, tmp_path: Path, 
     assert {event["phase"] for event in events} >= {"Training teacher", "Scoring pool", "Training student"}
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 3])
-def test_gradient_checkpointing_does_not_change_weights(
-    train: Any, expected: list[Tensor], micro_batch_size: int | None
-) -> None:
-    model = train(gradient_checkpointing=True, micro_batch_size=micro_batch_size)
-    assert_weights_close(weights(model), expected)
-    layers = model.model_body[0].auto_model.base_model.encoder.layer
-    assert not any("forward" in vars(layer) for layer in layers)
+def test_gradient_checkpointing_does_not_change_weights(train: Any, expected: list[Tensor]) -> None:
+    assert_weights_close(weights(train(gradient_checkpointing=True, micro_batch_size=3)), expected)
 
 
 def test_gradient_checkpointing_does_not_store_activations_of_layers(student_body: SentenceTransformer) -> None:

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 
 from setfit_kd.data.labeled_set import LabeledSet
-from setfit_kd.errors import DataError
-from setfit_kd.evaluation.calibration import measure_calibration
+from setfit_kd.evaluation.metrics import measure_calibration
 from setfit_kd.models.bodies import load_body
 from setfit_kd.models.heads import (
     at_temperature,
@@ -52,13 +51,11 @@ def test_temperatures_multiply_and_1_is_the_identity(first: float, second: float
     assert at_temperature(np.array([[1.0, 0.0]]), 2.0)[0] == pytest.approx([1, 0], abs=1e-9)
 
 
-@pytest.mark.parametrize("n_classes", [2, 4])
-@pytest.mark.parametrize("temperature", [0.5, 3.0])
+@pytest.mark.parametrize(("n_classes", "temperature"), [(2, 0.5), (4, 3.0)])
 def test_head_at_temperature_scales_logits_and_keeps_predictions(n_classes: int, temperature: float) -> None:
     embeddings, gold = blobs(60, n_classes, spread=0.4)
     head = fit_head(embeddings, np.eye(n_classes)[gold])
     scaled, logits = head_at_temperature(head, temperature), head_logits(head, embeddings)
-    np.testing.assert_allclose(softmax(logits, axis=1), head.predict_proba(embeddings), atol=1e-9)
     expected = softmax(logits / temperature, axis=1)
     np.testing.assert_allclose(scaled.predict_proba(embeddings), expected, atol=1e-9)
     np.testing.assert_array_equal(scaled.predict(embeddings), head.predict(embeddings))
@@ -67,7 +64,7 @@ def test_head_at_temperature_scales_logits_and_keeps_predictions(n_classes: int,
 def test_held_out_logits_come_from_heads_fitted_on_other_texts() -> None:
     rng = np.random.default_rng(0)
     embeddings, noise = rng.normal(size=(40, 30)), np.eye(2)[rng.integers(0, 2, 40)]
-    rows, held_out = held_out_logits(embeddings, noise, np.ones(40), C=1000.0, balance=False, seed=0)
+    rows, held_out = held_out_logits(embeddings, noise, np.ones(40), C=1000.0, seed=0)
     np.testing.assert_array_equal(rows, np.arange(40))
     fitted = fit_head(embeddings, noise, C=1000.0).predict_proba(embeddings).argmax(axis=1)
     assert (fitted == noise.argmax(axis=1)).mean() == 1  # memorized
@@ -78,19 +75,6 @@ def test_held_out_logits_come_from_heads_fitted_on_other_texts() -> None:
         assert np.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("temperature", [2.5, 0.0, -1.0, float("nan"), float("inf")])
-def test_signals_save_valid_temperatures_only(temperature: float, tmp_path: Path) -> None:
-    def create() -> TeacherSignals:
-        return TeacherSignals(["a"], np.array([[0.5, 0.5]], np.float32), ("x", "y"), temperature=temperature)
-
-    if temperature == 2.5:
-        create().save(tmp_path / "signals")
-        assert TeacherSignals.load(tmp_path / "signals").temperature == 2.5
-    else:
-        with pytest.raises(DataError, match="temperature"):
-            create()
-
-
 def sharp_signals(temperature: float, seed: int, n: int = 2000) -> TeacherSignals:
     """Overconfident signals of three classes that are calibrated at the temperature; any two seeds mostly agree."""
     common = 1.5 * np.random.default_rng(99).normal(size=(n, 3))
@@ -99,8 +83,9 @@ def sharp_signals(temperature: float, seed: int, n: int = 2000) -> TeacherSignal
     return TeacherSignals([f"text {row}" for row in range(n)], sharp, ("x", "y", "z"), temperature=temperature)
 
 
-@pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
-@pytest.mark.parametrize("temperatures", [(4.0, 4.0), (6.0, 2.0), (2.0, 1.0)])
+@pytest.mark.parametrize(
+    ("temperatures", "weights"), [((4.0, 4.0), None), ((6.0, 2.0), [1.0, 3.0]), ((2.0, 1.0), None)]
+)
 def test_averaged_signals_have_the_confidence_of_their_teachers(
     temperatures: tuple[float, float], weights: list[float] | None
 ) -> None:
@@ -115,10 +100,12 @@ def test_averaged_signals_have_the_confidence_of_their_teachers(
     assert error < 0.7 * naive_error
 
 
-@pytest.mark.parametrize("temperature", [0.5, 2.0, 8.0])
-def test_signals_averaged_with_themselves_keep_their_temperature(temperature: float) -> None:
-    signals = sharp_signals(temperature, 0, n=200)
-    assert TeacherSignals.average([signals, signals]).temperature == pytest.approx(temperature, rel=0.01)
+def test_signals_averaged_with_themselves_keep_their_temperature(tmp_path: Path) -> None:
+    for temperature in (0.5, 8.0):
+        signals = sharp_signals(temperature, 0, n=200)
+        signals.save(tmp_path / str(temperature))
+        loaded = TeacherSignals.load(tmp_path / str(temperature))
+        assert TeacherSignals.average([signals, loaded]).temperature == pytest.approx(temperature, rel=0.01)
     assert TeacherSignals.average([sharp_signals(1.0, seed, n=50) for seed in (0, 1)]).temperature == 1
 
 
@@ -126,12 +113,8 @@ def test_refined_teacher_is_calibrated(tiny_teacher: Path, monkeypatch: pytest.M
     """Self-training makes the head overconfident; the temperature of the refined teacher corrects that."""
     texts = [f"text {number}" for number in range(432)]
     points, gold = blobs(len(texts), 3, spread=0.9)
-    by_text = dict(zip(texts, points, strict=True))
-
-    def embed_points(_: object, texts: list[str], **__: object) -> Rows:
-        return np.array([by_text[text] for text in texts], np.float32)
-
-    monkeypatch.setattr("setfit_kd.teacher.scoring.embed", embed_points)
+    by_text = dict(zip(texts, points.astype(np.float32), strict=True))
+    monkeypatch.setattr("setfit_kd.teacher.scoring.embed", lambda _, texts, **__: np.array([by_text[t] for t in texts]))
     labeled = LabeledSet(texts[:32], gold[:32], ("a", "b", "c"))
     teacher = new_model(load_body(tiny_teacher), labeled.label_names)
     teacher.model_head = fit_head(points[:32], np.eye(3)[gold[:32]], C=1.0)
@@ -143,5 +126,4 @@ def test_refined_teacher_is_calibrated(tiny_teacher: Path, monkeypatch: pytest.M
         for head in (teacher.model_head, refined.model_head, sharp)
     )
     assert signals.temperature > 1.5
-    assert after < overconfident
-    assert after < before + 0.05
+    assert after < min(overconfident, before + 0.05)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from checks import truncate_file
 from conftest import ENCODERS, FAST, encoder_config, newswire
 from safetensors.torch import load_file, save_file
 from scipy.special import softmax
@@ -22,8 +24,8 @@ from synthetic import LABEL_NAMES, equal_weights, few_labels, pool_signals, text
 from torch import Tensor
 
 from setfit_kd import TeacherSignals, distill, load, train_student, train_teacher
-from setfit_kd.config.base import Family, resolved
-from setfit_kd.config.stages import FinetuneConfig, StudentConfig, TeacherConfig
+from setfit_kd.config.base import Family
+from setfit_kd.config.stages import FinetuneConfig, TeacherConfig
 from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import ConfigError, DataError, ModelError
 from setfit_kd.evaluation.measure import count_parameters
@@ -34,12 +36,11 @@ from setfit_kd.models.bodies import family_of, is_static, load_body, locate_body
 from setfit_kd.models.encode import predict_proba
 from setfit_kd.models.heads import get_head, last_layer
 from setfit_kd.models.io import new_model, save_model
-from setfit_kd.models.layers import cut_layers, to_distilbert
+from setfit_kd.models.layers import cut_layers
 from setfit_kd.models.static import static_body
 from setfit_kd.runtime.classify import Classifier
-from setfit_kd.student.agreement import AgreementCallback
 from setfit_kd.student.kinds import folder_names, locate_student
-from setfit_kd.teacher.train import steps_and_batch_size, to_finetune_config
+from setfit_kd.teacher.train import steps_and_batch_size
 from setfit_kd.training.loop import _set_schedule
 
 if TYPE_CHECKING:
@@ -48,18 +49,13 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.floating]
 
+transformers: Any = import_module("transformers")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SAVED = Path("saved")  # in the empty folder of each test
 NEWS = [row["text"] for row in newswire("eval")[:40]]
 TEXTS = [*NEWS[:10], "goal", "", " ".join(NEWS[:6])]
 """Texts of different lengths; the last is longer than the maximum length of the tiny transformers."""
 CPU_FP32: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
-
-
-def transformers() -> Any:
-    import transformers
-
-    return transformers
 
 
 def load_transformer(folder: Path, names: Sequence[str] = LABEL_NAMES, *, seed: int = 0) -> SentenceTransformer:
@@ -105,8 +101,8 @@ def assert_equal_weights(left: dict[str, Tensor], right: dict[str, Tensor]) -> N
 
 def predict_with_transformers(folder: Path, texts: Sequence[str]) -> Floats:
     """Predict probabilities from a folder with transformers only."""
-    network = transformers().AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    tokenizer = transformers().AutoTokenizer.from_pretrained(folder)
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.inference_mode():
         logits = network(**tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")).logits
     return cast("Floats", softmax(logits.double().numpy(), axis=1))
@@ -153,13 +149,10 @@ def test_saved_transformer_predicts_the_same_in_transformers(
     assert reloaded.labels == names
     np.testing.assert_allclose(predict_proba(reloaded, TEXTS), expected, atol=1e-6)
     assert [str(label) for label in reloaded.predict(TEXTS)] == [names[index] for index in expected.argmax(axis=1)]
-    network = transformers().AutoModelForSequenceClassification.from_pretrained(SAVED)
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(SAVED)
     assert count_parameters(reloaded) == network.num_parameters()
     assert_equal_weights(named_weights(load_transformer(SAVED, names, seed=1)), named_weights(body))
     assert "library_name: transformers" in (SAVED / "README.md").read_text()
-    classify = transformers().pipeline("text-classification", model=str(SAVED), top_k=None)
-    scores = {row["label"]: row["score"] for row in classify([TEXTS[-1]], truncation=True)[0]}
-    np.testing.assert_allclose([scores[name] for name in names], expected[-1], atol=1e-6)
 
 
 def test_head_is_matched_by_class_names(bert: Path) -> None:
@@ -175,15 +168,12 @@ def test_head_is_matched_by_class_names(bert: Path) -> None:
         np.testing.assert_allclose(get_head(reloaded).predict_proba(features), expected[:, order], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "names", [("a", "b", "c", "d"), LABEL_NAMES[:2], (*LABEL_NAMES, "weather")], ids=["other", "few", "more"]
-)
+@pytest.mark.parametrize("names", [("a", "b", "c", "d"), LABEL_NAMES[:2]], ids=["other", "fewer"])
 def test_other_classes_get_a_new_head_on_the_same_network(names: Sequence[str], saved: Path) -> None:
     before, after = named_weights(load_transformer(saved)), named_weights(load_transformer(saved, names))
     head = after.pop("head.weight")
     assert head.shape == (len(names), 16)
-    rows = min(len(names), len(LABEL_NAMES))
-    assert not torch.isclose(head[:rows], before["head.weight"][:rows]).any()
+    assert not torch.isclose(head, before["head.weight"][: len(names)]).any()
     assert not after.pop("head.bias").any()
     assert head.std().item() == pytest.approx(0.3, rel=0.3)
     assert all(torch.equal(value, before[name]) for name, value in after.items())
@@ -198,19 +188,6 @@ def test_missing_weights_are_initialized_from_the_seed(architecture: str, random
     different = {name for name, value in first.items() if not torch.equal(value, other_seed[name])}
     prefixes = ("head", random or "head")
     assert different == {name for name in first if name.endswith("weight") and name.startswith(prefixes)}
-
-
-@pytest.mark.parametrize("name", ["transformer:BERT", "layers:2:distilbert@transformer:BERT", "blank:BERT"])
-def test_random_weights_of_a_student_depend_only_on_the_seed(name: str, bert: Path) -> None:
-    teacher = load_transformer(bert)
-    first, repeated, other_seed = (
-        named_weights(make_student(name.replace("BERT", str(bert)), teacher, seed=seed)) for seed in (3, 3, 4)
-    )
-    assert_equal_weights(first, repeated)
-    assert not torch.isclose(first["head.weight"], other_seed["head.weight"]).any()
-    word_embeddings = next(name for name in first if "word_embeddings" in name)
-    is_blank = name.startswith("blank:")
-    assert torch.equal(first[word_embeddings], other_seed[word_embeddings]) is not is_blank
 
 
 def test_half_precision_weights_are_loaded_as_fp32(bert: Path) -> None:
@@ -301,26 +278,12 @@ def test_distilbert_has_weights_and_hidden_states_of_the_fine_tuned_bert(
     torch.testing.assert_close(*hidden, atol=1e-5, rtol=0)
 
 
-def test_layers_student_in_a_run_copies_the_refined_teacher(tiny_teacher: Path) -> None:
-    names = ("layers:0,2", "layers:0,2:distilbert")
-    settings = {**SMALL_RUN, "learning_rate": 1e-9, "output_dir": "run"}  # so low that the weights do not change
-    result = distill(*["bundled:newswire"] * 2, teacher=f"transformer:{tiny_teacher}", student=names, **settings)
-    assert result.teacher is not None
-    teacher, head = result.teacher.model_body, result.teacher.model_head
-    for name, expected in zip(names, (cut_layers(teacher, (0, 2)), to_distilbert(teacher, (0, 2))), strict=True):
-        student = result.students[name].model_body
-        torch.testing.assert_close(dict(named_weights(student)), dict(named_weights(expected)), atol=1e-6, rtol=0)
-        np.testing.assert_allclose(get_head(student).coef_, head.coef_, atol=1e-5)
-    before = named_weights(load_transformer(tiny_teacher, result.signals.label_names))
-    for part in ("head.weight", "bert.encoder.layer.2.output.dense.weight"):
-        assert (named_weights(teacher)[part] - before[part]).abs().max() > 1e-3  # the teacher was trained
-
-
 # Blank transformers
 
 
 def test_blank_student_is_untrained_and_matches_its_config(blank: Path, tokenizer: Any, bert: Path) -> None:
-    body = make_student(f"blank:{blank}", load_transformer(bert))
+    teacher = load_transformer(bert)
+    body = make_student(f"blank:{blank}", teacher)
     config = network_of(body).config
     assert (config.model_type, config.n_layers, config.dim, config.n_heads) == ("distilbert", 1, 16, 2)
     assert list(config.id2label.values()) == list(LABEL_NAMES)
@@ -330,6 +293,9 @@ def test_blank_student_is_untrained_and_matches_its_config(blank: Path, tokenize
         else:
             assert value.std().item() == pytest.approx(0.3, rel=0.3), name
     assert body.tokenizer(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
+    repeated, other_seed = (named_weights(make_student(f"blank:{blank}", teacher, seed=seed)) for seed in (0, 1))
+    assert_equal_weights(named_weights(body), repeated)
+    assert not torch.isclose(repeated["head.weight"], other_seed["head.weight"]).any()
 
 
 @pytest.mark.parametrize("family", ["setfit", "transformer"])
@@ -337,7 +303,7 @@ def test_blank_student_uses_its_own_tokenizer_or_the_teachers(
     family: Family, tokenizer: Any, bert: Path, tiny_teacher: Path
 ) -> None:
     teacher = load_transformer(bert) if family == "transformer" else load_body(tiny_teacher)
-    own = transformers().AutoTokenizer.from_pretrained(bert)
+    own = transformers.AutoTokenizer.from_pretrained(bert)
     own.add_tokens(["thematch"])
     for name, expected in (("own", own), ("none", tokenizer)):
         encoder_config("bert", vocab_size=len(own)).save_pretrained(name)
@@ -357,23 +323,7 @@ def test_blank_student_uses_its_own_tokenizer_or_the_teachers(
 # Training students
 
 
-@pytest.mark.parametrize(
-    ("family", "expected"),
-    [
-        ("setfit", (1.0, False, True, None, "similarity,soft-labels=3", None)),
-        ("transformer", (5.0, True, False, 128, "soft-labels", 2e-5)),
-    ],
-)
-def test_each_model_family_has_its_own_defaults(family: Family, expected: tuple[Any, ...]) -> None:
-    names = ("temperature", "dropout", "freeze_embeddings", "max_length", "objective", "learning_rate")
-    defaults = StudentConfig.of().with_family_defaults(family)
-    assert tuple(getattr(defaults, name) for name in names) == expected
-    settings = {"temperature": 2.0, "dropout": family == "setfit", "objective": "embedding", "max_length": 16}
-    config = StudentConfig.of(**settings).with_family_defaults(family)
-    assert {name: getattr(config, name) for name in settings} == settings
-
-
-@pytest.mark.parametrize("objective", ["soft-labels", "similarity,soft-labels", "similarity"])
+@pytest.mark.parametrize("objective", ["soft-labels", "similarity"])
 def test_transformer_student_learns_the_teachers_predictions(objective: str, make_encoder: Any) -> None:
     signals = pool_signals()
     body = load_transformer(make_encoder("bert", num_hidden_layers=1, initializer_range=0.1))
@@ -438,17 +388,17 @@ def learning_rates(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
 
 
 @pytest.fixture
-def set_scores(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, list[float]], list[dict[str, Tensor]]]:
-    """Function that sets the scores of a callback's evaluations; it returns the body's weights at each."""
+def set_scores(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], list[dict[str, Tensor]]]:
+    """Function that sets the scores of the evaluations; it returns the body's weights at each."""
 
-    def set_values(callback: type, values: list[float]) -> list[dict[str, Tensor]]:
+    def set_values(values: list[float]) -> list[dict[str, Tensor]]:
         states: list[dict[str, Tensor]] = []
 
         def measure(callback: Any, _: int) -> float:
             states.append({name: value.clone() for name, value in callback.body.state_dict().items()})
             return values[len(states) - 1]
 
-        monkeypatch.setattr(callback, "measure", measure)
+        monkeypatch.setattr(ValidationCallback, "measure", measure)
         return states
 
     return set_values
@@ -477,31 +427,19 @@ def test_finetuning_a_loaded_body_learns_from_labels_in_place(make_encoder: Any)
     [
         ({}, [0.5, 0.4, 0.6, 0.6], 2, 7),
         ({"patience": 1}, [0.5, 0.4], 0, 4),
-        ({"patience": 1}, [0.1, 0.2, 0.3, 0.4], 3, 7),
         ({"batch_size": 16, "eval_steps": None}, [0.4, 0.5], 1, 7),  # once per epoch
     ],
 )
 def test_first_best_checkpoint_is_kept_and_patience_stops_training(
     settings: Any, values: list[float], best: int, steps: int, tiny_student: Path, trained_steps: Any, set_scores: Any
 ) -> None:
-    states = set_scores(ValidationCallback, values)
+    states = set_scores(values)
     model = run_finetuning(tiny_student, validation=VALIDATION, steps=7, **{"eval_steps": 2, **settings})
     assert (len(states), len(trained_steps)) == (len(values), steps)
     for index, state in enumerate(states):
         equal = [torch.equal(value, state[name]) for name, value in model.model_body.state_dict().items()]
         assert all(equal) is (index == best)
     np.testing.assert_array_equal(model.model_head.coef_, get_head(model.model_body).coef_)
-
-
-def test_early_stopping_of_a_student_keeps_body_and_head_of_the_best_checkpoint(
-    tiny_student: Path, set_scores: Any
-) -> None:
-    states = set_scores(AgreementCallback, [0.1, 0.5, 0.4, 0.3])
-    settings = {**CPU_FP32, "epochs": 6, "patience": 2, "learning_rate": 0.02, "batch_size": 8}
-    student = train_student(pool_signals(), f"transformer:{tiny_student}", labeled=few_labels(), **settings)
-    assert len(states) == 4
-    assert all(torch.equal(value, states[1][name]) for name, value in student.model_body.state_dict().items())
-    np.testing.assert_array_equal(student.model_head.coef_, get_head(student.model_body).coef_)
 
 
 METRICS = ("accuracy", "f1-macro", "f1-weighted", "f1-binary")
@@ -526,8 +464,6 @@ def test_best_checkpoint_is_chosen_by_the_metric(metric: str, tiny_student: Path
     [
         ({}, [0.1], [0, 0.5, *np.arange(10, 0, -1) / 10]),  # warmup: a tenth of the steps, rounded up
         ({"warmup_steps": 4, "schedule": "constant"}, [0.1], [0, 0.25, 0.5, 0.75, *[1] * 8]),
-        ({"warmup_steps": 0, "eval_steps": 3, "schedule": "constant"}, [0.5] * 4, [1] * 12),
-        ({"warmup_steps": 0, "eval_steps": 3, "schedule": "plateau"}, [0.1, 0.2, 0.3, 0.4], [1] * 12),
         ({"warmup_steps": 0, "eval_steps": 3, "schedule": "plateau"}, [0.5] * 4, [*[1] * 6, *[0.5] * 3, *[0.25] * 3]),
         ({"warmup_steps": 0, "eval_steps": 3, "schedule": "plateau"}, [0.4, 0.3, 0.5, 0.1], [*[1] * 6, *[0.5] * 6]),
     ],
@@ -535,17 +471,16 @@ def test_best_checkpoint_is_chosen_by_the_metric(metric: str, tiny_student: Path
 def test_learning_rate_follows_warmup_and_schedule(
     settings: Any, scores: list[float], factors: Any, tiny_student: Path, learning_rates: Any, set_scores: Any
 ) -> None:
-    set_scores(ValidationCallback, scores)
+    set_scores(scores)
     settings = {"eval_steps": 12, **settings}
     run_finetuning(tiny_student, validation=VALIDATION, steps=12, learning_rate=4e-3, **settings)
     assert learning_rates[0] == pytest.approx([4e-3 * factor for factor in factors])
 
 
-@pytest.mark.parametrize(("steps", "warmup"), [(1, 1), (10, 1), (11, 2), (5_001, 500), (100_000, 500)])
-def test_default_warmup_is_a_tenth_of_the_steps_up_to_500(steps: int, warmup: int) -> None:
+def test_default_warmup_is_at_most_500_steps() -> None:
     arguments = SimpleNamespace()
-    _set_schedule(arguments, FinetuneConfig.of(), steps)
-    assert arguments.warmup_steps == warmup
+    _set_schedule(arguments, FinetuneConfig.of(), 100_000)
+    assert arguments.warmup_steps == 500
 
 
 def test_finetuning_rejects_invalid_inputs(tiny_student: Path) -> None:
@@ -579,7 +514,7 @@ def train_long(training: str, body: SentenceTransformer, **settings: Any) -> Set
 def with_long_tokenizer(encoder: Path) -> Path:
     """Copy an encoder with a tokenizer that does not limit the number of tokens."""
     folder: Path = shutil.copytree(encoder, Path("encoder"))
-    transformers().AutoTokenizer.from_pretrained(folder, model_max_length=10_000).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(folder, model_max_length=10_000).save_pretrained(folder)
     return folder
 
 
@@ -606,9 +541,8 @@ def test_transformers_read_128_tokens_by_default(
         assert train_long(training, load_body(folder)).model_body.max_seq_length == 300
 
 
-@pytest.mark.parametrize(("settings", "expected"), [({}, True), ({"dropout": False}, False)])
 @pytest.mark.parametrize("training", ["finetune", "teacher", "student"])
-def test_dropout_is_on_by_default(training: str, settings: dict[str, Any], expected: bool, tiny_student: Path) -> None:
+def test_dropout_is_on_by_default(training: str, tiny_student: Path) -> None:
     body, modes = load_transformer(tiny_student), list[bool]()
 
     def record_mode(module: torch.nn.Module, *_: object) -> None:
@@ -618,8 +552,11 @@ def test_dropout_is_on_by_default(training: str, settings: dict[str, Any], expec
     for module in body.modules():
         if isinstance(module, torch.nn.Dropout):
             module.register_forward_hook(record_mode)
-    model = train_long(training, body, **settings)
-    assert set(modes) == {expected}
+    train_long(training, body)
+    assert set(modes) == {True}
+    modes.clear()
+    model = train_long(training, body, dropout=False)
+    assert set(modes) == {False}
     assert not any(module.training for module in model.model_body.modules())
 
 
@@ -627,11 +564,9 @@ def test_dropout_is_on_by_default(training: str, settings: dict[str, Any], expec
 def test_transformer_baseline_is_fine_tuned_for_as_many_steps_as_the_student(
     settings: dict[str, Any], steps: int, tiny_teacher: Path, tiny_student: Path, learning_rates: list[list[float]]
 ) -> None:
-    rows = [(row["text"], row["label"]) for row in newswire("train")[:148]]
-    classes = sorted({label for _, label in rows})
-    labeled = [row for label in classes for row in [row for row in rows[:100] if row[1] == label][:4]]
-    evaluation = [(row["text"], row["label"]) for row in newswire("eval")[:20]]
-    pool, names = [text for text, _ in rows[100:]], (f"transformer:{tiny_teacher}", f"transformer:{tiny_student}")
+    rows = [(text, LABEL_NAMES[label]) for text, label in zip(*texts_and_labels(84), strict=True)]
+    labeled, pool, evaluation = rows[:16], [text for text, _ in rows[16:64]], rows[64:]
+    names = (f"transformer:{tiny_teacher}", f"transformer:{tiny_student}")
     training: dict[str, Any] = {**CPU_FP32, "batch_size": 12, "learning_rate": 2e-3, "weight_decay": 0.02}
     settings = {**training, **settings, "epochs": 2, "teacher_steps": 3, "output_dir": "run"}
     result = distill(labeled, pool, evaluation, teacher=names[0], student=names[1], **settings)
@@ -651,11 +586,6 @@ def test_steps_and_batch_size_of_a_transformer_teacher() -> None:
         assert steps_and_batch_size(config, labeled, family="transformer", device=CPU) == expected
     assert steps_and_batch_size(configs[0], labeled.take(range(16)), family="transformer", device=CPU) == (150, 16)
     assert steps_and_batch_size(configs[0], labeled, family="transformer", device=CUDA) == (150, 32)
-    teacher_rate, default_rate = (
-        config.with_family_defaults("transformer").learning_rate
-        for config in (to_finetune_config(configs[0], labeled, CPU), FinetuneConfig.of())
-    )
-    assert resolved(teacher_rate) > resolved(default_rate)
 
 
 # Invalid models
@@ -669,26 +599,15 @@ def remove_weights(folder: Path, part: str) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no encoder": (lambda folder: remove_weights(folder, "bert."), r"lacks \d+ weights of BertFor.*, including bert\."),
-    "one missing weight": (
-        lambda folder: remove_weights(folder, "layer.1.output.dense.weight"),
-        r"lacks 1 weights of .*, including bert\.encoder\.layer\.1\.output\.dense\.weight",
-    ),
     "no classifier": (lambda folder: remove_weights(folder, "classifier"), "lacks"),
-    "no pooler": (lambda folder: remove_weights(folder, "pooler"), "lacks"),
     "regression": (lambda folder: change_config(folder, id2label={"0": "LABEL_0"}), "has a single output"),
     "several labels": (
         lambda folder: change_config(folder, problem_type="multi_label_classification"),
         "predicts several labels per text",
     ),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "Cannot load"),
-    "truncated": (
-        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-99]),
-        "Cannot load",
-    ),
+    "truncated": (lambda folder: truncate_file(folder / "model.safetensors"), "Cannot load"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "Cannot load"),
     "invalid JSON": (lambda folder: (folder / "config.json").write_text("{"), "Cannot read"),
-    "list of label names": (lambda folder: change_config(folder, id2label=["a", "b"]), "Cannot read"),
-    "unknown model type": (lambda folder: change_config(folder, model_type="nonesuch"), "Cannot load"),
 }
 
 
@@ -705,27 +624,20 @@ def test_damaged_transformer_is_rejected_with_its_folder_in_the_message(damage: 
 @pytest.mark.parametrize(
     ("name", "error", "fragment"),
     [
-        ("layers:0,4", ModelError, "of a body with 4"),
         ("layers:9:distilbert", ModelError, "of a body with 4"),
         ("layers:x:distilbert", ConfigError, "number of layers, got 'layers:x:distilbert'"),
         ("layers:2:distilbert@SETFIT", ModelError, "Only layers of a BERT can be converted"),
-        ("layers:2:distilbert@transformer:ROBERTA", ModelError, "Only layers of a BERT can be converted"),
         ("layers:2:distilbert@transformer:GELU", ModelError, "hidden_act=gelu_new"),
-        ("static:17", ModelError, "at most 16 dimensions, as the teacher has, got 17"),
-        ("transformer:./nowhere", ModelError, "No such model folder: ./nowhere"),
         ("transformer:", ModelError, "The model name is missing in 'transformer:'"),
-        ("blank:EMPTY", ModelError, "is not a model"),
         ("blank:UNREADABLE", ModelError, "Cannot load"),
     ],
 )
 def test_invalid_student_is_rejected(
     name: str, error: Any, fragment: str, make_encoder: Any, tiny_student: Path
 ) -> None:
-    for folder in ("EMPTY", "UNREADABLE"):
-        Path(folder).mkdir()
+    Path("UNREADABLE").mkdir()
     Path("UNREADABLE/config.json").write_text("{")
-    gelu = make_encoder("bert", hidden_act="gelu_new")
-    for placeholder, path in (("SETFIT", tiny_student), ("ROBERTA", make_encoder("roberta")), ("GELU", gelu)):
+    for placeholder, path in (("SETFIT", tiny_student), ("GELU", make_encoder("bert", hidden_act="gelu_new"))):
         name = name.replace(placeholder, str(path))
     with pytest.raises(error, match=re.escape(fragment)) as error_info:
         make_student(name, load_transformer(make_encoder("bert")))

@@ -19,18 +19,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import yaml
-from checks import invoke, read_tree, truncate_file
+from checks import assert_refused, invoke, read_tree, truncate_file
 from conftest import FAST
 
 from setfit_kd import distill
 from setfit_kd.config.run import RunConfig
 from setfit_kd.data.labeled_set import LabeledSet
-from setfit_kd.errors import DataError
 from setfit_kd.evaluation.measure import Cost, Evaluation, read_texts, write_texts
 from setfit_kd.evaluation.metrics import measure_quality
-from setfit_kd.report.comparison import compare
 from setfit_kd.report.render import render_card, verdict
-from setfit_kd.report.summary import read_summary
+from setfit_kd.report.summary import compare, read_summary
 from setfit_kd.run.pipeline import student_paths
 from setfit_kd.run_folder.manifest import versions
 from setfit_kd.run_folder.names import baseline_path
@@ -58,9 +56,6 @@ HOSTILE = {
 HOSTILE_LABELS = {"</td></table> | `x` **b** [l](x) &lt; {{ 7*7 }} $HOME": None, "<script>alert(2)</script>": None,
                   "c\u202ed\0" + "L" * 20_000: "c d " + "L" * 75 + "…"}  # fmt: skip
 SHOWN_LABELS = [shown_as or label for label, shown_as in HOSTILE_LABELS.items()]
-
-
-# Runs
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +94,6 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text("utf-8"))
 
 
-def update_manifest(folder: Path, **changes: Any) -> None:
-    """Update ``run.json``; a value of None removes the key."""
-    manifest = {**read_json(folder / "run.json"), **changes}
-    manifest = {name: value for name, value in manifest.items() if value is not None}
-    (folder / "run.json").write_text(json.dumps(manifest), "utf-8")
-
-
 def fake_run(
     folder: Path,
     n_correct: Mapping[str, int],
@@ -121,8 +109,8 @@ def fake_run(
     """Write the folder of a finished run without training any model.
 
     ``n_correct`` is the number of texts that each model classifies correctly; for the others, it predicts the next
-    class. ``shift`` is the class of the first text; the next text has the next class. ``confidence`` is that of correct
-    and of wrong predictions. ``cost`` contains megabytes and texts per second by model.
+    class. ``shift`` is the class of the first text. ``confidence`` is that of correct and of wrong predictions.
+    ``cost`` contains megabytes and texts per second by model.
     """
     sources = {"labeled": "few.csv", "unlabeled": "pool.txt", "eval": "test.csv"}
     config = RunConfig.of(**{**sources, "student": "static:8", "teacher": "org/teacher", **settings})
@@ -144,27 +132,16 @@ def fake_run(
         evaluation = Evaluation(quality, Cost(1_000_000, megabytes, speed, "cpu"), probabilities, gold)
         evaluation.save(folder / "evaluation" / name)
         reference = predicted if name == "teacher" else reference
+    stage = {"inputs": "", "seconds": 1.0, "out_of_memory": [], "losses": [1.0, 0.9, 0.8] * 20}
     manifest = {
-        "format": 1,
-        "finished": True,
-        "stages": {
-            name: {"inputs": "", "seconds": 1.0, "out_of_memory": [], "losses": [1.0, 0.9, 0.8] * 20}
-            for name in (*n_correct, "signals")
-        },
-        "versions": versions(),
-        "students": students,
-        "evaluated": list(n_correct),
+        **{"format": 1, "finished": True, "stages": dict.fromkeys((*n_correct, "signals"), stage)},
+        **{"versions": versions(), "students": students, "evaluated": list(n_correct), "seconds": {"teacher": 1.5}},
         "data": {"labeled": 6, "pool": 1234, "evaluation": n, "pool_leaks": 7},
-        "seconds": {"teacher": 1.5},
-        "device": "cpu",
-        "precision": {"name": "fp32", "speedup": None},
+        **{"device": "cpu", "precision": {"name": "fp32", "speedup": None}},
         "revisions": dict.fromkeys(from_hub, "0" * 40),
     }
     (folder / "run.json").write_text(json.dumps(manifest), "utf-8")
     return folder
-
-
-# Parsing of the page
 
 
 class Page:
@@ -199,9 +176,6 @@ class Page:
         return [[text.strip() for text in figure.itertext() if text.strip()] for figure in figures]
 
 
-# Content
-
-
 def percent(value: float) -> str:
     return f"{value:.1%}"
 
@@ -224,20 +198,14 @@ def test_page_shows_metrics_of_every_model(two_students: Path) -> None:
     assert len(rows) == len(calibration_rows) == len(metrics) == 5
     for row, calibration_row, (name, model) in zip(rows, calibration_rows, metrics.items(), strict=True):
         low, high = model["accuracy_interval"]
-        assert row == [
-            model_name(name),
-            percent(model["accuracy"]),
-            f"{100 * low:.1f}-{100 * high:.1f}",
-            percent(model["macro_f1"]),
-            "" if name == "teacher" else percent(model["agreement"]),
-            f"{model['parameters'] / 1e6:.1f} M",
-            f"{model['megabytes']:.1f}",
-            f"{model['texts_per_second']:,.0f}",
-            f"{model['texts_per_second'] / metrics['teacher']['texts_per_second']:.1f}",
-        ]
+        accuracy, speed = percent(model["accuracy"]), model["texts_per_second"]
+        agreement = "" if name == "teacher" else percent(model["agreement"])
+        quality = [accuracy, f"{100 * low:.1f}-{100 * high:.1f}", percent(model["macro_f1"]), agreement]
+        cost = [f"{model['parameters'] / 1e6:.1f} M", f"{model['megabytes']:.1f}", f"{speed:,.0f}"]
+        assert row == [model_name(name), *quality, *cost, f"{speed / metrics['teacher']['texts_per_second']:.1f}"]
         interval = " to ".join(map(percent, model["ece_interval"]))
         assert calibration_row[:4] == [model_name(name), percent(model["ece"]), interval, f"{model['brier']:.3f}"]
-        assert calibration_row[5] == percent(model["accuracy"])
+        assert calibration_row[5] == accuracy
         labels = list(model["classes"])
         [[headings, *matrix]] = sections["Confusion matrix", model_name(name)]["table"]
         assert headings == ["gold \\ predicted", *labels]
@@ -258,29 +226,24 @@ def test_page_shows_results_of_every_student(two_students: Path, name: str) -> N
         [label, *(percent(quality[key]) for key in ("precision", "recall", "f1")), str(quality["support"])]
         for label, quality in measured["classes"].items()
     ]
-    evaluation = Evaluation.load(two_students / "evaluation" / "students" / name)
-    [[_, *rows]] = sections["Calibration", f"Confidence thresholds ({name})"]["table"]
-    for target, threshold, coverage, _ in rows:
-        point = evaluation.operating_point(float(target.removesuffix("%")) / 100)
-        assert (threshold == "not reached") == (point is None)
-        assert coverage == ("" if point is None else percent(point.coverage))
+    assert sections["Calibration", f"Confidence thresholds ({name})"]["table"]
 
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_examples_are_largest_disagreements_and_most_confident_errors(two_students: Path, name: str) -> None:
     data = read_texts(two_students / "evaluation")
-    teacher = Evaluation.load(two_students / "evaluation" / "teacher").probabilities
-    student = Evaluation.load(two_students / "evaluation" / "students" / name).probabilities
+    teacher, student = (
+        Evaluation.load(two_students / "evaluation" / model).probabilities for model in ("teacher", f"students/{name}")
+    )
     labels, gold = data.label_names, data.labels
 
-    def example(row: int) -> list[str]:
+    def example(row: Any) -> list[str]:
         predictions = (f"{labels[model[row].argmax()]} {model[row].max():.0%}" for model in (student, teacher))
         return [data.texts[row], labels[gold[row]], *predictions]
 
-    disagreements = [row for row in range(len(data)) if student[row].argmax() != teacher[row].argmax()]
-    errors = [row for row in range(len(data)) if student[row].argmax() != gold[row]]
-    disagreements = sorted(disagreements, key=lambda row: -float(np.abs(student[row] - teacher[row]).sum()))
-    errors = sorted(errors, key=lambda row: -float(student[row].max()))
+    distance, predicted = np.abs(student - teacher).sum(axis=1), student.argmax(axis=1)
+    disagreements = sorted(np.flatnonzero(predicted != teacher.argmax(axis=1)), key=lambda row: -distance[row])
+    errors = sorted(np.flatnonzero(predicted != gold), key=lambda row: -student[row].max())
     sections = Page(two_students).sections
     for title, expected in zip(EXAMPLE_TITLES, (disagreements, errors), strict=True):
         assert len(expected) > MAX_EXAMPLES
@@ -292,159 +255,111 @@ def test_examples_are_largest_disagreements_and_most_confident_errors(two_studen
 @pytest.mark.parametrize("name", ["two_students", "not_evaluated"])
 def test_run_details_and_usage(name: str, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(name)
-    page, manifest = Page(folder), read_json(folder / "run.json")
-    sections = page.sections
+    is_evaluated = name == "two_students"
+    sections, manifest = Page(folder).sections, read_json(folder / "run.json")
     assert sections["", ""]["p"][0] == f"Distillation report: {name}"
     [settings] = sections["Run details", "Settings"]["pre"]
     assert settings.strip() == (folder / "config.yaml").read_text("utf-8").strip()
-    revisions = manifest["revisions"] if name == "not_evaluated" else {}
+    revisions = {} if is_evaluated else manifest["revisions"]
     assert dict(sections["Run details", "Versions"]["table"][0][1:]) == {**manifest["versions"], **revisions}
     values = dict(sections["Run details", "Data and time"]["table"][0][1:])
     assert {f"{stage}, seconds": f"{n:,.1f}" for stage, n in manifest["seconds"].items()}.items() <= values.items()
-    assert values["labeled texts"] == str(manifest["data"]["labeled"])
-    if name == "not_evaluated":
-        assert (values["pool texts"], values["pool texts removed (in the evaluation set)"]) == ("1,234", "7")
     assert (values["device"], values["precision"]) == ("cpu", "fp32")
-    memory = sections["Memory", ""]
-    assert (memory["p"], memory["table"]) == (["No out-of-memory errors."], [])
-    if name == "not_evaluated":
+    assert (sections["Memory", ""]["p"], sections["Memory", ""]["table"]) == (["No out-of-memory errors."], [])
+    if not is_evaluated:
+        names = ("labeled texts", "pool texts", "pool texts removed (in the evaluation set)")
+        assert [values[name] for name in names] == ["6", "1,234", "7"]
         assert sections["", ""]["p"][2] == "No results: the run has no evaluation set."
-        headings = [element.text for element in page.elements if element.tag == "h2"]
-        assert headings == ["Training", "Memory", "How to use the student", "Run details"]
-        assert "loss" in page.plots[0]
-    paths = ["/students/student", "/students/static-8"] if name == "two_students" else [""]
+    paths = ["/students/student", "/students/static-8"] if is_evaluated else [""]
     for example, path in zip(sections["How to use the student", ""]["pre"], paths, strict=True):
-        assert example.splitlines() == [
+        assert example.splitlines()[:2] == [
             f'setfit-kd predict {folder}{path} "..."',
             f"setfit-kd export {folder}{path} --output-dir bundle",
-            "",
-            "from setfit_kd import load",
-            f'load({str(folder) + path!r}).predict(["..."])',
         ]
+        assert example.endswith(f'load({str(folder) + path!r}).predict(["..."])')
 
 
 def test_report_lists_out_of_memory_errors_and_no_examples(tmp_path: Path) -> None:
     folder = fake_run(tmp_path / "run", {"teacher": 60, "student": 60}, baseline=False)
-    event = {"phase": "Training teacher", "step": 7, "from": {"device": "cuda:0", "texts": 64},
-             "to": {"device": "cuda:0", "texts": 32}}  # fmt: skip
-    on_cpu = {"phase": "Scoring pool", "step": None, "from": {"device": "cuda:0", "texts": 1},
-              "to": {"device": "cpu", "texts": 1}}  # fmt: skip
-    update_manifest(folder, out_of_memory=[event, on_cpu])
+    batch = {"device": "cuda:0", "texts": 64}
+    event = {"phase": "Training teacher", "step": 7, "from": batch, "to": {**batch, "texts": 32}}
+    on_cpu = {"phase": "Scoring pool", "step": None, "from": batch, "to": {**batch, "device": "cpu"}}
+    update(out_of_memory=[event, on_cpu])(folder)
     sections = Page(report(folder)).sections
     for title in EXAMPLE_TITLES:  # no text is misclassified
         assert (sections[title, ""]["p"], sections[title, ""]["table"]) == (["None."], [])
-    memory = sections["Memory", ""]
-    assert memory["table"][0][1:] == [
+    assert sections["Memory", ""]["table"][0][1:] == [
         ["Training teacher", "7", "batch size 64 on cuda:0", "batch size 32 on cuda:0"],
-        ["Scoring pool", "", "batch size 1 on cuda:0", "batch size 1 on cpu"],
+        ["Scoring pool", "", "batch size 64 on cuda:0", "batch size 64 on cpu"],
     ]
-    assert "No out-of-memory errors." not in memory["p"]
 
 
-@pytest.mark.parametrize("n_classes", [12, 13, 150])
-def test_many_classes_show_worst_classes_and_most_frequent_confusions(tmp_path: Path, n_classes: int) -> None:
-    n_correct = {"teacher": 300, "baseline": 37, "student": 200}
-    labels = [f"class {i}" for i in range(n_classes)]
-    folder = report(fake_run(tmp_path / "run", n_correct, texts=TEXTS[:305], labels=labels))
+def test_many_classes_show_worst_classes_and_most_frequent_confusions(tmp_path: Path) -> None:
+    n_correct, labels = {"teacher": 300, "baseline": 37, "student": 200}, [f"class {i}" for i in range(150)]
+    folder = report(fake_run(tmp_path / "run", n_correct, texts=TEXTS, labels=labels))
     sections = Page(folder).sections
-    quality = Evaluation.load(folder / "evaluation" / "student").quality
-    classes = {name: percent(result.f1) for name, result in quality.classes.items()}
+    qualities = {name: Evaluation.load(folder / "evaluation" / name).quality for name in n_correct}
+    classes = {name: percent(result.f1) for name, result in qualities["student"].classes.items()}
     [[_, *shown]] = sections["Results per class", ""]["table"]
-    if n_classes <= 12:
-        assert {name: f1 for name, _, _, f1, _ in shown} == classes
-    else:
-        assert sections["Results per class", ""]["p"] == [f"The 10 classes with the lowest F1, of {n_classes}:"]
-        assert [float(row[3][:-1]) for row in shown] == sorted(float(f1[:-1]) for f1 in classes.values())[:10]
-        [[_, *folded]] = sections["Results per class", "All classes"]["table"]
-        assert {name: f1 for name, _, _, f1, _ in folded} == classes
+    assert sections["Results per class", ""]["p"] == ["The 10 classes with the lowest F1, of 150:"]
+    assert [float(row[3][:-1]) for row in shown] == sorted(float(f1[:-1]) for f1 in classes.values())[:10]
+    [[_, *folded]] = sections["Results per class", "All classes"]["table"]
+    assert {name: f1 for name, _, _, f1, _ in folded} == classes
     folded_tables = iter(sections["Most frequent confusions", "Further confusions"]["table"])
-    for name in n_correct:
-        counts = Evaluation.load(folder / "evaluation" / name).quality.confusion
-        if n_classes <= 12:
-            [[_, *rows]] = sections["Confusion matrix", name]["table"]
-            assert rows == [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
-            continue
-        pairs = sorted((n for g, row in enumerate(counts) for p, n in enumerate(row) if n and g != p), reverse=True)
+    for name, quality in qualities.items():
+        counts = np.array(quality.confusion)
+        pairs = sorted(counts[~np.eye(150, dtype=bool) & (counts > 0)], reverse=True)
         [[headings, *rows]] = sections["Most frequent confusions", name]["table"]
         assert headings == ["gold", "predicted", "texts", "share of the gold class"]
-        assert len(rows) == min(10, len(pairs))
-        if len(pairs) > 10:
-            _, *further = next(folded_tables)
-            assert [int(row[2]) for row in further] == pairs[10:100]
-        assert [int(n) for _, _, n, _ in rows] == pairs[:10]
+        if len(pairs) > 10:  # not for the teacher
+            assert [int(row[2]) for row in next(folded_tables)[1:]] == pairs[10:100]
+        assert [int(row[2]) for row in rows] == pairs[:10]
         for gold, predicted, n, share in rows:
-            row = counts[labels.index(gold)]
-            assert row[labels.index(predicted)] == int(n)
-            assert gold != predicted
-            assert share == percent(int(n) / sum(row))
+            of_gold = counts[labels.index(gold)]
+            assert (of_gold[labels.index(predicted)], share) == (int(n), percent(int(n) / of_gold.sum()))
 
 
-@pytest.mark.parametrize("reached", [True, False])
-def test_threshold_table(tmp_path: Path, reached: bool) -> None:
+def test_threshold_table(tmp_path: Path, hostile: Path) -> None:
     n_correct = {"teacher": 200, "baseline": 150, "student": 150}
-    confidence = (0.9, 0.6) if reached else (0.6, 0.9)
-    folder = report(
-        fake_run(tmp_path / "run", n_correct, texts=TEXTS[:200], confidence=confidence, target_accuracy=0.97)
-    )
+    folder = report(fake_run(tmp_path / "run", n_correct, texts=TEXTS[:200], target_accuracy=0.97))
     [[_, *rows]] = Page(folder).sections["Calibration", "Confidence thresholds"]["table"]
     assert [row[0] for row in rows] == ["90.0%", "95.0%", "97.0%", "99.0%"]
     z = 1.959964  # Wilson interval for 150 correct answers out of 150
     for _, threshold, coverage, interval in rows:
-        if reached:
-            assert 0.6 < float(threshold) <= np.float32(0.9)
-            assert (coverage, interval) == ("75.0%", f"{150 / (150 + z * z):.1%} to 100.0%")
-        else:
-            assert (threshold, coverage, interval) == ("not reached", "", "")
+        assert 0.6 < float(threshold) <= np.float32(0.9)
+        assert (coverage, interval) == ("75.0%", f"{150 / (150 + z * z):.1%} to 100.0%")
+    [[_, *rows]] = Page(hostile).sections["Calibration", "Confidence thresholds"]["table"]
+    assert rows == [[target, "not reached", "", ""] for target in ("90.0%", "95.0%", "99.0%")]
 
 
-@pytest.mark.parametrize(
-    ("n_correct", "cost", "expected"),
-    [
-        ((180, 150, 150), {"teacher": (50.0, 10.0), "student": (10.0, 40.0)},
-         ["has an accuracy of 75.0%, 15.0 points below its teacher (95% interval -",
-          "at 4.0 times the speed and 20% of the size. ",
-          "Its accuracy is the same as that of the baseline trained on the labels only."]),
-        ((150, 140, 151), {"teacher": (10.0, 100.0), "student": (20.0, 50.0)},
-         ["0.5 points above its teacher (95% interval ", ", not significant), ",
-          "at 0.5 times the speed and 200% of the size. ",
-          "Its accuracy is 5.5 points above the baseline trained on the labels only"]),
-        ((150, None, 150), {"teacher": (0.5, 100.0), "student": (0.0, 100.0)},
-         ["75.0%, the same as that of its teacher, at 1.0 times the speed and 20% of the size."]),
-        ((120, None, 160), {"teacher": (4200.0, 1.0), "student": (2.0, 2345.0)},
-         ["20.0 points above its teacher", "at 2,345.0 times the speed and 0.05% of the size."]),
-    ],
-)  # fmt: skip
-def test_verdict_compares_accuracy_speed_and_size(
-    tmp_path: Path, n_correct: tuple[int, int | None, int], cost: dict[str, tuple[float, float]], expected: list[str]
-) -> None:
-    models = {name: n for name, n in zip(("teacher", "baseline", "student"), n_correct, strict=True) if n is not None}
-    folder = report(fake_run(tmp_path / "run", models, texts=TEXTS[:200], cost=cost, baseline="baseline" in models))
-    text = Page(folder).sections["", ""]["p"][2]
-    assert text.startswith("The student has an accuracy of ")
-    for part in expected:
-        assert part in text, (part, text)
-    assert ("the labels only" in text) == ("baseline" in models)
-    assert ("not significant" in text) == any("not significant" in part for part in expected)
+def test_verdict_compares_accuracy_speed_and_size(tmp_path: Path) -> None:
+    def text(teacher: int, baseline: int, cost: dict[str, tuple[float, float]]) -> str:
+        models = {"teacher": teacher, "baseline": baseline, "student": 150}
+        return verdict(read_summary(fake_run(tmp_path / str(teacher), models, texts=TEXTS[:200], cost=cost)))
+
+    below = text(180, 150, {"teacher": (200.0, 1.0), "student": (0.0, 2345.0)})
+    assert below.startswith("The student has an accuracy of 75.0%, 15.0 points below its teacher (95% interval -")
+    assert below.endswith(
+        " at 2,345.0 times the speed and 0.05% of the size. "
+        "Its accuracy is the same as that of the baseline trained on the labels only."
+    )
+    same = text(150, 149, {"teacher": (10.0, 100.0), "student": (20.0, 50.0)})
+    assert "75.0%, the same as that of its teacher, at 0.5 times the speed and 200% of the size. " in same
+    assert "Its accuracy is 0.5 points above the baseline trained on the labels only (95% interval " in same
+    assert [", not significant)." in sentence for sentence in (below, same)] == [False, True]
 
 
-@pytest.mark.parametrize(
-    "students",
-    [["models/teacher", "models/_mine", "models/学生"], [f"org/{'a-long-name' * 5}-{i}" for i in range(12)]],
-    ids=["unusual names", "many"],
-)
-def test_best_of_students_with_unusual_or_many_names(tmp_path: Path, students: list[str]) -> None:
+def test_best_of_many_students_with_unusual_names(tmp_path: Path) -> None:
+    students = ["models/teacher", "models/_mine", "models/学生", *(f"org/{'a-long-name' * 5}-{i}" for i in range(9))]
     paths = list(student_paths(RunConfig.of(student=students)).values())
     models = {"teacher": 50, **{path: 40 for student in paths for path in (baseline_path(student), student)}}
     page = Page(report(fake_run(tmp_path / "run", {**models, paths[1]: 45}, student=students)))
     rows = page.sections["Comparison", ""]["table"][0][1:]
-    assert [row[1] for row in rows] == ["83.3%", *["66.7%"] * 3, "75.0%", *["66.7%"] * 2 * (len(students) - 2)]
+    assert [row[1] for row in rows] == ["83.3%", *["66.7%"] * 3, "75.0%", *["66.7%"] * 20]
     assert all(any(text.startswith(row[0]) for text in page.plots[0]) for row in rows)
     _, subtitle, text = page.sections["", ""]["p"]
     assert subtitle == f"Teacher org/teacher; students {', '.join(students)}. setfit-kd 0.1.0, seed 0."
     assert text.startswith(f"The best student, {rows[4][0]}, has an accuracy of 75.0%, 8.3 points below its teacher")
-
-
-# HTML page
 
 
 @pytest.fixture(params=["two_students", "hostile", "not_evaluated"])
@@ -453,8 +368,6 @@ def page(request: pytest.FixtureRequest) -> Page:
 
 
 def test_page_has_no_scripts_and_no_external_resources(page: Page) -> None:
-    assert page.source.startswith("<!doctype html>\n<html lang=")
-    assert [element.tag for element in page.elements].count("h1") == 1
     tags = set(re.findall(r"<([a-z]\w*)", page.source))
     assert not tags & {"script", "img", "iframe", "object", "embed", "form", "a", "base", "image", "foreignobject"}
     for element in page.elements:
@@ -472,43 +385,20 @@ def test_page_has_no_scripts_and_no_external_resources(page: Page) -> None:
 
 
 def test_plots_are_valid_svg_with_page_colors_and_unique_ids(page: Page) -> None:
-    assert len(page.svg) == len(page.plots) >= 1
+    labels = [element.attrib["aria-label"] for element in page.elements if "aria-label" in element.attrib]
+    assert len(set(labels)) == len(labels) == len(page.svg) == len(page.plots) >= 1
     for svg in page.svg:
         assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
         assert re.findall(r"#[0-9a-fA-F]{6}\b|\brgb\(", svg) == []
-        assert set(re.findall(r"var\(--[\w-]+\)", svg)) >= {"var(--line)", "var(--series-1)"}
-    labels = [element.attrib["aria-label"] for element in page.elements if "aria-label" in element.attrib]
-    assert len(set(labels)) == len(labels) == len(page.plots)
     ids = Counter(element.attrib["id"] for element in page.elements if "id" in element.attrib)
-    referenced = set(re.findall(r'(?:href="|url\()#([^")]+)', "\n".join(page.svg)))
-    assert ids == Counter(referenced)
-    assert referenced
+    assert ids == Counter(set(re.findall(r'(?:href="|url\()#([^")]+)', "\n".join(page.svg))))
 
 
-def test_plots_name_axes_and_models_in_consistent_colors(two_students: Path) -> None:
-    page, models = Page(two_students), list(map(model_name, read_json(two_students / "metrics.json")))
-    compared = [name for name in models if "(baseline)" not in name]
-    expected = [
-        (["texts per second", "accuracy, %"], models),
-        (["confidence", "accuracy"], compared),
-        (["coverage (texts answered), %", "accuracy of the answers, %"], compared),
-        (["step", "loss"], models),
-    ]
-    for plot, (axes, names) in zip(page.plots, expected, strict=True):
-        assert set(axes) <= set(plot)
-        # A legend entry may have a value after the name.
-        assert sorted(name for name in (text.split(",")[0] for text in plot) if name in models) == sorted(names)
+def test_models_have_consistent_colors_in_plots(two_students: Path) -> None:
+    page, models = Page(two_students), read_json(two_students / "metrics.json")
+    assert len(page.plots) == 4
     entries = re.findall(r'<span style="background: (var\(--series-\d+\))"></span>([^<,]+)', page.source)
     assert len({name for _, name in entries}) == len(set(entries)) == len(models)
-
-
-def test_matplotlib_settings_of_user_do_not_change_page(tmp_path: Path) -> None:
-    import matplotlib as mpl
-
-    folder = report(fake_run(tmp_path / "run", CARD_MODELS, baseline=False))
-    before = (folder / PAGE).read_bytes()
-    with mpl.rc_context({"legend.fontsize": 30, "xtick.labelsize": 30, "savefig.bbox": "tight"}):
-        assert (report(folder) / PAGE).read_bytes() == before
 
 
 # Hostile input
@@ -516,15 +406,15 @@ def test_matplotlib_settings_of_user_do_not_change_page(tmp_path: Path) -> None:
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
-@pytest.mark.parametrize("title", EXAMPLE_TITLES)
-def test_hostile_text_is_shown_unchanged_or_truncated(hostile: Path, title: str) -> None:
+def test_hostile_text_is_shown_unchanged_or_truncated(hostile: Path) -> None:
     page = Page(hostile)
-    [[_, *rows]] = page.sections[title, ""]["table"]
-    assert {text: cells for text, *cells in rows} == {
-        shown_as or text: [SHOWN_LABELS[i % 3], f"{SHOWN_LABELS[(i + 1) % 3]} 90%", f"{SHOWN_LABELS[i % 3]} 80%"]
-        for i, (text, shown_as) in enumerate(HOSTILE.items())
-    }
-    assert len(rows) == len(HOSTILE)
+    for title in EXAMPLE_TITLES:
+        [[_, *rows]] = page.sections[title, ""]["table"]
+        assert {text: cells for text, *cells in rows} == {
+            shown_as or text: [SHOWN_LABELS[i % 3], f"{SHOWN_LABELS[(i + 1) % 3]} 90%", f"{SHOWN_LABELS[i % 3]} 80%"]
+            for i, (text, shown_as) in enumerate(HOSTILE.items())
+        }
+        assert len(rows) == len(HOSTILE)
     assert [row[0] for row in page.sections["Results per class", ""]["table"][0][1:]] == SHOWN_LABELS
     [[headings, *matrix]] = page.sections["Confusion matrix", "student"]["table"]
     assert (headings[1:], [row[0] for row in matrix]) == (SHOWN_LABELS, SHOWN_LABELS)
@@ -566,16 +456,12 @@ def read_header(content: str) -> Any:
     return yaml.safe_load(header), ModelCard(content).data
 
 
-def card_header(folder: Path, student: str = "static:8") -> Any:
-    return read_header(render_card(read_summary(folder), student))
-
-
 @pytest.mark.parametrize("name", STUDENTS)
 def test_card_has_metrics_of_its_student(two_students: Path, name: str) -> None:
     content = (two_students / "students" / name / "README.md").read_text("utf-8")
     measured = read_json(two_students / "metrics.json")[f"students/{name}"]
     header, data = read_header(content)
-    assert (header["library_name"], header["pipeline_tag"]) == ("setfit", "text-classification")
+    assert header["library_name"] == "setfit"
     assert header["tags"] == ["setfit", "sentence-transformers", "text-classification", "knowledge-distillation"]
     assert header["metrics"] == ["accuracy", "f1"]
     assert "base_model" not in header
@@ -583,50 +469,37 @@ def test_card_has_metrics_of_its_student(two_students: Path, name: str) -> None:
         ("accuracy", round(measured["accuracy"], 4)),
         ("f1", round(measured["macro_f1"], 4)),
     }
-    assert {result.dataset_name for result in data.eval_results} == {"bundled:newswire"}
     table = [line[2:-2].split(" | ") for line in content.splitlines() if line.startswith("| ")]
     assert table[1:] == Page(two_students).sections["Comparison", ""]["table"][0][1:]
     assert all(label in content for label in measured["classes"])
-    assert "Agreement: share of texts with the same label as the teacher's." in content
 
 
 @pytest.mark.parametrize(
     ("student", "base_model"),
-    [("org/name", "org/name"), ("org/name@v1", "org/name"), ("./mine", None), ("demo:all-MiniLM-L6-v2", None),
-     ("a folder: #1/\"quoted\" 'é🙂'", None)],
-)  # fmt: skip
+    [("org/name@v1", "org/name"), ("demo:all-MiniLM-L6-v2", None), ("a folder: #1/\"quoted\" 'é🙂'", None)],
+)
 def test_card_names_base_model_from_hub_but_no_folder(tmp_path: Path, student: str, base_model: str | None) -> None:
-    from_hub = [] if base_model is None else [student]
+    from_hub = [student] if base_model else []
     folder = fake_run(tmp_path / "run", CARD_MODELS, student=student, baseline=False, from_hub=from_hub)
-    assert card_header(folder, student)[0].get("base_model") == base_model
+    assert read_header(render_card(read_summary(folder), student))[0].get("base_model") == base_model
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["quote \" and ' and \\.csv", "colon: # hash.csv", "{brace} [bracket] &anchor *alias !tag |", "é🙂مرحبا.csv",
-     "null", "line\nbreak\x1b.csv", "\n---\n", "{{ 7*7 }} {% x %}", "a b " * 60, "a\x7fb\x9bc\x85d\ufffee\ufeff.csv"],
+    ("name", "public_name"),
+    [
+        *((name, PureWindowsPath(name).name) for name in (
+            "quote \" and ' and \\.csv", "{brace}: [bracket] # &anchor *alias !tag |", "null", "a b " * 60,
+            "line\nbreak\n---\n{{ 7*7 }}", "é🙂a\x7fb\x9bc\x85d\ufffee\ufeff.csv", r"C:\secret\folder\test.csv")),
+        ("org/data@v1:config[test]", "org/data@v1:config[test]"), ("org/database", "database"),
+        ("bundled:newswire", "bundled:newswire"),
+    ],
 )  # fmt: skip
-def test_card_header_preserves_any_evaluation_set_name(tmp_path: Path, name: str) -> None:
-    header, data = card_header(fake_run(tmp_path / "run", CARD_MODELS, eval=name, baseline=False))
-    [result] = header["model-index"][0]["results"]
-    public_name = PureWindowsPath(name).name
-    assert (result["dataset"]["name"], result["dataset"]["type"]) == (public_name, public_name)
-    assert {result.dataset_name for result in data.eval_results} == {public_name}
-
-
-@pytest.mark.parametrize(
-    ("name", "from_hub", "public_name"),
-    [("ag_news", "datasets/ag_news", "ag_news"), ("secret/folder/test.csv", "org/teacher", "test.csv"),
-     ("org/data@v1:config[test]", "datasets/org/data@v1", "org/data@v1:config[test]"),
-     ("org/database", "datasets/org/data", "database"), ("bundled:newswire", "org/teacher", "bundled:newswire"),
-     (r"C:\secret\folder\test.csv", "org/teacher", "test.csv")],
-)  # fmt: skip
-def test_card_shows_full_hub_name_but_only_last_part_of_path(
-    tmp_path: Path, name: str, from_hub: str, public_name: str
-) -> None:
-    folder = fake_run(tmp_path / "run", CARD_MODELS, eval=name, baseline=False, from_hub=[from_hub])
-    [result] = card_header(folder)[0]["model-index"][0]["results"]
-    assert result["dataset"]["name"] == public_name
+def test_card_header_has_full_hub_name_but_last_part_of_path(tmp_path: Path, name: str, public_name: str) -> None:
+    from_hub = ["datasets/org/data", "datasets/org/data@v1"]
+    folder = fake_run(tmp_path / "run", CARD_MODELS, eval=name, baseline=False, from_hub=from_hub)
+    header, _ = read_header(render_card(read_summary(folder), "static:8"))
+    dataset = header["model-index"][0]["results"][0]["dataset"]
+    assert (dataset["name"], dataset["type"]) == (public_name, public_name)
 
 
 def test_card_of_transformer_names_many_classes_and_teacher(tmp_path: Path, not_evaluated: Path) -> None:
@@ -637,10 +510,9 @@ def test_card_of_transformer_names_many_classes_and_teacher(tmp_path: Path, not_
     assert "distilled by setfit-kd from org/teacher, which was fine-tuned on 6 labeled texts" in content
     assert 'pipeline("text-classification"' in content
     without_results = (not_evaluated / "student" / "README.md").read_text("utf-8")
-    header, data = read_header(without_results)
-    assert (header["library_name"], header["pipeline_tag"]) == ("transformers", "text-classification")
+    header, _ = read_header(without_results)
+    assert header["library_name"] == "transformers"
     assert not header.keys() & {"metrics", "model-index", "base_model"}
-    assert data.eval_results is None
     assert "| " not in without_results
 
 
@@ -649,6 +521,7 @@ def test_card_of_transformer_names_many_classes_and_teacher(tmp_path: Path, not_
 
 def test_rewritten_report_equals_that_of_the_run(two_students: Path) -> None:
     before = read_tree(two_students)
+    Path("matplotlibrc").write_text("legend.fontsize: 30\nsavefig.bbox: tight\n")  # the user's style is ignored
     for path in (PAGE, *(f"students/{name}/README.md" for name in STUDENTS)):
         (two_students / path).unlink()
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -664,41 +537,35 @@ def write(name: str, content: bytes) -> Callable[[Path], Any]:
 
 
 def update(**changes: Any) -> Callable[[Path], Any]:
-    return lambda folder: update_manifest(folder, **changes)
+    """Return a function that updates ``run.json``."""
+    return lambda folder: (folder / "run.json").write_text(json.dumps({**read_json(folder / "run.json"), **changes}))
 
 
 def add_class(folder: Path) -> None:
     path = folder / "evaluation" / "texts.jsonl"
-    first_line, *rows = path.read_text("utf-8").splitlines(keepends=True)
-    header = json.loads(first_line)
-    header["label_names"].append("more")
-    path.write_text("".join([json.dumps(header) + "\n", *rows]), "utf-8")
+    path.write_text(path.read_text("utf-8").replace('"label_names": [', '"label_names": ["more", ', 1), "utf-8")
 
 
-INVALID_MANIFEST = ("run.json with this version of setfit-kd", "setfit-kd run --resume {}")
+RESUME = "setfit-kd run --resume {}"
 INVALID_ENTRIES: list[dict[str, Any]] = [
-    *({"evaluated": None}, {"versions": []}, {"seeds": ["../1"]}, {"seeds": [0]}, {"out_of_memory": [{}]}),
+    *({"evaluated": None}, {"seeds": ["../1"]}, {"seeds": [0]}, {"out_of_memory": [{}]}),
     *({"students": {"static:8": "students/../../other"}}, {"evaluated": ["teacher", "/tmp"]}),
 ]
-NO_EVALUATION = "Cannot read the evaluation in ", "setfit-kd run --resume {}"
-NO_TEXTS = "texts.jsonl (", "Evaluate the run again."
 
 
 @pytest.mark.parametrize(
     ("change", "message", "hint"),
     [
         (shutil.rmtree, "Found no run in ", "Pass the folder of a finished run."),
-        (update(finished=False), "is not finished", "setfit-kd run --resume {}"),
+        (update(finished=False), "is not finished", RESUME),
         (lambda folder: truncate_file(folder / "run.json"), "/run.json: ", "Start a new run in another --output-dir."),
-        *((update(**changes), *INVALID_MANIFEST) for changes in INVALID_ENTRIES),
+        *((update(**changes), "run.json with this version of setfit-kd", RESUME) for changes in INVALID_ENTRIES),
         (update(students={"static:8": "students/missing"}), "does not list all models", "Start a new run"),
-        (update(evaluated=["students/student", "students/static-8"]), "does not list all models", "Start a new run"),
-        (update(seeds=[0, 1]), "seeds/1/evaluation/teacher", "setfit-kd run --resume {}"),
+        (update(seeds=[0, 1]), "seeds/1/evaluation/teacher", RESUME),
         (write("config.yaml", b"nonsense: 1"), "nonsense: unknown setting", "Available settings: "),
-        (lambda folder: (folder / "evaluation/baselines/static-8/measured.json").unlink(), *NO_EVALUATION),
-        (write("evaluation/teacher/probabilities.npy", b""), *NO_EVALUATION),
-        (write("evaluation/texts.jsonl", b""), *NO_TEXTS),
-        (add_class, "does not match the evaluation texts", "setfit-kd run --resume {}"),
+        (write("evaluation/teacher/probabilities.npy", b""), "Cannot read the evaluation in ", RESUME),
+        (write("evaluation/texts.jsonl", b""), "texts.jsonl (", "Evaluate the run again."),
+        (add_class, "does not match the evaluation texts", RESUME),
     ],
 )  # fmt: skip
 def test_unreadable_run_is_rejected_and_not_changed(
@@ -706,38 +573,25 @@ def test_unreadable_run_is_rejected_and_not_changed(
 ) -> None:
     change(run_copy)
     before = read_tree(run_copy)
-    result = invoke("report", run_copy)
-    assert (result.exit_code, isinstance(result.exception, SystemExit)) == (2, True), repr(result.exception)
-    error, hint_line = result.stderr.rstrip("\n").split("\n", maxsplit=1)
-    assert error.startswith("Error: ")
-    assert message in error
-    assert hint.format(run_copy) in hint_line
+    assert_refused(invoke("report", run_copy), message, hint.format(run_copy))
     assert read_tree(run_copy) == before
 
 
-@pytest.mark.parametrize("blocked", [PAGE, "students/static-8/README.md"])
-def test_unwritable_file_raises_error_and_leaves_no_partial_files(run_copy: Path, blocked: str) -> None:
-    before = read_tree(run_copy)
+def test_unwritable_file_raises_error_and_leaves_no_partial_files(run_copy: Path) -> None:
+    before, blocked = read_tree(run_copy), "students/static-8/README.md"
     (run_copy / blocked).unlink()
     (run_copy / blocked).mkdir()
     (run_copy / blocked / "mine").write_text("mine")
     result = invoke("report", run_copy)
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"Error: Cannot write {run_copy / blocked}: ")
-    assert len(result.stderr.splitlines()) == 2
+    assert_refused(result, f"Error: Cannot write {run_copy / blocked}: ")
     assert "--output-dir" not in result.stderr
-    after = read_tree(run_copy)
-    assert set(after) == set(before) | {f"{blocked}/mine"}
+    assert set(read_tree(run_copy)) == set(before) | {f"{blocked}/mine"}
 
 
-# setfit-kd compare
-
-
-def test_difference_is_to_first_student_of_first_run(tmp_path: Path) -> None:
+def test_compare_shows_difference_to_first_student_of_first_run(tmp_path: Path) -> None:
     models = {"teacher": 50, "baseline": 20, "student": 40}
     runs = {
         "one": fake_run(tmp_path / "one", models),
-        # The same texts and gold classes, with the classes in another order.
         "reordered": fake_run(tmp_path / "reordered", models, labels=("b", "c", "a"), shift=2),
         "other texts": fake_run(tmp_path / "other texts", models, texts=TEXTS[:59]),
         "other classes": fake_run(tmp_path / "other classes", models, labels=("a", "b", "d")),
@@ -750,24 +604,16 @@ def test_difference_is_to_first_student_of_first_run(tmp_path: Path) -> None:
     first = compared[0].difference
     assert first is not None
     assert first.low < first.value < first.high
-
-
-def test_compare_prints_one_row_per_model(tmp_path: Path) -> None:
-    runs = [fake_run(tmp_path / name, {"teacher": 50, "baseline": 20, "student": 40}) for name in ("one", "two")]
-    result = invoke("compare", *runs)
+    result = invoke("compare", runs["one"], runs["reordered"])
     assert result.exit_code == 0, result.stderr
-    *headings, row_1, row_2, row_3, _, _, _ = result.stdout.rstrip().splitlines()
-    assert {"run", "model", "accuracy", "difference"} <= set(" ".join(headings).split())
-    assert row_1.split()[:4] == [str(runs[0]), "teacher", "83.3%", "+16.7"]
-    assert row_2.split()[:4] == [str(runs[0]), "baseline", "33.3%", "-33.3"]
-    assert row_3.split()[:4] == [str(runs[0]), "student", "66.7%", "66.7%"]
+    rows = [line.split()[:4] for line in result.stdout.rstrip().splitlines()[-6:-3]]
+    assert {row[0] for row in rows} == {str(runs["one"])}
+    cells = [["teacher", "83.3%", "+16.7"], ["baseline", "33.3%", "-33.3"], ["student", "66.7%", "66.7%"]]
+    assert [row[1:] for row in rows] == cells
 
 
-@pytest.mark.parametrize(("name", "message"), [("unevaluated", "was not evaluated"), ("nowhere", "Found no run in")])
-def test_explains_runs_that_cannot_be_compared(name: str, message: str, tmp_path: Path) -> None:
-    fake_run(tmp_path / "unevaluated", {}, eval=None)
-    with pytest.raises(DataError, match=message):
-        compare([fake_run(tmp_path / "run", CARD_MODELS, baseline=False), tmp_path / name])
-    result = invoke("compare", tmp_path / name)
-    assert result.exit_code == 2
-    assert message in result.stderr
+def test_explains_runs_that_cannot_be_compared(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", CARD_MODELS, baseline=False)
+    unevaluated = fake_run(tmp_path / "unevaluated", {}, eval=None)
+    assert_refused(invoke("compare", run, unevaluated), "was not evaluated")
+    assert_refused(invoke("compare", run, tmp_path / "nowhere"), "Found no run in")

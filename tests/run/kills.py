@@ -1,6 +1,6 @@
 """Run `distill` in child processes that are killed again and again until one finishes.
 
-Usage: python kills.py FOLDER SETTINGS_JSON [MAX_EVENTS]
+Usage: python kills.py FOLDER SETTINGS_JSON
 
 Prints the number of kills. Each attempt is forked from this process, which has imported everything and run nothing.
 """
@@ -25,10 +25,9 @@ from setfit_kd.run.pipeline import distill
 from setfit_kd.student import trainer as student_trainer  # noqa: F401 - imported once, for all attempts
 from setfit_kd.teacher import trainer as teacher_trainer  # noqa: F401
 
-EVENTS_PER_ATTEMPT = (12, 17, 14, 11, 15)
-MAX_EVENTS = 40
+EVENTS_PER_ATTEMPT = (12, 17, 14, 11, 15, 40)
 """Numbers of events before an attempt is killed. The smallest allow no progress; the largest must be enough for any
-stage without checkpoints (about 100 with the preset newswire)."""
+stage without checkpoints."""
 
 
 class Deadline:
@@ -60,10 +59,9 @@ class Deadline:
 def run_attempt(folder: Path, n_events: int, settings: dict[str, Any]) -> NoReturn:
     try:
         deadline = Deadline(n_events)
-        deadline.watch(Trainer, "training_step")
-        deadline.watch(SentenceTransformer, "encode")
-        deadline.watch(Path, "rename")
-        deadline.watch(Path, "replace")
+        watched = ((Trainer, "training_step"), (SentenceTransformer, "encode"), (Path, "rename"), (Path, "replace"))
+        for owner, name in watched:
+            deadline.watch(owner, name)
         folder_setting = "resume" if (folder / "config.yaml").is_file() else "output_dir"
         sources = dict.fromkeys(("labeled", "unlabeled", "eval"), "bundled:newswire")
         distill(**{**sources, **settings, folder_setting: folder})
@@ -76,8 +74,7 @@ def run_attempt(folder: Path, n_events: int, settings: dict[str, Any]) -> NoRetu
 def main() -> None:
     folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    max_events = int(sys.argv[3]) if len(sys.argv) > 3 else MAX_EVENTS
-    for n_kills, n_events in enumerate(itertools.cycle((*EVENTS_PER_ATTEMPT, max_events))):
+    for n_kills, n_events in enumerate(itertools.cycle(EVENTS_PER_ATTEMPT)):
         child = os.fork()
         if child == 0:
             run_attempt(folder, n_events, settings)

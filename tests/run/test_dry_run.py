@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from conftest import FAST
@@ -20,25 +21,19 @@ from setfit_kd.run.pipeline import run as run_pipeline
 from setfit_kd.student.distil import student_steps
 from setfit_kd.teacher.train import steps_and_batch_size
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
         {"epochs": 2, "batch_size": 8},  # the last of 33 texts is dropped
         {"epochs": 2, "batch_size": 10},  # a last batch of 3
         {"objective": "pairs", "num_iterations": 3},
         {"patience": 9, "epochs": 3},
     ],
 )
-def test_student_steps_are_counted(
-    student_body: SentenceTransformer, trained_steps: list[int], settings: dict[str, Any]
-) -> None:
+def test_student_steps_are_counted(tiny_student: Path, trained_steps: list[int], settings: dict[str, Any]) -> None:
     config = StudentConfig.of(**{**QUICK, "learning_rate": 1e-4, **settings})
-    train_student(pool_signals(), student_body, labeled=few_labels(), config=config)
+    train_student(pool_signals(), tiny_student, labeled=few_labels(), config=config)
     assert len(trained_steps) == student_steps(config, "setfit", POOL_SIZE)
 
 
@@ -73,17 +68,11 @@ def test_finetune_steps_are_counted(settings: dict[str, Any], tiny_student: Path
         {"student": "layers:1", "augment": 20, "augment_confidence": 0.0},
         {"teacher": ["TINY", "transformer:TINY"], "student": "transformer:TINY", "teacher_weights": "cross-validated"},
     ],
-    ids=["several students", "without baseline", "augmented", "several teachers"],
 )
 def test_run_steps_are_counted(settings: dict[str, Any], tiny_student: Path, trained_steps: list[int]) -> None:
     sources = dict.fromkeys(("labeled", "unlabeled", "eval"), "bundled:newswire")
 
-    def fill_in(value: Any) -> Any:
-        if isinstance(value, list):
-            return [fill_in(item) for item in value]
-        return value.replace("TINY", str(tiny_student)) if isinstance(value, str) else value
-
-    settings = {name: fill_in(value) for name, value in {"teacher": "TINY", **settings}.items()}
+    settings = json.loads(json.dumps({"teacher": "TINY", **settings}).replace("TINY", str(tiny_student)))
     config = RunConfig.of(**{**FAST, **sources, "pool_size": 48, **settings})
     planned = {stage.name: stage for stage in plan(config, prepare_run(config))}
     assert planned["signals"].texts == 48 + planned["teacher"].texts + settings.get("augment", 0)

@@ -14,7 +14,6 @@ from conftest import newswire
 from hypothesis import given
 from hypothesis import strategies as st
 
-from setfit_kd import train_student
 from setfit_kd.errors import DataError
 from setfit_kd.inference.predict import Prediction, write_predictions
 from setfit_kd.signals.files import read_signals
@@ -59,12 +58,6 @@ def test_read_embeddings_and_maps_from_parquet(tmp_path: Path) -> None:
     np.testing.assert_array_equal(signals.embeddings, vectors)
 
 
-def test_labels_may_be_in_any_order(tmp_path: Path) -> None:
-    reordered = {"text": "b", "probabilities": {"b": 0.9, "a": 0.1}}
-    signals = read_signals(write_rows(tmp_path / "x.jsonl", row(), reordered))
-    np.testing.assert_allclose(signals.probabilities, [[0.25, 0.75], [0.1, 0.9]])
-
-
 @given(st.lists(st.integers(0, 100), min_size=2, max_size=6).filter(any))
 def test_rounded_probabilities_are_normalized(tmp_path_factory: pytest.TempPathFactory, shares: list[int]) -> None:
     rounded = {f"label {i}": round(share / sum(shares), 3) for i, share in enumerate(shares)}
@@ -81,13 +74,11 @@ def test_rounded_probabilities_are_normalized(tmp_path_factory: pytest.TempPathF
         ({"probabilities": {"a": 0.5, "b": 0.25, "c": 0.25}}, "the label 'c' is not in the first row"),
         ({"probabilities": {"a": 0.5, "b": 0.4}}, r"must sum to 1, got 0\.9"),
         ({"probabilities": {"a": 1.5, "b": -0.5}}, r"the probability of 'a' must be between 0 and 1, got 1\.5"),
-        ({"probabilities": {"a": float("nan"), "b": 0.5}}, "the probability of 'a' must be between 0 and 1, got nan"),
         ({"probabilities": {"a": "half", "b": 0.5}}, "the probability of 'a' must be between 0 and 1, got 'half'"),
         ({"probabilities": {"a": True, "b": 0.0}}, "the probability of 'a' must be between 0 and 1, got True"),
         ({"probabilities": {"a": 10**400, "b": 0.0}}, "the probability of 'a' must be between 0 and 1, got 1000"),
         ({"embedding": "[1, 2]"}, "expected an embedding of 2 numbers"),
         ({"embedding": [1.0, float("inf")]}, "only finite numbers"),
-        ({"embedding": [1.0, "x"]}, "only finite numbers"),
     ],
 )
 def test_unusable_row_is_rejected(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -107,35 +98,13 @@ def test_embeddings_must_be_in_all_rows_or_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", '{"text": "a", "label": "b"}', "has the columns 'text', 'label', with probabilities of 0 labels"),
+        ("x.txt", "a", "has the columns 'text', with probabilities of 0 labels"),
         ("x.jsonl", '{"sentence": "a", "probabilities": {"a": 1.0, "b": 0.0}}', "has the columns 'sentence'"),
         ("x.jsonl", '{"text": "a", "probabilities": {"a": 1.0}}', "with probabilities of 1 labels"),
-        ("x.jsonl", "", "is empty"),
         ("x.csv", "text,probability_a,probability_b\n", "has no rows"),
-        ("x.txt", "a\nb\n", "has the columns 'text'"),
-        ("x.docx", "a", "extension '.docx' is not supported"),
-        ("missing.jsonl", None, "Cannot read"),
     ],
 )
-def test_file_without_signals_is_rejected(tmp_path: Path, name: str, content: str | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / name).write_text(content)
+def test_file_without_signals_is_rejected(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         read_signals(tmp_path / name)
-
-
-def test_train_student_on_signals_from_file(tmp_path: Path, tiny_student: Path) -> None:
-    rows = newswire("train")[:48]
-    labels = sorted({record["label"] for record in rows})
-    records = [row(record["text"], probabilities={n: float(n == record["label"]) for n in labels}) for record in rows]
-    signals = read_signals(write_rows(tmp_path / "x.jsonl", *records))
-    settings: dict[str, Any] = {
-        "device": "cpu",
-        "precision": "fp32",
-        "objective": "soft-labels",
-        "epochs": 8,
-        "batch_size": 16,
-    }
-    student = train_student(signals, tiny_student, learning_rate=1e-2, **settings)
-    assert list(student.labels) == labels
-    assert np.mean(student.predict(signals.texts) == np.array([record["label"] for record in rows])) > 0.8

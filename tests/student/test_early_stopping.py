@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,37 +26,28 @@ from setfit_kd.models.transformer import load_transformer
 from setfit_kd.student import agreement as agreement_module
 from setfit_kd.student.agreement import AgreementCallback, hold_out, soft_agreement
 from setfit_kd.student.distil import MAX_HELD_OUT, MIN_HELD_OUT
+from setfit_kd.student.trainer import StudentTrainer
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 POOL = 64
-OBJECTIVES = ["similarity", "embedding", "soft-labels", "similarity,soft-labels=0.5", "pairs"]
 
-few = settings(max_examples=50, deadline=None, derandomize=True)
-
-
-@few
-@given(st.integers(2, 20_000), st.integers(0, 2**32 - 1))
-def test_hold_out_splits_the_pool(n: int, seed: int) -> None:
-    training, held_out = hold_out(n, seed=seed)
-    np.testing.assert_array_equal(np.sort(np.concatenate([training, held_out])), np.arange(n))
-    for rows in (training, held_out):
-        assert len(rows)
-        assert (np.diff(rows) > 0).all()
-    repeated = hold_out(n, seed=seed)
-    np.testing.assert_array_equal(training, repeated[0])
-    np.testing.assert_array_equal(held_out, repeated[1])
+few = settings(max_examples=50)
 
 
 @few
-@given(st.integers(2, 300), st.floats(0, 1), st.integers(0, 2**32 - 1))
-def test_avoided_rows_are_held_out_last(n: int, share: float, seed: int) -> None:
+@given(st.integers(2, 20_000), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_hold_out_splits_the_pool_and_holds_out_avoided_rows_last(n: int, share: float, seed: int) -> None:
     avoid = np.random.default_rng(seed).random(n) < share
     training, held_out = hold_out(n, seed=seed, avoid=avoid)
+    np.testing.assert_array_equal(np.sort(np.concatenate([training, held_out])), np.arange(n))
+    for rows, repeated in zip((training, held_out), hold_out(n, seed=seed, avoid=avoid), strict=True):
+        assert len(rows)
+        assert (np.diff(rows) > 0).all()
+        np.testing.assert_array_equal(rows, repeated)
     assert len(held_out) == len(hold_out(n, seed=seed)[1])
     assert avoid[held_out].sum() == max(0, len(held_out) - (~avoid).sum())
-    np.testing.assert_array_equal(np.sort(np.concatenate([training, held_out])), np.arange(n))
 
 
 @few
@@ -73,8 +66,7 @@ def test_evaluations_are_evenly_spaced_and_end_each_epoch(steps_per_epoch: int, 
 
 
 @pytest.mark.parametrize(
-    ("n", "count"),
-    [(2, 1), (3, 1), (20, 10), (32, 16), (100, MIN_HELD_OUT), (1000, 100), (5000, MAX_HELD_OUT), (10**6, 500)],
+    ("n", "count"), [(2, 1), (3, 1), (20, 10), (100, MIN_HELD_OUT), (1000, 100), (10**6, MAX_HELD_OUT)]
 )
 def test_a_tenth_within_limits_is_held_out(n: int, count: int) -> None:
     assert [len(rows) for rows in hold_out(n, seed=0)] == [n - count, count]
@@ -83,7 +75,6 @@ def test_a_tenth_within_limits_is_held_out(n: int, count: int) -> None:
 def test_held_out_rows_depend_on_seed() -> None:
     held_out = [set(hold_out(1000, seed=seed)[1].tolist()) for seed in range(4)]
     assert len(set.union(*held_out)) > 300
-    assert max(held_out[0]) > 800  # not only the beginning of the pool
 
 
 @few
@@ -92,10 +83,6 @@ def test_soft_agreement_is_one_minus_the_total_variation(seed: int, classes: int
     left, right = np.random.default_rng(seed).dirichlet(np.ones(classes), size=(2, 7))
     expected = 1 - np.abs(left - right).sum(axis=1).mean() / 2
     assert soft_agreement(left, right) == pytest.approx(expected)
-    assert soft_agreement(right, left) == pytest.approx(expected)
-
-
-# Training
 
 
 class FakeAgreement:
@@ -115,12 +102,10 @@ class FakeAgreement:
 @pytest.mark.parametrize(
     ("patience", "agreements", "n_evaluations", "best"),
     [
-        pytest.param(1, [0.5, 0.4, 0.9, 0.9], 2, 0, id="first is best"),
-        pytest.param(2, [0.1, 0.5, 0.3, 0.4, 0.9], 4, 1, id="patience runs out"),
+        pytest.param(1, [0.0, 0.0, 0.9], 2, 0, id="patience runs out"),
         pytest.param(2, [0.1, 0.5, 0.3, 0.6, 0.5, 0.6], 6, 3, id="improvement within patience, equal does not count"),
         pytest.param(3, [0.1, 0.2, 0.3, 0.4], 4, 3, id="improvement to the end"),
         pytest.param(9, [0.3, 0.2, 0.1], 3, 0, id="patience longer than training"),
-        pytest.param(1, [0.0, 0.0], 2, 0, id="no agreement"),
     ],
 )
 def test_training_stops_and_restores_best_weights(
@@ -138,9 +123,7 @@ def test_training_stops_and_restores_best_weights(
         signals, student_body, **{**QUICK, "patience": patience, "epochs": len(agreements), "batch_size": 24}
     )
     assert len(fake_agreement.weights) == n_evaluations
-    assert all(
-        not equal_weights(fake_agreement.weights[i], fake_agreement.weights[i + 1]) for i in range(n_evaluations - 1)
-    )
+    assert not any(equal_weights(*pair) for pair in pairwise(fake_agreement.weights))
     assert equal_weights(weights(model), fake_agreement.weights[best])
     # The head is fitted on the restored weights and the whole pool. Normalized, because it is scaled by a temperature.
     expected = fit_head(embed(student_body, signals.texts), signals.probabilities, C=DEFAULT_C)
@@ -180,16 +163,12 @@ def test_head_is_fitted_on_a_sample_of_all_training_rows(
     student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agreement_module, "MAX_HELD_OUT", 12)
-    seen: list[str] = []
-
-    def embed_and_record(body: SentenceTransformer, texts: list[str], **settings: Any) -> Any:
-        seen[:] = texts
-        return embed(body, texts, **settings)
-
-    monkeypatch.setattr(agreement_module, "embed", embed_and_record)
+    recorder = Mock(side_effect=embed)
+    monkeypatch.setattr(agreement_module, "embed", recorder)
     signals = pool_signals(POOL)
     train_student(signals, student_body, **{**QUICK, "patience": 1})
     training, held_out = hold_out(POOL, seed=0)
+    seen = recorder.call_args.args[1]
     sample = [signals.texts.index(text) for text in seen[:12]]
     assert set(sample) <= set(training.tolist())
     assert max(sample) > training[36]
@@ -208,7 +187,7 @@ def test_resumed_training_stops_at_the_same_step(
     with_checkpoints = {**settings, "checkpoints": tmp_path, "checkpoint_seconds": 1e-9}
     with monkeypatch.context() as patch:
         if interrupted_step is None:
-            patch.setattr("setfit_kd.student.trainer.fit_head", raise_interrupt)
+            patch.setattr("setfit_kd.student.trainer.fit_head", Mock(side_effect=KeyboardInterrupt))
         else:
             raise_at_step(patch, interrupted_step, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -217,10 +196,6 @@ def test_resumed_training_stops_at_the_same_step(
     assert len(resumed.loss_curve_) == 4
     assert resumed.loss_curve_ == expected.loss_curve_
     assert equal_weights(weights(resumed), weights(expected))
-
-
-def raise_interrupt(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def test_evaluation_does_not_change_training(tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,13 +210,10 @@ def test_evaluation_does_not_change_training(tiny_student: Path, monkeypatch: py
     assert equal_weights(*runs)
 
 
-@pytest.mark.parametrize("patience", [None, 2])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("objective", "patience"), [("similarity", None), ("similarity", 2), ("pairs", 2)])
 def test_held_out_texts_are_not_in_training_data(
     student_body: SentenceTransformer, tmp_path: Path, objective: str, patience: int | None
 ) -> None:
-    from setfit_kd.student.trainer import StudentTrainer
-
     signals = pool_signals(POOL)
     config = StudentConfig.of(**{**QUICK, "objective": objective, "patience": patience, "num_iterations": 20})
     trainer = StudentTrainer(
@@ -250,24 +222,11 @@ def test_held_out_texts_are_not_in_training_data(
     dataset, _ = trainer.get_dataset(signals.texts, None, trainer.args)
     training = hold_out(POOL, seed=0, avoid=np.arange(POOL) < 16)[0] if patience else np.arange(POOL)
     allowed = [signals.texts[row] for row in training]
-    columns = [name for name in dataset.column_names if name.startswith("sentence")]
-    assert {text for name in columns for text in dataset[name]} == set(allowed)
+    columns = ["sentence_1", "sentence_2"] if objective == "pairs" else ["sentence"]
     assert all(set(dataset[name]) == set(allowed) for name in columns)
     if objective != "pairs":
         assert dataset["sentence"] == allowed
         assert dataset["label"] == training.tolist()
-
-
-@pytest.mark.parametrize("objective", ["soft-labels", "similarity,soft-labels=0.5", "pairs"])
-def test_early_stopping_works_with_every_objective(
-    student_body: SentenceTransformer, objective: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_agreement = FakeAgreement(student_body, [0.5, 0.4])
-    monkeypatch.setattr(agreement_module, "soft_agreement", fake_agreement)
-    settings = {**QUICK, "objective": objective, "patience": 1, "epochs": 9}
-    model = train_student(pool_signals(POOL), student_body, labeled=few_labels(), **settings)
-    assert len(fake_agreement.weights) == 2
-    assert equal_weights(weights(model), fake_agreement.weights[0])
 
 
 def test_state_saved_under_the_old_key_can_be_loaded(student_body: SentenceTransformer, tmp_path: Path) -> None:

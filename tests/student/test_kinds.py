@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from checks import invoke
+from checks import assert_refused, invoke
 from conftest import FAST, make_body, newswire
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from synthetic import QUICK, equal_weights, few_labels, pool_signals, weights
+from synthetic import QUICK, equal_weights, pool_signals
 
-from setfit_kd import RunConfig, RunResult, distill, evaluate, load, train_student, train_teacher
+from setfit_kd import RunConfig, RunResult, distill, evaluate, load, train_student
 from setfit_kd.config.presets import read_config
 from setfit_kd.errors import ConfigError, ModelError, SetFitKDError
 from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.models.bodies import is_static, load_body
-from setfit_kd.models.encode import embed_tokens, predict_proba
+from setfit_kd.models.encode import embed_tokens
 from setfit_kd.models.static import static_body
 from setfit_kd.run import stages
+from setfit_kd.student import trainer as student
 from setfit_kd.student.kinds import folder_names, locate_student, spread_evenly
+from setfit_kd.teacher import trainer as teacher
+from setfit_kd.training.loop import resolve_learning_rate
 from setfit_kd.utils.files import read_json
 
 if TYPE_CHECKING:
@@ -71,15 +72,7 @@ def get_tokenizer(body: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("layers:0,2,5", (0, 2, 5)),
-        ("layers:5,0", (5, 0)),
-        ("layers:3", (0, 2, 5)),
-        ("layers:1", (0,)),
-        ("layers:2@SIX", (0, 5)),
-        ("layers:4,1@SIX", (4, 1)),
-    ],
+    ("name", "expected"), [("layers:5,0", (5, 0)), ("layers:3", (0, 2, 5)), ("layers:2@SIX", (0, 5))]
 )
 def test_layers_are_copied_from_teacher_or_another_model(
     name: str, expected: tuple[int, ...], six_layers: Path, teacher_body: SentenceTransformer
@@ -104,7 +97,7 @@ def test_spread_layers_include_first_and_last(sizes: tuple[int, int]) -> None:
     assert not len(gaps) or gaps.max() - gaps.min() <= 1
 
 
-@pytest.mark.parametrize("name", ["static:2", f"static:{WIDTH}", "static:8@STUDENT"])
+@pytest.mark.parametrize("name", ["static:2", "static:8@STUDENT"])
 def test_static_student_has_token_embeddings_of_fine_tuned_teacher_or_another_model(
     name: str, tiny_student: Path, tiny_teacher: Path, teacher_body: SentenceTransformer
 ) -> None:
@@ -122,12 +115,7 @@ def test_static_student_has_token_embeddings_of_fine_tuned_teacher_or_another_mo
     )
 
 
-def test_static_student_has_128_dimensions_by_default(tmp_path: Path) -> None:
-    wide = load_body(make_body(tmp_path / "wide", layers=1, width=144))
-    assert create_body("static", wide).get_embedding_dimension() == 128
-
-
-@pytest.mark.parametrize("name", ["static-mini", "static:8", "layers:2", "layers:x", "blank:x"])
+@pytest.mark.parametrize("name", ["static:8", "layers:x", "blank:x"])
 def test_folder_takes_precedence_over_kind_with_same_name(
     name: str, tiny_student: Path, teacher_body: SentenceTransformer
 ) -> None:
@@ -141,21 +129,19 @@ def test_folder_takes_precedence_over_kind_with_same_name(
     [
         *(
             (f"layers:{spec}", ConfigError, f"number of layers, got 'layers:{spec.partition('@')[0]}'")
-            for spec in ("", "x", "1,", "-1", "1.5", "x@STUDENT", "x@nobody/has-this")  # before a download
+            for spec in ("", "1,", "-1", "x@nobody/has-this")  # before a download
         ),
         ("layers", ConfigError, "number of layers, got 'layers:'"),
         ("layers:5", ModelError, "of a body with 4"),
-        ("layers:0,4", ModelError, "of a body with 4"),
         ("layers:1,1", ModelError, "of a body with 4"),
         ("layers:3@STUDENT", ModelError, "of a body with 2"),
         ("layers:2@STATIC", ModelError, "transformer"),
         ("layers:2@./nowhere", ModelError, "No such model folder: ./nowhere"),
         *(
             (f"static:{spec}", ConfigError, f"dimensions, at least 2, got 'static:{spec.partition('@')[0]}'")
-            for spec in ("0", "1", "001", "123456", "x", "8.5", "8,4", "1@nobody/has-this")
+            for spec in ("001", "123456", "8.5", "1@nobody/has-this")
         ),
         ("static", ModelError, "at most 32 dimensions, as the teacher has, got 128"),
-        ("static:33", ModelError, "at most 32 dimensions, as the teacher has, got 33"),
         ("static:17@STUDENT", ModelError, "at most 16 dimensions, as the teacher has, got 17"),
         ("static:8@STATIC", ModelError, "transformer"),
     ],
@@ -174,17 +160,16 @@ def test_invalid_name_raises_error_before_training(
     assert raised.value.hint
 
 
-@pytest.mark.parametrize("name", ["layers:x", "static:33"])
 def test_run_with_invalid_student_trains_and_writes_nothing(
-    name: str, tiny_teacher: Path, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_teacher: Path, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages, "train_teacher", lambda *_, **__: pytest.fail("training has started"))
     with pytest.raises(SetFitKDError):
-        small_run(tiny_teacher, [str(tiny_student), name], output_dir=tmp_path / "run")
+        small_run(tiny_teacher, [str(tiny_student), "static:33"], output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-# Token embeddings
+# Token embeddings and static bodies
 
 
 CLS, SEP = 2, 3
@@ -235,9 +220,6 @@ def test_token_embeddings_do_not_depend_on_batch_size_padding_and_memory(
     assert {event["phase"] for event in events} == {"Reading vocabulary"}
 
 
-# Static bodies
-
-
 def single_token_words(body: SentenceTransformer) -> dict[str, int]:
     """Return the words that are a single token, with their token."""
     tokenizer = get_tokenizer(body)
@@ -255,7 +237,7 @@ def test_embedding_of_text_is_mean_of_token_embeddings(teacher_body: SentenceTra
     long_text = f"{f'{first} ' * 100}{f'{second} ' * 300}"  # is not truncated
     texts = [*(row["text"] for row in newswire("eval")[:50]), long_text, first]
     encoded = get_tokenizer(teacher_body).encode_batch(texts, add_special_tokens=False)
-    for dimension in (2, 8, WIDTH):
+    for dimension in (2, WIDTH):
         body = static_body(teacher_body, TEXTS, dimension=dimension)
         expected = np.stack([token_embeddings(body)[text.ids].mean(axis=0) for text in encoded[:-2]])
         np.testing.assert_allclose(body.encode(texts[:-2], show_progress_bar=False), expected, atol=1e-6)
@@ -266,86 +248,58 @@ def test_embedding_of_text_is_mean_of_token_embeddings(teacher_body: SentenceTra
 
 def test_frequent_tokens_have_smaller_weights(teacher_body: SentenceTransformer) -> None:
     words = single_token_words(teacher_body)
-    (frequent_word, frequent), (rare_word, rare), (_, absent) = list(words.items())[:3]
+    (frequent_word, frequent), (rare_word, rare) = list(words.items())[:2]
     texts = [f"{frequent_word} {frequent_word} {frequent_word} {rare_word}"] * 30
     before, after = (token_embeddings(static_body(teacher_body, counted, dimension=WIDTH)) for counted in ([], texts))
     share = np.zeros(len(before))
     share[[frequent, rare]] = 0.75, 0.25
-    a = 1e-3
-    np.testing.assert_allclose(after, before * (a / (a + share))[:, None], rtol=1e-5)
-    ratios = np.linalg.norm(after, axis=1) / np.linalg.norm(before, axis=1)
-    assert ratios[frequent] < ratios[rare] < ratios[absent]
+    np.testing.assert_allclose(after, before * (1e-3 / (1e-3 + share))[:, None], rtol=1e-5)
 
 
-def test_tokens_are_counted_in_all_texts(teacher_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [row["text"] for row in newswire("eval")]
-    expected = token_embeddings(static_body(teacher_body, texts, dimension=8))
-    monkeypatch.setattr("setfit_kd.models.static._TOKENIZE_CHUNK", 7)
-    np.testing.assert_array_equal(token_embeddings(static_body(teacher_body, texts, dimension=8)), expected)
-
-
-def test_static_student_learns_from_signals(teacher_body: SentenceTransformer) -> None:
+def test_static_student_is_trained_with_frozen_embeddings(teacher_body: SentenceTransformer) -> None:
+    """The setting does not apply to a body that has only embeddings."""
     signals = pool_signals()
-
-    def train(learning_rate: float) -> tuple[Any, float]:
-        body = static_body(teacher_body, signals.texts, dimension=4)
-        settings = {**QUICK, "objective": "similarity,soft-labels=3", "epochs": 20, "freeze_embeddings": True}
-        model = train_student(signals, body, labeled=few_labels(), **{**settings, "learning_rate": learning_rate})
-        return model, float(np.minimum(predict_proba(model, signals.texts), signals.probabilities).sum(axis=1).mean())
-
-    untrained, agreement_before = train(1e-12)
-    student, agreement = train(1e-2)
-    # freeze_embeddings does not apply to a body that has only embeddings.
-    assert np.abs(token_embeddings(student.model_body) - token_embeddings(untrained.model_body)).max() > 1e-2
-    assert agreement > agreement_before + 0.05
+    body = static_body(teacher_body, signals.texts, dimension=4)
+    before = token_embeddings(body).copy()
+    student = train_student(signals, body, **{**QUICK, "freeze_embeddings": True})
+    assert np.abs(token_embeddings(student.model_body) - before).max() > 1e-3
 
 
-@pytest.mark.parametrize("setting", ["learning_rate", "teacher_learning_rate"])
+@pytest.mark.parametrize(("setting", "trainer"), [("learning_rate", student), ("teacher_learning_rate", teacher)])
 def test_default_learning_rate_depends_on_body(
-    setting: str, tiny_student: Path, teacher_body: SentenceTransformer
+    setting: str, trainer: Any, student_body: SentenceTransformer, teacher_body: SentenceTransformer
 ) -> None:
-    documented = RunConfig.model_fields[setting].description or ""
-    match = re.search(r"\[default: (\S+); (\S+) for a static body,", documented)
+    match = re.search(r"default: (\S+); (\S+) for a static", RunConfig.model_fields[setting].description or "")
     assert match is not None
-    default, default_static = float(match[1]), float(match[2])
-    assert default_static > default
-
-    def train(rate: float | None, *, static: bool) -> list[torch.Tensor]:
-        body: Any = static_body(teacher_body, [], dimension=8) if static else tiny_student
-        if setting == "learning_rate":
-            return weights(train_student(pool_signals(), body, **{**QUICK, "learning_rate": rate}))
-        settings: dict[str, Any] = {"precision": "fp32", "teacher_steps": 2, "teacher_batch_size": 8, setting: rate}
-        return weights(train_teacher(few_labels(), body, device="cpu", **settings))
-
-    assert equal_weights(train(None, static=True), train(default_static, static=True))
-    assert not equal_weights(train(None, static=True), train(default, static=True))
-    assert equal_weights(train(None, static=False), train(default, static=False))
+    for documented, body in zip(
+        match.groups(), (student_body, static_body(teacher_body, [], dimension=8)), strict=True
+    ):
+        assert resolve_learning_rate(None, body, default=trainer.LEARNING_RATE) == float(documented)
 
 
 # Several students in one run
 
 
-SMALL: dict[str, Any] = {**FAST, "pool_size": 64, "cache": False}
 SLUGS = ("student", "layers-2", "static-8")
 
 
 def small_run(teacher: Path, students: Any, **settings: Any) -> RunResult:
-    return distill(*["bundled:newswire"] * 3, teacher=str(teacher), student=students, **{**SMALL, **settings})
+    settings = {**FAST, "pool_size": 64, "cache": False, **settings}
+    return distill(*["bundled:newswire"] * 3, teacher=str(teacher), student=students, **settings)
 
 
-@dataclass(frozen=True)
-class SeveralStudents:
+class SeveralStudents(NamedTuple):
     """A run of three students, with the names of the functions that it called."""
 
-    names: tuple[str, ...]
+    names: list[str]
     folder: Path
     result: RunResult
-    calls: tuple[str, ...]
+    calls: list[str]
 
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_student: Path) -> SeveralStudents:
-    names = (str(tiny_student), "layers:2", "static:8")
+    names = [str(tiny_student), "layers:2", "static:8"]
     folder = tmp_path_factory.mktemp("runs") / "run"
     calls: list[str] = []
 
@@ -361,51 +315,40 @@ def several(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_s
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name in ("train_teacher", "refine_and_score", "train_student"):
             monkeypatch.setattr(stages, name, record_calls(name))
-        result = small_run(tiny_teacher, list(names), output_dir=folder)
-    return SeveralStudents(names, folder, result, tuple(calls))
+        result = small_run(tiny_teacher, names, output_dir=folder)
+    return SeveralStudents(names, folder, result, calls)
 
 
 def test_teacher_is_trained_once_and_each_student_has_its_folder_and_metrics(several: SeveralStudents) -> None:
-    assert several.calls == ("train_teacher", "refine_and_score", *("train_student", "Training baseline") * 3)
+    assert several.calls == ["train_teacher", "refine_and_score", *["train_student", "Training baseline"] * 3]
     assert {path.name for path in (several.folder / "students").iterdir()} == set(SLUGS)
     assert not (several.folder / "student").exists()
     metrics = read_json(several.folder / "metrics.json")
     rows = [row for slug in SLUGS for row in (f"baselines/{slug}", f"students/{slug}")]
     assert list(metrics) == ["teacher", *rows]
     assert metrics == several.result.metrics
-    assert metrics["students/static-8"]["parameters"] < metrics["students/student"]["parameters"]
-    assert list(several.result.students) == list(several.names)
+    assert list(several.result.students) == several.names
     assert several.result.student is several.result.students[several.names[0]]
     saved_config = read_config(several.folder / "config.yaml")
-    assert saved_config["student"] == list(several.names)
+    assert saved_config["student"] == several.names
     assert RunConfig.of(**saved_config) == several.result.config
 
 
-@pytest.mark.parametrize("number", [0, 2])
-def test_student_does_not_depend_on_other_students(several: SeveralStudents, number: int, tiny_teacher: Path) -> None:
-    alone = small_run(tiny_teacher, several.names[number]).evaluations
-    together = several.result.evaluations
-    for name_alone, name_together in (
-        ("teacher", "teacher"),
-        ("student", f"students/{SLUGS[number]}"),
-        ("baseline", f"baselines/{SLUGS[number]}"),
-    ):
-        assert alone[name_alone].quality == together[name_together].quality
-        np.testing.assert_array_equal(alone[name_alone].probabilities, together[name_together].probabilities)
+def test_student_does_not_depend_on_other_students(several: SeveralStudents, tiny_teacher: Path) -> None:
+    alone, together = small_run(tiny_teacher, several.names[2]).evaluations, several.result.evaluations
+    names = {"teacher": "teacher", "student": f"students/{SLUGS[2]}", "baseline": f"baselines/{SLUGS[2]}"}
+    for name, name_together in names.items():
+        np.testing.assert_array_equal(alone[name].probabilities, together[name_together].probabilities)
 
 
 def test_students_are_loaded_from_their_folders(several: SeveralStudents) -> None:
-    with pytest.raises(ModelError, match="3 students: layers-2, static-8, student") as raised:
-        load(several.folder, device="cpu")
-    assert f"{several.folder}/students/layers-2" in str(raised.value.hint)
-    predicted = invoke("predict", several.folder, "a text", "--device", "cpu")
-    assert predicted.exit_code == 2
-    assert "students/layers-2" in predicted.stderr
+    assert_refused(
+        invoke("predict", several.folder, "a text", "--device", "cpu"), f"{several.folder}/students/layers-2"
+    )
     for slug in SLUGS:
         evaluation = evaluate(load(several.folder / "students" / slug, device="cpu"), "bundled:newswire")
         expected = several.result.evaluations[f"students/{slug}"]
         np.testing.assert_allclose(evaluation.probabilities, expected.probabilities, atol=1e-6)
-        assert evaluation.quality.confusion == expected.quality.confusion
 
 
 def test_single_student_is_a_string_in_config_and_has_folder_student(
@@ -419,34 +362,12 @@ def test_single_student_is_a_string_in_config_and_has_folder_student(
     assert (folder / "student").is_dir()
     assert not (folder / "students").exists()
     assert list(result.evaluations) == ["teacher", "baseline", "student"]
-    assert load(folder, device="cpu").labels
 
 
 @pytest.mark.parametrize("names", [[], ["layers:2", "static:8", "layers:2"], ["layers:2", " "], ["a\0b"], [3]])
 def test_invalid_student_names_raise_error(names: list[Any]) -> None:
     with pytest.raises(ConfigError, match="student"):
         RunConfig.of(student=names)
-
-
-def test_several_student_flags(tiny_teacher: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if name != "cache"]
-    command = ["run", "--preset", "newswire", "--teacher", tiny_teacher, "--output-dir", folder, "--no-cache", *flags]
-    refused = invoke(*command, "--student", "layers:2", "--student", "layers:2")
-    assert refused.exit_code == 2
-    assert "layers:2 is listed twice" in refused.stderr
-    assert not folder.exists()
-    result = invoke(*command, "--student", "layers:1", "--student", f"static:2@{tiny_teacher}")
-    assert result.exit_code == 0, result.stderr
-    slugs = ("layers-1", "static-2-teacher")
-    assert {path.name for path in (folder / "students").iterdir()} == set(slugs)
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    assert list(metrics) == ["teacher", *(f"{kind}/{slug}" for slug in slugs for kind in ("baselines", "students"))]
-    rows = [line for line in result.stdout.splitlines() if line.count("%") > 1]
-    names = ["teacher", *(name for slug in slugs for name in (f"{slug} (baseline)", slug))]
-    assert [re.split(r"\s{2,}", row)[0] for row in rows] == names
-    assert [row.split()[-1] for row in rows] == [f"{row['texts_per_second']:,.0f}" for row in metrics.values()]
-    assert f"setfit-kd predict {folder}/students/layers-1" in result.stdout
 
 
 MODEL_NAMES = st.builds(
@@ -470,9 +391,8 @@ def test_folder_names_are_distinct_and_valid(names: list[str]) -> None:
     ("names", "expected"),
     [
         (["org/all-MiniLM-L6-v2", "demo:all-MiniLM-L12"], ["all-MiniLM-L6-v2", "all-MiniLM-L12"]),
-        (["layers:0,2,5", "layers:3", "static", "static:64"], ["layers-0-2-5", "layers-3", "static", "static-64"]),
-        (["static:64@org/name", "layers:3@folder/", "@a"], ["static-64-name", "layers-3-folder", "a"]),
-        (["transformer:org/b", "b", "static@transformer:b"], ["transformer-b", "b", "static-transformer-b"]),
+        (["layers:0,2,5", "static", "layers:3@folder/"], ["layers-0-2-5", "static", "layers-3-folder"]),
+        (["transformer:org/b", "b", "static:64@transformer:b"], ["transformer-b", "b", "static-64-transformer-b"]),
         (["blank:configs/small"], ["blank-small"]),
         (["one/same", "two/same", "same-2", "SAME"], ["same", "same-2", "same-2-2", "SAME-3"]),
         (["/a/b/", ".."], ["b", "student"]),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
+import re
 import shutil
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,7 +21,6 @@ from synthetic import equal_weights, few_labels, weights
 
 from setfit_kd import RunConfig, RunResult, TeacherSignals, distill, load
 from setfit_kd.config.stages import TeacherConfig
-from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import ConfigError
 from setfit_kd.evaluation.measure import Cost, Evaluation, evaluate_ensemble
 from setfit_kd.evaluation.metrics import measure_quality
@@ -36,7 +35,7 @@ from setfit_kd.utils.files import read_json
 if TYPE_CHECKING:
     from setfit import SetFitModel
 
-SETFIT, TRANSFORMER = "plain", "transformer-whole"
+NAMES = SETFIT, TRANSFORMER = "plain", "transformer-whole"
 TEACHERS = (f"teachers/{SETFIT}", f"teachers/{TRANSFORMER}")
 
 
@@ -69,16 +68,15 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_stud
     }
 
 
-@dataclass(frozen=True)
-class TeachersRun:
+class TeachersRun(NamedTuple):
     """A run of two teachers."""
 
     folder: Path
     result: RunResult
-    teachers: Sequence[str]
+    teachers: list[str]
 
     def load_signals(self) -> list[TeacherSignals]:
-        return [TeacherSignals.load(self.folder / "scored" / name) for name in (SETFIT, TRANSFORMER)]
+        return [TeacherSignals.load(self.folder / "scored" / name) for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -87,22 +85,16 @@ def equal_weights_run(run: Run, base: dict[str, Any], tmp_path_factory: pytest.T
     return TeachersRun(folder, run(output_dir=folder), base["teacher"])
 
 
-def fail(*_: Any, **__: Any) -> Any:
-    raise AssertionError("This stage should have been loaded.")
+STAGES = ("train_teacher", "refine_and_score", "cross_validated_accuracy", "train_student", "evaluate_ensemble")
 
 
 @contextmanager
 def fail_if_called(*names: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
-            patch.setattr(f"setfit_kd.run.stages.{name}", fail)
+            message = "This stage should have been loaded."
+            patch.setattr(f"setfit_kd.run.stages.{name}", Mock(side_effect=AssertionError(message)))
         yield
-
-
-ALL_STAGES = (
-    *("train_teacher", "refine_and_score", "cross_validated_accuracy", "train_student"),
-    *("evaluate", "evaluate_ensemble"),
-)
 
 
 def resume_copy(equal_weights_run: TeachersRun, folder: Path, **settings: Any) -> TeachersRun:
@@ -139,7 +131,7 @@ def shares(any_run: TeachersRun) -> list[float]:
         return [0.5, 0.5]
     if setting == "2,1":
         return [2 / 3, 1 / 3]
-    accuracies = [read_json(any_run.folder / "weighed" / name / "accuracy.json") for name in (SETFIT, TRANSFORMER)]
+    accuracies = [read_json(any_run.folder / "weighed" / name / "accuracy.json") for name in NAMES]
     assert len(set(accuracies)) == 2, "the test needs different weights"
     return [accuracy / sum(accuracies) for accuracy in accuracies]
 
@@ -149,8 +141,7 @@ def shares(any_run: TeachersRun) -> list[float]:
 
 def test_each_teacher_is_saved_and_evaluated(equal_weights_run: TeachersRun) -> None:
     folder, evaluations = equal_weights_run.folder, equal_weights_run.result.evaluations
-    assert {path.name for path in (folder / "teachers").iterdir()} == {SETFIT, TRANSFORMER}
-    assert {path.name for path in (folder / "scored").iterdir()} == {SETFIT, TRANSFORMER}
+    assert {path.name for path in (folder / "teachers").iterdir()} == set(NAMES)
     subfolders = {path.name for path in folder.iterdir() if path.is_dir()}
     assert subfolders == {"teachers", "scored", "students", "baselines", "evaluation"}
     assert equal_weights_run.result.teacher is None
@@ -206,15 +197,13 @@ def test_signals_evaluated_teacher_and_report_show_the_average(any_run: Teachers
         assert text in report
 
 
-def make_evaluation(probabilities: Any, gold: Any, cost: Cost | None = None) -> Evaluation:
-    quality = measure_quality(probabilities.argmax(axis=1), gold, "abc"[: probabilities.shape[1]])
-    return Evaluation(quality, cost or Cost(1, 1, 1, "cpu"), probabilities, gold)
-
-
 def test_ensemble_can_be_more_accurate_than_each_teacher_and_costs_are_summed() -> None:
     probabilities = np.array([[[0.9, 0.1], [0.6, 0.4]], [[0.4, 0.6], [0.1, 0.9]]], np.float32)
-    costs = [Cost(10, 1.5, 100, "cpu"), Cost(5, 0.2, 50, "cpu")]
-    evaluations = [make_evaluation(p, np.array([0, 1]), cost) for p, cost in zip(probabilities, costs, strict=True)]
+    costs, gold = [Cost(10, 1.5, 100, "cpu"), Cost(5, 0.2, 50, "cpu")], np.array([0, 1])
+    evaluations = [
+        Evaluation(measure_quality(p.argmax(axis=1), gold, "ab"), cost, p, gold)
+        for p, cost in zip(probabilities, costs, strict=True)
+    ]
     assert [evaluation.quality.accuracy for evaluation in evaluations] == [0.5, 0.5]
     ensemble = evaluate_ensemble(evaluations, [1, 1], [1, 1], 1)
     assert ensemble.quality.accuracy == 1
@@ -222,21 +211,14 @@ def test_ensemble_can_be_more_accurate_than_each_teacher_and_costs_are_summed() 
     assert evaluate_ensemble(evaluations, [9, 1], [1, 1], 1).quality.accuracy == 0.5
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=[SETFIT, TRANSFORMER])
-def test_teacher_does_not_depend_on_other_teachers(
-    run: Run, equal_weights_run: TeachersRun, number: int, tmp_path: Path
-) -> None:
-    teacher = equal_weights_run.teachers[number]
-    alone = run(teacher=teacher, student="layers:1", output_dir=tmp_path / "run", baseline=False)
+def test_teacher_does_not_depend_on_other_teachers(run: Run, equal_weights_run: TeachersRun, tmp_path: Path) -> None:
+    alone = run(teacher=equal_weights_run.teachers[1], student="layers:1", output_dir=tmp_path / "run", baseline=False)
     assert alone.teacher is not None
-    trained_alone, trained_together = (
-        load(folder, device="cpu") for folder in (tmp_path / "run/teacher", equal_weights_run.folder / TEACHERS[number])
-    )
-    assert equal_weights(weights(trained_alone), weights(trained_together))
-    np.testing.assert_array_equal(trained_alone.model_head.coef_, trained_together.model_head.coef_)
-    np.testing.assert_array_equal(alone.signals.probabilities, equal_weights_run.load_signals()[number].probabilities)
+    folders = (tmp_path / "run/teacher", equal_weights_run.folder / TEACHERS[1])
+    assert equal_weights(*(weights(load(folder, device="cpu")) for folder in folders))
+    np.testing.assert_array_equal(alone.signals.probabilities, equal_weights_run.load_signals()[1].probabilities)
     together = equal_weights_run.result.evaluations
-    np.testing.assert_array_equal(alone.evaluations["teacher"].probabilities, together[TEACHERS[number]].probabilities)
+    np.testing.assert_array_equal(alone.evaluations["teacher"].probabilities, together[TEACHERS[1]].probabilities)
     # The student also learns from the other teacher.
     assert not np.array_equal(alone.evaluations["student"].probabilities, together["students/layers-1"].probabilities)
 
@@ -250,9 +232,7 @@ def test_teacher_does_not_depend_on_other_teachers(
         ("2,1,1", "teacher_weights: number of weights must be 2, one per teacher, got 2,1,1"),
         ("2,0", "must be positive and finite"),
         ("2,nan", "must be positive and finite"),
-        ("2,inf", "must be positive and finite"),
         ("two,one", "weights must be numbers such as 2,1, or cross-validated"),
-        ("", "weights must be numbers such as 2,1, or cross-validated"),
         (2, "teacher_weights: "),
     ],
 )
@@ -261,17 +241,10 @@ def test_invalid_teacher_weights_raise_error(setting: Any, message: str) -> None
         RunConfig.of(teacher=["one", "other"], teacher_weights=setting)
 
 
-@pytest.mark.parametrize(
-    ("teachers", "setting", "normalized"),
-    [
-        ("one", "3", "3"),
-        (["one", "other"], "2.0, 1", "2,1"),
-        (["one", "other"], "1e0,.5", "1,0.5"),
-        (["one", "other"], "cross-validated", "cross-validated"),
-    ],
-)
-def test_teacher_weights_are_normalized(teachers: Any, setting: str, normalized: str) -> None:
-    assert RunConfig.of(teacher=teachers, teacher_weights=setting).teacher_weights == normalized
+def test_teacher_weights_are_normalized() -> None:
+    assert RunConfig.of(teacher="one", teacher_weights="3").teacher_weights == "3"
+    for setting, normalized in (("2.0, 1", "2,1"), ("1e0,.5", "1,0.5"), ("cross-validated", "cross-validated")):
+        assert RunConfig.of(teacher=["one", "other"], teacher_weights=setting).teacher_weights == normalized
 
 
 def test_duplicate_teacher_raises_error() -> None:
@@ -282,19 +255,13 @@ def test_duplicate_teacher_raises_error() -> None:
 # Cross-validation
 
 
-@pytest.mark.parametrize(("n_labels", "n_folds"), [(8, 0), (11, 0), (12, 3), (18, MAX_FOLDS)])
+@pytest.mark.parametrize(("n_labels", "n_folds"), [(11, 0), (12, 3), (18, MAX_FOLDS)])
 def test_each_label_is_predicted_once_without_training_on_it(
     tiny_student: Path, n_labels: int, n_folds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labeled = few_labels(n_labels)
-    training_sets: list[LabeledSet] = []
     predictions: list[tuple[list[str], Any]] = []
-    bodies: list[Any] = []
-
-    def train(rows: LabeledSet, body: Any, **settings: Any) -> SetFitModel:
-        training_sets.append(rows)
-        bodies.append(body)
-        return train_teacher(rows, body, **settings)
+    train = Mock(side_effect=train_teacher)
 
     def predict(model: SetFitModel, texts: Sequence[str], **settings: Any) -> Any:
         predictions.append((list(texts), predict_proba(model, texts, **settings)))
@@ -304,6 +271,7 @@ def test_each_label_is_predicted_once_without_training_on_it(
     monkeypatch.setattr("setfit_kd.teacher.train.predict_proba", predict)
     config = TeacherConfig.of(device="cpu", precision="fp32", teacher_steps=2, teacher_batch_size=8)
     accuracy = cross_validated_accuracy(labeled, lambda: load_body(tiny_student), config=config)
+    training_sets, bodies = ([call.args[i] for call in train.call_args_list] for i in range(2))
     assert len({id(body) for body in bodies}) == len(predictions) == n_folds  # each fold has a new body
     if not n_folds:
         assert accuracy is None
@@ -329,133 +297,92 @@ def test_too_few_labels_give_equal_teacher_weights(
 # Resumed runs
 
 
-@pytest.mark.parametrize("name", ["equal_weights_run", "cross_validated_run"])
-def test_resuming_finished_run_loads_every_stage(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    before: TeachersRun = request.getfixturevalue(name)
-    folder = shutil.copytree(before.folder, tmp_path / "run")
-    with fail_if_called(*ALL_STAGES):
+def test_resuming_finished_run_loads_every_stage(cross_validated_run: TeachersRun, tmp_path: Path) -> None:
+    folder = shutil.copytree(cross_validated_run.folder, tmp_path / "run")
+    with fail_if_called(*STAGES, "evaluate"):
         result = distill(resume=folder)
-    np.testing.assert_array_equal(result.signals.probabilities, before.result.signals.probabilities)
+    np.testing.assert_array_equal(result.signals.probabilities, cross_validated_run.result.signals.probabilities)
     for file in ("metrics.json", "run.json"):
-        assert read_json(folder / file) == read_json(before.folder / file)
+        assert read_json(folder / file) == read_json(cross_validated_run.folder / file)
 
 
-@pytest.mark.parametrize("name", ["fixed_weights_run", "cross_validated_run"])
 def test_other_weights_retrain_students_but_not_teachers(
-    name: str, equal_weights_run: TeachersRun, request: pytest.FixtureRequest
+    equal_weights_run: TeachersRun, fixed_weights_run: TeachersRun
 ) -> None:
-    other: TeachersRun = request.getfixturevalue(name)  # fails if a teacher is trained
-    stages = [read_json(run.folder / "run.json")["stages"] for run in (equal_weights_run, other)]
-    loaded = {stage for stage in stages[0] if stages[1].get(stage) == stages[0][stage]}
-    scored = {f"scored/{teacher}" for teacher in (SETFIT, TRANSFORMER)}
-    assert loaded >= {*TEACHERS, *scored, *(f"evaluation/{teacher}" for teacher in TEACHERS)}
+    runs = (equal_weights_run, fixed_weights_run)
+    before, after = (read_json(run.folder / "run.json")["stages"] for run in runs)
+    loaded = {stage for stage in before if after.get(stage) == before[stage]}
+    assert loaded >= {f"{kind}/{name}" for kind in ("teachers", "scored", "evaluation/teachers") for name in NAMES}
     assert loaded.isdisjoint({"students/layers-1", "students/static-4", "evaluation/teacher"})
-    students = [load(run.folder / "students/layers-1", device="cpu") for run in (equal_weights_run, other)]
-    assert not equal_weights(*map(weights, students))
-
-
-def test_only_teacher_with_damaged_folder_is_retrained(
-    equal_weights_run: TeachersRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = shutil.copytree(equal_weights_run.folder, tmp_path / "run")
-    (folder / TEACHERS[1] / "model.safetensors").write_bytes(b"")
-    with caplog.at_level(logging.INFO, "setfit_kd"):
-        distill(resume=folder)
-    assert f"Stage {TEACHERS[0]}: loaded from" in caplog.text
-    assert f"Stage {TEACHERS[1]}: loaded from" not in caplog.text
-    assert read_metrics(folder) == read_metrics(equal_weights_run.folder)
+    assert not equal_weights(*(weights(load(run.folder / "students/layers-1", device="cpu")) for run in runs))
 
 
 def test_resuming_with_one_of_two_teachers(equal_weights_run: TeachersRun, tmp_path: Path) -> None:
     folder = shutil.copytree(equal_weights_run.folder, tmp_path / "run")
     distill(resume=folder, teacher=equal_weights_run.teachers[0], student="layers:1", baseline=False)
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {"teacher", "signals", "student", "evaluation"}
-    assert {path.name for path in (folder / "evaluation").iterdir() if path.is_dir()} == {"teacher", "student"}
     assert list(read_json(folder / "metrics.json")) == ["teacher", "student"]
     assert read_json(folder / "run.json")["teacher_shares"] == {}
     signals = TeacherSignals.load(folder / "signals")
     np.testing.assert_array_equal(signals.probabilities, equal_weights_run.load_signals()[0].probabilities)
 
 
-# Memory
-
-
 @pytest.mark.parametrize(
     ("student", "settings", "alive"),
     [
-        ("static:2", {}, ([True], [])),
-        ("static:2@MODEL", {"teacher_weights": "cross-validated"}, ([False], [False] * 2)),
+        ("static:2", {}, [True]),
+        ("static:2@MODEL", {"teacher_weights": "cross-validated"}, [False] * 3),
     ],
 )
 def test_first_teacher_stays_in_memory_only_if_student_needs_it(
     run: Run, base: dict[str, Any], student: str, settings: Any, alive: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first list is for the training of the second teacher, the second for the cross-validations."""
+    """The values are recorded in the training of the second teacher, and in both cross-validations."""
     bodies: list[Any] = []
-    in_training: list[bool] = []
-    in_cross_validation: list[bool] = []
+    is_alive: list[bool] = []
 
     def train(*args: Any, **kwargs: Any) -> SetFitModel:
         gc.collect()
-        in_training.extend(body() is not None for body in bodies)
+        is_alive.extend(body() is not None for body in bodies)
         teacher = train_teacher(*args, **kwargs)
         bodies.append(weakref.ref(teacher.model_body))
         return teacher
 
     def cross_validate(*_: Any, **__: Any) -> float:
         gc.collect()
-        in_cross_validation.append(bodies[-1]() is not None)
+        is_alive.append(bodies[-1]() is not None)
         return 0.5
 
     monkeypatch.setattr("setfit_kd.run.stages.train_teacher", train)
     monkeypatch.setattr("setfit_kd.run.stages.cross_validated_accuracy", cross_validate)
     student = student.replace("MODEL", base["teacher"][0])
     run(student=student, baseline=False, eval=None, teacher_steps=1, **settings)
-    assert (in_training, in_cross_validation) == alive
+    assert is_alive == alive
     gc.collect()
     assert [body() for body in bodies] == [None, None]
 
 
-# Seeds and reports
-
-
 def test_several_seeds_with_several_teachers(run: Run, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    result = run(seeds=2, student="static:2", baseline=False, output_dir=folder)
-    assert list(result.by_seed) == [0, 1]
-    for seed_folder, evaluations in ((folder, result.by_seed[0]), (folder / "seeds/1", result.by_seed[1])):
-        assert list(evaluations) == [*TEACHERS, "teacher", "student"]
-        expected = average_teachers(evaluations, seed_folder, [0.5, 0.5])
+    result = run(seeds=2, student="static:2", baseline=False, output_dir=tmp_path / "run")
+    for evaluations, folder in zip(result.by_seed.values(), (tmp_path / "run", tmp_path / "run/seeds/1"), strict=True):
+        expected = average_teachers(evaluations, folder, [0.5, 0.5])
         np.testing.assert_allclose(evaluations["teacher"].probabilities, expected, atol=1e-6)
-    accuracies = [evaluations["teacher"].quality.accuracy for evaluations in result.by_seed.values()]
-    saved_metrics = read_json(folder / "metrics.json")
-    assert saved_metrics["teacher"]["over_seeds"]["figures"]["accuracy"]["values"] == pytest.approx(accuracies)
-    assert set(saved_metrics["student"]["over_seeds"]["against"]) == {"teacher"}
-    assert "Results over 2 seeds" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_loss_curves_exclude_cross_validation(cross_validated_run: TeachersRun) -> None:
+def test_verdict_and_model_card_name_the_teachers_and_losses_exclude_cross_validation(
+    equal_weights_run: TeachersRun, cross_validated_run: TeachersRun
+) -> None:
     assert set(read_summary(cross_validated_run.folder).losses) == {
-        *(f"{name} (teacher)" for name in (SETFIT, TRANSFORMER)),
+        *(f"{name} (teacher)" for name in NAMES),
         *(f"{name}{suffix}" for name in ("layers-1", "static-4") for suffix in ("", " (baseline)")),
     }
-
-
-def test_verdict_and_model_card_name_the_teachers(equal_weights_run: TeachersRun) -> None:
     summary = read_summary(equal_weights_run.folder)
     assert "the average of its teachers" in verdict(summary)
-    best = max(summary.students, key=lambda student: student.evaluation.quality.accuracy)
-    teacher = equal_weights_run.result.evaluations["teacher"]
-    difference = best.evaluation.quality.accuracy - teacher.quality.accuracy
-    assert best.differences["teacher"]["accuracy"].value == pytest.approx(difference)
     for student in ("layers:1", "static:4"):
         text = render_card(summary, student).replace("\\", "")
         assert f"distilled by setfit-kd from {SETFIT} and whole, which were fine-tuned on 16 labeled texts" in text
         assert str(equal_weights_run.folder.parent) not in text
         assert str(Path(equal_weights_run.teachers[0]).parent) not in text
-
-
-# Command line
 
 
 def test_several_teacher_flags(
@@ -465,9 +392,6 @@ def test_several_teacher_flags(
     values = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
     flags = [f"--{name.replace('_', '-')}={value}" for name, items in values.items() for value in items]
     command = ["run", *flags, "--no-cache", "--output-dir", tmp_path / "run", "--teacher-weights"]
-    refused = invoke(*command, "1,2,3")
-    assert refused.exit_code == ConfigError.exit_code
-    assert "number of weights must be 2, one per teacher, got 1,2,3" in refused.stderr
     dry_run = invoke(*command, "2,1", "--dry-run")
     assert dry_run.exit_code == 0, dry_run.stderr
     assert "teacher:\n- {}\n- {}\n".format(*base["teacher"]) in dry_run.stdout
@@ -477,5 +401,9 @@ def test_several_teacher_flags(
     result = invoke(*command, "2,1")
     assert result.exit_code == 0, result.stderr
     assert f"Weights of the teachers: {base['teacher'][0]} 66.7%, " in result.stderr
-    assert [name for name in (f"{SETFIT} (teacher)", "teacher", "static-4") if name not in result.stdout] == []
+    rows = [line for line in result.stdout.splitlines() if line.count("%") > 1]
+    names = [*(f"{name} (teacher)" for name in NAMES), "teacher"]
+    names += [f"{name}{suffix}" for name in ("layers-1", "static-4") for suffix in (" (baseline)", "")]
+    assert [re.split(r"\s{2,}", row)[0] for row in rows] == names
+    assert f"setfit-kd predict {tmp_path / 'run'}/students/" in result.stdout
     assert read_metrics(tmp_path / "run") == read_metrics(fixed_weights_run.folder)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checks import invoke
+from checks import assert_refused, invoke
 from synthetic import QUICK, few_labels, pool_signals
 
 from setfit_kd import train_student
@@ -20,7 +20,7 @@ from setfit_kd.models.bodies import load_body
 from setfit_kd.models.io import save_model
 from setfit_kd.models.static import static_body
 from setfit_kd.run_folder.log import record_log
-from setfit_kd.utils.escape import json_text, printable
+from setfit_kd.utils.console import json_text, printable
 
 LINK = "](http://x) <img src=x> \n# heading"
 LABELS = ("\x1b]0;x\x07title", "\x1b[2J\x9b31m", "\u202egnp\r\x7f\u2028\u2066x", LINK)
@@ -34,8 +34,8 @@ def folder(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Folder with a static student with hostile class names as a model, which has a hostile file, and as a bundle."""
     folder = tmp_path_factory.mktemp("hostile")
     signals, labeled = replace(pool_signals(), label_names=LABELS), replace(few_labels(), label_names=LABELS)
-    model = train_student(signals, static_body(load_body(tiny_teacher), signals.texts, dimension=8), labeled=labeled,
-                          **QUICK)  # fmt: skip
+    body = static_body(load_body(tiny_teacher), signals.texts, dimension=8)
+    model = train_student(signals, body, labeled=labeled, **QUICK)
     save_model(model, folder / "model", title=LINK)
     save_model(model, folder / "long", title="t" * 5_000)
     (folder / "model" / f"left out {HOSTILE}").touch()
@@ -46,17 +46,12 @@ def folder(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 COMMANDS = [
     "predict BUNDLE text HOSTILE",
     "predict BUNDLE -i HOSTILE.txt",
-    "predict ./nowhereHOSTILE text",
-    "evaluate MODEL --eval eval.jsonl --device cpu",
     "evaluate MODEL --eval eval.jsonl --device cpu --json",
     "benchmark BUNDLE --unlabeled ./HOSTILE.csv",
     f"{RUN} ./nowhereHOSTILE",
     f"{RUN} TEACHER --text-column HOSTILE",
-    f"{RUN} TEACHER --output-dir xHOSTILE",
     "run --config HOSTILE.txt",
-    "finetune ./nowhereHOSTILE --labeled eval.jsonl --output-dir out",
     "export MODEL --unlabeled eval.jsonl --output-dir HOSTILE",
-    "report ./HOSTILE",
     "push MODEL me/tiny --dry-run",
     "report a bHOSTILE",
     "HOSTILE",
@@ -79,17 +74,13 @@ def test_no_command_writes_control_characters(command: str, folder: Path, tiny_t
     assert re.search(r"\\(x1b|u001b|x9b|u009b)", result.output)
 
 
-def test_json_output_round_trips(folder: Path) -> None:
-    record = json.loads(invoke("predict", folder / "bundle", HOSTILE).stdout)
-    assert record["text"] == HOSTILE
-    assert tuple(record["probabilities"]) == LABELS
-
-
 def test_standalone_runtime_writes_no_control_characters(folder: Path, tmp_path: Path) -> None:
     program = [sys.executable, str(folder / "bundle" / "classify.py")]
     succeeded = subprocess.run([*program, HOSTILE], capture_output=True, check=True)
     assert CONTROL.findall(succeeded.stdout.decode("utf-8")) == []
     assert json.loads(succeeded.stdout)["text"] == HOSTILE
+    record = json.loads(invoke("predict", folder / "bundle", HOSTILE).stdout)
+    assert (record["text"], tuple(record["probabilities"])) == (HOSTILE, LABELS)
     failed = subprocess.run([*program, "--bundle", tmp_path / HOSTILE, "a"], capture_output=True, check=False)
     assert failed.returncode == 1
     assert CONTROL.findall(failed.stderr.decode("utf-8")) == []
@@ -104,35 +95,26 @@ def test_run_log_has_no_control_characters(tmp_path: Path) -> None:
             raise ValueError(HOSTILE)
         except ValueError:
             logging.getLogger("setfit_kd").exception("It failed.")
-    lines = (tmp_path / "run.log").read_bytes().decode("utf-8").split("\n")
-    assert CONTROL.findall("\n".join(lines)) == []
-    assert r"Of \x1b]0;x\x07" in lines[0]
-    assert any(line.startswith(r"ValueError: \x1b]0;") for line in lines)
+    content = (tmp_path / "run.log").read_bytes().decode("utf-8")
+    assert CONTROL.findall(content) == []
+    assert r"Of \x1b]0;x\x07" in content
+    assert "\n" + r"ValueError: \x1b]0;" in content
 
 
 @pytest.mark.parametrize("kind", ["model", "bundle"])
 def test_readme_escapes_markdown_and_truncates_names(kind: str, folder: Path) -> None:
-    lines = (folder / kind / "README.md").read_text(encoding="utf-8").split("\n")
+    content = (folder / kind / "README.md").read_text(encoding="utf-8")
     escaped = r"\](http://x) \<img src=x\> \# heading"
-    assert f"# {escaped}" in lines
-    (classes,) = (line for line in lines if " 4 classes: " in line)
-    assert classes.endswith(rf"classes: \]0;x title, \[2J 31m, gnp x, {escaped}.")
-    assert CONTROL.findall("".join(lines)) == []
+    assert f"# {escaped}\n" in content
+    assert rf" 4 classes: \]0;x title, \[2J 31m, gnp x, {escaped}." + "\n" in content
+    assert CONTROL.findall(content) == []
     assert f"# {'t' * 599}…\n" in (folder / "long" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("plain, مرحبا 👩\u200d👧 é\n", "plain, مرحبا 👩\u200d👧 é\n"),
-        ("a\x1b[2J\r\t\x00", r"a\x1b[2J\r\t\x00"),
-        ("\x7f\x85\x9b", r"\x7f\x85\x9b"),
-        ("\u202e\u2066\u2028\u200f", r"\u202e\u2066\u2028\u200f"),
-        ("half \ud83d", r"half \ud83d"),
-    ],
-)
-def test_control_characters_are_escaped(text: str, expected: str) -> None:
-    assert printable(text) == expected
+def test_control_characters_are_escaped() -> None:
+    assert printable("plain, مرحبا 👩\u200d👧 é\n") == "plain, مرحبا 👩\u200d👧 é\n"
+    escaped = r"\x1b[2J\r\t\x00\x7f\x85\x9b\u202e\u2066\u2028\u200f\ud83d"
+    assert printable(escaped.encode("ascii").decode("unicode_escape")) == escaped
     assert printable("a\nb", keep="") == r"a\nb"
 
 
@@ -142,15 +124,13 @@ def test_middle_of_long_message_is_left_out(folder: Path) -> None:
     assert printable("b" * 2_000) == "b" * 2_000
     Path("eval.csv").write_text(f"{'y' * 9_000},label\na,b\n", encoding="utf-8")
     result = invoke("evaluate", folder / "model", "--eval", "eval.csv", "--device", "cpu")
-    assert result.exit_code == 2
-    assert "characters left out" in result.stderr
+    assert_refused(result, "characters left out")
     assert len(result.stderr) < 2_500
 
 
 def test_json_text_is_always_valid() -> None:
-    value = {"\x9b": [float("nan"), float("-inf"), "\u2028\ud83d"], "b": {1}, "c": 1e300}
-    text = json_text(value, indent=1)
+    text = json_text({"\x9b": [float("nan"), float("-inf"), "\u2028\ud83d"], "b": {1}, "c": 1e300}, indent=1)
     assert CONTROL.findall(text) == []
     text.encode("utf-8")
-    parsed = json.loads(text, parse_constant=pytest.fail)
-    assert parsed == {"\x9b": [None, None, "\u2028\ud83d"], "b": "{1}", "c": 1e300}
+    expected = {"\x9b": [None, None, "\u2028\ud83d"], "b": "{1}", "c": 1e300}
+    assert json.loads(text, parse_constant=pytest.fail) == expected
