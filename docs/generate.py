@@ -24,8 +24,9 @@ SECTIONS = {
     "Models": "load models.io.save_model evaluate runtime.classify.Classifier",
     "Transformers": "finetune.train.finetune config.stages.FinetuneConfig",
     "Data": "data.sources.read data.labeled_set.LabeledSet data.labeled_set.encode_labels",
-    "Losses": "losses.similarity.SimilarityLoss losses.soft_labels.SoftLabelLoss losses.embedding.EmbeddingLoss "
-    "losses.pairs.PairSimilarityLoss losses.contrastive.ContrastiveLoss losses.cross_entropy.CrossEntropyLoss",
+    "Losses": "losses.base.BatchLoss losses.similarity.SimilarityLoss losses.soft_labels.SoftLabelLoss "
+    "losses.embedding.EmbeddingLoss losses.pairs.PairSimilarityLoss losses.contrastive.ContrastiveLoss "
+    "losses.cross_entropy.CrossEntropyLoss",
 }
 SETTINGS = """Each setting is also an option of [`setfit-kd {0}`](cli.md#setfit-kd-{0}), which describes it:
 `warmup_steps=50` is `--warmup-steps 50`, and `cpu_fallback=False` is `--no-cpu-fallback`."""

@@ -103,8 +103,10 @@ class FillMask:
             return []
         part = shorten(text, self._tokenizer.backend_tokenizer)
         offsets = self._tokenizer(part, return_offsets_mapping=True, **self._truncation)["offset_mapping"]
-        end = max(stop for _, stop in offsets)
-        words = [word for word in _WORD.finditer(part) if word.end() <= end and any(map(str.isalnum, word[0]))]
+        start = min((first for first, stop in offsets if stop > first), default=0)
+        end = max((stop for _, stop in offsets), default=0)
+        read = (word for word in _WORD.finditer(part) if start <= word.start() and word.end() <= end)
+        words = [word for word in read if any(map(str.isalnum, word[0]))]
         count = min(len(words), max(1, round(_MASK_RATIO * len(words))))
         return [words[index] for index in sorted(rng.permutation(len(words))[:count].tolist())]
 

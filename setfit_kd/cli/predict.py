@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +78,12 @@ def predict(
         rows = _rows(texts, files, lines, config.text_column)
         chunks = classify(classifier, rows, threshold=threshold, is_waiting=lambda: lines.is_waiting)
         # A progress bar would be mixed with the predictions on the terminal.
-        with show_progress(False) if output is None and sys.stdout.isatty() else nullcontext():
-            write_predictions(output, _show_progress(chunks), classifier.labels, columns)
+        quiet = show_progress(False) if output is None and sys.stdout.isatty() else nullcontext()
+        with quiet, closing(_show_progress(chunks)) as shown:
+            write_predictions(output, shown, classifier.labels, columns)
 
 
-def _show_progress(chunks: Iterator[list[Prediction]]) -> Iterator[list[Prediction]]:
+def _show_progress(chunks: Iterator[list[Prediction]]) -> Generator[list[Prediction], None, None]:
     """Pass on the predictions, with a progress bar if there are more than a few."""
     from setfit_kd.inference.predict import CHUNK_SIZE
     from setfit_kd.utils.console import track

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from setfit_kd.data.readers import READERS, Record, file_format, read_records, record_unit
-from setfit_kd.errors import DataError
+from setfit_kd.errors import DataError, SetFitKDError
 from setfit_kd.utils.console import quiet_libraries
 from setfit_kd.utils.files import MAX_JSON_BYTES, check_regular_file
 
@@ -235,7 +235,15 @@ def _get_label(value: Any, declared_labels: tuple[str, ...]) -> tuple[str, str |
 
 def _open(source: Any, role: str, label_column: str | None = None) -> _Table:
     if isinstance(source, str | Path):
-        return _open_named(str(source), role, label_column)
+        try:
+            return _open_named(str(source), role, label_column)
+        except SetFitKDError:
+            raise
+        except OSError as error:
+            message = f"Cannot read {str(source)!r:.200}: {error.strerror or error}."
+            raise DataError(message, hint="Check the path.") from None
+    if hasattr(source, "to_dict") and hasattr(source, "tolist"):
+        source = source.tolist()  # a pandas Series
     if hasattr(source, "column_names"):
         return _open_dataset(source, role, "the data set", label_column)
     if not isinstance(source, Mapping) and not hasattr(source, "to_dict"):
@@ -275,16 +283,12 @@ def _find(name: str, role: str) -> tuple[Path | re.Match[str], str | None]:
             raise DataError(f"No such bundled corpus: {name!r}.", hint="Use bundled:newswire.")
         return path, None
     path, split = Path(name), None
-    try:
-        if name.endswith("]") and not path.exists():
-            folder, _, split = name[:-1].rpartition("[")
-            path = Path(folder)
-        is_file, is_folder = path.is_file(), path.is_dir()
-    except OSError as error:
-        raise DataError(f"Cannot read {name!r:.200}: {error.strerror or error}.", hint="Check the path.") from None
-    if is_file and split:
+    if name.endswith("]") and not path.exists():
+        folder, _, split = name[:-1].rpartition("[")
+        path = Path(folder)
+    if path.is_file() and split:
         raise DataError(f"{path} is a file and has no splits.", hint="Remove the square brackets.")
-    if is_file or is_folder:
+    if path.is_file() or path.is_dir():
         return path, split
     is_file_name = name.lower().endswith((*READERS, ".json", ".xlsx", ".xls", ".gz", ".zip", ".bz2", ".xz"))
     match = None if is_file_name or name.startswith((".", "~")) else _HUB_SOURCE.fullmatch(name)
@@ -334,7 +338,8 @@ def _open_dataset(data: Any, role: str, origin: str, label_column: str | None, s
         data, origin = data[split_name], f"{origin} [{split_name}]"
     elif split:
         raise DataError(f"{origin} has no splits.", hint="Remove the square brackets.")
-    if label_column == "label" and "label" not in data.column_names and "labels" in data.column_names:
+    columns = data.column_names or ()  # unknown for some streams
+    if label_column == "label" and "label" not in columns and "labels" in columns:
         label_column = "labels"  # the name that models of transformers expect
     feature = (getattr(data, "features", None) or {}).get(label_column)
     names = tuple(getattr(feature, "names", None) or ())

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from setfit_kd import __version__
-from setfit_kd.errors import ModelError, OutputError, UnavailableError
-from setfit_kd.models.bodies import default_prompt, is_static
+from setfit_kd.errors import ConfigError, DataError, ModelError, OutputError, UnavailableError
+from setfit_kd.models.bodies import check_finite, default_prompt, is_static
 from setfit_kd.models.encode import predict_proba
 from setfit_kd.runtime import classify
 from setfit_kd.utils.atomic_io import atomic_folder, raise_output_errors, replace_folder
@@ -120,15 +120,23 @@ def export_bundle(
         overwrite: Replace an earlier bundle in the folder; other files in it are kept.
 
     Raises:
+        ConfigError: If ``format`` or ``min_agreement`` is unknown or out of range.
+        DataError: If there are no texts.
         ModelError: If the classifier cannot be exported, or its agreement with the bundle is too low.
         OutputError: If the folder exists and is not to be overwritten, or cannot be written.
         UnavailableError: If a package for ONNX is missing.
     """
     format = format or ("static" if is_static(model.model_body) else "onnx-int8")  # noqa: A001
+    if format not in MIN_AGREEMENT:
+        raise ConfigError(f"Unknown bundle format {format!r}.", hint=f"Use one of {', '.join(MIN_AGREEMENT)}.")
+    if min_agreement is not None and not 0 <= min_agreement <= 1:
+        raise ConfigError(f"min_agreement must be from 0 to 1, got {min_agreement}.", hint="Pass a share such as 0.98.")
+    if not len(texts):
+        raise DataError("Cannot check a bundle without texts.", hint="Pass texts like those to be classified.")
     check_output(Path(folder), overwrite=overwrite)
     texts = [texts[row] for row in np.unique(np.linspace(0, len(texts) - 1, 1000).astype(int))]
     head_weights(model)  # fail early if the head cannot be exported
-    model.model_body.to("cpu")
+    check_finite(model.model_body.to("cpu"), title)
     expected = predict_proba(model, texts, description="Classifying with torch")
     if not np.isfinite(expected).all():
         raise ModelError("The classifier predicts probabilities that are not finite.", hint="Train it again.")
@@ -266,11 +274,13 @@ def head_weights(model: SetFitModel) -> tuple[npt.NDArray[np.float32], npt.NDArr
     """Return coefficients (n_classes, d) and intercept (n_classes,) of a head; a binary head is converted to two rows.
 
     Raises:
-        ModelError: If the head is not a fitted logistic regression.
+        ModelError: If the head is not a fitted logistic regression, or the model has no labels.
     """
     from sklearn.linear_model import LogisticRegression
 
     head = model.model_head
+    if not model.labels:
+        raise ModelError("The model has no labels.", hint="Set model.labels.")
     if not isinstance(head, LogisticRegression) or not hasattr(head, "coef_"):
         message = f"The head is a {type(head).__name__}; only a fitted logistic regression can be exported."
         raise ModelError(message, hint="Train the classifier with setfit-kd.")

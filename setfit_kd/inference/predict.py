@@ -163,7 +163,8 @@ def write_predictions(
 ) -> None:
     """Write predictions to a file, whose extension selects the format, or as JSON lines to stdout.
 
-    A file appears only if everything was written. ``columns`` are the other columns of a table, which come first.
+    A file appears only if everything was written. ``columns`` are the other columns of a table, which come first. The
+    extension must be one that `check_output` accepts.
 
     Raises:
         OutputError: If the file cannot be written.

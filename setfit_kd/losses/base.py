@@ -26,7 +26,8 @@ class BatchLoss(nn.Module, ABC):
 
     Args:
         model: The body to train.
-        dropout: Keep the body's dropout on. It disturbs a student that must reproduce the teacher's geometry.
+        dropout: Keep the body's dropout on. Off by default: it disturbs a student that must reproduce the teacher's
+            geometry.
         micro_batch_size: Maximum number of texts whose activations are kept in memory; None is the whole batch.
 
     References:

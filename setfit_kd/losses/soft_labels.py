@@ -68,8 +68,8 @@ class SoftLabelLoss(BatchLoss):
         The learning rate of a body is far too small to train a random head.
         """
         with torch.no_grad():
-            self.head.weight.copy_(torch.as_tensor(coef))
-            self.head.bias.copy_(torch.as_tensor(intercept))
+            self.head.weight.copy_(torch.as_tensor(coef).reshape(self.head.weight.shape))
+            self.head.bias.copy_(torch.as_tensor(intercept).reshape(self.head.bias.shape))
 
     def compute_loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """Compute the mean over the texts of the soft-label term and, for texts with a gold label, the gold term."""

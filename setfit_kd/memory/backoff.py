@@ -82,11 +82,14 @@ class OOMBackoff:
         device, batch_size: Those of the first attempt.
         model: Model to run. An attempt that failed for a model is skipped for models that are at least as large.
 
+    Attributes:
+        attempt: Current attempt.
+        step: Training step from 1, or number of texts encoded so far, for messages.
     """
 
     def __init__(self, phase: str, *, kind: str, device: torch.device, batch_size: int, model: torch.nn.Module) -> None:
         self.phase, self._kind = phase, kind
-        self.step: int | None = None  # training step from 1, or number of texts encoded so far, for messages
+        self.step: int | None = None
         self._first = Attempt(device, batch_size)
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         self._state = _backoff_state.get() or _BackoffState()

@@ -49,11 +49,16 @@ class BodySource(NamedTuple):
 
                 # Weights may be stored in half precision, in which training would lose most updates.
                 body = load_local(SentenceTransformer, self.folder, device="cpu").float()
-            for name, value in body.state_dict().items():
-                if value.is_floating_point() and not value.isfinite().all():
-                    message = f"The weights {name} of {self.folder} are not all finite."
-                    raise ModelError(message, hint="Train the model again.")
+            check_finite(body, self.folder)
             return body
+
+
+def check_finite(body: SentenceTransformer, name: object) -> None:
+    """Raise a `ModelError` if a weight of a body is infinite or NaN; ``name`` is what the message calls the model."""
+    for weight, value in body.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            message = f"The weights {weight} of {name} are not all finite."
+            raise ModelError(message, hint="Train the model again.")
 
 
 def load_body(folder: Path) -> SentenceTransformer:

@@ -50,7 +50,7 @@ def run_batches(
 
 
 def shorten_texts(body: SentenceTransformer, texts: Sequence[str]) -> list[str]:
-    """Cut texts to little more than the tokens that a body reads, see `setfit_kd.runtime.shorten`."""
+    """Cut texts to little more than the tokens that a body reads, see `setfit_kd.runtime.classify.shorten`."""
     body.preprocess(["a"])  # sets the truncation of its tokenizer
     tokenizer = getattr(body.tokenizer, "backend_tokenizer", body.tokenizer)
     return [shorten(text, tokenizer) for text in texts]

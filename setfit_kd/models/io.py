@@ -145,7 +145,7 @@ def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) 
     """Load a classifier: the student of a run folder, or a SetFit model or transformer from a folder or the hub.
 
     Args:
-        path: Folder or hub name.
+        path: Folder, or USER/NAME on the hub.
         device: See `RunConfig`.
         trust_pickle: Also load a head that is stored only as a pickle. A pickle can run arbitrary code.
 
@@ -215,8 +215,10 @@ def _read_setfit_config(folder: Path, head: Any) -> tuple[list[str], bool]:
     path = folder / _SETFIT_CONFIG
     try:
         config = read_json(path) if path.is_file() else {}
+        if not isinstance(config, dict):
+            raise ValueError(f"expected an object, got {type(config).__name__}")
         saved, normalize = config.get("labels"), bool(config.get("normalize_embeddings", False))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"Cannot read {path}: {error}", hint=_RETRAIN) from None
     classes = getattr(head, "classes_", None)
     names = [] if classes is None else [str(name) for name in classes]

@@ -71,6 +71,8 @@ def prepare_run(config: RunConfig, *, resume: bool = False, **sources: Source | 
     """
     if config.output_dir:
         RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=resume)
+    if config.device not in ("auto", "cpu"):
+        resolve_device(config.device)  # imports torch, hence not for the others
     data = load_run_data(config, **sources)
     check_pool(len(data.pool) + (0 if data.signals else len(data.labeled) + (config.augment or 0)), config)
     if data.evaluation is None and config.seeds > 1:

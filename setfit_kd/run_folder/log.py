@@ -32,6 +32,8 @@ class _LogFile(logging.FileHandler):
 class RunLog(logging.handlers.MemoryHandler):
     """Handler that keeps log messages in memory until `open` names the file for them and all later ones.
 
+    It is not for runs in several threads of one process, whose messages would get mixed.
+
     Args:
         stage: Name of the current stage, which is added to every record.
     """

@@ -115,7 +115,7 @@ def _read_manifest(folder: Path, *, action: str, hint: str) -> tuple[Manifest, d
     path = folder / RUN_FILE
     try:
         content = read_json(path)
-        return Manifest.model_validate(content), content
+        return Manifest.model_validate(content, strict=True), content
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "content"

@@ -221,8 +221,10 @@ class Classifier:
         """Classify any number of texts in their order, with at most ``chunk_size`` of them in memory.
 
         Predictions are yielded once ``chunk_size`` texts have arrived, ``is_waiting`` says that the next text has not
-        arrived, or the input ends.
+        arrived, or the input ends. A ``chunk_size`` below 1 raises a ValueError.
         """
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}")
         for chunk in chunk_texts(texts, chunk_size, is_waiting=is_waiting):
             for text, row in zip(chunk, self._classify(chunk), strict=True):
                 column = int(row.argmax())

@@ -117,16 +117,18 @@ def train(
         if store is not None:  # the next attempt starts from the initial weights
             store.clear()
 
+    is_trained = False
     try:
         with checkpointed_layers(body) if config.gradient_checkpointing else nullcontext():
             trainer = backoff.run(run_attempt, clear=clear)
+        is_trained = True
         trainer.fit_head()
     except BaseException as error:
         if store is not None and isinstance(error, TrainingError):  # a resumed training would diverge again
             store.clear()
         _reset_body(body)
         body.load_state_dict(initial_weights)
-        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
+        if not is_trained or isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
             raise
         message = f"{description}: out of memory while fitting the head ({first_line(str(error))})."
         raise OutOfMemoryError(message, hint="Use fewer texts, or a body with shorter embeddings.") from error

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int], None]
 _MIN_TEXTS = 10  # for which progress is shown
-_show = True
+_enabled = True
+_shown: ContextVar[bool | None] = ContextVar("shown", default=None)
 MAX_CHARACTERS = 600  # of a text that is shown
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~!$&])")
 # Control characters, line separators, bidirectional marks and overrides, and lone surrogates.
@@ -25,25 +27,24 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2
 
 def disable_progress_bars() -> None:
     """Do not show progress."""
-    global _show
-    _show = False
+    global _enabled
+    _enabled = False
 
 
 def enable_progress_bars() -> None:
     """Show progress, which is the default."""
-    global _show
-    _show = True
+    global _enabled
+    _enabled = True
 
 
 @contextmanager
 def show_progress(show: bool) -> Iterator[None]:
-    """Show or hide progress during the block."""
-    global _show
-    previous, _show = _show, show
+    """Show or hide progress during the block, in this thread."""
+    token = _shown.set(show)
     try:
         yield
     finally:
-        _show = previous
+        _shown.reset(token)
 
 
 @cache
@@ -60,7 +61,8 @@ def track(description: str, total: int | None, unit: str = "texts") -> Iterator[
 
     Call the yielded function with the number of units completed since the last call; ``total`` may be unknown (None).
     """
-    if not _show or (unit == "texts" and total is not None and total < _MIN_TEXTS):
+    shown = _shown.get()
+    if not (_enabled if shown is None else shown) or (unit == "texts" and total is not None and total < _MIN_TEXTS):
         yield lambda _: None
         return
     from rich import progress

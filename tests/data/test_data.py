@@ -90,6 +90,12 @@ def test_read_or_stream_a_source(name: str) -> None:
         assert list(stream_texts(source)) == TEXTS
 
 
+def test_streams_and_series_are_read() -> None:
+    stream = datasets.IterableDataset.from_generator(lambda: iter(RECORDS))
+    assert read(stream, label_column="label").labels == LABELS
+    assert list(stream_texts(pd.Series(TEXTS, index=[3, 3, 1, 0]))) == TEXTS
+
+
 @pytest.mark.parametrize(
     ("name", "head", "line"),
     [("a.jsonl", "", '{"text": "text"}\n'), ("a.csv", "text,label\n", "text,x\n"), ("a.txt", "", "text\n")],
@@ -233,6 +239,7 @@ def test_errors_in_files_name_file_and_line(name: str, content: str | bytes | No
         (class_label_dataset(["a"], [-1], ["n", "p"]), "row 1: the label must be between 0 and 1, got -1"),
         (pd.DataFrame({"text": [None, NAN], "label": [1, 2]}), "row 1: no text (a missing value); row 2: no text"),
         (pd.DataFrame([["a", "b"]], columns=["text", "text"]), "data frame has two columns with the same name"),
+        (pd.Series([None]), "row 1: expected a (text, label) pair"),
         (datasets.DatasetDict(x=datasets.Dataset.from_dict({"text": ["a"]})), "has no split 'train'; it has 'x'"),
     ],
     ids=count(),

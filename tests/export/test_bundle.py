@@ -24,7 +24,7 @@ from sklearn.linear_model import RidgeClassifier
 from synthetic import random_classifier
 
 from setfit_kd import TeacherSignals, distill
-from setfit_kd.errors import ModelError, OutputError, SetFitKDError, UnavailableError
+from setfit_kd.errors import InputError, ModelError, OutputError, SetFitKDError, UnavailableError
 from setfit_kd.export import bundle as bundle_module
 from setfit_kd.export.bundle import Bundle, export_bundle, write_onnx
 from setfit_kd.models.bodies import load_body
@@ -307,6 +307,8 @@ def exclude_prompt(model: Any) -> None:
         ("BERT", lambda model: setattr(model, "model_head", new_head()), None, "is a LogisticRegression;"),
         ("static", lambda model: setattr(model, "model_head", RidgeClassifier()), None, "is a RidgeClassifier;"),
         ("BERT", exclude_prompt, "onnx", "excludes its prompt"),
+        ("static", lambda model: setattr(model, "labels", None), None, "The model has no labels"),
+        ("static", lambda model: model.model_body[0].embedding.weight.data[-1].fill_(np.nan), None, "not all finite"),
     ],
 )
 def test_invalid_models_and_settings_are_rejected_and_leave_no_files(
@@ -317,6 +319,13 @@ def test_invalid_models_and_settings_are_rejected_and_leave_no_files(
         change(model)
     with pytest.raises(ModelError, match=message):
         export(model, parent, format=format_)
+    assert list(parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("settings", [{"format": "tflite"}, {"min_agreement": np.nan}, {"texts": []}])
+def test_invalid_arguments_of_the_function_are_rejected(bodies: Bodies, parent: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        export(make_classifier(bodies("static")), parent, **settings)
     assert list(parent.iterdir()) == []
 
 
