@@ -65,16 +65,17 @@ def track(description: str, total: int | None, unit: str = "texts") -> Iterator[
     if not (_enabled if shown is None else shown) or (unit == "texts" and total is not None and total < _MIN_TEXTS):
         yield lambda _: None
         return
-    from rich import progress
-
-    is_terminal = stderr_console().is_terminal
-    if not is_terminal:
+    if not stderr_console().is_terminal:
         size = "" if total is None else f": {total:,} {unit}"
         stderr_console().print(f"{description}{size}", markup=False, highlight=False, soft_wrap=True)
+        yield lambda _: None
+        return
+    from rich import progress
+
     description_column = progress.TextColumn("{task.description:<24}", markup=False)
     columns = description_column, progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn()
     time_left = progress.TextColumn("elapsed,"), progress.TimeRemainingColumn(), progress.TextColumn("left")
-    with progress.Progress(*columns, *time_left, console=stderr_console(), disable=not is_terminal) as bar:
+    with progress.Progress(*columns, *time_left, console=stderr_console()) as bar:
         task = bar.add_task(description, total=total)
         yield lambda amount: bar.advance(task, amount)
 
