@@ -17,7 +17,7 @@ from setfit_kd.memory.devices import resolve_device
 from setfit_kd.report.render import write_report
 from setfit_kd.run.inputs import RunInputs, prepare_run
 from setfit_kd.run.stage_cache import StageCache
-from setfit_kd.run.stages import Stages, Teachers, signals_key
+from setfit_kd.run.stages import Stages, Teachers, fingerprint_signals
 from setfit_kd.run_folder.folder import RunFolder
 from setfit_kd.run_folder.log import record_log
 from setfit_kd.run_folder.manifest import versions
@@ -222,7 +222,7 @@ def _run_stages(config: RunConfig, resolved: RunConfig, inputs: RunInputs, cache
     if data.evaluation and folder:
         write_texts(data.evaluation, folder.path / EVALUATION)  # for the report
     if data.signals:
-        teachers = Teachers(data.signals, signals_key(data.signals))
+        teachers = Teachers(data.signals, fingerprint_signals(data.signals))
     else:
         augmented = stages.augment(inputs.fill_mask)
         check_pool(len(data.pool) + len(data.labeled) + len(augmented), resolved)  # may be fewer than requested

@@ -119,6 +119,7 @@ class Stages:
         """Train, score and evaluate all teachers, one at a time, and average the signals of several."""
         config, several = self.config, len(inputs.teachers) > 1
         pool = [*self.data.pool, *augmented]
+        pool_key = fingerprint(pool)
         keep_first = not several or any(student.source_body is None for student in inputs.students)
         first: SetFitModel | None = None
         all_signals: list[TeacherSignals] = []
@@ -126,13 +127,11 @@ class Stages:
         accuracies: list[float | None] = []
         evaluations: dict[str, Evaluation] = {}
         for (name, source), folder in zip(inputs.teachers.items(), folder_names(config.teacher), strict=True):
-            path, signals_path = (
-                (f"{TEACHERS}/{folder}", f"{TEACHER_SIGNALS}/{folder}") if several else (TEACHER, SIGNALS)
-            )
+            path = f"{TEACHERS}/{folder}" if several else TEACHER
+            signals_path = f"{TEACHER_SIGNALS}/{folder}" if several else SIGNALS
             body = inputs.bodies.pop(name, None) or inputs.load_body(name, config.seed)
-            settings = TeacherConfig.fingerprint_inputs(config)
-            key = fingerprint(self._labeled_key, content_hash(body), settings)
-            signals_key = fingerprint(key, fingerprint(pool), SignalsConfig.fingerprint_inputs(config))
+            key = fingerprint(self._labeled_key, content_hash(body), TeacherConfig.fingerprint_inputs(config))
+            signals_key = fingerprint(key, pool_key, SignalsConfig.fingerprint_inputs(config))
             teacher = self._train_teacher(path, key, source, body)
             del body  # frees memory if the teacher was loaded
             teacher, signals = self._score(path, signals_path, signals_key, teacher, pool, name)
@@ -293,7 +292,7 @@ def _normalize_weights(config: RunConfig, accuracies: Sequence[float | None]) ->
     return [weight / sum(weights) for weight in weights]
 
 
-def signals_key(signals: TeacherSignals) -> str:
+def fingerprint_signals(signals: TeacherSignals) -> str:
     """Fingerprint everything in signals that affects the training of a student; their origin does not."""
     content = [np.ascontiguousarray(signals.probabilities).tobytes()]
     if signals.embeddings is not None:
