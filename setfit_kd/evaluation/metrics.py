@@ -207,8 +207,12 @@ def _interval(value: float, resampled: Floats) -> Interval:
 
 def _weighted_metrics(weights: Floats, gold: Classes, predicted: Classes, n_classes: int) -> Floats:
     """Compute accuracy and macro-F1 (over the classes with gold texts), shape (r, 2), for (r, k) weights of k kinds."""
-    is_gold, is_predicted = np.eye(n_classes)[gold], np.eye(n_classes)[predicted]  # (k, n_classes)
-    n_gold, n_predicted, n_correct = (weights @ mask for mask in (is_gold, is_predicted, is_gold * is_predicted))
+    from scipy.sparse import csr_array
+
+    kinds, ones = np.arange(len(gold)), np.ones(len(gold))
+    entries = ((ones, gold), (ones, predicted), (gold == predicted, gold))
+    masks = (csr_array((entry, (kinds, classes)), (len(gold), n_classes)) for entry, classes in entries)
+    n_gold, n_predicted, n_correct = (weights @ mask for mask in masks)
     f1 = 2 * n_correct / np.maximum(n_gold + n_predicted, 1)  # (r, n_classes)
     macro_f1 = f1.sum(axis=1, where=n_gold > 0) / np.maximum((n_gold > 0).sum(axis=1), 1)
     return np.column_stack([n_correct.sum(axis=1) / weights.sum(axis=1), macro_f1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 HEAD_WEIGHTS, HEAD_CONFIG, _KIND = "head.safetensors", "head.json", "logistic-regression"
 DEFAULT_C, C_GRID = 10.0, (1.0, 3.0, 10.0, 30.0, 100.0)
+_MAX_PRODUCTS = 1_000  # of a Hessian and a vector in one fit, which bounds its time; few fits need half as many
 _FOLDS, _MAX_TEXTS = 5, 5_000  # of `held_out_logits`; a single parameter needs no more texts
 
 
@@ -33,6 +35,8 @@ def new_head() -> LogisticRegression:
 
 def _create_head(classes: Any, coef: Any, intercept: Any) -> LogisticRegression:
     head = new_head()
+    if len(coef) == 2:  # a binary head has a single row
+        coef, intercept = coef[1:] - coef[:1], intercept[1:] - intercept[:1]
     head.classes_, head.coef_, head.intercept_, head.n_features_in_ = classes, coef, intercept, coef.shape[1]
     return head
 
@@ -44,11 +48,13 @@ def fit_head(
     *,
     C: float = DEFAULT_C,  # noqa: N803 - scikit-learn's name
     balance: bool = False,
+    start: LogisticRegression | None = None,
 ) -> LogisticRegression:
     """Fit a logistic regression over the classes 0 to n_classes - 1 to soft labels.
 
-    Minimizes ``C * sum_i w_i CE(p_i, softmax(W x_i + b)) + |W|² / 2`` by L-BFGS. This is scikit-learn's objective with
-    distributions instead of hard labels. Memory is that of the embeddings in float64, for any number of classes.
+    Minimizes ``C * sum_i w_i CE(p_i, softmax(W x_i + b)) + |W|² / 2``, to about 1e-4 in the probabilities. This is
+    scikit-learn's objective with distributions instead of hard labels. The method is truncated Newton in a trust region
+    (Steihaug, 1983) on whitened embeddings. Memory is that of the embeddings and the probabilities in float64.
 
     Args:
         embeddings: (n, d).
@@ -56,47 +62,80 @@ def fit_head(
         weights: (n,) weight of each text; None weights all texts equally.
         C: Inverse of the regularization strength, as in scikit-learn.
         balance: Give all classes the same total weight, regardless of their frequency.
+        start: Head over the same classes to start from; the closer to the result, the faster the fit.
     """
+    from scipy.linalg import eigh, svd
     from scipy.optimize import minimize
-    from scipy.special import expit, log_expit, logsumexp
 
-    features, targets = np.asarray(embeddings, np.float64), np.asarray(probabilities, np.float64)
-    n, d = features.shape
-    share = np.ones(n) if weights is None else np.asarray(weights, np.float64)
+    features, targets = np.array(embeddings, np.float64), np.asarray(probabilities, np.float64)
+    n_classes = targets.shape[1]
+    share = np.ones(len(features)) if weights is None else np.asarray(weights, np.float64)
     if balance:  # all classes with any weight get the same total; the overall sum is kept
         mass = share @ targets  # (n_classes,)
         present = mass > 1e-9 * share.sum()
         targets = targets * np.where(present, share.sum() / present.sum() / np.where(present, mass, 1), 0)
-        row_sums = targets.sum(axis=1)
-        targets, share = targets / np.maximum(row_sums, 1e-300)[:, None], share * row_sums
+        share = share * targets.sum(axis=1)
+    targets = targets / np.maximum(targets.sum(axis=1, keepdims=True), 1e-300)
     total = max(share.sum(), np.finfo(np.float64).tiny)
-    share = share / total
-    penalty = 1 / (C * total)
-    n_classes = targets.shape[1]
-    n_rows = 1 if n_classes == 2 else n_classes
+    share = share[:, None] / total
+    # Two classes are a softmax over rows of opposite signs, half as long as the single row that is penalized.
+    penalty = (2 if n_classes == 2 else 1) / (C * total)
+    mean = share[:, 0] @ features
+    features -= mean
+    if len(features) < features.shape[1]:
+        _, deviations, rows = svd(np.sqrt(share) * features, full_matrices=False)
+        variances, axes = deviations**2, rows.T
+    else:
+        variances, axes = eigh(features.T @ (share * features))
+    # Along the principal axes, and scaled by the expected curvature, the Hessian is close to the identity.
+    curvature = 0.1 / n_classes  # p (1 - p) of fairly confident predictions
+    scales = 1 / np.sqrt(curvature * np.maximum(variances, 0) + penalty)
+    axes *= scales  # (d, r), where r = min(n, d)
+    whitened = np.column_stack([features @ axes, np.full(len(features), curvature**-0.5)])  # last: the intercept
+    del features
+    penalties = np.append(penalty * scales**2, 0)
+    rounded, rounded_share = whitened.astype(np.float32), share.astype(np.float32)
+    current, predicted, n_products = np.empty(0), np.empty(0, np.float32), 0
 
     def objective(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
-        matrix = flat.reshape(n_rows, d + 1)
-        coef, intercept = matrix[:, :d], matrix[:, d]
-        logits = features @ coef.T + intercept  # (n, n_rows)
-        if n_classes == 2:
-            z, p = logits[:, 0], targets[:, 1]
-            loss = -(share * (p * log_expit(z) + (1 - p) * log_expit(-z))).sum()
-            slope = (share * (expit(z) - p))[:, None]
-        else:
-            log_probabilities = logits - logsumexp(logits, axis=1, keepdims=True)
-            loss = -(share[:, None] * targets * log_probabilities).sum()
-            slope = share[:, None] * (np.exp(log_probabilities) - targets)
-        gradient = np.empty_like(matrix)
-        gradient[:, :d] = slope.T @ features + penalty * coef
-        gradient[:, d] = slope.sum(axis=0)
-        return float(loss + 0.5 * penalty * np.square(coef).sum()), gradient.ravel()
+        nonlocal current, predicted
+        matrix = flat.reshape(n_classes, -1)
+        slope = whitened @ matrix.T  # logits (n, n_classes)
+        slope -= slope.max(axis=1, keepdims=True)
+        loss = -share[:, 0] @ np.einsum("ij,ij->i", targets, slope)
+        np.exp(slope, out=slope)
+        sums = slope.sum(axis=1, keepdims=True)
+        slope /= sums
+        current, predicted = flat.copy(), slope.astype(np.float32)
+        slope = share * (slope - targets)
+        loss += share[:, 0] @ np.log(sums[:, 0]) + 0.5 * (np.square(matrix) @ penalties).sum()
+        return float(loss), (slope.T @ whitened + penalties * matrix).ravel()
 
-    options = {"maxiter": 1000, "gtol": 1e-5, "ftol": 1e-10}
-    result = minimize(objective, np.zeros(n_rows * (d + 1)), jac=True, method="L-BFGS-B", options=options)
-    matrix = result.x.reshape(n_rows, d + 1)
-    head = _create_head(np.arange(n_classes), matrix[:, :d].copy(), matrix[:, d].copy())
-    head.C, head.n_iter_ = C, np.array([result.nit], np.int32)
+    def hessian_product(flat: npt.NDArray[np.float64], direction: npt.NDArray[np.float64]) -> Any:
+        nonlocal n_products
+        n_products += 1
+        if n_products > _MAX_PRODUCTS:
+            raise StopIteration
+        if not np.array_equal(flat, current):  # the last step was rejected
+            objective(flat)
+        matrix = direction.reshape(n_classes, -1)
+        change = rounded @ matrix.T.astype(np.float32)  # float32 suffices: only the gradient decides on the result
+        change -= np.einsum("ij,ij->i", predicted, change)[:, None]
+        change *= predicted * rounded_share
+        return (change.T @ rounded + penalties * matrix).ravel()
+
+    initial = np.zeros((n_classes, len(penalties)))
+    if start is not None:
+        coef, intercept = softmax_weights(start)
+        initial = np.column_stack([coef @ axes / scales**2, (intercept + coef @ mean) * curvature**0.5])
+    steps = [initial.ravel()]
+    options: Any = {"method": "trust-ncg", "options": {"gtol": 1e-5, "maxiter": 200}, "callback": steps.append}
+    with suppress(StopIteration):  # the limit of Hessian products: the last step is the best so far
+        minimize(objective, steps[0], jac=True, hessp=hessian_product, **options)
+    matrix = steps[-1].reshape(n_classes, -1)
+    coef = matrix[:, :-1] @ axes.T
+    head = _create_head(np.arange(n_classes), coef, matrix[:, -1] * curvature**-0.5 - coef @ mean)
+    head.C, head.n_iter_ = C, np.array([len(steps) - 1], np.int32)
     return head
 
 
@@ -117,10 +156,7 @@ def last_layer(body: SentenceTransformer) -> nn.Linear:
 def get_head(body: SentenceTransformer) -> LogisticRegression:
     """Convert the last layer of a transformer to a logistic regression with the same probabilities."""
     weight, bias = (value.detach().cpu().double().numpy() for value in last_layer(body).parameters())
-    n_classes = len(weight)
-    if n_classes == 2:
-        weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
-    return _create_head(np.arange(n_classes), weight, bias)
+    return _create_head(np.arange(len(weight)), weight, bias)
 
 
 def set_head(head: LogisticRegression, body: SentenceTransformer) -> None:
@@ -150,16 +186,14 @@ def resolve_c(
         return DEFAULT_C
     folds = StratifiedKFold(min(5, int(np.bincount(labels).min())), shuffle=True, random_state=seed)
     one_hot = np.eye(int(labels.max()) + 1)[labels]
-    splits = list(folds.split(embeddings, labels))
-
-    def loss(c: float) -> float:
-        losses = []
-        for training, held_out in splits:
-            predicted = fit_head(embeddings[training], one_hot[training], C=c).predict_proba(embeddings[held_out])
-            losses.append(-np.log(np.maximum(predicted[np.arange(len(held_out)), labels[held_out]], 1e-12)).mean())
-        return float(np.mean(losses))
-
-    return min(C_GRID, key=loss)
+    losses = np.zeros(len(C_GRID))
+    for training, held_out in folds.split(embeddings, labels):
+        head = None
+        for index, c in enumerate(C_GRID):
+            head = fit_head(embeddings[training], one_hot[training], C=c, start=head)
+            predicted = head.predict_proba(embeddings[held_out])[np.arange(len(held_out)), labels[held_out]]
+            losses[index] -= np.log(np.maximum(predicted, 1e-12)).mean()
+    return C_GRID[int(losses.argmin())]
 
 
 def head_logits(head: Any, embeddings: Floats) -> npt.NDArray[np.float64]:
