@@ -261,6 +261,7 @@ FAST: dict[str, Any] = {
     "teacher_learning_rate": 1e-3,
     "epochs": 1,
     "learning_rate": 1e-3,
+    "bundle": False,
 }
 """Settings with which a run of tiny models takes one or two seconds."""
 

@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "utils"},
     "memory": {"errors"},
     "hub": {"errors", "utils", "config"},
-    "losses": {"utils"},
+    "losses": {"utils", "memory"},
     "data": BASE | {"hub", "runtime"},
     "models": BASE | {"hub", "runtime"},
     "signals": BASE | {"data", "models"},
@@ -82,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": BASE | {"hub", "data", "evaluation", "run_folder"},
     "run": BASE
     | {"hub", "data", "models", "signals", "training", "evaluation", "augment", "teacher", "student", "run_folder"}
-    | {"report"},
+    | {"export", "report"},
     "cli": BASE
     | {"hub", "data", "models", "signals", "evaluation", "finetune", "inference", "export", "run_folder", "report"}
     | {"run", "runtime"},

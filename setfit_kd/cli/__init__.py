@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from typing import Any
 
 import click
@@ -19,6 +21,8 @@ from setfit_kd.cli.report import report
 from setfit_kd.cli.run import run
 from setfit_kd.errors import ModelError, OutOfMemoryError, SetFitKDError, first_line, is_out_of_memory
 from setfit_kd.utils.console import printable
+
+atexit.register(gc.freeze)  # a last garbage collection would take a second if torch and transformers are loaded
 
 
 class _Group(click.Group):

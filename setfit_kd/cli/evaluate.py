@@ -15,7 +15,7 @@ from setfit_kd.utils.console import json_text
 
 @click.command()
 @click.argument("model", metavar="MODEL")
-@setting_options("eval", "text_column", "label_column", "device", "cpu_fallback", "encode_batch_size",
+@setting_options("eval", "text_column", "label_column", "device", "cpu_fallback", "encode_batch_size", "exact",
                  "target_accuracy")  # fmt: skip
 @json_option
 @pickle_option
@@ -44,7 +44,7 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> Non
         classifier = open_classifier(model, device=config.device, batch_size=batch_size, trust_pickle=trust_pickle)
         data = read_texts(folder) if config.eval is None else encode_labels(rows, classifier.labels)
         evaluated = classifier.model if isinstance(classifier, TorchClassifier) else classifier
-        evaluation = evaluate_model(evaluated, data, encode_batch_size=batch_size)
+        evaluation = evaluate_model(evaluated, data, encode_batch_size=batch_size, exact=config.exact)
     if as_json:
         values = evaluation.as_dict(target_accuracy=config.target_accuracy)
         echo(json_text({"eval": data.origin, "eval_texts": len(data), **values}, indent=2))

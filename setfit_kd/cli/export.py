@@ -50,10 +50,10 @@ def export(
 
     from setfit_kd.cli.output import echo
     from setfit_kd.export.bundle import check_output, export_bundle
-    from setfit_kd.models.io import load
+    from setfit_kd.models.io import load_classifier
 
     check_output(output_dir, overwrite=overwrite)
-    loaded, path = load(model, device="cpu", trust_pickle=trust_pickle), Path(model)
+    loaded, path = load_classifier(model, device="cpu", trust_pickle=trust_pickle), Path(model)
     texts, title = _texts(path, config), path.resolve().name
     bundle = export_bundle(
         loaded, output_dir, texts=texts, format=format_, min_agreement=min_agreement, title=title, overwrite=overwrite

@@ -22,7 +22,7 @@ _GROUPS = {
     "Training": ("epochs", "steps", "batch_size", "micro_batch_size", "learning_rate", "warmup_steps", "schedule",
                  "weight_decay", "dropout", "max_length", "eval_steps", "metric", "patience", "precision",
                  "gradient_checkpointing", "checkpoint_seconds"),
-    "Run": ("seed", "device", "cpu_fallback", "encode_batch_size"),
+    "Run": ("seed", "device", "cpu_fallback", "encode_batch_size", "exact"),
 }  # fmt: skip
 
 

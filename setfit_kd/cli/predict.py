@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, nullcontext
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
               help="Write a JSONL, CSV, TSV or Parquet file, atomically. [default: JSON lines on stdout]")  # fmt: skip
 @click.option("--threshold", type=FRACTION, default=0.0, metavar="X", show_default=True,
               help="Minimum probability of a label; below it, the label is null.")  # fmt: skip
-@setting_options("text_column", "device", "cpu_fallback", "encode_batch_size")
+@setting_options("text_column", "device", "cpu_fallback", "encode_batch_size", "exact")
 @threads_option
 @pickle_option
 @output_options
@@ -45,7 +46,7 @@ def predict(
     """Classify texts from arguments, files or lines of stdin. Memory use does not grow with the number of texts.
 
     MODEL is a bundle, a run folder, one of its students, or a SetFit model or transformer classifier in a folder or on
-    the hub. Bundles run without torch.
+    the hub. Bundles run without torch, and so do texts in arguments if the student's folder holds a bundle.
 
     The output has one row per input row, in the same order: {"text": ..., "label": ..., "probabilities": {...}}. Lines
     of stdin are answered as they arrive. A row without visible text has the label null. Other columns of the input come
@@ -69,9 +70,13 @@ def predict(
     if not texts and not files and (sys.stdin is None or sys.stdin.isatty()):
         raise DataError("No texts to classify.", hint="Pass texts, --input FILE, or lines on stdin.")
     lines = Lines(sys.stdin and sys.stdin.buffer)
-    with shared_backoff(cpu_fallback=config.cpu_fallback):
-        device, size = config.device, config.encode_batch_size
-        classifier = open_classifier(model, device=device, batch_size=size, threads=threads, trust_pickle=trust_pickle)
+    with shared_backoff(cpu_fallback=config.cpu_fallback), ExitStack() as stack:
+        few = bool(texts) and not files
+        if few:
+            gc.disable()  # garbage collection makes the import of torch and transformers slower by a fifth
+            stack.callback(gc.enable)
+        options: Any = {"device": config.device, "batch_size": config.encode_batch_size, "exact": config.exact}
+        classifier = open_classifier(model, threads=threads, trust_pickle=trust_pickle, use_bundle=few, **options)
         columns = column_types(map(Path, files)) if output and "json" not in output.suffix.lower() else {}
         if config.text_column == ("text",):
             columns.pop("text", None)

@@ -29,7 +29,7 @@ _GROUPS = {
     "Data": own_settings(DataConfig),
     "Teacher": ["teacher", "teacher_weights", *own_settings(TeacherConfig)],
     "Signals": own_settings(SignalsConfig),
-    "Student": ["student", "baseline", *own_settings(StudentConfig)],
+    "Student": ["student", "baseline", "bundle", *own_settings(StudentConfig)],
     "Augmentation": own_settings(AugmentConfig),
     "Training and memory": list(StageConfig.model_fields),
 }

@@ -18,7 +18,7 @@ MAX_SEED = 2**32
 
 _NOT_FINGERPRINTED = (
     *("device", "cpu_fallback", "micro_batch_size", "gradient_checkpointing", "checkpoint_seconds"),
-    *("encode_batch_size", "cache"),
+    *("encode_batch_size", "exact", "cache"),
 )
 """Settings that affect how a stage runs, but not its result."""
 
@@ -84,8 +84,12 @@ class StageConfig(BaseModel):
     """Recompute activations in the backward pass instead of storing them: less memory, more time."""
     checkpoint_seconds: float = Field(120, gt=0)
     """Seconds between checkpoints."""
-    encode_batch_size: int = Field(32, ge=1)
-    """Batch size for scoring and evaluating."""
+    encode_batch_size: int | None = Field(None, ge=1)
+    """Batch size for scoring and evaluating. [default: as many texts as have a suitable number of tokens for the
+    device]"""
+    exact: bool = False
+    """Score, evaluate and predict in single precision with torch. By default, half precision or ONNX Runtime is used
+    if it is faster and the probabilities are nearly the same."""
     head_c: HeadC = 10.0
     """C (inverse regularization strength) of the logistic regression heads. auto selects it by cross-validation on the
     labeled texts."""

@@ -59,6 +59,9 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
     vector per token; or blank:CONFIG for an untrained transformer. Repeat the option to train several students."""
     baseline: bool = True
     """Also train a baseline: the same student trained on the labels only, without distillation."""
+    bundle: bool = True
+    """Keep a bundle in the folder of each student, with which predict classifies texts in arguments without loading
+    torch. For a network, onnx and onnxruntime must be installed, and it may have at most 70 million parameters."""
     output_dir: OutputDir | None = None
     """Output folder of the run. [default: runs/NAME]"""
     target_accuracy: float | None = Field(None, gt=0, le=1)

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
@@ -23,9 +23,10 @@ from setfit_kd.evaluation import metrics
 from setfit_kd.evaluation.metrics import Calibration, ClassQuality, Interval, OperatingPoint, Quality, measure_quality
 from setfit_kd.memory.backoff import OOMBackoff, shared_backoff
 from setfit_kd.models.bodies import family_of
-from setfit_kd.models.encode import predict_proba
+from setfit_kd.models.encode import choose_forward, predict_proba
+from setfit_kd.models.forward import ForwardPass
 from setfit_kd.models.heads import at_temperature
-from setfit_kd.models.io import save_model
+from setfit_kd.models.io import BUNDLE, save_model
 from setfit_kd.runtime.classify import Classifier
 from setfit_kd.utils.arrays import load_rows, save_rows
 from setfit_kd.utils.atomic_io import atomic_file, atomic_folder, raise_output_errors
@@ -44,13 +45,15 @@ class Cost:
     """Size and speed of a classifier on a device.
 
     ``parameters`` are the weights in body and head; None for a bundle. ``megabytes`` is the size of the saved model, in
-    10^6 bytes. ``texts_per_second`` includes tokenization, in batches sorted by length.
+    10^6 bytes. ``texts_per_second`` includes tokenization, in batches sorted by length. ``method`` is how the body ran,
+    see `setfit_kd.models.forward.METHODS`; empty for a bundle.
     """
 
     parameters: int | None
     megabytes: float
     texts_per_second: float
     device: str
+    method: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +151,8 @@ def evaluate(
     data: LabeledSet | Source,
     *,
     teacher: Evaluation | None = None,
-    encode_batch_size: int = 32,
+    encode_batch_size: int | None = None,
+    exact: bool = False,
     folder: Path | None = None,
     description: str = "Evaluating",
 ) -> Evaluation:
@@ -158,7 +162,8 @@ def evaluate(
         model: The classifier, on the device to run on, or a bundle, `setfit_kd.runtime.Classifier`.
         data: A `LabeledSet`, or any source that `read` accepts with the columns ``text`` and ``label``.
         teacher: The teacher's evaluation on the same set, to compute the agreement.
-        encode_batch_size: Texts per forward pass.
+        encode_batch_size: Maximum number of texts per forward pass. [default: limited by the number of tokens]
+        exact: Run the model in single precision with torch, even if another way is faster.
         folder: Folder of the saved model. If None, the size is measured on a temporary copy.
         description: Name of the step on the progress bar.
 
@@ -178,10 +183,14 @@ def evaluate(
         message = f"The teacher was evaluated on {len(teacher.gold)} texts, but {data.origin} has {len(data)}."
         raise DataError(message, hint="Evaluate the teacher and the student on the same set.")
     predict: Callable[[list[str]], npt.NDArray[np.float32]]
+    method = ""
     if isinstance(model, Classifier):
         predict = model.predict_proba
     else:
-        predict = partial(predict_proba, model, batch_size=encode_batch_size, description=description)
+        forward = ForwardPass(model.model_body) if exact else choose_forward(model, data.texts)
+        options: Any = {"batch_size": encode_batch_size, "description": description, "forward": forward}
+        options["cache_tokens"] = False  # the speed includes tokenization
+        predict, method = lambda texts: predict_proba(model, texts, **options), forward.method
     # Warm up first: the first texts also trigger allocations and lazy imports.
     with show_progress(False):
         predict(data.texts[:_WARM_UP])
@@ -198,7 +207,7 @@ def evaluate(
             backoff = OOMBackoff(description, kind="encoding", device=body.device, batch_size=1, model=body)
             parameters, megabytes = count_parameters(model), _megabytes(model, folder)
             device = str(backoff.attempt.device)
-    cost = Cost(parameters, round(megabytes, 1), round(len(data) / seconds, 1), device)
+    cost = Cost(parameters, round(megabytes, 1), round(len(data) / seconds, 1), device, method)
     predicted = np.asarray(probabilities.argmax(axis=1), np.int64)
     quality = measure_quality(predicted, data.labels, names, None if teacher is None else teacher.predicted)
     return Evaluation(quality, cost, probabilities, data.labels)
@@ -209,7 +218,7 @@ def _megabytes(model: SetFitModel, folder: Path | None) -> float:
         if folder is None:
             folder = Path(scratch) / "model"
             save_model(model, folder)
-        return folder_megabytes(folder)
+        return folder_megabytes(folder) - folder_megabytes(folder / BUNDLE)
 
 
 def count_parameters(model: SetFitModel) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from timeit import repeat
 from typing import TYPE_CHECKING, Any
@@ -21,12 +21,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from setfit_kd import __version__
-from setfit_kd.errors import ConfigError, DataError, ModelError, OutputError, UnavailableError
+from setfit_kd.errors import ConfigError, DataError, ModelError, OutputError, first_line
 from setfit_kd.models.bodies import check_finite, default_prompt, is_static
 from setfit_kd.models.encode import predict_proba
+from setfit_kd.models.onnx import silence_warnings, write_graph
 from setfit_kd.runtime import classify
 from setfit_kd.utils.atomic_io import atomic_folder, raise_output_errors, replace_folder
-from setfit_kd.utils.console import escape_markdown, short_class_name, suppress_warnings, truncate
+from setfit_kd.utils.console import escape_markdown, short_class_name, show_progress, truncate
 from setfit_kd.utils.files import file_hash, folder_megabytes, read_json
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 MIN_AGREEMENT = {"onnx": 0.999, "onnx-int8": 0.98, "static": 0.999}  # defaults, see `export_bundle`
 _README_FILE, _SCRIPT, _SINGLE_PRECISION_MODEL = "README.md", "classify.py", ".single.onnx"
 _FILES = (classify.MANIFEST, classify.LABELS, classify.TOKENIZER, classify.ONNX_MODEL, classify.VECTORS, classify.HEAD)
+_KEPT_TEXTS, _KEPT_CHARACTERS = 4, 200  # number and length of the texts to check the bundle in a student's folder on
+_MAX_KEPT_DIFFERENCE = 1e-3  # of the probabilities of a bundle in a student's folder
+_MAX_KEPT_PARAMETERS = 70_000_000  # the bundle of a larger student takes more than five seconds
 _NO_LIMIT = 1_000_000  # tokenizers without a length limit report a number far above this
 _README = """# {title}
 
@@ -137,7 +141,7 @@ def export_bundle(
     texts = [texts[row] for row in np.unique(np.linspace(0, len(texts) - 1, 1000).astype(int))]
     head_weights(model)  # fail early if the head cannot be exported
     check_finite(model.model_body.to("cpu"), title)
-    expected = predict_proba(model, texts, description="Classifying with torch")
+    expected = predict_proba(model, texts, exact=True, description="Classifying with torch")
     if not np.isfinite(expected).all():
         raise ModelError("The classifier predicts probabilities that are not finite.", hint="Train it again.")
     with ExitStack() as stack:
@@ -158,6 +162,29 @@ def export_bundle(
         (part / _README_FILE).write_text(_readme(model, format, parity, title), encoding="utf-8")
         megabytes = folder_megabytes(part)
     return Bundle(Path(folder), format, parity, round(megabytes, 1), reason)
+
+
+def keep_bundle(model: SetFitModel, folder: Path, *, texts: Sequence[str]) -> None:
+    """Export a classifier beside its other files, in single precision or as static embeddings.
+
+    Networks with more than `_MAX_KEPT_PARAMETERS` are left out, and all networks if the packages for ONNX are not
+    installed. A failed export is only a warning.
+    """
+    kind = "static" if is_static(model.model_body) else "onnx"
+    is_large = sum(parameter.numel() for parameter in model.model_body.parameters()) > _MAX_KEPT_PARAMETERS
+    if kind == "onnx" and (is_large or not (find_spec("onnx") and find_spec("onnxruntime"))):
+        return
+    some = [texts[row][:_KEPT_CHARACTERS] for row in np.linspace(0, len(texts) - 1, _KEPT_TEXTS).astype(int)]
+    some.append(" ".join(some * 10))  # longer than most models read
+    try:
+        with show_progress(False):
+            bundle = export_bundle(model, folder, texts=some, format=kind)
+        if bundle.parity["largest_difference"] > _MAX_KEPT_DIFFERENCE:
+            shutil.rmtree(folder)
+            raise ModelError(f"its probabilities differ by {bundle.parity['largest_difference']:.2g}.")
+    except Exception as error:
+        reason = getattr(error, "message", f"{type(error).__name__}: {first_line(str(error))}")
+        logger.warning("The student has no bundle, so predict takes longer to start: %s", reason)
 
 
 @dataclass(frozen=True)
@@ -312,23 +339,7 @@ def write_onnx(model: SetFitModel, file: Path) -> None:
     """Write a classifier with a body that is not static as an ONNX graph in single precision."""
     if is_static(model.model_body):
         raise ModelError("A static body cannot be exported as ONNX.", hint="Use --format static.")
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        hint = "Install the extra: pip install 'setfit-kd[onnx]'"
-        raise UnavailableError(f"Exporting to ONNX needs {error.name}.", hint=hint) from None
-    graph = _ClassifierGraph(model).eval()
-    example = (torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
-    axes = {0: "texts", 1: "tokens"}
-    settings: dict[str, Any] = {
-        "input_names": ["input_ids", "attention_mask"],
-        "output_names": ["probabilities"],
-        "dynamic_axes": {"input_ids": axes, "attention_mask": axes, "probabilities": {0: "texts"}},
-        "opset_version": 17,  # the oldest with LayerNormalization, supported by all recent versions of onnxruntime
-    }
-    with _silence_warnings(), torch.inference_mode():
-        torch.onnx.export(graph, example, str(file), dynamo=False, **settings)
+    write_graph(_ClassifierGraph(model), file, output="probabilities")
 
 
 def quantize(source: Path, target: Path) -> None:
@@ -338,7 +349,7 @@ def quantize(source: Path, target: Path) -> None:
 
     # The head is the last matrix product of the graph.
     head = [node.name for node in onnx.load(str(source)).graph.node if node.op_type == "MatMul"][-1:]
-    with _silence_warnings():
+    with silence_warnings():
         quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8, nodes_to_exclude=head)
 
 
@@ -361,17 +372,3 @@ def write_static(model: SetFitModel, folder: Path) -> bool:
     scaled = coef if normalizes else coef / np.float32(scale)
     (folder / classify.HEAD).write_bytes(save({"coef": scaled, "intercept": intercept}))
     return normalizes
-
-
-@contextmanager
-def _silence_warnings() -> Iterator[None]:
-    """Suppress warnings of the ONNX exporter and quantizer, which the check of every bundle makes unnecessary."""
-    # The quantizer logs with the root logger, which then prints all later messages again if it has no handler yet.
-    root, handler = logging.getLogger(), logging.NullHandler()
-    root.addHandler(handler)
-    try:
-        with warnings.catch_warnings(), suppress_warnings("root"):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.removeHandler(handler)

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from setfit_kd.errors import InputError, ModelError
 from setfit_kd.models.bodies import module_folders, transformer_label_names
 from setfit_kd.models.heads import load_head
-from setfit_kd.models.io import classifier_folder, load_folder
+from setfit_kd.models.io import BUNDLE, classifier_folder, read_classifier
 
 _CARD, _PICKLED_HEAD = "README.md", "model_head.pkl"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
@@ -50,12 +50,14 @@ def collect_files(model: str | Path, name: str) -> tuple[dict[str, Path | bytes]
     folder = classifier_folder(model)
     if (head := load_head(folder)) is None and transformer_label_names(folder) is None:
         raise ModelError(f"Found no classifier in {folder}.", hint="Pass the folder of a run or of a student.")
-    load_folder(folder)  # a model that cannot be loaded must not be published
+    read_classifier(folder)  # a model that cannot be loaded must not be published
     modules = {"", *module_folders(folder)}
     files: dict[str, Path | bytes] = {}
     skipped = []
     for path in sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()):
         file = path.relative_to(folder).as_posix()
+        if path.is_relative_to(folder / BUNDLE):
+            continue
         is_inside = path.is_file() and path.resolve().is_relative_to(folder.resolve())
         if is_inside and file.rpartition("/")[0] in modules and _FILES.fullmatch(path.name):
             files[file] = path

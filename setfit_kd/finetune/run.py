@@ -115,7 +115,7 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     model = finetune(labeled, body, validation=validation, **options)
     move_model(model.model_body, device, phase="Evaluating")
     evaluation, validation_evaluation = (
-        None if data is None else evaluate(model, data, encode_batch_size=config.encode_batch_size)
+        None if data is None else evaluate(model, data, encode_batch_size=config.encode_batch_size, exact=config.exact)
         for data in (held_out, None if held_out else validation)
     )
     result = FinetuneResult(model, evaluation, validation_evaluation, history, leaks, output_dir)

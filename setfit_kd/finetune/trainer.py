@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from setfit import SetFitModel
 
 from setfit_kd.config.base import resolved
@@ -19,9 +18,9 @@ from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.evaluation.metrics import measure_quality
 from setfit_kd.finetune.train import resolve_batch_size, steps_per_epoch
 from setfit_kd.losses.cross_entropy import CrossEntropyLoss
-from setfit_kd.models.encode import embed, shorten_texts
+from setfit_kd.models.encode import embed
 from setfit_kd.models.heads import get_head, last_layer
-from setfit_kd.training.loss_trainer import EvaluationCallback, LossTrainer
+from setfit_kd.training.loss_trainer import EvaluationCallback, LossTrainer, TokenDataset
 from setfit_kd.utils.console import show_progress
 
 logger = logging.getLogger(__name__)
@@ -97,8 +96,7 @@ class FinetuneTrainer:
         self.inner = LossTrainer(
             body, config, device, output_dir, batch_size=size, learning_rate=rate, epochs=epochs, steps=config.steps
         )
-        columns = {"sentence": shorten_texts(body, labeled.texts), "label": labeled.labels.tolist()}
-        self.inner.train_dataset = Dataset.from_dict(columns)
+        self.inner.train_dataset = TokenDataset(body, labeled.texts, labeled.labels)
         options = {"dropout": resolved(config.dropout), "micro_batch_size": config.micro_batch_size}
         self.inner.loss = CrossEntropyLoss(body, last_layer(body), **options)
         self.validation_callback: ValidationCallback | None = None

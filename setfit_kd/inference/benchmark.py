@@ -114,6 +114,7 @@ def _measure(path: str, texts: list[str], batch_sizes: list[int], options: dict[
             break
         latencies.append(seconds([text]))
     memory_mb = round(_peak_memory() / 1e6, 1)
+    classifier.predict_proba(texts)  # may choose a faster forward pass
     throughputs: list[tuple[float, int]] = []
     for size in batch_sizes:
         classifier.batch_size = size
@@ -122,12 +123,13 @@ def _measure(path: str, texts: list[str], batch_sizes: list[int], options: dict[
             times.append(seconds(texts))
         throughputs.append((len(times) * len(texts) / sum(times), size))
     texts_per_second, best_size = max(throughputs)
-    folder = Path(path)
+    folder, kept_mb = Path(path), 0.0
     if folder.is_dir() and not is_bundle(folder):
-        from setfit_kd.models.io import classifier_folder
+        from setfit_kd.models.io import BUNDLE, classifier_folder
 
         folder = classifier_folder(folder)
-    disk_mb = round(folder_megabytes(folder), 1) if folder.is_dir() else None
+        kept_mb = folder_megabytes(folder / BUNDLE)
+    disk_mb = round(folder_megabytes(folder) - kept_mb, 1) if folder.is_dir() else None
     p50, p95, p99 = (round(1000 * float(value), 3) for value in np.percentile(latencies, (50, 95, 99)))
     throughput, has_torch = round(texts_per_second, 1), "torch" in sys.modules
     return Speed(p50, p95, p99, throughput, best_size, load_seconds, memory_mb, disk_mb, options["threads"], has_torch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,24 +12,35 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ModelError, UnavailableError
+from setfit_kd.models.io import BUNDLE, classifier_folder, load_classifier
 from setfit_kd.runtime.classify import MANIFEST, BundleError, Classifier
 from setfit_kd.utils.console import show_progress
+
+logger = logging.getLogger(__name__)
+CHUNK_SIZE = 1024  # maximum number of texts in memory
+_MANY = 256  # texts at once, from which on the fastest forward pass is chosen
 
 
 class TorchClassifier:
     """A SetFit model with the interface of a bundle: ``labels``, ``batch_size`` and `predict_proba`."""
 
-    def __init__(self, model: Any, batch_size: int) -> None:
+    def __init__(self, model: Any, batch_size: int | None = None, *, exact: bool = False) -> None:
         self.model = model
         self.labels = [str(label) for label in model.labels or ()]
-        self.batch_size = batch_size
+        self.batch_size, self.exact = batch_size, exact
+        self._forward: Any = None
 
     def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Predict the class probabilities (n, n_classes) of n texts."""
-        from setfit_kd.models.encode import predict_proba
+        from setfit_kd.models.encode import choose_forward, predict_proba
 
+        if not self.exact and self._forward is None and len(texts) >= _MANY:
+            n_texts = len(texts) * (10 if len(texts) >= CHUNK_SIZE else 1)  # a full chunk is usually followed by others
+            self._forward = choose_forward(self.model, texts, n_texts=n_texts)
+        options: Any = {"batch_size": self.batch_size, "forward": self._forward, "exact": self._forward is None}
+        options["cache_tokens"] = False
         with show_progress(False):
-            return predict_proba(self.model, texts, batch_size=self.batch_size)
+            return predict_proba(self.model, texts, **options)
 
 
 class _BundleClassifier(Classifier):
@@ -58,25 +70,35 @@ def open_classifier(
     path: str | Path,
     *,
     device: str = "auto",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     threads: int | None = None,
     trust_pickle: bool = False,
+    exact: bool = False,
+    use_bundle: bool = False,
 ) -> TorchClassifier | Classifier:
     """Open the student of a run, a SetFit model in a folder or on the hub, or a bundle.
 
     ``device`` and ``trust_pickle`` are as in `setfit_kd.load`; bundles run on the CPU. ``threads`` limits the CPU
-    threads; None leaves the choice to the libraries.
+    threads; None leaves the choice to the libraries. ``exact`` is as in `RunConfig`. With ``use_bundle``, a
+    student is opened from the bundle in its folder, if it has one and neither ``device`` nor ``exact`` demands torch.
 
     Raises:
         SetFitKDError: As in `setfit_kd.load`, or if a bundle is incomplete or needs onnxruntime.
     """
     if is_bundle(path):
         with _convert_bundle_errors():
-            return _BundleClassifier(path, threads=threads, batch_size=batch_size)
-    from setfit_kd.models.io import load
-
+            return _BundleClassifier(path, threads=threads, batch_size=batch_size or 32)
+    if use_bundle and not exact and device in ("auto", "cpu") and Path(path).is_dir():
+        bundle = classifier_folder(path) / BUNDLE
+        if is_bundle(bundle):
+            try:
+                return open_classifier(bundle, threads=threads, batch_size=batch_size)
+            except (ModelError, UnavailableError) as error:
+                level = logging.WARNING if isinstance(error, ModelError) else logging.DEBUG
+                logger.log(level, "The bundle of the student is not used: %s", error.message)
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    return TorchClassifier(load(path, device=device, trust_pickle=trust_pickle), batch_size)
+    model = load_classifier(path, device=device, trust_pickle=trust_pickle)
+    return TorchClassifier(model, batch_size, exact=exact)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ConfigError
+from setfit_kd.inference.classifier import CHUNK_SIZE as CHUNK_SIZE
 from setfit_kd.inference.classifier import TorchClassifier
 from setfit_kd.runtime.classify import Classifier, chunk_texts
 from setfit_kd.utils.atomic_io import atomic_file
@@ -23,7 +24,6 @@ from setfit_kd.utils.console import as_text, json_text, suppress_warnings
 
 Row: TypeAlias = tuple[str | None, Mapping[str, Any]]  # usable text of a row, if it has one, and the other columns
 Columns: TypeAlias = Mapping[str, Any]  # the other columns of a table, with their Arrow types
-CHUNK_SIZE = 1024  # maximum number of texts in memory
 
 
 class Prediction(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from setfit_kd.utils.arrays import Floats
+from setfit_kd.memory.devices import to_device
+from setfit_kd.utils.arrays import Floats, iter_batches
 
-CPU_CHUNK = 16  # texts per forward pass on a CPU, where padding a whole batch to its longest text is expensive
+CPU_TOKENS = 768  # tokens per forward pass on a CPU, where padding a whole batch to its longest text is expensive
 
 
 class BatchLoss(nn.Module, ABC):
@@ -35,7 +37,7 @@ class BatchLoss(nn.Module, ABC):
 
     Inputs:
         sentence_features: One feature mapping per text column, of B texts each, as in sentence-transformers.
-        labels: (B,) numbers; their meaning depends on the loss.
+        labels: (B,) numbers on the CPU; their meaning depends on the loss.
     """
 
     def __init__(self, model: nn.Module, *, dropout: bool = False, micro_batch_size: int | None = None) -> None:
@@ -52,24 +54,28 @@ class BatchLoss(nn.Module, ABC):
     def embed(self, features: dict[str, Tensor], *, n_columns: int = 1) -> Tensor:
         """Embed one of ``n_columns`` text columns, with features of B texts padded to T tokens: (B, d).
 
-        Texts are sorted by length and embedded in micro-batches, or on a CPU in chunks of `CPU_CHUNK`, each cut to its
+        Texts are sorted by length and embedded in micro-batches, or on a CPU in chunks of `CPU_TOKENS`, each cut to its
         longest text. Embeddings and gradients are the same as in one pass, except for the random draws of dropout.
         """
         mask = features.get("attention_mask")  # (B, T); static bodies have none and need no chunks
         if mask is None:
             return self._encode(features)
-        size = self.micro_batch_size or (CPU_CHUNK if mask.device.type == "cpu" else len(mask))
-        if len(mask) * (1 if self.micro_batch_size is None else n_columns) <= size:
+        max_texts, max_tokens = self.micro_batch_size or len(mask), math.inf
+        if mask.device.type == "cpu":
+            max_tokens = CPU_TOKENS
+        if len(mask) * (1 if self.micro_batch_size is None else n_columns) <= max_texts and mask.numel() <= max_tokens:
             return self._encode(features)
         encode: Callable[[dict[str, Tensor]], Tensor] = self._encode
         if self.micro_batch_size is not None and torch.is_grad_enabled():  # both passes draw the same dropout masks
             encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=self.dropout)
-        lengths = mask.sum(dim=1)
-        order = lengths.argsort(descending=True, stable=True)
-        padded_right = bool(mask[:, 0].all())
+        lengths = mask.sum(dim=1).numpy(force=True)
+        if not mask[:, 0].all():  # padded on the left, where chunks are not cut
+            lengths[:] = mask.shape[1]
+        batches = list(iter_batches(lengths, max_texts, max_tokens))
         embeddings = []
-        for rows in torch.split(order, size):
-            length = int(lengths[rows[0]]) if padded_right else mask.shape[1]
+        for batch in batches:
+            rows = torch.from_numpy(batch).to(mask.device)
+            length = int(lengths[batch[0]])
             chunk = {
                 name: (value[rows, :length] if value.shape[:2] == mask.shape else value[rows])
                 if isinstance(value, Tensor) and value.shape[:1] == mask.shape[:1]
@@ -77,7 +83,7 @@ class BatchLoss(nn.Module, ABC):
                 for name, value in features.items()
             }
             embeddings.append(encode(chunk))
-        return torch.cat(embeddings)[order.argsort()]
+        return torch.cat(embeddings)[torch.from_numpy(np.argsort(np.concatenate(batches))).to(mask.device)]
 
     def _encode(self, features: dict[str, Tensor]) -> Tensor:
         # Pass a copy, because the body's modules write their outputs into it.
@@ -99,6 +105,7 @@ def cosine_matrix(embeddings: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def take_rows(array: Floats, labels: Tensor) -> Tensor:
-    """Read only the rows ``labels`` (B,) of an (n, ...) array, as float32 on the device of the labels."""
-    return torch.as_tensor(np.asarray(array[labels.cpu().numpy()], np.float32), device=labels.device)
+def take_rows(array: Floats, labels: Tensor, like: Tensor) -> Tensor:
+    """Read only the rows ``labels`` (B,) of an (n, ...) array, with the type and device of another tensor."""
+    rows = torch.from_numpy(np.asarray(array[labels.numpy()], np.float32))
+    return to_device(rows, like.device).to(like.dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from setfit_kd.losses.base import BatchLoss, cosine_matrix
+from setfit_kd.memory.devices import to_device
 
 
 class ContrastiveLoss(BatchLoss):
@@ -42,10 +43,10 @@ class ContrastiveLoss(BatchLoss):
         cosines = cosine_matrix(rows)
         same = labels[:, None] == labels[None, :]
         upper = torch.ones_like(same).triu(diagonal=1)
-        within, across = 1 - cosines[same & upper], cosines[~same & upper]
-        zero = cosines.sum() * 0
-        attraction, repulsion = (part.square().mean() if part.numel() else zero for part in (within, across))
-        return attraction + repulsion
+        # Means as weighted sums, because selecting the pairs would wait for a GPU.
+        weights = (mask.to(cosines.dtype) / mask.sum().clamp_min(1) for mask in (same & upper, ~same & upper))
+        within, across = (to_device(weight, cosines.device) for weight in weights)
+        return (within * (1 - cosines).square() + across * cosines.square()).sum()
 
 
 def balanced_batches(labels: npt.NDArray[np.int64], *, batch_size: int, steps: int, seed: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from setfit_kd.losses.base import BatchLoss, to_float32
+from setfit_kd.memory.devices import to_device
 
 
 class CrossEntropyLoss(BatchLoss):
@@ -36,4 +37,4 @@ class CrossEntropyLoss(BatchLoss):
         """Compute the mean cross-entropy over the texts."""
         (rows,) = embeddings
         logits = to_float32(self.head(rows.to(self.head.weight)))  # (B, n_classes)
-        return nn.functional.cross_entropy(logits, labels)
+        return nn.functional.cross_entropy(logits, to_device(labels, logits.device))

@@ -63,5 +63,5 @@ class EmbeddingLoss(BatchLoss):
         if isinstance(self.projection, nn.Linear):
             rows = self.projection(rows.to(self.projection.weight))
         projected = to_float32(rows)
-        target = take_rows(self.teacher_embeddings, labels).to(projected)
+        target = take_rows(self.teacher_embeddings, labels, projected)
         return (1 - torch.cosine_similarity(projected, target)).mean()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from setfit_kd.losses.base import BatchLoss, to_float32
+from setfit_kd.memory.devices import to_device
 from setfit_kd.utils.arrays import Floats, normalize_rows
 
 
@@ -35,7 +36,7 @@ class PairSimilarityLoss(BatchLoss):
         """Compute the mean squared difference of the cosines over the pairs."""
         left, right = embeddings
         cosines = torch.cosine_similarity(to_float32(left), to_float32(right))
-        return nn.functional.mse_loss(cosines, labels.to(cosines))
+        return nn.functional.mse_loss(cosines, to_device(labels, cosines.device).to(cosines.dtype))
 
 
 def draw_pairs(

@@ -45,18 +45,14 @@ class SimilarityLoss(BatchLoss):
         super().__init__(model, **options)
         self.teacher_embeddings, self.weights = teacher_embeddings, weights
 
-    def targets(self, labels: Tensor) -> Tensor:
-        """Compute the teacher's (B, B) cosines of the pool rows ``labels`` (B,), on the device of the labels."""
-        return cosine_matrix(take_rows(self.teacher_embeddings, labels))
-
     def compute_loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """Compute the weighted mean squared difference of the cosines over all pairs of different texts."""
         (rows,) = embeddings
         student = cosine_matrix(rows)
-        target = self.targets(labels).to(student)
+        target = cosine_matrix(take_rows(self.teacher_embeddings, labels, student))
         weight = 1 - torch.eye(len(labels), dtype=student.dtype, device=student.device)
         if self.weights is not None:
-            text_weight = take_rows(self.weights, labels).to(student)
+            text_weight = take_rows(self.weights, labels, student)
             text_weight = text_weight / text_weight.max().clamp_min(torch.finfo(text_weight.dtype).tiny)
             weight = weight * text_weight[:, None] * text_weight[None, :]
         total = weight.sum()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from setfit_kd.losses.base import BatchLoss, take_rows, to_float32
+from setfit_kd.memory.devices import to_device
 from setfit_kd.utils.arrays import Floats
 
 NO_GOLD = -1  # stands for the gold class of a text without a gold label
@@ -75,14 +76,14 @@ class SoftLabelLoss(BatchLoss):
         """Compute the mean over the texts of the soft-label term and, for texts with a gold label, the gold term."""
         (rows,) = embeddings
         logits = to_float32(self.head(rows.to(self.head.weight)))  # (B, n_classes)
-        soft_labels = take_rows(self.probabilities, labels).to(logits)
+        soft_labels = take_rows(self.probabilities, labels, logits)
         tiny = torch.finfo(logits.dtype).tiny
         target = torch.log_softmax(soft_labels.clamp_min(tiny).log() / self.temperature, dim=1)
         student = torch.log_softmax(logits / self.temperature, dim=1)
         soft = self.temperature**2 * (target.exp() * (target - student)).sum(dim=1)  # (B,)
         if self.gold is None:
             return soft.mean()
-        gold = torch.as_tensor(self.gold[labels.cpu().numpy()], device=labels.device)
+        gold = to_device(torch.as_tensor(self.gold[labels.numpy()]), logits.device)
         hard = nn.functional.cross_entropy(logits, gold, ignore_index=NO_GOLD, reduction="none")
         share = self.alpha * (gold != NO_GOLD)
         return (share * hard + (1 - share) * soft).mean()

@@ -65,6 +65,13 @@ def _probe_device(device: torch.device) -> RuntimeError | None:
     return None
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to a device; from the CPU to a GPU from pinned memory, so that neither waits for the other."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def free_memory(device: torch.device) -> tuple[int, int]:
     """Return the free and the total memory of a device in bytes."""
     import psutil

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,8 +13,10 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from setfit_kd.memory.backoff import Attempt, OOMBackoff, move_model
-from setfit_kd.runtime.classify import chunk_texts, shorten
-from setfit_kd.utils.arrays import Floats, allocate_array, iter_chunks
+from setfit_kd.models.bodies import is_static
+from setfit_kd.models.forward import ForwardPass, OnnxForwardPass
+from setfit_kd.models.tokens import Tokens, iter_tokens, tokenize
+from setfit_kd.utils.arrays import Floats, allocate_array, iter_batches, iter_chunks
 from setfit_kd.utils.console import track
 
 if TYPE_CHECKING:
@@ -21,7 +26,16 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch", bound=Sized)
 Result = TypeVar("Result")
 
+logger = logging.getLogger(__name__)
+
+MAX_DIFFERENCE = 1e-3
+"""Maximum mean difference of the probabilities of a faster forward pass from those in single precision."""
 _CHUNK = 256  # texts per progress-bar update, or the batch size if that is larger
+_LIMITS = {"cpu": (256, 2048), "cuda": (1024, 1 << 16), "mps": (256, 1 << 14)}  # texts and tokens of a batch
+_SAMPLE = {"cpu": 32, "cuda": 512, "mps": 128}  # texts on which forward passes are compared; a GPU needs many
+_FASTER = {"cpu": ("bf16", "onnx"), "cuda": ("fp16", "tf32"), "mps": ("fp16",)}
+_MIN_SPEEDUP = 1.2
+_MIN_SECONDS = {"bf16": 3.0, "fp16": 3.0, "tf32": 3.0, "onnx": 15.0}  # that all texts take in single precision
 
 
 def run_batches(
@@ -49,41 +63,111 @@ def run_batches(
         move_model(model, device, phase=description)
 
 
-def shorten_texts(body: SentenceTransformer, texts: Sequence[str]) -> list[str]:
-    """Cut texts to little more than the tokens that a body reads, see `setfit_kd.runtime.classify.shorten`."""
-    body.preprocess(["a"])  # sets the truncation of its tokenizer
-    tokenizer = getattr(body.tokenizer, "backend_tokenizer", body.tokenizer)
-    return [shorten(text, tokenizer) for text in texts]
-
-
 def embed(
     body: SentenceTransformer,
     texts: Sequence[str],
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     normalize: bool = False,
     description: str = "Encoding",
+    forward: ForwardPass | None = None,
+    cache_tokens: bool = True,
 ) -> Floats:
     """Embed n texts on the device of the body: (n, d) float32; float16 mapped from a temporary file if that is large.
 
-    Texts are processed longest first, so that a batch holds texts of similar length. ``normalize`` scales every
-    embedding to length 1, and ``description`` is the label of the progress bar.
+    Args:
+        body: The body.
+        texts: n texts, which are processed longest first, in batches of similar length.
+        batch_size: Maximum number of texts per forward pass. [default: limited by the number of tokens]
+        normalize: Scale every embedding to length 1.
+        description: Label of the progress bar.
+        forward: Forward pass of the body. [default: in single precision]
+        cache_tokens: Keep the tokens of the texts for other bodies with the same tokenizer.
     """
-    order = np.argsort([-len(text) for text in texts], kind="stable")
+    forward = forward or ForwardPass(body)
+    max_texts = batch_size or _limits(body)[0]
     embeddings: Floats | None = None
 
-    def encode(texts: list[str], size: int) -> Any:
-        return body.encode(texts, batch_size=size, normalize_embeddings=normalize, show_progress_bar=False)
+    def encode(tokens: Tokens, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        max_tokens = math.inf if batch_size else _limits(body)[1] * size / max_texts
+        part = encode_tokens(forward, tokens, size, max_tokens, normalize=normalize)
+        if forward.method != "fp32" and not np.isfinite(part).all():  # out of the range of half precision
+            with (exact := ForwardPass(body)).context():
+                part = encode_tokens(exact, tokens, size, max_tokens, normalize=normalize)
+        return tokens.rows, part
 
-    chunks = chunk_texts((texts[row] for row in order), max(_CHUNK, batch_size))
-    batches = (shorten_texts(body, chunk) for chunk in chunks)
-    start = 0
-    for rows in run_batches(body, batches, encode, len(texts), batch_size, description):
-        if embeddings is None:
-            embeddings = allocate_array((len(texts), rows.shape[1]))
-        embeddings[order[start : start + len(rows)]] = rows
-        start += len(rows)
+    with forward.context():
+        chunks = iter_tokens(body, texts, max(_CHUNK, max_texts), use_cache=cache_tokens)
+        for rows, part in run_batches(body, chunks, encode, len(texts), max_texts, description):
+            if embeddings is None:
+                embeddings = allocate_array((len(texts), part.shape[1]))
+            embeddings[rows] = part
     return np.empty((0, body.get_embedding_dimension() or 0), np.float32) if embeddings is None else embeddings
+
+
+def _limits(body: SentenceTransformer) -> tuple[int, int]:
+    return _LIMITS.get(body.device.type, _LIMITS["cpu"])
+
+
+def encode_tokens(
+    forward: ForwardPass, tokens: Tokens, max_texts: int, max_tokens: float, *, normalize: bool = False
+) -> npt.NDArray[np.float32]:
+    """Embed k tokenized texts in batches of at most ``max_texts`` texts and ``max_tokens`` tokens: (k, d)."""
+    import torch
+
+    batches = list(iter_batches(tokens.lengths, max_texts, max_tokens))
+    forward.body.eval()
+    with torch.inference_mode():
+        parts = [forward(tokens.take(batch).features(forward.body)) for batch in batches]
+        embeddings = torch.cat(parts).float()[:, : forward.body.truncate_dim]
+        if normalize:
+            embeddings = torch.nn.functional.normalize(embeddings)
+    result = np.empty(embeddings.shape, np.float32)
+    result[np.concatenate(batches)] = embeddings.cpu().numpy()  # a GPU is waited for only here
+    return result
+
+
+def choose_forward(model: SetFitModel, texts: Sequence[str], *, n_texts: int | None = None) -> ForwardPass:
+    """Choose the fastest forward pass of a classifier whose probabilities are nearly those in single precision.
+
+    Candidates are half precision, TF32 and ONNX Runtime. They are timed and compared on a sample of the texts, if there
+    are enough texts to pay for it: the probabilities may differ by at most `MAX_DIFFERENCE` on average. ``n_texts`` is
+    the number of texts in total. [default: those passed]
+    """
+    body = model.model_body
+    device, best = body.device.type, ForwardPass(body)
+    n_sample = _SAMPLE.get(device, 32)
+    if is_static(body) or len(texts) < 4 * n_sample:  # a table lookup is no faster in another way
+        return best
+    sample = tokenize(body, [texts[row] for row in np.linspace(0, len(texts) - 1, n_sample).astype(int)])
+    warm_up = sample.take(np.arange(1 if device == "cpu" else n_sample))
+
+    def measure(forward: ForwardPass) -> tuple[float, npt.NDArray[np.float32]]:
+        with forward.context():
+            encode_tokens(forward, warm_up, *_limits(body))
+            started = time.perf_counter()
+            embeddings = encode_tokens(forward, sample, *_limits(body), normalize=model.normalize_embeddings)
+            return time.perf_counter() - started, embeddings
+
+    try:
+        seconds, embeddings = measure(best)
+        expected, total = head_proba(model, embeddings), seconds * (n_texts or len(texts)) / n_sample
+        for method in _FASTER.get(device, ()):
+            if total < _MIN_SECONDS[method]:
+                continue
+            forward = OnnxForwardPass(body) if method == "onnx" else ForwardPass(body, method)
+            faster, embeddings = measure(forward)
+            if not np.isfinite(embeddings).all():
+                continue
+            difference = float(np.abs(head_proba(model, embeddings) - expected).max(axis=1).mean())
+            logger.debug(
+                "%s: %.2f times the speed of fp32, mean difference %.1e.", method, seconds / faster, difference
+            )
+            if seconds > _MIN_SPEEDUP * faster and difference <= MAX_DIFFERENCE:
+                return forward
+    except Exception as error:  # an optional step must not fail a run; `embed` handles a lack of memory
+        logger.debug("Keeping single precision (%s: %s).", type(error).__name__, error)
+    return best
 
 
 def embed_tokens(body: SentenceTransformer, *, batch_size: int = 1024) -> npt.NDArray[np.float32]:
@@ -113,11 +197,23 @@ def embed_tokens(body: SentenceTransformer, *, batch_size: int = 1024) -> npt.ND
 
 
 def predict_proba(
-    model: SetFitModel, texts: Sequence[str], *, batch_size: int = 32, description: str = "Predicting"
+    model: SetFitModel,
+    texts: Sequence[str],
+    *,
+    batch_size: int | None = None,
+    exact: bool = False,
+    description: str = "Predicting",
+    forward: ForwardPass | None = None,
+    cache_tokens: bool = True,
 ) -> npt.NDArray[np.float32]:
-    """Predict the class probabilities of texts: (n, n_classes) float32, rows summing to 1."""
-    options: Any = {"batch_size": batch_size, "normalize": model.normalize_embeddings, "description": description}
-    return head_proba(model, embed(model.model_body, texts, **options))
+    """Predict the class probabilities of texts: (n, n_classes) float32, rows summing to 1.
+
+    The forward pass is chosen by `choose_forward` unless it is passed or ``exact`` is set.
+    """
+    forward = forward or (None if exact else choose_forward(model, texts))
+    options: Any = {"batch_size": batch_size, "description": description, "cache_tokens": cache_tokens}
+    embeddings = embed(model.model_body, texts, normalize=model.normalize_embeddings, forward=forward, **options)
+    return head_proba(model, embeddings)
 
 
 def head_proba(model: SetFitModel, embeddings: Floats) -> npt.NDArray[np.float32]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ _SETFIT_CONFIG = "config_setfit.json"
 _RETRAIN = "Train the model again."
 # A run folder contains its config from the start, and its student once that is trained.
 _RUN_MARKER, _STUDENT, _STUDENTS = "config.yaml", "student", "students"
+BUNDLE = "bundle"
+"""Subfolder of a student with its bundle, by which a few texts are classified without loading torch."""
 _CARD = """---
 library_name: setfit
 pipeline_tag: text-classification
@@ -70,6 +73,27 @@ classify("...", truncation=True)
 """
 
 
+@dataclass(eq=False)
+class LoadedClassifier:
+    """The parts of a `SetFitModel` that prediction needs; importing SetFit takes seconds."""
+
+    model_body: SentenceTransformer
+    model_head: Any
+    labels: list[str]
+    normalize_embeddings: bool = False
+
+    @property
+    def has_differentiable_head(self) -> bool:
+        """Whether the head is SetFit's torch module instead of a scikit-learn classifier."""
+        return hasattr(self.model_head, "parameters")
+
+    def to_setfit(self) -> SetFitModel:
+        """Return a `SetFitModel` with the same parts."""
+        model = new_model(self.model_body, self.labels)
+        model.model_head, model.normalize_embeddings = self.model_head, self.normalize_embeddings
+        return model
+
+
 def new_model(body: SentenceTransformer, label_names: Sequence[str]) -> SetFitModel:
     """Create a SetFit model from a body and an unfitted logistic regression."""
     with quiet_libraries():
@@ -78,16 +102,22 @@ def new_model(body: SentenceTransformer, label_names: Sequence[str]) -> SetFitMo
         return SetFitModel(model_body=body, model_head=new_head(), labels=list(label_names))
 
 
-def save_model(model: SetFitModel, folder: str | Path, *, title: str = "Text classifier") -> None:
+def save_model(
+    model: SetFitModel,
+    folder: str | Path,
+    *,
+    title: str = "Text classifier",
+    add_files: Callable[[Path], None] = lambda _: None,
+) -> None:
     """Save a model atomically, in a format that both `load` and SetFit's ``from_pretrained`` can read.
 
-    A transformer is saved in the format of ``transformers`` instead.
+    A transformer is saved in the format of ``transformers`` instead. ``add_files`` writes more files into the folder.
 
     Raises:
         OutputError: If the folder already exists or cannot be written.
     """
     labels = list(model.labels or [])
-    with atomic_folder(folder) as part, quiet_libraries():
+    with atomic_folder(folder) as part, quiet_libraries(with_setfit=False):
         is_transformer = family_of(model.model_body) == "transformer"
         classes = escape_markdown(", ".join(map(short_class_name, labels)))
         card = _TRANSFORMER_CARD if is_transformer else _CARD
@@ -98,11 +128,12 @@ def save_model(model: SetFitModel, folder: str | Path, *, title: str = "Text cla
             config = {"labels": labels, "normalize_embeddings": model.normalize_embeddings}
             (part / _SETFIT_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
         _write_head(model, part)
+        add_files(part)
 
 
 def replace_head(model: SetFitModel, folder: Path) -> None:
     """Replace the saved head in a folder that holds the same body."""
-    with replace_files(folder) as part, quiet_libraries():
+    with replace_files(folder) as part, quiet_libraries(with_setfit=False):
         _write_head(model, part)
 
 
@@ -154,31 +185,39 @@ def load(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) 
         ModelError: If there is no classifier, or its head is only a pickle and ``trust_pickle`` is not set.
         UnavailableError: If the hub cannot be reached.
     """
-    model = load_folder(classifier_folder(path), trust_pickle=trust_pickle)
-    move_model(model.model_body, resolve_device(device), phase="Loading model")
-    return model
+    return load_classifier(path, device=device, trust_pickle=trust_pickle).to_setfit()
 
 
-def load_folder(folder: Path, *, trust_pickle: bool = False) -> SetFitModel:
+def load_classifier(path: str | Path, *, device: str = "auto", trust_pickle: bool = False) -> LoadedClassifier:
+    """Load a classifier for prediction, without SetFit; otherwise as `load`."""
+    classifier = read_classifier(classifier_folder(path), trust_pickle=trust_pickle)
+    move_model(classifier.model_body, resolve_device(device), phase="Loading model")
+    return classifier
+
+
+def load_folder(folder: Path) -> SetFitModel:
     """Load the SetFit model or transformer in a folder on the CPU, see `load`."""
+    return read_classifier(folder).to_setfit()
+
+
+def read_classifier(folder: Path, *, trust_pickle: bool = False) -> LoadedClassifier:
+    """Load the classifier in a folder on the CPU, see `load_classifier`."""
     names = transformer_label_names(folder)
     if names is not None:
         if len(names) < 2:
             raise ModelError(f"The model in {folder} has a single output.", hint="Use a classifier.")
-        model = new_model(BodySource(folder, "transformer").load(names), names)
-        model.model_head = get_head(model.model_body)
-        return model
+        body = BodySource(folder, "transformer").load(names)
+        return LoadedClassifier(body, get_head(body), list(names))
     head = load_head(folder)
     if head is None:
         head = _unpickle_head(folder, trust_pickle)
     labels, normalize = _read_setfit_config(folder, head)
-    model = new_model(load_body(folder), labels)
-    width, expected = model.model_body.get_embedding_dimension(), getattr(head, "n_features_in_", None)
+    body = load_body(folder)
+    width, expected = body.get_embedding_dimension(), getattr(head, "n_features_in_", None)
     if None not in (width, expected) and width != expected:
         message = f"The body in {folder} must have {expected} dimensions to match its head, got {width}."
         raise ModelError(message, hint=_RETRAIN)
-    model.model_head, model.normalize_embeddings = head, normalize
-    return model
+    return LoadedClassifier(body, head, labels, normalize)
 
 
 def _unpickle_head(folder: Path, trust_pickle: bool) -> Any:

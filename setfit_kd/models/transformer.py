@@ -109,7 +109,7 @@ def load_transformer(folder: Path, label_names: Sequence[str], *, seed: int = 0)
 
 def body_from_model(model: Any, tokenizer: Any, label_names: Sequence[str], *, seed: int = 0) -> SentenceTransformer:
     """Convert a model and a tokenizer in memory to a body, see `load_transformer`."""
-    with TemporaryDirectory(prefix="setfit-kd-") as folder, quiet_libraries():
+    with TemporaryDirectory(prefix="setfit-kd-") as folder, quiet_libraries(with_setfit=False):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return load_transformer(Path(folder), label_names, seed=seed)

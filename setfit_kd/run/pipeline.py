@@ -258,7 +258,7 @@ def _run_other_seeds(
     for seed in range(resolved.seed + 1, resolved.seed + resolved.seeds):
         logger.info("Running seed %d (%d of %d).", seed, len(by_seed) + 1, resolved.seeds)
         name, resume = f"{SEEDS}/{seed}", False
-        changes: dict[str, Any] = {"seed": seed, "seeds": 1, "overwrite": False}
+        changes: dict[str, Any] = {"seed": seed, "seeds": 1, "overwrite": False, "bundle": False}
         if folder is not None:
             changes["output_dir"], resume = folder.path / name, folder.prepare_nested_run(name)
         seed_result = _run(resolved.model_copy(update=changes), sources, resume=resume, stage=name)

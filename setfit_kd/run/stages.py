@@ -26,7 +26,7 @@ from setfit_kd.memory.backoff import move_model
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import BodySource, content_hash, family_of
 from setfit_kd.models.heads import save_head, set_head
-from setfit_kd.models.io import load_folder, replace_head, save_model, with_saved_head
+from setfit_kd.models.io import BUNDLE, load_folder, replace_head, save_model, with_saved_head
 from setfit_kd.run.inputs import RunData, RunInputs
 from setfit_kd.run.stage_cache import Artifact, StageCache
 from setfit_kd.run_folder.names import (
@@ -91,6 +91,7 @@ class Stages:
     def __init__(self, config: RunConfig, data: RunData, cache: StageCache) -> None:
         self.config, self.data, self.cache = config, data, cache
         self.device = resolve_device(config.device)
+        self._exact = ["exact"] if config.exact else []  # not in the key of a training
         self._labeled_key, self._evaluation_key = _labeled_key(data.labeled), _labeled_key(data.evaluation)
 
     def augment(self, fill_mask: Path | None) -> list[str]:
@@ -105,7 +106,7 @@ class Stages:
 
         def run() -> list[str]:
             forbidden = data.evaluation.texts if data.evaluation else ()
-            batch_size = config.encode_batch_size
+            batch_size = config.encode_batch_size or 32
             model = None if fill_mask is None else FillMask(fill_mask, device=self.device, batch_size=batch_size)
             return augment([*data.pool, *data.labeled.texts], n, seed=config.seed, forbidden=forbidden, fill=model)
 
@@ -131,7 +132,7 @@ class Stages:
             signals_path = f"{TEACHER_SIGNALS}/{folder}" if several else SIGNALS
             body = inputs.bodies.pop(name, None) or inputs.load_body(name, config.seed)
             key = fingerprint(self._labeled_key, content_hash(body), TeacherConfig.fingerprint_inputs(config))
-            signals_key = fingerprint(key, pool_key, SignalsConfig.fingerprint_inputs(config))
+            signals_key = fingerprint(key, pool_key, SignalsConfig.fingerprint_inputs(config), *self._exact)
             teacher = self._train_teacher(path, key, source, body)
             del body  # frees memory if the teacher was loaded
             teacher, signals = self._score(path, signals_path, signals_key, teacher, pool, name)
@@ -234,8 +235,16 @@ class Stages:
         models = {}
 
         def run(key: str, path: str, train: Callable[..., SetFitModel], title: str) -> SetFitModel:
-            checkpoints = self.cache.checkpoint_folder(path, key)
-            files = Artifact(partial(save_model, title=title), load_folder)
+            def save(model: SetFitModel, folder: Path) -> None:
+                def add_bundle(part: Path) -> None:
+                    if title == "Student" and config.bundle:
+                        from setfit_kd.export.bundle import keep_bundle
+
+                        keep_bundle(model, part / BUNDLE, texts=signals.texts)
+
+                save_model(model, folder, title=title, add_files=add_bundle)
+
+            checkpoints, files = self.cache.checkpoint_folder(path, key), Artifact(save, load_folder)
             return self.cache.run_or_load(
                 path, key, files, lambda: _on_cpu(train(copy.deepcopy(body()), checkpoints=checkpoints))
             )
@@ -271,11 +280,12 @@ class Stages:
                     data,
                     teacher=teacher,
                     encode_batch_size=self.config.encode_batch_size,
+                    exact=self.config.exact,
                     folder=folder,
                     description=description,
                 )
 
-        key = fingerprint(signals_key, key, self._evaluation_key)
+        key = fingerprint(signals_key, key, self._evaluation_key, *self._exact)
         return self.cache.run_or_load(f"{EVALUATION}/{path}", key, Artifact(Evaluation.save, Evaluation.load), run)
 
 

@@ -6,13 +6,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from setfit_kd.errors import OutputError
 from setfit_kd.models.bodies import content_hash
 from setfit_kd.models.encode import embed
+from setfit_kd.models.forward import METHODS, ForwardPass
 from setfit_kd.utils.arrays import load_rows, save_rows
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import cache_folder, file_hash, hash_parts
@@ -41,25 +41,40 @@ def cache_bytes() -> int:
 
 
 def cached_embed(
-    body: SentenceTransformer, texts: Sequence[str], *, batch_size: int, normalize: bool, description: str
+    choose_forward: Callable[[], ForwardPass],
+    body: SentenceTransformer,
+    texts: Sequence[str],
+    *,
+    methods: Sequence[str],
+    normalize: bool,
+    description: str,
+    **options: Any,
 ) -> npt.NDArray[np.floating]:
     """Compute embeddings with `embed`, or load them if the same body has embedded the same texts before.
 
-    ``description`` also labels the log messages. Problems with the cache are logged and never raise an error.
+    Problems with the cache are logged and never raise an error.
+
+    Args:
+        choose_forward: Function that returns the forward pass to compute the embeddings with.
+        body, texts, normalize, description, options: As in `embed`; the description also labels the log messages.
+        methods: Methods of the forward pass that may have computed the embeddings, the best one first.
     """
-    compute = partial(embed, body, texts, batch_size=batch_size, normalize=normalize, description=description)
+    options.update(normalize=normalize, description=description)
     if (folder := cache_folder()) is None:
-        return compute()
+        return embed(body, texts, forward=choose_forward(), **options)
     names = "torch", "transformers", "sentence-transformers", "tokenizers"
     libraries = " ".join(f"{library} {version(library)}" for library in names)
-    parts = chain((f"4 {normalize} {body.device.type} {libraries}", content_hash(body)), texts)
-    entry = folder / _EMBEDDINGS / hash_parts(part.encode() for part in parts)
-    if (cached := _load(entry)) is not None:
-        with suppress(OSError):  # a shared cache may be read-only
-            os.utime(entry)
-        logger.info("%s: loaded from the cache (%s).", description, entry)
-        return cached
-    embeddings = compute()
+    parts = chain((f"5 {normalize} {body.device.type} {libraries}", content_hash(body)), texts)
+    inputs = hash_parts(part.encode() for part in parts)
+    entries = {method: folder / _EMBEDDINGS / hash_parts([inputs.encode(), method.encode()]) for method in METHODS}
+    for entry in map(entries.__getitem__, methods):
+        if (cached := _load(entry)) is not None:
+            with suppress(OSError):  # a shared cache may be read-only
+                os.utime(entry)
+            logger.info("%s: loaded from the cache (%s).", description, entry)
+            return cached
+    forward = choose_forward()
+    entry, embeddings = entries[forward.method], embed(body, texts, forward=forward, **options)
     if embeddings.nbytes <= MAX_BYTES:
         try:
             with atomic_folder(entry) as part:

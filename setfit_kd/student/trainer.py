@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from datasets import Dataset
 from setfit import DistillationTrainer, SetFitModel, TrainingArguments
 from torch import nn
 
@@ -20,7 +19,7 @@ from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.losses.pairs import PairSimilarityLoss, draw_pairs
 from setfit_kd.losses.soft_labels import NO_GOLD
 from setfit_kd.models.bodies import family_of
-from setfit_kd.models.encode import embed, shorten_texts
+from setfit_kd.models.encode import embed
 from setfit_kd.models.heads import (
     at_temperature,
     fit_head,
@@ -34,7 +33,7 @@ from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.student.agreement import AgreementCallback, hold_out
 from setfit_kd.student.loss import LossInputs, create_loss, match_gold_labels
 from setfit_kd.training.loop import resolve_learning_rate
-from setfit_kd.training.loss_trainer import LossTrainer
+from setfit_kd.training.loss_trainer import LossTrainer, TokenDataset
 from setfit_kd.utils.arrays import sample_rows
 
 if TYPE_CHECKING:
@@ -84,21 +83,19 @@ class StudentTrainer(DistillationTrainer):
 
     def get_dataset(
         self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
-    ) -> tuple[Dataset, nn.Module]:
+    ) -> tuple[TokenDataset, nn.Module]:
         """Create the training dataset and the loss of the config's objective."""
         config = self.config
         inputs = LossInputs(self.model.model_body, self.signals, self.rows, self.gold, config)
-        x = shorten_texts(inputs.body, x)
         if config.objective == "pairs":
             left, right, cosines = draw_pairs(
                 inputs.teacher_embeddings, pairs_per_text=config.num_iterations, seed=config.seed, rows=self.rows
             )
-            columns = {"sentence_1": [x[row] for row in left], "sentence_2": [x[row] for row in right]}
-            return Dataset.from_dict({**columns, "label": cosines}), PairSimilarityLoss(inputs.body, **inputs.options)
+            loss = PairSimilarityLoss(inputs.body, **inputs.options)
+            return TokenDataset(inputs.body, x, cosines, columns=(left, right)), loss
         # A last batch of one text has no pair.
         self.inner.args.dataloader_drop_last = len(self.rows) % config.batch_size == 1
-        columns = {"sentence": [x[row] for row in self.rows], "label": self.rows.tolist()}
-        return Dataset.from_dict(columns), create_loss(inputs)
+        return TokenDataset(inputs.body, x, self.rows, columns=[self.rows]), create_loss(inputs)
 
     def train_body(self) -> None:
         """Train the body on the pool."""

@@ -13,7 +13,8 @@ from setfit_kd.config.stages import SignalsConfig
 from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.memory.backoff import shared_backoff
-from setfit_kd.models.encode import embed, head_proba
+from setfit_kd.models.encode import choose_forward, embed, head_proba
+from setfit_kd.models.forward import METHODS, ForwardPass
 from setfit_kd.models.heads import DEFAULT_C, fit_head, fit_temperature, head_at_temperature, head_logits, resolve_c
 from setfit_kd.models.io import new_model
 from setfit_kd.signals.embedding_cache import cached_embed
@@ -36,7 +37,8 @@ def score(
     teacher: SetFitModel,
     texts: Sequence[str],
     *,
-    encode_batch_size: int = 32,
+    encode_batch_size: int | None = None,
+    exact: bool = False,
     origin: str = "a SetFit teacher",
     cache: bool = False,
 ) -> TeacherSignals:
@@ -45,7 +47,8 @@ def score(
     Args:
         teacher: A trained SetFit model, on the device to use.
         texts: n texts.
-        encode_batch_size: Texts per forward pass.
+        encode_batch_size: Maximum number of texts per forward pass. [default: limited by the number of tokens]
+        exact: Run the teacher in single precision with torch, even if another way is faster.
         origin: Name of the signals' source, stored with them.
         cache: Read the embeddings from disk if the same teacher has embedded the same texts before, and store them
             otherwise. The environment variable ``SETFIT_KD_CACHE`` sets the folder.
@@ -63,13 +66,18 @@ def score(
         raise DataError("Expected at least one text to score, got no texts.", hint="Pass the texts of the pool.")
     if not teacher.labels:
         raise DataError("The teacher has no label names.", hint="Set teacher.labels.")
-    embeddings = (cached_embed if cache else embed)(
-        teacher.model_body,
-        texts,
-        batch_size=encode_batch_size,
-        normalize=teacher.normalize_embeddings,
-        description="Scoring pool",
-    )
+
+    def choose() -> ForwardPass:
+        return ForwardPass(teacher.model_body) if exact else choose_forward(teacher, texts)
+
+    options: Any = {"batch_size": encode_batch_size, "normalize": teacher.normalize_embeddings}
+    options["description"] = "Scoring pool"
+    if cache:
+        embeddings = cached_embed(
+            choose, teacher.model_body, texts, methods=METHODS[:1] if exact else METHODS, **options
+        )
+    else:
+        embeddings = embed(teacher.model_body, texts, forward=choose(), **options)
     return TeacherSignals(texts, head_proba(teacher, embeddings), tuple(teacher.labels), embeddings, origin)
 
 
@@ -103,8 +111,8 @@ def refine_and_score(
     config = SignalsConfig.merged(config, settings)
     with shared_backoff(cpu_fallback=config.cpu_fallback):
         texts = [*pool, *labeled.texts]
-        size, cache = config.encode_batch_size, config.cache
-        signals = score(teacher, texts, encode_batch_size=size, origin=origin, cache=cache)
+        options: Any = {"encode_batch_size": config.encode_batch_size, "exact": config.exact, "cache": config.cache}
+        signals = score(teacher, texts, origin=origin, **options)
     if config.refine == "none" or not len(pool):
         return teacher, signals
     embeddings: Any = signals.embeddings
@@ -149,5 +157,5 @@ def self_train(
         sharp = (probabilities / confidence[:, None]) ** (1 / SHARPENING)
         targets = np.concatenate([gold, sharp / sharp.sum(axis=1, keepdims=True)])
         weights = np.concatenate([np.full(len(gold), GOLD_WEIGHT), confidence**2])
-        head = fit_head(embeddings, targets, weights, C=C, balance=balance)
+        head = fit_head(embeddings, targets, weights, C=C, balance=balance, start=head)
     return head

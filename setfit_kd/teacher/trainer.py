@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from setfit import SetFitModel, Trainer, TrainingArguments
 from torch import nn
 
@@ -15,11 +14,11 @@ from setfit_kd.config.stages import TeacherConfig
 from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.losses.contrastive import ContrastiveLoss, balanced_batches
 from setfit_kd.losses.pairs import PairSimilarityLoss
-from setfit_kd.models.encode import embed, shorten_texts
+from setfit_kd.models.encode import embed
 from setfit_kd.models.heads import fit_head, resolve_c
 from setfit_kd.teacher.train import PAIRS_PER_BATCH, steps_and_batch_size
 from setfit_kd.training.loop import resolve_learning_rate
-from setfit_kd.training.loss_trainer import LossTrainer
+from setfit_kd.training.loss_trainer import LossTrainer, TokenDataset
 
 LEARNING_RATE = 6e-5
 
@@ -45,20 +44,20 @@ class TeacherTrainer(Trainer):
 
     def get_dataset(
         self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
-    ) -> tuple[Dataset, nn.Module]:
+    ) -> tuple[TokenDataset, nn.Module]:
         """Create the dataset and the loss: texts with classes and a contrastive loss, or SetFit's pairs."""
         body, config = self.model.model_body, self.config
-        x = shorten_texts(body, x)
         options: dict[str, Any] = {"dropout": config.teacher_dropout, "micro_batch_size": config.micro_batch_size}
         if config.teacher_objective == "pairs":
             # SetFit draws pairs with a constant seed; shuffling the texts makes them depend on our seed.
             order = np.random.default_rng([config.seed, 4]).permutation(len(x))
-            dataset, _ = super().get_dataset([x[i] for i in order], [y[i] for i in order], args, max_pairs)
-            return dataset, PairSimilarityLoss(body, **options)
+            pairs, _ = super().get_dataset([str(i) for i in order], [y[i] for i in order], args, max_pairs)
+            columns = [np.array(pairs[name], np.int64) for name in ("sentence_1", "sentence_2")]
+            return TokenDataset(body, x, pairs["label"], columns), PairSimilarityLoss(body, **options)
         steps, _ = steps_and_batch_size(config, self.labeled, family="setfit", device=body.device)
         size = resolved(config.teacher_batch_size)
         self.inner.batches = balanced_batches(self.labeled.labels, batch_size=size, steps=steps, seed=config.seed)
-        return Dataset.from_dict({"sentence": x, "label": y}), ContrastiveLoss(body, **options)
+        return TokenDataset(body, x, y), ContrastiveLoss(body, **options)
 
     def train_body(self) -> None:
         """Train the body on the labels."""

@@ -9,23 +9,26 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from setfit_kd.config.base import StageConfig
 from setfit_kd.errors import DataError, OutputError, is_out_of_memory
 from setfit_kd.losses.base import BatchLoss
 from setfit_kd.memory.backoff import OOMBackoff
-from setfit_kd.models.bodies import default_prompt
+from setfit_kd.models.tokens import tokenize
+from setfit_kd.training.precision import attention_kernel
 from setfit_kd.utils.atomic_io import raise_output_errors
 from setfit_kd.utils.console import Advance
 from setfit_kd.utils.files import file_hash, read_json
@@ -33,15 +36,43 @@ from setfit_kd.utils.files import file_hash, read_json
 logger = logging.getLogger(__name__)
 
 _BODY, _LOSS_WEIGHTS = "body.safetensors", "beside-body.safetensors"
+_GPU_LOGGING_STEPS = 10  # reading a loss waits for the GPU
 _PREFIX, _HASHES = "checkpoint-", "whole.json"
 _STATE_FILE, _BEST_WEIGHTS_FILE = "early-stop.json", "early-stop.safetensors"
+
+
+class TokenDataset(Dataset[Any]):
+    """Training texts of a body in one or two columns, with a label per row; the texts are tokenized only once.
+
+    Args:
+        body: The body to train.
+        texts: m texts.
+        labels: (n,) labels.
+        columns: Rows of the texts in each column, (n,) each; None for a single column with all texts.
+    """
+
+    def __init__(
+        self, body: SentenceTransformer, texts: Sequence[str], labels: Any, columns: Sequence[Any] | None = None
+    ) -> None:
+        self.body, self.tokens, self.labels = body, tokenize(body, texts), np.asarray(labels)
+        self.columns = [np.arange(len(texts))] if columns is None else columns
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.labels)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Any]:
+        """Return the features of each column and the labels, of a batch of rows."""
+        features = [self.tokens.take(column[rows]).features(self.body) for column in self.columns]
+        # An array of labels stays on the CPU, where the losses need it.
+        return {"features": features, "label": self.labels[rows]}
 
 
 class LossTrainer(Trainer):
     """Trainer of a body with a `BatchLoss`; also the inner trainer of our SetFit trainers.
 
-    Set ``train_dataset`` (text columns and a column ``label``) and ``loss`` before training. Weights that the loss has
-    beside the body are trained, too. ``batches`` holds the rows of each batch; if it is None, they are drawn.
+    Set ``train_dataset`` and ``loss`` before training. Weights that the loss has beside the body are trained, too.
+    ``batches`` holds the rows of each batch; if it is None, they are drawn.
     """
 
     model: SentenceTransformer
@@ -74,20 +105,22 @@ class LossTrainer(Trainer):
             bf16=config.precision == "bf16",
             fp16=config.precision == "fp16",
             disable_tqdm=True,
-            logging_steps=1,
+            logging_steps=1 if device.type == "cpu" else _GPU_LOGGING_STEPS,
             logging_nan_inf_filter=False,  # it would log the mean of the earlier losses for a NaN
             report_to="none",
             save_strategy="no",
             remove_unused_columns=False,
             dataloader_pin_memory=device.type == "cuda",
+            accelerator_config={"non_blocking": device.type == "cuda"},
         )
         if device.type == "cuda" and device.index:
             # The library has already chosen the first GPU, in its own cache and in accelerate's shared state.
             vars(arguments)["_setup_devices"] = arguments.distributed_state.device = device
         # With several GPUs the body would be wrapped in DataParallel, which splits the batch of a whole-batch loss.
         arguments._n_gpu = min(arguments.n_gpu, 1)
-        super().__init__(body, arguments, data_collator=partial(_collate, body))
+        super().__init__(body, arguments, data_collator=cast("Any", lambda batch: batch))
         self.remove_callback(PrinterCallback)
+        self._new_losses: list[torch.Tensor] = []
 
     @property
     def evaluation_callbacks(self) -> list[EvaluationCallback]:
@@ -122,7 +155,8 @@ class LossTrainer(Trainer):
         if self.batches is None:
             return super().get_train_dataloader()
         dataset: Any = self.train_dataset
-        loader = DataLoader(dataset, batch_sampler=self.batches, collate_fn=self.data_collator)
+        pin_memory = self.args.dataloader_pin_memory
+        loader = DataLoader(dataset, batch_sampler=self.batches, collate_fn=self.data_collator, pin_memory=pin_memory)
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -131,24 +165,36 @@ class LossTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
         """Compute the loss of a batch. Only the body runs in mixed precision."""
-        return cast("torch.Tensor", self.loss(inputs["features"], inputs["label"]))
+        # Until the end of the outer block, weights that the body casts are kept for the other chunks of the batch. The
+        # gradients of all chunks are then added in half precision, which is too coarse for many micro-batches.
+        keeps_weights = self.loss.micro_batch_size is None
+        with torch.autocast(self.args.device.type, enabled=False) if keeps_weights else nullcontext():
+            return cast("torch.Tensor", self.loss(inputs["features"], torch.from_numpy(inputs["label"])))
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run a step; repeat it in smaller micro-batches if its forward or backward pass runs out of memory."""
         self.loss.zero_grad(set_to_none=True)  # the library only resets the gradients of the body
-        run = partial(super().training_step, *args, **kwargs)
-        return run() if self.backoff is None else retry_step(run, self.loss, self.state.global_step + 1, self.backoff)
+        run = partial(super().training_step, model, inputs, *args, **kwargs)
+        step = self.state.global_step + 1
+        with attention_kernel(inputs["features"], bf16=self.args.bf16):
+            loss = run() if self.backoff is None else retry_step(run, self.loss, step, self.backoff)
+        self._new_losses.append(loss)
+        if self.checkpoints is not None and self.checkpoints.is_due:
+            self.control.should_log = True
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a step, stop if its loss is not finite, and request a checkpoint if it is time for one."""
-        super().log(logs, start_time)
-        if "loss" in logs:  # not in the summary at the end
-            self.advance(1)
-            if not math.isfinite(logs["loss"]):
-                self.control.should_training_stop = True
-            is_due = self.checkpoints is not None and self.checkpoints.is_due
-            # The last step has no checkpoint: a training that resumed from it would continue.
-            self.control.should_save = is_due and not self.control.should_training_stop
+        """Log the losses since the last call; stop if one is not finite; request a checkpoint if it is time for one."""
+        losses = torch.stack(self._new_losses).tolist() if self._new_losses else []
+        self._new_losses.clear()
+        for loss in losses:
+            super().log({"loss": loss}, start_time)
+        self.advance(len(losses))
+        if not all(map(math.isfinite, losses)):
+            self.control.should_training_stop = True
+        is_due = self.checkpoints is not None and self.checkpoints.is_due
+        # The last step has no checkpoint: a training that resumed from it would continue.
+        self.control.should_save = is_due and not self.control.should_training_stop
 
     # The library's own methods would pickle all arguments, write a model card and reload the whole model.
 
@@ -177,12 +223,6 @@ class LossTrainer(Trainer):
     def _loss_weights(self) -> dict[str, torch.nn.Parameter]:
         body = {id(parameter) for parameter in self.model.parameters()}
         return {name: value for name, value in self.loss.named_parameters() if id(value) not in body}
-
-
-def _collate(body: SentenceTransformer, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    columns = [[row[name] for row in rows] for name in rows[0] if name != "label"]
-    features = [body.preprocess(texts, prompt=default_prompt(body)) for texts in columns]
-    return {"features": features, "label": torch.tensor([row["label"] for row in rows])}
 
 
 def retry_step(run: Callable[[], torch.Tensor], loss: BatchLoss, step: int, backoff: OOMBackoff) -> torch.Tensor:

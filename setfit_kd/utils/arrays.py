@@ -50,6 +50,19 @@ def iter_chunks(array: npt.NDArray[np.floating]) -> Iterator[npt.NDArray[np.floa
         yield array[start : start + _CHUNK_ROWS]
 
 
+def iter_batches(lengths: npt.NDArray[np.int64], max_texts: int, max_tokens: float) -> Iterator[npt.NDArray[np.int64]]:
+    """Cut texts with these numbers of tokens into batches of similar length, longest first; yield indices.
+
+    A batch has at most ``max_texts`` texts and, unless it is a single text, ``max_tokens`` tokens including padding.
+    """
+    order, start = np.argsort(-lengths, kind="stable"), 0
+    while start < len(order):
+        longest = max(int(lengths[order[start]]), 1)
+        size = max(1, int(min(max_texts, max_tokens // longest)))
+        yield order[start : start + size]
+        start += size
+
+
 def normalize_rows(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
     """Scale rows to unit L2 norm; leave zero rows unchanged."""
     rows = np.asarray(rows, np.float32)

@@ -107,14 +107,12 @@ def hide_download_bars() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
+def quiet_libraries(*, with_setfit: bool = True) -> Iterator[None]:
     """Hide progress bars of datasets, huggingface_hub and transformers, and SetFit's info logs, during the block.
 
     Importing SetFit sets its log level to INFO. If this block imports it first, the level stays at WARNING afterwards.
+    Without ``with_setfit``, SetFit and datasets, which take time to import, are left out.
     """
-    was_imported = "setfit" in sys.modules
-    import datasets
-    import setfit
     import transformers
 
     transformers_logging: Any = transformers.utils.logging
@@ -122,6 +120,13 @@ def quiet_libraries() -> Iterator[None]:
         if transformers_logging.is_progress_bar_enabled():
             transformers_logging.disable_progress_bar()
             stack.callback(transformers_logging.enable_progress_bar)
+        if not with_setfit:
+            yield
+            return
+        was_imported = "setfit" in sys.modules
+        import datasets
+        import setfit
+
         if datasets.is_progress_bar_enabled():
             datasets.disable_progress_bars()
             stack.callback(datasets.enable_progress_bars)

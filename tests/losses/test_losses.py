@@ -379,17 +379,17 @@ class _ForwardPasses:
         return sum(not all(output.expired() for output in outputs) for outputs in self.outputs)
 
 
-@pytest.mark.parametrize(("padding_side", "chunk_size"), [("right", 1), ("right", 64), ("left", 8)])
+@pytest.mark.parametrize(("padding_side", "n_tokens"), [("right", 1), ("right", 1000), ("left", 50)])
 def test_chunk_size_does_not_change_embeddings(
-    teacher_body: SentenceTransformer, chunk_size: int, padding_side: str, monkeypatch: pytest.MonkeyPatch
+    teacher_body: SentenceTransformer, n_tokens: int, padding_side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("setfit_kd.losses.base.CPU_CHUNK", chunk_size)
+    monkeypatch.setattr("setfit_kd.losses.base.CPU_TOKENS", n_tokens)
     teacher_body.double().eval()
     teacher_body.tokenizer.padding_side = padding_side
     features = teacher_body.preprocess(TEXTS)
     assert bool(features["attention_mask"][:, 0].all()) is (padding_side == "right")
     expected = teacher_body(dict(features))["sentence_embedding"]
-    for micro_batch_size in (None, chunk_size):
+    for micro_batch_size in (None, 3):
         result = PairSimilarityLoss(teacher_body, micro_batch_size=micro_batch_size).embed(features)
         torch.testing.assert_close(result, expected, atol=1e-10, rtol=1e-8)
 

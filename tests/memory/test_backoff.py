@@ -27,6 +27,7 @@ from setfit_kd.memory import backoff as backoff_module
 from setfit_kd.memory import devices
 from setfit_kd.memory.backoff import Attempt, OOMBackoff, shared_backoff
 from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models import encode as encode_module
 from setfit_kd.models.bodies import load_body
 from setfit_kd.models.encode import embed
 from setfit_kd.models.io import save_model
@@ -472,7 +473,7 @@ def test_encoding_continues_after_the_last_batch(
     texts = pool_signals().texts
     expected = embed(student_body, texts, batch_size=4)
     monkeypatch.setattr("setfit_kd.models.encode._CHUNK", 7)  # five chunks of 33 texts
-    faults = inject(type(student_body), "encode", *failing_calls)
+    faults = inject(encode_module, "encode_tokens", *failing_calls)
     with shared_backoff() as events:
         embeddings = embed(student_body, texts, batch_size=4, description="Scoring pool")
     assert [event["to"]["texts"] for event in events] == sizes
@@ -484,7 +485,7 @@ def test_encoding_continues_after_the_last_batch(
 
 def test_speed_excludes_failed_attempts(tiny_student: Path, inject: Inject) -> None:
     model = run_training("teacher", tiny_student)
-    faults = inject(type(model.model_body), "encode", 2, 3)
+    faults = inject(encode_module, "encode_tokens", 2, 3)
     assert evaluate(model, few_labels()).cost.device == "cpu"
     assert len(faults) == 1 + 3 + 1  # the warm-up, the attempts, and a timed repetition
 
@@ -517,7 +518,7 @@ def test_run_with_faults_equals_run_without(tiny_teacher: Path, tmp_path: Path, 
     for model in (expected.teacher, expected.student):
         assert model.model_body.max_seq_length == 9
     inject(Trainer, "training_step", 1, 4, 5, 9)
-    inject(type(expected.student.model_body), "encode", 1, 3, 4)
+    inject(encode_module, "encode_tokens", 1, 3, 4)
     result, events = run("with")
     # Rounding errors accumulate over three stages and Adam amplifies small gradients, so compare with the total update.
     start = list(cut_layers(load_body(tiny_teacher), (0,)).state_dict().values())

@@ -25,7 +25,7 @@ from sentence_transformers.sentence_transformer.modules import BoW, Normalize, S
 from sklearn.linear_model import LogisticRegression
 
 from setfit_kd.errors import InputError, ModelError, OutputError, UnavailableError
-from setfit_kd.models import bodies
+from setfit_kd.models import bodies, heads
 from setfit_kd.models.bodies import content_hash, load_body, locate_model
 from setfit_kd.models.encode import embed, predict_proba
 from setfit_kd.models.heads import DEFAULT_C, fit_head, load_head, resolve_c, save_head
@@ -172,11 +172,11 @@ def test_embed_matches_encode_across_chunks(
 # Heads
 
 
-@pytest.mark.parametrize(("classes", "C"), [(2, 0.1), (5, 30.0)])
-def test_head_of_hard_labels_matches_scikit_learn(classes: int, C: float) -> None:  # noqa: N803
-    rows, labels = vectors(0, 80, 6), np.arange(80) % classes
+@pytest.mark.parametrize(("classes", "C", "width"), [(2, 0.1, 6), (5, 30.0, 6), (5, 1.0, 100)])
+def test_head_of_hard_labels_matches_scikit_learn(classes: int, C: float, width: int) -> None:  # noqa: N803
+    rows, labels = vectors(0, 80, width), np.arange(80) % classes
     head = fit_head(rows, np.eye(classes)[labels], C=C)
-    expected = LogisticRegression(C=C, max_iter=5000, tol=1e-8).fit(rows, labels)
+    expected = LogisticRegression(C=C, max_iter=5000, tol=1e-8).fit(rows.astype(np.float64), labels)
     np.testing.assert_allclose(head.coef_, expected.coef_, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(head.intercept_, expected.intercept_, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(head.classes_, np.arange(classes))
@@ -192,7 +192,8 @@ def test_head_minimizes_penalized_cross_entropy_of_soft_labels(
     targets = np.where(targets < 0.002, 0, targets)
     targets /= targets.sum(axis=1, keepdims=True)
     weights = np.random.default_rng(seed).uniform(0.2, 3, 40).astype(np.float32) if weighted else None
-    head = fit_head(rows, targets, weights, C=1.0, balance=balance)
+    start = fit_head(rows, targets[::-1], C=100.0) if weighted else None
+    head = fit_head(rows, targets, weights, C=1.0, balance=balance, start=start)
 
     terms = targets * (1 if weights is None else weights[:, None])  # the weight of each class of each text
     if balance:
@@ -204,6 +205,17 @@ def test_head_minimizes_penalized_cross_entropy_of_soft_labels(
     loss = -(torch.tensor(terms) * logits.log_softmax(dim=1)).sum() + coef.square().sum() / 2
     for gradient in torch.autograd.grad(loss, [coef, intercept]):
         assert gradient.abs().max().item() < 1e-2
+
+
+def test_head_fit_converges_fast_from_similar_head_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, targets = vectors(0, 200, 20), distributions(0, 200, 40)
+    head = fit_head(rows, targets, C=1000.0)
+    again = fit_head(rows, targets, C=1100.0, start=head)
+    assert again.n_iter_[0] <= 3 < head.n_iter_[0]
+    expected = fit_head(rows, targets, C=1100.0).predict_proba(rows)
+    np.testing.assert_allclose(again.predict_proba(rows), expected, atol=1e-4)
+    monkeypatch.setattr(heads, "_MAX_PRODUCTS", 1)
+    assert fit_head(rows, targets, C=1000.0).n_iter_[0] < head.n_iter_[0]
 
 
 def test_head_keeps_classes_without_weight() -> None:

@@ -118,7 +118,7 @@ def test_refined_teacher_is_calibrated(tiny_teacher: Path, monkeypatch: pytest.M
     labeled = LabeledSet(texts[:32], gold[:32], ("a", "b", "c"))
     teacher = new_model(load_body(tiny_teacher), labeled.label_names)
     teacher.model_head = fit_head(points[:32], np.eye(3)[gold[:32]], C=1.0)
-    refined, signals = refine_and_score(teacher, labeled, texts[32:], cache=False, head_c=1.0)
+    refined, signals = refine_and_score(teacher, labeled, texts[32:], cache=False, exact=True, head_c=1.0)
     held_out, held_out_gold = blobs(2000, 3, spread=0.9, seed=85)
     sharp = head_at_temperature(refined.model_head, 1 / signals.temperature)
     before, after, overconfident = (

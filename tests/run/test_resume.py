@@ -194,6 +194,7 @@ def loaded_stages(caplog: pytest.LogCaptureFixture) -> set[str]:
         ({"num_iterations": 5, "encode_batch_size": 16, "micro_batch_size": 4, "checkpoint_seconds": 60}, set()),
         ({"epochs": 1}, {"student", "evaluation/student"}),
         ({"refine": "none"}, {"signals", "student", *EVALUATIONS}),
+        ({"exact": True}, {"signals", "student", *EVALUATIONS}),
         ({"pool_size": 40}, {"signals", "student", *EVALUATIONS}),
         ({"teacher_steps": 3}, STAGES),
     ],
@@ -223,7 +224,7 @@ def test_fingerprint_contains_all_settings_except_these() -> None:
     stages = (TeacherConfig, SignalsConfig, StudentConfig)
     excluded = {name for stage in stages for name in set(stage.model_fields) - set(stage.fingerprint_inputs(pairs))}
     execution = {"device", "cpu_fallback", "micro_batch_size", "gradient_checkpointing", "encode_batch_size"}
-    assert excluded - {"num_iterations"} == {*execution, "cache", "checkpoint_seconds"}
+    assert excluded - {"num_iterations"} == {*execution, "cache", "checkpoint_seconds", "exact"}
     assert "num_iterations" in TeacherConfig.fingerprint_inputs(pairs)
 
 

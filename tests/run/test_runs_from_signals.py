@@ -239,7 +239,7 @@ def test_command_equals_the_python_function(
     plain: FinishedRun, files: Files, tiny_student: Path, tmp_path: Path
 ) -> None:
     settings = {**FAST, "batch_size": 16, "signals": files.signals, "eval": files.eval, "student": tiny_student}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name != "shots"]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value and name != "shots"]
     arguments = ["run", *flags, "--output-dir", tmp_path / "run"]
     planned = invoke(*arguments, "--dry-run")
     assert planned.exit_code == 0, planned.stderr

@@ -48,17 +48,17 @@ def teacher(student_body: SentenceTransformer) -> SetFitModel:
 
 @pytest.fixture
 def encode_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Number of texts in each call of `SentenceTransformer.encode`."""
-    from sentence_transformers import SentenceTransformer
+    """Number of texts in each call of `encode_tokens`."""
+    from setfit_kd.models import encode as encode_module
 
     counts: list[int] = []
-    encode = SentenceTransformer.encode
+    encode_tokens = encode_module.encode_tokens
 
-    def count(self: SentenceTransformer, texts: Any, **settings: Any) -> Any:
-        counts.append(len(texts))
-        return encode(self, texts, **settings)
+    def count(forward: Any, tokens: Any, *limits: Any, **options: Any) -> Any:
+        counts.append(len(tokens))
+        return encode_tokens(forward, tokens, *limits, **options)
 
-    monkeypatch.setattr(SentenceTransformer, "encode", count)
+    monkeypatch.setattr(encode_module, "encode_tokens", count)
     return counts
 
 

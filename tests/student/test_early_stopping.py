@@ -221,12 +221,13 @@ def test_held_out_texts_are_not_in_training_data(
     )
     dataset, _ = trainer.get_dataset(signals.texts, None, trainer.args)
     training = hold_out(POOL, seed=0, avoid=np.arange(POOL) < 16)[0] if patience else np.arange(POOL)
-    allowed = [signals.texts[row] for row in training]
-    columns = ["sentence_1", "sentence_2"] if objective == "pairs" else ["sentence"]
-    assert all(set(dataset[name]) == set(allowed) for name in columns)
+    assert len(dataset.columns) == (2 if objective == "pairs" else 1)
+    assert all(set(column.tolist()) == set(training.tolist()) for column in dataset.columns)
     if objective != "pairs":
-        assert dataset["sentence"] == allowed
-        assert dataset["label"] == training.tolist()
+        assert dataset.labels.tolist() == training.tolist()
+    batch = dataset.__getitems__([3, 0])
+    expected = [student_body.preprocess([signals.texts[column[row]] for row in (3, 0)]) for column in dataset.columns]
+    assert [row["input_ids"].tolist() for row in batch["features"]] == [row["input_ids"].tolist() for row in expected]
 
 
 def test_state_saved_under_the_old_key_can_be_loaded(student_body: SentenceTransformer, tmp_path: Path) -> None:

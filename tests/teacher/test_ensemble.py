@@ -388,10 +388,10 @@ def test_verdict_and_model_card_name_the_teachers_and_losses_exclude_cross_valid
 def test_several_teacher_flags(
     base: dict[str, Any], fixed_weights_run: TeachersRun, tmp_path: Path, forward_batch_sizes: list[int]
 ) -> None:
-    settings = {name: value for name, value in base.items() if name != "cache"}
+    settings = {name: value for name, value in base.items() if name not in ("cache", "bundle")}
     values = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
     flags = [f"--{name.replace('_', '-')}={value}" for name, items in values.items() for value in items]
-    command = ["run", *flags, "--no-cache", "--output-dir", tmp_path / "run", "--teacher-weights"]
+    command = ["run", *flags, "--no-cache", "--no-bundle", "--output-dir", tmp_path / "run", "--teacher-weights"]
     dry_run = invoke(*command, "2,1", "--dry-run")
     assert dry_run.exit_code == 0, dry_run.stderr
     assert "teacher:\n- {}\n- {}\n".format(*base["teacher"]) in dry_run.stdout

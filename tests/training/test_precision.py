@@ -160,6 +160,25 @@ def test_unsupported_precision_raises_error(tiny_student: Path, train: Train) ->
 # Training
 
 
+@pytest.mark.parametrize(
+    ("precision", "limit", "uses_flash"), [("bf16", 1 << 19, False), ("bf16", 100, True), ("fp32", 1 << 19, True)]
+)
+def test_short_texts_in_bf16_on_a_cpu_are_trained_without_flash_attention(
+    precision: str, limit: int, uses_flash: bool, student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enabled = list[bool]()
+    is_flash_enabled: Any = torch.backends.cuda.flash_sdp_enabled
+    monkeypatch.setattr(module, "_MAX_ATTENTION_WEIGHTS", limit)
+
+    def record(*_: Any) -> None:
+        if torch.is_grad_enabled():
+            enabled.append(is_flash_enabled())
+
+    student_body[0].register_forward_hook(record)
+    train_teacher_in(student_body, precision)
+    assert set(enabled) == {uses_flash}
+
+
 @contextmanager
 def record_dtypes(body: SentenceTransformer) -> Iterator[dict[str, set[torch.dtype]]]:
     """Context manager that yields the output dtypes of a body's linear layers, with and without gradients."""
