@@ -75,7 +75,7 @@ class BatchLoss(nn.Module, ABC):
         embeddings = []
         for batch in batches:
             rows = torch.from_numpy(batch).to(mask.device)
-            length = int(lengths[batch[0]])
+            length = -(-int(lengths[batch[0]]) // 8) * 8  # torch caches compiled kernels for every shape
             chunk = {
                 name: (value[rows, :length] if value.shape[:2] == mask.shape else value[rows])
                 if isinstance(value, Tensor) and value.shape[:1] == mask.shape[:1]

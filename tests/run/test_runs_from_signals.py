@@ -146,7 +146,7 @@ def test_student_bodies_that_need_no_teacher_learn_the_signals(
     run: Run, files: Files, tiny_student: Path, tiny_teacher: Path
 ) -> None:
     names = [f"static:8@{tiny_teacher}", f"layers:3,0@{tiny_teacher}", f"transformer:{tiny_student}"]
-    result = run(files.signals, student=names, learning_rate=1e-2, epochs=12)
+    result = run(files.signals, student=names, learning_rate=1e-2, epochs=15)
     assert list(result.students) == names
     for student in result.students.values():
         predicted = predict_proba(student, [row["text"] for row in ROWS])
