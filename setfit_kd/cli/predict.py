@@ -90,7 +90,7 @@ def predict(
 
 def _show_progress(chunks: Iterator[list[Prediction]]) -> Generator[list[Prediction], None, None]:
     """Pass on the predictions, with a progress bar if there are more than a few."""
-    from setfit_kd.inference.predict import CHUNK_SIZE
+    from setfit_kd.inference.classifier import CHUNK_SIZE
     from setfit_kd.utils.console import track
 
     n_new, advance = 0, None

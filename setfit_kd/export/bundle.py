@@ -141,7 +141,7 @@ def export_bundle(
     texts = [texts[row] for row in np.unique(np.linspace(0, len(texts) - 1, 1000).astype(int))]
     head_weights(model)  # fail early if the head cannot be exported
     check_finite(model.model_body.to("cpu"), title)
-    expected = predict_proba(model, texts, exact=True, description="Classifying with torch")
+    expected = predict_proba(model, texts, description="Classifying with torch")
     if not np.isfinite(expected).all():
         raise ModelError("The classifier predicts probabilities that are not finite.", hint="Train it again.")
     with ExitStack() as stack:

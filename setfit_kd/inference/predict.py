@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ConfigError
-from setfit_kd.inference.classifier import CHUNK_SIZE as CHUNK_SIZE
-from setfit_kd.inference.classifier import TorchClassifier
+from setfit_kd.inference.classifier import CHUNK_SIZE, TorchClassifier
 from setfit_kd.runtime.classify import Classifier, chunk_texts
 from setfit_kd.utils.atomic_io import atomic_file
 from setfit_kd.utils.console import as_text, json_text, suppress_warnings

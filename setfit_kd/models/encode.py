@@ -197,23 +197,11 @@ def embed_tokens(body: SentenceTransformer, *, batch_size: int = 1024) -> npt.ND
 
 
 def predict_proba(
-    model: SetFitModel,
-    texts: Sequence[str],
-    *,
-    batch_size: int | None = None,
-    exact: bool = False,
-    description: str = "Predicting",
-    forward: ForwardPass | None = None,
-    cache_tokens: bool = True,
+    model: SetFitModel, texts: Sequence[str], *, description: str = "Predicting", **options: Any
 ) -> npt.NDArray[np.float32]:
-    """Predict the class probabilities of texts: (n, n_classes) float32, rows summing to 1.
-
-    The forward pass is chosen by `choose_forward` unless it is passed or ``exact`` is set.
-    """
-    forward = forward or (None if exact else choose_forward(model, texts))
-    options: Any = {"batch_size": batch_size, "description": description, "cache_tokens": cache_tokens}
-    embeddings = embed(model.model_body, texts, normalize=model.normalize_embeddings, forward=forward, **options)
-    return head_proba(model, embeddings)
+    """Predict the class probabilities of texts: (n, n_classes) float32, rows summing to 1; options as in `embed`."""
+    normalize = model.normalize_embeddings
+    return head_proba(model, embed(model.model_body, texts, normalize=normalize, description=description, **options))
 
 
 def head_proba(model: SetFitModel, embeddings: Floats) -> npt.NDArray[np.float32]:

@@ -103,10 +103,11 @@ def iter_tokens(
     for part in _tokenize_all(body, texts, size):
         yield part
         n_tokens += len(part.ids)
-        parts.append(part)
-        if not key or n_tokens > MAX_CACHED_TOKENS:
+        if key and n_tokens <= MAX_CACHED_TOKENS:
+            parts.append(part)
+        else:
             parts.clear()
-    if key and n_tokens <= MAX_CACHED_TOKENS:
+    if parts:
         _join(parts, key)
 
 

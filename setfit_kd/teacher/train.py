@@ -168,8 +168,7 @@ def cross_validated_accuracy(
             model = train_teacher(labeled.take(train_rows), load_body(), config=config, description=phase)
             move_model(model.model_body, resolve_device(config.device), phase=phase)
             held_out = labeled.take(held_out_rows)
-            options: Any = {"batch_size": config.encode_batch_size, "exact": config.exact, "description": phase}
-            probabilities = predict_proba(model, held_out.texts, **options)
+            probabilities = predict_proba(model, held_out.texts, batch_size=config.encode_batch_size, description=phase)
             del model  # free its memory before the next one is trained
         n_correct += int((np.asarray(probabilities).argmax(axis=1) == held_out.labels).sum())
     return n_correct / len(labeled)

@@ -38,8 +38,8 @@ from predictions import (
 from synthetic import pool_signals, texts_and_labels
 
 from setfit_kd.inference import predict as predict_module
-from setfit_kd.inference.classifier import TorchClassifier, open_classifier
-from setfit_kd.inference.predict import CHUNK_SIZE, classify, write_predictions
+from setfit_kd.inference.classifier import CHUNK_SIZE, TorchClassifier, open_classifier
+from setfit_kd.inference.predict import classify, write_predictions
 
 TEXTS = [*texts_and_labels(4)[0], "something else"]
 OUTPUTS = ("stdout", "jsonl", "csv", "tsv", "parquet")
