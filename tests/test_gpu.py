@@ -75,11 +75,13 @@ def limited_gpu_memory(gib: float) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
 
 
-def run(folder: Path, gib: float, layers: int = 12) -> tuple[SetFitModel, SetFitModel, list[dict[str, Any]]]:
+def run(
+    folder: Path, gib: float, layers: int = 12, pool_size: int = 128, **settings: Any
+) -> tuple[SetFitModel, SetFitModel, list[dict[str, Any]]]:
     """Train a teacher and a student of up to 3 layers with limited GPU memory; return them and the backoff events."""
     labeled = draw_shots(encode_labels(read("bundled:newswire", label_column="label")), 16, seed=0)
-    pool = [" ".join([row["text"]] * 4) for row in newswire("train")[:128]]  # long enough to fill 128 tokens
-    config = RunConfig.of(device="cuda", **SETTINGS)
+    pool = [" ".join([row["text"]] * 4) for row in newswire("train")[:pool_size]]  # long enough to fill 128 tokens
+    config = RunConfig.of(device="cuda", **{**SETTINGS, **settings})
     with limited_gpu_memory(gib), shared_backoff() as events:
         teacher = train_teacher(labeled, mpnet_base(folder / "teacher", layers), config=config)
         teacher, signals = refine_and_score(teacher, labeled, pool, config=config)
@@ -114,9 +116,10 @@ def test_little_memory_uses_micro_batches(tmp_path: Path) -> None:
 
 def test_very_little_memory_uses_the_cpu(tmp_path: Path) -> None:
     """The weights and gradients of two layers and their embeddings, 300 MB, do not fit."""
-    teacher, student, events = run(tmp_path / "large", 64, layers=2)
+    sizes = {"layers": 2, "pool_size": 64, "max_length": 32}
+    teacher, student, events = run(tmp_path / "large", 64, **sizes)
     assert not events
-    small_teacher, small_student, events = run(tmp_path / "small", 0.25, layers=2)
+    small_teacher, small_student, events = run(tmp_path / "small", 0.25, **sizes)
     assert any(event["to"]["device"] == "cpu" for event in events)
     start = mpnet_base(tmp_path / "start", layers=2)
     assert_close(small_teacher, teacher, start)
@@ -126,9 +129,10 @@ def test_very_little_memory_uses_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["auto", "fp16"])
 def test_run_with_very_little_memory_succeeds(tmp_path: Path, precision: str) -> None:
     mpnet_base(tmp_path / "mpnet", layers=3).save_pretrained(str(tmp_path / "body"))
-    settings = {**SETTINGS, "precision": precision, "shots": 4, "pool_size": 64, "output_dir": tmp_path / "run"}
+    settings = {**SETTINGS, "precision": precision, "shots": 4, "pool_size": 64, "max_length": 32}
     with limited_gpu_memory(0.25):
         sources = ["bundled:newswire"] * 3
-        result = distill(*sources, teacher=str(tmp_path / "body"), student="layers:0,2", device="cuda", **settings)
+        models: Any = {"teacher": str(tmp_path / "body"), "student": "layers:0,2", "output_dir": tmp_path / "run"}
+        result = distill(*sources, device="cuda", **models, **settings)
     assert result.student.model_body.device.type == "cuda"
     assert set(result.metrics) == {"teacher", "baseline", "student"}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, cast
 
 from setfit_kd.errors import ConfigError, first_line, is_out_of_memory
 
@@ -70,6 +71,20 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def attention_kernels(device: torch.device, *, plain: bool = False) -> AbstractContextManager[None]:
+    """Context manager that selects the kernels for attention on batches of varying shapes.
+
+    On a GPU, cuDNN is excluded: it builds a plan for every new shape, which can take a second. ``plain`` selects the
+    plain implementation.
+    """
+    if device.type != "cuda" and not plain:
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    fused = [] if plain else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    return cast("AbstractContextManager[None]", sdpa_kernel([*fused, SDPBackend.MATH]))
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from setfit_kd.memory.devices import to_device
+from setfit_kd.memory.devices import attention_kernels, to_device
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -35,6 +35,7 @@ class ForwardPass:
 
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.method)
         with torch.autocast(self.body.device.type, dtype=dtype, enabled=dtype is not None), ExitStack() as stack:
+            stack.enter_context(attention_kernels(self.body.device))
             if self.method == "tf32":
                 stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
                 torch.set_float32_matmul_precision("high")

@@ -28,7 +28,7 @@ from setfit_kd.errors import DataError, OutputError, is_out_of_memory
 from setfit_kd.losses.base import BatchLoss
 from setfit_kd.memory.backoff import OOMBackoff
 from setfit_kd.models.tokens import tokenize
-from setfit_kd.training.precision import attention_kernel
+from setfit_kd.training.precision import training_attention
 from setfit_kd.utils.atomic_io import raise_output_errors
 from setfit_kd.utils.console import Advance
 from setfit_kd.utils.files import file_hash, read_json
@@ -176,7 +176,7 @@ class LossTrainer(Trainer):
         self.loss.zero_grad(set_to_none=True)  # the library only resets the gradients of the body
         run = partial(super().training_step, model, inputs, *args, **kwargs)
         step = self.state.global_step + 1
-        with attention_kernel(inputs["features"], bf16=self.args.bf16):
+        with training_attention(inputs["features"], bf16=self.args.bf16):
             loss = run() if self.backoff is None else retry_step(run, self.loss, step, self.backoff)
         self._new_losses.append(loss)
         if self.checkpoints is not None and self.checkpoints.is_due:

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from setfit_kd.errors import ConfigError, is_out_of_memory
 from setfit_kd.memory.backoff import clear_cache
+from setfit_kd.memory.devices import attention_kernels
 from setfit_kd.utils.atomic_io import write_text
 from setfit_kd.utils.files import cache_folder, read_json
 
@@ -77,18 +78,19 @@ def check_precision(name: str, device: torch.device) -> None:
         raise ConfigError(f"The device {device} cannot train in bf16.", hint="Use --precision auto or fp32.")
 
 
-def attention_kernel(columns: Iterable[Mapping[str, Any]], *, bf16: bool) -> AbstractContextManager[None]:
-    """Context manager that selects the kernel for the attention of a batch that is trained on.
+def training_attention(columns: Iterable[Mapping[str, Any]], *, bf16: bool) -> AbstractContextManager[None]:
+    """Context manager that selects the kernels for the attention of a batch that is trained on.
 
     In bf16 on a CPU, the backward pass of flash attention takes nearly half of a training step on short texts. The
     plain implementation is ten times as fast, but stores (T, T) attention weights for every text of T tokens.
     """
     masks = [features["attention_mask"] for features in columns if "attention_mask" in features]
-    if bf16 and masks and masks[0].device.type == "cpu" and _n_weights(masks) <= _MAX_ATTENTION_WEIGHTS:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        return cast("AbstractContextManager[None]", sdpa_kernel(SDPBackend.MATH))
-    return nullcontext()
+    if not masks:
+        return nullcontext()
+    device = masks[0].device
+    return attention_kernels(
+        device, plain=bf16 and device.type == "cpu" and _n_weights(masks) <= _MAX_ATTENTION_WEIGHTS
+    )
 
 
 def _n_weights(masks: list[torch.Tensor]) -> int:
@@ -123,16 +125,14 @@ def _read_speedups(path: Path) -> dict[str, float]:
 
 
 def _measure_speedup(body: SentenceTransformer, texts: Sequence[str]) -> float | None:
-    """Measure the speedup of bf16 over fp32, halving the texts if memory runs out; None if bf16 does not run."""
+    """Measure the speedup of bf16 over fp32, halving the texts if memory runs out; None if that is not possible."""
     while True:
         try:
             fp32, bf16 = _step_seconds(body, texts)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
-                logger.debug("Precision: fp32, because bf16 does not run on this machine (%s).", str(error))
+            if not is_out_of_memory(error) or len(texts) == 1:
+                logger.debug("Precision: fp32, because the speed of bf16 could not be measured (%s).", str(error))
                 return None
-            if len(texts) == 1:
-                raise
         else:
             return round(fp32 / bf16, 2)
         clear_cache(body.device)
@@ -150,7 +150,7 @@ def _step_seconds(body: SentenceTransformer, texts: Sequence[str]) -> tuple[floa
     def step(enabled: bool) -> float:
         started = time.perf_counter()
         autocast = torch.autocast(body.device.type, dtype=torch.bfloat16, enabled=enabled)
-        with torch.enable_grad(), autocast, attention_kernel([batch], bf16=enabled):
+        with torch.enable_grad(), autocast, training_attention([batch], bf16=enabled):
             embeddings = body(dict(batch))["sentence_embedding"]
         torch.autograd.grad(embeddings.float().sum(), parameters, allow_unused=True)
         if body.device.type == "cuda":

@@ -102,14 +102,13 @@ def test_unusable_cache_folder_is_ignored(
     assert not caplog.records
 
 
-def test_fp32_is_chosen_if_bf16_does_not_run(
+def test_fp32_is_chosen_if_bf16_cannot_be_measured(
     student_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors = [RuntimeError("not implemented for 'BFloat16'"), *[torch.OutOfMemoryError("CUDA")] * 9]
     monkeypatch.setattr(module, "_step_seconds", Mock(side_effect=errors))
-    assert resolve_precision("auto", student_body, TEXTS) == Precision("fp32")
-    with pytest.raises(torch.OutOfMemoryError):
-        resolve_precision("auto", student_body, TEXTS)
+    for _ in range(2):
+        assert resolve_precision("auto", student_body, TEXTS) == Precision("fp32")
 
 
 def test_precision_is_measured_only_for_auto_and_transformers(
