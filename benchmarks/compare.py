@@ -27,6 +27,7 @@ HERE = Path(__file__).parent
 ROWS = {  # in the order of execution; see methods.py
     "tfidf": "TF-IDF + logistic regression",
     "frozen": "frozen encoder + logistic regression",
+    "model2vec": "static: model2vec's classifier",  # optional
     "stock_teacher": "teacher: SetFit's `Trainer`, pairs",
     "teacher": "teacher: in-batch",
     "refined_teacher": "teacher: in-batch, refined by the pool",
@@ -56,6 +57,9 @@ Cell = dict[str, Any]
     "--pair-steps", default=500, type=click.IntRange(1), help="Training steps of the students that train on pairs."
 )
 @click.option("--threads", default=2, type=click.IntRange(1))
+@click.option(
+    "--model2vec", help="Interpreter of an environment with model2vec[distill,train], to include its classifier."
+)
 @click.option("--teacher", default="demo:all-MiniLM-L6-v2")
 @click.option("--student", default="layers:0,2,5")
 @click.option(
@@ -105,13 +109,13 @@ def run_seeds(name: str, sources: dict[str, str], work: Path, **settings: Any) -
         All results so far, after each seed.
     """
     seeds = settings.pop("seeds")
-    cells: dict[str, list[Cell]] = {row: [] for row in ROWS}
+    cells: dict[str, list[Cell]] = {row: [] for row in ROWS if row != "model2vec" or settings["model2vec"]}
     for seed in range(seeds):
         folder = work / f"{name}-{settings['shots']}-{settings['pool_size']}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         case = {**sources, **settings, "seed": seed, "work": str(folder)}
         save_case(folder / "case.json", case)
-        for row in ROWS:
+        for row in cells:
             result = folder / f"{row}.json"
             if not result.is_file():
                 click.echo(f"{name}, seed {seed}: {ROWS[row]} ...", nl=False)
@@ -172,8 +176,7 @@ def write_results(name: str, cells: dict[str, list[Cell]], output: Path, setting
         "| | accuracy | macro-F1 | passes | seconds | peak, MiB |",
         "|---|---|---|---|---|---|",
     ]
-    for row, title in ROWS.items():
-        values = cells[row]
+    for row, values in cells.items():
         row_cells = [
             mean_and_deviation([100 * cell["accuracy"] for cell in values]),
             mean_and_deviation([100 * cell["macro_f1"] for cell in values]),
@@ -181,7 +184,7 @@ def write_results(name: str, cells: dict[str, list[Cell]], output: Path, setting
             mean_and_deviation([cost(cell) for cell in values]),
             f"{mean(cell['peak_mb'] for cell in values):,.0f}",
         ]
-        lines.append(f"| {title} | {' | '.join(row_cells)} |")
+        lines.append(f"| {ROWS[row]} | {' | '.join(row_cells)} |")
     table = "\n".join(lines) + "\n"
     (output / f"{stem}.md").write_text(table)
     return table
@@ -208,6 +211,8 @@ def plot(results: dict[str, dict[str, list[Cell]]], path: Path) -> None:
     colors = plt.get_cmap("tab10").colors
     for axis, (name, cells) in zip(axes[0], results.items(), strict=True):
         for number, (row, title) in enumerate(ROWS.items()):
+            if row not in cells:
+                continue
             required = (*REQUIRED_ROWS.get(row, ()), row)
             seconds = sum(mean(map(cost, cells[name])) for name in required)
             values = [100 * cell["accuracy"] for cell in cells[row]]

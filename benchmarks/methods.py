@@ -6,7 +6,9 @@ Run by compare.py as: python benchmarks/methods.py NAME CASE.json RESULT.json
 from __future__ import annotations
 
 import json
+import os
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -52,6 +54,7 @@ class Case:
         teacher, student: Names of the bodies.
         work: Folder for models and signals that later methods use.
         precision: Precision of setfit-kd's trainings.
+        model2vec: Interpreter of an environment with model2vec[distill,train].
     """
 
     labeled: str
@@ -67,6 +70,7 @@ class Case:
     student: str
     work: str
     precision: str = "auto"
+    model2vec: str | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -108,6 +112,22 @@ def frozen(case: Case, data: RunData) -> Predict:
     body = case.body("teacher")
     head = LogisticRegression(C=10, max_iter=1000).fit(embed(body, data.labeled.texts), data.labeled.labels)
     return lambda texts: head.predict(embed(body, texts))
+
+
+def model2vec(case: Case, data: RunData) -> Predict:
+    """model2vec's classifier on the labels, trained by another interpreter, since it needs an older transformers."""
+    assert case.model2vec is not None
+    assert data.evaluation is not None
+    names, file = data.labeled.label_names, Path(case.work) / "model2vec_case.json"
+    inputs: dict[str, Any] = {"texts": data.labeled.texts, "labels": [names[label] for label in data.labeled.labels]}
+    inputs |= {"body": str(locate_model(case.teacher)), "tests": data.evaluation.texts, "seed": case.seed}
+    file.write_text(json.dumps(inputs), encoding="utf-8")
+    command = [case.model2vec, str(Path(__file__).parent / "model2vec_recipe.py"), str(file)]
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(command, check=True, env=variables)
+    predicted = json.loads(file.read_text(encoding="utf-8"))["predicted"]
+    label_of = dict(zip(data.evaluation.texts, map(names.index, predicted), strict=True))
+    return lambda texts: np.array([label_of[text] for text in texts])
 
 
 def stock_arguments(case: Case, **settings: Any) -> TrainingArguments:
@@ -198,6 +218,7 @@ METHODS: dict[str, Callable[[Case, RunData], Predict]] = {
     for method in (
         tfidf,
         frozen,
+        model2vec,
         stock_teacher,
         teacher,
         refined_teacher,

@@ -262,6 +262,7 @@ FAST: dict[str, Any] = {
     "epochs": 1,
     "learning_rate": 1e-3,
     "bundle": False,
+    "calibrate": False,
 }
 """Settings with which a run of tiny models takes one or two seconds."""
 

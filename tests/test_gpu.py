@@ -129,10 +129,10 @@ def test_very_little_memory_uses_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["auto", "fp16"])
 def test_run_with_very_little_memory_succeeds(tmp_path: Path, precision: str) -> None:
     mpnet_base(tmp_path / "mpnet", layers=3).save_pretrained(str(tmp_path / "body"))
-    settings = {**SETTINGS, "precision": precision, "shots": 4, "pool_size": 64, "max_length": 32}
+    settings: Any = {**SETTINGS, "precision": precision, "shots": 4, "pool_size": 64, "max_length": 32}
     with limited_gpu_memory(0.25):
-        sources = ["bundled:newswire"] * 3
+        sources: Any = dict.fromkeys(("labeled", "unlabeled", "eval"), "bundled:newswire")
         models: Any = {"teacher": str(tmp_path / "body"), "student": "layers:0,2", "output_dir": tmp_path / "run"}
-        result = distill(*sources, device="cuda", **models, **settings)
+        result = distill(**sources, device="cuda", **models, **settings)
     assert result.student.model_body.device.type == "cuda"
     assert set(result.metrics) == {"teacher", "baseline", "student"}

@@ -119,7 +119,7 @@ _METAVARS: dict[Any, str] = {
     **dict.fromkeys(("labeled", "unlabeled", "validation", "eval"), "SOURCE"),
     **dict.fromkeys(("teacher", "student"), "MODEL"),
     **{"text_column": "NAME[,NAME...]", "label_column": "NAME", "device": "DEVICE"},
-    **{"objective": "NAME[=X][,...]", "head_c": "X|auto"},
+    **{"objective": "NAME[=X][,...]"},
 }
 
 

@@ -94,12 +94,16 @@ def run(preset_name: str | None, config_file: Path | None, resume: Path | None, 
     seconds = time.perf_counter() - started
 
     from setfit_kd.cli.output import echo, show_table
+    from setfit_kd.evaluation.estimates import estimate_table
     from setfit_kd.evaluation.measure import evaluation_table
     from setfit_kd.report.render import SEED_HEADINGS, seed_cells
     from setfit_kd.report.summary import display_name
 
     if result.evaluations:
         show_table(*evaluation_table({display_name(name): each for name, each in result.evaluations.items()}))
+        echo("")
+    elif result.estimates:
+        show_table(*estimate_table({display_name(name): each for name, each in result.estimates.items()}))
         echo("")
     if result.by_seed:
         rows = [(display_name(name), *seed_cells(summary)) for name, summary in result.over_seeds.items()]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from setfit_kd.config.values import Device, HeadC
+from setfit_kd.config.values import Device
 from setfit_kd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ _FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
     "setfit": {
         "teacher_batch_size": 64,
         "teacher_dropout": False,
+        "calibrate": True,
         "objective": "similarity,soft-labels=3",
         "dropout": False,
         "freeze_embeddings": True,
@@ -36,6 +37,7 @@ _FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
     },
     "transformer": {
         "teacher_learning_rate": 5e-5,
+        "calibrate": False,
         "max_length": 128,
         "objective": "soft-labels",
         "learning_rate": 2e-5,
@@ -90,9 +92,9 @@ class StageConfig(BaseModel):
     exact: bool = False
     """Score, evaluate and predict in single precision with torch. By default, half precision or ONNX Runtime is used
     if it is faster and the probabilities are nearly the same."""
-    head_c: HeadC = 10.0
-    """C (inverse regularization strength) of the logistic regression heads. auto selects it by cross-validation on the
-    labeled texts."""
+    head_c: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """C (inverse regularization strength) of the logistic regression heads, on embeddings scaled to unit variance.
+    [default: 2.5 times the number of classes; 3 for a student]"""
     balance: bool = False
     """Weight all classes equally when fitting a head, regardless of their frequency."""
     num_iterations: int = Field(20, ge=1)

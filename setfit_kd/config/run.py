@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field, model_validator
 
-from setfit_kd.config.base import MAX_SEED, StageConfig, resolved
+from setfit_kd.config.base import MAX_SEED, Family, StageConfig, resolved
 from setfit_kd.config.stages import (
     AugmentConfig,
     DataConfig,
@@ -52,8 +52,8 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
     """Teacher body: hub name, folder, or demo:all-MiniLM-L6-v2. transformer:NAME fine-tunes it end to end as a
     sequence-classification transformer. Repeat the option to average several teachers."""
     teacher_weights: Weights | None = None
-    """Weights of several teachers, such as 2,1; or cross-validated to weight each by its accuracy on held-out labels,
-    which trains it four more times. [default: equal weights]"""
+    """Weights of several teachers, such as 2,1; or cross-validated to weight each by its accuracy on held-out labels.
+    [default: equal weights]"""
     student: Names = ("sentence-transformers/paraphrase-MiniLM-L3-v2",)
     """Student body: as for --teacher; layers:3 or layers:0,2,5 to copy layers of the teacher; static[:128] for one
     vector per token; or blank:CONFIG for an untrained transformer. Repeat the option to train several students."""
@@ -84,6 +84,15 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
         if weights not in (None, CROSS_VALIDATED) and len(parse_weights(resolved(weights))) != n:
             raise ValueError(f"teacher_weights: number of weights must be {n}, one per teacher, got {weights}")
         return self
+
+    def calibrates(self, family: Family) -> bool:
+        """Whether a teacher of a family is calibrated by cross-fitting."""
+        return resolved(self.with_family_defaults(family).calibrate)
+
+    def cross_fits(self, family: Family) -> bool:
+        """Whether the labeled texts are predicted by cross-fitting, to calibrate a teacher or to weight it."""
+        is_weighted = len(self.teacher) > 1 and self.teacher_weights == CROSS_VALIDATED
+        return is_weighted or self.calibrates(family)
 
     @classmethod
     def resolve(cls, base: Mapping[str, Any], *layers: Mapping[str, Any]) -> RunConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
@@ -97,12 +97,6 @@ def _normalize_weights(text: str) -> str:
     return text if text == CROSS_VALIDATED else ",".join(f"{weight:.12g}" for weight in parse_weights(text))
 
 
-def _check_positive(value: float | str) -> float | str:
-    if isinstance(value, float) and not 0 < value < float("inf"):
-        raise ValueError("must be positive and finite, or auto")
-    return value
-
-
 def _check_device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", name):
         raise ValueError("must be auto, cuda, cuda:N, mps or cpu")
@@ -110,6 +104,5 @@ def _check_device(name: str) -> str:
 
 
 Device = Annotated[str, AfterValidator(_check_device)]
-HeadC = Annotated[float | Literal["auto"], AfterValidator(_check_positive)]
 Weights = Annotated[str, AfterValidator(_normalize_weights)]
 Objectives = Annotated[str, AfterValidator(_normalize_objectives)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 HEAD_WEIGHTS, HEAD_CONFIG, _KIND = "head.safetensors", "head.json", "logistic-regression"
-DEFAULT_C, C_GRID = 10.0, (1.0, 3.0, 10.0, 30.0, 100.0)
+C_PER_CLASS = 2.5
+"""Default of C, divided by the number of classes: with more classes, the same margins need larger weights."""
+SOFT_LABELS_C = 3.0
+"""Default of C for a student's head on a teacher's soft labels, which are many and noisy."""
 _MAX_PRODUCTS = 1_000  # of a Hessian and a vector in one fit, which bounds its time; few fits need half as many
 _FOLDS, _MAX_TEXTS = 5, 5_000  # of `held_out_logits`; a single parameter needs no more texts
 
@@ -30,7 +34,7 @@ def new_head() -> LogisticRegression:
     """Create an unfitted head."""
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(C=DEFAULT_C, max_iter=1000)
+    return LogisticRegression(max_iter=1000)
 
 
 def _create_head(classes: Any, coef: Any, intercept: Any) -> LogisticRegression:
@@ -46,21 +50,23 @@ def fit_head(
     probabilities: Floats,
     weights: Floats | None = None,
     *,
-    C: float = DEFAULT_C,  # noqa: N803 - scikit-learn's name
+    C: float | None = None,  # noqa: N803 - scikit-learn's name
     balance: bool = False,
     start: LogisticRegression | None = None,
 ) -> LogisticRegression:
     """Fit a logistic regression over the classes 0 to n_classes - 1 to soft labels.
 
-    Minimizes ``C * sum_i w_i CE(p_i, softmax(W x_i + b)) + |W|² / 2``, to about 1e-4 in the probabilities. This is
-    scikit-learn's objective with distributions instead of hard labels. The method is truncated Newton in a trust region
-    (Steihaug, 1983) on whitened embeddings. Memory is that of the embeddings and the probabilities in float64.
+    Minimizes ``C * sum_i w_i CE(p_i, softmax(W x_i + b)) + v |W|² / 2``, to about 1e-4 in the probabilities, where v is
+    the mean squared distance of the embeddings from their mean. This is scikit-learn's objective on embeddings that are
+    scaled to v = 1, with distributions instead of hard labels: the result does not depend on the scale. The method is
+    truncated Newton in a trust region (Steihaug, 1983) on whitened embeddings. Memory is that of the embeddings and the
+    probabilities in float64.
 
     Args:
         embeddings: (n, d).
         probabilities: (n, n_classes), rows summing to 1; at least two classes.
         weights: (n,) weight of each text; None weights all texts equally.
-        C: Inverse of the regularization strength, as in scikit-learn.
+        C: Inverse of the regularization strength, as in scikit-learn. [default: `C_PER_CLASS` times n_classes]
         balance: Give all classes the same total weight, regardless of their frequency.
         start: Head over the same classes to start from; the closer to the result, the faster the fit.
     """
@@ -69,6 +75,7 @@ def fit_head(
 
     features, targets = np.array(embeddings, np.float64), np.asarray(probabilities, np.float64)
     n_classes = targets.shape[1]
+    C = C_PER_CLASS * n_classes if C is None else C  # noqa: N806
     share = np.ones(len(features)) if weights is None else np.asarray(weights, np.float64)
     if balance:  # all classes with any weight get the same total; the overall sum is kept
         mass = share @ targets  # (n_classes,)
@@ -78,10 +85,11 @@ def fit_head(
     targets = targets / np.maximum(targets.sum(axis=1, keepdims=True), 1e-300)
     total = max(share.sum(), np.finfo(np.float64).tiny)
     share = share[:, None] / total
-    # Two classes are a softmax over rows of opposite signs, half as long as the single row that is penalized.
-    penalty = (2 if n_classes == 2 else 1) / (C * total)
     mean = share[:, 0] @ features
     features -= mean
+    spread = max(float(share[:, 0] @ np.square(features).sum(axis=1)), np.finfo(np.float64).tiny)
+    # Two classes are a softmax over rows of opposite signs, half as long as the single row that is penalized.
+    penalty = (2 if n_classes == 2 else 1) * spread / (C * total)
     if len(features) < features.shape[1]:
         _, deviations, rows = svd(np.sqrt(share) * features, full_matrices=False)
         variances, axes = deviations**2, rows.T
@@ -171,31 +179,6 @@ def set_head(head: LogisticRegression, body: SentenceTransformer) -> None:
             parameter.copy_(torch.as_tensor(value))
 
 
-def resolve_c(
-    head_c: float | str, embeddings: Floats | None = None, labels: npt.NDArray[np.int64] | None = None, *, seed: int = 0
-) -> float:
-    """Resolve the setting of C from (n, d) embeddings of labeled texts and their (n,) classes, from 0.
-
-    ``auto`` is the C of `C_GRID` with the lowest log loss in stratified cross-validation, or `DEFAULT_C` without that.
-    """
-    from sklearn.model_selection import StratifiedKFold
-
-    if not isinstance(head_c, str):
-        return head_c
-    if embeddings is None or labels is None or not len(labels) or np.bincount(labels).min() < 2:
-        return DEFAULT_C
-    folds = StratifiedKFold(min(5, int(np.bincount(labels).min())), shuffle=True, random_state=seed)
-    one_hot = np.eye(int(labels.max()) + 1)[labels]
-    losses = np.zeros(len(C_GRID))
-    for training, held_out in folds.split(embeddings, labels):
-        head = None
-        for index, c in enumerate(C_GRID):
-            head = fit_head(embeddings[training], one_hot[training], C=c, start=head)
-            predicted = head.predict_proba(embeddings[held_out])[np.arange(len(held_out)), labels[held_out]]
-            losses[index] -= np.log(np.maximum(predicted, 1e-12)).mean()
-    return C_GRID[int(losses.argmin())]
-
-
 def head_logits(head: Any, embeddings: Floats) -> npt.NDArray[np.float64]:
     """Compute the logits of a logistic regression: (n, d) to (n, n_classes); with two classes, the first's are 0."""
     logits: npt.NDArray[np.float64] = head.decision_function(np.asarray(embeddings, np.float64))
@@ -238,10 +221,11 @@ def at_temperature(probabilities: Floats, temperature: float) -> npt.NDArray[np.
     return np.asarray(softmax(log_probabilities(probabilities) / temperature, axis=1))
 
 
-def fit_temperature(logits: Floats, targets: Floats) -> float:
+def fit_temperature(logits: Floats, targets: Floats, *, prior: float = math.inf) -> float:
     """Fit the temperature, from 1/20 to 20, with the lowest cross-entropy of (n, n_classes) logits and distributions.
 
-    As in Guo et al., 2017, "On Calibration of Modern Neural Networks". Without texts, the result is 1.
+    As in Guo et al., 2017, "On Calibration of Modern Neural Networks". Without texts, the result is 1. ``prior`` is the
+    standard deviation of a normal prior of its logarithm, which keeps it near 1 if there are few texts.
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
@@ -250,7 +234,8 @@ def fit_temperature(logits: Floats, targets: Floats) -> float:
         return 1.0
 
     def cross_entropy(log_temperature: float) -> float:
-        return -float((targets * log_softmax(logits / np.exp(log_temperature), axis=1)).sum(axis=1).mean())
+        losses = -(targets * log_softmax(logits / np.exp(log_temperature), axis=1)).sum(axis=1)
+        return float(losses.mean() + (log_temperature / prior) ** 2 / (2 * len(losses)))
 
     result = minimize_scalar(cross_entropy, bounds=(np.log(1 / 20), np.log(20.0)), method="bounded")
     return float(np.exp(result.x))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from setfit_kd.evaluation.estimates import estimate_table
 from setfit_kd.evaluation.measure import Evaluation, evaluation_table
 from setfit_kd.report.plots import draw_plots
 from setfit_kd.report.summary import RunSummary, StudentSummary, read_summary
@@ -68,12 +69,19 @@ def _template(name: str) -> Template:
         "interval": lambda interval: f"{interval.low:.1%} to {interval.high:.1%}",
         "points": lambda interval: f"{100 * interval.value:+.1f} points (95% interval {_range(interval)})",
     }
-    environment.globals |= {"comparison": _comparison, "note": _comparison_note}
+    environment.globals |= {"comparison": _comparison, "note": _comparison_note, "estimate_table": estimate_table}
     return environment.get_template(name)
 
 
 def verdict(summary: RunSummary) -> str:
     """Compare the best student with the teacher and the baseline, in one to three sentences."""
+    if summary.estimates:
+        students = {name: e.accuracy for name, e in summary.estimates.items() if name != TEACHER}
+        best_name = max(students, key=lambda name: students[name].value)
+        name = "the student" if len(students) == 1 else f"the best student, {best_name},"
+        estimate = f"{students[best_name].value:.1%} (95% interval {students[best_name].low:.1%} to "
+        estimate += f"{students[best_name].high:.1%})"
+        return f"The estimated accuracy of {name} is {estimate}. The run has no evaluation set to measure it on."
     if not summary.students:
         return "No results: the run has no evaluation set."
 

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from setfit_kd.config.presets import read_config
 from setfit_kd.config.run import RunConfig
 from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError
+from setfit_kd.evaluation.estimates import Estimate
 from setfit_kd.evaluation.measure import Evaluation, SeedSummary, read_texts, summarize_seeds
 from setfit_kd.evaluation.metrics import Interval, OperatingPoint, bootstrap_quality
 from setfit_kd.run_folder import names as run_names
@@ -50,8 +51,8 @@ class StudentSummary:
 class RunSummary:
     """Results of a run, from which its report is written.
 
-    ``losses`` has the training loss by step, for each training. ``evaluations`` (empty without an evaluation set) and
-    ``seed_summaries`` (empty for a run with one seed) are by `display_name`.
+    ``losses`` has the training loss by step, for each training. ``evaluations`` (empty without an evaluation set),
+    ``estimates`` (empty with one) and ``seed_summaries`` (empty for a run with one seed) are by `display_name`.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class RunSummary:
     manifest: Manifest
     losses: dict[str, list[float]]
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    estimates: dict[str, Estimate] = field(default_factory=dict)
     label_names: tuple[str, ...] = ()
     students: list[StudentSummary] = field(default_factory=list)
     seed_summaries: dict[str, SeedSummary] = field(default_factory=dict)
@@ -80,7 +82,8 @@ def read_summary(folder: str | Path) -> RunSummary:
     stages = ((n, s) for n, s in manifest.stages.items() if not n.startswith(f"{run_names.TEACHER_ACCURACIES}/"))
     losses = {display_name(name): stage.losses for name, stage in stages if stage.losses}
     if not manifest.evaluated:
-        return RunSummary(folder, config, manifest, losses)
+        estimates = {display_name(name): Estimate.load(folder / EVALUATION / name) for name in manifest.estimated}
+        return RunSummary(folder, config, manifest, losses, estimates=estimates)
     data = read_texts(folder / EVALUATION)
     folders = [folder, *(folder / run_names.SEEDS / str(seed) for seed in manifest.seeds[1:])]
     try:
@@ -100,7 +103,8 @@ def read_summary(folder: str | Path) -> RunSummary:
     summaries = [_summarize_student(source, path, evaluations, data, targets) for source, path in students]
     by_name = {display_name(name): evaluation for name, evaluation in evaluations.items()}
     over_seeds = {display_name(name): summary for name, summary in seed_summaries.items()}
-    return RunSummary(folder, config, manifest, losses, by_name, data.label_names, summaries, over_seeds)
+    results: dict[str, Any] = {"students": summaries, "seed_summaries": over_seeds, "label_names": data.label_names}
+    return RunSummary(folder, config, manifest, losses, by_name, **results)
 
 
 def display_name(name: str) -> str:

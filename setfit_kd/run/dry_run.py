@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from setfit_kd.config.run import RunConfig
-from setfit_kd.config.values import CROSS_VALIDATED
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.student.distil import labels_only_config, rows_without_signals, student_steps
-from setfit_kd.teacher.train import cross_validation_steps, steps_and_batch_size
+from setfit_kd.teacher.cross_fitting import cross_fit_steps
+from setfit_kd.teacher.train import steps_and_batch_size
 
 if TYPE_CHECKING:
     from setfit_kd.run.inputs import RunInputs
@@ -33,9 +33,12 @@ def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
     stages = []
     if families:
         steps = sum(steps_and_batch_size(config, labeled, family=family, device=device)[0] for family in families)
-        if len(families) > 1 and config.teacher_weights == CROSS_VALIDATED:
-            steps += sum(cross_validation_steps(config, labeled, family=family, device=device) for family in families)
-        stages = [PlannedStage("teacher", report.labeled, steps), PlannedStage("signals", n_texts)]
+        stages = [PlannedStage("teacher", report.labeled, steps)]
+        cross_fitted = [family for family in families if config.cross_fits(family)]
+        if cross_fitted:
+            steps = sum(cross_fit_steps(config, labeled, family=family, device=device) for family in cross_fitted)
+            stages.append(PlannedStage("calibration", report.labeled, steps))
+        stages.append(PlannedStage("signals", n_texts))
     students = [student.family for student in inputs.students]
     n_without_signals = len(rows_without_signals(data.signals, labeled)) if data.signals else 0
     steps = sum(student_steps(config, family, n_texts, n_without_signals) for family in students)

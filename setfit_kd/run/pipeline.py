@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config.run import RunConfig
 from setfit_kd.data.sources import Source
+from setfit_kd.evaluation.estimates import Estimate, estimate_table
 from setfit_kd.evaluation.measure import Evaluation, SeedSummary, evaluation_table, summarize_seeds, write_texts
 from setfit_kd.memory.backoff import move_model, shared_backoff
 from setfit_kd.memory.devices import resolve_device
@@ -46,6 +47,8 @@ class RunResult:
         evaluations: Evaluations by ``teacher``, ``baseline`` and ``student``; with several students by
             ``baselines/NAME`` and ``students/NAME``; with several teachers by ``teachers/NAME`` for each teacher and
             ``teacher`` for the ensemble. Empty without an evaluation set.
+        estimates: Without an evaluation set, the estimated quality of the teacher, or ensemble, and the students; empty
+            if no teacher was calibrated.
         config: The settings.
         by_seed: With several seeds, the evaluations of each seed, including the first; otherwise empty.
         seconds: Wall time in seconds by stage.
@@ -58,17 +61,18 @@ class RunResult:
     signals: TeacherSignals
     evaluations: dict[str, Evaluation]
     config: RunConfig
+    estimates: dict[str, Estimate] = field(default_factory=dict)
     by_seed: dict[int, dict[str, Evaluation]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     output_dir: Path | None = None
     out_of_memory: list[dict[str, Any]] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        """Return a short table of the evaluations."""
+        """Return a short table of the evaluations or estimates."""
         title = f"RunResult of {', '.join(self.students)}" + (f" in {self.output_dir}" if self.output_dir else "")
-        if not self.evaluations:
+        if not self.evaluations and not self.estimates:
             return f"{title} (without an evaluation set)"
-        headings, rows = evaluation_table(self.evaluations)
+        headings, rows = evaluation_table(self.evaluations) if self.evaluations else estimate_table(self.estimates)
         widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
@@ -83,14 +87,16 @@ class RunResult:
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """All metrics by model, as in ``metrics.json``.
+        """All metrics by model, as in ``metrics.json``; estimates have the entry ``estimated``.
 
         Those of a student include the differences ``against`` the teacher and the baseline. With several seeds, each
         model has a summary ``over_seeds``.
         """
+        if not self.evaluations:
+            return {name: estimate.as_dict() for name, estimate in self.estimates.items()}
         target = self.config.target_accuracy
         metrics = {name: evaluation.as_dict(target_accuracy=target) for name, evaluation in self.evaluations.items()}
-        for student in student_paths(self.config).values() if self.evaluations else ():
+        for student in student_paths(self.config).values():
             metrics[student]["against"] = {}
             for role, reference in reference_models(student, self.evaluations).items():
                 differences = self.evaluations[student].difference_to(self.evaluations[reference])
@@ -206,6 +212,7 @@ def _run(config: RunConfig, sources: Mapping[str, Source | None], *, resume: boo
                 result.metrics,
                 students=student_paths(config),
                 evaluated=list(result.evaluations),
+                estimated=list(result.estimates),
                 data=vars(inputs.data.report),
                 seconds=result.seconds,
                 out_of_memory=result.out_of_memory,
@@ -235,12 +242,17 @@ def _run_stages(config: RunConfig, resolved: RunConfig, inputs: RunInputs, cache
     evaluations = dict(teachers.evaluations)
     for path, model in models.items() if data.evaluation else ():
         evaluations[path] = stages.evaluate(path, model, teachers.key, cache.key(path), evaluations.get(TEACHER))
+    estimates: dict[str, Estimate] = {}
+    if teachers.estimate is not None:
+        estimates = {TEACHER: teachers.estimate}
+        estimates |= {path: stages.estimate_student(path, model, teachers) for path, model in models.items()}
     return RunResult(
         {name: models[path] for name, path in student_paths(config).items()},
         teachers.first if len(inputs.teachers) == 1 else None,
         teachers.signals,
         evaluations,
         config,
+        estimates,
         seconds=cache.seconds,
         output_dir=folder.path if folder else None,
         out_of_memory=cache.out_of_memory,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,33 +19,43 @@ from setfit_kd.config.run import RunConfig
 from setfit_kd.config.stages import SignalsConfig, StudentConfig, TeacherConfig
 from setfit_kd.config.values import CROSS_VALIDATED, parse_weights
 from setfit_kd.data.labeled_set import LabeledSet
-from setfit_kd.errors import DataError
+from setfit_kd.data.splits import normalize
+from setfit_kd.evaluation.estimates import Estimate, estimate_student, estimate_teacher
 from setfit_kd.evaluation.measure import Evaluation, evaluate, evaluate_ensemble
 from setfit_kd.memory.backoff import move_model
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import BodySource, content_hash, family_of
-from setfit_kd.models.heads import save_head, set_head
+from setfit_kd.models.encode import predict_proba
+from setfit_kd.models.heads import (
+    at_temperature,
+    fit_temperature,
+    head_at_temperature,
+    log_probabilities,
+    save_head,
+    set_head,
+)
 from setfit_kd.models.io import BUNDLE, load_folder, replace_head, save_model, with_saved_head
 from setfit_kd.run.inputs import RunData, RunInputs
 from setfit_kd.run.stage_cache import Artifact, StageCache
 from setfit_kd.run_folder.names import (
     AUGMENTED,
+    CROSS_FITTED,
     EVALUATION,
     SIGNALS,
     TEACHER,
-    TEACHER_ACCURACIES,
     TEACHER_SIGNALS,
     TEACHERS,
     baseline_path,
 )
 from setfit_kd.signals.signals import TeacherSignals
-from setfit_kd.student.distil import labels_only_config, rows_without_signals, train_student
+from setfit_kd.student.distil import hold_out, labels_only_config, rows_without_signals, train_student
 from setfit_kd.student.kinds import PreparedStudent, folder_names
+from setfit_kd.teacher.cross_fitting import FOLDS, CrossFit, cross_fit
 from setfit_kd.teacher.scoring import refine_and_score
-from setfit_kd.teacher.train import cross_validated_accuracy, steps_and_batch_size, train_teacher
-from setfit_kd.utils.arrays import iter_chunks
+from setfit_kd.teacher.train import steps_and_batch_size, train_teacher
+from setfit_kd.utils.arrays import iter_chunks, sample_rows
 from setfit_kd.utils.atomic_io import atomic_folder
-from setfit_kd.utils.files import fingerprint, hash_parts, read_json
+from setfit_kd.utils.files import fingerprint, hash_parts
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +64,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ACCURACY = "accuracy.json"
+_MAX_SAMPLE = 1000  # pool texts to calibrate a baseline on
 _TRAINED_HEAD, _HEAD = "trained_head", "head"
 """Subfolder of the teacher with its head before refinement, and subfolder of the signals with the refined head."""
 
@@ -70,6 +79,7 @@ class Teachers:
         first: The teacher, or the first of several if a student is made from it.
         shares: With several teachers, the weight of each by its name; the weights sum to 1.
         evaluations: Evaluation of each teacher and, with several, of the ensemble, by path in the run folder.
+        estimate: Without an evaluation set, the estimated quality of the teacher or ensemble, if it is calibrated.
     """
 
     signals: TeacherSignals
@@ -77,6 +87,7 @@ class Teachers:
     first: SetFitModel | None = None
     shares: dict[str, float] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    estimate: Estimate | None = None
 
 
 class Stages:
@@ -126,6 +137,7 @@ class Stages:
         all_signals: list[TeacherSignals] = []
         keys: list[str] = []
         accuracies: list[float | None] = []
+        cross_fits: list[CrossFit] = []
         evaluations: dict[str, Evaluation] = {}
         for (name, source), folder in zip(inputs.teachers.items(), folder_names(config.teacher), strict=True):
             path = f"{TEACHERS}/{folder}" if several else TEACHER
@@ -135,6 +147,13 @@ class Stages:
             signals_key = fingerprint(key, pool_key, SignalsConfig.fingerprint_inputs(config), *self._exact)
             teacher = self._train_teacher(path, key, source, body)
             del body  # frees memory if the teacher was loaded
+            if config.cross_fits(source.family):
+                load = partial(inputs.load_body, name, config.seed)
+                predictions = self._cross_fit(f"{CROSS_FITTED}/{folder}", key, load)
+                accuracies.append(predictions.accuracy)
+            if config.calibrates(source.family):
+                teacher.model_head = head_at_temperature(teacher.model_head, predictions.temperature)
+                cross_fits.append(predictions.calibrated)
             teacher, signals = self._score(path, signals_path, signals_key, teacher, pool, name)
             all_signals.append(signals)
             keys.append(signals_key)
@@ -143,10 +162,6 @@ class Stages:
             if keep_first and first is None:
                 first = teacher
             del teacher
-            if several and config.teacher_weights == CROSS_VALIDATED:
-                load = partial(inputs.load_body, name, config.seed)
-                run = partial(cross_validated_accuracy, self.data.labeled, load, config=config)
-                accuracies.append(self.cache.run_or_load(f"{TEACHER_ACCURACIES}/{folder}", key, _ACCURACY_FILE, run))
         signals, key, shares = all_signals[0], keys[0], {}
         if several:
             weights = _normalize_weights(config, accuracies)
@@ -161,11 +176,52 @@ class Stages:
                     Artifact(Evaluation.save, Evaluation.load),
                     partial(evaluate_ensemble, list(evaluations.values()), weights, temperatures, signals.temperature),
                 )
+        estimate = None
+        if self.data.evaluation is None and len(cross_fits) == len(keys):
+            estimate = self._estimate_teacher(cross_fits, signals, list(shares.values()) or None, key)
         if augmented:
             rows = range(len(self.data.pool), len(pool))
             signals = drop_uncertain(signals, rows, min_confidence=config.augment_confidence)
             key = fingerprint(key, signals.texts)
-        return Teachers(signals, key, first, shares, evaluations)
+        return Teachers(signals, key, first, shares, evaluations, estimate)
+
+    def _estimate_teacher(
+        self, cross_fits: Sequence[CrossFit], signals: TeacherSignals, weights: list[float] | None, key: str
+    ) -> Estimate | None:
+        """Estimate the quality of a teacher, or of the weighted average of several."""
+        mean = CrossFit(
+            np.average([c.probabilities for c in cross_fits], axis=0, weights=weights), cross_fits[0].labels
+        )
+        held_out = mean.predicted()
+        if not len(held_out.labels):
+            return None
+        pool = at_temperature(signals.probabilities[: len(self.data.pool)], signals.temperature)
+        confidence = float(pool.max(axis=1).mean()) if len(pool) else None
+        run = partial(estimate_teacher, held_out.probabilities, held_out.labels, confidence)
+        return self._estimate(TEACHER, fingerprint(key, weights), run)
+
+    def _estimate(self, path: str, key: str, run: Callable[[], Estimate]) -> Estimate:
+        artifact = Artifact(Estimate.save, Estimate.load)
+        return self.cache.run_or_load(f"{EVALUATION}/{path}", fingerprint("estimate", key), artifact, run)
+
+    def estimate_student(self, path: str, model: SetFitModel, teachers: Teachers) -> Estimate:
+        """Estimate the quality of a student without an evaluation set, on pool texts that it was not trained on."""
+        signals, labeled, teacher = teachers.signals, self.data.labeled, teachers.estimate
+        assert teacher is not None
+
+        def run() -> Estimate:
+            is_labeled = set(map(normalize, labeled.texts)).__contains__
+            avoid = np.array([is_labeled(normalize(text)) for text in signals.texts])
+            _, held_out = hold_out(len(signals), self.config, avoid=avoid)
+            rows = held_out if len(held_out) else np.arange(len(signals))  # of a small pool, no texts are held out
+            targets = at_temperature(signals.probabilities[rows], signals.temperature)
+            texts, description = [signals.texts[row] for row in rows], f"Estimating {path}"
+            with _on_device(model, self.device, description):
+                size = self.config.encode_batch_size
+                student = predict_proba(model, texts, batch_size=size, description=description)
+            return estimate_student(teacher, student, targets)
+
+        return self._estimate(path, fingerprint(teachers.key, self.cache.key(path)), run)
 
     def _train_teacher(self, path: str, key: str, source: BodySource, body: SentenceTransformer) -> SetFitModel:
         """Train a teacher on the labels."""
@@ -184,6 +240,13 @@ class Stages:
             return _on_cpu(train_teacher(labeled, body, config=config, checkpoints=checkpoints))
 
         return self.cache.run_or_load(path, key, Artifact(save, load), run)
+
+    def _cross_fit(self, path: str, key: str, load_body: Callable[[], SentenceTransformer]) -> CrossFit:
+        """Predict the labeled texts by teachers that were trained on others of them."""
+        labeled = self.data.labeled
+        artifact = Artifact(CrossFit.save, partial(CrossFit.load, labeled=labeled))
+        run = partial(cross_fit, labeled, load_body, config=self.config)
+        return self.cache.run_or_load(path, fingerprint(key, FOLDS), artifact, run)
 
     def _score(
         self, path: str, signals_path: str, key: str, teacher: SetFitModel, pool: list[str], origin: str
@@ -254,9 +317,27 @@ class Stages:
             if prepared.family == "transformer":
                 config = labels_only_config(config, len(signals), len(rows_without_signals(signals, data.labeled)))
             key = fingerprint(self._labeled_key, body_key, TeacherConfig.fingerprint_inputs(config))
-            train = partial(train_teacher, data.labeled, config=config, description="Training baseline")
-            models[baseline_path(path)] = run(key, baseline_path(path), train, "Baseline")
+            key = fingerprint(key, teachers.key)
+            models[baseline_path(path)] = run(
+                key, baseline_path(path), partial(self._train_baseline, config, signals), "Baseline"
+            )
         return {**models, path: student}
+
+    def _train_baseline(
+        self, config: RunConfig, signals: TeacherSignals, body: SentenceTransformer, checkpoints: Path | None
+    ) -> SetFitModel:
+        """Train a baseline on the labels, and calibrate it to the teacher on the pool."""
+        labeled = self.data.labeled
+        model = train_teacher(labeled, body, config=config, description="Training baseline", checkpoints=checkpoints)
+        rows = sample_rows(np.arange(len(signals)), _MAX_SAMPLE, seed=[config.seed, 16])
+        texts, size = [signals.texts[row] for row in rows], config.encode_batch_size
+        probabilities = predict_proba(model, texts, batch_size=size, description="Calibrating baseline")
+        targets = at_temperature(signals.probabilities[rows], signals.temperature)
+        temperature = fit_temperature(log_probabilities(probabilities), targets)
+        model.model_head = head_at_temperature(model.model_head, temperature)
+        if family_of(body) == "transformer":
+            set_head(model.model_head, body)
+        return model
 
     def evaluate(
         self, path: str, model: SetFitModel, signals_key: str, key: str, teacher: Evaluation | None = None
@@ -333,19 +414,3 @@ def _on_device(model: SetFitModel, device: torch.device, phase: str) -> Iterator
 def _save_head(model: SetFitModel, folder: Path) -> None:
     with atomic_folder(folder) as temporary:
         save_head(model.model_head, temporary)
-
-
-def _save_accuracy(accuracy: float | None, folder: Path) -> None:
-    with atomic_folder(folder) as temporary:
-        (temporary / _ACCURACY).write_text(json.dumps(accuracy), encoding="utf-8")
-
-
-def _load_accuracy(folder: Path) -> float | None:
-    try:
-        accuracy = read_json(folder / _ACCURACY)
-        return None if accuracy is None else float(accuracy)
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"Cannot read the accuracy of a teacher from {folder}: {error}.") from None
-
-
-_ACCURACY_FILE = Artifact(_save_accuracy, _load_accuracy)

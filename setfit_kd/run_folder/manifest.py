@@ -81,6 +81,7 @@ class Manifest(BaseModel):
     seconds: dict[str, float] = {}
     students: dict[str, StagePath] = {}
     evaluated: list[StagePath] = []
+    estimated: list[StagePath] = []
     out_of_memory: list[_OutOfMemoryEvent] = []
     seeds: list[int] = []
     revisions: dict[str, str] = {}

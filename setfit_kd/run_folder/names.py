@@ -15,10 +15,15 @@ CONFIG_FILE, METRICS_FILE, RUN_FILE, LOG_FILE = "config.yaml", "metrics.json", "
 TEACHER, BASELINE, STUDENT, SIGNALS = "teacher", "baseline", "student", "signals"
 TEACHERS, BASELINES, STUDENTS = "teachers", "baselines", "students"
 AUGMENTED = "augmented"
-TEACHER_SIGNALS, TEACHER_ACCURACIES = "scored", "weighed"
-"""Signals and cross-validated accuracy of each of several teachers."""
+TEACHER_SIGNALS = "scored"
+"""Signals of each of several teachers."""
+CROSS_FITTED = "cross_fitted"
+"""Predictions of each teacher for the labeled texts, by cross-fitting."""
+TEACHER_ACCURACIES = "weighed"
+"""Cross-validated accuracy of each of several teachers, in earlier versions."""
 STAGE_KINDS = {
     TEACHERS: TEACHER,
+    CROSS_FITTED: "calibration",
     TEACHER_ACCURACIES: TEACHER,
     TEACHER_SIGNALS: SIGNALS,
     STUDENTS: STUDENT,
@@ -32,11 +37,11 @@ RESULTS = (METRICS_FILE, REPORT_HTML, REPORT_MARKDOWN)
 """Files written at the end from the results of all stages; only earlier versions wrote ``report.md``."""
 _FILES = (CONFIG_FILE, RUN_FILE, LOG_FILE, *RESULTS)
 _MODELS = (TEACHER, TEACHERS, BASELINE, BASELINES, STUDENT, STUDENTS)
-_SIGNALS = (SIGNALS, TEACHER_SIGNALS, TEACHER_ACCURACIES)
+_SIGNALS = (SIGNALS, TEACHER_SIGNALS, CROSS_FITTED, TEACHER_ACCURACIES)
 ALL_NAMES = (*_FILES, *_MODELS, AUGMENTED, *_SIGNALS, EVALUATION, CHECKPOINTS, SEEDS)
 _STAGE_PATH = re.compile(
     rf"({EVALUATION}/)?({TEACHER}|{BASELINE}|{STUDENT}|({TEACHERS}|{BASELINES}|{STUDENTS})/\w[\w.-]*)"
-    rf"|{AUGMENTED}|{SIGNALS}|({TEACHER_SIGNALS}|{TEACHER_ACCURACIES})/\w[\w.-]*"
+    rf"|{AUGMENTED}|{SIGNALS}|({TEACHER_SIGNALS}|{CROSS_FITTED}|{TEACHER_ACCURACIES})/\w[\w.-]*"
 )
 """Folder of a stage, such as ``student``, ``teachers/NAME``, ``evaluation/students/NAME`` or ``signals``."""
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from setfit_kd.config.stages import StudentConfig
 from setfit_kd.models.encode import embed
-from setfit_kd.models.heads import fit_head, get_head, resolve_c
+from setfit_kd.models.heads import SOFT_LABELS_C, fit_head, get_head
 from setfit_kd.signals.signals import TeacherSignals
-from setfit_kd.student.distil import MAX_HELD_OUT, n_held_out
+from setfit_kd.student.distil import MAX_HELD_OUT
 from setfit_kd.training.loss_trainer import EvaluationCallback
 from setfit_kd.utils.arrays import sample_rows
 from setfit_kd.utils.console import show_progress
@@ -22,23 +22,6 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_STEPS = 500
 """Approximate number of steps between two evaluations; there is one at the end of each epoch in any case."""
-
-
-def hold_out(
-    n: int, *, seed: int, avoid: npt.NDArray[np.bool_] | None = None
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Split the rows of a pool into training rows and held-out rows, both sorted.
-
-    Args:
-        n: Number of texts in the pool.
-        seed: Random seed.
-        avoid: (n,) mask of rows to hold out only if there are too few others.
-    """
-    count = n_held_out(n)
-    order = np.random.default_rng([seed, 6]).permutation(n)
-    if avoid is not None:
-        order = np.concatenate([order[~avoid[order]], order[avoid[order]]])
-    return np.sort(order[count:]), np.sort(order[:count])
 
 
 def soft_agreement(teacher: npt.NDArray[np.floating], student: npt.NDArray[np.floating]) -> float:
@@ -79,8 +62,10 @@ class AgreementCallback(EvaluationCallback):
         if self.training_rows is None:
             head = get_head(self.body)
         else:
-            c, probabilities = resolve_c(config.head_c), self.signals.probabilities[sample]
-            head = fit_head(embeddings[: len(sample)], probabilities, C=c, balance=config.balance)
+            probabilities = self.signals.probabilities[sample]
+            head = fit_head(
+                embeddings[: len(sample)], probabilities, C=config.head_c or SOFT_LABELS_C, balance=config.balance
+            )
         student = head.predict_proba(embeddings[len(sample) :])
         agreement = soft_agreement(self.signals.probabilities[self.held_out_rows], student)
         logger.debug("Step %d: agreement with the teacher on held-out texts is %.4f.", step, agreement)

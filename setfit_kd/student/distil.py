@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from setfit_kd.config.base import Family, resolved
 from setfit_kd.config.run import RunConfig
@@ -115,16 +116,36 @@ def check_pool(pool_size: int, config: StudentConfig) -> None:
         )
 
 
-def n_held_out(pool_size: int) -> int:
-    """Return the number of pool texts that early stopping holds out."""
-    return int(min(max(HELD_OUT_SHARE * pool_size, min(MIN_HELD_OUT, pool_size // 2)), MAX_HELD_OUT))
+def n_held_out(pool_size: int, config: StudentConfig) -> int:
+    """Return the number of pool texts to calibrate the student on, measure its agreement and stop early.
+
+    It is not trained on them. Small pools are only split for early stopping.
+    """
+    n = min(int(HELD_OUT_SHARE * pool_size), MAX_HELD_OUT)
+    if n >= MIN_HELD_OUT:
+        return n
+    return 0 if config.patience is None else min(MIN_HELD_OUT, pool_size // 2)
+
+
+def hold_out(
+    n: int, config: StudentConfig, *, avoid: npt.NDArray[np.bool_] | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Split the rows of a pool of n texts into training rows and `n_held_out` held-out rows, both sorted.
+
+    ``avoid`` is a (n,) mask of rows to hold out only if there are too few others.
+    """
+    count = n_held_out(n, config)
+    order = np.random.default_rng([config.seed, 6]).permutation(n)
+    if avoid is not None:
+        order = np.concatenate([order[~avoid[order]], order[avoid[order]]])
+    return np.sort(order[count:]), np.sort(order[:count])
 
 
 def student_steps(config: StudentConfig, family: Family, pool_size: int, n_without_signals: int = 0) -> int:
     """Return the maximum number of training steps on texts with signals, and on labeled texts without signals."""
     config = config.with_family_defaults(family)
     texts = pool_size + n_without_signals * _trains_on_labeled_texts(family, config)
-    texts -= n_held_out(texts) if config.patience is not None else 0
+    texts -= n_held_out(texts, config)
     if config.objective == "pairs":
         return config.epochs * -(-texts * config.num_iterations // config.batch_size)
     full, rest = divmod(texts, config.batch_size)

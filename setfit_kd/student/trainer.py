@@ -21,16 +21,19 @@ from setfit_kd.losses.soft_labels import NO_GOLD
 from setfit_kd.models.bodies import family_of
 from setfit_kd.models.encode import embed
 from setfit_kd.models.heads import (
+    SOFT_LABELS_C,
     at_temperature,
     fit_head,
     fit_temperature,
     get_head,
     head_at_temperature,
+    head_logits,
     held_out_logits,
-    resolve_c,
+    set_head,
 )
 from setfit_kd.signals.signals import TeacherSignals
-from setfit_kd.student.agreement import AgreementCallback, hold_out
+from setfit_kd.student.agreement import AgreementCallback
+from setfit_kd.student.distil import hold_out
 from setfit_kd.student.loss import LossInputs, create_loss, match_gold_labels
 from setfit_kd.training.loop import resolve_learning_rate
 from setfit_kd.training.loss_trainer import LossTrainer, TokenDataset
@@ -75,11 +78,10 @@ class StudentTrainer(DistillationTrainer):
             learning_rate=resolve_learning_rate(config.learning_rate, body, default=LEARNING_RATE),
             epochs=config.epochs,
         )
-        self.rows = np.arange(len(signals))
+        self.rows, self.held_out = hold_out(len(signals), config, avoid=self.gold != NO_GOLD)
         if config.patience is not None:
-            self.rows, held_out = hold_out(len(signals), seed=config.seed, avoid=self.gold != NO_GOLD)
             rows = None if self._trains_last_layer else self.rows
-            self.inner.add_callback(AgreementCallback(body, config.patience, signals, rows, held_out, config))
+            self.inner.add_callback(AgreementCallback(body, config.patience, signals, rows, self.held_out, config))
 
     def get_dataset(
         self, x: list[str], y: Any, args: TrainingArguments, max_pairs: int = -1
@@ -103,42 +105,44 @@ class StudentTrainer(DistillationTrainer):
             self.train_embeddings(self.signals.texts)
 
     def fit_head(self) -> None:
-        """Fit the head on the teacher's soft labels and, with a larger weight, on the gold labels.
+        """Fit the head on the teacher's soft labels and, with a larger weight, on the gold labels, and calibrate it.
 
         A transformer trained on soft labels has a head already: its last layer.
         """
+        config, body, signals = self.config, self.model.model_body, self.signals
+        texts, targets, weights = self._head_examples()
+        n, size = len(texts), config.encode_batch_size
+        texts += [signals.texts[row] for row in self.held_out]
+        embeddings = embed(body, texts, batch_size=size, description="Fitting head")
+        options: dict[str, Any] = {"C": config.head_c or SOFT_LABELS_C, "balance": config.balance}
+        last_layer = get_head(body) if self._trains_last_layer else None
+        head = last_layer or fit_head(embeddings[:n], targets, weights, **options)
+        # The temperature at which the student's probabilities match the teacher's, on texts it was not trained on.
+        if len(self.held_out):
+            logits, soft_labels = head_logits(head, embeddings[n:]), signals.probabilities[self.held_out]
+        elif last_layer:
+            logits, soft_labels = head_logits(head, embeddings), targets
+        else:
+            rows, logits = held_out_logits(embeddings, targets, weights, seed=config.seed, **options)
+            is_soft = rows < n - len(self._gold_set or ())
+            logits, soft_labels = logits[is_soft], targets[rows[is_soft]]
+        temperature = fit_temperature(logits, at_temperature(soft_labels, signals.temperature))
+        self.model.model_head = head_at_temperature(head, temperature)
         if self._trains_last_layer:
-            self.model.model_head = get_head(self.model.model_body)
-            return
-        config, gold = self.config, self._gold_set
-        texts, probabilities, weights = self._head_examples()
-        size = config.encode_batch_size
-        embeddings = embed(self.model.model_body, texts, batch_size=size, description="Fitting head")
-        n_soft = len(texts) - len(gold or ())
-        c = (
-            resolve_c(config.head_c, embeddings[n_soft:], gold.labels, seed=config.seed)
-            if gold
-            else resolve_c(config.head_c)
-        )
-        head = fit_head(embeddings, probabilities, weights, C=c, balance=config.balance)
-        # The temperature at which the student's probabilities on held-out texts match the teacher's.
-        rows, logits = held_out_logits(
-            embeddings, probabilities, weights, C=c, balance=config.balance, seed=config.seed
-        )
-        is_soft = rows < n_soft
-        targets = at_temperature(probabilities[rows[is_soft]], self.signals.temperature)
-        self.model.model_head = head_at_temperature(head, fit_temperature(logits[is_soft], targets))
+            set_head(self.model.model_head, body)
 
     @property
     def _gold_set(self) -> LabeledSet | None:
-        """The labeled texts, unless their weight in the head is 0."""
-        return self.labeled if self.labeled and self.config.gold_weight > 0 else None
+        """The labeled texts, unless their weight in the head is 0 or the head is the last layer."""
+        if self.labeled and self.config.gold_weight > 0 and not self._trains_last_layer:
+            return self.labeled
+        return None
 
     def _head_examples(self) -> tuple[list[str], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Return m texts with (m, n_classes) labels and (m,) weights: soft labels first, gold labels last."""
         gold = self._gold_set
         rows = np.flatnonzero(self.gold == NO_GOLD) if gold else np.arange(len(self.signals))
-        rows = sample_rows(rows, MAX_HEAD_TEXTS, seed=[self.config.seed, 7])
+        rows = sample_rows(np.setdiff1d(rows, self.held_out), MAX_HEAD_TEXTS, seed=[self.config.seed, 7])
         texts = [self.signals.texts[row] for row in rows]
         probabilities, weights = self.signals.probabilities[rows], np.ones(len(rows), np.float32)
         if gold:

@@ -15,7 +15,7 @@ from setfit_kd.errors import DataError
 from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.models.encode import choose_forward, embed, head_proba
 from setfit_kd.models.forward import METHODS, ForwardPass
-from setfit_kd.models.heads import DEFAULT_C, fit_head, fit_temperature, head_at_temperature, head_logits, resolve_c
+from setfit_kd.models.heads import fit_head, fit_temperature, head_at_temperature, head_logits
 from setfit_kd.models.io import new_model
 from setfit_kd.signals.embedding_cache import cached_embed
 from setfit_kd.signals.signals import TeacherSignals
@@ -31,6 +31,8 @@ N_ROUNDS = 5
 SHARPENING = 0.5
 """Temperature of the pseudo-labels."""
 GOLD_WEIGHT = 3.0
+FOLDS = 5
+"""Number of parts of the pool, each of which is labeled by a head that was fitted on the others."""
 
 
 def score(
@@ -108,6 +110,8 @@ def refine_and_score(
         ConfigError: If a setting is unknown or out of range.
         DataError: If there are no texts, or the teacher has no label names.
     """
+    from scipy.special import softmax
+
     config = SignalsConfig.merged(config, settings)
     with shared_backoff(cpu_fallback=config.cpu_fallback):
         texts = [*pool, *labeled.texts]
@@ -116,16 +120,17 @@ def refine_and_score(
     if config.refine == "none" or not len(pool):
         return teacher, signals
     embeddings: Any = signals.embeddings
-    gold_embeddings = embeddings[len(pool) :]
-    sample = np.asarray(embeddings[sample_rows(np.arange(len(pool)), MAX_TEXTS, seed=[config.seed, 8])], np.float32)
-    c = resolve_c(config.head_c, gold_embeddings, labeled.labels, seed=config.seed)
-    gold = np.eye(len(labeled.label_names))[labeled.labels]
+    rows = sample_rows(np.arange(len(pool)), MAX_TEXTS, seed=[config.seed, 8])
+    sample = np.asarray(embeddings[rows], np.float32)
     refined = new_model(teacher.model_body, labeled.label_names)
     refined.normalize_embeddings = teacher.normalize_embeddings
-    refined.model_head = self_train(gold_embeddings, gold, sample, C=c, balance=config.balance)
+    train_options: Any = {"C": config.head_c, "balance": config.balance, "seed": config.seed}
+    gold = embeddings[len(pool) :]
+    refined.model_head, logits = self_train(gold, labeled.one_hot, sample, **train_options)
     probabilities = head_proba(refined, embeddings)
+    probabilities[rows] = softmax(logits, axis=1)
     # Sharp labels are good targets but overconfident; the head from before the refinement calibrates them.
-    temperature = fit_temperature(head_logits(refined.model_head, sample), head_proba(teacher, sample))
+    temperature = fit_temperature(logits, head_proba(teacher, sample))
     refined.model_head = head_at_temperature(refined.model_head, temperature)
     return refined, replace(signals, probabilities=probabilities, temperature=temperature)
 
@@ -135,9 +140,10 @@ def self_train(
     gold: npt.NDArray[np.floating],
     pool: npt.NDArray[np.floating],
     *,
-    C: float = DEFAULT_C,  # noqa: N803 - scikit-learn's name
+    C: float | None = None,  # noqa: N803 - scikit-learn's name
     balance: bool = False,
-) -> LogisticRegression:
+    seed: int = 0,
+) -> tuple[LogisticRegression, npt.NDArray[np.float64]]:
     """Fit a head on gold labels, then in `N_ROUNDS` rounds also on the head's own probabilities for the pool.
 
     These are sharpened at a temperature of `SHARPENING` and weighted by the square of their confidence (pseudo-labels:
@@ -148,6 +154,11 @@ def self_train(
         gold: (m, n_classes) one-hot gold labels.
         pool: (n, d) embeddings of the pool.
         C, balance: As in `fit_head`.
+        seed: Seed of the folds.
+
+    Returns:
+        The head, and its (n, n_classes) logits for the pool, out of fold: on texts whose own labels it was fitted on,
+        it would be more confident than on new ones.
     """
     head = fit_head(labeled, gold, C=C, balance=balance)
     embeddings = np.concatenate([labeled, pool])
@@ -158,4 +169,10 @@ def self_train(
         targets = np.concatenate([gold, sharp / sharp.sum(axis=1, keepdims=True)])
         weights = np.concatenate([np.full(len(gold), GOLD_WEIGHT), confidence**2])
         head = fit_head(embeddings, targets, weights, C=C, balance=balance, start=head)
-    return head
+    folds = np.append(np.full(len(gold), -1), np.random.default_rng([seed, 17]).permutation(len(pool)) % FOLDS)
+    logits = np.zeros((len(pool), gold.shape[1]))
+    for fold in range(min(FOLDS, len(pool))):
+        kept, held_out = folds != fold, folds[len(gold) :] == fold
+        other = fit_head(embeddings[kept], targets[kept], weights[kept], C=C, balance=balance, start=head)
+        logits[held_out] = head_logits(other, pool[held_out])
+    return head, logits

@@ -1,24 +1,19 @@
-"""Train a teacher on a few labels, and measure its accuracy by cross-validation."""
+"""Train a teacher on a few labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
 
 from setfit_kd.config.base import Family, StageConfig, resolved
 from setfit_kd.config.stages import FinetuneConfig, TeacherConfig
 from setfit_kd.data.labeled_set import LabeledSet, check_classes, encode_labels
 from setfit_kd.data.sources import Source, read
 from setfit_kd.finetune.train import finetune, finetune_steps, resolve_batch_size
-from setfit_kd.memory.backoff import move_model, shared_backoff
+from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import family_of, locate_body
-from setfit_kd.models.encode import predict_proba
 from setfit_kd.models.io import new_model
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.console import quiet_libraries
@@ -34,7 +29,6 @@ MIN_TRANSFORMER_STEPS = 150
 """Default minimum for a transformer teacher; with a few labels, three epochs would hardly change it."""
 MIN_STEPS, MIN_EPOCHS = 20, 2
 """Default minimum of steps, and of epochs over the labels, for a teacher with the in-batch objective."""
-MAX_FOLDS, MIN_LABELS_PER_CLASS = 4, 3
 
 
 def train_teacher(
@@ -124,51 +118,3 @@ def to_finetune_config(config: TeacherConfig, labeled: LabeledSet, device: torch
     ).with_family_defaults("transformer")
     default_steps = max(MIN_TRANSFORMER_STEPS, finetune_steps(finetune_config, len(labeled), device))
     return finetune_config.model_copy(update={"steps": config.teacher_steps or default_steps})
-
-
-def _folds(labeled: LabeledSet, seed: int) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Split the labels into folds of training rows and held-out rows; return none if there are too few labels."""
-    from sklearn.model_selection import StratifiedKFold
-
-    if labeled.counts.min() < MIN_LABELS_PER_CLASS:
-        return []
-    splitter = StratifiedKFold(min(MAX_FOLDS, int(labeled.counts.min())), shuffle=True, random_state=seed)
-    return list(splitter.split(labeled.texts, labeled.labels))
-
-
-def cross_validation_steps(config: TeacherConfig, labeled: LabeledSet, *, family: Family, device: torch.device) -> int:
-    """Count the training steps of `cross_validated_accuracy`."""
-    folds = _folds(labeled, config.seed)
-    training_sets = [labeled.take(train) for train, _ in folds]
-    return sum(steps_and_batch_size(config, rows, family=family, device=device)[0] for rows in training_sets)
-
-
-def cross_validated_accuracy(
-    labeled: LabeledSet, load_body: Callable[[], SentenceTransformer], *, config: TeacherConfig
-) -> float | None:
-    """Measure a teacher's accuracy by stratified cross-validation on its labels.
-
-    There are at most `MAX_FOLDS` folds; for each, a new teacher is trained on the other folds.
-
-    Args:
-        labeled: The labels.
-        load_body: Function that returns a new copy of the body.
-        config: The teacher's settings.
-
-    Returns:
-        The accuracy, from 0 to 1; None if a class has fewer than `MIN_LABELS_PER_CLASS` labels.
-    """
-    folds = _folds(labeled, config.seed)
-    if not folds:
-        return None
-    n_correct = 0
-    for number, (train_rows, held_out_rows) in enumerate(folds, 1):
-        phase = f"Cross-validating teacher, fold {number} of {len(folds)}"
-        with shared_backoff(cpu_fallback=config.cpu_fallback):
-            model = train_teacher(labeled.take(train_rows), load_body(), config=config, description=phase)
-            move_model(model.model_body, resolve_device(config.device), phase=phase)
-            held_out = labeled.take(held_out_rows)
-            probabilities = predict_proba(model, held_out.texts, batch_size=config.encode_batch_size, description=phase)
-            del model  # free its memory before the next one is trained
-        n_correct += int((np.asarray(probabilities).argmax(axis=1) == held_out.labels).sum())
-    return n_correct / len(labeled)

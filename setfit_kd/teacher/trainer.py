@@ -15,7 +15,7 @@ from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.losses.contrastive import ContrastiveLoss, balanced_batches
 from setfit_kd.losses.pairs import PairSimilarityLoss
 from setfit_kd.models.encode import embed
-from setfit_kd.models.heads import fit_head, resolve_c
+from setfit_kd.models.heads import fit_head
 from setfit_kd.teacher.train import PAIRS_PER_BATCH, steps_and_batch_size
 from setfit_kd.training.loop import resolve_learning_rate
 from setfit_kd.training.loss_trainer import LossTrainer, TokenDataset
@@ -65,8 +65,8 @@ class TeacherTrainer(Trainer):
 
     def fit_head(self) -> None:
         """Fit the head on the gold labels."""
-        config, labels = self.config, self.labeled.labels
+        config = self.config
         texts, size = self.labeled.texts, config.encode_batch_size
         embeddings = embed(self.model.model_body, texts, batch_size=size, description="Fitting head")
-        c = resolve_c(config.head_c, embeddings, labels, seed=config.seed)
-        self.model.model_head = fit_head(embeddings, self.labeled.one_hot, C=c, balance=config.balance)
+        one_hot = self.labeled.one_hot
+        self.model.model_head = fit_head(embeddings, one_hot, C=config.head_c, balance=config.balance)

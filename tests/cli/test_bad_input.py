@@ -133,7 +133,7 @@ FLAGS = [
     ("--learning-rate nan", ("learning_rate", "nan")),
     ("--epochs many", ("--epochs", "many")),
     ("--objective triplet", ("objective", "triplet", "similarity", "pairs")),
-    ("--head-c 0", ("head_c", "positive")),
+    ("--head-c 0", ("head_c", "greater than 0")),
     ("--device tpu", ("device", "tpu", "cpu")),
     ("--device cuda:99", ("'cuda:99'", "--device auto")),
     ("--batch-size 64", ("batch of 64", "got 48", "--batch-size 48")),
@@ -205,7 +205,7 @@ def test_rejects_folder_without_write_permission(
     assert_run_refused(*models, "--output-dir", "new/run", messages=messages)
 
 
-ALL_STAGES = ("teacher", "signals", "evaluation")  # before the student
+ALL_STAGES = ("teacher", "cross_fitted", "signals", "evaluation")  # before the student
 
 
 def assert_full_disk(result: Result, folder: Path, *done: str) -> None:
@@ -230,7 +230,7 @@ DISK_FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     ("stage", "error", "done"),
     [
         ("teacher", safetensors.SafetensorError("No space left on device (os error 28)"), ["evaluation"]),
-        ("signals", DISK_FULL, ["teacher", "evaluation"]),
+        ("signals", DISK_FULL, ["teacher", "cross_fitted", "evaluation"]),
         ("student", DISK_FULL, ALL_STAGES),
     ],
 )

@@ -28,7 +28,7 @@ from setfit_kd.errors import InputError, ModelError, OutputError, UnavailableErr
 from setfit_kd.models import bodies, heads
 from setfit_kd.models.bodies import content_hash, load_body, locate_model
 from setfit_kd.models.encode import embed, predict_proba
-from setfit_kd.models.heads import DEFAULT_C, fit_head, load_head, resolve_c, save_head
+from setfit_kd.models.heads import C_PER_CLASS, fit_head, load_head, save_head
 from setfit_kd.models.io import load, new_model, save_model
 from setfit_kd.models.layers import cut_layers, n_layers
 
@@ -176,8 +176,9 @@ def test_embed_matches_encode_across_chunks(
 def test_head_of_hard_labels_matches_scikit_learn(classes: int, C: float, width: int) -> None:  # noqa: N803
     rows, labels = vectors(0, 80, width), np.arange(80) % classes
     head = fit_head(rows, np.eye(classes)[labels], C=C)
-    expected = LogisticRegression(C=C, max_iter=5000, tol=1e-8).fit(rows.astype(np.float64), labels)
-    np.testing.assert_allclose(head.coef_, expected.coef_, rtol=1e-3, atol=1e-3)
+    scale = np.sqrt(rows.var(axis=0, dtype=np.float64).sum())
+    expected = LogisticRegression(C=C, max_iter=5000, tol=1e-8).fit(rows.astype(np.float64) / scale, labels)
+    np.testing.assert_allclose(head.coef_ * scale, expected.coef_, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(head.intercept_, expected.intercept_, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(head.classes_, np.arange(classes))
 
@@ -202,7 +203,9 @@ def test_head_minimizes_penalized_cross_entropy_of_soft_labels(
     logits = torch.tensor(rows, dtype=torch.float64) @ coef.T + intercept
     if classes == 2:
         logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
-    loss = -(torch.tensor(terms) * logits.log_softmax(dim=1)).sum() + coef.square().sum() / 2
+    share = terms.sum(axis=1) / terms.sum()
+    spread = share @ np.square(rows - share @ rows).sum(axis=1)  # the mean squared distance from the mean
+    loss = -(torch.tensor(terms) * logits.log_softmax(dim=1)).sum() + spread * coef.square().sum() / 2
     for gradient in torch.autograd.grad(loss, [coef, intercept]):
         assert gradient.abs().max().item() < 1e-2
 
@@ -224,13 +227,22 @@ def test_head_keeps_classes_without_weight() -> None:
         assert head.predict_proba(vectors(1, 5, 4)).shape == (5, 3)
 
 
-def test_c_is_chosen_by_cross_validation_on_labels() -> None:
-    labels = np.arange(24) % 3
-    separable, noise = np.eye(3, dtype=np.float32)[labels], vectors(0, 24, 8)
-    assert resolve_c("auto", separable, labels) == 100
-    assert resolve_c("auto", noise, labels) == 1
-    assert resolve_c("auto", separable[:4], labels[:4]) == resolve_c("auto") == DEFAULT_C
-    assert resolve_c(0.5, separable, labels) == 0.5
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 6), st.floats(-4, 4), st.integers(0, 20))
+def test_head_does_not_depend_on_scale_position_and_constant_dimensions(
+    seed: int, classes: int, log_scale: float, n_constant: int
+) -> None:
+    rows, targets = vectors(seed, 60, 8), distributions(seed, 60, classes)
+    changed = np.column_stack([10**log_scale * (rows.astype(np.float64) + 0.5), np.ones((60, n_constant))])
+    expected, probabilities = (fit_head(x, targets).predict_proba(x) for x in (rows, changed))
+    np.testing.assert_allclose(probabilities, expected, atol=2e-3)
+
+
+def test_default_c_grows_with_the_number_of_classes() -> None:
+    for classes in (2, 5):
+        rows, targets = vectors(0, 60, 8), distributions(0, 60, classes)
+        head, expected = fit_head(rows, targets), fit_head(rows, targets, C=C_PER_CLASS * classes)
+        np.testing.assert_array_equal(head.coef_, expected.coef_)
 
 
 def test_head_is_unchanged_after_saving_and_loading(tmp_path: Path) -> None:

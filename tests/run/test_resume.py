@@ -193,9 +193,9 @@ def loaded_stages(caplog: pytest.LogCaptureFixture) -> set[str]:
     [
         ({"num_iterations": 5, "encode_batch_size": 16, "micro_batch_size": 4, "checkpoint_seconds": 60}, set()),
         ({"epochs": 1}, {"student", "evaluation/student"}),
-        ({"refine": "none"}, {"signals", "student", *EVALUATIONS}),
-        ({"exact": True}, {"signals", "student", *EVALUATIONS}),
-        ({"pool_size": 40}, {"signals", "student", *EVALUATIONS}),
+        ({"refine": "none"}, {"signals", "student", "baseline", *EVALUATIONS}),
+        ({"exact": True}, {"signals", "student", "baseline", *EVALUATIONS}),
+        ({"pool_size": 40}, {"signals", "student", "baseline", *EVALUATIONS}),
         ({"teacher_steps": 3}, STAGES),
     ],
 )

@@ -20,12 +20,12 @@ from setfit_kd.config.stages import StudentConfig
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import load_body
 from setfit_kd.models.encode import embed
-from setfit_kd.models.heads import DEFAULT_C, fit_head, get_head
+from setfit_kd.models.heads import SOFT_LABELS_C, fit_head, get_head
 from setfit_kd.models.io import new_model
 from setfit_kd.models.transformer import load_transformer
 from setfit_kd.student import agreement as agreement_module
-from setfit_kd.student.agreement import AgreementCallback, hold_out, soft_agreement
-from setfit_kd.student.distil import MAX_HELD_OUT, MIN_HELD_OUT
+from setfit_kd.student.agreement import AgreementCallback, soft_agreement
+from setfit_kd.student.distil import MAX_HELD_OUT, MIN_HELD_OUT, hold_out
 from setfit_kd.student.trainer import StudentTrainer
 
 if TYPE_CHECKING:
@@ -40,13 +40,14 @@ few = settings(max_examples=50)
 @given(st.integers(2, 20_000), st.floats(0, 1), st.integers(0, 2**32 - 1))
 def test_hold_out_splits_the_pool_and_holds_out_avoided_rows_last(n: int, share: float, seed: int) -> None:
     avoid = np.random.default_rng(seed).random(n) < share
-    training, held_out = hold_out(n, seed=seed, avoid=avoid)
+    config = StudentConfig.of(seed=seed, patience=1)
+    training, held_out = hold_out(n, config, avoid=avoid)
     np.testing.assert_array_equal(np.sort(np.concatenate([training, held_out])), np.arange(n))
-    for rows, repeated in zip((training, held_out), hold_out(n, seed=seed, avoid=avoid), strict=True):
+    for rows, repeated in zip((training, held_out), hold_out(n, config, avoid=avoid), strict=True):
         assert len(rows)
         assert (np.diff(rows) > 0).all()
         np.testing.assert_array_equal(rows, repeated)
-    assert len(held_out) == len(hold_out(n, seed=seed)[1])
+    assert len(held_out) == len(hold_out(n, config)[1])
     assert avoid[held_out].sum() == max(0, len(held_out) - (~avoid).sum())
 
 
@@ -66,14 +67,19 @@ def test_evaluations_are_evenly_spaced_and_end_each_epoch(steps_per_epoch: int, 
 
 
 @pytest.mark.parametrize(
-    ("n", "count"), [(2, 1), (3, 1), (20, 10), (100, MIN_HELD_OUT), (1000, 100), (10**6, MAX_HELD_OUT)]
+    ("n", "patience", "count"),
+    [(2, 1, 1), (3, 1, 1), (20, 1, 10), (100, 1, MIN_HELD_OUT), (159, None, 0), (160, None, MIN_HELD_OUT)]
+    + [(1000, patience, 100) for patience in (None, 1)]
+    + [(10**6, None, MAX_HELD_OUT)],
 )
-def test_a_tenth_within_limits_is_held_out(n: int, count: int) -> None:
-    assert [len(rows) for rows in hold_out(n, seed=0)] == [n - count, count]
+def test_a_tenth_within_limits_is_held_out_but_of_small_pools_only_to_stop_early(
+    n: int, patience: int | None, count: int
+) -> None:
+    assert [len(rows) for rows in hold_out(n, StudentConfig.of(patience=patience))] == [n - count, count]
 
 
 def test_held_out_rows_depend_on_seed() -> None:
-    held_out = [set(hold_out(1000, seed=seed)[1].tolist()) for seed in range(4)]
+    held_out = [set(hold_out(1000, StudentConfig.of(seed=seed))[1].tolist()) for seed in range(4)]
     assert len(set.union(*held_out)) > 300
 
 
@@ -125,8 +131,10 @@ def test_training_stops_and_restores_best_weights(
     assert len(fake_agreement.weights) == n_evaluations
     assert not any(equal_weights(*pair) for pair in pairwise(fake_agreement.weights))
     assert equal_weights(weights(model), fake_agreement.weights[best])
-    # The head is fitted on the restored weights and the whole pool. Normalized, because it is scaled by a temperature.
-    expected = fit_head(embed(student_body, signals.texts), signals.probabilities, C=DEFAULT_C)
+    # The head is fitted on the restored weights and the training texts, and scaled by a temperature.
+    training, _ = hold_out(POOL, StudentConfig.of(patience=patience))
+    rows = embed(student_body, [signals.texts[row] for row in training])
+    expected = fit_head(rows, signals.probabilities[training], C=SOFT_LABELS_C)
     actual_coef, expected_coef = (head.coef_ / np.linalg.norm(head.coef_) for head in (model.model_head, expected))
     np.testing.assert_allclose(actual_coef, expected_coef, atol=1e-4)
     assert not student_body.training
@@ -139,7 +147,7 @@ def test_agreement_is_measured_by_the_students_own_head(
     """A transformer that is trained on soft labels predicts by its last layer, other students by a fitted head."""
     body = load_transformer(tiny_student, LABEL_NAMES) if family == "transformer" else load_body(tiny_student)
     signals = pool_signals(POOL)
-    training, held_out = hold_out(POOL, seed=3)
+    training, held_out = hold_out(POOL, StudentConfig.of(seed=3, patience=1))
     measured: list[Any] = []
 
     def compare(teacher: Any, student: Any) -> float:
@@ -167,7 +175,7 @@ def test_head_is_fitted_on_a_sample_of_all_training_rows(
     monkeypatch.setattr(agreement_module, "embed", recorder)
     signals = pool_signals(POOL)
     train_student(signals, student_body, **{**QUICK, "patience": 1})
-    training, held_out = hold_out(POOL, seed=0)
+    training, held_out = hold_out(POOL, StudentConfig.of(patience=1))
     seen = recorder.call_args.args[1]
     sample = [signals.texts.index(text) for text in seen[:12]]
     assert set(sample) <= set(training.tolist())
@@ -220,7 +228,7 @@ def test_held_out_texts_are_not_in_training_data(
         new_model(student_body, LABEL_NAMES), signals, few_labels(), config, resolve_device("cpu"), str(tmp_path)
     )
     dataset, _ = trainer.get_dataset(signals.texts, None, trainer.args)
-    training = hold_out(POOL, seed=0, avoid=np.arange(POOL) < 16)[0] if patience else np.arange(POOL)
+    training = hold_out(POOL, config, avoid=np.arange(POOL) < 16)[0]
     assert len(dataset.columns) == (2 if objective == "pairs" else 1)
     assert all(set(column.tolist()) == set(training.tolist()) for column in dataset.columns)
     if objective != "pairs":
@@ -231,9 +239,9 @@ def test_held_out_texts_are_not_in_training_data(
 
 
 def test_state_saved_under_the_old_key_can_be_loaded(student_body: SentenceTransformer, tmp_path: Path) -> None:
+    config = StudentConfig.of(patience=2)
     callback, loaded = (
-        AgreementCallback(student_body, 2, pool_signals(POOL), *hold_out(POOL, seed=0), StudentConfig.of())
-        for _ in range(2)
+        AgreementCallback(student_body, 2, pool_signals(POOL), *hold_out(POOL, config), config) for _ in range(2)
     )
     callback.history, callback.best_score, callback.evaluations_since_best = [(1, 0.5)], 0.5, 3
     callback.save_state(tmp_path)

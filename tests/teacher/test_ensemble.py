@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,19 +17,18 @@ import numpy as np
 import pytest
 from checks import invoke
 from conftest import FAST, Run, newswire
-from synthetic import equal_weights, few_labels, weights
+from synthetic import equal_weights, weights
 
 from setfit_kd import RunConfig, RunResult, TeacherSignals, distill, load
-from setfit_kd.config.stages import TeacherConfig
 from setfit_kd.errors import ConfigError
 from setfit_kd.evaluation.measure import Cost, Evaluation, evaluate_ensemble
 from setfit_kd.evaluation.metrics import measure_quality
-from setfit_kd.models.bodies import load_body
 from setfit_kd.models.encode import predict_proba
 from setfit_kd.models.heads import at_temperature
 from setfit_kd.report.render import render_card, verdict
 from setfit_kd.report.summary import read_summary
-from setfit_kd.teacher.train import MAX_FOLDS, cross_validated_accuracy, train_teacher
+from setfit_kd.run.inputs import load_run_data
+from setfit_kd.teacher.train import train_teacher
 from setfit_kd.utils.files import read_json
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def equal_weights_run(run: Run, base: dict[str, Any], tmp_path_factory: pytest.T
     return TeachersRun(folder, run(output_dir=folder), base["teacher"])
 
 
-STAGES = ("train_teacher", "refine_and_score", "cross_validated_accuracy", "train_student", "evaluate_ensemble")
+STAGES = ("train_teacher", "refine_and_score", "cross_fit", "train_student", "evaluate_ensemble")
 
 
 @contextmanager
@@ -131,8 +130,9 @@ def shares(any_run: TeachersRun) -> list[float]:
         return [0.5, 0.5]
     if setting == "2,1":
         return [2 / 3, 1 / 3]
-    accuracies = [read_json(any_run.folder / "weighed" / name / "accuracy.json") for name in NAMES]
-    assert len(set(accuracies)) == 2, "the test needs different weights"
+    labels = load_run_data(any_run.result.config).labeled.labels
+    predicted = [np.load(any_run.folder / "cross_fitted" / name / "probabilities.npy") for name in NAMES]
+    accuracies = [(rows.argmax(axis=1) == labels).mean() for rows in predicted]
     return [accuracy / sum(accuracies) for accuracy in accuracies]
 
 
@@ -155,8 +155,8 @@ def test_each_teacher_is_saved_and_evaluated(equal_weights_run: TeachersRun) -> 
         model = load(folder / name, device="cpu")
         np.testing.assert_allclose(predict_proba(model, texts), evaluations[name].probabilities, atol=1e-5)
         assert signals.temperature != 1
-        calibrated = at_temperature(signals.probabilities, signals.temperature)
-        np.testing.assert_allclose(predict_proba(model, signals.texts), calibrated, atol=1e-4)
+        calibrated = at_temperature(signals.probabilities[-16:], signals.temperature)  # of the labeled texts
+        np.testing.assert_allclose(predict_proba(model, signals.texts[-16:]), calibrated, atol=1e-4)
 
 
 def average_teachers(evaluations: dict[str, Evaluation], folder: Path, shares: list[float]) -> Any:
@@ -255,37 +255,6 @@ def test_duplicate_teacher_raises_error() -> None:
 # Cross-validation
 
 
-@pytest.mark.parametrize(("n_labels", "n_folds"), [(11, 0), (12, 3), (18, MAX_FOLDS)])
-def test_each_label_is_predicted_once_without_training_on_it(
-    tiny_student: Path, n_labels: int, n_folds: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    labeled = few_labels(n_labels)
-    predictions: list[tuple[list[str], Any]] = []
-    train = Mock(side_effect=train_teacher)
-
-    def predict(model: SetFitModel, texts: Sequence[str], **settings: Any) -> Any:
-        predictions.append((list(texts), predict_proba(model, texts, **settings)))
-        return predictions[-1][1]
-
-    monkeypatch.setattr("setfit_kd.teacher.train.train_teacher", train)
-    monkeypatch.setattr("setfit_kd.teacher.train.predict_proba", predict)
-    config = TeacherConfig.of(device="cpu", precision="fp32", teacher_steps=2, teacher_batch_size=8)
-    accuracy = cross_validated_accuracy(labeled, lambda: load_body(tiny_student), config=config)
-    training_sets, bodies = ([call.args[i] for call in train.call_args_list] for i in range(2))
-    assert len({id(body) for body in bodies}) == len(predictions) == n_folds  # each fold has a new body
-    if not n_folds:
-        assert accuracy is None
-        return
-    assert sorted(text for texts, _ in predictions for text in texts) == sorted(labeled.texts)
-    for training_set, (texts, _) in zip(training_sets, predictions, strict=True):
-        assert sorted([*training_set.texts, *texts]) == sorted(labeled.texts)
-        assert training_set.label_names == labeled.label_names
-        assert training_set.counts.min() >= 2  # the folds are stratified
-    label_of = dict(zip(labeled.texts, labeled.labels, strict=True))
-    predicted = [(label_of[text], row.argmax()) for batch in predictions for text, row in zip(*batch, strict=True)]
-    assert accuracy == np.mean([label == prediction for label, prediction in predicted])
-
-
 def test_too_few_labels_give_equal_teacher_weights(
     run: Run, base: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -331,13 +300,13 @@ def test_resuming_with_one_of_two_teachers(equal_weights_run: TeachersRun, tmp_p
     ("student", "settings", "alive"),
     [
         ("static:2", {}, [True]),
-        ("static:2@MODEL", {"teacher_weights": "cross-validated"}, [False] * 3),
+        ("static:2@MODEL", {}, [False]),
     ],
 )
 def test_first_teacher_stays_in_memory_only_if_student_needs_it(
     run: Run, base: dict[str, Any], student: str, settings: Any, alive: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The values are recorded in the training of the second teacher, and in both cross-validations."""
+    """The value is recorded in the training of the second teacher."""
     bodies: list[Any] = []
     is_alive: list[bool] = []
 
@@ -348,13 +317,7 @@ def test_first_teacher_stays_in_memory_only_if_student_needs_it(
         bodies.append(weakref.ref(teacher.model_body))
         return teacher
 
-    def cross_validate(*_: Any, **__: Any) -> float:
-        gc.collect()
-        is_alive.append(bodies[-1]() is not None)
-        return 0.5
-
     monkeypatch.setattr("setfit_kd.run.stages.train_teacher", train)
-    monkeypatch.setattr("setfit_kd.run.stages.cross_validated_accuracy", cross_validate)
     student = student.replace("MODEL", base["teacher"][0])
     run(student=student, baseline=False, eval=None, teacher_steps=1, **settings)
     assert is_alive == alive
@@ -388,10 +351,19 @@ def test_verdict_and_model_card_name_the_teachers_and_losses_exclude_cross_valid
 def test_several_teacher_flags(
     base: dict[str, Any], fixed_weights_run: TeachersRun, tmp_path: Path, forward_batch_sizes: list[int]
 ) -> None:
-    settings = {name: value for name, value in base.items() if name not in ("cache", "bundle")}
+    settings = {name: value for name, value in base.items() if name not in ("cache", "bundle", "calibrate")}
     values = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
     flags = [f"--{name.replace('_', '-')}={value}" for name, items in values.items() for value in items]
-    command = ["run", *flags, "--no-cache", "--no-bundle", "--output-dir", tmp_path / "run", "--teacher-weights"]
+    command = [
+        "run",
+        *flags,
+        "--no-cache",
+        "--no-bundle",
+        "--no-calibrate",
+        "--output-dir",
+        tmp_path / "run",
+        "--teacher-weights",
+    ]
     dry_run = invoke(*command, "2,1", "--dry-run")
     assert dry_run.exit_code == 0, dry_run.stderr
     assert "teacher:\n- {}\n- {}\n".format(*base["teacher"]) in dry_run.stdout

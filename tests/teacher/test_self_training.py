@@ -8,11 +8,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from conftest import newswire
+from scipy.special import softmax
 
 from setfit_kd.config.stages import SignalsConfig
 from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.models.encode import embed, head_proba, predict_proba
-from setfit_kd.models.heads import at_temperature, fit_head
+from setfit_kd.models.heads import at_temperature, fit_head, head_logits
 from setfit_kd.models.io import new_model
 from setfit_kd.teacher import scoring
 from setfit_kd.teacher.scoring import refine_and_score, self_train
@@ -50,7 +51,7 @@ def test_self_training_improves_accuracy(classes: int) -> None:
     error_rates = np.zeros(2)
     for seed in range(5):
         clusters = Clusters(classes=classes, seed=seed)
-        refined = self_train(clusters.labeled, clusters.gold, clusters.pool)
+        refined, _ = self_train(clusters.labeled, clusters.gold, clusters.pool)
         np.testing.assert_array_equal(refined.predict(clusters.labeled), clusters.labels)
         error_rates += [1 - clusters.accuracy(head) for head in (fit_head(clusters.labeled, clusters.gold), refined)]
     assert error_rates[1] < 0.85 * error_rates[0]
@@ -58,9 +59,21 @@ def test_self_training_improves_accuracy(classes: int) -> None:
 
 def test_self_training_works_with_one_text() -> None:
     clusters = Clusters(classes=3, pool=1)
-    head = self_train(clusters.labeled, clusters.gold, clusters.pool)
+    head, logits = self_train(clusters.labeled, clusters.gold, clusters.pool)
+    assert logits.shape == (1, 3)
     assert np.isfinite(head.coef_).all()
     assert clusters.accuracy(head) > clusters.accuracy(fit_head(clusters.labeled, clusters.gold)) - 0.02
+
+
+def test_pool_is_labeled_by_heads_that_were_fitted_on_other_texts() -> None:
+    """Labels of random points are as uncertain as predictions for new ones, not memorized."""
+    rng = np.random.default_rng(0)
+    labeled, pool, new = (rng.normal(size=(n, 60)) for n in (20, 100, 400))
+    head, logits = self_train(labeled, np.eye(2)[np.arange(20) % 2], pool, C=100.0)
+    memorized, honest, unseen = (
+        softmax(rows, axis=1).max(axis=1).mean() for rows in (head_logits(head, pool), logits, head_logits(head, new))
+    )
+    assert abs(honest - unseen) < 0.3 * (memorized - unseen)
 
 
 def make_teacher(body: SentenceTransformer) -> tuple[SetFitModel, LabeledSet]:
@@ -94,12 +107,17 @@ def test_signals_of_refined_teacher_cover_pool_and_labeled_texts(
     tolerance = 2e-3 if mapped else 1e-5
     expected = embed(teacher_body, signals.texts, normalize=True)
     np.testing.assert_allclose(signals.embeddings, expected, atol=tolerance)
-    calibrated = at_temperature(signals.probabilities, signals.temperature)
-    np.testing.assert_allclose(calibrated, predict_proba(refined, signals.texts), atol=10 * tolerance)
+    gold, pool = slice(len(POOL), None), slice(len(POOL))
+    calibrated, predicted = (
+        at_temperature(signals.probabilities, signals.temperature),
+        predict_proba(refined, signals.texts),
+    )
+    np.testing.assert_allclose(calibrated[gold], predicted[gold], atol=10 * tolerance)
     np.testing.assert_array_equal(teacher.model_head.coef_, coef)
     if method != "none":
-        head = self_train(expected[len(POOL) :], labeled.one_hot, expected[: len(POOL)])
-        np.testing.assert_allclose(signals.probabilities, head.predict_proba(expected), atol=10 * tolerance)
+        head, logits = self_train(expected[gold], labeled.one_hot, expected[pool])
+        np.testing.assert_allclose(signals.probabilities[gold], head.predict_proba(expected[gold]), atol=10 * tolerance)
+        np.testing.assert_allclose(signals.probabilities[pool], softmax(logits, axis=1), atol=10 * tolerance)
         assert np.abs(signals.probabilities - head_proba(teacher, signals.embeddings)).max() > 0.01
 
 
@@ -125,4 +143,4 @@ def test_large_pool_is_sampled_by_seed_and_settings_are_used(
     assert [len(set(sample)) for sample in rows] == [20] * 3
     assert rows[0] == rows[1] == sorted(rows[0]) != rows[2]
     assert 40 < max(rows[0]) < len(POOL)  # not only the beginning of the pool
-    assert train.call_args.kwargs == {"C": 1e-3, "balance": True}
+    assert train.call_args.kwargs == {"C": 1e-3, "balance": True, "seed": 2}

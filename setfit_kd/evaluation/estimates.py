@@ -1,0 +1,116 @@
+"""Estimated quality of the models of a run without an evaluation set."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from setfit_kd.errors import DataError
+from setfit_kd.evaluation.metrics import Classes, Interval, bootstrap_quality, measure_calibration
+from setfit_kd.utils.arrays import Floats
+from setfit_kd.utils.atomic_io import atomic_folder
+from setfit_kd.utils.files import read_json
+
+_FILE = "estimate.json"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimated quality of a model on texts like those of the pool.
+
+    Attributes:
+        accuracy: Accuracy with its 95% interval.
+        macro_f1: Macro-F1 with its 95% interval, from cross-fitting; None for a student.
+        ece: Calibration error, from cross-fitting, too high if there are few labels; None for a student.
+        agreement: Share of pool texts with the same label as the teacher's; None for a teacher.
+    """
+
+    accuracy: Interval
+    macro_f1: Interval | None = None
+    ece: float | None = None
+    agreement: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the values for JSON, named as those of an evaluation, and marked by ``estimated``."""
+        intervals = {name: value for name, value in vars(self).items() if isinstance(value, Interval)}
+        values: dict[str, Any] = {"estimated": True, **{name: value.value for name, value in intervals.items()}}
+        values |= {f"{name}_interval": [value.low, value.high] for name, value in intervals.items()}
+        others = {"ece": self.ece, "agreement": self.agreement}
+        return {**values, **{name: value for name, value in others.items() if value is not None}}
+
+    def save(self, folder: Path) -> None:
+        """Write the estimate to a new folder, as `atomic_folder` does."""
+        with atomic_folder(folder) as part:
+            (part / _FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Estimate:
+        """Read the estimate that `save` wrote; raise a `DataError` if that fails."""
+        try:
+            values = read_json(folder / _FILE)
+            intervals = {name: Interval(**value) for name, value in values.items() if isinstance(value, dict)}
+            return cls(**{**values, **intervals})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"Cannot read the estimate in {folder} ({error}).", hint="Run it again.") from None
+
+
+def estimate_teacher(probabilities: Floats, labels: Classes, confidence: float | None) -> Estimate:
+    """Estimate the quality of a teacher from cross-fitting and from its confidence on the pool.
+
+    The accuracy is the mean of two estimates: that on the labeled texts, by teachers trained on fewer labels, and the
+    mean confidence on the pool. The first is exact only with many labels, the second only if the teacher is calibrated
+    (Guillory et al., 2021, "Predicting with Confidence on Unseen Distributions"). The interval has the width of the
+    first one's.
+
+    Args:
+        probabilities: (n, n_classes) calibrated probabilities of the labeled texts, from cross-fitting; n >= 1.
+        labels: (n,) gold classes.
+        confidence: Mean probability of the teacher's predictions on the pool; None without a pool.
+    """
+    quality = bootstrap_quality(labels, probabilities.argmax(axis=1), n_classes=probabilities.shape[1])
+    accuracy, ece = quality["accuracy"], measure_calibration(probabilities, labels).ece
+    shift = 0.0 if confidence is None else (confidence - accuracy.value) / 2
+    return Estimate(_shifted(accuracy, shift), quality["macro_f1"], ece)
+
+
+def estimate_student(teacher: Estimate, student: Floats, targets: Floats) -> Estimate:
+    """Estimate the accuracy of a student from that of its teacher and their predictions on unlabeled texts.
+
+    Where they disagree, the teacher's probability of the student's class tells how often the student is right.
+
+    Args:
+        teacher: Estimate of the teacher.
+        student: (n, n_classes) probabilities of the student.
+        targets: (n, n_classes) calibrated probabilities of the teacher.
+    """
+    predicted, rows = student.argmax(axis=1), np.arange(len(student))
+    loss = float((targets.max(axis=1) - targets[rows, predicted]).mean())
+    agreement = float((predicted == targets.argmax(axis=1)).mean())
+    return Estimate(_shifted(teacher.accuracy, -loss), agreement=agreement)
+
+
+def _shifted(interval: Interval, shift: float) -> Interval:
+    value, low, high = (min(max(bound + shift, 0.0), 1.0) for bound in (interval.value, interval.low, interval.high))
+    return replace(interval, value=value, low=low, high=high)
+
+
+def estimate_table(estimates: dict[str, Estimate]) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and cells of a table with one row per model."""
+
+    def cells(interval: Interval | None) -> list[str]:
+        return ["", ""] if interval is None else [f"{interval.value:.1%}", _range(interval)]
+
+    headings = ["estimated", "accuracy", "95% CI", "macro-F1", "95% CI", "calibration error", "agreement"]
+    rows = []
+    for name, estimate in estimates.items():
+        others = ["" if value is None else f"{value:.1%}" for value in (estimate.ece, estimate.agreement)]
+        rows.append([name, *cells(estimate.accuracy), *cells(estimate.macro_f1), *others])
+    return headings, rows
+
+
+def _range(interval: Interval) -> str:
+    return f"{100 * interval.low:.1f}-{100 * interval.high:.1f}"
