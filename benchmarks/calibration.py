@@ -40,7 +40,7 @@ def main(folders: tuple[str, ...], seeds: int, pool_size: int, teacher: str, wor
         is_test = train.text.astype(str).map(normalize).isin(set(test.text.astype(str).map(normalize)))
         train[~is_test].to_csv(work / f"{data.name}.csv", index=False)
         for seed in range(seeds):
-            run = work / f"{data.name}-{pool_size}-{seed}"
+            run = work / f"{data.name}-{shots or 16}-{pool_size}-{seed}"
             result = run.with_suffix(".json")
             if not result.exists():
                 source = work / f"{data.name}.csv"

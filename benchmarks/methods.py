@@ -264,7 +264,7 @@ def run_method(name: str, case: Case) -> dict[str, Any]:
     started, cpu_started = time.perf_counter(), time.process_time()
     predict = METHODS[name](case, data)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
     counts = {"training_passes": passes.training, "encoding_passes": passes.encoding}
     quality = measure_quality(np.asarray(predict(tests.texts)), tests.labels, tests.label_names)
     return {

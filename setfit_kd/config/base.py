@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from setfit_kd.config.values import Device
 from setfit_kd.errors import ConfigError
@@ -21,6 +21,9 @@ _NOT_FINGERPRINTED = (
     *("encode_batch_size", "exact", "cache"),
 )
 """Settings that affect how a stage runs, but not its result."""
+
+_VERSION = 2
+"""Version of the trainings; results of another version are not reused when a run is resumed."""
 
 Family = Literal["setfit", "transformer"]
 """Model family: SetFit (a head on a sentence-transformers body) or a transformers classifier trained end to end."""
@@ -100,10 +103,16 @@ class StageConfig(BaseModel):
     num_iterations: int = Field(20, ge=1)
     """Pairs drawn per text by the pairs objectives (twice as many for the teacher)."""
 
+    @field_validator("head_c", mode="before")
+    @classmethod
+    def _ignore_auto(cls, value: Any) -> Any:
+        return None if value == "auto" else value  # in the settings of runs of earlier versions
+
     @classmethod
     def fingerprint_inputs(cls, config: StageConfig) -> dict[str, Any]:
         """Return the settings in ``config`` that determine the result of this stage."""
         inputs = {name: getattr(config, name) for name in cls.model_fields if name not in _NOT_FINGERPRINTED}
+        inputs["version"] = _VERSION
         if not any(value == "pairs" for name, value in inputs.items() if name.endswith("objective")):
             del inputs["num_iterations"]
         return inputs

@@ -68,7 +68,7 @@ class SignalsConfig(StageConfig):
     """How to refine the teacher's head on the pool before scoring the pool."""
     calibrate: bool | None = None
     """Calibrate the teacher by cross-fitting: predict each third of the labeled texts by a teacher trained on the
-    others. Without --eval, this also estimates the accuracy. [default: on; off for a transformer, as it is slow]"""
+    others. Without --eval, the accuracy is then estimated. [default: on; off for a transformer, as it is slow]"""
     cache: bool = True
     """Cache the teacher's embeddings on disk, and reuse them if nothing has changed."""
 

@@ -85,9 +85,10 @@ def fit_head(
     targets = targets / np.maximum(targets.sum(axis=1, keepdims=True), 1e-300)
     total = max(share.sum(), np.finfo(np.float64).tiny)
     share = share[:, None] / total
-    mean = share[:, 0] @ features
+    mean, squared_norm = share[:, 0] @ features, share[:, 0] @ np.square(features).sum(axis=1)
     features -= mean
-    spread = max(float(share[:, 0] @ np.square(features).sum(axis=1)), np.finfo(np.float64).tiny)
+    # Embeddings that differ only by rounding errors are not scaled up.
+    spread = max(share[:, 0] @ np.square(features).sum(axis=1), 1e-12 * squared_norm) or 1.0
     # Two classes are a softmax over rows of opposite signs, half as long as the single row that is penalized.
     penalty = (2 if n_classes == 2 else 1) * spread / (C * total)
     if len(features) < features.shape[1]:

@@ -90,7 +90,7 @@ def prepare_run(config: RunConfig, *, resume: bool = False, **sources: Source | 
     named = [getattr(config, name) for name in ("labeled", "unlabeled", "eval") if sources.get(name) is None]
     revisions = cached_revisions(models, named)
     if data.evaluation is None:
-        logger.warning("There is no evaluation set: quality is only estimated. Pass --eval to measure it.")
+        logger.warning("There is no evaluation set: quality can only be estimated. Pass --eval to measure it.")
     if fill_mask:
         FillMask(fill_mask, device=resolve_device("cpu"))  # only to check that it loads
     names, bodies = data.labeled.label_names, {}

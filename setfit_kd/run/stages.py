@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from setfit_kd.augment.edits import augment, drop_uncertain, load_texts, save_texts
 from setfit_kd.augment.fill_mask import FillMask
@@ -205,15 +206,15 @@ class Stages:
         return self.cache.run_or_load(f"{EVALUATION}/{path}", fingerprint("estimate", key), artifact, run)
 
     def estimate_student(self, path: str, model: SetFitModel, teachers: Teachers) -> Estimate:
-        """Estimate the quality of a student without an evaluation set, on pool texts that it was not trained on."""
-        signals, labeled, teacher = teachers.signals, self.data.labeled, teachers.estimate
+        """Estimate the quality of a student without an evaluation set, on held-out pool texts if there are any."""
+        signals, teacher = teachers.signals, teachers.estimate
         assert teacher is not None
 
         def run() -> Estimate:
-            is_labeled = set(map(normalize, labeled.texts)).__contains__
-            avoid = np.array([is_labeled(normalize(text)) for text in signals.texts])
-            _, held_out = hold_out(len(signals), self.config, avoid=avoid)
-            rows = held_out if len(held_out) else np.arange(len(signals))  # of a small pool, no texts are held out
+            is_labeled = self._is_labeled(signals)
+            _, held_out = hold_out(len(signals), self.config, avoid=is_labeled)
+            rows = held_out if len(held_out) else np.flatnonzero(~is_labeled)  # of a small pool, none are held out
+            rows = rows if len(rows) else np.arange(len(signals))
             targets = at_temperature(signals.probabilities[rows], signals.temperature)
             texts, description = [signals.texts[row] for row in rows], f"Estimating {path}"
             with _on_device(model, self.device, description):
@@ -329,7 +330,7 @@ class Stages:
         """Train a baseline on the labels, and calibrate it to the teacher on the pool."""
         labeled = self.data.labeled
         model = train_teacher(labeled, body, config=config, description="Training baseline", checkpoints=checkpoints)
-        rows = sample_rows(np.arange(len(signals)), _MAX_SAMPLE, seed=[config.seed, 16])
+        rows = sample_rows(np.flatnonzero(~self._is_labeled(signals)), _MAX_SAMPLE, seed=[config.seed, 16])
         texts, size = [signals.texts[row] for row in rows], config.encode_batch_size
         probabilities = predict_proba(model, texts, batch_size=size, description="Calibrating baseline")
         targets = at_temperature(signals.probabilities[rows], signals.temperature)
@@ -338,6 +339,11 @@ class Stages:
         if family_of(body) == "transformer":
             set_head(model.model_head, body)
         return model
+
+    def _is_labeled(self, signals: TeacherSignals) -> npt.NDArray[np.bool_]:
+        """Return which of the n texts are labeled, as a mask (n,)."""
+        labeled = set(map(normalize, self.data.labeled.texts))
+        return np.array([normalize(text) in labeled for text in signals.texts], bool)
 
     def evaluate(
         self, path: str, model: SetFitModel, signals_key: str, key: str, teacher: Evaluation | None = None

@@ -135,6 +135,8 @@ def hold_out(
     ``avoid`` is a (n,) mask of rows to hold out only if there are too few others.
     """
     count = n_held_out(n, config)
+    if config.patience is None and avoid is not None and count > (~avoid).sum():
+        count = 0
     order = np.random.default_rng([config.seed, 6]).permutation(n)
     if avoid is not None:
         order = np.concatenate([order[~avoid[order]], order[avoid[order]]])

@@ -208,6 +208,6 @@ def test_estimates_are_printed(run: Run, tmp_path: Path, tiny_teacher: Path) -> 
     flags += ["--teacher-steps", "2", "--epochs", "1", "--no-bundle", "--output-dir", tmp_path / "run"]
     result = invoke("run", "--labeled", tmp_path / "few.csv", "--unlabeled", tmp_path / "pool.csv", *flags)
     assert result.exit_code == 0, result.stderr
-    assert "quality is only estimated" in result.stderr
+    assert "quality can only be estimated" in result.stderr
     assert "estimated" in result.stdout
     assert "agreement" in result.stdout
