@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.memory.backoff import move_model, shared_backoff
 from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.bodies import family_of
 from setfit_kd.models.encode import predict_proba
 from setfit_kd.models.heads import at_temperature, fit_temperature, log_probabilities
 from setfit_kd.teacher.train import steps_and_batch_size, train_teacher
@@ -101,8 +103,10 @@ def cross_fit(labeled: LabeledSet, load_body: Callable[[], SentenceTransformer],
     for number, (training, held_out) in enumerate(_folds(labeled, config.seed), 1):
         phase = f"Cross-fitting teacher {number} of {FOLDS}"
         with shared_backoff(cpu_fallback=config.cpu_fallback):
-            model = train_teacher(labeled.take(training), load_body(), config=config, description=phase)
-            move_model(model.model_body, resolve_device(config.device), phase=phase)
+            body, device = load_body(), resolve_device(config.device)
+            fold_config = _fold_config(config, labeled, training, family=family_of(body), device=device)
+            model = train_teacher(labeled.take(training), body, config=fold_config, description=phase)
+            move_model(model.model_body, device, phase=phase)
             texts, size = [labeled.texts[row] for row in held_out], config.encode_batch_size
             probabilities[held_out] = predict_proba(model, texts, batch_size=size, description=phase)
             del model  # free its memory before the next one is trained
@@ -121,7 +125,25 @@ def _folds(labeled: LabeledSet, seed: int) -> list[tuple[npt.NDArray[np.int64], 
     return [(np.setdiff1d(np.arange(len(labeled)), held_out), held_out) for held_out in held_out_rows]
 
 
+def _fold_config(
+    config: TeacherConfig,
+    labeled: LabeledSet,
+    training: npt.NDArray[np.int64],
+    *,
+    family: Family,
+    device: torch.device,
+) -> TeacherConfig:
+    """Return the config of the teacher of a fold: as many passes over its texts as the teacher makes over all."""
+    if family != "setfit":  # as few steps as possible already
+        return config
+    steps, _ = steps_and_batch_size(config, labeled, family=family, device=device)
+    return config.model_copy(update={"teacher_steps": math.ceil(steps * len(training) / len(labeled))})
+
+
 def cross_fit_steps(config: TeacherConfig, labeled: LabeledSet, *, family: Family, device: torch.device) -> int:
     """Count the training steps of `cross_fit`."""
-    training_sets = [labeled.take(training) for training, _ in _folds(labeled, config.seed)]
-    return sum(steps_and_batch_size(config, rows, family=family, device=device)[0] for rows in training_sets)
+    options: Any = {"family": family, "device": device}
+    training_sets = [training for training, _ in _folds(labeled, config.seed)]
+    configs = [_fold_config(config, labeled, training, **options) for training in training_sets]
+    pairs = zip(configs, training_sets, strict=True)
+    return sum(steps_and_batch_size(fold, labeled.take(training), **options)[0] for fold, training in pairs)
