@@ -64,7 +64,7 @@ def format_table(rows: dict[tuple[str, int], list[dict[str, dict[str, float]]]],
     lines = [
         f"# Calibration and estimates, pool of {pool_size:,}",
         "",
-        f"Accuracy on the test file in percent, mean over {len({seed for _, seed in rows})} seeds; in brackets the",
+        f"Accuracy on the test file in percent, mean over {len({seed for _, seed in rows})} seed(s); in brackets the",
         "calibration error, then the accuracy estimated without the test file. See `benchmarks/calibration.py`.",
         "",
         f"| | {' | '.join(MODELS.values())} |",
