@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from setfit_kd.config.base import StageConfig
 from setfit_kd.config.values import Columns, Name, Objectives
+
+_SOFT_LABELS_C = 3.0
 
 
 class DataConfig(StageConfig):
@@ -98,6 +100,11 @@ class StudentConfig(StageConfig):
     """Weight of the gold label in the soft-labels loss, for texts that have one."""
     gold_weight: float = Field(3.0, ge=0, allow_inf_nan=False)
     """Weight of texts with gold labels when fitting the student's head; pool texts have weight 1."""
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """Options of `setfit_kd.models.heads.fit_head` for a student, whose soft labels are many and noisy."""
+        return {"C": self.head_c or _SOFT_LABELS_C, "balance": self.balance}
 
 
 class FinetuneConfig(StageConfig):

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 HEAD_WEIGHTS, HEAD_CONFIG, _KIND = "head.safetensors", "head.json", "logistic-regression"
 C_PER_CLASS = 2.5
 """Default of C, divided by the number of classes: with more classes, the same margins need larger weights."""
-SOFT_LABELS_C = 3.0
-"""Default of C for a student's head on a teacher's soft labels, which are many and noisy."""
 _MAX_PRODUCTS = 1_000  # of a Hessian and a vector in one fit, which bounds its time; few fits need half as many
 _FOLDS, _MAX_TEXTS = 5, 5_000  # of `held_out_logits`; a single parameter needs no more texts
 

@@ -199,9 +199,9 @@ class Stages:
         pool = at_temperature(signals.probabilities[: len(self.data.pool)], signals.temperature)
         confidence = float(pool.max(axis=1).mean()) if len(pool) else None
         run = partial(estimate_teacher, held_out.probabilities, held_out.labels, confidence)
-        return self._estimate(TEACHER, fingerprint(key, weights), run)
+        return self._run_or_load_estimate(TEACHER, fingerprint(key, weights), run)
 
-    def _estimate(self, path: str, key: str, run: Callable[[], Estimate]) -> Estimate:
+    def _run_or_load_estimate(self, path: str, key: str, run: Callable[[], Estimate]) -> Estimate:
         artifact = Artifact(Estimate.save, Estimate.load)
         return self.cache.run_or_load(f"{EVALUATION}/{path}", fingerprint("estimate", key), artifact, run)
 
@@ -222,7 +222,7 @@ class Stages:
                 student = predict_proba(model, texts, batch_size=size, description=description)
             return estimate_student(teacher, student, targets)
 
-        return self._estimate(path, fingerprint(teachers.key, self.cache.key(path)), run)
+        return self._run_or_load_estimate(path, fingerprint(teachers.key, self.cache.key(path)), run)
 
     def _train_teacher(self, path: str, key: str, source: BodySource, body: SentenceTransformer) -> SetFitModel:
         """Train a teacher on the labels."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from setfit_kd.config.stages import StudentConfig
 from setfit_kd.models.encode import embed
-from setfit_kd.models.heads import SOFT_LABELS_C, fit_head, get_head
+from setfit_kd.models.heads import fit_head, get_head
 from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.student.distil import MAX_HELD_OUT
 from setfit_kd.training.loss_trainer import EvaluationCallback
@@ -63,9 +63,7 @@ class AgreementCallback(EvaluationCallback):
             head = get_head(self.body)
         else:
             probabilities = self.signals.probabilities[sample]
-            head = fit_head(
-                embeddings[: len(sample)], probabilities, C=config.head_c or SOFT_LABELS_C, balance=config.balance
-            )
+            head = fit_head(embeddings[: len(sample)], probabilities, **config.head_options)
         student = head.predict_proba(embeddings[len(sample) :])
         agreement = soft_agreement(self.signals.probabilities[self.held_out_rows], student)
         logger.debug("Step %d: agreement with the teacher on held-out texts is %.4f.", step, agreement)

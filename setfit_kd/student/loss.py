@@ -21,7 +21,7 @@ from setfit_kd.losses.soft_labels import NO_GOLD, SoftLabelLoss
 from setfit_kd.losses.weighted_sum import WeightedSumLoss
 from setfit_kd.models.bodies import family_of
 from setfit_kd.models.encode import embed
-from setfit_kd.models.heads import SOFT_LABELS_C, fit_head, last_layer, softmax_weights
+from setfit_kd.models.heads import fit_head, last_layer, softmax_weights
 from setfit_kd.signals.signals import TeacherSignals
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _soft_labels(inputs: LossInputs) -> BatchLoss:
         loss.head = last_layer(inputs.body)
         return loss
     rows, embeddings = inputs.initial_embeddings
-    head = fit_head(embeddings, signals.probabilities[rows], C=config.head_c or SOFT_LABELS_C, balance=config.balance)
+    head = fit_head(embeddings, signals.probabilities[rows], **config.head_options)
     loss.init_head(*softmax_weights(head))
     return loss
 

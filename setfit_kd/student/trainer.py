@@ -21,7 +21,6 @@ from setfit_kd.losses.soft_labels import NO_GOLD
 from setfit_kd.models.bodies import family_of
 from setfit_kd.models.encode import embed
 from setfit_kd.models.heads import (
-    SOFT_LABELS_C,
     at_temperature,
     fit_head,
     fit_temperature,
@@ -114,16 +113,15 @@ class StudentTrainer(DistillationTrainer):
         n, size = len(texts), config.encode_batch_size
         texts += [signals.texts[row] for row in self.held_out]
         embeddings = embed(body, texts, batch_size=size, description="Fitting head")
-        options: dict[str, Any] = {"C": config.head_c or SOFT_LABELS_C, "balance": config.balance}
         last_layer = get_head(body) if self._trains_last_layer else None
-        head = last_layer or fit_head(embeddings[:n], targets, weights, **options)
+        head = last_layer or fit_head(embeddings[:n], targets, weights, **config.head_options)
         # The temperature at which the student's probabilities match the teacher's, on texts it was not trained on.
         if len(self.held_out):
             logits, soft_labels = head_logits(head, embeddings[n:]), signals.probabilities[self.held_out]
         elif last_layer:
             logits, soft_labels = head_logits(head, embeddings), targets
         else:
-            rows, logits = held_out_logits(embeddings, targets, weights, seed=config.seed, **options)
+            rows, logits = held_out_logits(embeddings, targets, weights, seed=config.seed, **config.head_options)
             is_soft = rows < n - len(self._gold_set or ())
             logits, soft_labels = logits[is_soft], targets[rows[is_soft]]
         temperature = fit_temperature(logits, at_temperature(soft_labels, signals.temperature))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ class CrossFit:
         is_correct = held_out.probabilities.argmax(axis=1) == held_out.labels
         return float(is_correct.mean()) if len(is_correct) else None
 
-    @property
+    @cached_property
     def temperature(self) -> float:
         """Temperature that calibrates the predictions; 1 if there are none."""
         held_out = self.predicted()
@@ -69,8 +70,7 @@ class CrossFit:
     @property
     def calibrated(self) -> CrossFit:
         """The predictions at that temperature."""
-        probabilities = at_temperature(self.probabilities, self.temperature).astype(np.float32)
-        return CrossFit(np.where(np.isnan(self.probabilities), np.float32(np.nan), probabilities), self.labels)
+        return CrossFit(at_temperature(self.probabilities, self.temperature).astype(np.float32), self.labels)
 
     def save(self, folder: Path) -> None:
         """Write the predictions to a new folder, as `atomic_folder` does."""

@@ -20,7 +20,7 @@ from setfit_kd.config.stages import StudentConfig
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import load_body
 from setfit_kd.models.encode import embed
-from setfit_kd.models.heads import SOFT_LABELS_C, fit_head, get_head
+from setfit_kd.models.heads import fit_head, get_head
 from setfit_kd.models.io import new_model
 from setfit_kd.models.transformer import load_transformer
 from setfit_kd.student import agreement as agreement_module
@@ -134,7 +134,7 @@ def test_training_stops_and_restores_best_weights(
     # The head is fitted on the restored weights and the training texts, and scaled by a temperature.
     training, _ = hold_out(POOL, StudentConfig.of(patience=patience))
     rows = embed(student_body, [signals.texts[row] for row in training])
-    expected = fit_head(rows, signals.probabilities[training], C=SOFT_LABELS_C)
+    expected = fit_head(rows, signals.probabilities[training], C=3.0)
     actual_coef, expected_coef = (head.coef_ / np.linalg.norm(head.coef_) for head in (model.model_head, expected))
     np.testing.assert_allclose(actual_coef, expected_coef, atol=1e-4)
     assert not student_body.training
