@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import IncrementalNewlineDecoder
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -280,13 +279,10 @@ class _StaticModel:
 
     def predict_proba(self, ids: list[list[int]]) -> Floats:
         """Predict (n, n_classes) probabilities from token ids; a text without tokens has mean 0."""
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        flat = np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum()))
-        means = np.zeros((len(ids), self._table.shape[1]), np.float32)
-        nonempty = np.flatnonzero(lengths)
-        if len(nonempty):
-            starts = np.concatenate([[0], np.cumsum(lengths[nonempty])[:-1]])
-            means[nonempty] = np.add.reduceat(self._table[flat], starts, axis=0) / lengths[nonempty, None]
+        means = np.empty((len(ids), self._table.shape[1]), np.float32)
+        for mean, tokens in zip(means, ids, strict=True):  # text by text, which stays in the processor's cache
+            np.add.reduce(self._table.take(np.array(tokens, np.int64), axis=0), axis=0, out=mean)
+        means /= np.array([[max(len(tokens), 1)] for tokens in ids], np.float32)
         if self._normalizes:
             means = (means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)) @ self._coef.T
         logits = means + self._intercept
