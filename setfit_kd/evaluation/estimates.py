@@ -16,6 +16,8 @@ from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import read_json
 
 _FILE = "estimate.json"
+_CONFIDENCE_WEIGHT = 0.75  # of the confidence on the pool, which varies less than the accuracy on a few labeled texts
+_STUDENT_WEIGHT = 0.5  # of a student's probabilities, compared with those of its teacher
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,10 @@ class Estimate:
 def estimate_teacher(probabilities: Floats, labels: Classes, confidence: float | None) -> Estimate:
     """Estimate the quality of a teacher from cross-fitting and from its confidence on the pool.
 
-    The accuracy is the mean of two estimates: that on the labeled texts, by teachers trained on fewer labels, and the
-    mean confidence on the pool. The first is exact only with many labels, the second only if the teacher is calibrated
-    (Guillory et al., 2021, "Predicting with Confidence on Unseen Distributions"). The interval has the width of the
-    first one's.
+    The accuracy is a weighted mean of two estimates: that on the labeled texts, by teachers trained on fewer labels,
+    and the mean confidence on the pool. The first is exact only with many labels, the second only if the teacher is
+    calibrated (Guillory et al., 2021, "Predicting with Confidence on Unseen Distributions"). The interval has the width
+    of the first one's.
 
     Args:
         probabilities: (n, n_classes) calibrated probabilities of the labeled texts, from cross-fitting; n >= 1.
@@ -73,24 +75,24 @@ def estimate_teacher(probabilities: Floats, labels: Classes, confidence: float |
     """
     quality = bootstrap_quality(labels, probabilities.argmax(axis=1), n_classes=probabilities.shape[1])
     accuracy, ece = quality["accuracy"], measure_calibration(probabilities, labels).ece
-    shift = 0.0 if confidence is None else (confidence - accuracy.value) / 2
+    shift = 0.0 if confidence is None else _CONFIDENCE_WEIGHT * (confidence - accuracy.value)
     return Estimate(_shifted(accuracy, shift), quality["macro_f1"], ece)
 
 
 def estimate_student(teacher: Estimate, student: Floats, targets: Floats) -> Estimate:
     """Estimate the accuracy of a student from that of its teacher and their predictions on unlabeled texts.
 
-    Where they disagree, the teacher's probability of the student's class tells how often the student is right.
+    Where they disagree, the probabilities of both classes by both models tell how much more often the teacher is right.
 
     Args:
         teacher: Estimate of the teacher.
-        student: (n, n_classes) probabilities of the student.
+        student: (n, n_classes) calibrated probabilities of the student.
         targets: (n, n_classes) calibrated probabilities of the teacher.
     """
-    predicted, rows = student.argmax(axis=1), np.arange(len(student))
-    loss = float((targets.max(axis=1) - targets[rows, predicted]).mean())
-    agreement = float((predicted == targets.argmax(axis=1)).mean())
-    return Estimate(_shifted(teacher.accuracy, -loss), agreement=agreement)
+    rows, predicted, expected = np.arange(len(student)), student.argmax(axis=1), targets.argmax(axis=1)
+    belief = targets + _STUDENT_WEIGHT * student
+    loss = float((belief[rows, expected] - belief[rows, predicted]).mean())
+    return Estimate(_shifted(teacher.accuracy, -loss), agreement=float((predicted == expected).mean()))
 
 
 def _shifted(interval: Interval, shift: float) -> Interval:

@@ -109,28 +109,28 @@ def test_predictions_are_unchanged_after_saving_and_loading(tmp_path: Path) -> N
 # Estimates
 
 
-def test_estimate_of_teacher_is_the_mean_of_two_accuracies() -> None:
+def test_estimate_of_teacher_is_a_mean_of_two_accuracies() -> None:
     probabilities = np.array([[0.9, 0.1]] * 8 + [[0.2, 0.8]] * 2, np.float32)
     labels = np.array([0] * 7 + [1] + [1, 1])
     estimate = estimate_teacher(probabilities, labels, 0.7)
-    assert estimate.accuracy.value == pytest.approx((0.9 + 0.7) / 2)
-    assert estimate.accuracy.low < 0.8 < estimate.accuracy.high <= 1
+    assert estimate.accuracy.value == pytest.approx(0.25 * 0.9 + 0.75 * 0.7)
+    assert estimate.accuracy.low < 0.75 < estimate.accuracy.high <= 1
     assert estimate.macro_f1 is not None
     assert estimate.macro_f1.value == pytest.approx((14 / 15 + 4 / 5) / 2)
     assert estimate.ece == pytest.approx(0.2 * 0.2 + 0.8 * 0.025, abs=1e-6)
     assert estimate_teacher(probabilities, labels, None).accuracy.value == pytest.approx(0.9)
 
 
-def test_student_loses_what_the_teacher_gives_its_class_less() -> None:
+def test_student_loses_where_both_models_together_prefer_the_class_of_the_teacher() -> None:
     teacher = Estimate(Interval(0.8, 0.7, 0.9))
     targets = np.array([[0.6, 0.4], [0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
     assert estimate_student(teacher, targets, targets) == Estimate(teacher.accuracy, agreement=1.0)
     other = targets.copy()
-    other[0] = 0.4, 0.6
+    other[0] = 0.4, 0.6  # teacher: 0.6 - 0.4; student, at half the weight: (0.4 - 0.6) / 2
     estimate = estimate_student(teacher, other, targets)
     assert estimate.agreement == 0.75
-    assert estimate.accuracy.value == pytest.approx(0.8 - 0.2 / 4)
-    assert estimate.accuracy.low == pytest.approx(0.7 - 0.2 / 4)
+    assert estimate.accuracy.value == pytest.approx(0.8 - 0.1 / 4)
+    assert estimate.accuracy.low == pytest.approx(0.7 - 0.1 / 4)
 
 
 # Runs
