@@ -69,6 +69,10 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
     seeds: int = Field(1, ge=1, le=100)
     """Number of seeds. Repeat sampling and training with consecutive seeds, starting at --seed, and report mean and
     standard deviation. The run itself uses the first seed."""
+    search: int = Field(0, ge=0)
+    """Number of trials of each of two searches for better settings: for the steps and learning rate of the teacher, by
+    its log loss in cross-fitting, and for the epochs and learning rate of the student, by its agreement with the
+    teacher on held-out pool texts. The evaluation set is not used. Requires optuna. 0: no search."""
     overwrite: bool = False
     """Replace an earlier run in the output folder."""
 
@@ -80,6 +84,8 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
             raise ValueError("augment_model: set augment to the number of augmented texts")
         if self.augment is not None and self.signals is not None:
             raise ValueError("augment: cannot be combined with signals; a teacher must label the augmented texts")
+        if self.search and (len(self.teacher) > 1 or len(self.student) > 1):
+            raise ValueError("search: expected one teacher and one student")
         weights, n = self.teacher_weights, len(self.teacher)
         if weights not in (None, CROSS_VALIDATED) and len(parse_weights(resolved(weights))) != n:
             raise ValueError(f"teacher_weights: number of weights must be {n}, one per teacher, got {weights}")

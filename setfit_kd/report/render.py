@@ -15,6 +15,7 @@ from setfit_kd.evaluation.measure import Evaluation, evaluation_table
 from setfit_kd.report.plots import draw_plots
 from setfit_kd.report.summary import RunSummary, StudentSummary, read_summary
 from setfit_kd.run_folder.folder import RunFolder
+from setfit_kd.run_folder.manifest import DIVERGED
 from setfit_kd.run_folder.names import BASELINE, REPORT_HTML, TEACHER
 from setfit_kd.utils.atomic_io import write_text
 from setfit_kd.utils.console import escape_markdown, short_class_name, truncate
@@ -70,6 +71,7 @@ def _template(name: str) -> Template:
         "points": lambda interval: f"{100 * interval.value:+.1f} points (95% interval {_range(interval)})",
     }
     environment.globals |= {"comparison": _comparison, "note": _comparison_note, "estimate_table": estimate_table}
+    environment.globals["search_tables"] = _search_tables
     return environment.get_template(name)
 
 
@@ -134,6 +136,20 @@ def _comparison(summary: RunSummary) -> list[list[str]]:
         for row, evaluation in zip(rows, summary.evaluations.values(), strict=True):
             row.append(f"{evaluation.cost.texts_per_second / speed:.1f}")
     return [headings, *rows]
+
+
+def _search_tables(summary: RunSummary) -> list[tuple[list[str], list[list[str]]]]:
+    """Return headings and rows of a table of the trials of each search."""
+    tables = []
+    for stage, trials in summary.manifest.search.items():
+        settings, best = list(trials[0].settings), min(trials, key=lambda trial: trial.loss)
+        rows = []
+        for number, trial in enumerate(trials):
+            values = [str(value) if isinstance(value, int) else f"{value:.3g}" for value in trial.settings.values()]
+            loss = "diverged" if trial.loss == DIVERGED else f"{trial.loss:.3f}"
+            rows.append([str(number), *values, loss, "chosen" if trial is best else ""])
+        tables.append(([f"{stage}, trial", *settings, "log loss" if stage == TEACHER else "disagreement", ""], rows))
+    return tables
 
 
 def _comparison_note(summary: RunSummary) -> str:

@@ -30,10 +30,14 @@ def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
     device, labeled = resolve_device(config.device), inputs.data.labeled
     n_texts = report.pool + (config.augment or 0) + (0 if data.signals else report.labeled)
     families = [source.family for source in inputs.teachers.values()]
-    stages = []
+    stages: list[PlannedStage] = []
+    if config.search:  # an approximation: with the initial settings
+        initial = [] if data.signals else [cross_fit_steps(config, labeled, family=families[0], device=device)]
+        initial.append(student_steps(config, inputs.students[0].family, n_texts))
+        stages.append(PlannedStage("search", n_texts, config.search * sum(initial)))
     if families:
         steps = sum(steps_and_batch_size(config, labeled, family=family, device=device)[0] for family in families)
-        stages = [PlannedStage("teacher", report.labeled, steps)]
+        stages.append(PlannedStage("teacher", report.labeled, steps))
         cross_fitted = [family for family in families if config.cross_fits(family)]
         if cross_fitted:
             steps = sum(cross_fit_steps(config, labeled, family=family, device=device) for family in cross_fitted)

@@ -18,6 +18,7 @@ from setfit_kd.data.splits import DataSplits, split_data
 from setfit_kd.errors import ConfigError
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import BodySource, locate_body, locate_model
+from setfit_kd.run.search import check_search
 from setfit_kd.run_folder.folder import RunFolder
 from setfit_kd.signals.files import read_signals
 from setfit_kd.signals.signals import TeacherSignals
@@ -73,6 +74,8 @@ def prepare_run(config: RunConfig, *, resume: bool = False, **sources: Source | 
         RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=resume)
     if config.device not in ("auto", "cpu"):
         resolve_device(config.device)  # imports torch, hence not for the others
+    if config.search:
+        check_search()
     data = load_run_data(config, **sources)
     check_pool(len(data.pool) + (0 if data.signals else len(data.labeled) + (config.augment or 0)), config)
     if data.evaluation is None and config.seeds > 1:

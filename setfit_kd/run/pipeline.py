@@ -17,6 +17,7 @@ from setfit_kd.memory.backoff import move_model, shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.report.render import write_report
 from setfit_kd.run.inputs import RunInputs, prepare_run
+from setfit_kd.run.search import Trial
 from setfit_kd.run.stage_cache import StageCache
 from setfit_kd.run.stages import Stages, Teachers, fingerprint_signals
 from setfit_kd.run_folder.folder import RunFolder
@@ -51,6 +52,7 @@ class RunResult:
             if no teacher was calibrated.
         config: The settings.
         by_seed: With several seeds, the evaluations of each seed, including the first; otherwise empty.
+        trials: With a search, the trials for ``teacher`` and ``student``, of the first seed.
         seconds: Wall time in seconds by stage.
         output_dir: Folder of the run; None if it was not written.
         out_of_memory: Steps of the OOM backoff, over all seeds.
@@ -63,6 +65,7 @@ class RunResult:
     config: RunConfig
     estimates: dict[str, Estimate] = field(default_factory=dict)
     by_seed: dict[int, dict[str, Evaluation]] = field(default_factory=dict)
+    trials: dict[str, list[Trial]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     output_dir: Path | None = None
     out_of_memory: list[dict[str, Any]] = field(default_factory=list)
@@ -202,7 +205,8 @@ def _run(config: RunConfig, sources: Mapping[str, Source | None], *, resume: boo
             folder = (RunFolder.reopen if resume else RunFolder.create)(config, config.output_dir)
             log.open(folder.path / LOG_FILE)
         resolved, cache = _resolve_config(config, inputs, folder), StageCache(folder, log)
-        result = _run_stages(config, resolved, inputs, cache)
+        stages = Stages(resolved, inputs.data, cache)
+        result = _run_stages(config, stages, inputs)
         if config.seeds > 1:
             result = _run_other_seeds(result, resolved, sources, folder)
         cache.discard_unused()
@@ -213,6 +217,7 @@ def _run(config: RunConfig, sources: Mapping[str, Source | None], *, resume: boo
                 students=student_paths(config),
                 evaluated=list(result.evaluations),
                 estimated=list(result.estimates),
+                search={stage: list(map(asdict, trials)) for stage, trials in result.trials.items()},
                 data=vars(inputs.data.report),
                 seconds=result.seconds,
                 out_of_memory=result.out_of_memory,
@@ -222,20 +227,21 @@ def _run(config: RunConfig, sources: Mapping[str, Source | None], *, resume: boo
         return result
 
 
-def _run_stages(config: RunConfig, resolved: RunConfig, inputs: RunInputs, cache: StageCache) -> RunResult:
-    """Run all stages for one seed; ``resolved`` are the settings with device and precision resolved."""
-    data, folder = inputs.data, cache.folder
-    stages = Stages(resolved, data, cache)
+def _run_stages(config: RunConfig, stages: Stages, inputs: RunInputs) -> RunResult:
+    """Run all stages for one seed."""
+    data, cache, folder = inputs.data, stages.cache, stages.cache.folder
     if data.evaluation and folder:
         write_texts(data.evaluation, folder.path / EVALUATION)  # for the report
     if data.signals:
         teachers = Teachers(data.signals, fingerprint_signals(data.signals))
     else:
         augmented = stages.augment(inputs.fill_mask)
-        check_pool(len(data.pool) + len(data.labeled) + len(augmented), resolved)  # may be fewer than requested
+        check_pool(len(data.pool) + len(data.labeled) + len(augmented), config)  # may be fewer than requested
+        stages.search_teacher(inputs)
         teachers = stages.run_teachers(inputs, augmented)
     if folder and folder.manifest.get("teacher_shares", {}) != teachers.shares:
         folder.update_manifest(teacher_shares=teachers.shares)
+    stages.search_student(inputs.students[0], teachers)
     models: dict[str, SetFitModel] = {}
     for (name, path), prepared in zip(student_paths(config).items(), inputs.students, strict=True):
         models |= stages.run_student(path, name, prepared, teachers)
@@ -253,6 +259,7 @@ def _run_stages(config: RunConfig, resolved: RunConfig, inputs: RunInputs, cache
         evaluations,
         config,
         estimates,
+        trials=stages.trials,
         seconds=cache.seconds,
         output_dir=folder.path if folder else None,
         out_of_memory=cache.out_of_memory,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from setfit_kd.config.stages import SignalsConfig, StudentConfig, TeacherConfig
 from setfit_kd.config.values import CROSS_VALIDATED, parse_weights
 from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.data.splits import normalize
+from setfit_kd.errors import TrainingError
 from setfit_kd.evaluation.estimates import Estimate, estimate_student, estimate_teacher
 from setfit_kd.evaluation.measure import Evaluation, evaluate, evaluate_ensemble
 from setfit_kd.memory.backoff import move_model
@@ -37,23 +38,33 @@ from setfit_kd.models.heads import (
 )
 from setfit_kd.models.io import BUNDLE, load_folder, replace_head, save_model, with_saved_head
 from setfit_kd.run.inputs import RunData, RunInputs
+from setfit_kd.run.search import Settings, Space, Trial, best_trial, search, student_space, teacher_space
 from setfit_kd.run.stage_cache import Artifact, StageCache
+from setfit_kd.run_folder.manifest import DIVERGED
 from setfit_kd.run_folder.names import (
     AUGMENTED,
     CROSS_FITTED,
     EVALUATION,
+    SEARCH,
     SIGNALS,
+    STUDENT,
     TEACHER,
     TEACHER_SIGNALS,
     TEACHERS,
     baseline_path,
 )
 from setfit_kd.signals.signals import TeacherSignals
-from setfit_kd.student.distil import hold_out, labels_only_config, rows_without_signals, train_student
+from setfit_kd.student.distil import (
+    hold_out,
+    labels_only_config,
+    n_without_signals,
+    rows_without_signals,
+    train_student,
+)
 from setfit_kd.student.kinds import PreparedStudent, folder_names
-from setfit_kd.teacher.cross_fitting import FOLDS, CrossFit, cross_fit
+from setfit_kd.teacher.cross_fitting import FOLDS, HARD_TASK, MIN_LABELS_PER_CLASS, CrossFit, cross_fit
 from setfit_kd.teacher.scoring import refine_and_score
-from setfit_kd.teacher.train import steps_and_batch_size, train_teacher
+from setfit_kd.teacher.train import longer_steps, steps_and_batch_size, train_teacher
 from setfit_kd.utils.arrays import iter_chunks, sample_rows
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import fingerprint, hash_parts
@@ -98,13 +109,19 @@ class Stages:
         config: The settings, with device and precision resolved.
         data: Data of the run.
         cache: Cache of stage results.
+
+    Attributes:
+        config: The settings, including those found for the student by a search.
+        teacher_config: The settings for the teachers, including those found by a search.
+        trials: Trials of the searches for teacher and student.
     """
 
     def __init__(self, config: RunConfig, data: RunData, cache: StageCache) -> None:
-        self.config, self.data, self.cache = config, data, cache
+        self.config, self.teacher_config, self.data, self.cache = config, config, data, cache
         self.device = resolve_device(config.device)
         self._exact = ["exact"] if config.exact else []  # not in the key of a training
         self._labeled_key, self._evaluation_key = _labeled_key(data.labeled), _labeled_key(data.evaluation)
+        self.trials: dict[str, list[Trial]] = {}
 
     def augment(self, fill_mask: Path | None) -> list[str]:
         """Augment the pool; texts of the evaluation set are never created.
@@ -128,9 +145,84 @@ class Stages:
         key = fingerprint(self._labeled_key, data.pool, self._evaluation_key, n, model_hash, config.seed)
         return self.cache.run_or_load(AUGMENTED, key, Artifact(save_texts, load_texts), run)
 
+    def search_teacher(self, inputs: RunInputs) -> None:
+        """Search for the settings of the teacher with the lowest log loss in cross-fitting, and use them."""
+        labeled, config, name = self.data.labeled, self.config, self.config.teacher[0]
+        if not config.search:
+            return
+        if labeled.counts.max() < MIN_LABELS_PER_CLASS:
+            logger.warning("There are too few labels to search for settings of the teacher.")
+            return
+        body, load = inputs.bodies[name], partial(inputs.load_body, name, config.seed)
+        body_hash, options = content_hash(body), dict[str, Any](family=family_of(body), device=self.device)
+        steps, longer = steps_and_batch_size(config, labeled, **options)[0], longer_steps(config, labeled, **options)
+
+        def run(number: int, settings: Settings) -> Trial:
+            trial_config = config.model_copy(update=settings)
+            key = fingerprint(self._teacher_key(body_hash, trial_config), FOLDS)
+            return self._run_or_load_trial(
+                f"{TEACHER}-{number}", key, settings, lambda: cross_fit(labeled, load, config=trial_config).log_loss
+            )
+
+        best = self._search(TEACHER, teacher_space(config, body, steps, longer), run)
+        self.teacher_config = config.model_copy(update=best)
+
+    def search_student(self, prepared: PreparedStudent, teachers: Teachers) -> None:
+        """Search for the settings of the student that agrees most with the teacher on held-out texts, and use them."""
+        config, labeled, signals = self.config, self.data.labeled, teachers.signals
+        if not config.search:
+            return
+        n_appended = n_without_signals(signals, labeled, config, prepared.family)
+        avoid = np.append(self._is_labeled(signals), np.ones(n_appended, bool))
+        _, held_out = hold_out(len(avoid), config, avoid=avoid)
+        held_out = held_out[held_out < len(signals)]
+        if not len(held_out):
+            logger.warning("There are too few pool texts to search for settings of the student.")
+            return
+        texts, expected = [signals.texts[row] for row in held_out], signals.probabilities[held_out].argmax(axis=1)
+        body_key, body = self._student_body(config.student[0], prepared, teachers)
+
+        def run(number: int, settings: Settings) -> Trial:
+            name, trial_config = f"{STUDENT}-{number}", config.model_copy(update=settings)
+            student_settings = StudentConfig.fingerprint_inputs(trial_config)
+            key = fingerprint(teachers.key, self._labeled_key, body_key, student_settings)
+
+            def disagreement() -> float:
+                options: Any = {
+                    "config": trial_config,
+                    "checkpoints": self.cache.checkpoint_folder(_trial_path(name), key),
+                }
+                model = train_student(signals, copy.deepcopy(body()), labeled=labeled, **options)
+                predicted = self._predict_proba(model, texts, "Comparing with teacher").argmax(axis=1)
+                return float((predicted != expected).mean())
+
+            return self._run_or_load_trial(name, key, settings, disagreement)
+
+        self.config = config.model_copy(update=self._search(STUDENT, student_space(config, prepared), run))
+
+    def _run_or_load_trial(self, name: str, key: str, settings: Settings, measure: Callable[[], float]) -> Trial:
+        def run() -> Trial:
+            logger.info("Trial %s: %s.", name, _describe(settings))
+            try:
+                return Trial(settings, measure())
+            except TrainingError as error:
+                logger.warning("Trial %s failed: %s", name, error.message)
+                return Trial(settings, DIVERGED)
+
+        trial = self.cache.run_or_load(_trial_path(name), key, Artifact(Trial.save, Trial.load), run)
+        return Trial(settings, trial.loss)
+
+    def _search(self, stage: str, space: Space, run: Callable[[int, Settings], Trial]) -> Settings:
+        """Try settings of a stage; return the best."""
+        self.trials[stage] = search(self.config.search, space, run, seed=self.config.seed)
+        first, best = self.trials[stage][0], best_trial(self.trials[stage])
+        change = f"loss {first.loss:.3f} to {best.loss:.3f}"
+        logger.info("Best settings of the %s: %s (%s).", stage, _describe(best.settings), change)
+        return best.settings
+
     def run_teachers(self, inputs: RunInputs, augmented: Sequence[str]) -> Teachers:
         """Train, score and evaluate all teachers, one at a time, and average the signals of several."""
-        config, several = self.config, len(inputs.teachers) > 1
+        config, several = self.teacher_config, len(inputs.teachers) > 1
         pool = [*self.data.pool, *augmented]
         pool_key = fingerprint(pool)
         keep_first = not several or any(student.source_body is None for student in inputs.students)
@@ -144,14 +236,16 @@ class Stages:
             path = f"{TEACHERS}/{folder}" if several else TEACHER
             signals_path = f"{TEACHER_SIGNALS}/{folder}" if several else SIGNALS
             body = inputs.bodies.pop(name, None) or inputs.load_body(name, config.seed)
-            key = fingerprint(self._labeled_key, content_hash(body), TeacherConfig.fingerprint_inputs(config))
-            signals_key = fingerprint(key, pool_key, SignalsConfig.fingerprint_inputs(config), *self._exact)
-            teacher = self._train_teacher(path, key, source, body)
-            del body  # frees memory if the teacher was loaded
+            body_hash, teacher_config = content_hash(body), config
             if config.cross_fits(source.family):
                 load = partial(inputs.load_body, name, config.seed)
-                predictions = self._cross_fit(f"{CROSS_FITTED}/{folder}", key, load)
+                teacher_config, predictions = self._cross_fit(f"{CROSS_FITTED}/{folder}", body_hash, source, load)
                 accuracies.append(predictions.accuracy)
+                self._warn_of_unrecognized(predictions)
+            key = self._teacher_key(body_hash, teacher_config)
+            signals_key = fingerprint(key, pool_key, SignalsConfig.fingerprint_inputs(config), *self._exact)
+            teacher = self._train_teacher(path, key, body, teacher_config)
+            del body  # frees memory if the teacher was loaded
             if config.calibrates(source.family):
                 teacher.model_head = head_at_temperature(teacher.model_head, predictions.temperature)
                 cross_fits.append(predictions.calibrated)
@@ -186,6 +280,14 @@ class Stages:
             key = fingerprint(key, signals.texts)
         return Teachers(signals, key, first, shares, evaluations, estimate)
 
+    def _warn_of_unrecognized(self, predictions: CrossFit) -> None:
+        names, counts = self.data.labeled.label_names, self.data.labeled.counts
+        classes = ", ".join(f"{names[c]} ({counts[c]} labels)" for c in predictions.unrecognized[:10])
+        if classes:
+            more = ", and others" if len(predictions.unrecognized) > 10 else ""
+            message = "No labeled text of these classes is recognized by a teacher trained on the others: %s%s. "
+            logger.warning(message + "Add labels of these classes.", classes, more)
+
     def _estimate_teacher(
         self, cross_fits: Sequence[CrossFit], signals: TeacherSignals, weights: list[float] | None, key: str
     ) -> Estimate | None:
@@ -216,18 +318,31 @@ class Stages:
             rows = held_out if len(held_out) else np.flatnonzero(~is_labeled)  # of a small pool, none are held out
             rows = rows if len(rows) else np.arange(len(signals))
             targets = at_temperature(signals.probabilities[rows], signals.temperature)
-            texts, description = [signals.texts[row] for row in rows], f"Estimating {path}"
-            with _on_device(model, self.device, description):
-                size = self.config.encode_batch_size
-                student = predict_proba(model, texts, batch_size=size, description=description)
-            return estimate_student(teacher, student, targets)
+            texts = [signals.texts[row] for row in rows]
+            return estimate_student(teacher, self._predict_proba(model, texts, f"Estimating {path}"), targets)
 
         return self._run_or_load_estimate(path, fingerprint(teachers.key, self.cache.key(path)), run)
 
-    def _train_teacher(self, path: str, key: str, source: BodySource, body: SentenceTransformer) -> SetFitModel:
+    def _predict_proba(self, model: SetFitModel, texts: list[str], description: str) -> npt.NDArray[np.floating]:
+        with _on_device(model, self.device, description):
+            return predict_proba(model, texts, batch_size=self.config.encode_batch_size, description=description)
+
+    def _student_body(
+        self, name: str, prepared: PreparedStudent, teachers: Teachers
+    ) -> tuple[str, Callable[[], SentenceTransformer]]:
+        """Return the fingerprint of a student's untrained body, and a function that creates it when first called."""
+        origin = teachers.key if prepared.source_body is None else content_hash(prepared.source_body)
+        key = fingerprint(name, origin, fingerprint(self.data.pool) if prepared.needs_texts else "")
+        teacher = None if teachers.first is None else teachers.first.model_body
+        return key, cache(partial(prepared.create_body, teacher, self.data.pool, self.device))
+
+    def _teacher_key(self, body_hash: str, config: RunConfig) -> str:
+        return fingerprint(self._labeled_key, body_hash, TeacherConfig.fingerprint_inputs(config))
+
+    def _train_teacher(self, path: str, key: str, body: SentenceTransformer, config: RunConfig) -> SetFitModel:
         """Train a teacher on the labels."""
-        labeled, config = self.data.labeled, self.config
-        _, batch_size = steps_and_batch_size(config, labeled, family=source.family, device=self.device)
+        labeled = self.data.labeled
+        _, batch_size = steps_and_batch_size(config, labeled, family=family_of(body), device=self.device)
         checkpoints = self.cache.checkpoint_folder(path, fingerprint(key, batch_size))
 
         def save(teacher: SetFitModel, folder: Path) -> None:
@@ -242,12 +357,29 @@ class Stages:
 
         return self.cache.run_or_load(path, key, Artifact(save, load), run)
 
-    def _cross_fit(self, path: str, key: str, load_body: Callable[[], SentenceTransformer]) -> CrossFit:
-        """Predict the labeled texts by teachers that were trained on others of them."""
-        labeled = self.data.labeled
+    def _cross_fit(
+        self, path: str, body_hash: str, source: BodySource, load_body: Callable[[], SentenceTransformer]
+    ) -> tuple[RunConfig, CrossFit]:
+        """Predict the labeled texts by teachers that were trained on others of them.
+
+        If few predictions are correct, also try more training steps; return the better config and its predictions.
+        """
+        labeled, config = self.data.labeled, self.teacher_config
         artifact = Artifact(CrossFit.save, partial(CrossFit.load, labeled=labeled))
-        run = partial(cross_fit, labeled, load_body, config=self.config)
-        return self.cache.run_or_load(path, fingerprint(key, FOLDS), artifact, run)
+
+        def run(path: str, config: RunConfig) -> CrossFit:
+            key = fingerprint(self._teacher_key(body_hash, config), FOLDS)
+            return self.cache.run_or_load(path, key, artifact, partial(cross_fit, labeled, load_body, config=config))
+
+        predictions, steps = run(path, config), longer_steps(config, labeled, family=source.family, device=self.device)
+        if steps is not None and predictions.accuracy is not None and predictions.accuracy < HARD_TASK:
+            longer = config.model_copy(update={"teacher_steps": steps})
+            others = run(f"{path}-longer", longer)
+            losses = f"log loss {predictions.log_loss:.3f} to {others.log_loss:.3f}"
+            logger.info("A hard task: cross-fitted with %d teacher steps as well (%s).", steps, losses)
+            if others.log_loss < predictions.log_loss and (others.accuracy or 0.0) >= predictions.accuracy:
+                return longer, others
+        return config, predictions
 
     def _score(
         self, path: str, signals_path: str, key: str, teacher: SetFitModel, pool: list[str], origin: str
@@ -288,11 +420,7 @@ class Stages:
             The models by path: the baseline, if any, and the student.
         """
         config, data, signals = self.config, self.data, teachers.signals
-        origin = teachers.key if prepared.source_body is None else content_hash(prepared.source_body)
-        body_key = fingerprint(name, origin, fingerprint(data.pool) if prepared.needs_texts else "")
-        teacher = None if teachers.first is None else teachers.first.model_body
-        # Created only if one of the two is trained.
-        body = cache(partial(prepared.create_body, teacher, data.pool, self.device))
+        body_key, body = self._student_body(name, prepared, teachers)
         settings = StudentConfig.fingerprint_inputs(config)
         key = fingerprint(teachers.key, self._labeled_key, body_key, settings)
         train = partial(train_student, signals, labeled=data.labeled, config=config)
@@ -400,6 +528,16 @@ def fingerprint_signals(signals: TeacherSignals) -> str:
 def _labeled_key(data: LabeledSet | None) -> str:
     """Fingerprint labeled texts; the empty string for None."""
     return "" if data is None else fingerprint(data.texts, data.labels.tolist(), list(data.label_names))
+
+
+def _describe(settings: Settings) -> str:
+    return ", ".join(
+        f"{name} {value if isinstance(value, int) else f'{value:.3g}'}" for name, value in settings.items()
+    )
+
+
+def _trial_path(name: str) -> str:
+    return f"{SEARCH}/{name}"
 
 
 def _on_cpu(model: SetFitModel) -> SetFitModel:

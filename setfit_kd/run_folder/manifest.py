@@ -6,7 +6,7 @@ import platform
 import shlex
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -68,6 +68,17 @@ class _OutOfMemoryEvent(BaseModel):
     after: _Attempt = Field(alias="to")
 
 
+DIVERGED = 1e9
+"""Loss of a trial whose training diverged; JSON has no infinity."""
+
+
+class _Trial(BaseModel):
+    """Settings tried by a search, and their loss."""
+
+    settings: dict[str, int | float]
+    loss: float
+
+
 class Manifest(BaseModel):
     """Fields of ``run.json`` that are read; an unfinished run lacks most of them."""
 
@@ -86,6 +97,7 @@ class Manifest(BaseModel):
     seeds: list[int] = []
     revisions: dict[str, str] = {}
     teacher_shares: dict[str, float] = {}
+    search: dict[str, Annotated[list[_Trial], Field(min_length=1)]] = {}
 
     @model_validator(mode="after")
     def _check_finished(self) -> Self:

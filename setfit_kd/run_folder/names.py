@@ -21,6 +21,8 @@ CROSS_FITTED = "cross_fitted"
 """Predictions of each teacher for the labeled texts, by cross-fitting."""
 TEACHER_ACCURACIES = "weighed"
 """Cross-validated accuracy of each of several teachers, in earlier versions."""
+SEARCH = "search"
+"""Trials of the search for settings."""
 STAGE_KINDS = {
     TEACHERS: TEACHER,
     CROSS_FITTED: "calibration",
@@ -38,10 +40,11 @@ RESULTS = (METRICS_FILE, REPORT_HTML, REPORT_MARKDOWN)
 _FILES = (CONFIG_FILE, RUN_FILE, LOG_FILE, *RESULTS)
 _MODELS = (TEACHER, TEACHERS, BASELINE, BASELINES, STUDENT, STUDENTS)
 _SIGNALS = (SIGNALS, TEACHER_SIGNALS, CROSS_FITTED, TEACHER_ACCURACIES)
-ALL_NAMES = (*_FILES, *_MODELS, AUGMENTED, *_SIGNALS, EVALUATION, CHECKPOINTS, SEEDS)
+ALL_NAMES = (*_FILES, *_MODELS, AUGMENTED, *_SIGNALS, EVALUATION, CHECKPOINTS, SEEDS, SEARCH)
 _STAGE_PATH = re.compile(
     rf"({EVALUATION}/)?({TEACHER}|{BASELINE}|{STUDENT}|({TEACHERS}|{BASELINES}|{STUDENTS})/\w[\w.-]*)"
     rf"|{AUGMENTED}|{SIGNALS}|({TEACHER_SIGNALS}|{CROSS_FITTED}|{TEACHER_ACCURACIES})/\w[\w.-]*"
+    rf"|{SEARCH}/({TEACHER}|{STUDENT})-[0-9]+"
 )
 """Folder of a stage, such as ``student``, ``teachers/NAME``, ``evaluation/students/NAME`` or ``signals``."""
 

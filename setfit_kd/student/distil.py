@@ -179,6 +179,12 @@ def rows_without_signals(signals: TeacherSignals, labeled: LabeledSet) -> list[i
     return list({text: row for row, text in enumerate(map(normalize, labeled.texts)) if text not in scored}.values())
 
 
+def n_without_signals(signals: TeacherSignals, labeled: LabeledSet, config: StudentConfig, family: Family) -> int:
+    """Count the labeled texts without signals that the body is trained on, see `train_student`."""
+    trains = _trains_on_labeled_texts(family, config.with_family_defaults(family))
+    return len(rows_without_signals(signals, labeled)) if trains else 0
+
+
 def _append_labeled(signals: TeacherSignals, labeled: LabeledSet) -> TeacherSignals:
     """Append labeled texts with one-hot probabilities to signals, without the embeddings."""
     probabilities = np.concatenate([signals.probabilities, labeled.one_hot])

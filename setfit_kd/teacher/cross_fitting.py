@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 FOLDS = 3
+HARD_TASK = 0.6
+"""Accuracy below which a teacher with more training steps is tried, see `setfit_kd.teacher.train.longer_steps`."""
 MIN_LABELS_PER_CLASS = 3
 """Texts of classes with fewer labels are always trained on, since a class needs two."""
 _PROBABILITIES = "probabilities.npy"
@@ -66,6 +68,20 @@ class CrossFit:
         held_out = self.predicted()
         one_hot = np.eye(held_out.probabilities.shape[1])[held_out.labels]
         return fit_temperature(log_probabilities(held_out.probabilities), one_hot, prior=_PRIOR)
+
+    @property
+    def unrecognized(self) -> npt.NDArray[np.int64]:
+        """Classes without any correct prediction, sorted."""
+        held_out = self.predicted()
+        is_correct = held_out.probabilities.argmax(axis=1) == held_out.labels
+        return np.setdiff1d(self.labels, held_out.labels[is_correct])
+
+    @property
+    def log_loss(self) -> float:
+        """Mean negative logarithm of the calibrated probability of the gold class."""
+        held_out = self.calibrated.predicted()
+        gold = held_out.probabilities[np.arange(len(held_out.labels)), held_out.labels]
+        return float(-log_probabilities(gold).mean())
 
     @property
     def calibrated(self) -> CrossFit:

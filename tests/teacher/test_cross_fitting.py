@@ -94,6 +94,11 @@ def test_temperature_calibrates_many_predictions_and_stays_near_one_for_few(
     assert many.calibrated.temperature == pytest.approx(1, rel=0.1)
 
 
+def test_classes_without_a_correct_prediction_are_unrecognized() -> None:
+    probabilities = np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.8, 0.1, 0.1], [np.nan] * 3], np.float32)
+    assert CrossFit(probabilities, np.array([0, 0, 1, 2])).unrecognized.tolist() == [1, 2]
+
+
 def test_predictions_are_unchanged_after_saving_and_loading(tmp_path: Path) -> None:
     labeled = few_labels(12)
     probabilities = np.full((12, len(labeled.label_names)), np.nan, np.float32)
@@ -168,6 +173,54 @@ def test_run_without_evaluation_set_reports_estimates(estimated_run: Path) -> No
     assert "Estimated quality" in page
     for values in metrics.values():
         assert f"{values['accuracy']:.1%}" in page
+
+
+@pytest.mark.parametrize(
+    ("n_correct", "confidence", "settings", "tried", "chosen"),
+    [
+        pytest.param(0.7, {None: 0.5, 12: 0.9}, {}, [None], 3, id="easy task"),
+        pytest.param(0.5, {None: 0.5, 12: 0.6}, {}, [None, 12], 12, id="hard task, more is better"),
+        pytest.param(0.5, {None: 0.5, 12: 0.3}, {}, [None, 12], 3, id="hard task, more is worse"),
+        pytest.param(0.5, {2: 0.5, 8: 0.9}, {"teacher_steps": 2}, [2], 2, id="steps are set"),
+        pytest.param(0.5, {None: 0.5}, {"teacher_objective": "pairs", "num_iterations": 1}, [None], 4, id="pairs"),
+    ],
+)
+def test_more_steps_are_tried_on_a_hard_task(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    n_correct: float,
+    confidence: dict[int | None, float],
+    settings: dict[str, Any],
+    tried: list[int | None],
+    chosen: int,
+) -> None:
+    def predict(labeled: LabeledSet, load_body: Any, *, config: Any) -> CrossFit:
+        seen.append(config.teacher_steps)
+        rows, n_classes, share = np.arange(len(labeled)), len(labeled.label_names), confidence[config.teacher_steps]
+        predicted = np.where(rows < n_correct * len(rows), labeled.labels, (labeled.labels + 1) % n_classes)
+        weights = np.full((len(rows), n_classes), (1 - share) / n_classes, np.float32)
+        weights[rows, labeled.labels] += share / 2
+        weights[rows, predicted] += share
+        return CrossFit(weights / weights.sum(axis=1, keepdims=True), labeled.labels)
+
+    seen: list[int | None] = []
+    monkeypatch.setattr("setfit_kd.teacher.train.MIN_STEPS", 3)
+    monkeypatch.setattr("setfit_kd.teacher.train.MIN_EPOCHS", 1)
+    monkeypatch.setattr("setfit_kd.run.stages.cross_fit", predict)
+    run(eval=None, calibrate=True, output_dir=tmp_path / "run", **{"teacher_steps": None, **settings})
+    stages = read_json(tmp_path / "run" / "run.json")["stages"]
+    assert seen == tried
+    assert len(stages["teacher"]["losses"]) == chosen
+
+
+def test_run_warns_of_classes_that_cannot_be_learned(
+    run: Run, base: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    rare = [{"text": text, "label": "Rare"} for text in ("An odd text", "Another one")]
+    run(eval=None, calibrate=True, shots=None, labeled=[*base["labeled"][:60], *rare])
+    assert "No labeled text of these classes is recognized by a teacher" in caplog.text
+    assert "Rare (2 labels)" in caplog.text
 
 
 def test_evaluation_set_replaces_estimates_without_training(

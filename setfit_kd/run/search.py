@@ -1,0 +1,139 @@
+"""Search for settings: try several, and keep those with the lowest loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from setfit_kd.config.run import RunConfig
+from setfit_kd.errors import DataError, UnavailableError
+from setfit_kd.models.bodies import family_of, is_static
+from setfit_kd.student.kinds import PreparedStudent
+from setfit_kd.utils.atomic_io import atomic_folder
+from setfit_kd.utils.files import read_json
+
+if TYPE_CHECKING:
+    from optuna import Trial as OptunaTrial
+    from sentence_transformers import SentenceTransformer
+
+Settings: TypeAlias = dict[str, Any]
+
+_FILE = "trial.json"
+_N_RANDOM = 4  # first trials, before the estimator
+
+
+class Space(NamedTuple):
+    """Settings to start with, and a function that chooses others with the methods of an Optuna trial."""
+
+    starts: list[Settings]
+    sample: Callable[[OptunaTrial], Settings]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings that were tried, and their loss; lower is better."""
+
+    settings: Settings
+    loss: float
+
+    def save(self, folder: Path) -> None:
+        """Write the trial to a new folder, as `atomic_folder` does."""
+        with atomic_folder(folder) as part:
+            (part / _FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Trial:
+        """Read the trial that `save` wrote; raise a `DataError` if that fails."""
+        try:
+            values = read_json(folder / _FILE)
+            return cls(dict(values["settings"]), float(values["loss"]))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DataError(f"Cannot read the trial in {folder} ({error}).", hint="Run it again.") from None
+
+
+def check_search() -> None:
+    """Raise an `UnavailableError` if Optuna is not installed."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        message = "The search needs optuna."
+        raise UnavailableError(message, hint="Run `pip install 'setfit-kd[search]'`.") from None
+
+
+def search(n: int, space: Space, run: Callable[[int, Settings], Trial], *, seed: int) -> list[Trial]:
+    """Try n settings: first those to start with, then a few at random.
+
+    The others are chosen by a tree-structured Parzen estimator (Bergstra et al., 2011, "Algorithms for Hyper-Parameter
+    Optimization") from the losses so far, and are the same whenever the losses are.
+
+    Args:
+        n: Number of trials.
+        space: The space to search.
+        run: Function that tries settings, given the number of the trial.
+        seed: Random seed.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=_N_RANDOM))
+    for start in space.starts:
+        study.enqueue_trial(start)
+    trials = []
+    for number in range(n):
+        optuna_trial = study.ask()
+        trials.append(run(number, space.sample(optuna_trial)))
+        study.tell(optuna_trial, trials[-1].loss)
+    return trials
+
+
+def best_trial(trials: Sequence[Trial]) -> Trial:
+    """Return the trial with the lowest loss; the earliest of several."""
+    return min(trials, key=lambda trial: trial.loss)
+
+
+def teacher_space(config: RunConfig, body: SentenceTransformer, steps: int, longer: int | None) -> Space:
+    """Return the space of a teacher's settings.
+
+    Args:
+        config: The settings.
+        body: The teacher's body.
+        steps, longer: Its number of training steps, and that to try next, if any, see `longer_steps`.
+    """
+    from setfit_kd.teacher.trainer import LEARNING_RATE
+    from setfit_kd.training.loop import resolve_learning_rate
+
+    family = family_of(body)
+    rate = resolve_learning_rate(config.with_family_defaults(family).teacher_learning_rate, body, default=LEARNING_RATE)
+    has_steps = family == "transformer" or config.teacher_objective == "in-batch"
+
+    def sample(trial: OptunaTrial) -> Settings:
+        settings: Settings = {}
+        if has_steps:
+            settings["teacher_steps"] = trial.suggest_int("teacher_steps", max(steps // 2, 1), 8 * steps, log=True)
+        name = "teacher_learning_rate"
+        return {**settings, name: trial.suggest_float(name, rate / 4, rate * 4, log=True)}
+
+    numbers = [steps] if longer is None else [steps, longer]
+    return Space([{"teacher_steps": number, "teacher_learning_rate": rate} for number in numbers], sample)
+
+
+def student_space(config: RunConfig, prepared: PreparedStudent) -> Space:
+    """Return the space of a student's settings."""
+    from setfit_kd.student.trainer import LEARNING_RATE
+    from setfit_kd.training.loop import STATIC_LEARNING_RATE
+
+    source = prepared.source_body
+    is_static_body = prepared.needs_texts or (source is not None and is_static(source))
+    rate = config.with_family_defaults(prepared.family).learning_rate
+    rate = rate or (STATIC_LEARNING_RATE if is_static_body else LEARNING_RATE)
+
+    def sample(trial: OptunaTrial) -> Settings:
+        return {
+            "epochs": trial.suggest_int("epochs", 1, 4 * config.epochs, log=True),
+            "learning_rate": trial.suggest_float("learning_rate", rate / 4, rate * 4, log=True),
+        }
+
+    return Space([{"epochs": config.epochs, "learning_rate": rate}], sample)
