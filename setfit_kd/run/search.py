@@ -28,7 +28,7 @@ _N_RANDOM = 4  # first trials, before the estimator
 class Space(NamedTuple):
     """Settings to start with, and a function that chooses others with the methods of an Optuna trial."""
 
-    starts: list[Settings]
+    start: Settings
     sample: Callable[[OptunaTrial], Settings]
 
 
@@ -79,8 +79,7 @@ def search(n: int, space: Space, run: Callable[[int, Settings], Trial], *, seed:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=_N_RANDOM))
-    for start in space.starts:
-        study.enqueue_trial(start)
+    study.enqueue_trial(space.start)
     trials = []
     for number in range(n):
         optuna_trial = study.ask()
@@ -94,13 +93,13 @@ def best_trial(trials: Sequence[Trial]) -> Trial:
     return min(trials, key=lambda trial: trial.loss)
 
 
-def teacher_space(config: RunConfig, body: SentenceTransformer, steps: int, longer: int | None) -> Space:
+def teacher_space(config: RunConfig, body: SentenceTransformer, steps: int) -> Space:
     """Return the space of a teacher's settings.
 
     Args:
         config: The settings.
         body: The teacher's body.
-        steps, longer: Its number of training steps, and that to try next, if any, see `longer_steps`.
+        steps: Its number of training steps.
     """
     from setfit_kd.teacher.trainer import LEARNING_RATE
     from setfit_kd.training.loop import resolve_learning_rate
@@ -116,8 +115,7 @@ def teacher_space(config: RunConfig, body: SentenceTransformer, steps: int, long
         name = "teacher_learning_rate"
         return {**settings, name: trial.suggest_float(name, rate / 4, rate * 4, log=True)}
 
-    numbers = [steps] if longer is None else [steps, longer]
-    return Space([{"teacher_steps": number, "teacher_learning_rate": rate} for number in numbers], sample)
+    return Space({"teacher_steps": steps, "teacher_learning_rate": rate}, sample)
 
 
 def student_space(config: RunConfig, prepared: PreparedStudent) -> Space:
@@ -136,4 +134,4 @@ def student_space(config: RunConfig, prepared: PreparedStudent) -> Space:
             "learning_rate": trial.suggest_float("learning_rate", rate / 4, rate * 4, log=True),
         }
 
-    return Space([{"epochs": config.epochs, "learning_rate": rate}], sample)
+    return Space({"epochs": config.epochs, "learning_rate": rate}, sample)

@@ -26,7 +26,7 @@ from setfit_kd.evaluation.estimates import Estimate, estimate_student, estimate_
 from setfit_kd.evaluation.measure import Evaluation, evaluate, evaluate_ensemble
 from setfit_kd.memory.backoff import move_model
 from setfit_kd.memory.devices import resolve_device
-from setfit_kd.models.bodies import BodySource, content_hash, family_of
+from setfit_kd.models.bodies import content_hash, family_of
 from setfit_kd.models.encode import predict_proba
 from setfit_kd.models.heads import (
     at_temperature,
@@ -62,9 +62,9 @@ from setfit_kd.student.distil import (
     train_student,
 )
 from setfit_kd.student.kinds import PreparedStudent, folder_names
-from setfit_kd.teacher.cross_fitting import FOLDS, HARD_TASK, MIN_LABELS_PER_CLASS, CrossFit, cross_fit
+from setfit_kd.teacher.cross_fitting import FOLDS, MIN_LABELS_PER_CLASS, CrossFit, cross_fit
 from setfit_kd.teacher.scoring import refine_and_score
-from setfit_kd.teacher.train import longer_steps, steps_and_batch_size, train_teacher
+from setfit_kd.teacher.train import steps_and_batch_size, train_teacher
 from setfit_kd.utils.arrays import iter_chunks, sample_rows
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import fingerprint, hash_parts
@@ -154,8 +154,8 @@ class Stages:
             logger.warning("There are too few labels to search for settings of the teacher.")
             return
         body, load = inputs.bodies[name], partial(inputs.load_body, name, config.seed)
-        body_hash, options = content_hash(body), dict[str, Any](family=family_of(body), device=self.device)
-        steps, longer = steps_and_batch_size(config, labeled, **options)[0], longer_steps(config, labeled, **options)
+        body_hash = content_hash(body)
+        steps, _ = steps_and_batch_size(config, labeled, family=family_of(body), device=self.device)
 
         def run(number: int, settings: Settings) -> Trial:
             trial_config = config.model_copy(update=settings)
@@ -164,7 +164,7 @@ class Stages:
                 f"{TEACHER}-{number}", key, settings, lambda: cross_fit(labeled, load, config=trial_config).log_loss
             )
 
-        best = self._search(TEACHER, teacher_space(config, body, steps, longer), run)
+        best = self._search(TEACHER, teacher_space(config, body, steps), run)
         self.teacher_config = config.model_copy(update=best)
 
     def search_student(self, prepared: PreparedStudent, teachers: Teachers) -> None:
@@ -236,16 +236,15 @@ class Stages:
             path = f"{TEACHERS}/{folder}" if several else TEACHER
             signals_path = f"{TEACHER_SIGNALS}/{folder}" if several else SIGNALS
             body = inputs.bodies.pop(name, None) or inputs.load_body(name, config.seed)
-            body_hash, teacher_config = content_hash(body), config
+            key = self._teacher_key(content_hash(body), config)
+            signals_key = fingerprint(key, pool_key, SignalsConfig.fingerprint_inputs(config), *self._exact)
+            teacher = self._train_teacher(path, key, body, config)
+            del body  # frees memory if the teacher was loaded
             if config.cross_fits(source.family):
                 load = partial(inputs.load_body, name, config.seed)
-                teacher_config, predictions = self._cross_fit(f"{CROSS_FITTED}/{folder}", body_hash, source, load)
+                predictions = self._cross_fit(f"{CROSS_FITTED}/{folder}", key, load)
                 accuracies.append(predictions.accuracy)
                 self._warn_of_unrecognized(predictions)
-            key = self._teacher_key(body_hash, teacher_config)
-            signals_key = fingerprint(key, pool_key, SignalsConfig.fingerprint_inputs(config), *self._exact)
-            teacher = self._train_teacher(path, key, body, teacher_config)
-            del body  # frees memory if the teacher was loaded
             if config.calibrates(source.family):
                 teacher.model_head = head_at_temperature(teacher.model_head, predictions.temperature)
                 cross_fits.append(predictions.calibrated)
@@ -357,29 +356,12 @@ class Stages:
 
         return self.cache.run_or_load(path, key, Artifact(save, load), run)
 
-    def _cross_fit(
-        self, path: str, body_hash: str, source: BodySource, load_body: Callable[[], SentenceTransformer]
-    ) -> tuple[RunConfig, CrossFit]:
-        """Predict the labeled texts by teachers that were trained on others of them.
-
-        If few predictions are correct, also try more training steps; return the better config and its predictions.
-        """
-        labeled, config = self.data.labeled, self.teacher_config
+    def _cross_fit(self, path: str, key: str, load_body: Callable[[], SentenceTransformer]) -> CrossFit:
+        """Predict the labeled texts by teachers that were trained on others of them."""
+        labeled = self.data.labeled
         artifact = Artifact(CrossFit.save, partial(CrossFit.load, labeled=labeled))
-
-        def run(path: str, config: RunConfig) -> CrossFit:
-            key = fingerprint(self._teacher_key(body_hash, config), FOLDS)
-            return self.cache.run_or_load(path, key, artifact, partial(cross_fit, labeled, load_body, config=config))
-
-        predictions, steps = run(path, config), longer_steps(config, labeled, family=source.family, device=self.device)
-        if steps is not None and predictions.accuracy is not None and predictions.accuracy < HARD_TASK:
-            longer = config.model_copy(update={"teacher_steps": steps})
-            others = run(f"{path}-longer", longer)
-            losses = f"log loss {predictions.log_loss:.3f} to {others.log_loss:.3f}"
-            logger.info("A hard task: cross-fitted with %d teacher steps as well (%s).", steps, losses)
-            if others.log_loss < predictions.log_loss and (others.accuracy or 0.0) >= predictions.accuracy:
-                return longer, others
-        return config, predictions
+        run = partial(cross_fit, labeled, load_body, config=self.teacher_config)
+        return self.cache.run_or_load(path, fingerprint(key, FOLDS), artifact, run)
 
     def _score(
         self, path: str, signals_path: str, key: str, teacher: SetFitModel, pool: list[str], origin: str

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 FOLDS = 3
-HARD_TASK = 0.6
-"""Accuracy below which a teacher with more training steps is tried, see `setfit_kd.teacher.train.longer_steps`."""
 MIN_LABELS_PER_CLASS = 3
 """Texts of classes with fewer labels are always trained on, since a class needs two."""
 _PROBABILITIES = "probabilities.npy"

@@ -30,9 +30,6 @@ MIN_TRANSFORMER_STEPS = 150
 MIN_STEPS, MIN_EPOCHS = 20, 2
 """Default minimum of steps, and of epochs over the labels, for a teacher with the in-batch objective."""
 
-LONGER = 4
-"""How many times the default steps are tried on a hard task."""
-
 
 def train_teacher(
     labeled: LabeledSet | Source,
@@ -108,13 +105,6 @@ def steps_and_batch_size(
         return -(-2 * config.num_iterations * n // PAIRS_PER_BATCH), 2 * PAIRS_PER_BATCH
     batch_size = resolved(config.with_family_defaults("setfit").teacher_batch_size)
     return config.teacher_steps or max(MIN_STEPS, -(-MIN_EPOCHS * n // batch_size)), min(batch_size, n)
-
-
-def longer_steps(config: TeacherConfig, labeled: LabeledSet, *, family: Family, device: torch.device) -> int | None:
-    """Return `LONGER` times the default training steps; None if the teacher does not take the default ones."""
-    if family == "transformer" or config.teacher_objective != "in-batch" or config.teacher_steps is not None:
-        return None
-    return LONGER * steps_and_batch_size(config, labeled, family=family, device=device)[0]
 
 
 def to_finetune_config(config: TeacherConfig, labeled: LabeledSet, device: torch.device) -> FinetuneConfig:

@@ -15,8 +15,7 @@ from conftest import FAST
 from setfit_kd import distill, load
 from setfit_kd.config.run import RunConfig
 from setfit_kd.errors import ConfigError, DataError, TrainingError, UnavailableError
-from setfit_kd.models.bodies import load_body
-from setfit_kd.run.search import Space, Trial, best_trial, search, teacher_space
+from setfit_kd.run.search import Space, Trial, best_trial, search
 from setfit_kd.run_folder.manifest import DIVERGED
 from setfit_kd.teacher.cross_fitting import CrossFit, cross_fit
 
@@ -38,13 +37,13 @@ def test_search_starts_with_the_initial_settings_and_finds_better_ones() -> None
         return {"n": trial.suggest_int("n", 1, 8, log=True), "x": trial.suggest_float("x", 1, 100, log=True)}
 
     tried: list[dict[str, Any]] = []
-    trials = search(30, Space([{"n": 4, "x": 2.0}], sample), run, seed=0)
+    trials = search(30, Space({"n": 4, "x": 2.0}, sample), run, seed=0)
     assert trials[0].settings == tried[0] == {"n": 4, "x": 2.0}
     best = best_trial(trials).settings
     assert best["n"] == 1
     assert 25 < best["x"] < 100
     first, tried = tried, []
-    search(30, Space([{"n": 4, "x": 2.0}], sample), run, seed=0)
+    search(30, Space({"n": 4, "x": 2.0}, sample), run, seed=0)
     assert tried == first
 
 
@@ -114,14 +113,6 @@ def test_trial_that_diverges_is_not_chosen(
     trials = distill(**settings, search=3, output_dir=run).trials["teacher"]
     assert [trial.loss == DIVERGED for trial in trials] == [False, True, True]
     assert ">diverged<" in (run / "report.html").read_text()
-
-
-def test_search_of_a_teacher_starts_with_more_steps_too(tiny_teacher: Path) -> None:
-    body = load_body(tiny_teacher)
-    assert teacher_space(RunConfig.of(), body, 20, 80).starts == [
-        {"teacher_steps": 20, "teacher_learning_rate": 6e-5},
-        {"teacher_steps": 80, "teacher_learning_rate": 6e-5},
-    ]
 
 
 def test_baseline_keeps_the_initial_settings(settings: dict[str, Any]) -> None:

@@ -175,45 +175,6 @@ def test_run_without_evaluation_set_reports_estimates(estimated_run: Path) -> No
         assert f"{values['accuracy']:.1%}" in page
 
 
-@pytest.mark.parametrize(
-    ("n_correct", "confidence", "settings", "tried", "chosen"),
-    [
-        pytest.param(0.7, {None: 0.5, 12: 0.9}, {}, [None], 3, id="easy task"),
-        pytest.param(0.5, {None: 0.5, 12: 0.6}, {}, [None, 12], 12, id="hard task, more is better"),
-        pytest.param(0.5, {None: 0.5, 12: 0.3}, {}, [None, 12], 3, id="hard task, more is worse"),
-        pytest.param(0.5, {2: 0.5, 8: 0.9}, {"teacher_steps": 2}, [2], 2, id="steps are set"),
-        pytest.param(0.5, {None: 0.5}, {"teacher_objective": "pairs", "num_iterations": 1}, [None], 4, id="pairs"),
-    ],
-)
-def test_more_steps_are_tried_on_a_hard_task(
-    run: Run,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    n_correct: float,
-    confidence: dict[int | None, float],
-    settings: dict[str, Any],
-    tried: list[int | None],
-    chosen: int,
-) -> None:
-    def predict(labeled: LabeledSet, load_body: Any, *, config: Any) -> CrossFit:
-        seen.append(config.teacher_steps)
-        rows, n_classes, share = np.arange(len(labeled)), len(labeled.label_names), confidence[config.teacher_steps]
-        predicted = np.where(rows < n_correct * len(rows), labeled.labels, (labeled.labels + 1) % n_classes)
-        weights = np.full((len(rows), n_classes), (1 - share) / n_classes, np.float32)
-        weights[rows, labeled.labels] += share / 2
-        weights[rows, predicted] += share
-        return CrossFit(weights / weights.sum(axis=1, keepdims=True), labeled.labels)
-
-    seen: list[int | None] = []
-    monkeypatch.setattr("setfit_kd.teacher.train.MIN_STEPS", 3)
-    monkeypatch.setattr("setfit_kd.teacher.train.MIN_EPOCHS", 1)
-    monkeypatch.setattr("setfit_kd.run.stages.cross_fit", predict)
-    run(eval=None, calibrate=True, output_dir=tmp_path / "run", **{"teacher_steps": None, **settings})
-    stages = read_json(tmp_path / "run" / "run.json")["stages"]
-    assert seen == tried
-    assert len(stages["teacher"]["losses"]) == chosen
-
-
 def test_run_warns_of_classes_that_cannot_be_learned(
     run: Run, base: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
