@@ -106,16 +106,18 @@ def teacher_space(config: RunConfig, body: SentenceTransformer, steps: int) -> S
 
     family = family_of(body)
     rate = resolve_learning_rate(config.with_family_defaults(family).teacher_learning_rate, body, default=LEARNING_RATE)
-    has_steps = family == "transformer" or config.teacher_objective == "in-batch"
+    start: Settings = {"teacher_steps": steps, "teacher_learning_rate": rate}
+    if family == "setfit" and config.teacher_objective == "pairs":  # the number of pairs determines the steps
+        del start["teacher_steps"]
 
     def sample(trial: OptunaTrial) -> Settings:
         settings: Settings = {}
-        if has_steps:
+        if "teacher_steps" in start:
             settings["teacher_steps"] = trial.suggest_int("teacher_steps", max(steps // 2, 1), 8 * steps, log=True)
         name = "teacher_learning_rate"
         return {**settings, name: trial.suggest_float(name, rate / 4, rate * 4, log=True)}
 
-    return Space({"teacher_steps": steps, "teacher_learning_rate": rate}, sample)
+    return Space(start, sample)
 
 
 def student_space(config: RunConfig, prepared: PreparedStudent) -> Space:

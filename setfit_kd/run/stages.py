@@ -280,12 +280,16 @@ class Stages:
         return Teachers(signals, key, first, shares, evaluations, estimate)
 
     def _warn_of_unrecognized(self, predictions: CrossFit) -> None:
-        names, counts = self.data.labeled.label_names, self.data.labeled.counts
-        classes = ", ".join(f"{names[c]} ({counts[c]} labels)" for c in predictions.unrecognized[:10])
-        if classes:
-            more = ", and others" if len(predictions.unrecognized) > 10 else ""
-            message = "No labeled text of these classes is recognized by a teacher trained on the others: %s%s. "
-            logger.warning(message + "Add labels of these classes.", classes, more)
+        labeled, unrecognized = self.data.labeled, predictions.unrecognized
+        if len(unrecognized):
+            classes = [f"{labeled.label_names[c]} ({labeled.counts[c]} labels)" for c in unrecognized[:10]]
+            classes += ["and others"] * (len(unrecognized) > 10)
+            logger.warning(
+                "No labeled text of these classes is recognized by a teacher trained on the others, or they have fewer "
+                "than %d labels: %s. Add labels.",
+                MIN_LABELS_PER_CLASS,
+                ", ".join(classes),
+            )
 
     def _estimate_teacher(
         self, cross_fits: Sequence[CrossFit], signals: TeacherSignals, weights: list[float] | None, key: str
