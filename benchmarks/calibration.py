@@ -55,7 +55,7 @@ def main(folders: tuple[str, ...], seeds: int, pool_size: int, teacher: str, wor
                 result.write_text(json.dumps(metrics))
             rows[data.name, seed] = json.loads(result.read_text())
     table = format_table(rows, pool_size)
-    (output / "calibration.md").write_text(table)
+    (output / f"calibration-{pool_size}.md").write_text(table)
     click.echo(table)
 
 
