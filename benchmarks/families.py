@@ -41,7 +41,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
         "two teachers": {**FEW_LABELS, "teacher": [MINILM, f"transformer:{MINILM}"], "pool_size": 1000},
     },
     "augment": {
-        f"{pool} pool texts{f', {n_augmented} made' if n_augmented else ''}": {
+        f"{pool} pool texts{f', {n_augmented} augmented' if n_augmented else ''}": {
             **FEW_LABELS,
             "teacher": MINILM,
             "pool_size": pool,
@@ -49,7 +49,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
             "baseline": False,
         }
         for pool in (SMALL, 200, LARGE)
-        for n_augmented in (None, LARGE)
+        for n_augmented in (0, LARGE)
     },
 }
 """Runs by title of the comparison; augment uses TREC, the others AG News."""

@@ -256,6 +256,7 @@ FAST: dict[str, Any] = {
     "device": "cpu",
     "precision": "fp32",
     "shots": 8,
+    "augment": 0,
     "teacher_steps": 4,
     "teacher_batch_size": 16,
     "teacher_learning_rate": 1e-3,

@@ -44,7 +44,7 @@ def augment(
 
     Returns:
         n texts that differ from each other and from ``texts`` after `normalize`; fewer if 100 + len(texts) consecutive
-        draws create nothing new, with a warning.
+        draws create nothing new.
     """
     rng = np.random.default_rng([seed, 13])
     originals: dict[str, str] = {}
@@ -82,8 +82,6 @@ def augment(
         if fill and to_fill:
             for text in fill(to_fill, int(rng.integers(2**31))):
                 add(text)
-    if len(augmented) < n:
-        logger.warning("Could create only %d different texts from %d texts.", len(augmented), len(texts))
     return augmented
 
 

@@ -22,6 +22,9 @@ from setfit_kd.config.values import CROSS_VALIDATED, Columns, Name, Names, Outpu
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+MIN_TEXTS, MAX_GROWTH = 1000, 8
+"""Smaller pools are augmented by default up to this number of texts, and at most by this factor."""
+
 
 class FinetuneRunConfig(FinetuneConfig):
     """All settings of a fine-tuning run."""
@@ -80,9 +83,9 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
     def _check_combinations(self) -> Self:
         if self.seed + self.seeds > MAX_SEED:
             raise ValueError(f"seeds: all seeds must be less than {MAX_SEED}, got {self.seed + self.seeds - 1}")
-        if self.augment_model is not None and self.augment is None:
+        if self.augment_model is not None and not self.augment:
             raise ValueError("augment_model: set augment to the number of augmented texts")
-        if self.augment is not None and self.signals is not None:
+        if self.augment and self.signals is not None:
             raise ValueError("augment: cannot be combined with signals; a teacher must label the augmented texts")
         if self.search and (len(self.teacher) > 1 or len(self.student) > 1):
             raise ValueError("search: expected one teacher and one student")
@@ -90,6 +93,12 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
         if weights not in (None, CROSS_VALIDATED) and len(parse_weights(resolved(weights))) != n:
             raise ValueError(f"teacher_weights: number of weights must be {n}, one per teacher, got {weights}")
         return self
+
+    def n_augmented(self, n_texts: int) -> int:
+        """Return the number of augmented texts to add to n pool and labeled texts."""
+        if self.augment is not None or self.signals is not None:
+            return self.augment or 0
+        return max(0, min(MIN_TEXTS, MAX_GROWTH * n_texts) - n_texts)
 
     def calibrates(self, family: Family) -> bool:
         """Whether a teacher of a family is calibrated by cross-fitting."""

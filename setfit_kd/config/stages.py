@@ -55,8 +55,9 @@ class TeacherConfig(StageConfig):
 class AugmentConfig(StageConfig):
     """Settings of augmentation: further pool texts created from existing ones."""
 
-    augment: int | None = Field(None, ge=1)
-    """Number of augmented texts, created from pool and labeled texts and labeled by the teacher. [default: none]"""
+    augment: int | None = Field(None, ge=0)
+    """Number of augmented texts, created from pool and labeled texts and labeled by the teacher. [default: as many as
+    pool and labeled texts lack to 1,000, but at most seven for each text]"""
     augment_model: Name | None = None
     """Masked language model that replaces words in some augmented texts. [default: none]"""
     augment_confidence: float = Field(0.6, ge=0, le=1)

@@ -28,7 +28,8 @@ def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
     """List the stages of a run."""
     data, report = inputs.data, inputs.data.report
     device, labeled = resolve_device(config.device), inputs.data.labeled
-    n_texts = report.pool + (config.augment or 0) + (0 if data.signals else report.labeled)
+    n_texts = report.pool + (0 if data.signals else report.labeled)
+    n_texts += config.n_augmented(n_texts)
     families = [source.family for source in inputs.teachers.values()]
     stages: list[PlannedStage] = []
     if config.search:  # an approximation: with the initial settings

@@ -77,7 +77,8 @@ def prepare_run(config: RunConfig, *, resume: bool = False, **sources: Source | 
     if config.search:
         check_search()
     data = load_run_data(config, **sources)
-    check_pool(len(data.pool) + (0 if data.signals else len(data.labeled) + (config.augment or 0)), config)
+    n_texts = len(data.pool) + (0 if data.signals else len(data.labeled))
+    check_pool(n_texts + config.n_augmented(n_texts), config)
     if data.evaluation is None and config.seeds > 1:
         raise ConfigError(
             f"Running {config.seeds} seeds requires an evaluation set to measure how the metrics vary.",

@@ -124,13 +124,14 @@ class Stages:
         self.trials: dict[str, list[Trial]] = {}
 
     def augment(self, fill_mask: Path | None) -> list[str]:
-        """Augment the pool; texts of the evaluation set are never created.
+        """Augment the pool, by default if it is small; texts of the evaluation set are never created.
 
         Args:
             fill_mask: Folder of a masked language model that replaces words; None to use the other edits only.
         """
-        data, config, n = self.data, self.config, self.config.augment
-        if n is None:
+        data, config = self.data, self.config
+        n = config.n_augmented(len(data.pool) + len(data.labeled))
+        if not n:
             return []
 
         def run() -> list[str]:
@@ -143,7 +144,12 @@ class Stages:
             file.read_bytes() for file in sorted(fill_mask.iterdir()) if file.is_file()
         )
         key = fingerprint(self._labeled_key, data.pool, self._evaluation_key, n, model_hash, config.seed)
-        return self.cache.run_or_load(AUGMENTED, key, Artifact(save_texts, load_texts), run)
+        texts = self.cache.run_or_load(AUGMENTED, key, Artifact(save_texts, load_texts), run)
+        if config.augment is None:
+            logger.info("The pool is small: %d augmented texts are added (none with --augment 0).", len(texts))
+        elif len(texts) < n:
+            logger.warning("Could create only %d of %d augmented texts.", len(texts), n)
+        return texts
 
     def search_teacher(self, inputs: RunInputs) -> None:
         """Search for the settings of the teacher with the lowest log loss in cross-fitting, and use them."""
@@ -223,8 +229,7 @@ class Stages:
     def run_teachers(self, inputs: RunInputs, augmented: Sequence[str]) -> Teachers:
         """Train, score and evaluate all teachers, one at a time, and average the signals of several."""
         config, several = self.teacher_config, len(inputs.teachers) > 1
-        pool = [*self.data.pool, *augmented]
-        pool_key = fingerprint(pool)
+        pool_key = fingerprint(self.data.pool, *([augmented] if augmented else []))
         keep_first = not several or any(student.source_body is None for student in inputs.students)
         first: SetFitModel | None = None
         all_signals: list[TeacherSignals] = []
@@ -248,7 +253,7 @@ class Stages:
             if config.calibrates(source.family):
                 teacher.model_head = head_at_temperature(teacher.model_head, predictions.temperature)
                 cross_fits.append(predictions.calibrated)
-            teacher, signals = self._score(path, signals_path, signals_key, teacher, pool, name)
+            teacher, signals = self._score(path, signals_path, signals_key, teacher, augmented, name)
             all_signals.append(signals)
             keys.append(signals_key)
             if self.data.evaluation:
@@ -274,7 +279,7 @@ class Stages:
         if self.data.evaluation is None and len(cross_fits) == len(keys):
             estimate = self._estimate_teacher(cross_fits, signals, list(shares.values()) or None, key)
         if augmented:
-            rows = range(len(self.data.pool), len(pool))
+            rows = range(len(self.data.pool), len(self.data.pool) + len(augmented))
             signals = drop_uncertain(signals, rows, min_confidence=config.augment_confidence)
             key = fingerprint(key, signals.texts)
         return Teachers(signals, key, first, shares, evaluations, estimate)
@@ -368,13 +373,14 @@ class Stages:
         return self.cache.run_or_load(path, fingerprint(key, FOLDS), artifact, run)
 
     def _score(
-        self, path: str, signals_path: str, key: str, teacher: SetFitModel, pool: list[str], origin: str
+        self, path: str, signals_path: str, key: str, teacher: SetFitModel, augmented: Sequence[str], origin: str
     ) -> tuple[SetFitModel, TeacherSignals]:
         """Refine a teacher's head on the pool, and score the pool and the labeled texts."""
 
         def run() -> tuple[SetFitModel, TeacherSignals]:
             with _on_device(teacher, self.device, "Scoring pool"):
-                return refine_and_score(teacher, self.data.labeled, pool, config=self.config, origin=origin)
+                options: Any = {"augmented": augmented, "config": self.config, "origin": origin}
+                return refine_and_score(teacher, self.data.labeled, self.data.pool, **options)
 
         def save(result: tuple[SetFitModel, TeacherSignals], folder: Path) -> None:
             model, signals = result

@@ -88,6 +88,7 @@ def refine_and_score(
     labeled: LabeledSet,
     pool: Sequence[str],
     *,
+    augmented: Sequence[str] = (),
     config: SignalsConfig | None = None,
     origin: str = "a SetFit teacher",
     **settings: Any,
@@ -98,13 +99,16 @@ def refine_and_score(
         teacher: A trained SetFit model, on the device to use; it is not changed.
         labeled: The m labeled texts it was trained on.
         pool: n unlabeled texts. If there are more than `MAX_TEXTS`, the head is refined on a sample.
+        augmented: k texts created from others, which are scored, but not used to refine the head: it would become
+            overconfident.
         config: The settings. Each can also be passed by keyword, as in ``refine_and_score(..., refine="none")``.
         origin: Name of the signals' source, stored with them.
 
     Returns:
-        The refined teacher, which shares its body with ``teacher``, and n + m signals: the pool's texts, followed by
-        the labeled texts, which a student treats as any other text. Refinement sharpens the signals' probabilities;
-        their temperature calibrates them. The refined teacher's own probabilities are at that temperature.
+        The refined teacher, which shares its body with ``teacher``, and n + k + m signals: those of the pool, of the
+        augmented texts and of the labeled texts, which a student treats as any other text. Refinement sharpens the
+        signals' probabilities; their temperature calibrates them. The refined teacher's own probabilities are at that
+        temperature.
 
     Raises:
         ConfigError: If a setting is unknown or out of range.
@@ -114,7 +118,7 @@ def refine_and_score(
 
     config = SignalsConfig.merged(config, settings)
     with shared_backoff(cpu_fallback=config.cpu_fallback):
-        texts = [*pool, *labeled.texts]
+        texts = [*pool, *augmented, *labeled.texts]
         options: Any = {"encode_batch_size": config.encode_batch_size, "exact": config.exact, "cache": config.cache}
         signals = score(teacher, texts, origin=origin, **options)
     if config.refine == "none" or not len(pool):
@@ -125,7 +129,7 @@ def refine_and_score(
     refined = new_model(teacher.model_body, labeled.label_names)
     refined.normalize_embeddings = teacher.normalize_embeddings
     train_options: Any = {"C": config.head_c, "balance": config.balance, "seed": config.seed}
-    gold = embeddings[len(pool) :]
+    gold = embeddings[len(pool) + len(augmented) :]
     refined.model_head, logits = self_train(gold, labeled.one_hot, sample, **train_options)
     probabilities = head_proba(refined, embeddings)
     probabilities[rows] = softmax(logits, axis=1)

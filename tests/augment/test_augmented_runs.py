@@ -120,10 +120,38 @@ def test_no_text_is_forbidden_without_evaluation_set(base: dict[str, Any]) -> No
     assert Stages(config, load_run_data(config), StageCache(None)).augment(None) == augment_unrestricted()
 
 
-def test_no_texts_are_augmented_by_default(run: Run, run_copy: Path) -> None:
-    result = run(augment=None, resume=run_copy)
+def test_augmentation_can_be_turned_off(run: Run, run_copy: Path) -> None:
+    result = run(augment=0, resume=run_copy)
     assert result.signals.texts == [*POOL, *(row["text"] for row in LABELED)]
     assert not (run_copy / "augmented").exists()
+
+
+@pytest.mark.parametrize(("pool_size", "augmented"), [(None, 7 * 54), (6, 7 * 30)])
+def test_small_pools_are_augmented_by_default(
+    base: dict[str, Any], pool_size: int | None, augmented: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = RunConfig.of(**{**base, "augment": None, "pool_size": pool_size})
+    with caplog.at_level(logging.INFO, "setfit_kd"):
+        texts = Stages(config, load_run_data(config), StageCache(None)).augment(None)
+    assert len(texts) == augmented
+    assert f"{augmented} augmented texts are added (none with --augment 0)." in caplog.text
+
+
+def test_large_pools_and_signals_are_not_augmented_by_default(base: dict[str, Any]) -> None:
+    config = RunConfig.of(**{**base, "augment": None})
+    assert [config.n_augmented(n) for n in (0, 100, 125, 999, 1000, 10_000)] == [0, 700, 875, 1, 0, 0]
+    assert RunConfig.of(signals="signals.jsonl", student="static").n_augmented(10) == 0
+
+
+def test_too_few_possible_texts_are_a_warning(
+    base: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = write(tmp_path / "short.jsonl", [{"text": f"{a} {b}", "label": a} for a in "ab" for b in "cd"])
+    config = RunConfig.of(
+        **{**base, "labeled": short, "unlabeled": None, "eval": None, "augment": 900, "batch_size": 4}
+    )
+    n = len(Stages(config, load_run_data(config), StageCache(None)).augment(None))
+    assert caplog.messages[-1] == f"Could create only {n} of 900 augmented texts."
 
 
 def test_uncertain_augmented_texts_are_dropped(

@@ -106,9 +106,8 @@ def test_forbidden_texts_are_never_created() -> None:
     assert augmented.isdisjoint(map(normalize, forbidden))
 
 
-def test_augment_returns_fewer_texts_if_no_more_are_possible(caplog: pytest.LogCaptureFixture) -> None:
+def test_augment_returns_fewer_texts_if_no_more_are_possible() -> None:
     assert sorted(augment(["b a"], 10, seed=0)) == ["a", "a b", "b"]
-    assert caplog.messages == ["Could create only 3 different texts from 1 texts."]
     assert sorted(augment(["b a", "B  A", "word"], 10, seed=0)) == ["a", "a b", "b"]
 
 

@@ -27,7 +27,7 @@ VALID_FILES = {
     "pool.txt": "".join(f"pool text {i}\n" for i in range(40)),
     "eval.csv": "text,label\nheld out one,ants\nheld out two,bees\n",
 }
-QUICK = ("--teacher-steps", "1", "--epochs", "1", "--no-baseline")
+QUICK = ("--teacher-steps", "1", "--epochs", "1", "--no-baseline", "--augment", "0")
 
 
 @pytest.fixture(autouse=True)

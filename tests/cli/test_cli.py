@@ -94,7 +94,7 @@ def test_dry_run_lists_texts_and_training_steps(tiny_teacher: Path, tiny_student
     assert result.exit_code == 0, result.stderr
     rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line and line[0] != "-"}
     assert rows["teacher"] == rows["baseline"] == ["32", "3"]
-    assert (rows["signals"], rows["student"], rows["evaluation"]) == (["132"], ["132", "10"], ["200"])
+    assert (rows["signals"], rows["student"], rows["evaluation"]) == (["1,000"], ["1,000", "58"], ["200"])
     assert "with 2 seeds" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
