@@ -1,9 +1,10 @@
 """Compare setfit-kd with alternatives: same labels, pool, seeds and threads, and a separate process for each.
 
-Run: python benchmarks/compare.py [FOLDER ...] [--seeds 3] [--shots 16] [--pool-size 1000] [--quick]
+Run: python benchmarks/compare.py [FOLDER[=SHOTS] ...] [--seeds 3] [--pool-size 300 --pool-size 1000] [--row student]
 A FOLDER holds train.csv and test.csv with the columns text and label; the default is the bundled news corpus. Labels
-and pool are sampled from the training file, and all methods are evaluated on the test file. --output receives a JSON
-file and a Markdown table per data set, and one plot. Run the command again to continue an interrupted comparison.
+and pool are sampled from the training file, and all methods are evaluated on the test file. --output receives all
+results (compare.json), tables (compare.md) and a plot. Run the command again to continue: a result is measured again
+only if its data, its settings, the versions of the libraries or, for rows of setfit-kd, the source code have changed.
 """
 
 from __future__ import annotations
@@ -13,50 +14,64 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
-from click.core import ParameterSource
 
-from setfit_kd.run_folder.manifest import versions
+import setfit_kd
+from setfit_kd.utils.atomic_io import write_text
+from setfit_kd.utils.files import file_hash, fingerprint
 
 HERE = Path(__file__).parent
-ROWS = {  # in the order of execution; see methods.py
-    "tfidf": "TF-IDF + logistic regression",
-    "frozen": "frozen encoder + logistic regression",
-    "model2vec": "static: model2vec's classifier",  # optional
-    "stock_teacher": "teacher: SetFit's `Trainer`, pairs",
-    "teacher": "teacher: in-batch",
-    "refined_teacher": "teacher: in-batch, refined by the pool",
-    "labels_alone": "student: labels alone",
-    "stock_student": "student: SetFit's `DistillationTrainer`",
-    "pairs_student": "student: pairs with right targets",
-    "student": "student: setfit-kd",
-}
-REQUIRED_ROWS = {
-    "refined_teacher": ("teacher",),
-    "stock_student": ("teacher", "refined_teacher"),
-    "pairs_student": ("teacher", "refined_teacher"),
-    "student": ("teacher", "refined_teacher"),
-}
-"""Rows whose artifacts a row uses; the plot adds their training costs to those of the row."""
-QUICK = {"seeds": 1, "shots": 8, "pool_size": 250, "pair_steps": 125, "tests": 400}
+PACKAGE = Path(setfit_kd.__file__).parent
+QUICK = {"seeds": 1, "shots": 8, "pool_sizes": (250,), "pair_steps": 125, "tests": 400}
+LIBRARIES = ("setfit", "sentence-transformers", "transformers", "torch", "scikit-learn")
 
-Cell = dict[str, Any]
+Result = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """A row of the table, a function of methods.py.
+
+    ``requires`` are the rows whose artifacts it uses: their training is part of its cost. A row with ``is_ours`` is
+    measured again if setfit-kd has changed.
+    """
+
+    title: str
+    requires: tuple[str, ...] = ()
+    uses_pool: bool = False
+    is_ours: bool = True
+
+
+_SIGNALS = ("teacher", "refined_teacher")
+ROWS = {  # in the order of execution
+    "tfidf": Row("TF-IDF + logistic regression", is_ours=False),
+    "frozen": Row("frozen encoder + logistic regression", is_ours=False),
+    "model2vec": Row("static: model2vec's classifier", is_ours=False),  # optional
+    "stock_teacher": Row("teacher: SetFit's `Trainer`, 20 iterations", is_ours=False),
+    "unique_teacher": Row("teacher: SetFit's `Trainer`, unique pairs", is_ours=False),
+    "teacher": Row("teacher: calibrated, not refined"),
+    "refined_teacher": Row("**teacher**", ("teacher",), uses_pool=True),
+    "labels_alone": Row("student: labels alone"),
+    "stock_student": Row("student: SetFit's `DistillationTrainer`", _SIGNALS, uses_pool=True),
+    "pairs_student": Row("student: pairs with correct targets", _SIGNALS, uses_pool=True),
+    "student": Row("**student**", _SIGNALS, uses_pool=True),
+    "static_student": Row("**static student**", _SIGNALS, uses_pool=True),
+}
 
 
 @click.command()
-@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--seeds", default=3, type=click.IntRange(1), help="Number of seeds, starting at 0.")
-@click.option("--shots", default=16, type=click.IntRange(2))
-@click.option("--pool-size", default=1000, type=click.IntRange(32))
-@click.option(
-    "--pair-steps", default=500, type=click.IntRange(1), help="Training steps of the students that train on pairs."
-)
-@click.option("--threads", default=2, type=click.IntRange(1))
+@click.argument("folders", nargs=-1)
+@click.option("--seeds", type=click.IntRange(1), help="Number of seeds, starting at 0. [default: 3]")
+@click.option("--shots", type=click.IntRange(2), help="Labels per class. [default: 16]")
+@click.option("--pool-size", "pool_sizes", type=click.IntRange(32), multiple=True, help="[default: 1000]")
+@click.option("--row", "rows", type=click.Choice(list(ROWS)), multiple=True, help="Rows to measure. [default: all]")
+@click.option("--pair-steps", type=int, help="Training steps of students on pairs. [default: 500]")
+@click.option("--threads", default=1, type=click.IntRange(1))
 @click.option(
     "--model2vec", help="Interpreter of an environment with model2vec[distill,train], to include its classifier."
 )
@@ -68,131 +83,154 @@ Cell = dict[str, Any]
     help="Use one seed, 8 labels per class, a small pool and 400 test texts: under ten minutes per data set.",
 )
 @click.option("--output", default=HERE / "results", type=click.Path(path_type=Path))
-@click.option(
-    "--work", default=Path("runs/benchmark"), type=click.Path(path_type=Path), help="Folder for intermediate results."
-)
-def main(folders: tuple[Path, ...], output: Path, work: Path, quick: bool, **settings: Any) -> None:
+@click.option("--work", default=Path("runs/benchmark"), type=click.Path(path_type=Path), help="Folder for models.")
+def main(
+    folders: tuple[str, ...], rows: tuple[str, ...], output: Path, work: Path, quick: bool, **options: Any
+) -> None:
     """Run the comparison and write the results."""
-    settings["tests"] = None
+    defaults: dict[str, Any] = {"seeds": 3, "shots": 16, "pool_sizes": (1000,), "pair_steps": 500, "tests": None} | (
+        QUICK if quick else {}
+    )
+    options = defaults | {name: value for name, value in options.items() if value not in (None, ())}
+    seeds, pool_sizes = options.pop("seeds"), options.pop("pool_sizes")
     if quick:
-        context = click.get_current_context()
-        explicit = {name for name in QUICK if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-        settings.update({name: value for name, value in QUICK.items() if name not in explicit})
         output, work = output / "quick", work / "quick"
     output.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, list[Cell]]] = {}
-    for name, sources in data_sets(folders).items():
-        for cells in run_seeds(name, sources, work.resolve(), **settings):
-            results[name] = cells
-            table = write_results(name, cells, output, settings)
-        click.echo(table)
-    plot(results, output / f"accuracy-{settings['shots']}-shots.png")
+    chosen = [row for row in ROWS if row in (rows or ROWS) and (row != "model2vec" or options["model2vec"])]
+    results = Results(output / "compare.json")
+    for name, sources in data_sets(folders, options.pop("shots")).items():
+        for seed in range(seeds):
+            for row in chosen:
+                for pool_size in pool_sizes if ROWS[row].uses_pool else (pool_sizes[0],):
+                    case = {**sources, **options, "seed": seed, "pool_size": pool_size}
+                    results.measure(row, name, case, (work / f"{name}-{sources['shots']}-{seed}").resolve())
+    table = format_tables(results.cells)
+    (output / "compare.md").write_text(table)
+    click.echo(table)
+    plot(results.cells, output / "compare.png")
 
 
-def data_sets(folders: tuple[Path, ...]) -> dict[str, dict[str, str]]:
-    """Return the data sources by name of the data set."""
+def data_sets(folders: Sequence[str], shots: int) -> dict[str, dict[str, Any]]:
+    """Return the data sources and the labels per class by name of the data set."""
     if not folders:
-        return {"newswire": dict.fromkeys(("labeled", "unlabeled", "eval"), "bundled:newswire")}
-    sources = {}
-    for folder in map(Path.resolve, folders):
-        if folder.name in sources:
-            raise click.ClickException(f"Two folders are named {folder.name}. Compare them in separate runs.")
-        train = str(folder / "train.csv")
-        sources[folder.name] = {"labeled": train, "unlabeled": train, "eval": str(folder / "test.csv")}
+        return {"newswire": {**dict.fromkeys(("labeled", "unlabeled", "eval"), "bundled:newswire"), "shots": shots}}
+    sources: dict[str, dict[str, Any]] = {}
+    for folder, _, number in (folder.partition("=") for folder in folders):
+        path = Path(folder).resolve()
+        if path.name in sources:
+            raise click.ClickException(f"Two folders are named {path.name}. Compare them in separate runs.")
+        train, test = str(path / "train.csv"), str(path / "test.csv")
+        sources[path.name] = {"labeled": train, "unlabeled": train, "eval": test, "shots": int(number or shots)}
     return sources
 
 
-def run_seeds(name: str, sources: dict[str, str], work: Path, **settings: Any) -> Iterator[dict[str, list[Cell]]]:
-    """Run every row with every seed, each in a separate process, or load its result.
+class Results:
+    """All results, in a JSON file: one for each row, data set, number of labels, seed and, if it is used, pool size."""
 
-    Yields:
-        All results so far, after each seed.
-    """
-    seeds = settings.pop("seeds")
-    cells: dict[str, list[Cell]] = {row: [] for row in ROWS if row != "model2vec" or settings["model2vec"]}
-    for seed in range(seeds):
-        folder = work / f"{name}-{settings['shots']}-{settings['pool_size']}-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        case = {**sources, **settings, "seed": seed, "work": str(folder)}
-        save_case(folder / "case.json", case)
-        for row in cells:
-            result = folder / f"{row}.json"
-            if not result.is_file():
-                click.echo(f"{name}, seed {seed}: {ROWS[row]} ...", nl=False)
-                run_row(row, folder, case["threads"])
-                cell = json.loads(result.read_text())
-                click.echo(f" {100 * cell['accuracy']:.1f}%, {cell['seconds']:.0f} s")
-            cells[row].append(json.loads(result.read_text()))
-        yield cells
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.cells: list[Result] = json.loads(file.read_text()) if file.is_file() else []
 
-
-def save_case(file: Path, case: dict[str, Any]) -> None:
-    """Save the settings of the comparison; existing results must have the same settings."""
-    if file.is_file() and json.loads(file.read_text()) != case:
-        raise click.ClickException(
-            f"{file.parent} holds results with other settings. Remove it, or choose another --work."
-        )
-    file.write_text(json.dumps(case))
+    def measure(self, row: str, name: str, case: dict[str, Any], work: Path, *, again: bool = False) -> None:
+        """Measure a row in a new process, after those it requires, unless its result is up to date."""
+        cell = {"row": row, "data": name, "shots": case["shots"], "seed": case["seed"]}
+        if ROWS[row].uses_pool:
+            cell["pool_size"] = case["pool_size"]
+        inputs = fingerprint_inputs(row, case)
+        up_to_date = any(cell.items() <= known.items() and known["inputs"] == inputs for known in self.cells)
+        if up_to_date and not again:
+            return
+        for required in ROWS[row].requires:
+            exists = artifact_folder(required, work, case["pool_size"]).is_dir()
+            self.measure(required, name, case, work, again=not exists)
+        click.echo(f"{', '.join(map(str, cell.values()))} ...", nl=False)
+        result = run_row(row, case, work)
+        click.echo(f" {100 * result['accuracy']:.1f}%, {cost(result):.0f} s" if "accuracy" in result else " left out")
+        self.cells = [known for known in self.cells if not cell.items() <= known.items()]
+        self.cells.append({**cell, **result, "inputs": inputs})
+        write_text(self.file, json.dumps(self.cells, indent=1) + "\n")
 
 
-def run_row(row: str, folder: Path, threads: int) -> None:
+def fingerprint_inputs(row: str, case: dict[str, Any]) -> str:
+    """Fingerprint everything that a result depends on."""
+    files = [file_hash(Path(case[key])) if Path(case[key]).is_file() else case[key] for key in ("labeled", "eval")]
+    keys = ["seed", "shots", "tests", "threads", "teacher", *(["pool_size"] if ROWS[row].uses_pool else [])]
+    keys += {"labels_alone": ["student"], "student": ["student"]}.get(row, [])
+    keys += ["student", "pair_steps"] if row in ("stock_student", "pairs_student") else []
+    code = [file_hash(path) for path in sorted(PACKAGE.rglob("*.py"))] if ROWS[row].is_ours else []
+    return fingerprint(row, files, [case[key] for key in keys], [version(name) for name in LIBRARIES], code)
+
+
+def artifact_folder(row: str, work: Path, pool_size: int) -> Path:
+    """Return the folder of the model, and of the signals, that a row leaves for others."""
+    return work / (f"{row}-{pool_size}" if ROWS[row].uses_pool else row)
+
+
+def run_row(row: str, case: dict[str, Any], work: Path) -> Result:
     """Run one row in a new process."""
-    for artifact in {"teacher": ["teacher"], "refined_teacher": ["refined", "signals"]}.get(row, []):
-        shutil.rmtree(folder / artifact, ignore_errors=True)  # of an interrupted run
-    case, part = folder / "case.json", folder / f"{row}.json.part"
-    command = [sys.executable, str(HERE / "methods.py"), row, str(case), str(part)]
-    variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    artifact = artifact_folder(row, work, case["pool_size"])
+    shutil.rmtree(artifact, ignore_errors=True)  # of an interrupted run
+    artifacts = {name: str(artifact_folder(name, work, case["pool_size"])) for name in (row, *ROWS[row].requires)}
+    case_file, result_file = work / "case.json", work / "result.json"
+    work.mkdir(parents=True, exist_ok=True)
+    case_file.write_text(json.dumps({**case, "artifacts": artifacts}))
+    command = [sys.executable, str(HERE / "methods.py"), row, str(case_file), str(result_file)]
+    variables = {name: str(case["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     process = subprocess.run(
         command, env={**os.environ, **variables, "TOKENIZERS_PARALLELISM": "false"}, capture_output=True, text=True
     )
     if process.returncode:
         raise click.ClickException(f"{row} failed:\n{process.stderr[-3000:]}")
-    part.rename(folder / f"{row}.json")
+    result: Result = json.loads(result_file.read_text())
+    return result
 
 
-def write_results(name: str, cells: dict[str, list[Cell]], output: Path, settings: dict[str, Any]) -> str:
-    """Write the JSON file and the Markdown table of a data set; return the table."""
-    n_tests = cells["student"][0]["tests"]
-    about = {
-        "data": name,
-        "cores": os.cpu_count(),
-        **{
-            key: settings[key] for key in ("seeds", "threads", "shots", "pool_size", "pair_steps", "teacher", "student")
-        },
-        "tests": n_tests,
-        "precision": " or ".join(sorted({cell["precision"] for cell in cells["student"]})),
-        "versions": versions(),
-    }
-    stem = f"{name}-{settings['shots']}-shots"
-    (output / f"{stem}.json").write_text(json.dumps({"about": about, "rows": cells}, indent=1) + "\n")
-    lines = [
-        f"# {name}: {settings['shots']} labels per class, pool of {settings['pool_size']:,}",
-        "",
-        f"Teacher {settings['teacher']}, student {settings['student']}; {n_tests:,} test texts; mean ± standard "
-        f"deviation over {len(cells['student'])} seeds; {settings['threads']} thread(s) on {os.cpu_count()} cores; "
-        f"setfit-kd trains in {about['precision']}. Passes are texts in forward passes with gradients. CPU seconds and "
-        "peak memory are those of the row's own training.",
-        "",
-        "| | accuracy | macro-F1 | passes | seconds | peak, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row, values in cells.items():
-        row_cells = [
-            mean_and_deviation([100 * cell["accuracy"] for cell in values]),
-            mean_and_deviation([100 * cell["macro_f1"] for cell in values]),
-            f"{mean(cell['training_passes'] for cell in values):,.0f}",
-            mean_and_deviation([cost(cell) for cell in values]),
-            f"{mean(cell['peak_mb'] for cell in values):,.0f}",
-        ]
-        lines.append(f"| {ROWS[row]} | {' | '.join(row_cells)} |")
-    table = "\n".join(lines) + "\n"
-    (output / f"{stem}.md").write_text(table)
-    return table
-
-
-def cost(cell: Cell) -> float:
+def cost(cell: Result) -> float:
     """Return the CPU seconds of all threads, which depend little on the load of the machine."""
-    return float(cell["cpu_seconds"] if "cpu_seconds" in cell else cell["seconds"])
+    return float(cell["cpu_seconds"])
+
+
+def format_tables(cells: list[Result]) -> str:
+    """Format accuracy with calibration error, macro-F1, and cost as Markdown tables."""
+    cells = [cell for cell in cells if "accuracy" in cell]
+    sets = list(dict.fromkeys((cell["data"], cell["shots"]) for cell in cells))
+    lines = ["# Comparison", ""]
+    lines += ["Test files, mean ± standard deviation over the seeds. Bold rows are setfit-kd's defaults."]
+    quantities: dict[str, Callable[[list[Result]], str]] = {
+        "Accuracy in %, calibration error in brackets": lambda group: (
+            f"{mean_and_deviation([100 * cell['accuracy'] for cell in group])} "
+            f"({100 * mean(cell['ece'] for cell in group):.1f})"
+        ),
+        "Macro-F1 in %": lambda group: mean_and_deviation([100 * cell["macro_f1"] for cell in group]),
+        "CPU seconds of training, including the teacher": lambda group: (
+            f"{mean(total_cost(cell, cells) for cell in group):.0f}"
+        ),
+    }
+    for quantity, format_group in quantities.items():
+        lines += ["", f"## {quantity}", "", f"| | {' | '.join(f'{data}, {shots} labels' for data, shots in sets)} |"]
+        lines += ["|---" * (len(sets) + 1) + "|"]
+        for row, about in ROWS.items():
+            for pool_size in sorted({cell.get("pool_size", 0) for cell in cells if cell["row"] == row}):
+                columns = []
+                for data, shots in sets:
+                    wanted = {"row": row, "data": data, "shots": shots} | (
+                        {"pool_size": pool_size} if pool_size else {}
+                    )
+                    group = [cell for cell in cells if wanted.items() <= cell.items()]
+                    columns.append(format_group(group) if group else "")
+                title = about.title + (f", pool of {pool_size:,}" if pool_size else "")
+                lines.append(f"| {title} | {' | '.join(columns)} |")
+    return "\n".join(lines) + "\n"
+
+
+def total_cost(cell: Result, cells: list[Result]) -> float:
+    """Return the cost of a row and of the rows that it requires."""
+    total = cost(cell)
+    for required in ROWS[cell["row"]].requires:
+        keys = ("data", "shots", "seed", *(["pool_size"] if ROWS[required].uses_pool else []))
+        wanted = {"row": required, **{key: cell[key] for key in keys}}
+        total += sum(cost(other) for other in cells if wanted.items() <= other.items())
+    return total
 
 
 def mean_and_deviation(values: list[float]) -> str:
@@ -200,37 +238,37 @@ def mean_and_deviation(values: list[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def plot(results: dict[str, dict[str, list[Cell]]], path: Path) -> None:
-    """Plot accuracy against the training time including the teacher, with one panel per data set."""
+def plot(cells: list[Result], path: Path) -> None:
+    """Plot accuracy against the size of the pool, with one panel per data set; rows without a pool are lines."""
     import matplotlib as mpl
 
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(results), figsize=(5.2 * len(results), 4.6), squeeze=False)
-    colors = plt.get_cmap("tab10").colors
-    for axis, (name, cells) in zip(axes[0], results.items(), strict=True):
-        for number, (row, title) in enumerate(ROWS.items()):
-            if row not in cells:
-                continue
-            required = (*REQUIRED_ROWS.get(row, ()), row)
-            seconds = sum(mean(map(cost, cells[name])) for name in required)
-            values = [100 * cell["accuracy"] for cell in cells[row]]
-            error = stdev(values) if len(values) > 1 else 0
-            marker = {"student": "*", "teacher": "s"}.get(title.partition(":")[0], "o")
-            size = 16 if row == "student" else 8
-            axis.errorbar(
-                seconds, mean(values), error, fmt=marker, ms=size, color=colors[number], label=title, capsize=3
-            )
+    sets = list(dict.fromkeys((cell["data"], cell["shots"]) for cell in cells))
+    figure, axes = plt.subplots(1, len(sets), figsize=(3.6 * len(sets), 4.2), squeeze=False)
+    colors = dict(zip(ROWS, plt.get_cmap("tab20").colors, strict=False))
+    for axis, (data, shots) in zip(axes[0], sets, strict=True):
+        for row, about in ROWS.items():
+            group = [cell for cell in cells if {"row": row, "data": data, "shots": shots}.items() <= cell.items()]
+            group = [cell for cell in group if "accuracy" in cell]
+            sizes = sorted({cell.get("pool_size", 0) for cell in group})
+            values = [mean(100 * c["accuracy"] for c in group if c.get("pool_size", 0) == size) for size in sizes]
+            style = {"color": colors[row], "label": about.title.replace("*", "").replace("`", "")}
+            if sizes == [0]:
+                axis.axhline(values[0], linestyle="--", linewidth=1, **style)
+            elif sizes:
+                axis.plot(sizes, values, marker="o", **style)
         axis.set_xscale("log")
-        axis.set_title(name)
-        axis.set_xlabel("CPU seconds, including the teacher")
+        axis.set_title(f"{data}, {shots} labels")
+        axis.set_xlabel("pool texts")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy, %")
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    handles = {
+        label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     figure.tight_layout()
-    labels = [label.replace("`", "") for label in labels]
-    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 

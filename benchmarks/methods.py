@@ -10,9 +10,11 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,24 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from setfit_kd import RunConfig, TeacherSignals, load, train_student, train_teacher
+from setfit_kd.augment.edits import drop_uncertain
 from setfit_kd.data.labeled_set import LabeledSet
-from setfit_kd.evaluation.metrics import measure_quality
+from setfit_kd.evaluation.metrics import measure_calibration, measure_quality
 from setfit_kd.models.bodies import load_body, locate_model
 from setfit_kd.models.encode import embed, predict_proba
+from setfit_kd.models.heads import head_at_temperature
 from setfit_kd.models.io import new_model, save_model
 from setfit_kd.run.inputs import RunData, load_run_data
+from setfit_kd.run.stage_cache import StageCache
+from setfit_kd.run.stages import Stages
 from setfit_kd.student.kinds import locate_student
+from setfit_kd.teacher.cross_fitting import cross_fit
 from setfit_kd.teacher.scoring import refine_and_score
 from setfit_kd.training.precision import resolve_precision
 
-Predict = Callable[[list[str]], "np.ndarray[Any, np.dtype[np.int64]]"]
+Predict = Callable[[list[str]], "np.ndarray[Any, np.dtype[np.floating[Any]]]"]
+"""Function of n texts that returns (n, n_classes) probabilities."""
+MAX_PAIRS = 10_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Case:
         threads: Threads per method.
         tests: Maximum number of test texts; None means all.
         teacher, student: Names of the bodies.
-        work: Folder for models and signals that later methods use.
+        artifacts: Folders for models and signals that later methods use, by method.
         precision: Precision of setfit-kd's trainings.
         model2vec: Interpreter of an environment with model2vec[distill,train].
     """
@@ -68,7 +77,7 @@ class Case:
     tests: int | None
     teacher: str
     student: str
-    work: str
+    artifacts: dict[str, str]
     precision: str = "auto"
     model2vec: str | None = None
 
@@ -97,42 +106,49 @@ class Case:
             return teacher
         return locate_student(self.student).prepare(teacher).create_body(teacher, [], teacher.device)
 
-    def artifact(self, name: str) -> Path:
-        """Return the folder of a model or of signals that later methods use."""
-        return Path(self.work) / name
+    def folder(self, method: str) -> Path:
+        """Return the folder of a method's model; its signals are in the subfolder ``signals``."""
+        return Path(self.artifacts[method])
+
+    def signals(self) -> TeacherSignals:
+        """Load the signals of the refined teacher."""
+        return TeacherSignals.load(self.folder("refined_teacher") / "signals")
 
 
 def tfidf(_: Case, data: RunData) -> Predict:
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10))
     model.fit(data.labeled.texts, data.labeled.labels)
-    return lambda texts: model.predict(texts)
+    return lambda texts: model.predict_proba(texts)
 
 
 def frozen(case: Case, data: RunData) -> Predict:
     body = case.body("teacher")
     head = LogisticRegression(C=10, max_iter=1000).fit(embed(body, data.labeled.texts), data.labeled.labels)
-    return lambda texts: head.predict(embed(body, texts))
+    return lambda texts: head.predict_proba(embed(body, texts))
 
 
 def model2vec(case: Case, data: RunData) -> Predict:
     """model2vec's classifier on the labels, trained by another interpreter, since it needs an older transformers."""
     assert case.model2vec is not None
     assert data.evaluation is not None
-    names, file = data.labeled.label_names, Path(case.work) / "model2vec_case.json"
+    names = data.labeled.label_names
     inputs: dict[str, Any] = {"texts": data.labeled.texts, "labels": [names[label] for label in data.labeled.labels]}
     inputs |= {"body": str(locate_model(case.teacher)), "tests": data.evaluation.texts, "seed": case.seed}
-    file.write_text(json.dumps(inputs), encoding="utf-8")
-    command = [case.model2vec, str(Path(__file__).parent / "model2vec_recipe.py"), str(file)]
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run(command, check=True, env=variables)
-    predicted = json.loads(file.read_text(encoding="utf-8"))["predicted"]
-    label_of = dict(zip(data.evaluation.texts, map(names.index, predicted), strict=True))
-    return lambda texts: np.array([label_of[text] for text in texts])
+    with tempfile.NamedTemporaryFile("w+", suffix=".json", encoding="utf-8") as file:
+        json.dump(inputs, file)
+        file.flush()
+        command = [case.model2vec, str(Path(__file__).parent / "model2vec_recipe.py"), file.name]
+        variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        subprocess.run(command, check=True, env=variables)
+        outputs = json.loads(Path(file.name).read_text(encoding="utf-8"))
+    columns = [outputs["classes"].index(name) for name in names]
+    row_of = {text: np.array(row)[columns] for text, row in zip(inputs["tests"], outputs["probabilities"], strict=True)}
+    return lambda texts: np.array([row_of[text] for text in texts])
 
 
-def stock_arguments(case: Case, **settings: Any) -> TrainingArguments:
+def stock_arguments(case: Case, output_dir: str, **settings: Any) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=f"{case.work}/scratch",
+        output_dir=output_dir,
         batch_size=16,
         num_epochs=1,
         seed=case.seed,
@@ -143,28 +159,38 @@ def stock_arguments(case: Case, **settings: Any) -> TrainingArguments:
     )
 
 
-def stock_teacher(case: Case, data: RunData) -> Predict:
+def stock_teacher(case: Case, data: RunData, **sampling: Any) -> Predict:
     model = new_model(case.body("teacher"), data.labeled.label_names).to("cpu")
     model.model_head = LogisticRegression()
     dataset = Dataset.from_dict({"text": data.labeled.texts, "label": data.labeled.labels.tolist()})
-    trainer = Trainer(
-        model, stock_arguments(case, num_iterations=20), train_dataset=dataset, metric=lambda *_: {"accuracy": 0.0}
-    )
-    trainer.train()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = stock_arguments(case, folder, **(sampling or {"num_iterations": 20}))
+        Trainer(model, arguments, train_dataset=dataset, metric=lambda *_: {"accuracy": 0.0}).train()
     return make_predict(model)
+
+
+def unique_teacher(case: Case, data: RunData) -> Predict | None:
+    """SetFit's teacher on every pair once, if there are not too many."""
+    n = len(data.labeled)
+    return None if n * (n - 1) / 2 > MAX_PAIRS else stock_teacher(case, data, sampling_strategy="unique")
 
 
 def teacher(case: Case, data: RunData) -> Predict:
     model = train_teacher(data.labeled, case.body("teacher"), config=case.config)
-    save_model(model, case.artifact("teacher"))
+    predictions = cross_fit(data.labeled, partial(case.body, "teacher"), config=case.config)
+    model.model_head = head_at_temperature(model.model_head, predictions.temperature)
+    save_model(model, case.folder("teacher"))
     return make_predict(model)
 
 
 def refined_teacher(case: Case, data: RunData) -> Predict:
-    model = load(case.artifact("teacher"), device="cpu")
-    refined, signals = refine_and_score(model, data.labeled, data.pool, config=case.config)
-    save_model(refined, case.artifact("refined"))
-    signals.save(case.artifact("signals"))
+    model = load(case.folder("teacher"), device="cpu")
+    config, n = case.config, len(data.pool)
+    augmented = Stages(config, data, StageCache(None)).augment(None)
+    refined, signals = refine_and_score(model, data.labeled, data.pool, augmented=augmented, config=config)
+    signals = drop_uncertain(signals, range(n, n + len(augmented)), min_confidence=config.augment_confidence)
+    save_model(refined, case.folder("refined_teacher"))
+    signals.save(case.folder("refined_teacher") / "signals")
     return make_predict(refined)
 
 
@@ -173,22 +199,22 @@ def labels_alone(case: Case, data: RunData) -> Predict:
 
 
 def stock_student(case: Case, data: RunData) -> Predict:
-    refined = load(case.artifact("refined"), device="cpu")
+    refined = load(case.folder("refined_teacher"), device="cpu")
     model = new_model(case.body("student"), data.labeled.label_names).to("cpu")
     model.model_head = LogisticRegression()
-    trainer = DistillationTrainer(
-        teacher_model=refined,
-        student_model=model,
-        args=stock_arguments(case, max_steps=case.pair_steps),
-        train_dataset=Dataset.from_dict({"text": TeacherSignals.load(case.artifact("signals")).texts}),
-        metric=lambda *_: {"accuracy": 0.0},
-    )
-    trainer.train()
+    with tempfile.TemporaryDirectory() as folder:
+        DistillationTrainer(
+            teacher_model=refined,
+            student_model=model,
+            args=stock_arguments(case, folder, max_steps=case.pair_steps),
+            train_dataset=Dataset.from_dict({"text": case.signals().texts}),
+            metric=lambda *_: {"accuracy": 0.0},
+        ).train()
     return make_predict(model)
 
 
 def pairs_student(case: Case, data: RunData) -> Predict:
-    signals = TeacherSignals.load(case.artifact("signals"))
+    signals = case.signals()
     num_iterations = max(1, -(-case.pair_steps * 16 // len(signals)))
     config = case.config.model_copy(  # SetFit's settings
         update={
@@ -205,31 +231,39 @@ def pairs_student(case: Case, data: RunData) -> Predict:
 
 
 def student(case: Case, data: RunData) -> Predict:
-    signals = TeacherSignals.load(case.artifact("signals"))
-    return make_predict(train_student(signals, case.body("student"), labeled=data.labeled, config=case.config))
+    return make_predict(train_student(case.signals(), case.body("student"), labeled=data.labeled, config=case.config))
+
+
+def static_student(case: Case, data: RunData) -> Predict:
+    refined = load(case.folder("refined_teacher"), device="cpu").model_body
+    prepared = locate_student("static").prepare(case.body("teacher"))
+    body = prepared.create_body(refined, data.pool, refined.device)
+    return make_predict(train_student(case.signals(), body, labeled=data.labeled, config=case.config))
 
 
 def make_predict(model: SetFitModel) -> Predict:
-    return lambda texts: predict_proba(model, texts).argmax(axis=1)
+    return lambda texts: predict_proba(model, texts)
 
 
-METHODS: dict[str, Callable[[Case, RunData], Predict]] = {
+METHODS: dict[str, Callable[[Case, RunData], Predict | None]] = {
     method.__name__: method
     for method in (
         tfidf,
         frozen,
         model2vec,
         stock_teacher,
+        unique_teacher,
         teacher,
         refined_teacher,
         labels_alone,
         stock_student,
         pairs_student,
         student,
+        static_student,
     )
 }
 """Training functions by name, in order: later methods use artifacts of earlier ones."""
-PROBED_PRECISION = ("teacher", "labels_alone", "student")
+PROBED_PRECISION = ("teacher", "labels_alone", "student", "static_student")
 """Methods that train in the precision that a probe finds fastest; the others train in fp32 or not at all."""
 
 
@@ -263,20 +297,23 @@ def run_method(name: str, case: Case) -> dict[str, Any]:
     passes = PassCounter()
     started, cpu_started = time.perf_counter(), time.process_time()
     predict = METHODS[name](case, data)
+    if predict is None:
+        return {}
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
     counts = {"training_passes": passes.training, "encoding_passes": passes.encoding}
-    quality = measure_quality(np.asarray(predict(tests.texts)), tests.labels, tests.label_names)
+    probabilities = np.asarray(predict(tests.texts))
+    quality = measure_quality(probabilities.argmax(axis=1), tests.labels, tests.label_names)
     return {
         "accuracy": quality.accuracy,
         "macro_f1": quality.macro_f1,
+        "ece": measure_calibration(probabilities, tests.labels).ece,
         "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu_seconds, 2),
         "peak_mb": round(peak),
         **counts,
         "precision": probed.name if name in PROBED_PRECISION else "fp32",
         "tests": len(tests),
-        "case": {name: value for name, value in asdict(case).items() if name in ("seed", "shots", "pool_size")},
     }
 
 

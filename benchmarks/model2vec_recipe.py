@@ -2,7 +2,7 @@
 
 Run by methods.py as: PYTHON benchmarks/model2vec_recipe.py CASE.json, with model2vec[distill,train] installed. The case
 holds the folder of the ``body``, the ``texts`` and ``labels`` to train on, and the ``tests``; the script adds the
-``predicted`` labels of the tests.
+``classes`` and the ``probabilities`` of the tests.
 """
 
 import json
@@ -16,5 +16,6 @@ file = Path(sys.argv[1])
 case = json.loads(file.read_text(encoding="utf-8"))
 classifier = StaticModelForClassification.from_static_model(model=distill(case["body"]))
 classifier.fit(case["texts"], case["labels"], random_seed=case["seed"])
-case["predicted"] = [str(label) for label in classifier.predict(case["tests"])]
+case["classes"] = [str(name) for name in classifier.classes_]
+case["probabilities"] = classifier.predict_proba(case["tests"]).tolist()
 file.write_text(json.dumps(case), encoding="utf-8")

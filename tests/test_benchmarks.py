@@ -15,55 +15,82 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import compare  # noqa: E402
 
+CASE = {"labeled": "train.csv", "eval": "test.csv", "seed": 0, "shots": 16, "tests": None, "threads": 1}
+CASE |= {"teacher": "t", "student": "s", "pool_size": 1000, "pair_steps": 500}
+
 
 def test_methods_match_rows_of_the_table() -> None:
     import methods
 
     assert list(methods.METHODS) == list(compare.ROWS)
-    assert set(compare.REQUIRED_ROWS) <= set(compare.ROWS)
     order = list(compare.ROWS)
-    for row, required in compare.REQUIRED_ROWS.items():
-        assert all(order.index(name) < order.index(row) for name in required)
+    for row, about in compare.ROWS.items():
+        assert all(order.index(name) < order.index(row) for name in about.requires)
 
 
-def test_table_cells() -> None:
-    cells = [compare.mean_and_deviation(values) for values in ([50.0], [50.0, 70.0], [50.0] * 3)]
-    assert cells == ["50.0", "60.0 ± 14.1", "50.0 ± 0.0"]
-    # The cost is the CPU time, if it was measured.
-    assert [compare.cost({"seconds": 9.0, "cpu_seconds": 3.0}), compare.cost({"seconds": 9.0})] == [3.0, 9.0]
+def test_tables_have_means_and_costs_including_the_teacher() -> None:
+    cell = {"row": "teacher", "data": "a", "shots": 8, "macro_f1": 0.5, "ece": 0.25, "cpu_seconds": 10.0}
+    cells = [{**cell, "seed": seed, "accuracy": accuracy} for seed, accuracy in enumerate((0.5, 0.7))]
+    cells += [
+        {**cell, "seed": 0, "accuracy": 0.9, "row": row, "pool_size": 100} for row in ("refined_teacher", "student")
+    ]
+    cells.append({"row": "unique_teacher", "data": "a", "shots": 8, "seed": 0})  # was left out
+    table = compare.format_tables(cells)
+    assert "| teacher: calibrated, not refined | 60.0 ± 14.1 (25.0) |" in table
+    assert "| **student**, pool of 100 | 90.0 (25.0) |" in table
+    assert "| **student**, pool of 100 | 30 |" in table
+    assert "unique" not in table
 
 
-def test_results_with_other_settings_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "case.json"
-    for _ in range(2):
-        compare.save_case(file, {"shots": 16, "threads": 1})
-    with pytest.raises(click.ClickException, match="other settings"):
-        compare.save_case(file, {"shots": 16, "threads": 2})
+@pytest.mark.parametrize(
+    ("row", "changed", "is_measured_again"),
+    [
+        ("stock_teacher", {"pool_size": 300}, False),
+        ("stock_teacher", {"student": "other"}, False),
+        ("stock_teacher", {"shots": 8}, True),
+        ("student", {"pool_size": 300}, True),
+        ("student", {"pair_steps": 9}, False),
+        ("labels_alone", {"student": "other"}, True),
+    ],
+)
+def test_results_are_reused_if_their_inputs_are_unchanged(
+    row: str, changed: dict[str, Any], is_measured_again: bool
+) -> None:
+    changes = compare.fingerprint_inputs(row, {**CASE, **changed}) != compare.fingerprint_inputs(row, CASE)
+    assert changes == is_measured_again
+
+
+def test_changed_source_code_affects_only_our_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = {row: compare.fingerprint_inputs(row, CASE) for row in compare.ROWS}
+    monkeypatch.setattr(compare, "PACKAGE", tmp_path)
+    changed = {row for row in compare.ROWS if compare.fingerprint_inputs(row, CASE) != before[row]}
+    assert {"teacher", "student", "static_student"} <= changed
+    assert not changed & {"frozen", "stock_teacher", "unique_teacher", "model2vec"}
 
 
 def test_data_sets_need_distinct_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert compare.data_sets((Path("a"), Path("b")))["b"]["eval"] == str(tmp_path.resolve() / "b" / "test.csv")
+    sources = compare.data_sets(("a", "b=8"), 16)
+    assert sources["b"]["eval"] == str(tmp_path.resolve() / "b" / "test.csv")
+    assert [source["shots"] for source in sources.values()] == [16, 8]
     with pytest.raises(click.ClickException, match="are named a"):
-        compare.data_sets((Path("x/a"), Path("y/a")))
+        compare.data_sets(("x/a", "y/a"), 16)
 
 
 @pytest.mark.slow
 def test_comparison_writes_results_and_is_not_repeated(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> None:
     pytest.importorskip("matplotlib")
-    command: list[Any] = [sys.executable, BENCHMARKS / "compare.py", "--quick", "--shots", 4, "--threads", 1]
+    command: list[Any] = [sys.executable, BENCHMARKS / "compare.py", "--quick", "--shots", 4]
     command += ["--teacher", tiny_teacher, "--student", tiny_student]
     command += ["--output", tmp_path / "results", "--work", tmp_path / "work"]
-    first = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-    assert first.stdout.count("seed 0") == len(compare.ROWS) - 1  # without model2vec
+    subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
     results = tmp_path / "results" / "quick"
-    names = {"newswire-4-shots.json", "newswire-4-shots.md", "accuracy-4-shots.png"}
-    assert {path.name for path in results.iterdir()} == names
-    rows = json.loads((results / "newswire-4-shots.json").read_text())["rows"]
+    assert {path.name for path in results.iterdir()} == {"compare.json", "compare.md", "compare.png"}
+    rows = {cell["row"]: cell for cell in json.loads((results / "compare.json").read_text())}
+    assert set(rows) == set(compare.ROWS) - {"model2vec"}
     full_batches = 125 * 16 * 2  # the last batch of an epoch may be smaller
-    assert full_batches - 2 * 16 < rows["stock_student"][0]["training_passes"] <= full_batches
-    assert rows["pairs_student"][0]["training_passes"] == 2 * 8 * (250 + 16)
-    assert rows["student"][0]["training_passes"] == 3 * (250 + 16)
-    assert all(0 < rows[row][0]["accuracy"] < 1 and rows[row][0]["peak_mb"] > 0 for row in rows)
+    assert full_batches - 2 * 16 < rows["stock_student"]["training_passes"] <= full_batches
+    assert rows["pairs_student"]["training_passes"] == 2 * 8 * (250 + 16)
+    assert all(0 < cell["accuracy"] < 1 and cell["peak_mb"] > 0 for cell in rows.values())
     again = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-    assert "seed 0" not in again.stdout
+    assert "newswire, 4, 0" not in again.stdout
