@@ -98,8 +98,9 @@ class StageConfig(BaseModel):
     head_c: float | None = Field(None, gt=0, allow_inf_nan=False)
     """C (inverse regularization strength) of the logistic regression heads, on embeddings scaled to unit variance.
     [default: 2.5 times the number of classes; 3 for a student]"""
-    balance: bool = False
-    """Weight all classes equally when fitting a head, regardless of their frequency."""
+    balance: float = Field(0.5, ge=0, le=1)
+    """Weight of rare classes when fitting a head: a class with n labels is weighted by a power of 1/n. 0 weights all
+    texts equally, 1 all classes."""
     num_iterations: int = Field(20, ge=1)
     """Pairs drawn per text by the pairs objectives (twice as many for the teacher)."""
 

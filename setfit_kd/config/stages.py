@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -103,9 +103,9 @@ class StudentConfig(StageConfig):
     """Weight of texts with gold labels when fitting the student's head; pool texts have weight 1."""
 
     @property
-    def head_options(self) -> dict[str, Any]:
-        """Options of `setfit_kd.models.heads.fit_head` for a student, whose soft labels are many and noisy."""
-        return {"C": self.head_c or _SOFT_LABELS_C, "balance": self.balance}
+    def student_head_c(self) -> float:
+        """C of a student's head, whose soft labels are many and noisy."""
+        return self.head_c or _SOFT_LABELS_C
 
 
 class FinetuneConfig(StageConfig):

@@ -49,7 +49,7 @@ def fit_head(
     weights: Floats | None = None,
     *,
     C: float | None = None,  # noqa: N803 - scikit-learn's name
-    balance: bool = False,
+    class_weights: Floats | None = None,
     start: LogisticRegression | None = None,
 ) -> LogisticRegression:
     """Fit a logistic regression over the classes 0 to n_classes - 1 to soft labels.
@@ -65,7 +65,7 @@ def fit_head(
         probabilities: (n, n_classes), rows summing to 1; at least two classes.
         weights: (n,) weight of each text; None weights all texts equally.
         C: Inverse of the regularization strength, as in scikit-learn. [default: `C_PER_CLASS` times n_classes]
-        balance: Give all classes the same total weight, regardless of their frequency.
+        class_weights: (n_classes,) factor of the loss of each class; the total weight of the texts does not change.
         start: Head over the same classes to start from; the closer to the result, the faster the fit.
     """
     from scipy.linalg import eigh, svd
@@ -75,11 +75,10 @@ def fit_head(
     n_classes = targets.shape[1]
     C = C_PER_CLASS * n_classes if C is None else C  # noqa: N806
     share = np.ones(len(features)) if weights is None else np.asarray(weights, np.float64)
-    if balance:  # all classes with any weight get the same total; the overall sum is kept
-        mass = share @ targets  # (n_classes,)
-        present = mass > 1e-9 * share.sum()
-        targets = targets * np.where(present, share.sum() / present.sum() / np.where(present, mass, 1), 0)
-        share = share * targets.sum(axis=1)
+    if class_weights is not None:
+        targets = targets * class_weights
+        factors = targets.sum(axis=1)
+        share = share * factors * (share.sum() / (share @ factors))
     targets = targets / np.maximum(targets.sum(axis=1, keepdims=True), 1e-300)
     total = max(share.sum(), np.finfo(np.float64).tiny)
     share = share[:, None] / total
@@ -144,6 +143,17 @@ def fit_head(
     head = _create_head(np.arange(n_classes), coef, matrix[:, -1] * curvature**-0.5 - coef @ mean)
     head.C, head.n_iter_ = C, np.array([len(steps) - 1], np.int32)
     return head
+
+
+def balanced_weights(counts: npt.NDArray[np.int64], exponent: float) -> Floats | None:
+    """Return class weights for (n_classes,) numbers of labels: their power -exponent, 1 on average over the texts.
+
+    An exponent of 0 weights all texts equally, 1 all classes. None if the weights are all equal.
+    """
+    weights = np.maximum(counts, 1.0) ** -exponent
+    if np.ptp(weights) == 0:
+        return None
+    return np.asarray(weights * counts.sum() / (counts @ weights))
 
 
 def softmax_weights(head: LogisticRegression) -> tuple[Floats, Floats]:

@@ -22,6 +22,7 @@ from setfit_kd.models.bodies import family_of
 from setfit_kd.models.encode import embed
 from setfit_kd.models.heads import (
     at_temperature,
+    balanced_weights,
     fit_head,
     fit_temperature,
     get_head,
@@ -114,14 +115,17 @@ class StudentTrainer(DistillationTrainer):
         texts += [signals.texts[row] for row in self.held_out]
         embeddings = embed(body, texts, batch_size=size, description="Fitting head")
         last_layer = get_head(body) if self._trains_last_layer else None
-        head = last_layer or fit_head(embeddings[:n], targets, weights, **config.head_options)
+        options: dict[str, Any] = {"C": config.student_head_c}
+        if self.labeled:
+            options["class_weights"] = balanced_weights(self.labeled.counts, config.balance)
+        head = last_layer or fit_head(embeddings[:n], targets, weights, **options)
         # The temperature at which the student's probabilities match the teacher's, on texts it was not trained on.
         if len(self.held_out):
             logits, soft_labels = head_logits(head, embeddings[n:]), signals.probabilities[self.held_out]
         elif last_layer:
             logits, soft_labels = head_logits(head, embeddings), targets
         else:
-            rows, logits = held_out_logits(embeddings, targets, weights, seed=config.seed, **config.head_options)
+            rows, logits = held_out_logits(embeddings, targets, weights, seed=config.seed, **options)
             is_soft = rows < n - len(self._gold_set or ())
             logits, soft_labels = logits[is_soft], targets[rows[is_soft]]
         temperature = fit_temperature(logits, at_temperature(soft_labels, signals.temperature))

@@ -15,7 +15,7 @@ from setfit_kd.errors import DataError
 from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.models.encode import choose_forward, embed, head_proba
 from setfit_kd.models.forward import METHODS, ForwardPass
-from setfit_kd.models.heads import fit_head, fit_temperature, head_at_temperature, head_logits
+from setfit_kd.models.heads import balanced_weights, fit_head, fit_temperature, head_at_temperature, head_logits
 from setfit_kd.models.io import new_model
 from setfit_kd.signals.embedding_cache import cached_embed
 from setfit_kd.signals.signals import TeacherSignals
@@ -128,7 +128,8 @@ def refine_and_score(
     sample = np.asarray(embeddings[rows], np.float32)
     refined = new_model(teacher.model_body, labeled.label_names)
     refined.normalize_embeddings = teacher.normalize_embeddings
-    train_options: Any = {"C": config.head_c, "balance": config.balance, "seed": config.seed}
+    train_options: Any = {"C": config.head_c, "seed": config.seed}
+    train_options["class_weights"] = balanced_weights(labeled.counts, config.balance)
     gold = embeddings[len(pool) + len(augmented) :]
     refined.model_head, logits = self_train(gold, labeled.one_hot, sample, **train_options)
     probabilities = head_proba(refined, embeddings)
@@ -145,7 +146,7 @@ def self_train(
     pool: npt.NDArray[np.floating],
     *,
     C: float | None = None,  # noqa: N803 - scikit-learn's name
-    balance: bool = False,
+    class_weights: npt.NDArray[np.floating] | None = None,
     seed: int = 0,
 ) -> tuple[LogisticRegression, npt.NDArray[np.float64]]:
     """Fit a head on gold labels, then in `N_ROUNDS` rounds also on the head's own probabilities for the pool.
@@ -157,14 +158,15 @@ def self_train(
         labeled: (m, d) embeddings of the labeled texts.
         gold: (m, n_classes) one-hot gold labels.
         pool: (n, d) embeddings of the pool.
-        C, balance: As in `fit_head`.
+        C, class_weights: As in `fit_head`.
         seed: Seed of the folds.
 
     Returns:
         The head, and its (n, n_classes) logits for the pool, out of fold: on texts whose own labels it was fitted on,
         it would be more confident than on new ones.
     """
-    head = fit_head(labeled, gold, C=C, balance=balance)
+    options: Any = {"C": C, "class_weights": class_weights}
+    head = fit_head(labeled, gold, **options)
     embeddings = np.concatenate([labeled, pool])
     for _ in range(N_ROUNDS):
         probabilities = head.predict_proba(pool)
@@ -172,11 +174,11 @@ def self_train(
         sharp = (probabilities / confidence[:, None]) ** (1 / SHARPENING)
         targets = np.concatenate([gold, sharp / sharp.sum(axis=1, keepdims=True)])
         weights = np.concatenate([np.full(len(gold), GOLD_WEIGHT), confidence**2])
-        head = fit_head(embeddings, targets, weights, C=C, balance=balance, start=head)
+        head = fit_head(embeddings, targets, weights, start=head, **options)
     folds = np.append(np.full(len(gold), -1), np.random.default_rng([seed, 17]).permutation(len(pool)) % FOLDS)
     logits = np.zeros((len(pool), gold.shape[1]))
     for fold in range(min(FOLDS, len(pool))):
         kept, held_out = folds != fold, folds[len(gold) :] == fold
-        other = fit_head(embeddings[kept], targets[kept], weights[kept], C=C, balance=balance, start=head)
+        other = fit_head(embeddings[kept], targets[kept], weights[kept], start=head, **options)
         logits[held_out] = head_logits(other, pool[held_out])
     return head, logits

@@ -15,7 +15,7 @@ from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.losses.contrastive import ContrastiveLoss, balanced_batches
 from setfit_kd.losses.pairs import PairSimilarityLoss
 from setfit_kd.models.encode import embed
-from setfit_kd.models.heads import fit_head
+from setfit_kd.models.heads import balanced_weights, fit_head
 from setfit_kd.teacher.train import PAIRS_PER_BATCH, steps_and_batch_size
 from setfit_kd.training.loop import resolve_learning_rate
 from setfit_kd.training.loss_trainer import LossTrainer, TokenDataset
@@ -68,5 +68,5 @@ class TeacherTrainer(Trainer):
         config = self.config
         texts, size = self.labeled.texts, config.encode_batch_size
         embeddings = embed(self.model.model_body, texts, batch_size=size, description="Fitting head")
-        one_hot = self.labeled.one_hot
-        self.model.model_head = fit_head(embeddings, one_hot, C=config.head_c, balance=config.balance)
+        class_weights = balanced_weights(self.labeled.counts, config.balance)
+        self.model.model_head = fit_head(embeddings, self.labeled.one_hot, C=config.head_c, class_weights=class_weights)

@@ -28,7 +28,7 @@ from setfit_kd.errors import InputError, ModelError, OutputError, UnavailableErr
 from setfit_kd.models import bodies, heads
 from setfit_kd.models.bodies import content_hash, load_body, locate_model
 from setfit_kd.models.encode import embed, predict_proba
-from setfit_kd.models.heads import C_PER_CLASS, fit_head, load_head, save_head
+from setfit_kd.models.heads import C_PER_CLASS, balanced_weights, fit_head, load_head, save_head
 from setfit_kd.models.io import load, new_model, save_model
 from setfit_kd.models.layers import cut_layers, n_layers
 
@@ -186,7 +186,7 @@ def test_head_of_hard_labels_matches_scikit_learn(classes: int, C: float, width:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 4), st.booleans(), st.booleans())
 def test_head_minimizes_penalized_cross_entropy_of_soft_labels(
-    seed: int, classes: int, weighted: bool, balance: bool
+    seed: int, classes: int, weighted: bool, by_class: bool
 ) -> None:
     """At the minimum, which is the only one of a convex function, the gradient is zero."""
     rows, targets = vectors(seed, 40, 3), distributions(seed, 40, classes)
@@ -194,11 +194,12 @@ def test_head_minimizes_penalized_cross_entropy_of_soft_labels(
     targets /= targets.sum(axis=1, keepdims=True)
     weights = np.random.default_rng(seed).uniform(0.2, 3, 40).astype(np.float32) if weighted else None
     start = fit_head(rows, targets[::-1], C=100.0) if weighted else None
-    head = fit_head(rows, targets, weights, C=1.0, balance=balance, start=start)
+    class_weights = np.random.default_rng(seed).uniform(0.2, 3, classes) if by_class else None
+    head = fit_head(rows, targets, weights, C=1.0, class_weights=class_weights, start=start)
 
     terms = targets * (1 if weights is None else weights[:, None])  # the weight of each class of each text
-    if balance:
-        terms = terms * terms.sum() / classes / terms.sum(axis=0)
+    if class_weights is not None:
+        terms = terms * class_weights * terms.sum() / (terms * class_weights).sum()
     coef, intercept = (torch.tensor(values, requires_grad=True) for values in (head.coef_, head.intercept_))
     logits = torch.tensor(rows, dtype=torch.float64) @ coef.T + intercept
     if classes == 2:
@@ -221,10 +222,25 @@ def test_head_fit_converges_fast_from_similar_head_and_is_bounded(monkeypatch: p
     assert fit_head(rows, targets, C=1000.0).n_iter_[0] < head.n_iter_[0]
 
 
-def test_head_keeps_classes_without_weight() -> None:
-    for balance in (False, True):
-        head = fit_head(vectors(0, 40, 4), np.eye(3)[np.arange(40) % 2 * 2], balance=balance)
-        assert head.predict_proba(vectors(1, 5, 4)).shape == (5, 3)
+def test_head_keeps_classes_without_texts() -> None:
+    head = fit_head(vectors(0, 40, 4), np.eye(3)[np.arange(40) % 2 * 2])
+    assert head.predict_proba(vectors(1, 5, 4)).shape == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("counts", "exponent", "weights"),
+    [
+        ([90, 10], 0, None),
+        ([5, 5, 5], 1, None),
+        ([90, 10], 1, [5 / 9, 5]),
+        ([16, 4], 0.5, [5 / 6, 5 / 3]),
+        ([4, 0], 0.5, [1, 2]),
+        ([0, 0], 1, None),
+    ],
+)
+def test_balanced_weights(counts: list[int], exponent: float, weights: list[float] | None) -> None:
+    result = balanced_weights(np.array(counts), exponent)
+    assert result is None if weights is None else np.allclose(np.asarray(result), weights)
 
 
 @settings(max_examples=20, deadline=None)

@@ -24,7 +24,7 @@ from setfit_kd.losses.soft_labels import NO_GOLD, SoftLabelLoss
 from setfit_kd.losses.weighted_sum import WeightedSumLoss
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.encode import embed
-from setfit_kd.models.heads import fit_head
+from setfit_kd.models.heads import balanced_weights, fit_head
 from setfit_kd.models.io import new_model
 from setfit_kd.student import trainer as trainer_module
 from setfit_kd.student.loss import LossInputs, create_loss, match_gold_labels
@@ -217,6 +217,18 @@ def test_labeled_texts_are_used_once_with_gold_label_and_weight(
         assert weight == (gold_weight if text in gold else 1)
         expected = np.eye(4)[gold[text]] if text in gold else signals.probabilities[signals.texts.index(text)]
         np.testing.assert_array_equal(label, expected)
+
+
+@pytest.mark.parametrize(("balance", "labeled"), [(0.5, LABELED), (0, LABELED), (0.5, None)])
+def test_rare_classes_are_weighted_by_the_number_of_labels(
+    student_body: SentenceTransformer, balance: float, labeled: LabeledSet | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = Mock(side_effect=fit_head)
+    monkeypatch.setattr(trainer_module, "fit_head", fit)
+    train_student(pool_signals(), student_body, labeled=labeled, **QUICK, balance=balance)
+    expected = None if labeled is None else balanced_weights(labeled.counts, balance)
+    assert (expected is not None) is (balance > 0 and labeled is not None)
+    np.testing.assert_array_equal(fit.call_args.kwargs.get("class_weights"), expected)
 
 
 def test_head_uses_sample_of_large_pool_and_all_labeled_texts(

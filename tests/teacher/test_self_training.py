@@ -13,7 +13,7 @@ from scipy.special import softmax
 from setfit_kd.config.stages import SignalsConfig
 from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.models.encode import embed, head_proba, predict_proba
-from setfit_kd.models.heads import at_temperature, fit_head, head_logits
+from setfit_kd.models.heads import at_temperature, balanced_weights, fit_head, head_logits
 from setfit_kd.models.io import new_model
 from setfit_kd.teacher import scoring
 from setfit_kd.teacher.scoring import refine_and_score, self_train
@@ -115,7 +115,8 @@ def test_signals_of_refined_teacher_cover_pool_and_labeled_texts(
     np.testing.assert_allclose(calibrated[gold], predicted[gold], atol=10 * tolerance)
     np.testing.assert_array_equal(teacher.model_head.coef_, coef)
     if method != "none":
-        head, logits = self_train(expected[gold], labeled.one_hot, expected[pool])
+        class_weights = balanced_weights(labeled.counts, config.balance)
+        head, logits = self_train(expected[gold], labeled.one_hot, expected[pool], class_weights=class_weights)
         np.testing.assert_allclose(signals.probabilities[gold], head.predict_proba(expected[gold]), atol=10 * tolerance)
         np.testing.assert_allclose(signals.probabilities[pool], softmax(logits, axis=1), atol=10 * tolerance)
         assert np.abs(signals.probabilities - head_proba(teacher, signals.embeddings)).max() > 0.01
@@ -135,7 +136,7 @@ def test_large_pool_is_sampled_by_seed_and_settings_are_used(
     train = Mock(side_effect=self_train)
     monkeypatch.setattr(scoring, "self_train", train)
     monkeypatch.setattr(scoring, "MAX_TEXTS", 20)
-    runs: list[dict[str, Any]] = [{"seed": 1}, {"seed": 1}, {"seed": 2, "head_c": 1e-3, "balance": True}]
+    runs: list[dict[str, Any]] = [{"seed": 1}, {"seed": 1}, {"seed": 2, "head_c": 1e-3, "balance": 1}]
     for settings in runs:
         _, signals = refine_and_score(teacher, labeled, POOL, cache=False, **settings)
     index_of = {row.tobytes(): i for i, row in enumerate(np.asarray(signals.embeddings))}
@@ -143,4 +144,6 @@ def test_large_pool_is_sampled_by_seed_and_settings_are_used(
     assert [len(set(sample)) for sample in rows] == [20] * 3
     assert rows[0] == rows[1] == sorted(rows[0]) != rows[2]
     assert 40 < max(rows[0]) < len(POOL)  # not only the beginning of the pool
-    assert train.call_args.kwargs == {"C": 1e-3, "balance": True, "seed": 2}
+    options = train.call_args.kwargs
+    np.testing.assert_array_equal(options.pop("class_weights"), balanced_weights(labeled.counts, 1))
+    assert options == {"C": 1e-3, "seed": 2}
