@@ -96,15 +96,16 @@ def main(
     if quick:
         output, work = output / "quick", work / "quick"
     output.mkdir(parents=True, exist_ok=True)
-    chosen = [row for row in ROWS if row in (rows or ROWS) and (row != "model2vec" or options["model2vec"])]
-    results = Results(output / "compare.json")
+    chosen = [row for row in ROWS if row in (rows or ROWS) and (row != "model2vec" or "model2vec" in options)]
+    settings = {key: options[key] for key in ("teacher", "student", "threads", "pair_steps", "tests")}
+    results = Results(output / "compare.json", settings)
     for name, sources in data_sets(folders, options.pop("shots")).items():
         for seed in range(seeds):
             for row in chosen:
                 for pool_size in pool_sizes if ROWS[row].uses_pool else (pool_sizes[0],):
                     case = {**sources, **options, "seed": seed, "pool_size": pool_size}
-                    results.measure(row, name, case, (work / f"{name}-{sources['shots']}-{seed}").resolve())
-    table = format_tables(results.cells)
+                    results.measure(row, name, case, work.resolve())
+    table = format_tables(results.cells, settings)
     (output / "compare.md").write_text(table)
     click.echo(table)
     plot(results.cells, output / "compare.png")
@@ -127,9 +128,14 @@ def data_sets(folders: Sequence[str], shots: int) -> dict[str, dict[str, Any]]:
 class Results:
     """All results, in a JSON file: one for each row, data set, number of labels, seed and, if it is used, pool size."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.cells: list[Result] = json.loads(file.read_text()) if file.is_file() else []
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        self.file, self.settings = file, settings
+        self.cells: list[Result] = []
+        if file.is_file():
+            content = json.loads(file.read_text())
+            if content["settings"] != settings:
+                raise click.ClickException(f"{file} has results with other settings. Choose another --output.")
+            self.cells = content["results"]
 
     def measure(self, row: str, name: str, case: dict[str, Any], work: Path, *, again: bool = False) -> None:
         """Measure a row in a new process, after those it requires, unless its result is up to date."""
@@ -141,14 +147,13 @@ class Results:
         if up_to_date and not again:
             return
         for required in ROWS[row].requires:
-            exists = artifact_folder(required, work, case["pool_size"]).is_dir()
-            self.measure(required, name, case, work, again=not exists)
+            self.measure(required, name, case, work, again=not artifact_folder(required, case, work).is_dir())
         click.echo(f"{', '.join(map(str, cell.values()))} ...", nl=False)
         result = run_row(row, case, work)
         click.echo(f" {100 * result['accuracy']:.1f}%, {cost(result):.0f} s" if "accuracy" in result else " left out")
         self.cells = [known for known in self.cells if not cell.items() <= known.items()]
         self.cells.append({**cell, **result, "inputs": inputs})
-        write_text(self.file, json.dumps(self.cells, indent=1) + "\n")
+        write_text(self.file, json.dumps({"settings": self.settings, "results": self.cells}, indent=1) + "\n")
 
 
 def fingerprint_inputs(row: str, case: dict[str, Any]) -> str:
@@ -157,31 +162,31 @@ def fingerprint_inputs(row: str, case: dict[str, Any]) -> str:
     keys = ["seed", "shots", "tests", "threads", "teacher", *(["pool_size"] if ROWS[row].uses_pool else [])]
     keys += {"labels_alone": ["student"], "student": ["student"]}.get(row, [])
     keys += ["student", "pair_steps"] if row in ("stock_student", "pairs_student") else []
-    code = [file_hash(path) for path in sorted(PACKAGE.rglob("*.py"))] if ROWS[row].is_ours else []
+    sources = [*HERE.glob("m*.py"), *(PACKAGE if ROWS[row].is_ours else PACKAGE / "data").rglob("*.py")]
+    code = [file_hash(path) for path in sorted(sources)]
     return fingerprint(row, files, [case[key] for key in keys], [version(name) for name in LIBRARIES], code)
 
 
-def artifact_folder(row: str, work: Path, pool_size: int) -> Path:
+def artifact_folder(row: str, case: dict[str, Any], work: Path) -> Path:
     """Return the folder of the model, and of the signals, that a row leaves for others."""
-    return work / (f"{row}-{pool_size}" if ROWS[row].uses_pool else row)
+    return work / f"{row}-{fingerprint_inputs(row, case)[:16]}"
 
 
 def run_row(row: str, case: dict[str, Any], work: Path) -> Result:
     """Run one row in a new process."""
-    artifact = artifact_folder(row, work, case["pool_size"])
-    shutil.rmtree(artifact, ignore_errors=True)  # of an interrupted run
-    artifacts = {name: str(artifact_folder(name, work, case["pool_size"])) for name in (row, *ROWS[row].requires)}
-    case_file, result_file = work / "case.json", work / "result.json"
+    artifacts = {name: str(artifact_folder(name, case, work)) for name in (row, *ROWS[row].requires)}
+    shutil.rmtree(artifacts[row], ignore_errors=True)  # of an interrupted run
     work.mkdir(parents=True, exist_ok=True)
-    case_file.write_text(json.dumps({**case, "artifacts": artifacts}))
-    command = [sys.executable, str(HERE / "methods.py"), row, str(case_file), str(result_file)]
+    file = Path(artifacts[row]).with_suffix(".json")
+    file.write_text(json.dumps({**case, "artifacts": artifacts}))
+    command = [sys.executable, str(HERE / "methods.py"), row, str(file), str(file)]
     variables = {name: str(case["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     process = subprocess.run(
         command, env={**os.environ, **variables, "TOKENIZERS_PARALLELISM": "false"}, capture_output=True, text=True
     )
     if process.returncode:
         raise click.ClickException(f"{row} failed:\n{process.stderr[-3000:]}")
-    result: Result = json.loads(result_file.read_text())
+    result: Result = json.loads(file.read_text())
     return result
 
 
@@ -190,12 +195,13 @@ def cost(cell: Result) -> float:
     return float(cell["cpu_seconds"])
 
 
-def format_tables(cells: list[Result]) -> str:
+def format_tables(cells: list[Result], settings: dict[str, Any]) -> str:
     """Format accuracy with calibration error, macro-F1, and cost as Markdown tables."""
     cells = [cell for cell in cells if "accuracy" in cell]
     sets = list(dict.fromkeys((cell["data"], cell["shots"]) for cell in cells))
     lines = ["# Comparison", ""]
-    lines += ["Test files, mean ± standard deviation over the seeds. Bold rows are setfit-kd's defaults."]
+    lines += [f"Teacher {settings['teacher']}, student {settings['student']}; {settings['threads']} thread(s)."]
+    lines += ["Test files, mean ± standard deviation over the seeds. Bold rows are what a run of setfit-kd trains."]
     quantities: dict[str, Callable[[list[Result]], str]] = {
         "Accuracy in %, calibration error in brackets": lambda group: (
             f"{mean_and_deviation([100 * cell['accuracy'] for cell in group])} "

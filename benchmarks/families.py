@@ -85,7 +85,7 @@ def main(ag_news: Path, trec: Path, seeds: int, threads: int, only: tuple[str, .
 def run_or_load(folder: Path, target: Path, **settings: Any) -> RunResult:
     """Run the pipeline in a folder, or resume the run in it."""
     if (target / "config.yaml").is_file():
-        return distill(resume=target)
+        return distill(resume=target, **settings)
     train, test = str(folder / "train.csv"), str(folder / "test.csv")
     return distill(train, train, test, output_dir=target, **{"precision": "bf16", "device": "cpu", **settings})
 

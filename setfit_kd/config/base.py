@@ -99,8 +99,8 @@ class StageConfig(BaseModel):
     """C (inverse regularization strength) of the logistic regression heads, on embeddings scaled to unit variance.
     [default: 2.5 times the number of classes; 3 for a student]"""
     balance: float = Field(0.5, ge=0, le=1)
-    """Weight of rare classes when fitting a head: a class with n labels is weighted by a power of 1/n. 0 weights all
-    texts equally, 1 all classes."""
+    """Weight of rare classes when fitting a head: a class with n labels is weighted by this power of 1/n. 0 weights all
+    texts equally, 1 all classes of the labeled texts."""
     num_iterations: int = Field(20, ge=1)
     """Pairs drawn per text by the pairs objectives (twice as many for the teacher)."""
 

@@ -77,8 +77,8 @@ def prepare_run(config: RunConfig, *, resume: bool = False, **sources: Source | 
     if config.search:
         check_search()
     data = load_run_data(config, **sources)
-    n_texts = len(data.pool) + (0 if data.signals else len(data.labeled))
-    check_pool(n_texts + config.n_augmented(n_texts), config)
+    # Uncertain texts are dropped, so those that are augmented by default may not fill a batch.
+    check_pool(len(data.pool) + (0 if data.signals else len(data.labeled) + (config.augment or 0)), config)
     if data.evaluation is None and config.seeds > 1:
         raise ConfigError(
             f"Running {config.seeds} seeds requires an evaluation set to measure how the metrics vary.",
@@ -145,7 +145,7 @@ def load_run_data(config: DataConfig, **sources: Source | None) -> RunData:
     held_out = None if evaluation is None else read_labeled(evaluation, "test", rows.label_names)
     if signals is None:
         if unlabeled is None:
-            logger.warning("There are no unlabeled texts: the student is trained on the labeled texts only.")
+            logger.warning("There are no unlabeled texts: the student can only learn from the labeled texts.")
         pool = None if unlabeled is None else stream_texts(unlabeled, text_column=config.text_column)
         return RunData(**vars(split_data(rows, pool, held_out, config)))
     # Labeled texts stay in the pool, since they have signals.

@@ -55,6 +55,7 @@ from setfit_kd.run_folder.names import (
 )
 from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.student.distil import (
+    MIN_HELD_OUT,
     hold_out,
     labels_only_config,
     n_without_signals,
@@ -145,10 +146,10 @@ class Stages:
         )
         key = fingerprint(self._labeled_key, data.pool, self._evaluation_key, n, model_hash, config.seed)
         texts = self.cache.run_or_load(AUGMENTED, key, Artifact(save_texts, load_texts), run)
-        if config.augment is None:
-            logger.info("The pool is small: %d augmented texts are added (none with --augment 0).", len(texts))
-        elif len(texts) < n:
+        if config.augment and len(texts) < n:
             logger.warning("Could create only %d of %d augmented texts.", len(texts), n)
+        elif texts and not config.augment:
+            logger.info("The pool is small: %d augmented texts are added (none with --augment 0).", len(texts))
         return texts
 
     def search_teacher(self, inputs: RunInputs) -> None:
@@ -229,7 +230,7 @@ class Stages:
     def run_teachers(self, inputs: RunInputs, augmented: Sequence[str]) -> Teachers:
         """Train, score and evaluate all teachers, one at a time, and average the signals of several."""
         config, several = self.teacher_config, len(inputs.teachers) > 1
-        pool_key = fingerprint(self.data.pool, *([augmented] if augmented else []))
+        pool_key = fingerprint(self.data.pool, list(augmented))
         keep_first = not several or any(student.source_body is None for student in inputs.students)
         first: SetFitModel | None = None
         all_signals: list[TeacherSignals] = []
@@ -321,9 +322,11 @@ class Stages:
         assert teacher is not None
 
         def run() -> Estimate:
-            is_labeled = self._is_labeled(signals)
+            n_pool, is_labeled = len(self.data.pool), self._is_labeled(signals)
             _, held_out = hold_out(len(signals), self.config, avoid=is_labeled)
-            rows = held_out if len(held_out) else np.flatnonzero(~is_labeled)  # of a small pool, none are held out
+            rows = held_out[held_out < n_pool]  # the next ones are augmented, similar to texts it was trained on
+            if len(rows) < MIN_HELD_OUT:
+                rows = np.flatnonzero(~is_labeled[:n_pool])
             rows = rows if len(rows) else np.arange(len(signals))
             targets = at_temperature(signals.probabilities[rows], signals.temperature)
             texts = [signals.texts[row] for row in rows]

@@ -122,6 +122,19 @@ def test_signals_of_refined_teacher_cover_pool_and_labeled_texts(
         assert np.abs(signals.probabilities - head_proba(teacher, signals.embeddings)).max() > 0.01
 
 
+def test_augmented_texts_are_scored_but_not_used_to_refine(
+    teacher_body: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, labeled = make_teacher(teacher_body)
+    train = Mock(side_effect=self_train)
+    monkeypatch.setattr(scoring, "self_train", train)
+    refined, signals = refine_and_score(teacher, labeled, POOL[:20], augmented=POOL[20:25], cache=False)
+    assert signals.texts == [*POOL[:25], *labeled.texts]
+    assert len(train.call_args.args[2]) == 20
+    calibrated = at_temperature(signals.probabilities[20:], signals.temperature)
+    np.testing.assert_allclose(calibrated, predict_proba(refined, signals.texts[20:]), atol=1e-4)
+
+
 def test_teacher_is_not_refined_on_empty_pool(teacher_body: SentenceTransformer) -> None:
     teacher, labeled = make_teacher(teacher_body)
     refined, signals = refine_and_score(teacher, labeled, [], cache=False)
@@ -144,6 +157,6 @@ def test_large_pool_is_sampled_by_seed_and_settings_are_used(
     assert [len(set(sample)) for sample in rows] == [20] * 3
     assert rows[0] == rows[1] == sorted(rows[0]) != rows[2]
     assert 40 < max(rows[0]) < len(POOL)  # not only the beginning of the pool
-    options = train.call_args.kwargs
+    options: Any = dict(train.call_args.kwargs)
     np.testing.assert_array_equal(options.pop("class_weights"), balanced_weights(labeled.counts, 1))
     assert options == {"C": 1e-3, "seed": 2}
