@@ -137,6 +137,25 @@ def test_small_pools_are_augmented_by_default(
     assert f"{augmented} augmented texts are added (none with --augment 0)." in caplog.text
 
 
+def test_default_run_counts_augmented_texts_and_estimates_on_the_pool_only(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+    predict = Stages._predict_proba
+
+    def record(self: Stages, model: Any, texts: list[str], description: str) -> Any:
+        compared.extend(texts)
+        return predict(self, model, texts, description)
+
+    monkeypatch.setattr(Stages, "_predict_proba", record)
+    settings = {**base, "augment": None, "eval": None, "calibrate": True, "output_dir": tmp_path / "run"}
+    result = distill(**settings)
+    assert result.n_augmented == len(result.signals) - len(POOL) - len(LABELED) == 7 * 54
+    assert json.loads((tmp_path / "run/run.json").read_bytes())["data"]["augmented"] == 7 * 54
+    assert compared
+    assert set(compared) <= set(POOL)
+
+
 def test_large_pools_and_signals_are_not_augmented_by_default(base: dict[str, Any]) -> None:
     config = RunConfig.of(**{**base, "augment": None})
     assert [config.n_augmented(n) for n in (0, 100, 125, 999, 1000, 10_000)] == [0, 700, 875, 1, 0, 0]

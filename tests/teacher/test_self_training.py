@@ -10,6 +10,7 @@ import pytest
 from conftest import newswire
 from scipy.special import softmax
 
+from setfit_kd import train_teacher
 from setfit_kd.config.stages import SignalsConfig
 from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.models.encode import embed, head_proba, predict_proba
@@ -160,3 +161,14 @@ def test_large_pool_is_sampled_by_seed_and_settings_are_used(
     options: Any = dict(train.call_args.kwargs)
     np.testing.assert_array_equal(options.pop("class_weights"), balanced_weights(labeled.counts, 1))
     assert options == {"C": 1e-3, "seed": 2}
+
+
+@pytest.mark.parametrize("balance", [0, 0.5])
+def test_trained_head_weights_rare_classes(
+    teacher_body: SentenceTransformer, balance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = Mock(side_effect=fit_head)
+    monkeypatch.setattr("setfit_kd.teacher.trainer.fit_head", fit)
+    labeled = LabeledSet(POOL[:6], np.array([0, 0, 0, 0, 1, 1]), ("a", "b"))
+    train_teacher(labeled, teacher_body, device="cpu", precision="fp32", teacher_steps=1, balance=balance)
+    np.testing.assert_array_equal(fit.call_args.kwargs["class_weights"], balanced_weights(labeled.counts, balance))
