@@ -35,6 +35,7 @@ from setfit_kd.models.bodies import load_body, locate_model
 from setfit_kd.models.encode import embed, predict_proba
 from setfit_kd.models.heads import head_at_temperature
 from setfit_kd.models.io import new_model, save_model
+from setfit_kd.models.static import DEFAULT_DIMENSION
 from setfit_kd.run.inputs import RunData, load_run_data
 from setfit_kd.run.stage_cache import StageCache
 from setfit_kd.run.stages import Stages
@@ -236,7 +237,8 @@ def student(case: Case, data: RunData) -> Predict:
 
 def static_student(case: Case, data: RunData) -> Predict:
     refined = load(case.folder("refined_teacher"), device="cpu").model_body
-    prepared = locate_student("static").prepare(case.body("teacher"))
+    dimension = min(DEFAULT_DIMENSION, refined.get_embedding_dimension() or DEFAULT_DIMENSION)
+    prepared = locate_student(f"static:{dimension}").prepare(case.body("teacher"))
     body = prepared.create_body(refined, data.pool, refined.device)
     return make_predict(train_student(case.signals(), body, labeled=data.labeled, config=case.config))
 
