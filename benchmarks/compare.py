@@ -4,7 +4,7 @@ Run: python benchmarks/compare.py [FOLDER[=SHOTS] ...] [--seeds 3] [--pool-size 
 A FOLDER holds train.csv and test.csv with the columns text and label; the default is the bundled news corpus. Labels
 and pool are sampled from the training file, and all methods are evaluated on the test file. --output receives all
 results (compare.json), tables (compare.md) and a plot. Run the command again to continue: a result is measured again
-only if its data, its settings, the versions of the libraries or, for rows of setfit-kd, the source code have changed.
+only if its data, its settings, the versions of the libraries or the source code that it uses have changed.
 """
 
 from __future__ import annotations
@@ -150,7 +150,8 @@ class Results:
             self.measure(required, name, case, work, again=not artifact_folder(required, case, work).is_dir())
         click.echo(f"{', '.join(map(str, cell.values()))} ...", nl=False)
         result = run_row(row, case, work)
-        click.echo(f" {100 * result['accuracy']:.1f}%, {cost(result):.0f} s" if "accuracy" in result else " left out")
+        shown = f"{100 * result['accuracy']:.1f}%, {result['cpu_seconds']:.0f} s" if result else "left out"
+        click.echo(f" {shown}")
         self.cells = [known for known in self.cells if not cell.items() <= known.items()]
         self.cells.append({**cell, **result, "inputs": inputs})
         write_text(self.file, json.dumps({"settings": self.settings, "results": self.cells}, indent=1) + "\n")
@@ -159,10 +160,11 @@ class Results:
 def fingerprint_inputs(row: str, case: dict[str, Any]) -> str:
     """Fingerprint everything that a result depends on."""
     files = [file_hash(Path(case[key])) if Path(case[key]).is_file() else case[key] for key in ("labeled", "eval")]
-    keys = ["seed", "shots", "tests", "threads", "teacher", *(["pool_size"] if ROWS[row].uses_pool else [])]
-    keys += {"labels_alone": ["student"], "student": ["student"]}.get(row, [])
-    keys += ["student", "pair_steps"] if row in ("stock_student", "pairs_student") else []
-    sources = [*HERE.glob("m*.py"), *(PACKAGE if ROWS[row].is_ours else PACKAGE / "data").rglob("*.py")]
+    keys = ["seed", "shots", "tests", "threads", "teacher"] + ["pool_size"] * ROWS[row].uses_pool
+    keys += ["student"] * (row in ("labels_alone", "stock_student", "pairs_student", "student"))
+    keys += ["pair_steps"] * (row in ("stock_student", "pairs_student"))
+    sources = [HERE / "methods.py", HERE / "model2vec_recipe.py"]
+    sources += (PACKAGE if ROWS[row].is_ours else PACKAGE / "data").rglob("*.py")
     code = [file_hash(path) for path in sorted(sources)]
     return fingerprint(row, files, [case[key] for key in keys], [version(name) for name in LIBRARIES], code)
 
@@ -188,11 +190,6 @@ def run_row(row: str, case: dict[str, Any], work: Path) -> Result:
         raise click.ClickException(f"{row} failed:\n{process.stderr[-3000:]}")
     result: Result = json.loads(file.read_text())
     return result
-
-
-def cost(cell: Result) -> float:
-    """Return the CPU seconds of all threads, which depend little on the load of the machine."""
-    return float(cell["cpu_seconds"])
 
 
 def format_tables(cells: list[Result], settings: dict[str, Any]) -> str:
@@ -230,12 +227,12 @@ def format_tables(cells: list[Result], settings: dict[str, Any]) -> str:
 
 
 def total_cost(cell: Result, cells: list[Result]) -> float:
-    """Return the cost of a row and of the rows that it requires."""
-    total = cost(cell)
+    """Return the CPU seconds of a row and of those it requires; unlike wall time, they hardly depend on the load."""
+    total = float(cell["cpu_seconds"])
     for required in ROWS[cell["row"]].requires:
         keys = ("data", "shots", "seed", *(["pool_size"] if ROWS[required].uses_pool else []))
         wanted = {"row": required, **{key: cell[key] for key in keys}}
-        total += sum(cost(other) for other in cells if wanted.items() <= other.items())
+        total += sum(other["cpu_seconds"] for other in cells if wanted.items() <= other.items())
     return total
 
 

@@ -14,6 +14,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from setfit_kd import RunConfig
+from setfit_kd.student.distil import n_held_out
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import compare  # noqa: E402
@@ -119,7 +122,12 @@ def test_comparison_writes_results_and_is_not_repeated(tmp_path: Path, tiny_teac
     assert set(rows) == set(compare.ROWS) - {"model2vec"}
     full_batches = 125 * 16 * 2  # the last batch of an epoch may be smaller
     assert full_batches - 2 * 16 < rows["stock_student"]["training_passes"] <= full_batches
-    assert rows["pairs_student"]["training_passes"] > full_batches
+    (file,) = (tmp_path / "work").rglob("signals/texts.jsonl")
+    n = len(file.read_text(encoding="utf-8").splitlines())
+    trained = n - n_held_out(n, RunConfig.of(teacher="t", student="s"))
+    assert n > 250 + 16  # with augmented texts
+    assert rows["student"]["training_passes"] == 3 * trained
+    assert rows["pairs_student"]["training_passes"] == 2 * -(-125 * 16 // n) * trained
     assert all(0 < cell["accuracy"] < 1 and cell["peak_mb"] > 0 for cell in rows.values())
     again = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
     assert "newswire, 4, 0" not in again.stdout

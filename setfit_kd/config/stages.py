@@ -56,8 +56,8 @@ class AugmentConfig(StageConfig):
     """Settings of augmentation: further pool texts created from existing ones."""
 
     augment: int | None = Field(None, ge=0)
-    """Number of augmented texts, created from pool and labeled texts and labeled by the teacher. [default: as many as
-    pool and labeled texts lack to 1,000, but at most seven for each text]"""
+    """Number of augmented texts, created from pool and labeled texts and labeled by the teacher. [default: enough
+    for 1,000 texts together with these, but at most seven per text]"""
     augment_model: Name | None = None
     """Masked language model that replaces words in some augmented texts. [default: none]"""
     augment_confidence: float = Field(0.6, ge=0, le=1)

@@ -51,7 +51,6 @@ class RunResult:
         estimates: Without an evaluation set, the estimated quality of the teacher, or ensemble, and the students; empty
             if no teacher was calibrated.
         config: The settings.
-        n_augmented: Number of augmented texts in the signals.
         by_seed: With several seeds, the evaluations of each seed, including the first; otherwise empty.
         trials: With a search, the trials for ``teacher`` and ``student``, of the first seed.
         seconds: Wall time in seconds by stage.
@@ -65,7 +64,6 @@ class RunResult:
     evaluations: dict[str, Evaluation]
     config: RunConfig
     estimates: dict[str, Estimate] = field(default_factory=dict)
-    n_augmented: int = 0
     by_seed: dict[int, dict[str, Evaluation]] = field(default_factory=dict)
     trials: dict[str, list[Trial]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -211,6 +209,8 @@ def _run(config: RunConfig, sources: Mapping[str, Source | None], *, resume: boo
         result = _run_stages(config, stages, inputs)
         if config.seeds > 1:
             result = _run_other_seeds(result, resolved, sources, folder)
+        data = inputs.data
+        n_augmented = 0 if data.signals else len(result.signals) - len(data.pool) - len(data.labeled)
         cache.discard_unused()
         if folder:
             folder.discard_seeds(keep=result.by_seed)
@@ -220,7 +220,7 @@ def _run(config: RunConfig, sources: Mapping[str, Source | None], *, resume: boo
                 evaluated=list(result.evaluations),
                 estimated=list(result.estimates),
                 search={stage: list(map(asdict, trials)) for stage, trials in result.trials.items()},
-                data=vars(inputs.data.report) | ({"augmented": result.n_augmented} if result.n_augmented else {}),
+                data=vars(data.report) | ({"augmented": n_augmented} if n_augmented else {}),
                 seconds=result.seconds,
                 out_of_memory=result.out_of_memory,
                 seeds=list(result.by_seed),
@@ -261,7 +261,6 @@ def _run_stages(config: RunConfig, stages: Stages, inputs: RunInputs) -> RunResu
         evaluations,
         config,
         estimates,
-        n_augmented=0 if data.signals else len(teachers.signals) - len(data.pool) - len(data.labeled),
         trials=stages.trials,
         seconds=cache.seconds,
         output_dir=folder.path if folder else None,
