@@ -72,6 +72,7 @@ ROWS = {  # in the order of execution
 @click.option("--row", "rows", type=click.Choice(list(ROWS)), multiple=True, help="Rows to measure. [default: all]")
 @click.option("--pair-steps", type=int, help="Training steps of students on pairs. [default: 500]")
 @click.option("--threads", default=1, type=click.IntRange(1))
+@click.option("--device", default="cpu", help="Device of all rows but TF-IDF and model2vec: cpu or cuda.")
 @click.option(
     "--model2vec", help="Interpreter of an environment with model2vec[distill,train], to include its classifier."
 )
@@ -97,7 +98,7 @@ def main(
         output, work = output / "quick", work / "quick"
     output.mkdir(parents=True, exist_ok=True)
     chosen = [row for row in ROWS if row in (rows or ROWS) and (row != "model2vec" or "model2vec" in options)]
-    settings = {key: options[key] for key in ("teacher", "student", "threads", "pair_steps", "tests")}
+    settings = {key: options[key] for key in ("teacher", "student", "device", "threads", "pair_steps", "tests")}
     results = Results(output / "compare.json", settings)
     for name, sources in data_sets(folders, options.pop("shots")).items():
         for seed in range(seeds):
@@ -160,7 +161,7 @@ class Results:
 def fingerprint_inputs(row: str, case: dict[str, Any]) -> str:
     """Fingerprint everything that a result depends on."""
     files = [file_hash(Path(case[key])) if Path(case[key]).is_file() else case[key] for key in ("labeled", "eval")]
-    keys = ["seed", "shots", "tests", "threads", "teacher"] + ["pool_size"] * ROWS[row].uses_pool
+    keys = ["seed", "shots", "tests", "threads", "teacher", "device"] + ["pool_size"] * ROWS[row].uses_pool
     keys += ["student"] * (row in ("labels_alone", "stock_student", "pairs_student", "student"))
     keys += ["pair_steps"] * (row in ("stock_student", "pairs_student"))
     sources = [HERE / "methods.py", HERE / "model2vec_recipe.py"]
@@ -197,7 +198,7 @@ def format_tables(cells: list[Result], settings: dict[str, Any]) -> str:
     cells = [cell for cell in cells if "accuracy" in cell]
     sets = list(dict.fromkeys((cell["data"], cell["shots"]) for cell in cells))
     lines = ["# Comparison", ""]
-    lines += [f"Teacher {settings['teacher']}, student {settings['student']}; {settings['threads']} thread(s)."]
+    lines += [f"Teacher {settings['teacher']}, student {settings['student']}; {settings['threads']} thread(s), {settings['device']}."]
     lines += ["Test files, mean ± standard deviation over the seeds. Bold rows are what a run of setfit-kd trains."]
     quantities: dict[str, Callable[[list[Result]], str]] = {
         "Accuracy in %, calibration error in brackets": lambda group: (

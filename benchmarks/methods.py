@@ -62,6 +62,7 @@ class Case:
         threads: Threads per method.
         tests: Maximum number of test texts; None means all.
         teacher, student: Names of the bodies.
+        device: Device of all methods: ``cpu`` or ``cuda``.
         artifacts: Folders for models and signals that later methods use, by method.
         precision: Precision of setfit-kd's trainings.
         model2vec: Interpreter of an environment with model2vec[distill,train].
@@ -78,6 +79,7 @@ class Case:
     tests: int | None
     teacher: str
     student: str
+    device: str
     artifacts: dict[str, str]
     precision: str = "auto"
     model2vec: str | None = None
@@ -91,7 +93,7 @@ class Case:
             seed=self.seed,
             shots=self.shots,
             pool_size=self.pool_size,
-            device="cpu",
+            device=self.device,
             precision=self.precision,
             cache=False,
         )
@@ -102,7 +104,7 @@ class Case:
 
     def body(self, name: str) -> SentenceTransformer:
         """Load a new body: ``teacher`` or ``student``."""
-        teacher = load_body(locate_model(self.teacher))
+        teacher = load_body(locate_model(self.teacher)).to(self.device)
         if name == "teacher":
             return teacher
         return locate_student(self.student).prepare(teacher).create_body(teacher, [], teacher.device)
@@ -161,7 +163,7 @@ def stock_arguments(case: Case, output_dir: str, **settings: Any) -> TrainingArg
 
 
 def stock_teacher(case: Case, data: RunData, **sampling: Any) -> Predict:
-    model = new_model(case.body("teacher"), data.labeled.label_names).to("cpu")
+    model = new_model(case.body("teacher"), data.labeled.label_names).to(case.device)
     model.model_head = LogisticRegression()
     dataset = Dataset.from_dict({"text": data.labeled.texts, "label": data.labeled.labels.tolist()})
     with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +187,7 @@ def teacher(case: Case, data: RunData) -> Predict:
 
 
 def refined_teacher(case: Case, data: RunData) -> Predict:
-    model = load(case.folder("teacher"), device="cpu")
+    model = load(case.folder("teacher"), device=case.device)
     config, n = case.config, len(data.pool)
     augmented = Stages(config, data, StageCache(None)).augment(None)
     refined, signals = refine_and_score(model, data.labeled, data.pool, augmented=augmented, config=config)
@@ -200,8 +202,8 @@ def labels_alone(case: Case, data: RunData) -> Predict:
 
 
 def stock_student(case: Case, data: RunData) -> Predict:
-    refined = load(case.folder("refined_teacher"), device="cpu")
-    model = new_model(case.body("student"), data.labeled.label_names).to("cpu")
+    refined = load(case.folder("refined_teacher"), device=case.device)
+    model = new_model(case.body("student"), data.labeled.label_names).to(case.device)
     model.model_head = LogisticRegression()
     with tempfile.TemporaryDirectory() as folder:
         DistillationTrainer(
@@ -236,7 +238,7 @@ def student(case: Case, data: RunData) -> Predict:
 
 
 def static_student(case: Case, data: RunData) -> Predict:
-    refined = load(case.folder("refined_teacher"), device="cpu").model_body
+    refined = load(case.folder("refined_teacher"), device=case.device).model_body
     dimension = min(DEFAULT_DIMENSION, refined.get_embedding_dimension() or DEFAULT_DIMENSION)
     prepared = locate_student(f"static:{dimension}").prepare(case.body("teacher"))
     body = prepared.create_body(refined, data.pool, refined.device)

@@ -21,7 +21,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import compare  # noqa: E402
 
-CASE = {"labeled": "train.csv", "eval": "test.csv", "seed": 0, "shots": 16, "tests": None, "threads": 1}
+CASE = {"labeled": "train.csv", "eval": "test.csv", "seed": 0, "shots": 16, "tests": None, "threads": 1, "device": "cpu"}
 CASE |= {"teacher": "t", "student": "s", "pool_size": 1000, "pair_steps": 500}
 
 
@@ -41,7 +41,7 @@ def test_tables_have_means_and_costs_including_the_teacher() -> None:
         {**cell, "seed": 0, "accuracy": 0.9, "row": row, "pool_size": 100} for row in ("refined_teacher", "student")
     ]
     cells.append({"row": "unique_teacher", "data": "a", "shots": 8, "seed": 0})  # was left out
-    table = compare.format_tables(cells, {"teacher": "t", "student": "s", "threads": 1})
+    table = compare.format_tables(cells, {"teacher": "t", "student": "s", "device": "cpu", "threads": 1})
     assert "| teacher: calibrated, not refined | 60.0 ± 14.1 (25.0) |" in table
     assert "| **student**, pool of 100 | 90.0 (25.0) |" in table
     assert "| **student**, pool of 100 | 30 |" in table

@@ -22,8 +22,10 @@ _NOT_FINGERPRINTED = (
 )
 """Settings that affect how a stage runs, but not its result."""
 
-_VERSION = 2
+_VERSION = 3
 """Version of the trainings; results of another version are not reused when a run is resumed."""
+
+_SOFT_LABELS_C = 3.0
 
 Family = Literal["setfit", "transformer"]
 """Model family: SetFit (a head on a sentence-transformers body) or a transformers classifier trained end to end."""
@@ -97,7 +99,7 @@ class StageConfig(BaseModel):
     if it is faster and the probabilities are nearly the same."""
     head_c: float | None = Field(None, gt=0, allow_inf_nan=False)
     """C (inverse regularization strength) of the logistic regression heads, on embeddings scaled to unit variance.
-    [default: 2.5 times the number of classes; 3 for a student]"""
+    [default: 2.5 times the number of classes; 3 for those of a refined teacher and of a student]"""
     balance: float = Field(0.5, ge=0, le=1)
     """Weight of rare classes when fitting a head: a class with n labels is weighted by this power of 1/n. 0 weights all
     texts equally, 1 all classes of the labeled texts."""
@@ -108,6 +110,11 @@ class StageConfig(BaseModel):
     @classmethod
     def _ignore_auto(cls, value: Any) -> Any:
         return None if value == "auto" else value  # in the settings of runs of earlier versions
+
+    @property
+    def soft_labels_c(self) -> float:
+        """C of a head that is fitted on soft labels of a pool, which are many and noisy."""
+        return self.head_c or _SOFT_LABELS_C
 
     @classmethod
     def fingerprint_inputs(cls, config: StageConfig) -> dict[str, Any]:

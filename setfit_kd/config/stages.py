@@ -9,8 +9,6 @@ from pydantic import Field
 from setfit_kd.config.base import StageConfig
 from setfit_kd.config.values import Columns, Name, Objectives
 
-_SOFT_LABELS_C = 3.0
-
 
 class DataConfig(StageConfig):
     """Sources of the texts, and how they are sampled."""
@@ -101,11 +99,6 @@ class StudentConfig(StageConfig):
     """Weight of the gold label in the soft-labels loss, for texts that have one."""
     gold_weight: float = Field(3.0, ge=0, allow_inf_nan=False)
     """Weight of texts with gold labels when fitting the student's head; pool texts have weight 1."""
-
-    @property
-    def student_head_c(self) -> float:
-        """C of a student's head, whose soft labels are many and noisy."""
-        return self.head_c or _SOFT_LABELS_C
 
 
 class FinetuneConfig(StageConfig):

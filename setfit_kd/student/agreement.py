@@ -63,7 +63,7 @@ class AgreementCallback(EvaluationCallback):
             head = get_head(self.body)
         else:
             probabilities = self.signals.probabilities[sample]
-            head = fit_head(embeddings[: len(sample)], probabilities, C=config.student_head_c)
+            head = fit_head(embeddings[: len(sample)], probabilities, C=config.soft_labels_c)
         student = head.predict_proba(embeddings[len(sample) :])
         agreement = soft_agreement(self.signals.probabilities[self.held_out_rows], student)
         logger.debug("Step %d: agreement with the teacher on held-out texts is %.4f.", step, agreement)

@@ -89,7 +89,7 @@ def _soft_labels(inputs: LossInputs) -> BatchLoss:
         loss.head = last_layer(inputs.body)
         return loss
     rows, embeddings = inputs.initial_embeddings
-    head = fit_head(embeddings, signals.probabilities[rows], C=config.student_head_c)
+    head = fit_head(embeddings, signals.probabilities[rows], C=config.soft_labels_c)
     loss.init_head(*softmax_weights(head))
     return loss
 

@@ -115,7 +115,7 @@ class StudentTrainer(DistillationTrainer):
         texts += [signals.texts[row] for row in self.held_out]
         embeddings = embed(body, texts, batch_size=size, description="Fitting head")
         last_layer = get_head(body) if self._trains_last_layer else None
-        options: dict[str, Any] = {"C": config.student_head_c}
+        options: dict[str, Any] = {"C": config.soft_labels_c}
         if self.labeled:
             options["class_weights"] = balanced_weights(self.labeled.counts, config.balance)
         head = last_layer or fit_head(embeddings[:n], targets, weights, **options)

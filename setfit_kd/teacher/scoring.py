@@ -129,7 +129,7 @@ def refine_and_score(
     refined = new_model(teacher.model_body, labeled.label_names)
     refined.normalize_embeddings = teacher.normalize_embeddings
     class_weights = balanced_weights(labeled.counts, config.balance)
-    train_options: Any = {"C": config.head_c, "class_weights": class_weights, "seed": config.seed}
+    train_options: Any = {"C": config.soft_labels_c, "class_weights": class_weights, "seed": config.seed}
     gold = embeddings[len(pool) + len(augmented) :]
     refined.model_head, logits = self_train(gold, labeled.one_hot, sample, **train_options)
     probabilities = head_proba(refined, embeddings)

@@ -116,8 +116,9 @@ def test_signals_of_refined_teacher_cover_pool_and_labeled_texts(
     np.testing.assert_allclose(calibrated[gold], predicted[gold], atol=10 * tolerance)
     np.testing.assert_array_equal(teacher.model_head.coef_, coef)
     if method != "none":
-        class_weights = balanced_weights(labeled.counts, config.balance)
-        head, logits = self_train(expected[gold], labeled.one_hot, expected[pool], class_weights=class_weights)
+        options: dict[str, Any] = {"C": config.soft_labels_c}
+        options["class_weights"] = balanced_weights(labeled.counts, config.balance)
+        head, logits = self_train(expected[gold], labeled.one_hot, expected[pool], **options)
         np.testing.assert_allclose(signals.probabilities[gold], head.predict_proba(expected[gold]), atol=10 * tolerance)
         np.testing.assert_allclose(signals.probabilities[pool], softmax(logits, axis=1), atol=10 * tolerance)
         assert np.abs(signals.probabilities - head_proba(teacher, signals.embeddings)).max() > 0.01
