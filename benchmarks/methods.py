@@ -104,7 +104,8 @@ class Case:
 
     def body(self, name: str) -> SentenceTransformer:
         """Load a new body: ``teacher`` or ``student``."""
-        teacher = load_body(locate_model(self.teacher)).to(self.device)
+        teacher = load_body(locate_model(self.teacher))
+        teacher.to(self.device)
         if name == "teacher":
             return teacher
         return locate_student(self.student).prepare(teacher).create_body(teacher, [], teacher.device)
