@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from setfit_kd.config.values import Device
+from setfit_kd.config.values import Device, ThresholdObjective
 from setfit_kd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -103,6 +103,9 @@ class StageConfig(BaseModel):
     balance: float = Field(0.5, ge=0, le=1)
     """Weight of rare classes when fitting a head: a class with n labels is weighted by this power of 1/n. 0 weights all
     texts equally, 1 all classes of the labeled texts."""
+    thresholds: ThresholdObjective = "f1"
+    """How to choose the threshold of each label, with several labels per text: f1, precision=X or recall=X for the best
+    threshold with this value, or a number."""
     num_iterations: int = Field(20, ge=1)
     """Pairs drawn per text by the pairs objectives (twice as many for the teacher)."""
 

@@ -60,7 +60,8 @@ def finetune(
         labeled = encode_labels(read(labeled, label_column="label"))
     check_classes(labeled)
     if validation is not None and not isinstance(validation, LabeledSet):
-        validation = encode_labels(read(validation, label_column="label", role="validation"), labeled.label_names)
+        rows = read(validation, label_column="label", role="validation")
+        validation = encode_labels(rows, labeled.label_names, labeled.task)
     if validation is not None and validation.label_names != labeled.label_names:
         message = f"{validation.origin} and {labeled.origin} have different classes."
         raise DataError(message, hint="Use the same classes in both.")
@@ -81,7 +82,7 @@ def finetune(
         results = [] if history is None else history
         return train(
             model,
-            partial(FinetuneTrainer, new_model(model, labeled.label_names), labeled, validation, results),
+            partial(FinetuneTrainer, new_model(model, labeled.label_names, labeled.task), labeled, validation, results),
             config.model_copy(update={"batch_size": batch_size}),
             device=device,
             texts=labeled.texts,

@@ -82,7 +82,7 @@ def train_teacher(
 
         return train(
             teacher,
-            partial(TeacherTrainer, new_model(teacher, labeled.label_names), labeled),
+            partial(TeacherTrainer, new_model(teacher, labeled.label_names, labeled.task), labeled),
             config,
             device=device,
             texts=labeled.texts,
