@@ -41,7 +41,7 @@ N_ROUNDS = 5
 SHARPENING = 0.5
 """Temperature of the pseudo-labels."""
 GOLD_WEIGHT = 3.0
-FREQUENCY_WEIGHT, N_FREQUENCY_ROUNDS = 0.1, 50
+FREQUENCY_WEIGHT, N_FREQUENCY_ROUNDS = 0.2, 50
 FOLDS = 5
 """Number of parts of the pool, each of which is labeled by a head that was fitted on the others."""
 
