@@ -198,9 +198,8 @@ def format_tables(cells: list[Result], settings: dict[str, Any]) -> str:
     cells = [cell for cell in cells if "accuracy" in cell]
     sets = list(dict.fromkeys((cell["data"], cell["shots"]) for cell in cells))
     lines = ["# Comparison", ""]
-    lines += [
-        f"Teacher {settings['teacher']}, student {settings['student']}; {settings['threads']} thread(s), {settings['device']}."
-    ]
+    models = f"Teacher {settings['teacher']}, student {settings['student']}"
+    lines += [f"{models}; {settings['threads']} thread(s), {settings['device']}."]
     lines += ["Test files, mean ± standard deviation over the seeds. Bold rows are what a run of setfit-kd trains."]
     quantities: dict[str, Callable[[list[Result]], str]] = {
         "Accuracy in %, calibration error in brackets": lambda group: (

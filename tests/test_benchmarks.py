@@ -21,16 +21,8 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import compare  # noqa: E402
 
-CASE = {
-    "labeled": "train.csv",
-    "eval": "test.csv",
-    "seed": 0,
-    "shots": 16,
-    "tests": None,
-    "threads": 1,
-    "device": "cpu",
-}
-CASE |= {"teacher": "t", "student": "s", "pool_size": 1000, "pair_steps": 500}
+CASE = {"labeled": "train.csv", "eval": "test.csv", "seed": 0, "shots": 16, "tests": None, "threads": 1}
+CASE |= {"device": "cpu", "teacher": "t", "student": "s", "pool_size": 1000, "pair_steps": 500}
 
 
 def test_methods_match_rows_of_the_table() -> None:
