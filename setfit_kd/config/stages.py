@@ -63,8 +63,8 @@ class TeacherConfig(StageConfig):
     teacher_objective: Literal["in-batch", "pairs"] = "in-batch"
     """Teacher objective: a contrastive loss over whole batches, or SetFit's own pairs."""
     teacher_steps: int | None = Field(None, ge=1)
-    """Training steps of an in-batch or transformer teacher. [default: 2 epochs, at least 20 steps, or 80 with several labels
-    per text; for a transformer 3 epochs, at least 150 steps]"""
+    """Training steps of an in-batch or transformer teacher. [default: 2 epochs, at least 20 steps, or 80 with several
+    labels per text; for a transformer 3 epochs, at least 150 steps]"""
     teacher_batch_size: int | None = Field(None, ge=4)
     """Teacher batch size; in-batch batches are balanced by class. [default: 64; for a transformer 16, or 32 on an
     accelerator]"""

@@ -63,7 +63,8 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def result(files: dict[str, Path], models: dict[str, Path], tiny_teacher: Path, tmp_path_factory: Any) -> RunResult:
     settings = {**SETTINGS, "teacher": str(tiny_teacher), "student": ("layers:1", "static:16")}
-    return distill(**files, **settings, output_dir=tmp_path_factory.mktemp("runs") / "run")
+    settings["output_dir"] = tmp_path_factory.mktemp("runs") / "run"
+    return distill(files["labeled"], files["unlabeled"], files["eval"], **settings)
 
 
 def test_models_learn_labels_and_run_is_complete(result: RunResult) -> None:
