@@ -27,8 +27,8 @@ _DEFAULT_TEXTS = "bundled:newswire"
               help="Format: ONNX in fp32, ONNX in int8, or static token vectors. [default: static for static students, "
               "onnx-int8 for others]")  # fmt: skip
 @click.option("--min-agreement", type=FRACTION, default=None, metavar="X",
-              help="Minimum agreement of the bundle with the model, as a fraction of the texts. [default: 0.98 for "
-              "onnx-int8, 0.999 for others]")  # fmt: skip
+              help="Minimum agreement of the bundle with the model, as a fraction of the texts, or of the decisions on "
+              "all labels of all texts. [default: 0.98 for onnx-int8, 0.999 for others]")  # fmt: skip
 @setting_options("unlabeled", "text_column")
 @pickle_option
 @output_options

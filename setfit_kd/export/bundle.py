@@ -27,7 +27,7 @@ from setfit_kd.models.encode import predict_proba
 from setfit_kd.models.heads import head_task, head_thresholds, softmax_weights
 from setfit_kd.models.onnx import silence_warnings, write_graph
 from setfit_kd.runtime import classify
-from setfit_kd.tasks.classification import MULTI_LABEL, TASKS, is_equal
+from setfit_kd.tasks.classification import MULTI_LABEL, TASKS
 from setfit_kd.utils.atomic_io import atomic_folder, raise_output_errors, replace_folder
 from setfit_kd.utils.console import escape_markdown, short_class_name, show_progress, truncate
 from setfit_kd.utils.files import file_hash, folder_megabytes, read_json
@@ -78,7 +78,8 @@ are 0.5, or those in `manifest.json`."""
 class Bundle:
     """An exported bundle; ``parity`` compares it with the classifier.
 
-    ``parity`` holds the number of ``texts``, the ``agreement`` (share of texts with the same labels), and the
+    ``parity`` holds the number of ``texts``, the ``agreement`` (share of texts with the same label; if
+    multi-label, share of the pairs of a text and a label with the same decision), and the
     ``largest_difference`` between two probabilities.
     """
 
@@ -124,7 +125,7 @@ def export_bundle(
         folder: Output folder.
         texts: Typical texts, such as the pool; at most 1,000 are used, evenly spaced.
         format: ``onnx``, ``onnx-int8`` or ``static``. [default: ``static`` for static bodies, else ``onnx-int8``]
-        min_agreement: Minimum share of texts, from 0 to 1, that the bundle must label like the classifier. [default:
+        min_agreement: Minimum agreement of the bundle with the classifier, from 0 to 1, see `Bundle`. [default:
             0.98 for ``onnx-int8``, 0.999 for the others]
         title: Title of the bundle's README.
         overwrite: Replace an earlier bundle in the folder; other files in it are kept.
@@ -209,7 +210,7 @@ class _Draft:
         classifier = classify.Classifier(self.folder)
         probabilities, decide = classifier.predict_proba(self.texts), TASKS[classifier.task].decide
         labels = (decide(values, classifier.thresholds) for values in (probabilities, self.expected))
-        agreement = float(is_equal(*labels).mean())
+        agreement = float(np.mean(np.equal(*labels)))
         difference = float(np.abs(probabilities - self.expected).max())
         threshold = MIN_AGREEMENT[format] if self.min_agreement is None else self.min_agreement
         if agreement < threshold:
@@ -307,7 +308,7 @@ def _readme(model: SetFitModel, format: str, parity: dict[str, Any], title: str)
         requirements=" and ".join([", ".join(packages[:-1]), packages[-1]]),
         packages=" ".join(packages),
         decision=_MULTI_LABEL_DECISION if is_multi_label else "",
-        unit="label sets" if is_multi_label else "labels",
+        unit="decisions for a label" if is_multi_label else "labels",
         **parity,
     )
 

@@ -173,7 +173,7 @@ def test_multi_label_bundle_predicts_the_labels_of_torch(
     assert classifier.predict(TEXTS) == [row if text.strip() else None for row, text in zip(labels, TEXTS, strict=True)]
     readme = (bundle.path / "README.md").read_text(encoding="utf-8")
     assert "any number of labels, or none" in readme
-    assert f"{bundle.parity['agreement']:.1%} of the label sets are the same" in readme
+    assert f"{bundle.parity['agreement']:.1%} of the decisions for a label are the same" in readme
 
 
 def set_prompt(body: Any) -> None:
