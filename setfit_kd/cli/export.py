@@ -61,7 +61,7 @@ def export(
     parity = bundle.parity
     echo(f"Wrote {bundle.format} bundle to {output_dir} ({bundle.megabytes:.1f} MB).")
     difference = f"Probabilities differ by at most {parity['largest_difference']:.2g}."
-    echo(f"Agreement with the model: {parity['agreement']:.1%} of {parity['texts']:,} texts. {difference}")
+    echo(f"Agreement with the model: {parity['agreement']:.1%}, on {parity['texts']:,} texts. {difference}")
     echo(f'To use it, here or on another machine: python {output_dir}/classify.py "..."')
 
 
