@@ -89,9 +89,10 @@ class AugmentConfig(StageConfig):
 class SignalsConfig(StageConfig):
     """Settings of scoring the pool."""
 
-    refine: Literal["none", "self-training"] | None = None
-    """How to refine the teacher's head on the pool before scoring the pool. [default: self-training; none with several
-    labels per text]"""
+    refine: Literal["none", "frequencies", "self-training"] | None = None
+    """How to refine the teacher's head on the pool before scoring the pool: by self-training or, with several labels
+    per text, by adapting it to the frequencies of the labels. [default: frequencies with several labels per text;
+    self-training otherwise]"""
     calibrate: bool | None = None
     """Calibrate the teacher by cross-fitting: predict each third of the labeled texts by a teacher trained on the
     others. Without --eval, the accuracy is then estimated. [default: on; off for a transformer, as it is slow]"""

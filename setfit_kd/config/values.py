@@ -109,7 +109,7 @@ def parse_threshold_objective(text: str) -> tuple[str, float]:
         value = 1.0 if text == "f1" else float(number)
     except ValueError:
         value = 0.0
-    if name not in ("", "precision", "recall") or not 0 < value <= 1:
+    if name not in ("", "precision", "recall") or text.startswith("=") or not 0 < value <= 1:
         raise ValueError("must be f1, precision=X, recall=X or a threshold X, with X above 0 and at most 1")
     return ("f1" if text == "f1" else name or "threshold"), value
 
@@ -125,7 +125,11 @@ def _check_device(name: str) -> str:
     return name
 
 
-ThresholdObjective = Annotated[str, AfterValidator(_check_threshold_objective)]
+ThresholdObjective = Annotated[
+    str,
+    BeforeValidator(lambda value: f"{value:g}" if isinstance(value, int | float) else value),
+    AfterValidator(_check_threshold_objective),
+]
 Device = Annotated[str, AfterValidator(_check_device)]
 Weights = Annotated[str, AfterValidator(_normalize_weights)]
 Objectives = Annotated[str, AfterValidator(_normalize_objectives)]

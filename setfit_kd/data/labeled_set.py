@@ -35,7 +35,9 @@ class LabeledSet:
     @property
     def counts(self) -> npt.NDArray[np.int64]:
         """(n_classes,) int64, number of texts per class."""
-        return np.asarray(self.targets.sum(axis=0, dtype=np.int64))
+        if self.task is SINGLE_LABEL:
+            return np.bincount(self.labels, minlength=len(self.label_names))
+        return np.asarray(self.labels.sum(axis=0, dtype=np.int64))
 
     @property
     def task(self) -> Task:

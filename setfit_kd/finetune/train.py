@@ -14,6 +14,7 @@ from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import BodySource, family_of, locate_model
 from setfit_kd.models.io import new_model
+from setfit_kd.tasks.classification import SINGLE_LABEL
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.console import quiet_libraries
 
@@ -98,8 +99,8 @@ def check_settings(config: FinetuneConfig, labeled: LabeledSet, validation: Labe
     if validation is None and (config.patience is not None or config.schedule == "plateau"):
         message = "The settings patience and schedule=plateau require validation texts."
         raise ConfigError(message, hint="Pass --validation, or remove --patience and --schedule plateau.")
-    if config.metric == "f1-binary" and len(labeled.label_names) != 2:
-        message = f"The metric f1-binary requires 2 classes, got {len(labeled.label_names)}."
+    if config.metric == "f1-binary" and (len(labeled.label_names) != 2 or labeled.task is not SINGLE_LABEL):
+        message = f"The metric f1-binary requires 2 classes, got {len(labeled.label_names)} ({labeled.task.name})."
         raise ConfigError(message, hint="Use --metric f1-macro.")
 
 

@@ -123,7 +123,7 @@ def _write_json_lines(
     file: IO[bytes], chunks: Iterable[list[Prediction]], names: list[str], _: Columns, task: Task
 ) -> None:
     label_column = _LABEL_COLUMNS[task][0]
-    rename = _column_renamer(["text", label_column, "probabilities"])
+    rename = _column_renamer(["text", "label", label_column, "probabilities"])
     for chunk in chunks:
         for prediction in chunk:
             other = dict(zip(rename(prediction.columns), prediction.columns.values(), strict=True))

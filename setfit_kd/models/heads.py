@@ -301,11 +301,13 @@ def fit_temperature(logits: Floats, targets: Floats, *, task: Task = SINGLE_LABE
 
 
 def save_head(head: Any, folder: Path) -> None:
-    """Write a head as ``head.safetensors`` and ``head.json``; skip one that consists of no logistic regression."""
+    """Write logistic regressions as ``head.safetensors`` and ``head.json``; skip any other head."""
     from safetensors.numpy import save_file
+    from sklearn.linear_model import LogisticRegression
 
     task = head_task(head)
-    if all(hasattr(row, "coef_") for row in getattr(head, "estimators_", [head])):
+    rows = head.estimators_ if task is MULTI_LABEL else [head]
+    if all(isinstance(row, LogisticRegression) for row in rows):
         coef, intercept = softmax_weights(head) if task is MULTI_LABEL else (head.coef_, head.intercept_)
         weights = {"coef": np.ascontiguousarray(coef), "intercept": np.ascontiguousarray(intercept)}
         if (thresholds := head_thresholds(head)) is not None:

@@ -23,7 +23,7 @@ from setfit_kd.models.heads import (
     set_head,
     set_thresholds,
 )
-from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL, Task
+from setfit_kd.tasks.classification import SINGLE_LABEL, Task
 from setfit_kd.utils.atomic_io import atomic_folder, replace_files
 from setfit_kd.utils.console import escape_markdown, quiet_libraries, short_class_name, truncate
 from setfit_kd.utils.files import check_regular_file, read_json
@@ -249,7 +249,7 @@ def _unpickle_head(folder: Path, trust_pickle: bool) -> Any:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ModelError(f"Cannot unpickle the head in {folder}: {reason}", hint=_RETRAIN) from error
-    if hasattr(head, "estimators_") and head_task(head) is not MULTI_LABEL:
+    if isinstance(getattr(head, "classes_", None), list):  # several outputs or a chain
         message = f"The head in {folder} is a {type(head).__name__}, which is not supported."
         raise ModelError(message, hint='Train it with multi_target_strategy="one-vs-rest".')
     return head

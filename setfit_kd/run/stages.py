@@ -340,9 +340,9 @@ class Stages:
             targets = at_temperature(signals.probabilities[rows], signals.temperature, signals.task)
             texts = [signals.texts[row] for row in rows]
             probabilities = self._predict_proba(model, texts, f"Estimating {path}")
-            options: Any = {"thresholds": head_thresholds(model.model_head)}
+            thresholds, teacher_thresholds = head_thresholds(model.model_head), self._thresholds(signals)
             return estimate_student(
-                teacher, probabilities, targets, teacher_thresholds=self._thresholds(signals), **options
+                teacher, probabilities, targets, thresholds=thresholds, teacher_thresholds=teacher_thresholds
             )
 
         return self._run_or_load_estimate(path, fingerprint(teachers.key, self.cache.key(path)), run)
@@ -526,7 +526,7 @@ def _normalize_weights(config: RunConfig, accuracies: Sequence[float | None]) ->
     """Return the weights of the teachers, which sum to 1."""
     weights = [1.0] * len(config.teacher)
     if config.teacher_weights == CROSS_VALIDATED:
-        if any(not accuracy for accuracy in accuracies):
+        if any(accuracy is None for accuracy in accuracies) or not any(accuracies):
             logger.warning("There are too few labels to cross-validate the teachers: they are weighted equally.")
         else:
             weights = [accuracy or 0.0 for accuracy in accuracies]

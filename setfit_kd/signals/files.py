@@ -44,7 +44,7 @@ def read_signals(path: str | Path) -> TeacherSignals:
         by_label = _probabilities(record)
         if not names:
             names = tuple(by_label)
-            task = MULTI_LABEL if "labels" in record else SINGLE_LABEL
+            task = MULTI_LABEL if "labels" in record and "label" not in record else SINGLE_LABEL
             dimension = _check_first_row(record, names, path)
         text, problem = get_text(record, ("text",))
         try:
@@ -106,7 +106,8 @@ def _distribution(probabilities: dict[str, Any], names: tuple[str, ...], task: T
         return [min(value, 1.0) for value in values]
     total = math.fsum(values)
     if abs(total - 1) > _TOLERANCE:
-        raise ValueError(f"the probabilities must sum to 1, got {total:.4g} (rows with several labels need 'labels')")
+        several = "several labels per text need a column 'labels'"
+        raise ValueError(f"the probabilities must sum to 1, got {total:.4g} ({several})")
     return [value / total for value in values]
 
 

@@ -36,6 +36,7 @@ from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.student.agreement import AgreementCallback
 from setfit_kd.student.distil import hold_out
 from setfit_kd.student.loss import LossInputs, create_loss, match_labeled_texts
+from setfit_kd.tasks.classification import MULTI_LABEL
 from setfit_kd.training.loop import resolve_learning_rate
 from setfit_kd.training.loss_trainer import LossTrainer, TokenDataset
 from setfit_kd.utils.arrays import sample_rows
@@ -131,9 +132,10 @@ class StudentTrainer(DistillationTrainer):
             logits, soft_labels = logits[is_soft], targets[rows[is_soft]]
         calibrated = at_temperature(soft_labels, signals.temperature, task)
         head = head_at_temperature(head, fit_temperature(logits, calibrated, task=task))
-        pool = np.delete(embeddings, np.arange(n - n_gold, n), axis=0)
-        probabilities = task.to_probabilities(head_logits(head, pool))
-        head = with_thresholds(head, probabilities, config.thresholds, label_names=signals.label_names)
+        if task is MULTI_LABEL:
+            pool = np.delete(embeddings, np.arange(n - n_gold, n), axis=0)
+            probabilities = task.to_probabilities(head_logits(head, pool))
+            head = with_thresholds(head, probabilities, config.thresholds, label_names=signals.label_names)
         if self._trains_last_layer:
             set_head(head, body)
         self.model.model_head = head

@@ -67,11 +67,11 @@ class CrossFit:
 
     @cached_property
     def thresholds(self) -> Floats | None:
-        """The (n_classes,) thresholds of a multi-label task with the best F1 on these texts."""
+        """The (n_classes,) thresholds of a multi-label task with the best F1 expected from the probabilities."""
         if self.task is SINGLE_LABEL or not len(self.labels):
             return None
         names = [""] * self.probabilities.shape[1]
-        return fit_thresholds(self.probabilities, "f1", targets=self.targets, label_names=names)
+        return fit_thresholds(self.probabilities, "f1", label_names=names)
 
     def predicted(self) -> CrossFit:
         """Return only the texts that were predicted."""
@@ -160,13 +160,19 @@ def _folds(labeled: LabeledSet, seed: int) -> list[tuple[npt.NDArray[np.int64], 
     targets = np.column_stack([labeled.targets, np.ones(len(labeled))])
     rarest = np.where(targets, counts, len(labeled) + 1).argmin(axis=1)
     rows = np.flatnonzero(counts[rarest] >= MIN_LABELS_PER_CLASS)
-    if not len(rows):
+    if len(rows) < FOLDS:
         return []
     groups, sizes = rarest[rows], np.bincount(rarest[rows])
     groups = np.where(sizes[groups] < FOLDS, sizes.argmax(), groups)  # groups that cannot be split join the largest
     splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     held_out_rows = [rows[held_out] for _, held_out in splitter.split(rows, groups)]
-    return [(np.setdiff1d(np.arange(len(labeled)), held_out), held_out) for held_out in held_out_rows]
+    folds = []
+    for held_out in held_out_rows:
+        training = np.setdiff1d(np.arange(len(labeled)), held_out)
+        too_few = labeled.targets[training].sum(axis=0) < 2  # of several labels of a text, only the rarest is spread
+        held_out = held_out[~labeled.targets[held_out][:, too_few].any(axis=1)]
+        folds.append((np.setdiff1d(np.arange(len(labeled)), held_out), held_out))
+    return [fold for fold in folds if len(fold[1])]
 
 
 def _fold_config(

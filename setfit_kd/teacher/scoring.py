@@ -132,7 +132,7 @@ def refine_and_score(
         options: Any = {"encode_batch_size": config.encode_batch_size, "exact": config.exact, "cache": config.cache}
         signals = score(teacher, texts, origin=origin, **options)
     task, refine = labeled.task, config.refine
-    if not len(pool) or (refine == "none" and task is SINGLE_LABEL):
+    if task is SINGLE_LABEL and (not len(pool) or refine in ("none", "frequencies")):
         return teacher, signals
     embeddings: Any = signals.embeddings
     rows = sample_rows(np.arange(len(pool)), MAX_TEXTS, seed=[config.seed, 8])
@@ -140,9 +140,9 @@ def refine_and_score(
     refined = new_model(teacher.model_body, labeled.label_names, task)
     refined.normalize_embeddings = teacher.normalize_embeddings
     head, temperature, logits = teacher.model_head, 1.0, None
-    if task is MULTI_LABEL and refine != "none":
+    if task is MULTI_LABEL and refine != "none" and len(pool):
         head = shift_intercepts(head, _frequency_shift(head_logits(head, sample), labeled.targets.mean(axis=0)))
-    if refine == "self-training" or (refine is None and task is SINGLE_LABEL):
+    if len(pool) and (refine == "self-training" or (refine is None and task is SINGLE_LABEL)):
         train_options: Any = {"task": task, "C": config.soft_labels_c, "seed": config.seed}
         train_options["class_weights"] = balanced_weights(labeled.counts, config.balance, task)
         gold, initial = embeddings[len(pool) + len(augmented) :], head
@@ -150,7 +150,8 @@ def refine_and_score(
             gold, labeled.targets, sample, initial=None if task is SINGLE_LABEL else initial, **train_options
         )
         # Sharp labels are good targets but overconfident; the head from before the refinement calibrates them.
-        temperature = fit_temperature(logits, task.to_probabilities(head_logits(initial, sample)), task=task)
+        refined.model_head = initial
+        temperature = fit_temperature(logits, head_proba(refined, sample), task=task)
     refined.model_head = head
     probabilities = head_proba(refined, embeddings)
     if logits is not None:
@@ -158,7 +159,7 @@ def refine_and_score(
     signals = replace(signals, probabilities=probabilities, temperature=temperature)
     refined.model_head = with_thresholds(
         head_at_temperature(head, temperature),
-        at_temperature(probabilities[rows], temperature, task),
+        at_temperature(probabilities[rows] if len(pool) else probabilities, temperature, task),
         config.thresholds,
         label_names=labeled.label_names,
     )
@@ -196,8 +197,8 @@ def self_train(
 ) -> tuple[Any, npt.NDArray[np.float64]]:
     """Fit a head on gold labels, then in `N_ROUNDS` rounds also on the head's own probabilities for the pool.
 
-    These are sharpened at a temperature of `SHARPENING` and weighted by the square of their confidence (pseudo-labels:
-    Lee, 2013; sharpening: Berthelot et al., 2019, "MixMatch").
+    These are sharpened at a temperature of `SHARPENING`, except in a multi-label task, and weighted by the square of
+    their confidence (pseudo-labels: Lee, 2013; sharpening: Berthelot et al., 2019, "MixMatch").
 
     Args:
         labeled: (m, d) embeddings of the labeled texts.

@@ -464,7 +464,7 @@ def test_run_is_exported_and_checked_on_its_pool(run_folder: Path, tmp_path: Pat
     pool = TeacherSignals.load(run_folder / "signals").texts
     assert read_manifest(tmp_path / "out")["parity"]["texts"] == len(pool) < len(NEWS)
     assert result.stdout.startswith("Wrote onnx bundle to ")
-    assert f"% of {len(pool)} texts." in result.stdout
+    assert f"%, on {len(pool)} texts." in result.stdout
     assert "Warning" not in result.stderr
     title = run_folder.name if path == "." else path
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8").startswith(f"# {title}\n")
