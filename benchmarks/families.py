@@ -18,9 +18,10 @@ import click
 import torch
 
 from setfit_kd import RunResult, distill
-from setfit_kd.report.render import SEED_HEADINGS, seed_cells
+from setfit_kd.report.render import seed_cells, seed_headings
 from setfit_kd.report.summary import display_name
 from setfit_kd.run_folder.manifest import versions
+from setfit_kd.tasks.classification import SINGLE_LABEL
 
 HERE = Path(__file__).parent
 MINILM, LAYERS = "demo:all-MiniLM-L6-v2", "layers:0,2,5"
@@ -93,7 +94,14 @@ def run_or_load(folder: Path, target: Path, **settings: Any) -> RunResult:
 def markdown(results: Mapping[str, RunResult]) -> str:
     """Format a table with one row per model: mean and standard deviation over the seeds, in percent."""
     has_several_runs = len(results) > 1
-    headings = (*(("run",) if has_several_runs else ()), "", *SEED_HEADINGS, "parameters", "MB", "texts/s")
+    headings = (
+        *(("run",) if has_several_runs else ()),
+        "",
+        *seed_headings(SINGLE_LABEL),
+        "parameters",
+        "MB",
+        "texts/s",
+    )
     lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
     for name, result in results.items():
         for model, spread in result.over_seeds.items():

@@ -41,9 +41,9 @@ class Texts(BaseModel):
 
 
 class Prediction(BaseModel):
-    """Prediction for one text; null for a text without visible characters."""
+    """Prediction for one text, with a list of labels if multi-label; null for a text without visible characters."""
 
-    label: str | None = None
+    label: str | list[str] | None = None
     probabilities: dict[str, float] | None = None
 
 
@@ -114,7 +114,7 @@ def make_app(bundle: str, *, threads: int | None = None) -> FastAPI:
         rows = classifier.predict_proba(request.texts)
         return [
             Prediction(
-                label=classifier.labels[int(row.argmax())],
+                label=classifier.decide(text, row)[1],
                 probabilities=dict(zip(classifier.labels, row.tolist(), strict=True)),
             )
             if has_text(text)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from setfit_kd import TeacherSignals
 from setfit_kd.data.labeled_set import LabeledSet
+from setfit_kd.tasks.classification import SINGLE_LABEL, Task
 
 if TYPE_CHECKING:
     import pytest
@@ -55,22 +56,25 @@ def few_labels(n: int = 16) -> LabeledSet:
 
 
 def random_classifier(
-    body: SentenceTransformer, labels: Sequence[str], texts: Sequence[str], *, normalize: bool = False
+    body: SentenceTransformer,
+    labels: Sequence[str],
+    texts: Sequence[str],
+    *,
+    normalize: bool = False,
+    task: Task = SINGLE_LABEL,
 ) -> Any:
     """Return a classifier whose random head predicts every label for some of the texts."""
     from setfit_kd.models.encode import embed
-    from setfit_kd.models.heads import new_head
+    from setfit_kd.models.heads import create_head
     from setfit_kd.models.io import new_model
 
-    model: Any = new_model(body, labels)
+    model: Any = new_model(body, labels, task)
     model.normalize_embeddings = normalize
     embeddings = embed(body, texts, normalize=normalize)
     rows, width = (1 if len(labels) == 2 else len(labels)), embeddings.shape[1]
-    head = model.model_head = new_head()
-    head.classes_, head.n_features_in_ = np.arange(len(labels)), width
-    head.coef_ = 2 * np.random.default_rng(0).normal(size=(rows, width)) / (embeddings.std(axis=0) + 1e-9)
-    head.coef_ /= np.sqrt(width)
-    head.intercept_ = -head.coef_ @ embeddings.mean(axis=0)
+    coef = 2 * np.random.default_rng(0).normal(size=(rows, width)) / (embeddings.std(axis=0) + 1e-9)
+    coef /= np.sqrt(width)
+    model.model_head = create_head(np.arange(len(labels)), coef, -coef @ embeddings.mean(axis=0), task)
     return model
 
 

@@ -146,9 +146,13 @@ def load_texts(folder: Path) -> list[str]:
 
 
 def drop_uncertain(signals: TeacherSignals, rows: range, *, min_confidence: float) -> TeacherSignals:
-    """Remove those of the ``rows`` whose highest probability, at the temperature, is below ``min_confidence``."""
-    augmented = np.arange(rows.start, rows.stop)
-    confidence = at_temperature(signals.probabilities[augmented], signals.temperature).astype(np.float32).max(axis=1)
+    """Remove those of the ``rows`` whose prediction has a calibrated probability below ``min_confidence``.
+
+    In a multi-label task, it is that of the least certain label.
+    """
+    augmented, task = np.arange(rows.start, rows.stop), signals.task
+    calibrated = at_temperature(signals.probabilities[augmented], signals.temperature, task).astype(np.float32)
+    confidence = task.confidence(calibrated).min(axis=1)
     uncertain = augmented[confidence < min_confidence]
     n_kept = len(augmented) - len(uncertain)
     logger.info("The teacher is confident about %d of %d augmented texts.", n_kept, len(augmented))

@@ -7,15 +7,16 @@ from typing import Any
 
 import click
 
-from setfit_kd.cli.options import json_option, output_options, passed, pickle_option, setting_options
+from setfit_kd.cli.options import json_option, output_options, own_settings, passed, pickle_option, setting_options
 from setfit_kd.config.run import RunConfig
+from setfit_kd.config.stages import ColumnsConfig
 from setfit_kd.errors import ConfigError
 from setfit_kd.utils.console import json_text
 
 
 @click.command()
 @click.argument("model", metavar="MODEL")
-@setting_options("eval", "text_column", "label_column", "device", "cpu_fallback", "encode_batch_size", "exact",
+@setting_options("eval", *own_settings(ColumnsConfig), "device", "cpu_fallback", "encode_batch_size", "exact",
                  "target_accuracy")  # fmt: skip
 @json_option
 @pickle_option
@@ -29,20 +30,22 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> Non
     from setfit_kd.cli.output import echo, show_table
     from setfit_kd.data.labeled_set import encode_labels
     from setfit_kd.data.sources import read
+    from setfit_kd.evaluation.measure import class_table, evaluation_table, read_texts
     from setfit_kd.evaluation.measure import evaluate as evaluate_model
-    from setfit_kd.evaluation.measure import evaluation_table, read_texts
     from setfit_kd.inference.classifier import TorchClassifier, open_classifier
     from setfit_kd.memory.backoff import shared_backoff
+    from setfit_kd.tasks.classification import TASKS
 
     config = RunConfig.of(**passed(flags))
     if config.eval is not None:
-        rows = read(config.eval, text_column=config.text_column, label_column=config.label_column, role="test")
+        rows = read(config.eval, **config.columns, role="test")
     else:
         folder = _stored_texts(Path(model))
     with shared_backoff(cpu_fallback=config.cpu_fallback):
         batch_size = config.encode_batch_size
         classifier = open_classifier(model, device=config.device, batch_size=batch_size, trust_pickle=trust_pickle)
-        data = read_texts(folder) if config.eval is None else encode_labels(rows, classifier.labels)
+        task = TASKS[classifier.task]
+        data = read_texts(folder) if config.eval is None else encode_labels(rows, classifier.labels, task)
         evaluated = classifier.model if isinstance(classifier, TorchClassifier) else classifier
         evaluation = evaluate_model(evaluated, data, encode_batch_size=batch_size, exact=config.exact)
     if as_json:
@@ -51,14 +54,12 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> Non
         return
     show_table(*evaluation_table({model: evaluation}))
     echo("")
-    classes = [
-        (name, *(f"{value:.1%}" for value in (quality.precision, quality.recall, quality.f1)), quality.support)
-        for name, quality in evaluation.quality.classes.items()
-    ]
-    show_table(("class", "precision", "recall", "F1", "texts"), classes)
-    calibration = evaluation.calibration
+    show_table(*class_table(evaluation))
+    quality, calibration = evaluation.quality, evaluation.calibration
     stored = f", stored in {folder}" if config.eval is None else ""
     echo(f"\n{len(data):,} evaluation texts: {data.origin}{stored}.")
+    if quality.sample_f1 is not None:
+        echo(f"Average precision {quality.average_precision:.1%}, sample-F1 {quality.sample_f1:.1%}.")
     echo(f"Calibration error {calibration.ece:.1%}, Brier score {calibration.brier:.3f}.")
     if (target := config.target_accuracy) is None:
         return

@@ -27,8 +27,8 @@ _DEFAULT_TEXTS = "bundled:newswire"
               help="Format: ONNX in fp32, ONNX in int8, or static token vectors. [default: static for static students, "
               "onnx-int8 for others]")  # fmt: skip
 @click.option("--min-agreement", type=FRACTION, default=None, metavar="X",
-              help="Minimum agreement of the bundle with the model, as a fraction of the texts. [default: 0.98 for "
-              "onnx-int8, 0.999 for others]")  # fmt: skip
+              help="Minimum agreement of the bundle with the model, as a fraction of the texts, or of the decisions on "
+              "all labels of all texts. [default: 0.98 for onnx-int8, 0.999 for others]")  # fmt: skip
 @setting_options("unlabeled", "text_column")
 @pickle_option
 @output_options
@@ -61,7 +61,7 @@ def export(
     parity = bundle.parity
     echo(f"Wrote {bundle.format} bundle to {output_dir} ({bundle.megabytes:.1f} MB).")
     difference = f"Probabilities differ by at most {parity['largest_difference']:.2g}."
-    echo(f"Agreement with the model: {parity['agreement']:.1%} of {parity['texts']:,} texts. {difference}")
+    echo(f"Agreement with the model: {parity['agreement']:.1%}, on {parity['texts']:,} texts. {difference}")
     echo(f'To use it, here or on another machine: python {output_dir}/classify.py "..."')
 
 

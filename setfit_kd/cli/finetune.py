@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
-from setfit_kd.cli.options import GroupedCommand, json_option, output_options, passed, setting_options
+from setfit_kd.cli.options import GroupedCommand, json_option, output_options, own_settings, passed, setting_options
 from setfit_kd.config.run import FinetuneRunConfig
+from setfit_kd.config.stages import ColumnsConfig
 from setfit_kd.utils.console import json_text
 
 _COMMON = {
-    "Data": ("labeled", "validation", "eval", "text_column", "label_column"),
+    "Data": ("labeled", "validation", "eval", *own_settings(ColumnsConfig)),
     "Training": ("epochs", "batch_size", "micro_batch_size", "learning_rate", "max_length", "patience", "metric"),
     "Output": ("output_dir", "overwrite"),
     "Run": ("seed", "device"),

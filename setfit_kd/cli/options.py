@@ -118,7 +118,8 @@ _METAVARS: dict[Any, str] = {
     **{int: "N", float: "X", Path: "FOLDER"},
     **dict.fromkeys(("labeled", "unlabeled", "validation", "eval"), "SOURCE"),
     **dict.fromkeys(("teacher", "student"), "MODEL"),
-    **{"text_column": "NAME[,NAME...]", "label_column": "NAME", "device": "DEVICE"},
+    **dict.fromkeys(("text_column", "label_columns"), "NAME[,NAME...]"),
+    **{"label_column": "NAME", "device": "DEVICE"},
     **{"objective": "NAME[=X][,...]"},
 }
 

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
               help="Read texts from a CSV, TSV, JSONL, Parquet or text file. May be repeated.")  # fmt: skip
 @click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE",
               help="Write a JSONL, CSV, TSV or Parquet file, atomically. [default: JSON lines on stdout]")  # fmt: skip
-@click.option("--threshold", type=FRACTION, default=0.0, metavar="X", show_default=True,
-              help="Minimum probability of a label; below it, the label is null.")  # fmt: skip
+@click.option("--threshold", type=FRACTION, metavar="X",
+              help="Minimum probability of a label; below it, the label is null. For a multi-label model, it replaces "
+                   "the thresholds of all labels. [default: 0; the model's thresholds]")  # fmt: skip
+@click.option("--at-least-one", is_flag=True,
+              help="Give a text whose labels are all below their thresholds the label with the largest difference of "
+                   "probability and threshold. Only for a multi-label model.")  # fmt: skip
 @setting_options("text_column", "device", "cpu_fallback", "encode_batch_size", "exact")
 @threads_option
 @pickle_option
@@ -38,7 +42,8 @@ def predict(
     texts: tuple[str, ...],
     files: tuple[str, ...],
     output: Path | None,
-    threshold: float,
+    threshold: float | None,
+    at_least_one: bool,
     threads: int | None,
     trust_pickle: bool,
     **flags: Any,
@@ -51,6 +56,9 @@ def predict(
     The output has one row per input row, in the same order: {"text": ..., "label": ..., "probabilities": {...}}. Lines
     of stdin are answered as they arrive. A row without visible text has the label null. Other columns of the input come
     first, with their names; a column named like an output column is prefixed by input_, as in input_label.
+
+    A multi-label model predicts "labels", a list of those whose probability reaches their threshold. In CSV and TSV
+    files they are separated by "|", or a JSON list if a name contains "|".
     """
     from setfit_kd.data.readers import column_types
     from setfit_kd.inference.classifier import open_classifier
@@ -81,11 +89,12 @@ def predict(
         if config.text_column == ("text",):
             columns.pop("text", None)
         rows = _rows(texts, files, lines, config.text_column)
-        chunks = classify(classifier, rows, threshold=threshold, is_waiting=lambda: lines.is_waiting)
+        decision: Any = {"threshold": threshold, "at_least_one": at_least_one, "is_waiting": lambda: lines.is_waiting}
+        chunks = classify(classifier, rows, **decision)
         # A progress bar would be mixed with the predictions on the terminal.
         quiet = show_progress(False) if output is None and sys.stdout.isatty() else nullcontext()
         with quiet, closing(_show_progress(chunks)) as shown:
-            write_predictions(output, shown, classifier.labels, columns)
+            write_predictions(output, shown, classifier.labels, columns, classifier.task)
 
 
 def _show_progress(chunks: Iterator[list[Prediction]]) -> Generator[list[Prediction], None, None]:

@@ -15,18 +15,18 @@ from setfit_kd.cli.options import GroupedCommand, output_options, own_settings, 
 from setfit_kd.config.base import StageConfig
 from setfit_kd.config.presets import DEFAULT_PRESET, PRESETS, preset, read_config
 from setfit_kd.config.run import RunConfig
-from setfit_kd.config.stages import AugmentConfig, DataConfig, SignalsConfig, StudentConfig, TeacherConfig
+from setfit_kd.config.stages import AugmentConfig, ColumnsConfig, SignalsConfig, StudentConfig, TeacherConfig
 from setfit_kd.errors import ConfigError, UnavailableError
 from setfit_kd.utils.console import printable
 
 _COMMON = {
-    "Data": ("labeled", "unlabeled", "eval", "text_column", "label_column", "shots"),
+    "Data": ("labeled", "unlabeled", "eval", "text_column", "label_column", "label_separator", "shots"),
     "Models": ("teacher", "student", "epochs"),
     "Output": ("output_dir", "overwrite"),
     "Run": ("preset_name", "config_file", "resume", "dry_run", "seed", "device"),
 }
 _GROUPS = {
-    "Data": own_settings(DataConfig),
+    "Data": ["labeled", "unlabeled", "eval", *own_settings(ColumnsConfig), "shots", "pool_size", "signals"],
     "Teacher": ["teacher", "teacher_weights", *own_settings(TeacherConfig)],
     "Signals": own_settings(SignalsConfig),
     "Student": ["student", "baseline", "bundle", *own_settings(StudentConfig)],
@@ -96,7 +96,7 @@ def run(preset_name: str | None, config_file: Path | None, resume: Path | None, 
     from setfit_kd.cli.output import echo, show_table
     from setfit_kd.evaluation.estimates import estimate_table
     from setfit_kd.evaluation.measure import evaluation_table
-    from setfit_kd.report.render import SEED_HEADINGS, seed_cells
+    from setfit_kd.report.render import seed_cells, seed_headings
     from setfit_kd.report.summary import display_name
 
     if result.evaluations:
@@ -107,7 +107,7 @@ def run(preset_name: str | None, config_file: Path | None, resume: Path | None, 
         echo("")
     if result.by_seed:
         rows = [(display_name(name), *seed_cells(summary)) for name, summary in result.over_seeds.items()]
-        show_table((f"{len(result.by_seed)} seeds", *SEED_HEADINGS), rows)
+        show_table((f"{len(result.by_seed)} seeds", *seed_headings(result.signals.task)), rows)
         echo("")
     student, model_path = "the student", str(result.output_dir)
     if len(result.students) > 1:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from setfit_kd.config.values import Device
+from setfit_kd.config.values import Device, ThresholdObjective
 from setfit_kd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -99,10 +99,14 @@ class StageConfig(BaseModel):
     if it is faster and the probabilities are nearly the same."""
     head_c: float | None = Field(None, gt=0, allow_inf_nan=False)
     """C (inverse regularization strength) of the logistic regression heads, on embeddings scaled to unit variance.
-    [default: 2.5 times the number of classes; 3 for those of a refined teacher and of a student]"""
+    [default: 2.5 times the number of classes, or 5 for each of several labels; 3 for those of a refined teacher and of
+    a student]"""
     balance: float = Field(0.5, ge=0, le=1)
     """Weight of rare classes when fitting a head: a class with n labels is weighted by this power of 1/n. 0 weights all
     texts equally, 1 all classes of the labeled texts."""
+    thresholds: ThresholdObjective = "f1"
+    """How to choose the threshold of each label, with several labels per text: f1, precision=X or recall=X for the best
+    threshold with this value, or a number."""
     num_iterations: int = Field(20, ge=1)
     """Pairs drawn per text by the pairs objectives (twice as many for the teacher)."""
 
@@ -121,6 +125,8 @@ class StageConfig(BaseModel):
         """Return the settings in ``config`` that determine the result of this stage."""
         inputs = {name: getattr(config, name) for name in cls.model_fields if name not in _NOT_FINGERPRINTED}
         inputs["version"] = _VERSION
+        if inputs["thresholds"] == "f1":
+            del inputs["thresholds"]
         if not any(value == "pairs" for name, value in inputs.items() if name.endswith("objective")):
             del inputs["num_iterations"]
         return inputs

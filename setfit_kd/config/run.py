@@ -11,13 +11,14 @@ from pydantic import Field, model_validator
 from setfit_kd.config.base import MAX_SEED, Family, StageConfig, resolved
 from setfit_kd.config.stages import (
     AugmentConfig,
+    ColumnsConfig,
     DataConfig,
     FinetuneConfig,
     SignalsConfig,
     StudentConfig,
     TeacherConfig,
 )
-from setfit_kd.config.values import CROSS_VALIDATED, Columns, Name, Names, OutputDir, Weights, parse_weights
+from setfit_kd.config.values import CROSS_VALIDATED, Name, Names, OutputDir, Weights, parse_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,7 +27,7 @@ MIN_TEXTS, MAX_GROWTH = 1000, 8
 """Smaller pools are augmented by default up to this number of texts, and at most by this factor."""
 
 
-class FinetuneRunConfig(FinetuneConfig):
+class FinetuneRunConfig(FinetuneConfig, ColumnsConfig):
     """All settings of a fine-tuning run."""
 
     model: Name
@@ -38,10 +39,6 @@ class FinetuneRunConfig(FinetuneConfig):
     """Validation texts: as for --labeled. A source with splits uses validation."""
     eval: Name | None = None
     """Evaluation texts: as for --labeled. A source with splits uses test."""
-    text_column: Columns = ("text",)
-    """Text column. Several, separated by commas, are joined by a space."""
-    label_column: Name = "label"
-    """Label column."""
     output_dir: OutputDir
     """Output folder of the model."""
     overwrite: bool = False

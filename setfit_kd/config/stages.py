@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from setfit_kd.config.base import StageConfig
-from setfit_kd.config.values import Columns, Name, Objectives
+from setfit_kd.config.values import Columns, Name, Objectives, check_unique
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class DataConfig(StageConfig):
+class ColumnsConfig(StageConfig):
+    """Columns of texts and labels."""
+
+    text_column: Columns = ("text",)
+    """Text column. Several, separated by commas, are joined by a space."""
+    label_column: Name = "label"
+    """Label column. If it holds lists (in JSONL and Parquet), each text has any number of labels (multi-label)."""
+    label_separator: str | None = Field(None, min_length=1)
+    """Separator of several labels in the label column, such as "|" (multi-label)."""
+    label_columns: Annotated[Columns, AfterValidator(check_unique)] | None = None
+    """Columns of 0 and 1, one per label, separated by commas (multi-label); used instead of the label column."""
+
+    @model_validator(mode="after")
+    def _check_label_columns(self) -> Self:
+        if self.label_columns is not None and self.label_separator is not None:
+            raise ValueError("label_columns: cannot be combined with label_separator")
+        return self
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Keyword arguments of `read` that name the columns."""
+        names = ColumnsConfig.model_fields.keys() - StageConfig.model_fields.keys()
+        return {name: getattr(self, name) for name in names}
+
+
+class DataConfig(ColumnsConfig):
     """Sources of the texts, and how they are sampled."""
 
     labeled: Name | None = None
@@ -20,10 +48,6 @@ class DataConfig(StageConfig):
     name."""
     eval: Name | None = None
     """Evaluation texts with labels; never used for training."""
-    text_column: Columns = ("text",)
-    """Text column. Several, separated by commas, are joined by a space."""
-    label_column: Name = "label"
-    """Label column."""
     shots: int | None = Field(None, ge=2)
     """Labels per class, drawn at random. [default: all]"""
     pool_size: int | None = Field(None, ge=2)
@@ -39,8 +63,8 @@ class TeacherConfig(StageConfig):
     teacher_objective: Literal["in-batch", "pairs"] = "in-batch"
     """Teacher objective: a contrastive loss over whole batches, or SetFit's own pairs."""
     teacher_steps: int | None = Field(None, ge=1)
-    """Training steps of an in-batch or transformer teacher. [default: 2 epochs, at least 20 steps; for a transformer 3
-    epochs, at least 150 steps]"""
+    """Training steps of an in-batch or transformer teacher. [default: 2 epochs, at least 20 steps, or 80 with several
+    labels per text; for a transformer 3 epochs, at least 150 steps]"""
     teacher_batch_size: int | None = Field(None, ge=4)
     """Teacher batch size; in-batch batches are balanced by class. [default: 64; for a transformer 16, or 32 on an
     accelerator]"""
@@ -65,8 +89,10 @@ class AugmentConfig(StageConfig):
 class SignalsConfig(StageConfig):
     """Settings of scoring the pool."""
 
-    refine: Literal["none", "self-training"] = "self-training"
-    """How to refine the teacher's head on the pool before scoring the pool."""
+    refine: Literal["none", "frequencies", "self-training"] | None = None
+    """How to refine the teacher's head on the pool before scoring the pool: by self-training or, with several labels
+    per text, by adapting it to the frequencies of the labels. [default: frequencies with several labels per text;
+    self-training otherwise]"""
     calibrate: bool | None = None
     """Calibrate the teacher by cross-fitting: predict each third of the labeled texts by a teacher trained on the
     others. Without --eval, the accuracy is then estimated. [default: on; off for a transformer, as it is slow]"""

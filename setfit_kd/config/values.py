@@ -9,7 +9,8 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 
-def _check_unique(names: tuple[str, ...]) -> tuple[str, ...]:
+def check_unique(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names; raise a `ValueError` if one is listed twice."""
     duplicates = sorted({name for name in names if names.count(name) > 1})
     if duplicates:
         raise ValueError(f"{duplicates[0]} is listed twice")
@@ -31,7 +32,7 @@ Columns = Annotated[
 Names = Annotated[
     tuple[Name, ...],
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
-    AfterValidator(_check_unique),
+    AfterValidator(check_unique),
     PlainSerializer(lambda names: names[0] if len(names) == 1 else list(names)),
     Field(min_length=1),
 ]
@@ -97,12 +98,38 @@ def _normalize_weights(text: str) -> str:
     return text if text == CROSS_VALIDATED else ",".join(f"{weight:.12g}" for weight in parse_weights(text))
 
 
+def parse_threshold_objective(text: str) -> tuple[str, float]:
+    """Parse ``f1``, ``precision=0.8``, ``recall=0.8`` or ``0.3`` to the name, or ``threshold``, and the number.
+
+    Raises:
+        ValueError: If it is none of these, or the number is not between 0 and 1.
+    """
+    name, _, number = text.rpartition("=")
+    try:
+        value = 1.0 if text == "f1" else float(number)
+    except ValueError:
+        value = 0.0
+    if name not in ("", "precision", "recall") or text.startswith("=") or not 0 < value <= 1:
+        raise ValueError("must be f1, precision=X, recall=X or a threshold X, with X above 0 and at most 1")
+    return ("f1" if text == "f1" else name or "threshold"), value
+
+
+def _check_threshold_objective(text: str) -> str:
+    parse_threshold_objective(text)
+    return text
+
+
 def _check_device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", name):
         raise ValueError("must be auto, cuda, cuda:N, mps or cpu")
     return name
 
 
+ThresholdObjective = Annotated[
+    str,
+    BeforeValidator(lambda value: f"{value:g}" if isinstance(value, int | float) else value),
+    AfterValidator(_check_threshold_objective),
+]
 Device = Annotated[str, AfterValidator(_check_device)]
 Weights = Annotated[str, AfterValidator(_normalize_weights)]
 Objectives = Annotated[str, AfterValidator(_normalize_objectives)]

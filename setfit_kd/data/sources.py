@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -28,6 +28,7 @@ or mappings."""
 
 Decode: TypeAlias = Callable[[Sequence[int]], str]  # converts token ids to text
 TextRow: TypeAlias = tuple[str | None, Mapping[str, Any]]  # the text of a row (None if unusable), and its other columns
+Label: TypeAlias = str | tuple[str, ...]  # the label of a row, or all its labels in a multi-label source
 _HUB_SOURCE = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?(?:@[\w./-]+)?)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>[\w.-]+)\])?"
 )
@@ -38,19 +39,28 @@ INVISIBLE = re.compile(
     "\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 """See `runtime.classify.INVISIBLE`; importing that would load numpy."""
+_NO_LABEL = "no label"
+_FLAGS = dict.fromkeys(("0", "0.0", "false"), False) | dict.fromkeys(("1", "1.0", "true"), True)
+_KINDS: dict[type, str] = {str: "one label", tuple: "a list of labels"}
 
 
 @dataclass(frozen=True)
 class Rows:
     """Non-empty texts of a source, and their labels, or None if only texts were read.
 
-    ``label_names`` are in the order declared by the source, otherwise sorted; ``origin`` names it in messages.
+    In a multi-label source, the labels of each text are a tuple. ``label_names`` are in the order declared by the
+    source, otherwise sorted; ``origin`` names it in messages.
     """
 
     texts: list[str]
-    labels: list[str] | None
+    labels: list[str] | list[tuple[str, ...]] | None
     label_names: tuple[str, ...]
     origin: str
+
+    @property
+    def used_labels(self) -> set[str]:
+        """Names of the labels that occur."""
+        return {name for label in self.labels or () for name in ((label,) if isinstance(label, str) else label)}
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,8 @@ class _Table:
     records: Iterable[Record]
     origin: str
     label_column: str | None = None
+    label_separator: str | None = None
+    label_columns: tuple[str, ...] = ()
     unit: str = "row"
     has_columns: bool = True
     may_be_empty: bool = False
@@ -71,6 +83,8 @@ def read(
     *,
     text_column: Sequence[str] = ("text",),
     label_column: str | None = None,
+    label_separator: str | None = None,
+    label_columns: Sequence[str] | None = None,
     role: str = "train",
     decode: Decode | None = None,
 ) -> Rows:
@@ -80,8 +94,10 @@ def read(
         source: See `Source`. A name is tried as ``bundled:NAME``, then as a path, then as a hub name, optionally with
             a configuration and a split: ``NAME@REVISION:CONFIG[SPLIT]``.
         text_column: Columns that make up the text, joined by a space.
-        label_column: Column of the label; None reads only texts. A ``datasets`` source without a column ``label`` may
-            name it ``labels``.
+        label_column: Column of the label, or of a list of labels (multi-label); None reads only texts. If there is no
+            column ``label``, it may be named ``labels``.
+        label_separator: Separator of several labels in a string of the label column (multi-label).
+        label_columns: Columns of 0 and 1, one per label (multi-label), instead of a label column.
         role: ``train``, ``validation`` or ``test``; selects the split if the source has several and none is named.
         decode: Converts token ids to text, for tokenized sources: if there is no text column, ``input_ids`` is decoded.
 
@@ -89,11 +105,20 @@ def read(
         DataError: If something is missing, damaged or empty. The message names the file and row.
         UnavailableError: If the hub cannot be reached.
     """
-    table = _open(source, role, label_column)
-    rows = [(text, label) for text, label, _ in _rows(table, text_column, decode=decode)]
-    texts, labels = [text for text, _ in rows], [label for _, label in rows]
-    names = table.declared_labels or tuple(sorted(set(labels), key=_label_sort_key))
-    return Rows(texts, labels if label_column else None, names, table.origin)
+    columns = tuple(label_columns or ())
+    table = _open(source, role, None if columns else label_column)
+    table = replace(table, label_separator=label_separator, label_columns=columns)
+    pairs = [(text, label) for text, label, _ in _rows(table, text_column, decode=decode)]
+    labels: Any = [label for _, label in pairs] if columns or label_column else None
+    rows = Rows([text for text, _ in pairs], labels, columns or table.declared_labels, table.origin)
+    if rows.label_names:
+        return rows
+    names = tuple(sorted(rows.used_labels, key=_label_sort_key))
+    lengths = {len(label) for label in labels or () if isinstance(label, tuple)}
+    if len(lengths) == 1 and min(lengths) > 1 and {name.casefold() for name in names} <= _FLAGS.keys():
+        hint = "Use lists of the labels of each text, or one column of 0 and 1 per label, named with --label-columns."
+        raise DataError(f"{rows.origin} has vectors of 0 and 1 instead of labels.", hint=hint)
+    return replace(rows, label_names=names)
 
 
 def stream_texts(source: Source, *, text_column: Sequence[str] = ("text",)) -> Iterator[str]:
@@ -122,7 +147,7 @@ def check_texts(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[Tex
 
 def _rows(
     table: _Table, text_column: Sequence[str], *, strict: bool = True, decode: Decode | None = None
-) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+) -> Iterator[tuple[str, Label, Mapping[str, Any]]]:
     """Yield the text, the label ("" without a label column) and the record of each row.
 
     Unusable rows are skipped and listed in an error after the last row; if not ``strict``, their text is "", and a
@@ -130,19 +155,28 @@ def _rows(
     """
     columns = text_column if table.has_columns else ("text",)
     errors = RowErrors(table.origin, table.unit)
-    is_first = True
+    is_first, label_column, kind = True, table.label_column, None
     for number, record in table.records:
         if decode and columns[0] not in record and record.get("input_ids") is not None:
             record = {**record, columns[0]: decode(list(record["input_ids"]))}
-        required = [*columns, *([table.label_column] if table.label_column else [])] if is_first else []
+        if is_first:
+            label_column = _label_column(label_column, record)
+        required = [*columns, *table.label_columns, *([label_column] if label_column else [])] if is_first else []
         missing = [column for column in required if column not in record]
         if missing:
             message = f"{table.origin} has no column {missing[0]!r}; it has {', '.join(map(repr, record))}."
             raise DataError(message, hint="Name the columns with --text-column and --label-column.")
-        is_first, label = False, ""
+        is_first = False
+        label: Label = ""
         text, problem = get_text(record, columns)
-        if table.label_column and problem is None:
-            label, problem = _get_label(record.get(table.label_column), table.declared_labels)
+        if table.label_columns and problem is None:
+            label, problem = _get_flagged(record, table.label_columns)
+        elif label_column and problem is None:
+            label, problem = _get_label(record.get(label_column), table)
+        if problem is None:
+            kind = kind or type(label)
+            if type(label) is not kind:
+                problem = f"expected {_KINDS[kind]} as in the rows before, got {_KINDS[type(label)]}"
         if problem is None:
             yield text, label, record
             continue
@@ -182,6 +216,11 @@ class RowErrors:
         return f"{self.origin}, {'; '.join(self.shown)}{more}"
 
 
+def _label_column(name: str | None, columns: Container[str]) -> str | None:
+    """Return the name of the label column: `label` may also be `labels`, as models of transformers expect."""
+    return "labels" if name == "label" and name not in columns and "labels" in columns else name
+
+
 def _label_sort_key(name: str) -> tuple[bool, int, str]:
     """Sort integers by value, before all other names."""
     is_number = re.fullmatch(r"[+-]?[0-9]{1,18}", name) is not None
@@ -213,15 +252,40 @@ def _unicode_error(text: str) -> str | None:
     return None
 
 
-def _get_label(value: Any, declared_labels: tuple[str, ...]) -> tuple[str, str | None]:
+def _get_flagged(record: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[Label, str | None]:
+    """Return the names of the columns with the value 1, and the reason if a value is unusable."""
+    flags = {column: _FLAGS.get(_get_name(record.get(column), ())[0].casefold()) for column in columns}
+    problems = (f"expected 0 or 1 in {c!r}, got {record.get(c)!r:.60}" for c, flag in flags.items() if flag is None)
+    return tuple(column for column, flag in flags.items() if flag), next(problems, None)
+
+
+def _get_label(value: Any, table: _Table) -> tuple[Label, str | None]:
+    """Return the label or labels in a label column, and the reason if they are unusable."""
+    if hasattr(value, "tolist"):  # a NumPy or torch array
+        value = value.tolist()
+    separator = table.label_separator
+    if not isinstance(value, list | tuple):
+        name, problem = _get_name(value, table.declared_labels)
+        if separator is None or problem not in (None, _NO_LABEL):
+            return name, problem
+        value = name.split(separator) if name else []
+        if not all(part.strip() for part in value):
+            return (), f"an empty label in {name!r:.60}; if labels contain {separator!r}, use another --label-separator"
+    elif separator is not None:
+        return (), f"expected labels separated by {separator!r} in a string, got a list"
+    names = [_get_name(item, table.declared_labels) for item in value]
+    return tuple(name for name, _ in names), next((problem for _, problem in names if problem), None)
+
+
+def _get_name(value: Any, declared_labels: tuple[str, ...]) -> tuple[str, str | None]:
     """Return the name of a label, and the reason if it is unusable."""
-    if hasattr(value, "item"):  # a NumPy or torch scalar
-        value = value.item()
+    if hasattr(value, "tolist"):  # a NumPy or torch scalar
+        value = value.tolist()
     if isinstance(value, str):
         name = value.strip()
-        return name, _unicode_error(name) if name else "no label"
+        return name, _unicode_error(name) if name else _NO_LABEL
     if _is_missing(value):
-        return "", "no label"
+        return "", _NO_LABEL
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int):
@@ -338,9 +402,8 @@ def _open_dataset(data: Any, role: str, origin: str, label_column: str | None, s
         data, origin = data[split_name], f"{origin} [{split_name}]"
     elif split:
         raise DataError(f"{origin} has no splits.", hint="Remove the square brackets.")
-    columns = data.column_names or ()  # unknown for some streams
-    if label_column == "label" and "label" not in columns and "labels" in columns:
-        label_column = "labels"  # the name that models of transformers expect
-    feature = (getattr(data, "features", None) or {}).get(label_column)
+    features = getattr(data, "features", None) or {}  # unknown for some streams
+    feature = features.get(_label_column(label_column, features))
+    feature = getattr(feature, "feature", feature)  # of the items of a list
     names = tuple(getattr(feature, "names", None) or ())
     return _Table(enumerate(data, 1), origin, label_column, declared_labels=names)

@@ -89,9 +89,9 @@ def split_data(
     labeled = remove_leaks(labeled, held_out, name="labeled", held_out_name="evaluation")
     removed["labeled_leaks"] -= len(labeled)
     keys = [normalize(text) for text in labeled.texts]
-    labels_by_key: dict[str, set[int]] = defaultdict(set)
-    for key, label in zip(keys, labeled.labels.tolist(), strict=True):
-        labels_by_key[key].add(label)
+    labels_by_key: dict[str, set[bytes]] = defaultdict(set)
+    for key, label in zip(keys, labeled.labels, strict=True):
+        labels_by_key[key].add(label.tobytes())
     first_rows = {key: row for row, key in reversed(list(enumerate(keys))) if len(labels_by_key[key]) == 1}
     removed["labeled_conflicts"] = n_conflicts = sum(key not in first_rows for key in keys)
     removed["labeled_duplicates"] = len(keys) - n_conflicts - len(first_rows)

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from setfit_kd.errors import DataError
-from setfit_kd.evaluation.metrics import Classes, Interval, bootstrap_quality, measure_calibration
+from setfit_kd.evaluation.metrics import METRICS, Interval, bootstrap_quality, measure_calibration
+from setfit_kd.tasks.classification import SINGLE_LABEL, TASKS, Labels, is_equal, task_of
 from setfit_kd.utils.arrays import Floats
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import read_json
@@ -25,16 +24,18 @@ class Estimate:
     """Estimated quality of a model on texts like those of the pool.
 
     Attributes:
-        accuracy: Accuracy with its 95% interval.
+        accuracy: Accuracy with its 95% interval; for multi-label, the exact match.
         macro_f1: Macro-F1 with its 95% interval, from cross-fitting; None for a student.
         ece: Calibration error, from cross-fitting, too high if there are few labels; None for a student.
-        agreement: Share of pool texts with the same label as the teacher's; None for a teacher.
+        agreement: Share of pool texts with the same labels as the teacher's; None for a teacher.
+        task: Name of the task.
     """
 
     accuracy: Interval
     macro_f1: Interval | None = None
     ece: float | None = None
     agreement: float | None = None
+    task: str = SINGLE_LABEL.name
 
     def as_dict(self) -> dict[str, Any]:
         """Return the values for JSON, named as those of an evaluation, and marked by ``estimated``."""
@@ -46,8 +47,9 @@ class Estimate:
 
     def save(self, folder: Path) -> None:
         """Write the estimate to a new folder, as `atomic_folder` does."""
+        values = {name: value for name, value in asdict(self).items() if value != SINGLE_LABEL.name}
         with atomic_folder(folder) as part:
-            (part / _FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+            (part / _FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Estimate:
@@ -60,7 +62,9 @@ class Estimate:
             raise DataError(f"Cannot read the estimate in {folder} ({error}).", hint="Run it again.") from None
 
 
-def estimate_teacher(probabilities: Floats, labels: Classes, confidence: float | None) -> Estimate:
+def estimate_teacher(
+    probabilities: Floats, labels: Labels, confidence: float | None, *, thresholds: Floats | None = None
+) -> Estimate:
     """Estimate the quality of a teacher from cross-fitting and from its confidence on the pool.
 
     The accuracy is a weighted mean of two estimates: that on the labeled texts, by teachers trained on fewer labels,
@@ -70,29 +74,46 @@ def estimate_teacher(probabilities: Floats, labels: Classes, confidence: float |
 
     Args:
         probabilities: (n, n_classes) calibrated probabilities of the labeled texts, from cross-fitting; n >= 1.
-        labels: (n,) gold classes.
-        confidence: Mean probability of the teacher's predictions on the pool; None without a pool.
+        labels: Gold labels of these texts.
+        confidence: Mean probability that the teacher's labels of a pool text are all correct; None without a pool.
+        thresholds: (n_classes,) decision thresholds of a multi-label task; None for 0.5.
     """
-    quality = bootstrap_quality(labels, probabilities.argmax(axis=1), n_classes=probabilities.shape[1])
+    task = task_of(labels)
+    quality = bootstrap_quality(labels, task.decide(probabilities, thresholds), n_classes=probabilities.shape[1])
     accuracy, ece = quality["accuracy"], measure_calibration(probabilities, labels).ece
     shift = 0.0 if confidence is None else _CONFIDENCE_WEIGHT * (confidence - accuracy.value)
-    return Estimate(_shifted(accuracy, shift), quality["macro_f1"], ece)
+    return Estimate(_shifted(accuracy, shift), quality["macro_f1"], ece, task=task.name)
 
 
-def estimate_student(teacher: Estimate, student: Floats, targets: Floats) -> Estimate:
+def estimate_student(
+    teacher: Estimate,
+    student: Floats,
+    targets: Floats,
+    *,
+    thresholds: Floats | None = None,
+    teacher_thresholds: Floats | None = None,
+) -> Estimate:
     """Estimate the accuracy of a student from that of its teacher and their predictions on unlabeled texts.
 
-    Where they disagree, the probabilities of both classes by both models tell how much more often the teacher is right.
+    Where they disagree, the probabilities of both predictions by both models tell how much more often the teacher is
+    right.
 
     Args:
         teacher: Estimate of the teacher.
         student: (n, n_classes) calibrated probabilities of the student.
         targets: (n, n_classes) calibrated probabilities of the teacher.
+        thresholds: (n_classes,) decision thresholds of a multi-label student; None for 0.5.
+        teacher_thresholds: Those of the teacher.
     """
-    rows, predicted, expected = np.arange(len(student)), student.argmax(axis=1), targets.argmax(axis=1)
-    belief = targets + _STUDENT_WEIGHT * student
-    loss = float((belief[rows, expected] - belief[rows, predicted]).mean())
-    return Estimate(_shifted(teacher.accuracy, -loss), agreement=float((predicted == expected).mean()))
+    task = TASKS[teacher.task]
+    predicted, expected = task.decide(student, thresholds), task.decide(targets, teacher_thresholds)
+
+    def belief(labels: Labels) -> Floats:
+        return task.joint_probability(targets, labels) + _STUDENT_WEIGHT * task.joint_probability(student, labels)
+
+    loss = float((belief(expected) - belief(predicted)).mean())
+    agreement = float(is_equal(predicted, expected).mean())
+    return Estimate(_shifted(teacher.accuracy, -loss), agreement=agreement, task=task.name)
 
 
 def _shifted(interval: Interval, shift: float) -> Interval:
@@ -106,7 +127,8 @@ def estimate_table(estimates: dict[str, Estimate]) -> tuple[list[str], list[list
     def cells(interval: Interval | None) -> list[str]:
         return ["", ""] if interval is None else [f"{interval.value:.1%}", _range(interval)]
 
-    headings = ["estimated", "accuracy", "95% CI", "macro-F1", "95% CI", "calibration error", "agreement"]
+    names = METRICS[TASKS[next(iter(estimates.values())).task]]
+    headings = ["estimated", names["accuracy"], "95% CI", "macro-F1", "95% CI", "calibration error", "agreement"]
     rows = []
     for name, estimate in estimates.items():
         others = ["" if value is None else f"{value:.1%}" for value in (estimate.ece, estimate.agreement)]

@@ -18,17 +18,18 @@ import numpy.typing as npt
 
 from setfit_kd.data.labeled_set import LabeledSet, encode_labels
 from setfit_kd.data.sources import Source, read
-from setfit_kd.errors import DataError
+from setfit_kd.errors import ConfigError, DataError
 from setfit_kd.evaluation import metrics
 from setfit_kd.evaluation.metrics import Calibration, ClassQuality, Interval, OperatingPoint, Quality, measure_quality
 from setfit_kd.memory.backoff import OOMBackoff, shared_backoff
 from setfit_kd.models.bodies import family_of
 from setfit_kd.models.encode import choose_forward, predict_proba
 from setfit_kd.models.forward import ForwardPass
-from setfit_kd.models.heads import at_temperature
+from setfit_kd.models.heads import at_temperature, head_task, head_thresholds
 from setfit_kd.models.io import BUNDLE, save_model
 from setfit_kd.runtime.classify import Classifier
-from setfit_kd.utils.arrays import load_rows, save_rows
+from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL, TASKS, Labels, Task, task_of
+from setfit_kd.utils.arrays import Floats, load_rows, save_rows
 from setfit_kd.utils.atomic_io import atomic_file, atomic_folder, raise_output_errors
 from setfit_kd.utils.console import show_progress
 from setfit_kd.utils.files import folder_megabytes, read_json, read_json_lines
@@ -58,23 +59,41 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Quality and cost of one classifier, with its (n, n_classes) float32 probabilities and the (n,) gold classes."""
+    """Quality and cost of one classifier, with its (n, n_classes) float32 probabilities and the gold labels.
+
+    ``thresholds`` are the (n_classes,) decision thresholds of a multi-label classifier; None means 0.5 for all labels.
+    """
 
     quality: Quality
     cost: Cost
     probabilities: npt.NDArray[np.float32]
-    gold: npt.NDArray[np.int64]
+    gold: Labels
+    thresholds: Floats | None = None
 
     @property
-    def predicted(self) -> npt.NDArray[np.int64]:
-        """(n,) int64, the most probable class of each text."""
-        return np.asarray(self.probabilities.argmax(axis=1), np.int64)
+    def task(self) -> Task:
+        """The task of the classifier."""
+        return task_of(self.gold)
+
+    @property
+    def predicted(self) -> Labels:
+        """(n,) int64, the most probable class of each text; multi-label: (n, n_classes) bool."""
+        return self.task.decide(self.probabilities, self.thresholds)
+
+    @property
+    def confidence(self) -> Floats:
+        """(n,) probability that the predicted labels of each text are all correct."""
+        return self.task.joint_probability(self.probabilities, self.predicted)
 
     def save(self, folder: Path) -> None:
         """Write the evaluation to a new folder, as `atomic_folder` does."""
         with atomic_folder(folder) as part:
             save_rows(self.probabilities, part / _PROBABILITIES, half_if_large=False)
-            measured = {"quality": asdict(self.quality), "cost": asdict(self.cost), "gold": self.gold.tolist()}
+            measured: dict[str, Any] = {"quality": self.quality.as_dict(), "cost": asdict(self.cost)}
+            measured["gold"] = _to_indices(self.gold)
+            if self.task is MULTI_LABEL:
+                measured["task"] = self.task.name
+                measured["thresholds"] = None if self.thresholds is None else self.thresholds.tolist()
             (part / _MEASURED).write_text(json.dumps(measured, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
@@ -85,10 +104,12 @@ class Evaluation:
             classes = {name: ClassQuality(**fields) for name, fields in measured["quality"].pop("classes").items()}
             quality, cost = Quality(**measured["quality"], classes=classes), Cost(**measured["cost"])
             probabilities = np.array(load_rows(folder / _PROBABILITIES), np.float32)
-            gold = _class_indices(measured["gold"], len(classes))
+            gold = _from_indices(measured["gold"], len(classes), measured.get("task", SINGLE_LABEL.name))
             if probabilities.shape != (len(gold), len(classes)) or not np.isfinite(probabilities).all():
                 raise ValueError(f"expected finite probabilities of shape {(len(gold), len(classes))}")
-            return cls(quality, cost, probabilities, gold)
+            if (thresholds := measured.get("thresholds")) is not None:
+                thresholds = np.array(thresholds, np.float64).reshape(len(classes))
+            return cls(quality, cost, probabilities, gold, thresholds)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"Cannot read the evaluation in {folder} ({error}).", hint="Evaluate again.") from None
 
@@ -99,7 +120,7 @@ class Evaluation:
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
-        """``accuracy``, ``macro_f1`` and, for students, ``agreement`` with their 95% intervals."""
+        """Metrics of `bootstrap_quality` and, for students, ``agreement`` with their 95% intervals."""
         intervals = metrics.bootstrap_quality(self.gold, self.predicted, n_classes=self.probabilities.shape[1])
         if self.quality.agreement is not None:
             n = len(self.gold)
@@ -112,7 +133,7 @@ class Evaluation:
         return metrics.bootstrap_calibration(self.probabilities, self.gold)
 
     def difference_to(self, other: Evaluation) -> dict[str, Interval]:
-        """Compute the difference in ``accuracy`` and ``macro_f1`` to another evaluation on the same texts."""
+        """Compute the difference in the metrics of `bootstrap_quality` to another evaluation on the same texts."""
         n_classes = self.probabilities.shape[1]
         return metrics.bootstrap_quality(self.gold, self.predicted, n_classes=n_classes, other=other.predicted)
 
@@ -121,9 +142,15 @@ class Evaluation:
 
         The threshold is chosen and measured on the same texts, so expect a lower accuracy on new ones, especially if
         there were few texts. The interval shows how much of the accuracy may be due to chance.
+
+        Raises:
+            ConfigError: If the task is multi-label.
         """
         from scipy.stats import binomtest
 
+        if self.task is MULTI_LABEL:
+            message = "A target accuracy needs a classifier with one label per text, but this one is multi-label."
+            raise ConfigError(message, hint="Remove the target accuracy (target_accuracy, --target-accuracy).")
         curve = metrics.coverage_curve(self.probabilities, self.gold)
         points = curve[curve[:, 2] >= target]
         if not len(points):
@@ -139,7 +166,7 @@ class Evaluation:
         """Return all results as plain values for JSON; a target accuracy adds its operating point as ``answering``."""
         all_intervals = {**self.intervals, **self.calibration_intervals}
         intervals = {f"{name}_interval": [interval.low, interval.high] for name, interval in all_intervals.items()}
-        values = {**asdict(self.quality), **intervals, **asdict(self.calibration), **asdict(self.cost)}
+        values = {**self.quality.as_dict(), **intervals, **asdict(self.calibration), **asdict(self.cost)}
         if target_accuracy is not None:
             point = self.operating_point(target_accuracy)
             values["answering"] = point and asdict(point)
@@ -168,15 +195,22 @@ def evaluate(
         description: Name of the step on the progress bar.
 
     Raises:
-        DataError: If the set is empty or cannot be read, or if its classes differ from the model's.
+        DataError: If the set is empty or cannot be read, or if its classes or its task differ from the model's.
     """
     names = tuple(model.labels or ())
+    if isinstance(model, Classifier):
+        task, thresholds = TASKS[model.task], model.thresholds
+    else:
+        task, thresholds = head_task(model.model_head), head_thresholds(model.model_head)
     if not isinstance(data, LabeledSet):
-        data = encode_labels(read(data, label_column="label", role="test"), names)
+        data = encode_labels(read(data, label_column="label", role="test"), names, task)
     if data.label_names != names:
         classes = f"{', '.join(data.label_names)}; expected the classes of the model, {', '.join(names)}"
         hint = "Use an evaluation set with the classes of the model, in the same order."
         raise DataError(f"{data.origin} has the classes {classes}.", hint=hint)
+    if data.task is not task:
+        message = f"{data.origin} is {data.task.name}, but the model is {task.name}."
+        raise DataError(message, hint=f"Use a {task.name} set, or a {data.task.name} model.")
     if not len(data):
         raise DataError(f"{data.origin} contains no texts.", hint="Pass at least one text.")
     if teacher is not None and len(teacher.gold) != len(data):
@@ -208,9 +242,9 @@ def evaluate(
             parameters, megabytes = count_parameters(model), _megabytes(model, folder)
             device = str(backoff.attempt.device)
     cost = Cost(parameters, round(megabytes, 1), round(len(data) / seconds, 1), device, method)
-    predicted = np.asarray(probabilities.argmax(axis=1), np.int64)
-    quality = measure_quality(predicted, data.labels, names, None if teacher is None else teacher.predicted)
-    return Evaluation(quality, cost, probabilities, data.labels)
+    predicted, reference = task.decide(probabilities, thresholds), None if teacher is None else teacher.predicted
+    quality = measure_quality(predicted, data.labels, names, reference, probabilities=probabilities)
+    return Evaluation(quality, cost, probabilities, data.labels, thresholds)
 
 
 def _megabytes(model: SetFitModel, folder: Path | None) -> float:
@@ -229,11 +263,17 @@ def count_parameters(model: SetFitModel) -> int:
         return count
     if model.has_differentiable_head:
         return count + sum(int(parameter.numel()) for parameter in head.parameters())
-    return count + sum(int(getattr(head, name).size) for name in ("coef_", "intercept_") if hasattr(head, name))
+    weights = ((row, name) for row in getattr(head, "estimators_", [head]) for name in ("coef_", "intercept_"))
+    return count + sum(int(getattr(row, name).size) for row, name in weights if hasattr(row, name))
 
 
 def evaluate_ensemble(
-    evaluations: Sequence[Evaluation], weights: Sequence[float], temperatures: Sequence[float], mean_temperature: float
+    evaluations: Sequence[Evaluation],
+    weights: Sequence[float],
+    temperatures: Sequence[float],
+    mean_temperature: float,
+    *,
+    thresholds: Floats | None = None,
 ) -> Evaluation:
     """Evaluate an ensemble from the evaluations, weights and temperatures of its members on the same texts.
 
@@ -241,14 +281,16 @@ def evaluate_ensemble(
     summed, because every member classifies every text.
     """
     first, costs = evaluations[0], [evaluation.cost for evaluation in evaluations]
-    unscaled = [at_temperature(e.probabilities, 1 / t) for e, t in zip(evaluations, temperatures, strict=True)]
+    task, pairs = first.task, zip(evaluations, temperatures, strict=True)
+    unscaled = [at_temperature(e.probabilities, 1 / temperature, task) for e, temperature in pairs]
     averaged = np.average(unscaled, axis=0, weights=np.asarray(weights))
-    probabilities = np.asarray(at_temperature(averaged, mean_temperature), np.float32)
-    predicted = np.asarray(probabilities.argmax(axis=1), np.int64)
+    probabilities = np.asarray(at_temperature(averaged, mean_temperature, task), np.float32)
     parameters, megabytes = sum(c.parameters or 0 for c in costs), round(sum(c.megabytes for c in costs), 1)
     speed = round(1 / sum(1 / max(c.texts_per_second, 0.1) for c in costs), 1)
     cost = Cost(parameters, megabytes, speed, first.cost.device)
-    return Evaluation(measure_quality(predicted, first.gold, [*first.quality.classes]), cost, probabilities, first.gold)
+    predicted, names = task.decide(probabilities, thresholds), [*first.quality.classes]
+    quality = measure_quality(predicted, first.gold, names, probabilities=probabilities)
+    return Evaluation(quality, cost, probabilities, first.gold, thresholds)
 
 
 def write_texts(data: LabeledSet, folder: Path) -> None:
@@ -256,7 +298,9 @@ def write_texts(data: LabeledSet, folder: Path) -> None:
     with raise_output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     header = {"label_names": list(data.label_names), "origin": data.origin, "texts": len(data)}
-    rows = ({"text": text, "label": int(label)} for text, label in zip(data.texts, data.labels, strict=True))
+    if data.task is MULTI_LABEL:
+        header["task"] = data.task.name
+    rows = ({"text": text, "label": label} for text, label in zip(data.texts, _to_indices(data.labels), strict=True))
     with atomic_file(folder / _TEXTS) as file:
         for row in (header, *rows):
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
@@ -271,30 +315,60 @@ def read_texts(folder: Path) -> LabeledSet:
             raise ValueError("texts and label names must be strings")
         if len(texts) != header["texts"]:
             raise ValueError(f"expected {header['texts']} texts, got {len(texts)}")
-        labels = _class_indices([row["label"] for row in rows], len(names))
+        labels = _from_indices([row["label"] for row in rows], len(names), header.get("task", SINGLE_LABEL.name))
         return LabeledSet(texts, labels, tuple(names), str(header["origin"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"Cannot read {folder / _TEXTS} ({error}).", hint="Evaluate the run again.") from None
 
 
-def _class_indices(values: object, n_classes: int) -> npt.NDArray[np.int64]:
-    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < n_classes for value in values):
+def _to_indices(labels: Labels) -> list[Any]:
+    """Convert labels to one class index per text or, for multi-label, a list of them."""
+    return [np.flatnonzero(row).tolist() for row in labels] if task_of(labels) is MULTI_LABEL else labels.tolist()
+
+
+def _from_indices(values: list[Any], n_classes: int, task: str) -> Labels:
+    """Convert the result of `_to_indices` to labels of a task."""
+    is_multi = TASKS[task] is MULTI_LABEL
+    rows = values if is_multi else [[value] for value in values]
+    if not all(type(value) is int and 0 <= value < n_classes for row in rows for value in row):
         raise ValueError(f"labels must be integers from 0 to {n_classes - 1}")
+    if is_multi:
+        return np.array([[i in row for i in range(n_classes)] for row in rows], bool).reshape(len(rows), n_classes)
     return np.array(values, np.int64)
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[list[str]]]:
     """Return the headings and cells of a table with one row per model: quality, then cost."""
     has_teacher = any(evaluation.quality.agreement is not None for evaluation in evaluations.values())
-    headings = ["", "accuracy", "95% CI", "macro-F1", *["agreement"] * has_teacher, "parameters", "MB", "texts/s"]
-    rows = []
+    names = metrics.METRICS[next(iter(evaluations.values())).task]
+    main, *others = names
+    quality_headings = [names[main], "95% CI", *(names[key] for key in others), *["agreement"] * has_teacher]
+    headings, rows = ["", *quality_headings, "parameters", "MB", "texts/s"], []
     for name, evaluation in evaluations.items():
-        quality, cost, interval = evaluation.quality, evaluation.cost, evaluation.intervals["accuracy"]
+        quality, cost, interval = evaluation.quality, evaluation.cost, evaluation.intervals[main]
         agreement = "" if quality.agreement is None else f"{quality.agreement:.1%}"
-        accuracy = f"{quality.accuracy:.1%}", f"{100 * interval.low:.1f}-{100 * interval.high:.1f}"
+        first = f"{getattr(quality, main):.1%}", f"{100 * interval.low:.1f}-{100 * interval.high:.1f}"
         parameters = "" if cost.parameters is None else f"{cost.parameters / 1e6:.1f} M"
         costs = parameters, f"{cost.megabytes:.1f}", f"{cost.texts_per_second:,.0f}"
-        rows.append([name, *accuracy, f"{quality.macro_f1:.1%}", *[agreement] * has_teacher, *costs])
+        shown = [*first, *(f"{getattr(quality, key):.1%}" for key in others)]
+        rows.append([name, *shown, *[agreement] * has_teacher, *costs])
+    return headings, rows
+
+
+def class_table(evaluation: Evaluation, n_worst: int | None = None) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and cells of a table with one row per class, or of those with the lowest F1."""
+    is_multi, classes = evaluation.task is MULTI_LABEL, evaluation.quality.classes
+    thresholds = np.full(len(classes), 0.5) if evaluation.thresholds is None else evaluation.thresholds
+    fields = {"precision": "precision", "recall": "recall", "f1": "F1"}
+    fields |= {"average_precision": "average precision", "ece": "calibration error"} if is_multi else {}
+    headings = [*(["label", "threshold"] if is_multi else ["class"]), *fields.values(), "texts"]
+    items = list(zip(classes, classes.values(), thresholds, strict=True))
+    if n_worst is not None:
+        items = sorted((item for item in items if item[1].support), key=lambda item: item[1].f1)[:n_worst]
+    rows = []
+    for name, quality, threshold in items:
+        values = [f"{getattr(quality, field):.1%}" for field in fields]
+        rows.append([name, *[f"{threshold:.2f}"] * is_multi, *values, f"{quality.support:,}"])
     return headings, rows
 
 
@@ -311,12 +385,17 @@ class Spread:
 class SeedSummary:
     """Metrics of one model over several seeds.
 
-    ``figures`` are ``accuracy``, ``macro_f1``, ``ece``, ``brier`` and, for a student or baseline, ``agreement``.
-    ``against`` are the differences of ``accuracy`` and ``macro_f1`` to each ``teacher`` or ``baseline``, within a seed.
+    ``figures`` are the metrics in `METRICS`, ``ece``, ``brier`` and, for a student or baseline, ``agreement``.
+    ``against`` are the differences of the former to each ``teacher`` or ``baseline``, within a seed.
     """
 
     figures: dict[str, Spread]
     against: dict[str, dict[str, Spread]]
+
+    @property
+    def task(self) -> Task:
+        """The task of the model."""
+        return MULTI_LABEL if "micro_f1" in self.figures else SINGLE_LABEL
 
 
 def summarize_seeds(
@@ -335,12 +414,13 @@ def summarize_seeds(
     summaries = {}
     for name, figures in seeds[0].items():
         roles = references.get(name, {}).items()
-        against = {role: spreads(("accuracy", "macro_f1"), name, reference) for role, reference in roles}
+        shown = [key for key in figures if key in metrics.METRICS[by_seed[0][name].task]]
+        against = {role: spreads(shown, name, reference) for role, reference in roles}
         summaries[name] = SeedSummary(spreads(figures, name), against)
     return summaries
 
 
 def _figures(evaluation: Evaluation) -> dict[str, float]:
     quality, calibration = evaluation.quality, evaluation.calibration
-    figures = {"accuracy": quality.accuracy, "macro_f1": quality.macro_f1, "agreement": quality.agreement}
+    figures = {key: getattr(quality, key) for key in ("accuracy", "macro_f1", "micro_f1", "agreement")}
     return {k: v for k, v in figures.items() if v is not None} | {"ece": calibration.ece, "brier": calibration.brier}

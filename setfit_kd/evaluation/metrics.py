@@ -3,33 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL, Labels, Task, is_equal, task_of
+
 Floats = npt.NDArray[np.float64]
-Classes = npt.NDArray[np.int64]
 N_BINS, N_RESAMPLES = 15, 2000
 _RESAMPLES_PER_BATCH = 100
+METRICS: dict[Task, dict[str, str]] = {
+    SINGLE_LABEL: {"accuracy": "accuracy", "macro_f1": "macro-F1"},
+    MULTI_LABEL: {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "accuracy": "exact match"},
+}
+"""Fields of `Quality` that are shown for each task, with their displayed names; the first is the main metric."""
+
+
+def main_metric(task: Task) -> tuple[str, str]:
+    """Return the field and the displayed name of the metric by which the models of a task are compared."""
+    return next(iter(METRICS[task].items()))
 
 
 @dataclass(frozen=True)
 class ClassQuality:
-    """Precision, recall and F1 of one class, from 0 to 1, and its number of gold texts."""
+    """Precision, recall and F1 of one class, from 0 to 1, and its number of gold texts.
+
+    The average precision (0 without gold texts), calibration error and Brier score are for multi-label only.
+    """
 
     precision: float
     recall: float
     f1: float
     support: int
+    average_precision: float | None = None
+    ece: float | None = None
+    brier: float | None = None
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Quality of predictions on gold labels, with the quality of each class by name.
+    """Quality of predictions on gold labels.
 
-    ``confusion`` has (n_classes, n_classes) counts, with gold classes as rows and predicted classes as columns.
-    ``agreement`` is the fraction of texts with the same label as the teacher's; None without a teacher.
+    Attributes:
+        accuracy: Fraction of texts whose labels are all correct; for multi-label, the exact match.
+        macro_f1: Mean F1 of the classes that occur in the gold labels.
+        classes: Quality of each class by name.
+        confusion: (n_classes, n_classes) numbers of texts with a gold class (row) and a predicted class (column). For
+            multi-label, a text counts for every pair of its gold and predicted labels.
+        agreement: Fraction of texts with the same labels as the teacher's; None without a teacher.
+        micro_f1: F1 over all pairs of a text and a label; None for single-label, as all below.
+        sample_f1: Mean over the texts of the F1 of their labels, which is 1 for a text with neither gold nor predicted
+            labels.
+        average_precision: Mean average precision of the labels that occur in the gold labels.
+        label_ranking: Label ranking average precision over the texts with at least one gold label; None without any.
     """
 
     accuracy: float
@@ -37,43 +65,90 @@ class Quality:
     classes: dict[str, ClassQuality]
     confusion: list[list[int]]
     agreement: float | None = None
+    micro_f1: float | None = None
+    sample_f1: float | None = None
+    average_precision: float | None = None
+    label_ranking: float | None = None
 
     @property
     def scores(self) -> dict[str, float]:
-        """``accuracy``, ``f1-macro``, ``f1-weighted`` (weighted by support) and, for two classes, ``f1-binary``.
+        """``accuracy``, ``f1-macro``, ``f1-weighted`` (weighted by support) and that of the task.
 
-        The last is the F1 of the second class, as in scikit-learn.
+        That is ``f1-micro`` for multi-label and, for two single-label classes, ``f1-binary``: the F1 of the second
+        class, as in scikit-learn.
         """
         classes = list(self.classes.values())
-        weighted = sum(c.f1 * c.support for c in classes) / sum(c.support for c in classes)
+        weighted = sum(c.f1 * c.support for c in classes) / max(sum(c.support for c in classes), 1)
         scores = {"accuracy": self.accuracy, "f1-macro": self.macro_f1, "f1-weighted": weighted}
+        if self.micro_f1 is not None:
+            return {**scores, "f1-micro": self.micro_f1}
         return {**scores, "f1-binary": classes[1].f1} if len(classes) == 2 else scores
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the values for JSON, without the metrics that do not apply to the task."""
+        return asdict(self, dict_factory=lambda items: {k: v for k, v in items if v is not None or k == "agreement"})
 
 
 def measure_quality(
-    predicted: Classes, gold: Classes, label_names: Sequence[str], reference: Classes | None = None
+    predicted: Labels,
+    gold: Labels,
+    label_names: Sequence[str],
+    reference: Labels | None = None,
+    *,
+    probabilities: npt.NDArray[np.floating] | None = None,
 ) -> Quality:
-    """Compare predicted classes with gold classes and, if passed, with the teacher's predictions as ``reference``.
+    """Compare predicted labels with gold labels and, if passed, with the teacher's predictions as ``reference``.
 
-    All arrays have shape (n,), with n >= 1. A class that is never predicted has precision 0; a class without gold texts
-    has recall 0. Macro-F1 is averaged over the classes that occur in the gold labels.
+    All labels are of the same n >= 1 texts. A class that is never predicted has precision 0; a class without gold texts
+    has recall 0. The (n, n_classes) probabilities are for the metrics of a multi-label task that need them.
     """
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+    from sklearn.metrics import precision_recall_fscore_support
 
-    labels = range(len(label_names))
-    columns = precision_recall_fscore_support(gold, predicted, labels=labels, zero_division=0)
+    expected, found = (task_of(labels).targets(labels, len(label_names)).astype(bool) for labels in (gold, predicted))
+    columns = precision_recall_fscore_support(expected, found, zero_division=0)
     _, _, f1, support = columns
-    by_class = (ClassQuality(float(p), float(r), float(f), int(n)) for p, r, f, n in zip(*columns, strict=True))
+    macro_f1 = float(f1.sum(where=support > 0) / max(np.count_nonzero(support), 1))
+    is_multi = task_of(gold) is MULTI_LABEL
+    others, by_label = _multi_label_metrics(gold, predicted, probabilities) if is_multi else ({}, [{}] * len(f1))
+    by_class = (
+        ClassQuality(float(p), float(r), float(f), int(n), **of_label)
+        for p, r, f, n, of_label in zip(*columns, by_label, strict=True)
+    )
     classes = dict(zip(label_names, by_class, strict=True))
-    confusion = confusion_matrix(gold, predicted, labels=labels).tolist()
-    agreement = None if reference is None else float((predicted == reference).mean())
-    accuracy, macro_f1 = float((predicted == gold).mean()), float(f1[support > 0].mean())
-    return Quality(accuracy, macro_f1, classes, confusion, agreement)
+    confusion = (expected.T.astype(np.float64) @ found).astype(int).tolist()
+    agreement = None if reference is None else float(is_equal(predicted, reference).mean())
+    return Quality(float(is_equal(predicted, gold).mean()), macro_f1, classes, confusion, agreement, **others)
+
+
+def _multi_label_metrics(
+    gold: Labels, predicted: Labels, probabilities: npt.NDArray[np.floating] | None
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Return the fields of `Quality`, and of `ClassQuality` for each label, that are for multi-label only."""
+    from sklearn.metrics import average_precision_score, f1_score, label_ranking_average_precision_score
+
+    micro = f1_score(gold, predicted, average="micro", zero_division=0)
+    metrics = {"micro_f1": micro, "sample_f1": f1_score(gold, predicted, average="samples", zero_division=1)}
+    by_label: list[dict[str, float]] = [{}] * gold.shape[1]
+    if probabilities is not None:
+        by_label, has_label = [], gold.any(axis=1)
+        for is_gold, probability in zip(gold.T, probabilities.T, strict=True):
+            precision = average_precision_score(is_gold, probability) if is_gold.any() else 0
+            calibration = measure_calibration(probability[:, None], is_gold[:, None])
+            by_label.append({"average_precision": float(precision), "ece": calibration.ece, "brier": calibration.brier})
+        total = sum(label["average_precision"] for label in by_label)
+        metrics["average_precision"] = total / max(int(gold.any(axis=0).sum()), 1)
+        if has_label.any():
+            rows = gold[has_label], probabilities[has_label]
+            metrics["label_ranking"] = label_ranking_average_precision_score(*rows)
+    return {name: float(value) for name, value in metrics.items()}, by_label
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Mean confidence, accuracy and number of the texts in one of several equally wide confidence bins."""
+    """Mean confidence, accuracy and number of the texts in one of several equally wide confidence bins.
+
+    For multi-label, these are the mean probability, fraction of gold labels and number of pairs of a text and a label.
+    """
 
     confidence: float
     accuracy: float
@@ -84,12 +159,16 @@ class Bin:
 class Calibration:
     """Calibration of predicted probabilities.
 
+    For multi-label, every pair of a text and a label is one binary prediction: its confidence is the probability of the
+    label, and it is correct if the text has the label.
+
     Attributes:
         ece: Expected calibration error, from 0 to 1: the mean distance between confidence and accuracy over the bins,
             weighted by the number of texts (Naeini et al., 2015, "Obtaining Well Calibrated Probabilities Using
             Bayesian Binning").
         brier: Brier score, from 0 to 2: the mean squared distance between the probabilities and the one-hot gold
             class, summed over the classes (Brier, 1950, "Verification of Forecasts Expressed in Terms of Probability").
+            For multi-label from 0 to 1: averaged over the labels.
         reliability: The bins that contain texts, in order of increasing confidence.
     """
 
@@ -98,26 +177,31 @@ class Calibration:
     reliability: list[Bin]
 
 
-def measure_calibration(probabilities: npt.NDArray[np.floating], gold: Classes) -> Calibration:
-    """Measure the calibration of (n, n_classes) probabilities on (n,) gold classes, with n >= 1."""
+def measure_calibration(probabilities: npt.NDArray[np.floating], gold: Labels) -> Calibration:
+    """Measure the calibration of (n, n_classes) probabilities on the gold labels of n >= 1 texts."""
     bins, confidence, is_correct, scores = calibration_terms(probabilities, gold)
+    bins, confidence, is_correct = bins.ravel(), confidence.ravel(), is_correct.ravel()
     reliability = [
         Bin(float(confidence[in_bin].mean()), float(is_correct[in_bin].mean()), int(in_bin.sum()))
         for in_bin in (bins == index for index in np.unique(bins))
     ]
-    error = np.abs(np.bincount(bins, is_correct - confidence)).sum() / len(gold)
+    error = np.abs(np.bincount(bins, is_correct - confidence)).sum() / len(bins)
     return Calibration(float(error), float(scores.mean()), reliability)
 
 
 def calibration_terms(
-    probabilities: npt.NDArray[np.floating], gold: Classes
-) -> tuple[Classes, Floats, npt.NDArray[np.bool_], Floats]:
-    """Return, for each of n texts, its bin, its confidence, whether it is correct, and its Brier score."""
-    probabilities = np.asarray(probabilities, np.float64)
-    confidence, is_correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == gold
+    probabilities: npt.NDArray[np.floating], gold: Labels
+) -> tuple[npt.NDArray[np.int64], Floats, npt.NDArray[np.bool_], Floats]:
+    """Return bin, confidence and correctness, (n, 1) or multi-label (n, n_classes), and the (n,) Brier scores."""
+    confidence, task = np.asarray(probabilities, np.float64), task_of(gold)
+    squares = np.square(confidence - task.targets(gold, confidence.shape[1]))
+    if task is MULTI_LABEL:
+        is_correct, scores = np.asarray(gold, bool), squares.mean(axis=1)
+    else:
+        is_correct, scores = (confidence.argmax(axis=1) == gold)[:, None], squares.sum(axis=1)
+        confidence = confidence.max(axis=1, keepdims=True)
     bins = np.minimum((confidence * N_BINS).astype(np.int64), N_BINS - 1)
-    one_hot = np.eye(probabilities.shape[1])[gold]
-    return bins, confidence, is_correct, np.square(probabilities - one_hot).sum(axis=1)
+    return bins, confidence, is_correct, scores
 
 
 @dataclass(frozen=True)
@@ -135,9 +219,10 @@ class OperatingPoint:
     high: float
 
 
-def coverage_curve(probabilities: npt.NDArray[np.floating], gold: Classes) -> Floats:
+def coverage_curve(probabilities: npt.NDArray[np.floating], gold: Labels) -> Floats:
     """Return the threshold, coverage and accuracy for each distinct confidence, shape (k, 3), by rising coverage."""
-    _, confidence, is_correct, _ = calibration_terms(probabilities, gold)
+    _, confidences, correctness, _ = calibration_terms(probabilities, gold)
+    confidence, is_correct = confidences.ravel(), correctness.ravel()
     order = np.argsort(-confidence, kind="stable")
     n_answered = np.arange(1, len(gold) + 1)
     curve = np.column_stack([confidence[order], n_answered / len(gold), is_correct[order].cumsum() / n_answered])
@@ -156,27 +241,29 @@ class Interval:
 
 
 def bootstrap_quality(
-    gold: Classes, predicted: Classes, *, n_classes: int, other: Classes | None = None
+    gold: Labels, predicted: Labels, *, n_classes: int, other: Labels | None = None
 ) -> dict[str, Interval]:
     """Compute ``accuracy`` and ``macro_f1`` with intervals or, with ``other``, the difference to other predictions.
 
-    All arrays have shape (n,), with n >= 1. Texts are drawn with replacement (Efron and Tibshirani, 1993, "An
-    Introduction to the Bootstrap"). Differences are computed within each resample, because both classifiers see the
-    same texts. With fewer than about 15 texts per class, the interval of macro-F1 is too low.
+    For multi-label also ``micro_f1``. All labels are of the same n >= 1 texts, which are drawn with replacement (Efron
+    and Tibshirani, 1993, "An Introduction to the Bootstrap"). Differences are computed within each resample, because
+    both classifiers see the same texts. With fewer than about 15 texts per class, the interval of macro-F1 is too low.
     """
-    columns = np.column_stack([gold, predicted, predicted if other is None else other])
-    # Texts with the same classes are interchangeable, so it is enough to draw the number of texts of each such kind.
-    kinds, counts = np.unique(columns, axis=0, return_counts=True)
+    task, others = task_of(gold), [predicted] if other is None else [predicted, other]
+    # Texts with the same labels are interchangeable, so it is enough to draw the number of texts of each such kind.
+    _, rows, counts = np.unique(np.column_stack([gold, *others]), axis=0, return_index=True, return_counts=True)
+    expected, *found = (task.targets(labels[rows], n_classes) for labels in (gold, *others))
 
     def metrics(weights: Floats) -> Floats:
-        first = _weighted_metrics(weights, kinds[:, 0], kinds[:, 1], n_classes)
-        return first if other is None else first - _weighted_metrics(weights, kinds[:, 0], kinds[:, 2], n_classes)
+        first, *second = (_weighted_metrics(weights, expected, each) for each in found)
+        return first - second[0] if second else first
 
     rng, n = np.random.default_rng([0, 10]), len(gold)
     size, n_batches = _RESAMPLES_PER_BATCH, N_RESAMPLES // _RESAMPLES_PER_BATCH
     batches = [metrics(rng.multinomial(n, counts / n, size=size).astype(np.float64)) for _ in range(n_batches)]
     values, resampled = metrics(counts[None, :].astype(np.float64))[0], np.concatenate(batches)
-    return {name: _interval(float(values[i]), resampled[:, i]) for i, name in enumerate(("accuracy", "macro_f1"))}
+    names = [name for name in ("accuracy", "macro_f1", "micro_f1") if name in METRICS[task]]
+    return {name: _interval(float(values[i]), resampled[:, i]) for i, name in enumerate(names)}
 
 
 def bootstrap_proportion(count: int, total: int) -> Interval:
@@ -185,18 +272,22 @@ def bootstrap_proportion(count: int, total: int) -> Interval:
     return _interval(share, np.random.default_rng([0, 11]).binomial(total, share, N_RESAMPLES) / total)
 
 
-def bootstrap_calibration(probabilities: npt.NDArray[np.floating], gold: Classes) -> dict[str, Interval]:
-    """Compute ``ece`` and ``brier`` of (n, n_classes) probabilities, with n >= 1, with their intervals.
+def bootstrap_calibration(probabilities: npt.NDArray[np.floating], gold: Labels) -> dict[str, Interval]:
+    """Compute ``ece`` and ``brier`` of (n, n_classes) probabilities, with n >= 1, with their intervals over the texts.
 
     Resampling adds random error, so the interval of a small ``ece`` is too high and may lie above its value.
     """
+    from scipy.sparse import csr_array
+
     bins, confidence, is_correct, scores = calibration_terms(probabilities, gold)
-    gaps, rng, n = is_correct - confidence, np.random.default_rng([0, 12]), len(gold)
-    errors, means = [], []
+    n, n_predictions = bins.shape
+    texts = np.repeat(np.arange(n), n_predictions)
+    gaps = csr_array(((is_correct - confidence).ravel(), (bins.ravel(), texts)), (N_BINS, n))
+    rng, errors, means = np.random.default_rng([0, 12]), [], []
     for _ in range(N_RESAMPLES):
-        rows = rng.integers(0, n, n)
-        errors.append(np.abs(np.bincount(bins[rows], gaps[rows])).sum() / n)
-        means.append(scores[rows].mean())
+        weights = np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
+        errors.append(np.abs(gaps @ weights).sum() / bins.size)
+        means.append(scores @ weights / n)
     measured = measure_calibration(probabilities, gold)
     return {"ece": _interval(measured.ece, np.array(errors)), "brier": _interval(measured.brier, np.array(means))}
 
@@ -205,14 +296,16 @@ def _interval(value: float, resampled: Floats) -> Interval:
     return Interval(value, *map(float, np.percentile(resampled, (2.5, 97.5))))
 
 
-def _weighted_metrics(weights: Floats, gold: Classes, predicted: Classes, n_classes: int) -> Floats:
-    """Compute accuracy and macro-F1 (over the classes with gold texts), shape (r, 2), for (r, k) weights of k kinds."""
+def _weighted_metrics(weights: Floats, gold: npt.NDArray[np.float32], predicted: npt.NDArray[np.float32]) -> Floats:
+    """Compute accuracy, macro-F1 (over the classes with gold texts) and micro-F1, shape (r, 3).
+
+    The weights of k kinds of texts have shape (r, k), their gold and predicted labels (k, n_classes), 1 or 0.
+    """
     from scipy.sparse import csr_array
 
-    kinds, ones = np.arange(len(gold)), np.ones(len(gold))
-    entries = ((ones, gold), (ones, predicted), (gold == predicted, gold))
-    masks = (csr_array((entry, (kinds, classes)), (len(gold), n_classes)) for entry, classes in entries)
-    n_gold, n_predicted, n_correct = (weights @ mask for mask in masks)
+    n_gold, n_predicted, n_correct = (weights @ csr_array(labels) for labels in (gold, predicted, gold * predicted))
     f1 = 2 * n_correct / np.maximum(n_gold + n_predicted, 1)  # (r, n_classes)
     macro_f1 = f1.sum(axis=1, where=n_gold > 0) / np.maximum((n_gold > 0).sum(axis=1), 1)
-    return np.column_stack([n_correct.sum(axis=1) / weights.sum(axis=1), macro_f1])
+    micro_f1 = 2 * n_correct.sum(axis=1) / np.maximum((n_gold + n_predicted).sum(axis=1), 1)
+    accuracy = weights @ (gold == predicted).all(axis=1) / weights.sum(axis=1)
+    return np.column_stack([accuracy, macro_f1, micro_f1])

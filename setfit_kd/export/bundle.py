@@ -24,8 +24,10 @@ from setfit_kd import __version__
 from setfit_kd.errors import ConfigError, DataError, ModelError, OutputError, first_line
 from setfit_kd.models.bodies import check_finite, default_prompt, is_static
 from setfit_kd.models.encode import predict_proba
+from setfit_kd.models.heads import head_task, head_thresholds, softmax_weights
 from setfit_kd.models.onnx import silence_warnings, write_graph
 from setfit_kd.runtime import classify
+from setfit_kd.tasks.classification import MULTI_LABEL, TASKS
 from setfit_kd.utils.atomic_io import atomic_folder, raise_output_errors, replace_folder
 from setfit_kd.utils.console import escape_markdown, short_class_name, show_progress, truncate
 from setfit_kd.utils.files import file_hash, folder_megabytes, read_json
@@ -44,7 +46,7 @@ _MAX_KEPT_PARAMETERS = 70_000_000  # the bundle of a larger student takes more t
 _NO_LIMIT = 1_000_000  # tokenizers without a length limit report a number far above this
 _README = """# {title}
 
-A text classifier with {n_classes} classes: {labels}.
+A text classifier with {n_classes} classes: {labels}.{decision}
 
 It requires {requirements}, but not torch:
 
@@ -62,17 +64,22 @@ classifier.predict(["some text"])
 classifier.predict_proba(["some text"])  # (n, {n_classes}) float32, columns in the order of classifier.labels
 ```
 
-On {texts:,} texts, {agreement:.1%} of the labels are the same as those of the original model, and probabilities differ
+On {texts:,} texts, {agreement:.1%} of the {unit} are the same as those of the original model, and probabilities differ
 by at most {largest_difference:.2g}. `manifest.json` contains the tokenizer settings and the file hashes that are
 verified on loading.
 """
+_MULTI_LABEL_DECISION = """
+
+A text gets each label whose probability reaches the label's threshold: any number of labels, or none. The thresholds
+are 0.5, or those in `manifest.json`."""
 
 
 @dataclass(frozen=True)
 class Bundle:
     """An exported bundle; ``parity`` compares it with the classifier.
 
-    ``parity`` holds the number of ``texts``, the ``agreement`` (share of texts with the same label), and the
+    ``parity`` holds the number of ``texts``, the ``agreement`` (share of texts with the same label; if
+    multi-label, share of the pairs of a text and a label with the same decision), and the
     ``largest_difference`` between two probabilities.
     """
 
@@ -118,7 +125,7 @@ def export_bundle(
         folder: Output folder.
         texts: Typical texts, such as the pool; at most 1,000 are used, evenly spaced.
         format: ``onnx``, ``onnx-int8`` or ``static``. [default: ``static`` for static bodies, else ``onnx-int8``]
-        min_agreement: Minimum share of texts, from 0 to 1, that the bundle must label like the classifier. [default:
+        min_agreement: Minimum agreement of the bundle with the classifier, from 0 to 1, see `Bundle`. [default:
             0.98 for ``onnx-int8``, 0.999 for the others]
         title: Title of the bundle's README.
         overwrite: Replace an earlier bundle in the folder; other files in it are kept.
@@ -200,8 +207,10 @@ class _Draft:
     def verify(self, format: str) -> dict[str, Any]:  # noqa: A002
         """Compare the bundle with the classifier and write the manifest; refuse a bundle with low agreement."""
         self.write_manifest(format, None)
-        probabilities = classify.Classifier(self.folder).predict_proba(self.texts)
-        agreement = float((probabilities.argmax(axis=1) == self.expected.argmax(axis=1)).mean())
+        classifier = classify.Classifier(self.folder)
+        probabilities, decide = classifier.predict_proba(self.texts), TASKS[classifier.task].decide
+        labels = (decide(values, classifier.thresholds) for values in (probabilities, self.expected))
+        agreement = float(np.mean(np.equal(*labels)))
         difference = float(np.abs(probabilities - self.expected).max())
         threshold = MIN_AGREEMENT[format] if self.min_agreement is None else self.min_agreement
         if agreement < threshold:
@@ -270,8 +279,13 @@ def _write_common_files(model: SetFitModel, folder: Path) -> dict[str, Any]:
     (folder / classify.TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
     (folder / classify.LABELS).write_text(json.dumps(labels, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.copyfile(classify.__file__, folder / _SCRIPT)
+    task: dict[str, Any] = {"format": 1}
+    if head_task(model.model_head) is MULTI_LABEL:
+        thresholds = head_thresholds(model.model_head)
+        listed = None if thresholds is None else thresholds.tolist()
+        task = {"format": classify.FORMAT, "task": MULTI_LABEL.name, "thresholds": listed}
     return {
-        "format": classify.FORMAT,
+        **task,
         **dict.fromkeys(("kind", "weights")),
         "n_classes": len(labels),
         "max_length": tokenizer.truncation and int(tokenizer.truncation["max_length"]),
@@ -286,13 +300,15 @@ def _write_common_files(model: SetFitModel, folder: Path) -> dict[str, Any]:
 
 def _readme(model: SetFitModel, format: str, parity: dict[str, Any], title: str) -> str:  # noqa: A002
     packages = ["numpy", "tokenizers", *([] if format == "static" else ["onnxruntime"])]
-    labels = model.labels or ()
+    labels, is_multi_label = model.labels or (), head_task(model.model_head) is MULTI_LABEL
     return _README.format(
         title=escape_markdown(truncate(title)),
         n_classes=len(labels),
         labels=escape_markdown(", ".join(map(short_class_name, labels))),
         requirements=" and ".join([", ".join(packages[:-1]), packages[-1]]),
         packages=" ".join(packages),
+        decision=_MULTI_LABEL_DECISION if is_multi_label else "",
+        unit="decisions for a label" if is_multi_label else "labels",
         **parity,
     )
 
@@ -301,18 +317,21 @@ def head_weights(model: SetFitModel) -> tuple[npt.NDArray[np.float32], npt.NDArr
     """Return coefficients (n_classes, d) and intercept (n_classes,) of a head; a binary head is converted to two rows.
 
     Raises:
-        ModelError: If the head is not a fitted logistic regression, or the model has no labels.
+        ModelError: If the head does not consist of fitted logistic regressions, or the model has no labels.
     """
     from sklearn.linear_model import LogisticRegression
 
     head = model.model_head
     if not model.labels:
         raise ModelError("The model has no labels.", hint="Set model.labels.")
-    if not isinstance(head, LogisticRegression) or not hasattr(head, "coef_"):
+    is_multi_label = head_task(head) is MULTI_LABEL
+    rows = getattr(head, "estimators_", [head]) if is_multi_label else [head]
+    if not all(isinstance(row, LogisticRegression) and hasattr(row, "coef_") for row in rows):
         message = f"The head is a {type(head).__name__}; only a fitted logistic regression can be exported."
         raise ModelError(message, hint="Train the classifier with setfit-kd.")
-    coef, intercept = np.asarray(head.coef_, np.float32), np.asarray(head.intercept_, np.float32)
-    if len(coef) == 1:
+    weights = softmax_weights(head) if is_multi_label else (head.coef_, head.intercept_)
+    coef, intercept = (np.asarray(values, np.float32) for values in weights)
+    if len(coef) == 1 and not is_multi_label:
         coef, intercept = np.concatenate([0 * coef, coef]), np.concatenate([0 * intercept, intercept])
     return coef, intercept
 
@@ -324,6 +343,7 @@ class _ClassifierGraph(nn.Module):
         super().__init__()
         self.body, self.normalizes = model.model_body, bool(model.normalize_embeddings)
         coef, intercept = head_weights(model)
+        self.is_multi_label = head_task(model.model_head) is MULTI_LABEL
         # A MatMul node, because the quantizer renames Gemm nodes and could not exclude the head from quantization.
         self.coef = nn.Parameter(torch.as_tensor(coef.T.copy()), requires_grad=False)
         self.intercept = nn.Parameter(torch.as_tensor(intercept), requires_grad=False)
@@ -332,7 +352,8 @@ class _ClassifierGraph(nn.Module):
         embeddings = self.body({"input_ids": input_ids, "attention_mask": attention_mask})["sentence_embedding"]
         if self.normalizes:
             embeddings = nn.functional.normalize(embeddings)
-        return torch.softmax(embeddings @ self.coef + self.intercept, dim=1)
+        logits = embeddings @ self.coef + self.intercept
+        return torch.sigmoid(logits) if self.is_multi_label else torch.softmax(logits, dim=1)
 
 
 def write_onnx(model: SetFitModel, file: Path) -> None:

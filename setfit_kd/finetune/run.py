@@ -84,13 +84,12 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     replaceable = _check_output(output_dir, overwrite=config.overwrite)
     # The data is checked first, which takes no time compared with loading torch and a model.
     locate = cache(partial(locate_model, config.model))
-    columns: dict[str, Any] = {"text_column": config.text_column, "label_column": config.label_column}
-    columns["decode"] = _Decoder(locate)
+    columns = {**config.columns, "decode": _Decoder(locate)}
     labeled = encode_labels(read(config.labeled, **columns))
     check_classes(labeled)
     names = labeled.label_names
     validation, held_out = (
-        None if name is None else encode_labels(read(name, **columns, role=role), names)
+        None if name is None else encode_labels(read(name, **columns, role=role), names, labeled.task)
         for name, role in ((config.validation, "validation"), (config.eval, "test"))
     )
     check_settings(config, labeled, validation)

@@ -14,6 +14,7 @@ from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import BodySource, family_of, locate_model
 from setfit_kd.models.io import new_model
+from setfit_kd.tasks.classification import SINGLE_LABEL
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.console import quiet_libraries
 
@@ -60,7 +61,8 @@ def finetune(
         labeled = encode_labels(read(labeled, label_column="label"))
     check_classes(labeled)
     if validation is not None and not isinstance(validation, LabeledSet):
-        validation = encode_labels(read(validation, label_column="label", role="validation"), labeled.label_names)
+        rows = read(validation, label_column="label", role="validation")
+        validation = encode_labels(rows, labeled.label_names, labeled.task)
     if validation is not None and validation.label_names != labeled.label_names:
         message = f"{validation.origin} and {labeled.origin} have different classes."
         raise DataError(message, hint="Use the same classes in both.")
@@ -81,7 +83,7 @@ def finetune(
         results = [] if history is None else history
         return train(
             model,
-            partial(FinetuneTrainer, new_model(model, labeled.label_names), labeled, validation, results),
+            partial(FinetuneTrainer, new_model(model, labeled.label_names, labeled.task), labeled, validation, results),
             config.model_copy(update={"batch_size": batch_size}),
             device=device,
             texts=labeled.texts,
@@ -97,8 +99,8 @@ def check_settings(config: FinetuneConfig, labeled: LabeledSet, validation: Labe
     if validation is None and (config.patience is not None or config.schedule == "plateau"):
         message = "The settings patience and schedule=plateau require validation texts."
         raise ConfigError(message, hint="Pass --validation, or remove --patience and --schedule plateau.")
-    if config.metric == "f1-binary" and len(labeled.label_names) != 2:
-        message = f"The metric f1-binary requires 2 classes, got {len(labeled.label_names)}."
+    if config.metric == "f1-binary" and (len(labeled.label_names) != 2 or labeled.task is not SINGLE_LABEL):
+        message = f"The metric f1-binary requires 2 classes, got {len(labeled.label_names)} ({labeled.task.name})."
         raise ConfigError(message, hint="Use --metric f1-macro.")
 
 

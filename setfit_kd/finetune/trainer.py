@@ -50,7 +50,8 @@ class ValidationCallback(EvaluationCallback):
         with show_progress(False):  # the training has a bar
             embeddings = embed(self.body, self.validation.texts, batch_size=batch_size, description="Validating")
         head = get_head(self.body)  # the classification layer is part of the transformer
-        predicted = head.predict_proba(np.asarray(embeddings, np.float64)).argmax(axis=1)
+        task = self.validation.task
+        predicted = task.decide(head.predict_proba(np.asarray(embeddings, np.float64)), None)
         scores = measure_quality(predicted, self.validation.labels, self.validation.label_names).scores
         self.results.append({"step": step, **scores})
         message = ", ".join(f"{name} {value:.1%}" for name, value in scores.items())

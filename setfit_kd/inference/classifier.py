@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ModelError, UnavailableError
+from setfit_kd.models.heads import head_task, head_thresholds
 from setfit_kd.models.io import BUNDLE, classifier_folder, load_classifier
 from setfit_kd.runtime.classify import MANIFEST, BundleError, Classifier
 from setfit_kd.utils.console import show_progress
@@ -22,11 +23,14 @@ _MANY = 256  # texts at once, from which on the fastest forward pass is chosen
 
 
 class TorchClassifier:
-    """A SetFit model with the interface of a bundle: ``labels``, ``batch_size`` and `predict_proba`."""
+    """A SetFit model with the interface of a bundle: its attributes and `predict_proba`."""
 
     def __init__(self, model: Any, batch_size: int | None = None, *, exact: bool = False) -> None:
         self.model = model
         self.labels = [str(label) for label in model.labels or ()]
+        thresholds = head_thresholds(model.model_head)
+        self.task = head_task(model.model_head).name
+        self.thresholds = None if thresholds is None else np.asarray(thresholds, np.float32)
         self.batch_size, self.exact = batch_size, exact
         self._forward: Any = None
 

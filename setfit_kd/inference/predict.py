@@ -18,18 +18,20 @@ import numpy.typing as npt
 from setfit_kd.errors import ConfigError
 from setfit_kd.inference.classifier import CHUNK_SIZE, TorchClassifier
 from setfit_kd.runtime.classify import Classifier, chunk_texts
+from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL, TASKS, Task
 from setfit_kd.utils.atomic_io import atomic_file
 from setfit_kd.utils.console import as_text, json_text, suppress_warnings
 
 Row: TypeAlias = tuple[str | None, Mapping[str, Any]]  # usable text of a row, if it has one, and the other columns
 Columns: TypeAlias = Mapping[str, Any]  # the other columns of a table, with their Arrow types
+_LABEL_COLUMNS = {SINGLE_LABEL: ["label", "probability"], MULTI_LABEL: ["labels"]}
 
 
 class Prediction(NamedTuple):
     """Prediction for one row; without usable text, text and label are None and the probabilities NaN."""
 
     text: str | None
-    label: str | None  # also None if its probability is below the threshold
+    label: str | list[str] | None  # a list if multi-label; if single-label, None if its probability is too low
     probabilities: npt.NDArray[np.float32]  # (n_classes,)
     columns: Mapping[str, Any]  # the other columns of the row
 
@@ -42,22 +44,53 @@ def classify(
     classifier: TorchClassifier | Classifier,
     rows: Iterable[Row],
     *,
-    threshold: float = 0.0,
+    threshold: float | None = None,
+    at_least_one: bool = False,
     is_waiting: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[Prediction]]:
     """Classify any number of texts in chunks of at most `CHUNK_SIZE`, as they arrive.
 
-    If ``is_waiting`` says that the next row has not arrived yet, the chunk is classified without it.
+    Args:
+        classifier: The classifier.
+        rows: The texts, with their other columns.
+        threshold: Minimum probability of a label. [default: 0; the thresholds of a multi-label classifier]
+        at_least_one: Predict one label for a text whose labels are all below their thresholds: the one with the largest
+            difference of probability and threshold.
+        is_waiting: Whether the next row has not arrived yet; the chunk is then classified without it.
+
+    Raises:
+        ConfigError: If ``at_least_one`` is set for a single-label classifier.
     """
+    if at_least_one and classifier.task == SINGLE_LABEL.name:
+        raise ConfigError("The model already predicts one label per text.", hint="Remove --at-least-one.")
     for chunk in chunk_texts(rows, CHUNK_SIZE, get_text=itemgetter(0), is_waiting=is_waiting):
         has_text = [text is not None for text, _ in chunk]
         probabilities = np.full((len(chunk), len(classifier.labels)), np.nan, np.float32)
         with suppress_warnings("setfit_kd.runtime"):  # `chunk_texts` logs one warning for all chunks
             probabilities[has_text] = classifier.predict_proba([text for text, _ in chunk if text is not None])
-        yield [  # a comparison with NaN is false
-            Prediction(text, classifier.labels[row.argmax()] if row.max() >= threshold else None, row, columns)
-            for (text, columns), row in zip(chunk, probabilities, strict=True)
+        labels = _decide(classifier, probabilities, threshold, at_least_one)
+        yield [
+            Prediction(text, None if text is None else label, row, columns)
+            for (text, columns), row, label in zip(chunk, probabilities, labels, strict=True)
         ]
+
+
+def _decide(
+    classifier: TorchClassifier | Classifier,
+    probabilities: npt.NDArray[np.float32],
+    threshold: float | None,
+    at_least_one: bool,
+) -> list[Any]:
+    """Return the label of each row of (n, n_classes) probabilities, or a list of labels if multi-label."""
+    names = classifier.labels
+    if classifier.task == SINGLE_LABEL.name:
+        return [names[row.argmax()] if row.max() >= (threshold or 0) else None for row in probabilities]
+    default = 0.5 if classifier.thresholds is None else classifier.thresholds
+    thresholds = np.full(len(names), default if threshold is None else threshold, np.float32)
+    decided = MULTI_LABEL.decide(probabilities, thresholds)
+    if at_least_one:
+        decided[np.arange(len(decided)), (probabilities - thresholds).argmax(axis=1)] |= ~decided.any(axis=1)
+    return [[names[column] for column in np.flatnonzero(row)] for row in decided]
 
 
 def _column_renamer(reserved: list[str]) -> Callable[[Iterable[str]], list[str]]:
@@ -86,44 +119,54 @@ def _to_cell(value: Any) -> Any:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _write_json_lines(file: IO[bytes], chunks: Iterable[list[Prediction]], names: list[str], _: Columns) -> None:
-    rename = _column_renamer(["text", "label", "probabilities"])
+def _write_json_lines(
+    file: IO[bytes], chunks: Iterable[list[Prediction]], names: list[str], _: Columns, task: Task
+) -> None:
+    label_column = _LABEL_COLUMNS[task][0]
+    rename = _column_renamer(["text", "label", label_column, "probabilities"])
     for chunk in chunks:
         for prediction in chunk:
             other = dict(zip(rename(prediction.columns), prediction.columns.values(), strict=True))
             row = prediction.rounded()
             probabilities = row and dict(zip(names, row, strict=True))
-            record = {**other, "text": prediction.text, "label": prediction.label, "probabilities": probabilities}
+            record = {**other, "text": prediction.text, label_column: prediction.label, "probabilities": probabilities}
             file.write(json_text(record).encode("utf-8") + b"\n")
         file.flush()
 
 
-def _header(names: list[str], columns: Columns) -> list[str]:
-    output_columns = ["text", "label", "probability", *(f"probability_{name}" for name in names)]
+def _header(names: list[str], columns: Columns, task: Task) -> list[str]:
+    output_columns = ["text", *_LABEL_COLUMNS[task], *(f"probability_{name}" for name in names)]
     return [*map(_to_cell, _column_renamer(output_columns)(columns)), *output_columns]
 
 
 def _write_delimited(
-    delimiter: str, file: IO[bytes], chunks: Iterable[list[Prediction]], names: list[str], columns: Columns
+    delimiter: str, file: IO[bytes], chunks: Iterable[list[Prediction]], names: list[str], columns: Columns, task: Task
 ) -> None:
+    is_single_label = task is SINGLE_LABEL
+    to_text: Any = str if is_single_label else json_text if "|" in "".join(names) else "|".join
     # The csv module quotes a carriage return only if its line terminator contains one.
     lines = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n").encode("utf-8") + b"\n"))
     table = csv.writer(lines, delimiter=delimiter, lineterminator="\r\n")
-    table.writerow(_header(names, columns))
+    table.writerow(_header(names, columns, task))
     for chunk in chunks:
         for prediction in chunk:
-            row = prediction.rounded()
-            probabilities = [max(row), *row] if row else [None] * (1 + len(names))
+            row: Any = prediction.rounded()
+            highest = [row and max(row)] if is_single_label else []
+            label = None if prediction.label is None else to_text(prediction.label)
             other = [_to_cell(prediction.columns.get(name)) for name in columns]
-            table.writerow([*other, prediction.text, prediction.label, *probabilities])
+            table.writerow([*other, prediction.text, label, *highest, *(row or [None] * len(names))])
 
 
-def _write_parquet(file: IO[bytes], chunks: Iterable[list[Prediction]], names: list[str], columns: Columns) -> None:
+def _write_parquet(
+    file: IO[bytes], chunks: Iterable[list[Prediction]], names: list[str], columns: Columns, task: Task
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types = [*columns.values(), pa.string(), pa.string(), *[pa.float32()] * (1 + len(names))]
-    schema = pa.schema(list(zip(_header(names, columns), types, strict=True)))
+    is_single_label = task is SINGLE_LABEL
+    label_type = pa.string() if is_single_label else pa.list_(pa.string())
+    types = [*columns.values(), pa.string(), label_type, *[pa.float32()] * (is_single_label + len(names))]
+    schema = pa.schema(list(zip(_header(names, columns, task), types, strict=True)))
 
     def to_arrow(values: list[Any], dtype: pa.DataType) -> pa.Array:
         if pa.types.is_string(dtype) or pa.types.is_floating(dtype):
@@ -135,14 +178,14 @@ def _write_parquet(file: IO[bytes], chunks: Iterable[list[Prediction]], names: l
         for chunk in chunks:
             texts, labels, rows, others = zip(*chunk, strict=True)
             probabilities = np.array(rows)
-            values = (probabilities.max(axis=1), *probabilities.T)
+            values = [probabilities.max(axis=1)] * is_single_label + [*probabilities.T]
             other = [to_arrow([row.get(name) for row in others], dtype) for name, dtype in columns.items()]
-            answers = [pa.array(texts, pa.string()), pa.array(labels, pa.string())]
+            answers = [pa.array(texts, pa.string()), pa.array(labels, label_type)]
             answers += [pa.array(column, pa.float32(), from_pandas=True) for column in values]
             table.write_batch(pa.record_batch([*other, *answers], schema=schema))
 
 
-_FORMATS: dict[str, Callable[[IO[bytes], Iterable[list[Prediction]], list[str], Columns], None]] = {
+_FORMATS: dict[str, Callable[[IO[bytes], Iterable[list[Prediction]], list[str], Columns, Task], None]] = {
     ".jsonl": _write_json_lines,
     ".ndjson": _write_json_lines,
     ".csv": partial(_write_delimited, ","),
@@ -158,18 +201,22 @@ def check_output(path: Path) -> None:
 
 
 def write_predictions(
-    path: Path | None, chunks: Iterable[list[Prediction]], names: list[str], columns: Columns | None = None
+    path: Path | None,
+    chunks: Iterable[list[Prediction]],
+    names: list[str],
+    columns: Columns | None = None,
+    task: str = SINGLE_LABEL.name,
 ) -> None:
     """Write predictions to a file, whose extension selects the format, or as JSON lines to stdout.
 
-    A file appears only if everything was written. ``columns`` are the other columns of a table, which come first. The
-    extension must be one that `check_output` accepts.
+    A file appears only if everything was written. ``columns`` are the other columns of a table, which come first.
+    ``task`` is that of the classifier. The extension must be one that `check_output` accepts.
 
     Raises:
         OutputError: If the file cannot be written.
     """
     if path is None:
-        _write_json_lines(sys.stdout.buffer, chunks, names, {})
+        _write_json_lines(sys.stdout.buffer, chunks, names, {}, TASKS[task])
         return
     with atomic_file(path) as file:
-        _FORMATS[path.suffix.lower()](file, chunks, names, columns or {})
+        _FORMATS[path.suffix.lower()](file, chunks, names, columns or {}, TASKS[task])

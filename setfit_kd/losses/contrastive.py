@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,7 +18,9 @@ class ContrastiveLoss(BatchLoss):
 
     The cosine of two texts is regressed to 1 if they have the same class and to 0 otherwise, as SetFit does pair by
     pair. B texts give B(B-1)/2 pairs for B forward passes. The mean over the pairs within classes and the mean over
-    the pairs across classes have the same weight, regardless of the number of classes.
+    the pairs across classes have the same weight, regardless of the number of classes. A pair of texts with several
+    labels belongs to the first mean in the proportion of their Jaccard similarity, the share of labels of either text
+    that both have, and to the second in the remaining proportion.
 
     Args:
         model, dropout, micro_batch_size: See `BatchLoss`.
@@ -25,7 +29,7 @@ class ContrastiveLoss(BatchLoss):
         - Tunstall et al., 2022, "Efficient Few-Shot Learning Without Prompts".
 
     Inputs:
-        One text column; labels are (B,) integers, the class of each text.
+        One text column; labels are (B,) integers, the class of each text, or (B, n_classes) bool, its labels.
 
     Example:
         >>> import torch
@@ -41,27 +45,38 @@ class ContrastiveLoss(BatchLoss):
         """Compute the mean of (1 - cos)² within classes plus the mean of cos² across classes."""
         (rows,) = embeddings
         cosines = cosine_matrix(rows)
-        same = labels[:, None] == labels[None, :]
+        if labels.ndim == 1:
+            same = (labels[:, None] == labels[None, :]).to(cosines.dtype)
+        else:
+            targets = labels.to(cosines.dtype)
+            common, counts = targets @ targets.T, targets.sum(dim=1)
+            either = counts[:, None] + counts[None, :] - common
+            same = torch.where(either == 0, 1, common / either.clamp_min(1))  # two texts without labels are alike
         upper = torch.ones_like(same).triu(diagonal=1)
         # Means as weighted sums, because selecting the pairs would wait for a GPU.
-        weights = (mask.to(cosines.dtype) / mask.sum().clamp_min(1) for mask in (same & upper, ~same & upper))
+        weights = (pairs / pairs.sum().clamp_min(1e-6) for pairs in (same * upper, (1 - same) * upper))
         within, across = (to_device(weight, cosines.device) for weight in weights)
         return (within * (1 - cosines).square() + across * cosines.square()).sum()
 
 
-def balanced_batches(labels: npt.NDArray[np.int64], *, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """Sample ``steps`` batches of row indices with an equal number of texts per class.
+def balanced_batches(labels: npt.NDArray[Any], *, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """Sample ``steps`` batches of row indices with an equal number of texts per class or label.
 
     If the batch cannot hold two texts of every class, the classes take turns. The texts of each class are used in
     random order and reshuffled after each pass, so that all are used equally often. No text occurs twice in a batch:
     a class with fewer texts than its share contributes all of them.
 
     Args:
-        labels: (n,) class of each text; at least two texts per class.
+        labels: (n,) class of each text, or (n, n_classes) bool, its labels; at least two texts per class. Texts without
+            labels are treated like a further class.
         batch_size: Maximum number of texts per batch, at least 4.
     """
     rng = np.random.default_rng([seed, 2])
-    rows_of = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    if labels.ndim == 1:
+        rows_of = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    else:
+        columns = np.column_stack([labels, ~labels.any(axis=1)])
+        rows_of = [np.flatnonzero(column) for column in columns.T if column.any()]
     queues: list[list[int]] = [[] for _ in rows_of]
     turns: list[int] = []
     n_chosen = min(len(rows_of), batch_size // 2)
@@ -73,7 +88,7 @@ def balanced_batches(labels: npt.NDArray[np.int64], *, batch_size: int, steps: i
         batch: list[int] = []
         for label, share in zip(chosen, shares, strict=True):
             batch += _take_rows(queues[label], rows_of[label], int(share), rng)
-        batches.append(batch)
+        batches.append(list(dict.fromkeys(batch)))  # a text may have been drawn for several of its labels
     return batches
 
 

@@ -11,14 +11,14 @@ from setfit_kd.memory.devices import to_device
 
 
 class CrossEntropyLoss(BatchLoss):
-    """Mean cross-entropy against the gold labels.
+    """Mean cross-entropy against the gold labels; of several labels per text, also over the labels.
 
     Args:
         head: Maps (B, d) embeddings to (B, n_classes) logits; trained together with the body.
         model, options: See `BatchLoss`.
 
     Inputs:
-        One text column; labels are (B,) integers, the gold class of each text.
+        One text column; labels are (B,) integers, the gold class of each text, or (B, n_classes) bool, its labels.
 
     Example:
         >>> import torch
@@ -37,4 +37,7 @@ class CrossEntropyLoss(BatchLoss):
         """Compute the mean cross-entropy over the texts."""
         (rows,) = embeddings
         logits = to_float32(self.head(rows.to(self.head.weight)))  # (B, n_classes)
-        return nn.functional.cross_entropy(logits, to_device(labels, logits.device))
+        labels = to_device(labels, logits.device)
+        if labels.ndim == 2:
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return nn.functional.cross_entropy(logits, labels)

@@ -117,7 +117,7 @@ def _locate_demo(name: str) -> Path:
 
 
 def transformer_label_names(folder: Path) -> tuple[str, ...] | None:
-    """Read the label names of a sequence-classification transformer with one label per text; None for other models."""
+    """Read the label names of a sequence-classification transformer; None for other models."""
     path = folder / "config.json"
     if (folder / MODULES).is_file() or not path.is_file():
         return None
@@ -128,9 +128,6 @@ def transformer_label_names(folder: Path) -> tuple[str, ...] | None:
         names = {int(index): str(name) for index, name in (config.get("id2label") or {}).items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"Cannot read {path}: {error}", hint="Download the model again.") from None
-    if config.get("problem_type") == "multi_label_classification":
-        message = f"The model in {folder} predicts several labels per text, which is not supported."
-        raise ModelError(message, hint="Use a classifier with one label per text.")
     return tuple(names[index] for index in sorted(names)) or ("LABEL_0", "LABEL_1")
 
 

@@ -13,7 +13,17 @@ from setfit_kd.errors import ModelError
 from setfit_kd.memory.backoff import move_model
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import BodySource, family_of, load_body, locate_model, transformer_label_names
-from setfit_kd.models.heads import get_head, load_head, new_head, save_head, set_head
+from setfit_kd.models.heads import (
+    get_head,
+    head_task,
+    head_thresholds,
+    load_head,
+    new_head,
+    save_head,
+    set_head,
+    set_thresholds,
+)
+from setfit_kd.tasks.classification import SINGLE_LABEL, Task
 from setfit_kd.utils.atomic_io import atomic_folder, replace_files
 from setfit_kd.utils.console import escape_markdown, quiet_libraries, short_class_name, truncate
 from setfit_kd.utils.files import check_regular_file, read_json
@@ -89,17 +99,21 @@ class LoadedClassifier:
 
     def to_setfit(self) -> SetFitModel:
         """Return a `SetFitModel` with the same parts."""
-        model = new_model(self.model_body, self.labels)
+        model = new_model(self.model_body, self.labels, head_task(self.model_head))
         model.model_head, model.normalize_embeddings = self.model_head, self.normalize_embeddings
         return model
 
 
-def new_model(body: SentenceTransformer, label_names: Sequence[str]) -> SetFitModel:
-    """Create a SetFit model from a body and an unfitted logistic regression."""
+def new_model(body: SentenceTransformer, label_names: Sequence[str], task: Task = SINGLE_LABEL) -> SetFitModel:
+    """Create a SetFit model from a body and an unfitted head for a task."""
+    if family_of(body) == "transformer":
+        features: Any = body[0]
+        features.task = task
     with quiet_libraries():
         from setfit import SetFitModel
 
-        return SetFitModel(model_body=body, model_head=new_head(), labels=list(label_names))
+        options: Any = {"labels": list(label_names), "multi_target_strategy": task.multi_target_strategy}
+        return SetFitModel(model_body=body, model_head=new_head(task), **options)
 
 
 def save_model(
@@ -146,6 +160,7 @@ def _write_head(model: SetFitModel, folder: Path) -> None:
         model.model_body[0].save(str(folder))
     else:
         joblib.dump(model.model_head, folder / _PICKLED_HEAD)
+    if family_of(model.model_body) != "transformer" or head_thresholds(model.model_head) is not None:
         save_head(model.model_head, folder)
 
 
@@ -207,7 +222,8 @@ def read_classifier(folder: Path, *, trust_pickle: bool = False) -> LoadedClassi
         if len(names) < 2:
             raise ModelError(f"The model in {folder} has a single output.", hint="Use a classifier.")
         body = BodySource(folder, "transformer").load(names)
-        return LoadedClassifier(body, get_head(body), list(names))
+        head, saved = get_head(body), load_head(folder)  # a transformer's saved head has its thresholds
+        return LoadedClassifier(body, set_thresholds(head, head_thresholds(saved)) if saved else head, list(names))
     head = load_head(folder)
     if head is None:
         head = _unpickle_head(folder, trust_pickle)
@@ -233,11 +249,9 @@ def _unpickle_head(folder: Path, trust_pickle: bool) -> Any:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ModelError(f"Cannot unpickle the head in {folder}: {reason}", hint=_RETRAIN) from error
-    # scikit-learn's one-vs-rest and SetFit's own head set the first two; multi-output heads and chains have lists.
-    is_multi_label = any(getattr(head, name, False) for name in ("multilabel_", "multitarget"))
-    if is_multi_label or isinstance(getattr(head, "classes_", None), list):
-        message = f"The head in {folder} predicts several labels per text, which is not supported."
-        raise ModelError(message, hint="Use a classifier with one label per text.")
+    if isinstance(getattr(head, "classes_", None), list):  # several outputs or a chain
+        message = f"The head in {folder} is a {type(head).__name__}, which is not supported."
+        raise ModelError(message, hint='Train it with multi_target_strategy="one-vs-rest".')
     return head
 
 

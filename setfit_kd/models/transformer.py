@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from setfit_kd.errors import ModelError
 from setfit_kd.models.bodies import CLASSIFIER_SUFFIX, load_local, module_folders
+from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL, Task
 from setfit_kd.utils.console import quiet_libraries, suppress_warnings
 
 
@@ -38,13 +39,15 @@ class TransformerFeatures(Transformer):
         saved_names = [str(config.id2label[index]) for index in sorted(config.id2label)]
         self._keeps_head = is_classifier and sorted(saved_names) == sorted(label_names)
         label2id = {name: index for index, name in enumerate(label_names)}
+        is_multi_label = self._keeps_head and config.problem_type == MULTI_LABEL.problem_type
+        problem_type = (MULTI_LABEL if is_multi_label else SINGLE_LABEL).problem_type
         classes = {"num_labels": len(label_names), "id2label": dict(enumerate(label_names)), "label2id": label2id}
         super().__init__(
             folder,
             transformer_task="sequence-classification",
             model_kwargs={**local, "ignore_mismatched_sizes": True, "dtype": torch.float32},
             processor_kwargs=dict(local),
-            config_kwargs={**local, **classes, "problem_type": "single_label_classification"},
+            config_kwargs={**local, **classes, "problem_type": problem_type},
         )
         self.module_output_name = "sentence_embedding"
         for name, table in self.model.named_modules():
@@ -68,6 +71,15 @@ class TransformerFeatures(Transformer):
         else:
             nn.init.normal_(self.head.weight, std=getattr(config, "initializer_range", 0.02))
             nn.init.zeros_(self.head.bias)
+
+    @property
+    def task(self) -> Task:
+        """The task of the classifier, which is saved in its config."""
+        return MULTI_LABEL if self.model.config.problem_type == MULTI_LABEL.problem_type else SINGLE_LABEL
+
+    @task.setter
+    def task(self, task: Task) -> None:
+        self.model.config.problem_type = task.problem_type  # type: ignore[assignment]
 
     def _set_last_layer(self, layer: nn.Module) -> None:
         owner, _, name = self._head_path.rpartition(".")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from setfit_kd.evaluation.metrics import coverage_curve
+from setfit_kd.evaluation.metrics import coverage_curve, main_metric
 from setfit_kd.run_folder.names import TEACHER
+from setfit_kd.tasks.classification import SINGLE_LABEL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,26 +41,28 @@ def draw_plots(summary: RunSummary) -> dict[str, Any]:
     colors = {name: _SERIES[index % N_COLORS] for index, name in enumerate(names)}
     compared = {TEACHER, *(student.name for student in summary.students)}
     models = {name: evaluation for name, evaluation in summary.evaluations.items() if name in compared}
-    plots: dict[str, Any] = {"reliability": (_reliability, models), "coverage": (_coverage, models)}
+    plots: dict[str, Any] = {"reliability": (_reliability, models)}
+    plots["coverage"] = _coverage, models if summary.task is SINGLE_LABEL else {}
     plots |= {"speed": (_speed, summary.evaluations), "training": (_training, summary.losses)}
     return {name: _draw(name, function, data, colors) for name, (function, data) in plots.items() if data}
 
 
 def _speed(axes: Axes, evaluations: Mapping[str, Evaluation], colors: Mapping[str, str]) -> list[str]:
-    """Plot accuracy with its interval against speed, one dot per model; its area shows the size on disk."""
+    """Plot the main metric with its interval against speed, one dot per model; its area shows the size on disk."""
+    metric, metric_name = main_metric(next(iter(evaluations.values())).task)
     max_megabytes = max(1e-9, *(evaluation.cost.megabytes for evaluation in evaluations.values()))
     for name, evaluation in evaluations.items():
-        accuracy, speed = evaluation.intervals["accuracy"], max(evaluation.cost.texts_per_second, 0.1)
-        axes.vlines(speed, 100 * accuracy.low, 100 * accuracy.high, color=colors[name], linewidth=1.2)
+        quality, speed = evaluation.intervals[metric], max(evaluation.cost.texts_per_second, 0.1)
+        axes.vlines(speed, 100 * quality.low, 100 * quality.high, color=colors[name], linewidth=1.2)
         area = 25 + 400 * evaluation.cost.megabytes / max_megabytes
-        axes.scatter(speed, 100 * accuracy.value, s=area, color=colors[name], alpha=0.75, linewidth=0)
+        axes.scatter(speed, 100 * quality.value, s=area, color=colors[name], alpha=0.75, linewidth=0)
     ticks = _round_ticks(axes.dataLim.x0, axes.dataLim.x1)
     axes.set_xscale("log")
     axes.margins(y=0.15)
     axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
     axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set(xlabel="texts per second", ylabel="accuracy, %")
+    axes.set(xlabel="texts per second", ylabel=f"{metric_name}, %")
     return [f"{name}, {evaluation.cost.megabytes:.0f} MB" for name, evaluation in evaluations.items()]
 
 
@@ -71,7 +74,9 @@ def _reliability(axes: Axes, evaluations: Mapping[str, Evaluation], colors: Mapp
         bins = [b for b in evaluation.calibration.reliability if b.texts >= max(5, len(evaluation.gold) / 200)]
         points = [b.confidence for b in bins], [b.accuracy for b in bins]
         axes.plot(*points, color=colors[name], marker="o", markersize=4)
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
+    is_single = next(iter(evaluations.values())).task is SINGLE_LABEL
+    xlabel, ylabel = ("confidence", "accuracy") if is_single else ("probability", "share of correct labels")
+    axes.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, 1.02), ylim=(0, 1.02))
     return [f"{name}, calibration error {e.calibration.ece:.1%}" for name, e in evaluations.items()]
 
 

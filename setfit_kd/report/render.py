@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from setfit_kd.evaluation.estimates import estimate_table
-from setfit_kd.evaluation.measure import Evaluation, evaluation_table
+from setfit_kd.evaluation.measure import Evaluation, class_table, evaluation_table
+from setfit_kd.evaluation.metrics import METRICS, main_metric
 from setfit_kd.report.plots import draw_plots
 from setfit_kd.report.summary import RunSummary, StudentSummary, read_summary
 from setfit_kd.run_folder.folder import RunFolder
 from setfit_kd.run_folder.manifest import DIVERGED
 from setfit_kd.run_folder.names import BASELINE, REPORT_HTML, TEACHER
+from setfit_kd.tasks.classification import MULTI_LABEL, Task
 from setfit_kd.utils.atomic_io import write_text
 from setfit_kd.utils.console import escape_markdown, short_class_name, truncate
 
@@ -26,7 +27,12 @@ if TYPE_CHECKING:
     from setfit_kd.evaluation.measure import SeedSummary, Spread
     from setfit_kd.evaluation.metrics import Interval
 
-SEED_HEADINGS = ("accuracy", "macro-F1", "agreement", "calibration error", "minus teacher", "minus baseline")
+
+def seed_headings(task: Task) -> tuple[str, ...]:
+    """Return the headings of a table of `seed_cells`."""
+    return (*METRICS[task].values(), "agreement", "calibration error", "minus teacher", "minus baseline")
+
+
 MAX_MATRIX_CLASSES, N_WORST, MAX_CONFUSIONS = 12, 10, 100
 """With more classes than a matrix has, the worst classes and most frequent confusions are shown, the rest folded."""
 
@@ -52,7 +58,8 @@ def _render_html(summary: RunSummary) -> str:
     title = f"Distillation report: {truncate(summary.folder.absolute().name)}"
     values: dict[str, Any] = {"title": title, "verdict": verdict(summary), "paths": paths, "plots": draw_plots(summary)}
     values |= {"with_matrix": len(summary.label_names) <= MAX_MATRIX_CLASSES, "n_worst": N_WORST}
-    values |= {"seed_headings": SEED_HEADINGS, "seed_cells": seed_cells, "confusions": _confusions}
+    values |= {"is_multi": summary.task is MULTI_LABEL, "metrics": METRICS[summary.task]}
+    values |= {"seed_headings": seed_headings(summary.task), "seed_cells": seed_cells, "confusions": _confusions}
     return _template("report.html").render(summary=summary, **values)
 
 
@@ -71,56 +78,58 @@ def _template(name: str) -> Template:
         "points": lambda interval: f"{100 * interval.value:+.1f} points (95% interval {_range(interval)})",
     }
     environment.globals |= {"comparison": _comparison, "note": _comparison_note, "estimate_table": estimate_table}
-    environment.globals["search_tables"] = _search_tables
+    environment.globals |= {"search_tables": _search_tables, "class_table": class_table}
     return environment.get_template(name)
 
 
 def verdict(summary: RunSummary) -> str:
     """Compare the best student with the teacher and the baseline, in one to three sentences."""
+    metric, metric_name = main_metric(summary.task)
     if summary.estimates:
         students = {name: e.accuracy for name, e in summary.estimates.items() if name != TEACHER}
         best_name = max(students, key=lambda name: students[name].value)
         name = "the student" if len(students) == 1 else f"the best student, {best_name},"
         estimate = f"{students[best_name].value:.1%} (95% interval {students[best_name].low:.1%} to "
         estimate += f"{students[best_name].high:.1%})"
-        return f"The estimated accuracy of {name} is {estimate}. The run has no evaluation set to measure it on."
+        accuracy_name = METRICS[summary.task]["accuracy"]
+        return f"The estimated {accuracy_name} of {name} is {estimate}. The run has no evaluation set to measure it on."
     if not summary.students:
         return "No results: the run has no evaluation set."
 
-    def accuracy(student: StudentSummary) -> float:  # the mean in a run with several seeds
+    def quality(student: StudentSummary) -> float:  # the mean in a run with several seeds
         seeds = summary.seed_summaries.get(student.name)
-        return seeds.figures["accuracy"].mean if seeds else student.evaluation.quality.accuracy
+        return seeds.figures[metric].mean if seeds else student.evaluation.intervals[metric].value
 
-    best = max(summary.students, key=accuracy)
+    best = max(summary.students, key=quality)
     teacher, evaluation = summary.teacher, best.evaluation
     name = "The student" if len(summary.students) == 1 else f"The best student, {best.name},"
-    text = f"{name} has an accuracy of {evaluation.quality.accuracy:.1%}"
+    article = "an" if metric_name == "accuracy" else "a"
+    text = f"{name} has {article} {metric_name} of {evaluation.intervals[metric].value:.1%}"
     if teacher is not None:
         teacher_name = "its teacher" if len(summary.config.teacher) == 1 else "the average of its teachers"
         speedup = evaluation.cost.texts_per_second / max(teacher.cost.texts_per_second, 0.1)
         size = max(evaluation.cost.megabytes, 0.1) / max(teacher.cost.megabytes, 0.1)
-        text += f", {_difference_to(teacher_name, best.differences[TEACHER])}, at {speedup:,.1f} times the speed and "
-        text += f"{size:.{0 if size >= 0.01 else 2}%} of the size"
+        compared = _difference_to(teacher_name, best.differences[TEACHER][metric])
+        text += f", {compared}, at {speedup:,.1f} times the speed and {size:.{0 if size >= 0.01 else 2}%} of the size"
     text += "."
     if BASELINE in best.differences:
         baseline = "the baseline trained on the labels only"
-        text += f" Its accuracy is {_difference_to(baseline, best.differences[BASELINE])}."
+        text += f" Its {metric_name} is {_difference_to(baseline, best.differences[BASELINE][metric])}."
     if summary.seed_summaries:
         names = [name for name in (best.name, TEACHER) if name in summary.seed_summaries]
-        student, *teachers = (_spread(summary.seed_summaries[name].figures["accuracy"]) for name in names)
-        text += f" Over {len(summary.manifest.seeds)} seeds, the accuracy of the student is {student}%"
+        student, *teachers = (_spread(summary.seed_summaries[name].figures[metric]) for name in names)
+        text += f" Over {len(summary.manifest.seeds)} seeds, the {metric_name} of the student is {student}%"
         text += f" and that of its teacher {teachers[0]}%." if teachers else "."
     return text
 
 
-def _difference_to(reference: str, difference: Mapping[str, Interval]) -> str:
-    accuracy = difference["accuracy"]
-    points = 100 * accuracy.value
+def _difference_to(reference: str, difference: Interval) -> str:
+    points = 100 * difference.value
     if abs(points) < 0.05:
         return f"the same as that of {reference}"
     side = "above" if points > 0 else "below"
-    significance = "" if accuracy.low > 0 or accuracy.high < 0 else ", not significant"
-    return f"{abs(points):.1f} points {side} {reference} (95% interval {_range(accuracy)}{significance})"
+    significance = "" if difference.low > 0 or difference.high < 0 else ", not significant"
+    return f"{abs(points):.1f} points {side} {reference} (95% interval {_range(difference)}{significance})"
 
 
 def _range(interval: Interval) -> str:
@@ -155,10 +164,12 @@ def _search_tables(summary: RunSummary) -> list[tuple[list[str], list[list[str]]
 def _comparison_note(summary: RunSummary) -> str:
     first, has_teacher = next(iter(summary.evaluations.values())), summary.teacher is not None
     has_baseline = any(BASELINE in student.differences for student in summary.students)
+    labels = "labels" if summary.task is MULTI_LABEL else "label"
     notes = {
         f"Evaluated on {len(first.gold):,} texts; speed measured on {first.cost.device}.": True,
         "Baseline: the same student trained on the labels only, without distillation.": has_baseline,
-        "Agreement: share of texts with the same label as the teacher's.": has_teacher,
+        "Exact match: share of texts whose labels are all correct.": summary.task is MULTI_LABEL,
+        f"Agreement: share of texts with the same {labels} as the teacher's.": has_teacher,
         "Speedup: texts per second relative to the teacher.": has_teacher,
         "Teacher: the average of all teachers.": has_teacher and len(summary.config.teacher) > 1,
         "95% CI: bootstrap over the texts.": True,
@@ -167,9 +178,10 @@ def _comparison_note(summary: RunSummary) -> str:
 
 
 def seed_cells(model: SeedSummary) -> tuple[str, ...]:
-    """Format the metrics of one model as mean ± standard deviation in percent, in the order of `SEED_HEADINGS`."""
-    figures = (_spread(model.figures.get(metric)) for metric in ("accuracy", "macro_f1", "agreement", "ece"))
-    return (*figures, *(_spread(model.against.get(role, {}).get("accuracy"), "+") for role in (TEACHER, BASELINE)))
+    """Format the metrics of one model as mean ± standard deviation in percent, in the order of `seed_headings`."""
+    figures = (_spread(model.figures.get(metric)) for metric in (*METRICS[model.task], "agreement", "ece"))
+    metric, _ = main_metric(model.task)
+    return (*figures, *(_spread(model.against.get(role, {}).get(metric), "+") for role in (TEACHER, BASELINE)))
 
 
 def _spread(spread: Spread | None, sign: str = "") -> str:
@@ -179,10 +191,11 @@ def _spread(spread: Spread | None, sign: str = "") -> str:
 def _confusions(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
     """Return the most frequent confusions: gold and predicted class, texts, and their share of the gold class."""
     labels, counts = list(map(short_class_name, evaluation.quality.classes)), np.array(evaluation.quality.confusion)
+    support = [quality.support for quality in evaluation.quality.classes.values()]
     errors = counts - np.diag(np.diag(counts))
     order = np.argsort(-errors, axis=None, kind="stable")[:MAX_CONFUSIONS]
     pairs = [(g, p) for g, p in zip(*np.unravel_index(order, errors.shape), strict=True) if errors[g, p]]
-    return [(labels[g], labels[p], f"{(n := errors[g, p]):,}", f"{n / counts[g].sum():.1%}") for g, p in pairs]
+    return [(labels[g], labels[p], f"{(n := errors[g, p]):,}", f"{n / support[g]:.1%}") for g, p in pairs]
 
 
 def render_card(summary: RunSummary, source: str) -> str:
@@ -191,20 +204,26 @@ def render_card(summary: RunSummary, source: str) -> str:
 
     is_setfit = (summary.folder / summary.manifest.students[source] / "config_setfit.json").is_file()
     library, kind = ("setfit", "SetFit model") if is_setfit else ("transformers", "transformer")
-    classes = f" for the classes {', '.join(map(short_class_name, summary.label_names))}" if summary.label_names else ""
+    is_multi, names = summary.task is MULTI_LABEL, ", ".join(map(short_class_name, summary.label_names))
+    classes = f" for {'any of the labels' if is_multi else 'the classes'} {names}" if names else ""
     title, metadata = "Distilled text classifier", dict[str, Any]()
-    for quality in (student.evaluation.quality for student in summary.students if student.source == source):
+    evaluation = next((student.evaluation for student in summary.students if student.source == source), None)
+    if evaluation is not None:
+        metrics = ((key, name if name != key else None) for key, name in METRICS[summary.task].items())
+        shown = [(key, round(getattr(evaluation.quality, key), 4), name) for key, name in metrics]
         dataset = _public(summary.config.eval or "the evaluation set", summary)
         results = [
-            EvalResult("text-classification", dataset, dataset, metric, round(value, 4), metric_name=name)
-            for metric, name, value in (("accuracy", None, quality.accuracy), ("f1", "macro-F1", quality.macro_f1))
+            EvalResult("text-classification", dataset, dataset, key.split("_")[-1], value, metric_name=name)
+            for key, value, name in shown
         ]
         metadata = {"metrics": ["accuracy", "f1"], "model_name": title, "eval_results": results}
     tags = [*(["setfit", "sentence-transformers"] * is_setfit), "text-classification", "knowledge-distillation"]
     base_model = source.partition("@")[0] if source in summary.manifest.revisions else None
     metadata |= {"library_name": library, "pipeline_tag": "text-classification", "tags": tags, "base_model": base_model}
     about = f"A {kind}{classes}, distilled by setfit-kd from {_source_of(summary)}."
-    values = {"metadata": ModelCardData(**metadata).to_yaml(), "title": title, "about": about, "library": library}
+    values: dict[str, Any] = {"metadata": ModelCardData(**metadata).to_yaml(), "title": title, "about": about}
+    label_table = class_table(evaluation) if is_multi and evaluation else None
+    values |= {"library": library, "is_multi": is_multi, "label_table": label_table}
     return _template("card.md").render(summary=summary, **values)
 
 

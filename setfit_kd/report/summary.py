@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +17,17 @@ from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation.estimates import Estimate
 from setfit_kd.evaluation.measure import Evaluation, SeedSummary, read_texts, summarize_seeds
-from setfit_kd.evaluation.metrics import Interval, OperatingPoint, bootstrap_quality
+from setfit_kd.evaluation.metrics import Interval, OperatingPoint, main_metric
 from setfit_kd.run_folder import names as run_names
 from setfit_kd.run_folder.manifest import Manifest
 from setfit_kd.run_folder.names import CONFIG_FILE, EVALUATION, RUN_FILE, TEACHER, reference_models
+from setfit_kd.tasks.classification import SINGLE_LABEL, TASKS, Labels, Task, is_equal
 from setfit_kd.utils.console import short_class_name
 
 MAX_EXAMPLES = 20
 TARGET_ACCURACIES = (0.9, 0.95, 0.99)
 
-Example = tuple[str, ...]  # a text, its gold class, and the predictions of the student and, if any, of the teacher
+Example = tuple[str, ...]  # a text, its gold labels, and the predictions of the student and, if any, of the teacher
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class StudentSummary:
     """Results of one student.
 
     ``source`` is the student's name in the config, such as ``static:256``. ``differences`` are those to ``teacher`` and
-    ``baseline``, by metric. ``thresholds`` contains the operating point for each target accuracy; None if no threshold
-    reaches it. ``disagreements`` (with the teacher) and ``errors`` list the most confident ones first.
+    ``baseline``, by metric. ``thresholds`` contains the operating point for each target accuracy (not for multi-label);
+    None if no threshold reaches it. ``disagreements`` (with the teacher) and ``errors`` list the most confident first.
     """
 
     name: str
@@ -70,6 +71,12 @@ class RunSummary:
         """Evaluation of the teacher or ensemble; None if the run started from signals."""
         return self.evaluations.get(TEACHER)
 
+    @property
+    def task(self) -> Task:
+        """The task of the models; single-label if there are no results."""
+        estimated = [TASKS[estimate.task] for estimate in self.estimates.values()]
+        return next(iter([evaluation.task for evaluation in self.evaluations.values()] + estimated), SINGLE_LABEL)
+
 
 def read_summary(folder: str | Path) -> RunSummary:
     """Read the results of a finished run; raise a `DataError` if there is none, or its files cannot be read."""
@@ -99,6 +106,7 @@ def read_summary(folder: str | Path) -> RunSummary:
     references = {path: reference_models(path, evaluations) for path in paths}
     seed_summaries = summarize_seeds(by_seed, references) if manifest.seeds else {}
     targets = sorted({*TARGET_ACCURACIES, *([] if config.target_accuracy is None else [config.target_accuracy])})
+    targets = targets if data.task is SINGLE_LABEL else []
     students = manifest.students.items()
     summaries = [_summarize_student(source, path, evaluations, data, targets) for source, path in students]
     by_name = {display_name(name): evaluation for name, evaluation in evaluations.items()}
@@ -127,27 +135,31 @@ def _summarize_student(
 ) -> StudentSummary:
     student, teacher = evaluations[path], evaluations.get(TEACHER)
     models = [student] if teacher is None else [student, teacher]
-    predictions = [(model.predicted, model.probabilities.max(axis=1)) for model in models]
+    predictions = [(model.predicted, model.confidence) for model in models]
     predicted, confidence = predictions[0]
     names = list(map(short_class_name, data.label_names))
+
+    def show(labels: Labels, row: int) -> str:
+        [targets] = data.task.targets(labels[[row]], len(names))
+        return ", ".join(names[label] for label in np.flatnonzero(targets)) or "none"
 
     def examples(weights: npt.NDArray[np.floating]) -> list[Example]:
         """Return the texts with the highest weights above 0."""
         rows = [row for row in np.argsort(-weights, kind="stable")[:MAX_EXAMPLES] if weights[row] > 0]
-        cells = [[f"{names[p[row]]} {c[row]:.0%}" for p, c in predictions] for row in rows]
-        return [(data.texts[row], names[data.labels[row]], *c) for row, c in zip(rows, cells, strict=True)]
+        cells = [[f"{show(p, row)} {c[row]:.0%}" for p, c in predictions] for row in rows]
+        return [(data.texts[row], show(data.labels, row), *c) for row, c in zip(rows, cells, strict=True)]
 
     references = reference_models(path, evaluations).items()
     differences = {role: student.difference_to(evaluations[reference]) for role, reference in references}
     distances = np.abs(student.probabilities - models[-1].probabilities).sum(axis=1)
     thresholds = {target: student.operating_point(target) for target in targets}
-    disagreements = examples(distances * (predicted != models[-1].predicted))
-    errors = examples(confidence * (predicted != data.labels))
+    disagreements = examples(distances * ~is_equal(predicted, models[-1].predicted))
+    errors = examples(confidence * ~is_equal(predicted, data.labels))
     return StudentSummary(display_name(path), source, student, differences, thresholds, disagreements, errors)
 
 
 class ComparedModel(NamedTuple):
-    """A model of one of the compared runs, with the difference in accuracy to the first student of the first run.
+    """A model of one of the compared runs, with the difference in the main metric to the first run's first student.
 
     The difference is None for that student itself, and if the two were evaluated on different texts.
     """
@@ -175,12 +187,14 @@ def compare(runs: Sequence[str | Path]) -> list[ComparedModel]:
 
 
 def _difference(evaluation: Evaluation, data: LabeledSet, first: Evaluation, first_data: LabeledSet) -> Interval | None:
-    """Return the difference in accuracy to ``first``; None if the texts, classes or gold labels differ."""
+    """Return the difference in the main metric to ``first``; None if the texts, classes or gold labels differ."""
     names, first_names = data.label_names, first_data.label_names
-    if data.texts != first_data.texts or sorted(names) != sorted(first_names):
+    if data.texts != first_data.texts or sorted(names) != sorted(first_names) or data.task is not first_data.task:
         return None
-    index = np.array([first_names.index(name) for name in names])
-    if not np.array_equal(index[data.labels], first.gold):
+    order = [names.index(name) for name in first_names]
+    if not np.array_equal(data.targets[:, order], first_data.targets):
         return None
-    predicted = index[evaluation.predicted]
-    return bootstrap_quality(first.gold, predicted, n_classes=len(names), other=first.predicted)["accuracy"]
+    thresholds = None if evaluation.thresholds is None else evaluation.thresholds[order]
+    probabilities = evaluation.probabilities[:, order]
+    reordered = replace(evaluation, probabilities=probabilities, gold=first.gold, thresholds=thresholds)
+    return reordered.difference_to(first)[main_metric(data.task)[0]]

@@ -24,6 +24,7 @@ from setfit_kd.signals.files import read_signals
 from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.student.distil import check_pool
 from setfit_kd.student.kinds import PreparedStudent, locate_student
+from setfit_kd.tasks.classification import MULTI_LABEL
 from setfit_kd.training.precision import check_precision
 
 if TYPE_CHECKING:
@@ -84,6 +85,9 @@ def prepare_run(config: RunConfig, *, resume: bool = False, **sources: Source | 
             f"Running {config.seeds} seeds requires an evaluation set to measure how the metrics vary.",
             hint="Pass --eval.",
         )
+    if config.target_accuracy and data.labeled.task is MULTI_LABEL:
+        message = "A target accuracy requires one label per text, but the labeled texts have several."
+        raise ConfigError(message, hint="Remove --target-accuracy.")
     check_precision(config.precision, resolve_device(config.device))
     teachers = {} if config.signals else {name: locate_body(name) for name in config.teacher}
     fill_mask = None if config.augment_model is None else locate_model(config.augment_model)
@@ -131,18 +135,17 @@ def load_run_data(config: DataConfig, **sources: Source | None) -> RunData:
             hint="Pass other texts with --eval, or leave it out.",
         )
 
-    def read_labeled(source: Source, role: str, names: tuple[str, ...] | None) -> LabeledSet:
-        columns, label_column = config.text_column, config.label_column
-        return encode_labels(read(source, text_column=columns, label_column=label_column, role=role), names)
-
     signals = None if config.signals is None else read_signals(config.signals)
-    classes = None if signals is None else signals.label_names
-    rows = LabeledSet([], np.empty(0, np.int64), classes or ())
+    if signals is not None:  # without labeled texts
+        rows = LabeledSet([], signals.task.decide(signals.probabilities[:0], None), signals.label_names)
     if labeled is not None:
-        rows = read_labeled(labeled, "train", classes)
+        classes = () if signals is None else (signals.label_names, signals.task)
+        rows = encode_labels(read(labeled, **config.columns), *classes)
     if signals is None:
         check_classes(rows)
-    held_out = None if evaluation is None else read_labeled(evaluation, "test", rows.label_names)
+    held_out = None
+    if evaluation is not None:
+        held_out = encode_labels(read(evaluation, **config.columns, role="test"), rows.label_names, rows.task)
     if signals is None:
         if unlabeled is None:
             logger.warning("There are no unlabeled texts: the student can only learn from the labeled texts.")

@@ -174,8 +174,7 @@ def resumed_config(folder: Path, *layers: Mapping[str, Any]) -> RunConfig:
         ConfigError: If the folder contains no run, or a setting is unknown or out of range.
     """
     settings = RunFolder.read_settings(folder)
-    reading = ("text_column", "label_column", "shots", "pool_size")
-    kept = {name: value for name, value in settings.items() if name in reading}
+    kept = {name: settings[name] for name in (*RunConfig.of().columns, "shots", "pool_size") if name in settings}
     return RunConfig.resolve(settings, kept, *layers, {"output_dir": folder, "overwrite": False})
 
 

@@ -32,11 +32,12 @@ from setfit_kd.models.heads import (
     at_temperature,
     fit_temperature,
     head_at_temperature,
-    log_probabilities,
+    head_thresholds,
     save_head,
     set_head,
 )
 from setfit_kd.models.io import BUNDLE, load_folder, replace_head, save_model, with_saved_head
+from setfit_kd.models.thresholds import fit_thresholds, with_thresholds
 from setfit_kd.run.inputs import RunData, RunInputs
 from setfit_kd.run.search import Settings, Space, Trial, best_trial, search, student_space, teacher_space
 from setfit_kd.run.stage_cache import Artifact, StageCache
@@ -63,10 +64,11 @@ from setfit_kd.student.distil import (
     train_student,
 )
 from setfit_kd.student.kinds import PreparedStudent, folder_names
+from setfit_kd.tasks.classification import SINGLE_LABEL, is_equal
 from setfit_kd.teacher.cross_fitting import FOLDS, MIN_LABELS_PER_CLASS, CrossFit, cross_fit
 from setfit_kd.teacher.scoring import refine_and_score
 from setfit_kd.teacher.train import steps_and_batch_size, train_teacher
-from setfit_kd.utils.arrays import iter_chunks, sample_rows
+from setfit_kd.utils.arrays import Floats, iter_chunks, sample_rows
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.files import fingerprint, hash_parts
 
@@ -186,7 +188,9 @@ class Stages:
         if not len(held_out):
             logger.warning("There are too few pool texts to search for settings of the student.")
             return
-        texts, expected = [signals.texts[row] for row in held_out], signals.probabilities[held_out].argmax(axis=1)
+        texts, thresholds = [signals.texts[row] for row in held_out], self._thresholds(signals)
+        targets = at_temperature(signals.probabilities[held_out], signals.temperature, signals.task)
+        expected = signals.task.decide(targets, thresholds)
         body_key, body = self._student_body(config.student[0], prepared, teachers)
 
         def run(number: int, settings: Settings) -> Trial:
@@ -200,8 +204,9 @@ class Stages:
                     "checkpoints": self.cache.checkpoint_folder(_trial_path(name), key),
                 }
                 model = train_student(signals, copy.deepcopy(body()), labeled=labeled, **options)
-                predicted = self._predict_proba(model, texts, "Comparing with teacher").argmax(axis=1)
-                return float((predicted != expected).mean())
+                probabilities = self._predict_proba(model, texts, "Comparing with teacher")
+                predicted = signals.task.decide(probabilities, head_thresholds(model.model_head))
+                return 1 - float(is_equal(predicted, expected).mean())
 
             return self._run_or_load_trial(name, key, settings, disagreement)
 
@@ -270,11 +275,12 @@ class Stages:
             signals, key = TeacherSignals.average(all_signals, weights), fingerprint(keys, weights)
             if self.data.evaluation:
                 temperatures = [signals.temperature for signals in all_signals]
+                inputs_of_mean = list(evaluations.values()), weights, temperatures, signals.temperature
                 evaluations[TEACHER] = self.cache.run_or_load(
                     f"{EVALUATION}/{TEACHER}",
                     fingerprint(key, self._evaluation_key, temperatures, signals.temperature),
                     Artifact(Evaluation.save, Evaluation.load),
-                    partial(evaluate_ensemble, list(evaluations.values()), weights, temperatures, signals.temperature),
+                    partial(evaluate_ensemble, *inputs_of_mean, thresholds=self._thresholds(signals)),
                 )
         estimate = None
         if self.data.evaluation is None and len(cross_fits) == len(keys):
@@ -304,12 +310,15 @@ class Stages:
         mean = CrossFit(
             np.average([c.probabilities for c in cross_fits], axis=0, weights=weights), cross_fits[0].labels
         )
-        held_out = mean.predicted()
+        held_out, task = mean.predicted(), signals.task
         if not len(held_out.labels):
             return None
-        pool = at_temperature(signals.probabilities[: len(self.data.pool)], signals.temperature)
-        confidence = float(pool.max(axis=1).mean()) if len(pool) else None
-        run = partial(estimate_teacher, held_out.probabilities, held_out.labels, confidence)
+        pool = at_temperature(signals.probabilities[: len(self.data.pool)], signals.temperature, task)
+        decided = task.decide(pool, self._thresholds(signals))
+        confidence = float(task.joint_probability(pool, decided).mean()) if len(pool) else None
+        run = partial(
+            estimate_teacher, held_out.probabilities, held_out.labels, confidence, thresholds=held_out.thresholds
+        )
         return self._run_or_load_estimate(TEACHER, fingerprint(key, weights), run)
 
     def _run_or_load_estimate(self, path: str, key: str, run: Callable[[], Estimate]) -> Estimate:
@@ -328,11 +337,23 @@ class Stages:
             if len(rows) < MIN_HELD_OUT:
                 rows = np.flatnonzero(~is_labeled[:n_pool])
             rows = rows if len(rows) else np.arange(len(signals))
-            targets = at_temperature(signals.probabilities[rows], signals.temperature)
+            targets = at_temperature(signals.probabilities[rows], signals.temperature, signals.task)
             texts = [signals.texts[row] for row in rows]
-            return estimate_student(teacher, self._predict_proba(model, texts, f"Estimating {path}"), targets)
+            probabilities = self._predict_proba(model, texts, f"Estimating {path}")
+            thresholds, teacher_thresholds = head_thresholds(model.model_head), self._thresholds(signals)
+            return estimate_student(
+                teacher, probabilities, targets, thresholds=thresholds, teacher_thresholds=teacher_thresholds
+            )
 
         return self._run_or_load_estimate(path, fingerprint(teachers.key, self.cache.key(path)), run)
+
+    def _thresholds(self, signals: TeacherSignals) -> Floats | None:
+        """Choose the thresholds of the teacher on the pool; None for a single-label task."""
+        if signals.task is SINGLE_LABEL:
+            return None
+        pool = signals.probabilities[: len(self.data.pool) or len(signals)]
+        probabilities = at_temperature(pool, signals.temperature, signals.task)
+        return fit_thresholds(probabilities, self.config.thresholds, label_names=signals.label_names)
 
     def _predict_proba(self, model: SetFitModel, texts: list[str], description: str) -> npt.NDArray[np.floating]:
         with _on_device(model, self.device, description):
@@ -456,9 +477,11 @@ class Stages:
         rows = sample_rows(np.flatnonzero(~self._is_labeled(signals)), _MAX_SAMPLE, seed=[config.seed, 16])
         texts, size = [signals.texts[row] for row in rows], config.encode_batch_size
         probabilities = predict_proba(model, texts, batch_size=size, description="Calibrating baseline")
-        targets = at_temperature(signals.probabilities[rows], signals.temperature)
-        temperature = fit_temperature(log_probabilities(probabilities), targets)
-        model.model_head = head_at_temperature(model.model_head, temperature)
+        targets = at_temperature(signals.probabilities[rows], signals.temperature, signals.task)
+        temperature = fit_temperature(signals.task.to_logits(probabilities), targets, task=signals.task)
+        head = head_at_temperature(model.model_head, temperature)
+        calibrated = at_temperature(probabilities, temperature, signals.task)
+        model.model_head = with_thresholds(head, calibrated, config.thresholds, label_names=signals.label_names)
         if family_of(body) == "transformer":
             set_head(model.model_head, body)
         return model
@@ -503,7 +526,7 @@ def _normalize_weights(config: RunConfig, accuracies: Sequence[float | None]) ->
     """Return the weights of the teachers, which sum to 1."""
     weights = [1.0] * len(config.teacher)
     if config.teacher_weights == CROSS_VALIDATED:
-        if any(not accuracy for accuracy in accuracies):
+        if any(accuracy is None for accuracy in accuracies) or not any(accuracies):
             logger.warning("There are too few labels to cross-validate the teachers: they are weighted equally.")
         else:
             weights = [accuracy or 0.0 for accuracy in accuracies]
@@ -517,7 +540,8 @@ def fingerprint_signals(signals: TeacherSignals) -> str:
     content = [np.ascontiguousarray(signals.probabilities).tobytes()]
     if signals.embeddings is not None:
         content += [np.ascontiguousarray(part).tobytes() for part in iter_chunks(signals.embeddings)]
-    return fingerprint(signals.texts, list(signals.label_names), signals.temperature, hash_parts(content))
+    task = [] if signals.task is SINGLE_LABEL else [signals.task.name]
+    return fingerprint(signals.texts, list(signals.label_names), signals.temperature, hash_parts(content), *task)
 
 
 def _labeled_key(data: LabeledSet | None) -> str:

@@ -31,7 +31,8 @@ from tokenizers import Tokenizer
 
 logger = logging.getLogger("setfit_kd.runtime")  # the same name in the copy inside a bundle
 
-FORMAT = 1
+FORMAT = 2  # of multi-label bundles; single-label bundles have format 1
+SINGLE_LABEL, MULTI_LABEL = "single-label", "multi-label"
 MANIFEST, LABELS, TOKENIZER = "manifest.json", "labels.json", "tokenizer.json"
 ONNX_MODEL, VECTORS, HEAD = "model.onnx", "embeddings.safetensors", "head.safetensors"
 _EXTERNAL_DATA = b"\n\x08location"  # marks a tensor in an ONNX graph, a protocol buffer, that is in another file
@@ -67,6 +68,14 @@ class Prediction(NamedTuple):
     text: str
     label: str | None
     probability: float | None
+
+
+class MultiLabelPrediction(NamedTuple):
+    """A text with its labels and their probabilities; None for a text without visible characters."""
+
+    text: str
+    labels: list[str] | None
+    probabilities: list[float] | None
 
 
 def has_text(text: str) -> bool:
@@ -168,6 +177,8 @@ class Classifier:
     Attributes:
         folder: Folder of the bundle.
         labels: Names of the classes.
+        task: ``single-label`` or ``multi-label``.
+        thresholds: (n_classes,) float32, minimum probability of each label of a multi-label bundle; None means 0.5.
         manifest: Content of ``manifest.json``.
 
     Raises:
@@ -192,6 +203,7 @@ class Classifier:
             self.labels = json.loads(files[LABELS])
             if not isinstance(self.labels, list) or not all(isinstance(label, str) for label in self.labels):
                 raise BundleError(f"{LABELS} must contain a list of strings.")
+            self.task, self.thresholds = self._read_task()
             self._tokenizer = Tokenizer.from_buffer(files[TOKENIZER])
             self._tokenizer.no_padding()
             self._model = _MODELS[self.manifest["kind"]](files, self.manifest, threads)
@@ -202,7 +214,9 @@ class Classifier:
             raise BundleError(f"{folder} has {len(self.labels)} labels for {n_classes} classes.")
 
     def predict_proba(self, texts: Sequence[str]) -> Floats:
-        """Predict class probabilities: (n, n_classes) float32, each row sums to 1, columns in the order of ``labels``.
+        """Predict class probabilities: (n, n_classes) float32, columns in the order of ``labels``.
+
+        Each row sums to 1 if single-label; the probabilities of a multi-label bundle are independent of each other.
 
         Raises:
             BundleError: If the tokenizer or the model fails, or a probability is not finite.
@@ -210,25 +224,48 @@ class Classifier:
         parts = [self._classify(chunk) for chunk in chunk_texts(texts, _CHUNK_SIZE)]
         return np.concatenate([np.empty((0, len(self.labels)), np.float32), *parts])
 
-    def predict(self, texts: Sequence[str]) -> list[str | None]:
-        """Predict the most probable label of each text; None for a text without visible characters."""
-        return [prediction.label for prediction in self.stream(texts, chunk_size=_CHUNK_SIZE)]
+    def predict(self, texts: Sequence[str]) -> list[Any]:
+        """Predict the most probable label of each text; None for a text without visible characters.
+
+        A multi-label bundle predicts a list with all labels whose probability reaches their threshold.
+        """
+        return [prediction[1] for prediction in self.stream(texts, chunk_size=_CHUNK_SIZE)]
 
     def stream(
         self, texts: Iterable[str], *, chunk_size: int = 256, is_waiting: Callable[[], bool] = lambda: False
-    ) -> Iterator[Prediction]:
+    ) -> Iterator[Any]:
         """Classify any number of texts in their order, with at most ``chunk_size`` of them in memory.
 
-        Predictions are yielded once ``chunk_size`` texts have arrived, ``is_waiting`` says that the next text has not
-        arrived, or the input ends. A ``chunk_size`` below 1 raises a ValueError.
+        A `Prediction` per text, or a `MultiLabelPrediction` if multi-label, is yielded once ``chunk_size`` texts have
+        arrived, ``is_waiting`` says that the next text has not arrived, or the input ends. A ``chunk_size`` below 1
+        raises a ValueError.
         """
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}")
         for chunk in chunk_texts(texts, chunk_size, is_waiting=is_waiting):
             for text, row in zip(chunk, self._classify(chunk), strict=True):
-                column = int(row.argmax())
-                answer = (self.labels[column], float(row[column])) if has_text(text) else (None, None)
-                yield Prediction(text, *answer)
+                yield self.decide(text, row)
+
+    def decide(self, text: str, row: Floats) -> Any:
+        """Return the prediction for a text with probabilities (n_classes,), as in `stream`."""
+        if self.task == SINGLE_LABEL:
+            column = int(row.argmax())
+            return Prediction(text, *((self.labels[column], float(row[column])) if has_text(text) else (None, None)))
+        columns = np.flatnonzero(row >= (0.5 if self.thresholds is None else self.thresholds))
+        answer = [self.labels[column] for column in columns], row[columns].tolist()
+        return MultiLabelPrediction(text, *(answer if has_text(text) else (None, None)))
+
+    def _read_task(self) -> tuple[str, Floats | None]:
+        """Return the task and the thresholds in the manifest."""
+        task, thresholds = self.manifest.get("task", SINGLE_LABEL), self.manifest.get("thresholds")
+        if task not in (SINGLE_LABEL, MULTI_LABEL):
+            raise BundleError(f"The bundle has task {task!r}, expected {SINGLE_LABEL} or {MULTI_LABEL}.")
+        if thresholds is None:
+            return task, None
+        array = np.array(thresholds, np.float32)
+        if task == SINGLE_LABEL or array.shape != (len(self.labels),) or not ((array >= 0) & (array <= 1)).all():
+            raise BundleError("The thresholds must be a number from 0 to 1 for each label of a multi-label bundle.")
+        return task, array
 
     def _classify(self, texts: list[str]) -> Floats:
         prefix, special = self.manifest["prefix"], self.manifest["special_tokens"]
@@ -274,6 +311,7 @@ class _StaticModel:
             raise BundleError(f"Shapes do not match: {shapes}.")
         self.n_tokens, self.n_classes = len(vectors), len(self._intercept)
         self._normalizes = bool(manifest["normalize"])
+        self._is_multi_label = manifest.get("task") == MULTI_LABEL
         # A linear head of a mean is the mean of the head's outputs, so n_classes numbers per token are enough.
         self._table = vectors if self._normalizes else vectors @ self._coef.T
 
@@ -286,6 +324,8 @@ class _StaticModel:
         if self._normalizes:
             means = (means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)) @ self._coef.T
         logits = means + self._intercept
+        if self._is_multi_label:
+            return np.asarray(np.exp(-np.logaddexp(np.float32(0), -logits)))  # sigmoid without overflow
         exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
         return np.asarray(exponents / exponents.sum(axis=1, keepdims=True), np.float32)
 

@@ -14,6 +14,7 @@ from setfit_kd.data.readers import read_records, record_unit
 from setfit_kd.data.sources import RowErrors, get_text
 from setfit_kd.errors import DataError
 from setfit_kd.signals.signals import TeacherSignals
+from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL, Task
 
 _COLUMN = "probability_"
 _TOLERANCE = 0.01  # largest difference between 1 and the sum of a row's probabilities, which may have been rounded
@@ -24,7 +25,8 @@ def read_signals(path: str | Path) -> TeacherSignals:
 
     The file is JSONL, Parquet, CSV or TSV. Each row has a ``text`` and its probabilities: an object ``probabilities``
     with the labels as keys, or one column ``probability_LABEL`` per label, both as written by ``setfit-kd predict``.
-    Rows may also have an ``embedding``, a list of numbers. The first row determines the labels.
+    Rows may also have an ``embedding``, a list of numbers. The first row determines the labels. If it has ``labels``,
+    which predict writes for several labels per text, the probabilities are independent and need not sum to 1.
 
     Raises:
         DataError: If the file cannot be read, or rows are unusable. The message names the rows.
@@ -35,16 +37,18 @@ def read_signals(path: str | Path) -> TeacherSignals:
     """
     path, texts, probabilities, embeddings = Path(path), list[str](), array("f"), array("f")
     names: tuple[str, ...] = ()
+    task = SINGLE_LABEL
     dimension: int | None = None
     errors = RowErrors(str(path), record_unit(path))
     for number, record in read_records(path):
         by_label = _probabilities(record)
         if not names:
             names = tuple(by_label)
+            task = MULTI_LABEL if "labels" in record and "label" not in record else SINGLE_LABEL
             dimension = _check_first_row(record, names, path)
         text, problem = get_text(record, ("text",))
         try:
-            distribution = _distribution(by_label, names)
+            distribution = _distribution(by_label, names, task)
             embedding = _embedding(record.get("embedding"), dimension)
         except ValueError as error:
             problem = problem or str(error)
@@ -59,7 +63,7 @@ def read_signals(path: str | Path) -> TeacherSignals:
         raise DataError(f"{path} has no rows.", hint="Add at least two rows.")
     distributions = np.array(probabilities, np.float32).reshape(len(texts), len(names))
     vectors = None if dimension is None else np.array(embeddings, np.float32).reshape(len(texts), dimension)
-    return TeacherSignals(texts, distributions, names, vectors, str(path))
+    return TeacherSignals(texts, distributions, names, vectors, str(path), task=task)
 
 
 def _probabilities(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,8 +89,11 @@ def _check_first_row(record: Mapping[str, Any], names: tuple[str, ...], path: Pa
     return None if embedding is None else len(embedding)
 
 
-def _distribution(probabilities: dict[str, Any], names: tuple[str, ...]) -> list[float]:
-    """Return the probabilities in the order of ``names``, scaled to sum to 1; raise a `ValueError` if unusable."""
+def _distribution(probabilities: dict[str, Any], names: tuple[str, ...], task: Task) -> list[float]:
+    """Return the probabilities in the order of ``names``; raise a `ValueError` if unusable.
+
+    Those of a single-label task are scaled to sum to 1.
+    """
     if not probabilities:
         raise ValueError("no probabilities")
     for name in sorted(probabilities.keys() ^ set(names)):
@@ -95,9 +102,12 @@ def _distribution(probabilities: dict[str, Any], names: tuple[str, ...]) -> list
     for name, value in zip(names, values, strict=True):
         if not 0 <= value <= 1 + _TOLERANCE:
             raise ValueError(f"the probability of {name!r} must be between 0 and 1, got {probabilities[name]!r:.40}")
+    if task is MULTI_LABEL:
+        return [min(value, 1.0) for value in values]
     total = math.fsum(values)
     if abs(total - 1) > _TOLERANCE:
-        raise ValueError(f"the probabilities must sum to 1, got {total:.4g}")
+        several = "several labels per text need a column 'labels'"
+        raise ValueError(f"the probabilities must sum to 1, got {total:.4g} ({several})")
     return [value / total for value in values]
 
 

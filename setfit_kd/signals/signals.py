@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import DataError
-from setfit_kd.models.heads import at_temperature, fit_temperature, log_probabilities
+from setfit_kd.models.heads import at_temperature, fit_temperature
+from setfit_kd.tasks.classification import SINGLE_LABEL, TASKS, Task
 from setfit_kd.utils.arrays import (
     Floats,
     allocate_array,
@@ -35,12 +36,12 @@ class TeacherSignals:
 
     Attributes:
         texts: n texts.
-        probabilities: (n, n_classes) float32, soft labels; each row sums to 1.
+        probabilities: (n, n_classes) float32, soft labels; each row sums to 1, unless the task is multi-label.
         label_names: Names of the classes.
         embeddings: (n, d), or None if the teacher has no embeddings. float32; for large pools memory-mapped float16.
         origin: Name of the source in messages.
-        temperature: Temperature that calibrates the probabilities: softmax(log p / temperature). 1 leaves them
-            unchanged.
+        temperature: Temperature that calibrates the probabilities, see `at_temperature`. 1 leaves them unchanged.
+        task: The task.
 
     Raises:
         DataError: If the shapes do not match, a row of ``probabilities`` is not a distribution, or an embedding is not
@@ -53,6 +54,7 @@ class TeacherSignals:
     embeddings: npt.NDArray[np.floating] | None = None
     origin: str = "a teacher"
     temperature: float = 1.0
+    task: Task = SINGLE_LABEL
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the class is frozen
@@ -70,11 +72,13 @@ class TeacherSignals:
         _check(shape == (n, c), message)
         in_range = np.all((self.probabilities >= 0) & (self.probabilities <= 1.001), axis=1, keepdims=True)
         sums = np.where(in_range, self.probabilities, 0).sum(axis=1, dtype=np.float64)
-        invalid = np.flatnonzero(~in_range[:, 0] | (np.abs(sums - 1) >= 1e-3))
+        sums_to_one = (np.abs(sums - 1) < 1e-3) | (self.task is not SINGLE_LABEL)
+        invalid = np.flatnonzero(~in_range[:, 0] | ~sums_to_one)
         for row in invalid[:1]:
             values, count = self.probabilities[row].tolist(), len(invalid)
             message = f"Row {row + 1} of the probabilities is not a distribution: {values} ({count} such rows)."
-            _check(False, message, "Make each row non-negative with a sum of 1.")
+            hint = "Make each row non-negative with a sum of 1, or pass multi-label signals as such."
+            _check(False, message, hint)
         if self.embeddings is not None:
             matches = self.embeddings.ndim == 2 and len(self.embeddings) == n
             _check(matches, f"Expected embeddings of shape ({n}, d) for {n} texts, got {self.embeddings.shape}.")
@@ -110,7 +114,7 @@ class TeacherSignals:
         if not signals:
             raise DataError("Cannot average an empty list of signals.", hint="Pass the signals of each teacher.")
         first = signals[0]
-        if any((other.texts, other.label_names) != (first.texts, first.label_names) for other in signals):
+        if any((s.texts, s.label_names, s.task) != (first.texts, first.label_names, first.task) for s in signals):
             raise DataError("The signals have different texts or classes.", hint="Score one pool with all teachers.")
         shares = np.ones(len(signals)) if weights is None else np.asarray(weights, np.float64)
         if shares.shape != (len(signals),) or not ((shares > 0) & np.isfinite(shares)).all():
@@ -123,11 +127,16 @@ class TeacherSignals:
         if any(teacher.temperature != 1 for teacher in signals):
             # If teachers disagree, averaging already flattens the probabilities, so the result is below their own.
             rows = sample_rows(np.arange(len(probabilities)), _MAX_TEXTS, seed=[14])
-            calibrated = [at_temperature(teacher.probabilities[rows], teacher.temperature) for teacher in signals]
+            calibrated = [at_temperature(s.probabilities[rows], s.temperature, s.task) for s in signals]
             target = np.average(calibrated, axis=0, weights=shares)
-            temperature = fit_temperature(log_probabilities(probabilities[rows]), target)
+            temperature = fit_temperature(first.task.to_logits(probabilities[rows]), target, task=first.task)
         origin = " + ".join(s.origin for s in signals)
-        return cls(first.texts, probabilities, first.label_names, embeddings, origin, temperature)
+        return cls(first.texts, probabilities, first.label_names, embeddings, origin, temperature, first.task)
+
+    @property
+    def calibrated(self) -> npt.NDArray[np.floating]:
+        """(n, n_classes) probabilities at the temperature."""
+        return at_temperature(self.probabilities, self.temperature, self.task)
 
     def save(self, folder: str | Path) -> None:
         """Write the signals to a new folder, atomically.
@@ -143,6 +152,7 @@ class TeacherSignals:
                 file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in self.texts)
             metadata = {"format": _FORMAT, "label_names": list(self.label_names), "origin": self.origin}
             metadata |= {"temperature": self.temperature, "embeddings": self.embeddings is not None}
+            metadata |= {"task": self.task.name}
             (part / _METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
@@ -163,7 +173,8 @@ class TeacherSignals:
             probabilities = load_rows(folder / _PROBABILITIES)
             embeddings = load_rows(folder / _EMBEDDINGS) if metadata["embeddings"] else None
             temperature = float(metadata.get("temperature", 1.0))
-            return cls(texts, probabilities, tuple(names), embeddings, metadata["origin"], temperature)
+            task = TASKS[metadata.get("task", SINGLE_LABEL.name)]
+            return cls(texts, probabilities, tuple(names), embeddings, metadata["origin"], temperature, task)
         except DataError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:

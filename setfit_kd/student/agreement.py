@@ -14,6 +14,7 @@ from setfit_kd.models.encode import embed
 from setfit_kd.models.heads import fit_head, get_head
 from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.student.distil import MAX_HELD_OUT
+from setfit_kd.tasks.classification import SINGLE_LABEL, Task
 from setfit_kd.training.loss_trainer import EvaluationCallback
 from setfit_kd.utils.arrays import sample_rows
 from setfit_kd.utils.console import show_progress
@@ -24,12 +25,15 @@ EVALUATION_STEPS = 500
 """Approximate number of steps between two evaluations; there is one at the end of each epoch in any case."""
 
 
-def soft_agreement(teacher: npt.NDArray[np.floating], student: npt.NDArray[np.floating]) -> float:
+def soft_agreement(
+    teacher: npt.NDArray[np.floating], student: npt.NDArray[np.floating], task: Task = SINGLE_LABEL
+) -> float:
     """Compute the mean overlap, 0 to 1, of two (n, n_classes) distributions: one minus their total variation distance.
 
-    It is smoother than the share of equal predictions, and so more reliable on few held-out texts.
+    It is smoother than the share of equal predictions, and so more reliable on few held-out texts. In a multi-label
+    task, each label has two outcomes, and their overlaps are averaged.
     """
-    return float(np.minimum(teacher, student).sum(axis=1).mean())
+    return 1 - float(np.abs(teacher - student).sum(axis=1).mean()) / (2 if task is SINGLE_LABEL else teacher.shape[1])
 
 
 @dataclass
@@ -63,8 +67,8 @@ class AgreementCallback(EvaluationCallback):
             head = get_head(self.body)
         else:
             probabilities = self.signals.probabilities[sample]
-            head = fit_head(embeddings[: len(sample)], probabilities, C=config.soft_labels_c)
+            head = fit_head(embeddings[: len(sample)], probabilities, task=self.signals.task, C=config.soft_labels_c)
         student = head.predict_proba(embeddings[len(sample) :])
-        agreement = soft_agreement(self.signals.probabilities[self.held_out_rows], student)
+        agreement = soft_agreement(self.signals.probabilities[self.held_out_rows], student, self.signals.task)
         logger.debug("Step %d: agreement with the teacher on held-out texts is %.4f.", step, agreement)
         return agreement

@@ -68,12 +68,15 @@ def train_student(
     check_pool(len(signals), config)
     gold = labeled
     if gold is not None and not isinstance(gold, LabeledSet):
-        gold = encode_labels(read(gold, label_column="label"), signals.label_names)
+        gold = encode_labels(read(gold, label_column="label"), signals.label_names, signals.task)
     if gold is not None and gold.label_names != signals.label_names:
         raise DataError(
             f"The classes must be the teacher's ({', '.join(signals.label_names)}), got {', '.join(gold.label_names)}.",
             hint="Use the same classes in the same order.",
         )
+    if gold is not None and gold.task is not signals.task:
+        message = f"{gold.origin} is {gold.task.name}, but the signals of {signals.origin} are {signals.task.name}."
+        raise DataError(message, hint="Use labels and signals of the same task.")
     if signals.embeddings is None:
         config = config.model_copy(update={"objective": config.objective or "soft-labels"})
         if set(parse_objectives(resolved(config.objective))) != {"soft-labels"}:
@@ -96,7 +99,7 @@ def train_student(
 
         return train(
             student,
-            partial(StudentTrainer, new_model(student, signals.label_names), signals, gold),
+            partial(StudentTrainer, new_model(student, signals.label_names, signals.task), signals, gold),
             config,
             device=device,
             texts=signals.texts,
@@ -187,5 +190,5 @@ def n_without_signals(signals: TeacherSignals, labeled: LabeledSet, config: Stud
 
 def _append_labeled(signals: TeacherSignals, labeled: LabeledSet) -> TeacherSignals:
     """Append labeled texts with one-hot probabilities to signals, without the embeddings."""
-    probabilities = np.concatenate([signals.probabilities, labeled.one_hot])
+    probabilities = np.concatenate([signals.probabilities, labeled.targets])
     return replace(signals, texts=[*signals.texts, *labeled.texts], probabilities=probabilities, embeddings=None)

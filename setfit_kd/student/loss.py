@@ -13,6 +13,7 @@ import numpy.typing as npt
 from setfit_kd.config.base import resolved
 from setfit_kd.config.stages import StudentConfig
 from setfit_kd.config.values import parse_objectives
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.data.splits import normalize
 from setfit_kd.losses.base import BatchLoss
 from setfit_kd.losses.embedding import EmbeddingLoss
@@ -23,6 +24,7 @@ from setfit_kd.models.bodies import family_of
 from setfit_kd.models.encode import embed
 from setfit_kd.models.heads import fit_head, last_layer, softmax_weights
 from setfit_kd.signals.signals import TeacherSignals
+from setfit_kd.tasks.classification import MULTI_LABEL
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -33,12 +35,16 @@ MAX_INIT_TEXTS = 256
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Inputs of every loss: ``rows`` of the signals to train on, and the ``gold`` class or `NO_GOLD` of each text."""
+    """Inputs of every loss.
+
+    ``rows`` are those of the signals to train on; ``gold`` is the row of each text in ``labeled``, or `NO_GOLD`.
+    """
 
     body: SentenceTransformer
     signals: TeacherSignals
     rows: npt.NDArray[np.int64]
     gold: npt.NDArray[np.int64]
+    labeled: LabeledSet | None
     config: StudentConfig
 
     @property
@@ -81,6 +87,8 @@ def _soft_labels(inputs: LossInputs) -> BatchLoss:
         signals.probabilities,
         dimension=inputs.dimension,
         gold=inputs.gold if (inputs.gold != NO_GOLD).any() else None,
+        gold_targets=None if inputs.labeled is None else inputs.labeled.targets,
+        is_multi_label=signals.task is MULTI_LABEL,
         temperature=resolved(config.temperature),
         alpha=config.alpha,
         **inputs.options,
@@ -89,7 +97,7 @@ def _soft_labels(inputs: LossInputs) -> BatchLoss:
         loss.head = last_layer(inputs.body)
         return loss
     rows, embeddings = inputs.initial_embeddings
-    head = fit_head(embeddings, signals.probabilities[rows], C=config.soft_labels_c)
+    head = fit_head(embeddings, signals.probabilities[rows], task=signals.task, C=config.soft_labels_c)
     loss.init_head(*softmax_weights(head))
     return loss
 
@@ -110,9 +118,7 @@ def create_loss(inputs: LossInputs) -> BatchLoss:
     return loss.to(inputs.body.device)
 
 
-def match_gold_labels(
-    signals: TeacherSignals, texts: list[str], labels: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """Find the (n,) gold class of each text of the signals; `NO_GOLD` if no labeled text is equal by `normalize`."""
-    label_of = dict(zip(map(normalize, texts), labels.tolist(), strict=True))
-    return np.array([label_of.get(normalize(text), NO_GOLD) for text in signals.texts], np.int64)
+def match_labeled_texts(signals: TeacherSignals, labeled: LabeledSet) -> npt.NDArray[np.int64]:
+    """Find the (n,) row in ``labeled`` of each text of the signals; `NO_GOLD` if none is equal by `normalize`."""
+    row_of = {normalize(text): row for row, text in enumerate(labeled.texts)}
+    return np.array([row_of.get(normalize(text), NO_GOLD) for text in signals.texts], np.int64)

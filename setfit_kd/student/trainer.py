@@ -31,10 +31,12 @@ from setfit_kd.models.heads import (
     held_out_logits,
     set_head,
 )
+from setfit_kd.models.thresholds import with_thresholds
 from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.student.agreement import AgreementCallback
 from setfit_kd.student.distil import hold_out
-from setfit_kd.student.loss import LossInputs, create_loss, match_gold_labels
+from setfit_kd.student.loss import LossInputs, create_loss, match_labeled_texts
+from setfit_kd.tasks.classification import MULTI_LABEL
 from setfit_kd.training.loop import resolve_learning_rate
 from setfit_kd.training.loss_trainer import LossTrainer, TokenDataset
 from setfit_kd.utils.arrays import sample_rows
@@ -66,7 +68,7 @@ class StudentTrainer(DistillationTrainer):
         self._trains_last_layer = family_of(body) == "transformer" and "soft-labels" in objectives
         self.gold = np.full(len(signals), NO_GOLD)
         if labeled is not None:
-            self.gold = match_gold_labels(signals, labeled.texts, labeled.labels)
+            self.gold = match_labeled_texts(signals, labeled)
         # SetFit's own constructor would move the body to the first accelerator and create another inner trainer.
         self.args, self._model = TrainingArguments(report_to="none"), model
         self.inner = self.st_trainer = LossTrainer(
@@ -88,7 +90,7 @@ class StudentTrainer(DistillationTrainer):
     ) -> tuple[TokenDataset, nn.Module]:
         """Create the training dataset and the loss of the config's objective."""
         config = self.config
-        inputs = LossInputs(self.model.model_body, self.signals, self.rows, self.gold, config)
+        inputs = LossInputs(self.model.model_body, self.signals, self.rows, self.gold, self.labeled, config)
         if config.objective == "pairs":
             left, right, cosines = draw_pairs(
                 inputs.teacher_embeddings, pairs_per_text=config.num_iterations, seed=config.seed, rows=self.rows
@@ -111,13 +113,13 @@ class StudentTrainer(DistillationTrainer):
         """
         config, body, signals = self.config, self.model.model_body, self.signals
         texts, targets, weights = self._head_examples()
-        n, size = len(texts), config.encode_batch_size
+        n, n_gold, size, task = len(texts), len(self._gold_set or ()), config.encode_batch_size, signals.task
         texts += [signals.texts[row] for row in self.held_out]
         embeddings = embed(body, texts, batch_size=size, description="Fitting head")
         last_layer = get_head(body) if self._trains_last_layer else None
-        options: dict[str, Any] = {"C": config.soft_labels_c}
+        options: dict[str, Any] = {"task": task, "C": config.soft_labels_c}
         if self.labeled:
-            options["class_weights"] = balanced_weights(self.labeled.counts, config.balance)
+            options["class_weights"] = balanced_weights(self.labeled.counts, config.balance, task)
         head = last_layer or fit_head(embeddings[:n], targets, weights, **options)
         # The temperature at which the student's probabilities match the teacher's, on texts it was not trained on.
         if len(self.held_out):
@@ -126,12 +128,17 @@ class StudentTrainer(DistillationTrainer):
             logits, soft_labels = head_logits(head, embeddings), targets
         else:
             rows, logits = held_out_logits(embeddings, targets, weights, seed=config.seed, **options)
-            is_soft = rows < n - len(self._gold_set or ())
+            is_soft = rows < n - n_gold
             logits, soft_labels = logits[is_soft], targets[rows[is_soft]]
-        temperature = fit_temperature(logits, at_temperature(soft_labels, signals.temperature))
-        self.model.model_head = head_at_temperature(head, temperature)
+        calibrated = at_temperature(soft_labels, signals.temperature, task)
+        head = head_at_temperature(head, fit_temperature(logits, calibrated, task=task))
+        if task is MULTI_LABEL:
+            pool = np.delete(embeddings, np.arange(n - n_gold, n), axis=0)
+            probabilities = task.to_probabilities(head_logits(head, pool))
+            head = with_thresholds(head, probabilities, config.thresholds, label_names=signals.label_names)
         if self._trains_last_layer:
-            set_head(self.model.model_head, body)
+            set_head(head, body)
+        self.model.model_head = head
 
     @property
     def _gold_set(self) -> LabeledSet | None:
@@ -149,7 +156,7 @@ class StudentTrainer(DistillationTrainer):
         probabilities, weights = self.signals.probabilities[rows], np.ones(len(rows), np.float32)
         if gold:
             texts += gold.texts
-            probabilities = np.concatenate([probabilities, gold.one_hot])
+            probabilities = np.concatenate([probabilities, gold.targets])
             weights = np.concatenate([weights, np.full(len(gold), self.config.gold_weight, np.float32)])
         return texts, probabilities, weights
 

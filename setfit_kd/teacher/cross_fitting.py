@@ -20,9 +20,11 @@ from setfit_kd.memory.backoff import move_model, shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import family_of
 from setfit_kd.models.encode import predict_proba
-from setfit_kd.models.heads import at_temperature, fit_temperature, log_probabilities
+from setfit_kd.models.heads import at_temperature, fit_temperature
+from setfit_kd.models.thresholds import fit_thresholds
+from setfit_kd.tasks.classification import SINGLE_LABEL, Labels, Task, is_equal, task_of
 from setfit_kd.teacher.train import steps_and_batch_size, train_teacher
-from setfit_kd.utils.arrays import load_rows, save_rows
+from setfit_kd.utils.arrays import Floats, load_rows, save_rows
 from setfit_kd.utils.atomic_io import atomic_folder
 
 if TYPE_CHECKING:
@@ -42,11 +44,34 @@ class CrossFit:
 
     Attributes:
         probabilities: (n, n_classes) float32; NaN in rows of texts that are in no fold.
-        labels: (n,) gold classes.
+        labels: Gold labels, see `Labels`.
     """
 
     probabilities: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
+    labels: Labels
+
+    @property
+    def task(self) -> Task:
+        """The task of the labels."""
+        return task_of(self.labels)
+
+    @property
+    def targets(self) -> npt.NDArray[np.float32]:
+        """(n, n_classes) gold labels, 0 or 1."""
+        return self.task.targets(self.labels, self.probabilities.shape[1])
+
+    @property
+    def is_correct(self) -> npt.NDArray[np.bool_]:
+        """(n,) whether all labels of a text are predicted correctly."""
+        return is_equal(self.task.decide(self.probabilities, self.thresholds), self.labels)
+
+    @cached_property
+    def thresholds(self) -> Floats | None:
+        """The (n_classes,) thresholds of a multi-label task with the best F1 expected from the probabilities."""
+        if self.task is SINGLE_LABEL or not len(self.labels):
+            return None
+        names = [""] * self.probabilities.shape[1]
+        return fit_thresholds(self.probabilities, "f1", label_names=names)
 
     def predicted(self) -> CrossFit:
         """Return only the texts that were predicted."""
@@ -56,35 +81,34 @@ class CrossFit:
     @property
     def accuracy(self) -> float | None:
         """Share of correct predictions; None if there are no predictions."""
-        held_out = self.predicted()
-        is_correct = held_out.probabilities.argmax(axis=1) == held_out.labels
+        is_correct = self.predicted().is_correct
         return float(is_correct.mean()) if len(is_correct) else None
 
     @cached_property
     def temperature(self) -> float:
         """Temperature that calibrates the predictions; 1 if there are none."""
-        held_out = self.predicted()
-        one_hot = np.eye(held_out.probabilities.shape[1])[held_out.labels]
-        return fit_temperature(log_probabilities(held_out.probabilities), one_hot, prior=_PRIOR)
+        held_out, task = self.predicted(), self.task
+        return fit_temperature(task.to_logits(held_out.probabilities), held_out.targets, task=task, prior=_PRIOR)
 
     @property
     def unrecognized(self) -> npt.NDArray[np.int64]:
-        """Classes without any correct prediction, sorted."""
-        held_out = self.predicted()
-        is_correct = held_out.probabilities.argmax(axis=1) == held_out.labels
-        return np.setdiff1d(self.labels, held_out.labels[is_correct])
+        """Classes with texts but without any correct prediction, sorted."""
+        held_out, n_classes = self.predicted(), self.probabilities.shape[1]
+        predicted = self.task.targets(self.task.decide(held_out.probabilities, held_out.thresholds), n_classes)
+        n_correct = (predicted * held_out.targets).sum(axis=0)
+        return np.flatnonzero((n_correct == 0) & self.targets.any(axis=0))
 
     @property
     def log_loss(self) -> float:
-        """Mean negative logarithm of the calibrated probability of the gold class."""
+        """Mean cross-entropy of the calibrated probabilities."""
         held_out = self.calibrated.predicted()
-        gold = held_out.probabilities[np.arange(len(held_out.labels)), held_out.labels]
-        return float(-log_probabilities(gold).mean())
+        return float(self.task.cross_entropy(self.task.to_logits(held_out.probabilities), held_out.targets).mean())
 
     @property
     def calibrated(self) -> CrossFit:
         """The predictions at that temperature."""
-        return CrossFit(at_temperature(self.probabilities, self.temperature).astype(np.float32), self.labels)
+        calibrated = at_temperature(self.probabilities, self.temperature, self.task)
+        return CrossFit(calibrated.astype(np.float32), self.labels)
 
     def save(self, folder: Path) -> None:
         """Write the predictions to a new folder, as `atomic_folder` does."""
@@ -131,12 +155,24 @@ def _folds(labeled: LabeledSet, seed: int) -> list[tuple[npt.NDArray[np.int64], 
     """Return the training rows and the held-out rows of each fold; no folds if all classes have too few labels."""
     from sklearn.model_selection import StratifiedKFold
 
-    rows = np.flatnonzero(labeled.counts[labeled.labels] >= MIN_LABELS_PER_CLASS)
-    if not len(rows):
+    # The rarest label of each text; an additional class holds the texts without labels.
+    counts = np.append(labeled.counts, len(labeled))
+    targets = np.column_stack([labeled.targets, np.ones(len(labeled))])
+    rarest = np.where(targets, counts, len(labeled) + 1).argmin(axis=1)
+    rows = np.flatnonzero(counts[rarest] >= MIN_LABELS_PER_CLASS)
+    if len(rows) < FOLDS:
         return []
+    groups, sizes = rarest[rows], np.bincount(rarest[rows])
+    groups = np.where(sizes[groups] < FOLDS, sizes.argmax(), groups)  # groups that cannot be split join the largest
     splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-    held_out_rows = [rows[held_out] for _, held_out in splitter.split(rows, labeled.labels[rows])]
-    return [(np.setdiff1d(np.arange(len(labeled)), held_out), held_out) for held_out in held_out_rows]
+    held_out_rows = [rows[held_out] for _, held_out in splitter.split(rows, groups)]
+    folds = []
+    for held_out in held_out_rows:
+        training = np.setdiff1d(np.arange(len(labeled)), held_out)
+        too_few = labeled.targets[training].sum(axis=0) < 2  # of several labels of a text, only the rarest is spread
+        held_out = held_out[~labeled.targets[held_out][:, too_few].any(axis=1)]
+        folds.append((np.setdiff1d(np.arange(len(labeled)), held_out), held_out))
+    return [fold for fold in folds if len(fold[1])]
 
 
 def _fold_config(

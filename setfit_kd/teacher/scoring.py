@@ -15,15 +15,25 @@ from setfit_kd.errors import DataError
 from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.models.encode import choose_forward, embed, head_proba
 from setfit_kd.models.forward import METHODS, ForwardPass
-from setfit_kd.models.heads import balanced_weights, fit_head, fit_temperature, head_at_temperature, head_logits
+from setfit_kd.models.heads import (
+    at_temperature,
+    balanced_weights,
+    fit_head,
+    fit_temperature,
+    head_at_temperature,
+    head_logits,
+    head_task,
+    shift_intercepts,
+)
 from setfit_kd.models.io import new_model
+from setfit_kd.models.thresholds import with_thresholds
 from setfit_kd.signals.embedding_cache import cached_embed
 from setfit_kd.signals.signals import TeacherSignals
+from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL, Task
 from setfit_kd.utils.arrays import sample_rows
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
-    from sklearn.linear_model import LogisticRegression
 
 MAX_TEXTS = 10_000
 """Maximum number of pool texts to refine a head on; more do not improve a linear head."""
@@ -31,6 +41,7 @@ N_ROUNDS = 5
 SHARPENING = 0.5
 """Temperature of the pseudo-labels."""
 GOLD_WEIGHT = 3.0
+FREQUENCY_WEIGHT, N_FREQUENCY_ROUNDS = 0.2, 50
 FOLDS = 5
 """Number of parts of the pool, each of which is labeled by a head that was fitted on the others."""
 
@@ -80,7 +91,8 @@ def score(
         )
     else:
         embeddings = embed(teacher.model_body, texts, forward=choose(), **options)
-    return TeacherSignals(texts, head_proba(teacher, embeddings), tuple(teacher.labels), embeddings, origin)
+    task = head_task(teacher.model_head)
+    return TeacherSignals(texts, head_proba(teacher, embeddings), tuple(teacher.labels), embeddings, origin, task=task)
 
 
 def refine_and_score(
@@ -114,30 +126,62 @@ def refine_and_score(
         ConfigError: If a setting is unknown or out of range.
         DataError: If there are no texts, or the teacher has no label names.
     """
-    from scipy.special import softmax
-
     config = SignalsConfig.merged(config, settings)
     with shared_backoff(cpu_fallback=config.cpu_fallback):
         texts = [*pool, *augmented, *labeled.texts]
         options: Any = {"encode_batch_size": config.encode_batch_size, "exact": config.exact, "cache": config.cache}
         signals = score(teacher, texts, origin=origin, **options)
-    if config.refine == "none" or not len(pool):
+    task, refine = labeled.task, config.refine
+    if task is SINGLE_LABEL and (not len(pool) or refine in ("none", "frequencies")):
         return teacher, signals
     embeddings: Any = signals.embeddings
     rows = sample_rows(np.arange(len(pool)), MAX_TEXTS, seed=[config.seed, 8])
     sample = np.asarray(embeddings[rows], np.float32)
-    refined = new_model(teacher.model_body, labeled.label_names)
+    refined = new_model(teacher.model_body, labeled.label_names, task)
     refined.normalize_embeddings = teacher.normalize_embeddings
-    class_weights = balanced_weights(labeled.counts, config.balance)
-    train_options: Any = {"C": config.soft_labels_c, "class_weights": class_weights, "seed": config.seed}
-    gold = embeddings[len(pool) + len(augmented) :]
-    refined.model_head, logits = self_train(gold, labeled.one_hot, sample, **train_options)
+    head, temperature, logits = teacher.model_head, 1.0, None
+    if task is MULTI_LABEL and refine != "none" and len(pool):
+        head = shift_intercepts(head, _frequency_shift(head_logits(head, sample), labeled.targets.mean(axis=0)))
+    if len(pool) and (refine == "self-training" or (refine is None and task is SINGLE_LABEL)):
+        train_options: Any = {"task": task, "C": config.soft_labels_c, "seed": config.seed}
+        train_options["class_weights"] = balanced_weights(labeled.counts, config.balance, task)
+        gold, initial = embeddings[len(pool) + len(augmented) :], head
+        head, logits = self_train(
+            gold, labeled.targets, sample, initial=None if task is SINGLE_LABEL else initial, **train_options
+        )
+        # Sharp labels are good targets but overconfident; the head from before the refinement calibrates them.
+        refined.model_head = initial
+        temperature = fit_temperature(logits, head_proba(refined, sample), task=task)
+    refined.model_head = head
     probabilities = head_proba(refined, embeddings)
-    probabilities[rows] = softmax(logits, axis=1)
-    # Sharp labels are good targets but overconfident; the head from before the refinement calibrates them.
-    temperature = fit_temperature(logits, head_proba(teacher, sample))
-    refined.model_head = head_at_temperature(refined.model_head, temperature)
-    return refined, replace(signals, probabilities=probabilities, temperature=temperature)
+    if logits is not None:
+        probabilities[rows] = task.to_probabilities(logits)
+    signals = replace(signals, probabilities=probabilities, temperature=temperature)
+    refined.model_head = with_thresholds(
+        head_at_temperature(head, temperature),
+        at_temperature(probabilities[rows] if len(pool) else probabilities, temperature, task),
+        config.thresholds,
+        label_names=labeled.label_names,
+    )
+    return refined, signals
+
+
+def _frequency_shift(logits: npt.NDArray[np.floating], frequencies: npt.NDArray[np.floating]) -> Any:
+    """Compute what to add to the logits of each label, from its frequency in the labeled texts and in the pool.
+
+    The latter is estimated by expectation maximization (Saerens et al., 2002, "Adjusting the Outputs of a Classifier to
+    New a Priori Probabilities"), in which the former counts as `FREQUENCY_WEIGHT` times the pool.
+
+    Args:
+        logits: (n, n_classes) calibrated logits of pool texts.
+        frequencies: (n_classes,) shares of the labeled texts.
+    """
+    initial = MULTI_LABEL.to_logits(frequencies)
+    estimated = frequencies
+    for _ in range(N_FREQUENCY_ROUNDS):
+        expected = MULTI_LABEL.to_probabilities(logits + MULTI_LABEL.to_logits(estimated) - initial).mean(axis=0)
+        estimated = (expected + FREQUENCY_WEIGHT * frequencies) / (1 + FREQUENCY_WEIGHT)
+    return MULTI_LABEL.to_logits(estimated) - initial
 
 
 def self_train(
@@ -145,35 +189,39 @@ def self_train(
     gold: npt.NDArray[np.floating],
     pool: npt.NDArray[np.floating],
     *,
+    initial: Any = None,
+    task: Task = SINGLE_LABEL,
     C: float | None = None,  # noqa: N803 - scikit-learn's name
     class_weights: npt.NDArray[np.floating] | None = None,
     seed: int = 0,
-) -> tuple[LogisticRegression, npt.NDArray[np.float64]]:
+) -> tuple[Any, npt.NDArray[np.float64]]:
     """Fit a head on gold labels, then in `N_ROUNDS` rounds also on the head's own probabilities for the pool.
 
-    These are sharpened at a temperature of `SHARPENING` and weighted by the square of their confidence (pseudo-labels:
-    Lee, 2013; sharpening: Berthelot et al., 2019, "MixMatch").
+    These are sharpened at a temperature of `SHARPENING`, except in a multi-label task, and weighted by the square of
+    their confidence (pseudo-labels: Lee, 2013; sharpening: Berthelot et al., 2019, "MixMatch").
 
     Args:
         labeled: (m, d) embeddings of the labeled texts.
-        gold: (m, n_classes) one-hot gold labels.
+        gold: (m, n_classes) gold labels, 0 or 1.
         pool: (n, d) embeddings of the pool.
-        C, class_weights: As in `fit_head`.
+        initial: Head whose probabilities for the pool are used first. [default: one fitted on the gold labels]
+        task, C, class_weights: As in `fit_head`. In a multi-label task, each label has its own confidence.
         seed: Seed of the folds.
 
     Returns:
         The head, and its (n, n_classes) logits for the pool, out of fold: on texts whose own labels it was fitted on,
         it would be more confident than on new ones.
     """
-    options: Any = {"C": C, "class_weights": class_weights}
-    head = fit_head(labeled, gold, **options)
+    options: Any = {"task": task, "C": C, "class_weights": class_weights}
+    head = initial or fit_head(labeled, gold, **options)
     embeddings = np.concatenate([labeled, pool])
     for _ in range(N_ROUNDS):
-        probabilities = head.predict_proba(pool)
-        confidence = probabilities.max(axis=1)
-        sharp = (probabilities / confidence[:, None]) ** (1 / SHARPENING)
-        targets = np.concatenate([gold, sharp / sharp.sum(axis=1, keepdims=True)])
-        weights = np.concatenate([np.full(len(gold), GOLD_WEIGHT), confidence**2])
+        logits = head_logits(head, pool)
+        # In a multi-label task, sharpening would make rare labels rarer in each round.
+        labels = task.to_probabilities(logits / (SHARPENING if task is SINGLE_LABEL else 1))
+        targets = np.concatenate([gold, labels])
+        confidence = task.confidence(task.to_probabilities(logits))
+        weights = np.concatenate([np.full((len(gold), confidence.shape[1]), GOLD_WEIGHT), confidence**2])
         head = fit_head(embeddings, targets, weights, start=head, **options)
     folds = np.append(np.full(len(gold), -1), np.random.default_rng([seed, 17]).permutation(len(pool)) % FOLDS)
     logits = np.zeros((len(pool), gold.shape[1]))

@@ -15,6 +15,7 @@ from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import family_of, locate_body
 from setfit_kd.models.io import new_model
+from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.console import quiet_libraries
 
@@ -27,7 +28,7 @@ PAIRS_PER_BATCH = 16
 """SetFit's default."""
 MIN_TRANSFORMER_STEPS = 150
 """Default minimum for a transformer teacher; with a few labels, three epochs would hardly change it."""
-MIN_STEPS, MIN_EPOCHS = 20, 2
+MIN_STEPS, MIN_EPOCHS = {SINGLE_LABEL: 20, MULTI_LABEL: 80}, 2
 """Default minimum of steps, and of epochs over the labels, for a teacher with the in-batch objective."""
 
 
@@ -82,7 +83,7 @@ def train_teacher(
 
         return train(
             teacher,
-            partial(TeacherTrainer, new_model(teacher, labeled.label_names), labeled),
+            partial(TeacherTrainer, new_model(teacher, labeled.label_names, labeled.task), labeled),
             config,
             device=device,
             texts=labeled.texts,
@@ -104,7 +105,7 @@ def steps_and_batch_size(
     if config.teacher_objective == "pairs":
         return -(-2 * config.num_iterations * n // PAIRS_PER_BATCH), 2 * PAIRS_PER_BATCH
     batch_size = resolved(config.with_family_defaults("setfit").teacher_batch_size)
-    return config.teacher_steps or max(MIN_STEPS, -(-MIN_EPOCHS * n // batch_size)), min(batch_size, n)
+    return config.teacher_steps or max(MIN_STEPS[labeled.task], -(-MIN_EPOCHS * n // batch_size)), min(batch_size, n)
 
 
 def to_finetune_config(config: TeacherConfig, labeled: LabeledSet, device: torch.device) -> FinetuneConfig:

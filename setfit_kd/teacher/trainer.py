@@ -68,5 +68,7 @@ class TeacherTrainer(Trainer):
         config = self.config
         texts, size = self.labeled.texts, config.encode_batch_size
         embeddings = embed(self.model.model_body, texts, batch_size=size, description="Fitting head")
-        class_weights = balanced_weights(self.labeled.counts, config.balance)
-        self.model.model_head = fit_head(embeddings, self.labeled.one_hot, C=config.head_c, class_weights=class_weights)
+        labeled = self.labeled
+        options: dict[str, Any] = {"task": labeled.task, "C": config.head_c}
+        options["class_weights"] = balanced_weights(labeled.counts, config.balance, labeled.task)
+        self.model.model_head = fit_head(embeddings, labeled.targets, **options)

@@ -83,6 +83,8 @@ FILES: list[tuple[str, str | bytes | None, tuple[str, ...]]] = [
     ("labeled.csv", CSV + "a, b,x\n", ("line 6: expected 2 fields, got 3",)),
     ("labeled.csv", CSV + '"a,x\nb,y\n', ("line 6",)),
     ("labeled.xlsx", CSV, ("'.xlsx'", ".csv, .tsv, .jsonl")),
+    ("bad.jsonl", JSONL + '{"text": "c", "label": ["x"]}\n', ("bad.jsonl, line 3: expected one label",)),
+    ("bad.jsonl", '{"text": "a", "label": ["x", {}]}\n', ("bad.jsonl, line 1", "got dict")),
 ]
 
 
@@ -107,6 +109,29 @@ def test_rejects_bad_parquet() -> None:
     for message, table in columns.items():
         pq.write_table(pa.table(table), "bad.parquet")
         assert_run_refused("--labeled", "bad.parquet", messages=("bad.parquet", message))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--label-columns", "label"), "eval.csv, line 2: expected 0 or 1 in 'label', got 'ants'"),
+        (("--label-columns", "no"), "eval.csv has no column 'no'"),
+        (("--label-separator", "a"), "eval.csv, line 2: an empty label in 'ants'"),
+        (
+            ("--label-columns", "x,y", "--label-separator", "|"),
+            "label_columns: cannot be combined with label_separator",
+        ),
+        (("--label-columns", "x,x"), "x is listed twice"),
+        (("--label-separator", ""), "label_separator"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "finetune", "evaluate"])
+def test_rejects_bad_label_columns(command: str, flags: tuple[str, ...], message: str) -> None:
+    arguments = {"run": [], "finetune": ["nowhere"], "evaluate": ["nowhere", "--eval", "eval.csv"]}[command]
+    if command != "evaluate":
+        arguments += ["--labeled", "eval.csv", "--output-dir", "out"]
+    assert_refused(invoke(command, *arguments, *flags), message)
+    assert not Path("out").exists()
 
 
 CONFIGS: list[tuple[str | bytes, tuple[str, ...]]] = [

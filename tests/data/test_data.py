@@ -23,11 +23,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from setfit_kd.config.stages import DataConfig
-from setfit_kd.data.labeled_set import LabeledSet, draw_shots, encode_labels
+from setfit_kd.data.labeled_set import LabeledSet, check_classes, draw_shots, encode_labels
 from setfit_kd.data.sources import Source, read, stream_texts
 from setfit_kd.data.splits import DataReport, normalize, split_data
 from setfit_kd.errors import ConfigError, DataError
 from setfit_kd.run.inputs import load_run_data
+from setfit_kd.tasks.classification import MULTI_LABEL
 
 TEXTS = ["Rain stops play", 'She said: "no,\tnever"', "Two lines\nof café", "x" * 200_000]
 LABELS = ["Sports", "World", "World", "Sports"]
@@ -53,8 +54,8 @@ def write_compressed_jsonl(name: str) -> str:
     return name
 
 
-def write_parquet(name: str) -> str:
-    pq.write_table(pa.table(COLUMNS), name)
+def write_parquet(name: str, columns: Any = COLUMNS) -> str:
+    pq.write_table(pa.table(columns), name)
     return name
 
 
@@ -168,6 +169,93 @@ def test_label_names_and_their_order(source: Source, labels: list[str], names: t
     assert rows.labels == labels
     assert encoded.label_names == names
     assert [names[label] for label in encoded.labels] == labels
+
+
+LABEL_LISTS = [["b", "a"], [" a ", "a"], [], ["c"]]
+NAMED = {"text": TEXTS, "labels": LABEL_LISTS}
+JOINED = {"text": TEXTS, "label": ["b|a", " a|a ", None, "c"]}
+FLAGS = {"text": TEXTS, "b": [1, 0, 0, 0], "a": ["1", " True", "false", "0"], "c": [False, 0.0, np.int64(0), True]}
+CHOSEN = {"label_columns": ("b", "a", "c")}
+
+
+def write_json_lists(name: str) -> str:
+    records = [{"text": text, "label": labels} for text, labels in zip(TEXTS, LABEL_LISTS, strict=True)]
+    Path(name).write_text("\n".join(map(json.dumps, records)))
+    return name
+
+
+def write_frame(name: str, columns: Any) -> str:
+    pd.DataFrame(columns).to_csv(name, index=False)
+    return name
+
+
+def lists_of_class_labels() -> Any:
+    labels = datasets.Sequence(datasets.ClassLabel(names=["b", "a", "unused", "c"]))
+    features = datasets.Features(text=datasets.Value("string"), labels=labels)
+    return datasets.Dataset.from_dict({"text": TEXTS, "labels": [[0, 1], [1, 1], [], [3]]}, features=features)
+
+
+MULTI_LABEL_SOURCES: dict[str, tuple[Callable[[], Source], dict[str, Any], str]] = {
+    "lists in jsonl": (lambda: write_json_lists("a.jsonl"), {}, "abc"),
+    "lists in parquet": (lambda: write_parquet("a.parquet", NAMED), {}, "abc"),
+    "lists in a data frame": (lambda: pd.DataFrame({**NAMED, "labels": map(np.array, LABEL_LISTS)}), {}, "abc"),
+    "pairs": (lambda: list(zip(TEXTS, LABEL_LISTS, strict=True)), {}, "abc"),
+    "lists of class labels": (lists_of_class_labels, {}, "bac"),
+    "separator": (lambda: JOINED, {"label_separator": "|"}, "abc"),
+    "separator in csv": (lambda: write_frame("a.csv", JOINED), {"label_separator": "|"}, "abc"),
+    "columns": (lambda: FLAGS, CHOSEN, "bac"),
+    "columns in csv": (lambda: write_frame("a.csv", FLAGS), CHOSEN, "bac"),
+}
+
+
+@pytest.mark.parametrize("name", MULTI_LABEL_SOURCES)
+def test_read_multi_label_source(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    source, options, names = MULTI_LABEL_SOURCES[name]
+    data = encode_labels(read(source(), label_column="label", **options))
+    assert (data.texts, data.label_names, data.task) == (TEXTS, tuple(names), MULTI_LABEL)
+    assert [{names[i] for i in np.flatnonzero(row)} for row in data.labels] == [{"a", "b"}, {"a"}, set(), {"c"}]
+    assert "Multi-label: 3 labels, 1.0 per text, 1 texts without labels in " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "separator", "names"),
+    [([[10], [2], [-1]], None, ("-1", "2", "10")), (["x", "y", "z"], "|", ("x", "y", "z")), ([1, "2", 3], ", ", "123")],
+    ids=["lists", "separator that never occurs", "separator and integers"],
+)
+def test_one_label_in_each_row_of_a_multi_label_source(labels: Any, separator: str | None, names: Any) -> None:
+    rows = read({"text": ["a", "b", "c"], "label": labels}, label_column="label", label_separator=separator)
+    data = encode_labels(rows)
+    assert (data.label_names, data.task) == (tuple(names), MULTI_LABEL)
+    assert data.counts.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (["x", ["x"]], {}, "row 2: expected one label as in the rows before, got a list of labels"),
+        ([["x"], "x"], {}, "row 2: expected a list of labels as in the rows before, got one label"),
+        ([["x"], None], {}, "row 2: no label"),
+        ([["x"], ["x", 1.5]], {}, "row 2: expected a string or an integer as label, got float"),
+        ([["x"], ["y", " "]], {}, "row 2: no label"),
+        ([["x"], [["y"]]], {}, "row 2: expected a string or an integer as label, got list"),
+        (["x|y", "x||y"], {"label_separator": "|"}, "row 2: an empty label in 'x||y'"),
+        (["x", "|y"], {"label_separator": "|"}, "use another --label-separator"),
+        (["x", 1.5], {"label_separator": "|"}, "row 2: expected a string or an integer as label, got float"),
+        (["x", ["y"]], {"label_separator": "|"}, "row 2: expected labels separated by '|' in a string, got a list"),
+        ([0, 2], {"label_columns": ["label"]}, "row 2: expected 0 or 1 in 'label', got 2"),
+        ([0, None], {"label_columns": ["label"]}, "row 2: expected 0 or 1 in 'label', got None"),
+        ([0, 1], {"label_columns": ["label", "other"]}, "the mapping of columns has no column 'other'"),
+        ([[1, 0], [0, 0]], {}, "has vectors of 0 and 1 instead of labels"),
+        ([[True, False], [False, True]], {}, "has vectors of 0 and 1 instead of labels"),
+    ],
+    ids=count(),
+)
+def test_unusable_multi_label_sources_are_rejected(labels: list[Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError) as error:
+        read({"text": ["a", "b"], "label": labels}, label_column="label", **options)
+    assert message in error.value.message
+    assert error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -284,6 +372,11 @@ def labeled_set(*rows: tuple[str, str]) -> LabeledSet:
     return encode_labels(read(list(rows), label_column="label"))
 
 
+def multi_label_set(*labels: str) -> LabeledSet:
+    """Create a multi-label set with one text per string, whose characters are its labels."""
+    return encode_labels(read([(f"text {i}", list(names)) for i, names in enumerate(labels)], label_column="label"))
+
+
 def numbered(counts: dict[str, int]) -> LabeledSet:
     """Create a labeled set with ``counts`` texts per class, the classes alternating."""
     rows = [(f"{name} text {i}", name) for name, count in counts.items() for i in range(count)]
@@ -335,6 +428,21 @@ def test_conflicting_labels_and_duplicates_are_removed(caplog: pytest.LogCapture
     report = data.report
     assert (report.labeled_duplicates, report.labeled_conflicts, report.pool_duplicates) == (1, 3, 1)
     assert "Removed 3 labeled texts that occur with different labels" in caplog.text
+
+
+def test_labels_in_another_order_are_no_conflict() -> None:
+    rows = [
+        ("both", ["a", "b"]),
+        ("Both", ["b", "a"]),
+        ("torn", ["a"]),
+        ("TORN", ["a", "b"]),
+        ("none", []),
+        ("x", ["a"]),
+    ]
+    labeled = encode_labels(read([*rows, ("y", ["b"])], label_column="label"))
+    data = split_data(labeled, None, None, DataConfig.of())
+    assert data.labeled.texts == ["both", "none", "x", "y"]
+    assert (data.report.labeled_duplicates, data.report.labeled_conflicts) == (1, 2)
 
 
 def test_draw_depends_on_the_seed() -> None:
@@ -436,6 +544,39 @@ def test_unusable_combinations_are_rejected(sources: dict[str, Any], error: type
         load_run_data(DataConfig.of(), **sources)
 
 
+@pytest.mark.parametrize(
+    ("labeled", "evaluation", "message"),
+    [
+        (list("abab"), [["a"]], "is multi-label; expected single-label"),
+        ([["a"], ["b"], ["a", "b"], []], ["a"], "is single-label; expected multi-label"),
+        ([["a"], ["b"], ["a", "b"], []], [["c"]], "set: 'c'; expected one of 'a', 'b'"),
+    ],
+)
+def test_evaluation_set_must_have_the_labels_of_the_training_set(labeled: Any, evaluation: Any, message: str) -> None:
+    train = [(f"text {i}", labels) for i, labels in enumerate(labeled)]
+    with pytest.raises(DataError, match=message):
+        load_run_data(DataConfig.of(), labeled=train, eval=[("held out", labels) for labels in evaluation])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (("a", "a", ""), "has only one label: 'a'"),
+        (("", "", ""), "no text has a label"),
+        (("ab", "ab", "a"), "all texts have the label 'a'"),
+        (("a", "ab", ""), "expected at least two texts with the label 'b', got 1"),
+    ],
+)
+def test_labels_that_cannot_be_learned_are_rejected(labels: tuple[str, ...], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_classes(multi_label_set(*labels))
+
+
+def test_label_columns_and_separator_cannot_be_combined() -> None:
+    with pytest.raises(ConfigError, match="label_columns: cannot be combined with label_separator"):
+        DataConfig.of(label_columns="a,b", label_separator="|")
+
+
 def test_pool_is_optional(caplog: pytest.LogCaptureFixture) -> None:
     assert load_run_data(DataConfig.of(), labeled=BASE).pool == []
     assert "no unlabeled texts" in caplog.text
@@ -473,6 +614,30 @@ def test_draw_shots_draws_at_most_shots_per_class(labels: list[int], shots: int 
     rows = [texts.index(text) for text in draw.texts]
     assert rows == sorted(set(rows))
     assert draw.labels.tolist() == [labels[row] for row in rows]
+    rng = np.random.default_rng([seed, 0])  # must not change, so that the same seed draws the same texts
+    permutations = [rng.permutation(np.flatnonzero(source.labels == label)) for label in range(4)]
+    assert rows == sorted(np.concatenate([permutation[:max_count] for permutation in permutations]).tolist())
+
+
+@PROPERTY
+@given(labels=st.lists(st.sets(st.sampled_from("abc")), max_size=30), shots=st.integers(2, 6), seed=st.integers(0, 9))
+def test_draw_shots_of_a_multi_label_set(labels: list[set[str]], shots: int, seed: int) -> None:
+    source = multi_label_set(*"aabbcc", *map("".join, labels), *[""] * 9)
+    draw = draw_shots(source, shots, seed=seed)
+    assert all(draw.counts >= np.minimum(source.counts, shots))
+    assert (~draw.labels.any(axis=1)).sum() == shots
+    assert len(draw) <= 4 * shots
+    rows = [source.texts.index(text) for text in draw.texts]
+    assert rows == sorted(set(rows))
+    assert np.array_equal(draw.labels, source.labels[rows])
+    assert draw.texts == draw_shots(source, shots, seed=seed).texts
+
+
+def test_texts_drawn_for_a_rare_label_count_for_its_other_labels() -> None:
+    source = multi_label_set(*["ab"] * 3, *["b"] * 9, *[""] * 9)
+    assert draw_shots(source, 3, seed=0).texts[:3] == ["text 0", "text 1", "text 2"]
+    assert draw_shots(source, 3, seed=0).counts.tolist() == [3, 3]
+    assert draw_shots(source, 5, seed=0).counts.tolist() == [3, 5]
 
 
 SOME_TEXT = st.builds(str.format, st.sampled_from(["text {}", "TEXT {}", "  text \n {}\t"]), st.integers(0, 12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ from setfit_kd.evaluation.metrics import (
     measure_calibration,
     measure_quality,
 )
+from setfit_kd.tasks.classification import Labels, task_of
+from setfit_kd.utils.arrays import Floats as AnyFloats
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -58,11 +61,20 @@ def sample_predictions(n: int, n_classes: int, *, seed: int, power: float = 1) -
     return (scaled / scaled.sum(axis=1, keepdims=True)).astype(np.float32), gold.astype(np.int64)
 
 
-def make_evaluation(probabilities: Floats, gold: Ints, reference: Ints | None = None) -> Evaluation:
-    predicted = np.asarray(probabilities.argmax(axis=1), np.int64)
-    quality = measure_quality(predicted, gold, NAMES[: probabilities.shape[1]], reference)
+def sample_multi_label(n: int, *, seed: int, power: float = 1) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Sample independent probabilities and gold labels for three labels: calibrated for ``power`` 1."""
+    rng = np.random.default_rng(seed)
+    probabilities = rng.random((n, 3))
+    return (probabilities**power).astype(np.float32), rng.random((n, 3)) < probabilities
+
+
+def make_evaluation(
+    probabilities: Floats, gold: Labels, reference: Labels | None = None, thresholds: AnyFloats | None = None
+) -> Evaluation:
+    predicted, names = task_of(gold).decide(probabilities, thresholds), NAMES[: probabilities.shape[1]]
+    quality = measure_quality(predicted, gold, names, reference, probabilities=probabilities)
     cost = Cost(parameters=10, megabytes=0.1, texts_per_second=99.5, device="cpu")
-    return Evaluation(quality, cost, probabilities, gold)
+    return Evaluation(quality, cost, probabilities, gold, thresholds)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +107,18 @@ def test_calibration_error_and_bins_match_naive_loop(n: int, n_classes: int, see
         assert (b.confidence, b.accuracy) == pytest.approx((confidence[in_bin].mean(), is_correct[in_bin].mean()))
         total += abs(confidence[in_bin].sum() - is_correct[in_bin].sum())
     assert calibration.ece == pytest.approx(total / n, abs=1e-6)
+
+
+def test_multi_label_calibration_is_that_of_pairs_as_binary_predictions() -> None:
+    probabilities, gold = sample_multi_label(200, seed=1, power=2)
+    calibration, pairs = measure_calibration(probabilities, gold), probabilities.astype(float).ravel()
+    numbers, total = np.minimum(np.floor(pairs * N_BINS), N_BINS - 1), 0.0
+    for number, b in zip(sorted(set(numbers)), calibration.reliability, strict=True):
+        in_bin = numbers == number
+        assert b.texts == in_bin.sum()
+        total += abs(pairs[in_bin].sum() - gold.ravel()[in_bin].sum())
+    assert calibration.ece == pytest.approx(total / 600)
+    assert calibration.brier == pytest.approx(np.square(pairs - gold.ravel()).mean())
 
 
 def test_bin_edge_belongs_to_next_bin_and_confidence_one_to_last_bin() -> None:
@@ -153,15 +177,18 @@ def test_threshold_excludes_slightly_lower_confidence() -> None:
     assert (point.coverage, point.accuracy) == (0.5, 1)
 
 
-def measure(metric: str, predicted: npt.NDArray[Any], gold: Ints) -> float:
+def measure(metric: str, predicted: npt.NDArray[Any], gold: Labels) -> float:
     """Measure a metric of classes, or of probabilities for the metrics of calibration."""
     if metric in ("ece", "brier"):
         return float(getattr(measure_calibration(predicted, gold), metric))
-    predicted = predicted.argmax(axis=1) if predicted.ndim == 2 else predicted
+    predicted = predicted if predicted.dtype.kind in "bi" else task_of(gold).decide(predicted, None)
     if metric == "accuracy":
-        return float((gold == predicted).mean())
-    masks = [(gold == i, predicted == i) for i in set(gold.tolist())]
-    return float(np.mean([2 * (g & p).sum() / (g.sum() + p.sum()) for g, p in masks]))
+        return float((gold == predicted).reshape(len(gold), -1).all(axis=1).mean())
+    pairs = [(gold[:, i], predicted[:, i]) for i in range(3)] if gold.ndim == 2 else []
+    pairs = pairs or [(gold == i, predicted == i) for i in set(gold.tolist())]
+    counts = np.array([(2 * (g & p).sum(), g.sum() + p.sum()) for g, p in pairs])
+    counts = counts.sum(axis=0, keepdims=True) if metric == "micro_f1" else counts
+    return float((counts[:, 0] / counts[:, 1]).mean())
 
 
 @few_examples
@@ -176,13 +203,24 @@ def test_values_are_those_of_the_metrics(rows: list[tuple[int, int, int]]) -> No
         assert differences[metric].value == pytest.approx(expected - subtracted, abs=1e-12)
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "ece", "brier", "macro_f1 difference"])
-def test_intervals_match_scipy(metric: str) -> None:
+@pytest.mark.parametrize(
+    ("metric", "is_multi"),
+    [
+        *((metric, False) for metric in ("accuracy", "macro_f1", "ece", "brier", "macro_f1 difference")),
+        *((metric, True) for metric in ("accuracy", "macro_f1", "micro_f1", "ece", "brier", "micro_f1 difference")),
+    ],
+)
+def test_intervals_match_scipy(metric: str, is_multi: bool) -> None:
     from scipy import stats
 
     metric, _, paired = metric.partition(" ")
-    probabilities, gold = sample_predictions(250, 3, seed=6, power=2)
-    other = np.where(np.arange(250)[:, None] % 3 == 0, sample_predictions(250, 3, seed=7)[0], probabilities)
+    (probabilities, gold), (others, _) = (
+        sample_multi_label(250, seed=seed, power=power)
+        if is_multi
+        else sample_predictions(250, 3, seed=seed, power=power)
+        for seed, power in ((6, 2), (7, 1))
+    )
+    other = np.where(np.arange(250)[:, None] % 3 == 0, others, probabilities)
 
     def statistic(rows: Ints) -> float:
         reference = measure(metric, other[rows], gold[rows]) if paired else 0
@@ -224,15 +262,32 @@ def test_interval_of_single_text_and_of_no_difference_has_zero_width() -> None:
 # Evaluations, and their files
 
 
-@pytest.mark.parametrize("reference", [None, ints(*[0, 1, 2] * 10)])
-def test_saved_evaluation_is_loaded_unchanged(tmp_path: Path, reference: Ints | None) -> None:
-    saved = make_evaluation(*sample_predictions(30, 3, seed=13), reference)
+@pytest.mark.parametrize(
+    "saved",
+    [
+        make_evaluation(*sample_predictions(30, 3, seed=13)),
+        make_evaluation(*sample_predictions(30, 3, seed=13), ints(*[0, 1, 2] * 10)),
+        make_evaluation(*sample_multi_label(30, seed=13)),
+        make_evaluation(*sample_multi_label(30, seed=13), thresholds=np.array([0.1, 0.52, 0.9])),
+    ],
+    ids=["teacher", "student", "multi-label", "thresholds"],
+)
+def test_saved_evaluation_is_loaded_unchanged(tmp_path: Path, saved: Evaluation) -> None:
     saved.save(tmp_path / "runs" / "evaluation")
     loaded = Evaluation.load(tmp_path / "runs" / "evaluation")
     assert (loaded.quality, loaded.cost) == (saved.quality, saved.cost)
     np.testing.assert_array_equal(loaded.probabilities, saved.probabilities, strict=True)
     np.testing.assert_array_equal(loaded.gold, saved.gold, strict=True)
+    np.testing.assert_array_equal(loaded.predicted, saved.predicted, strict=True)
     assert loaded.as_dict() == saved.as_dict()
+
+
+def test_saved_single_label_evaluation_has_no_multi_label_fields(tmp_path: Path) -> None:
+    make_evaluation(*sample_predictions(30, 3, seed=13)).save(tmp_path / "evaluation")
+    measured = json.loads((tmp_path / "evaluation" / "measured.json").read_text("utf-8"))
+    assert set(measured) == {"quality", "cost", "gold"}
+    assert set(measured["quality"]) == {"accuracy", "macro_f1", "classes", "confusion", "agreement"}
+    assert set(measured["quality"]["classes"][NAMES[0]]) == {"precision", "recall", "f1", "support"}
 
 
 def edit(pattern: str, replacement: str) -> Callable[[Path], object]:
@@ -266,6 +321,23 @@ def test_damaged_evaluation_is_rejected(tmp_path: Path, name: str, damage: Calla
         Evaluation.load(tmp_path / "evaluation")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "replacement"),
+    [
+        ('"thresholds": [^]]*', '"thresholds": [0.5'),
+        ('"thresholds": [^]]*', '"thresholds": ["a", 1, 1'),
+        ('"task": "multi-label"', '"task": "ranking"'),
+        (r'"gold": \[[^]]*\]', '"gold": [[3]'),
+        (r'"gold": \[[^]]*\]', '"gold": [3'),
+    ],
+)
+def test_damaged_multi_label_evaluation_is_rejected(tmp_path: Path, pattern: str, replacement: str) -> None:
+    make_evaluation(*sample_multi_label(30, seed=16), thresholds=np.full(3, 0.4)).save(tmp_path / "evaluation")
+    edit(pattern, replacement)(tmp_path / "evaluation" / "measured.json")
+    with pytest.raises(DataError, match="Cannot read the evaluation"):
+        Evaluation.load(tmp_path / "evaluation")
+
+
 # The evaluation set
 
 HOSTILE = ["", " ", "two\nlines\r\nand\ra half\n", "\u2028\u2029\x85\x0b\x0c\x1c", "\x00\x01\x7f", '"quoted" {"a": 1}']
@@ -278,8 +350,10 @@ HOSTILE += ["مرحبا \u202eabc\u202c", "e\u0301 \ufeff\ufffe\uffff", "\U0010f
         LabeledSet(HOSTILE, np.arange(len(HOSTILE)) % 3, NAMES, "a file,\nand a “line”"),
         LabeledSet(["a"], ints(len(HOSTILE) - 1), tuple(HOSTILE)),
         LabeledSet([], ints(), ()),
+        LabeledSet(["a", "b", "c"], np.array([[True, False, True], [False] * 3, [True] * 3]), NAMES),
+        LabeledSet([], np.zeros((0, 3), bool), NAMES),
     ],
-    ids=["hostile texts", "hostile names", "empty"],
+    ids=["hostile texts", "hostile names", "empty", "multi-label", "empty multi-label"],
 )
 def test_any_texts_are_overwritten_and_read_unchanged(data: LabeledSet, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "texts"

@@ -21,18 +21,20 @@ from checks import assert_refused, invoke, read_tree
 from conftest import FAST, make_body, newswire
 from predictions import read_manifest
 from sklearn.linear_model import RidgeClassifier
+from sklearn.multiclass import OneVsRestClassifier
 from synthetic import random_classifier
 
 from setfit_kd import TeacherSignals, distill
 from setfit_kd.errors import InputError, ModelError, OutputError, SetFitKDError, UnavailableError
 from setfit_kd.export import bundle as bundle_module
 from setfit_kd.export.bundle import Bundle, export_bundle, write_onnx
-from setfit_kd.models.bodies import load_body
+from setfit_kd.models.bodies import BodySource, load_body
 from setfit_kd.models.encode import predict_proba
-from setfit_kd.models.heads import new_head
+from setfit_kd.models.heads import new_head, set_thresholds
 from setfit_kd.models.static import static_body
 from setfit_kd.runtime import classify
 from setfit_kd.runtime.classify import Classifier
+from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL, Task
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -50,11 +52,12 @@ Bodies = Callable[[str], "SentenceTransformer"]
 
 
 @pytest.fixture(scope="session")
-def bodies(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path) -> Bodies:
+def bodies(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path, make_encoder: Callable[..., Path]) -> Bodies:
     """Function that returns a new copy of a body of some kind."""
     bert, folder = load_body(tiny_student), tmp_path_factory.mktemp("models") / "roberta"
     roberta = load_body(make_body(folder, layers=2, width=16, roberta=True))
     loaded = {"BERT": bert, "RoBERTa": roberta, "static": static_body(bert, NEWS[:200], dimension=8)}
+    loaded["transformer"] = BodySource(make_encoder("bert"), "transformer").load([f"class {i}" for i in range(4)])
     return lambda name: copy.deepcopy(loaded[name])
 
 
@@ -64,13 +67,13 @@ def with_module(body: SentenceTransformer, *modules: torch.nn.Module) -> Sentenc
     return SentenceTransformer(modules=[*body, *modules], device="cpu")
 
 
-def make_classifier(body: SentenceTransformer, classes: int = 4, normalize: str = "") -> Any:
+def make_classifier(body: SentenceTransformer, classes: int = 4, normalize: str = "", task: Task = SINGLE_LABEL) -> Any:
     """Create a classifier that predicts every label for some texts and may normalize by a module or a flag."""
     from sentence_transformers.sentence_transformer.modules import Normalize
 
     body = with_module(body, Normalize()) if normalize == "module" else body
     labels = [f"class {number}" for number in range(classes)]
-    return random_classifier(body, labels, NEWS[:100], normalize=normalize == "flag")
+    return random_classifier(body, labels, NEWS[:100], normalize=normalize == "flag", task=task)
 
 
 @pytest.fixture
@@ -137,6 +140,40 @@ def test_static_bundle_predicts_the_probabilities_of_torch(
     assert_same_probabilities(bundle.path, model, 1e-4 if largest is None else TOLERANCE["static"])
     manifest = read_manifest(bundle.path)
     assert (manifest["kind"], manifest["weights"], manifest["n_classes"]) == ("static", "fp16", classes)
+
+
+THRESHOLDS = [0.2, 0.5, 0.8, 0.95]
+
+
+@pytest.mark.parametrize(
+    ("body", "normalize", "thresholds"),
+    [
+        ("BERT", "flag", THRESHOLDS),
+        ("transformer", "", THRESHOLDS),
+        ("static", "", THRESHOLDS),
+        ("static", "flag", None),
+    ],
+)
+def test_multi_label_bundle_predicts_the_labels_of_torch(
+    bodies: Bodies, parent: Path, body: str, normalize: str, thresholds: list[float] | None
+) -> None:
+    model = make_classifier(bodies(body), normalize=normalize, task=MULTI_LABEL)
+    model.model_head = set_thresholds(model.model_head, None if thresholds is None else np.array(thresholds))
+    kind = "static" if body == "static" else "onnx"
+    bundle = export(model, parent, format=kind, min_agreement=0.9)
+    manifest = read_manifest(bundle.path)
+    assert [manifest[name] for name in ("format", "task", "thresholds")] == [2, "multi-label", thresholds]
+    classifier, expected = Classifier(bundle.path), predict_proba(model, TEXTS)
+    actual = classifier.predict_proba(TEXTS)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE[kind])
+    decided = [actual >= (thresholds or 0.5), expected >= (thresholds or 0.5)]
+    assert bundle.parity["agreement"] == pytest.approx((decided[0] == decided[1]).all(axis=1).mean())
+    assert len({row.tobytes() for row in decided[0]}) > 4
+    labels = [[model.labels[column] for column in np.flatnonzero(row)] for row in decided[0]]
+    assert classifier.predict(TEXTS) == [row if text.strip() else None for row, text in zip(labels, TEXTS, strict=True)]
+    readme = (bundle.path / "README.md").read_text(encoding="utf-8")
+    assert "any number of labels, or none" in readme
+    assert f"{bundle.parity['agreement']:.1%} of the decisions for a label are the same" in readme
 
 
 def set_prompt(body: Any) -> None:
@@ -230,6 +267,23 @@ def test_at_most_1000_texts_are_checked(bodies: Bodies, parent: Path) -> None:
         assert bundle.parity["texts"] == read_manifest(bundle.path)["parity"]["texts"] == n_checked
 
 
+def test_agreement_counts_decisions_of_all_labels(
+    bodies: Bodies, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_classifier(bodies("BERT"), task=MULTI_LABEL)
+    has_last_label = predict_proba(model, TEXTS)[:, 3] >= 0.5
+
+    def write_without_last_label(model: SetFitModel, file: Path) -> None:
+        changed = copy.deepcopy(model)
+        changed.model_head.estimators_[3].intercept_ -= 1e4
+        write_onnx(changed, file)
+
+    monkeypatch.setattr(bundle_module, "write_onnx", write_without_last_label)
+    bundle = export(model, parent, format="onnx", min_agreement=0)
+    assert bundle.parity["agreement"] == pytest.approx(1 - has_last_label.mean() / 4)
+    assert 0 < bundle.parity["agreement"] < 1
+
+
 def test_min_agreement_is_the_threshold(bodies: Bodies, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, texts = make_classifier(bodies("BERT")), NEWS[:200]
     columns = predict_proba(model, texts).argmax(axis=1)
@@ -270,6 +324,7 @@ def test_bundle_contains_exactly_its_files(
     assert set(files) == {"manifest.json", "README.md", *hashed}
     manifest = read_manifest(bundle.path)
     assert manifest["files"] == {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(hashed)}
+    assert (manifest["format"], manifest.keys() & {"task", "thresholds"}) == (1, set())
     assert manifest["made_by"].startswith("setfit-kd ")
     assert (bundle.format, bundle.megabytes) == (kind, round(sum(map(len, files.values())) / 1e6, 1))
     assert files["classify.py"] == Path(classify.__file__).read_bytes()
@@ -284,6 +339,9 @@ def test_bundle_contains_exactly_its_files(
 
 
 # Rejected models and settings
+
+
+RIDGE = OneVsRestClassifier(RidgeClassifier()).fit(np.eye(4), np.eye(4))
 
 
 def add_layer(model: Any) -> None:
@@ -306,6 +364,7 @@ def exclude_prompt(model: Any) -> None:
         ("BERT", lambda model: model.model_head.coef_.fill(np.nan), None, "not finite"),
         ("BERT", lambda model: setattr(model, "model_head", new_head()), None, "is a LogisticRegression;"),
         ("static", lambda model: setattr(model, "model_head", RidgeClassifier()), None, "is a RidgeClassifier;"),
+        ("static", lambda model: setattr(model, "model_head", RIDGE), None, "is a OneVsRestClassifier;"),
         ("BERT", exclude_prompt, "onnx", "excludes its prompt"),
         ("static", lambda model: setattr(model, "labels", None), None, "The model has no labels"),
         ("static", lambda model: model.model_body[0].embedding.weight.data[-1].fill_(np.nan), None, "not all finite"),
@@ -405,7 +464,7 @@ def test_run_is_exported_and_checked_on_its_pool(run_folder: Path, tmp_path: Pat
     pool = TeacherSignals.load(run_folder / "signals").texts
     assert read_manifest(tmp_path / "out")["parity"]["texts"] == len(pool) < len(NEWS)
     assert result.stdout.startswith("Wrote onnx bundle to ")
-    assert f"% of {len(pool)} texts." in result.stdout
+    assert f"%, on {len(pool)} texts." in result.stdout
     assert "Warning" not in result.stderr
     title = run_folder.name if path == "." else path
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8").startswith(f"# {title}\n")

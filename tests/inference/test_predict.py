@@ -35,11 +35,17 @@ from predictions import (
     read_records,
     run_predict,
 )
-from synthetic import pool_signals, texts_and_labels
+from synthetic import pool_signals, random_classifier, texts_and_labels
 
+from setfit_kd.export.bundle import export_bundle
 from setfit_kd.inference import predict as predict_module
 from setfit_kd.inference.classifier import CHUNK_SIZE, TorchClassifier, open_classifier
 from setfit_kd.inference.predict import classify, write_predictions
+from setfit_kd.models.bodies import load_body
+from setfit_kd.models.heads import set_thresholds
+from setfit_kd.models.io import save_model
+from setfit_kd.models.static import static_body
+from setfit_kd.tasks.classification import MULTI_LABEL
 
 TEXTS = [*texts_and_labels(4)[0], "something else"]
 OUTPUTS = ("stdout", "jsonl", "csv", "tsv", "parquet")
@@ -358,12 +364,84 @@ def test_label_below_the_threshold_is_null(threshold: float, out: str, bundle: P
     assert threshold < 1 or all(row.label is None for row in rows)
 
 
+# Several labels per text
+
+
+THRESHOLDS = {"Sports": 0.7, "World": 0.75, "a, b": 0.85, "never": 1.0}
+OTHER_TEXTS = [text for text in pool_signals().texts if text not in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def multi_label_models(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path) -> dict[str, Path]:
+    """Folders of a multi-label SetFit model and of its bundle."""
+    folder, texts = tmp_path_factory.mktemp("multi-label"), pool_signals().texts
+    body = static_body(load_body(tiny_student), texts, dimension=8)
+    model = random_classifier(body, list(THRESHOLDS), texts, task=MULTI_LABEL)
+    model.model_head = set_thresholds(model.model_head, np.array(list(THRESHOLDS.values())))
+    save_model(model, folder / "setfit")
+    export_bundle(model, folder / "bundle", texts=texts, min_agreement=0.9)
+    return {"setfit": folder / "setfit", "bundle": folder / "bundle"}
+
+
+def read_labels(kind: str, record: dict[str, Any]) -> list[str] | None:
+    """Read the labels of a row with text; the cell of a text without labels is empty in delimited files."""
+    labels: Any = record["labels"]
+    return labels if kind in ("stdout", "jsonl", "parquet") else labels.split("|") if labels else []
+
+
+def expected_labels(probabilities: dict[str, float], flags: list[str]) -> list[str]:
+    thresholds = dict.fromkeys(THRESHOLDS, float(flags[1])) if "--threshold" in flags else THRESHOLDS
+    labels = [name for name, threshold in thresholds.items() if probabilities[name] >= threshold]
+    best = max(thresholds, key=lambda name: probabilities[name] - thresholds[name])
+    return labels or [best] * ("--at-least-one" in flags)
+
+
+@pytest.mark.parametrize("model", ["bundle", "setfit"])
+@pytest.mark.parametrize(
+    ("out", "flags"),
+    [
+        *((out, []) for out in OUTPUTS),
+        ("csv", ["--threshold", "0.9", "--at-least-one"]),
+        ("jsonl", ["--threshold", "0.8"]),
+        ("parquet", ["--at-least-one"]),
+    ],
+)
+def test_labels_that_reach_their_thresholds_are_written(
+    model: str, out: str, flags: list[str], multi_label_models: dict[str, Path]
+) -> None:
+    texts = [*OTHER_TEXTS, " "]
+    arguments = write_table(Path("in.csv"), {"labels": ["gold"] * len(texts), "text": texts})
+    result = predict_ok(multi_label_models[model], "-q", *arguments, *output_flags(out), *flags)
+    *records, blank = read_records(out, result)
+    columns = [f"probability_{name}" for name in THRESHOLDS] if out in ("csv", "tsv", "parquet") else ["probabilities"]
+    assert list(blank.items()) == [("input_labels", "gold"), *dict.fromkeys(["text", "labels", *columns]).items()]
+    predicted = []
+    expected = expected_probabilities(multi_label_models[model], OTHER_TEXTS)
+    for record, row in zip(records, expected, strict=True):
+        values = record.get("probabilities") or {name: float(record[f"probability_{name}"]) for name in THRESHOLDS}
+        np.testing.assert_allclose([values[name] for name in THRESHOLDS], row, atol=2e-6)
+        predicted.append(read_labels(out, record))
+        assert predicted[-1] == expected_labels(dict(zip(THRESHOLDS, row, strict=True)), flags)
+    assert {len(labels or ()) for labels in predicted} >= ({1, 2} if "--at-least-one" in flags else {0, 1, 2})
+
+
+def test_labels_with_the_separator_are_json_lists(multi_label_models: dict[str, Path]) -> None:
+    classifier = open_classifier(multi_label_models["setfit"], device="cpu")
+    classifier.labels = ["Sports", "a|b", "c", "never"]
+    chunks = list(classify(classifier, [(TEXTS[0], {}), (None, {})], threshold=0.0))
+    write_predictions(Path("out.csv"), chunks, classifier.labels, task=classifier.task)
+    with Path("out.csv").open(encoding="utf-8", newline="") as file:
+        cells = [row["labels"] for row in csv.DictReader(file)]
+    assert (json.loads(cells[0]), cells[1]) == (classifier.labels, "")
+
+
 # Complete files, or none
 
 
 REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
     *((["--threshold", threshold], ("--threshold",)) for threshold in ("1.1", "nan")),
     (["--threads", "0"], ("--threads",)),
+    (["-o", "out.csv", "--at-least-one", "x"], ("one label per text", "Remove --at-least-one")),
     *((["-o", name, "-i", "no.csv"], (name, ".jsonl", ".csv", ".parquet")) for name in ("out", "out.csv.gz")),
     *((["-i", "in.csv", "-o", name], ("both --input and",)) for name in ("folder/../in.csv", "link.csv")),
     (["-i", "in.csv", "-i", "no.csv", "-o", "out.csv"], ("No such file: no.csv",)),
@@ -425,7 +503,7 @@ class UniformClassifier(TorchClassifier):
     """A classifier that predicts the same probability for all classes and records the largest batch."""
 
     def __init__(self) -> None:
-        self.labels = ["yes", "no"]
+        self.labels, self.task = ["yes", "no"], "single-label"
         self.max_texts = 0
 
     def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:

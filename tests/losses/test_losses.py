@@ -28,6 +28,7 @@ from setfit_kd.losses.pairs import PairSimilarityLoss, draw_pairs
 from setfit_kd.losses.similarity import SimilarityLoss
 from setfit_kd.losses.soft_labels import NO_GOLD, SoftLabelLoss
 from setfit_kd.losses.weighted_sum import WeightedSumLoss
+from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL
 
 Floats = npt.NDArray[np.float64]
 NO_BODY = nn.Identity()
@@ -105,6 +106,28 @@ def test_contrastive_loss_is_mean_within_plus_mean_across_classes(seed: int, n: 
 
 
 @few_examples
+@given(seeds, st.integers(2, 9), st.integers(1, 4))
+def test_contrastive_loss_of_several_labels_weights_pairs_by_jaccard_similarity(
+    seed: int, n: int, classes: int
+) -> None:
+    rows, labels = gaussian(seed, n, 5), np.random.default_rng(seed).integers(2, size=(n, classes)).astype(bool)
+    sets = [set(np.flatnonzero(row)) for row in labels]
+    pairs = [(i, j) for i in range(n) for j in range(i)]
+    same = np.array([len(sets[i] & sets[j]) / len(sets[i] | sets[j]) if sets[i] | sets[j] else 1 for i, j in pairs])
+    cosines = np.array([cosine(rows[i], rows[j]) for i, j in pairs])
+    terms = ((same, (1 - cosines) ** 2), (1 - same, cosines**2))
+    expected = sum((weights * values).sum() / weights.sum() for weights, values in terms if weights.sum())
+    loss = ContrastiveLoss(NO_BODY).compute_loss([torch.tensor(rows)], torch.tensor(labels))
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+    one_hot = np.eye(3, dtype=bool)[np.arange(n) % 3]  # with one label per text, the same as for classes
+    losses = [
+        ContrastiveLoss(NO_BODY).compute_loss([torch.tensor(rows)], torch.tensor(y))
+        for y in (one_hot, np.arange(n) % 3)
+    ]
+    assert losses[0].item() == pytest.approx(losses[1].item())
+
+
+@few_examples
 @given(seeds, batch_sizes, dimensions)
 def test_pair_loss_is_mean_squared_difference_of_cosines(seed: int, n: int, d: int) -> None:
     left, right = gaussian(seed, n, d), gaussian(seed + 1, n, d)
@@ -129,29 +152,41 @@ def test_embedding_loss_is_mean_cosine_distance_after_projection(seed: int, n: i
 
 
 @few_examples
-@given(seeds, st.lists(st.booleans(), min_size=1, max_size=9), st.integers(2, 5), st.floats(0.25, 20), st.floats(0, 1))
+@given(
+    seeds,
+    st.lists(st.booleans(), min_size=1, max_size=9),
+    st.integers(2, 5),
+    st.floats(0.25, 20),
+    st.floats(0, 1),
+    st.booleans(),
+)
 def test_soft_label_loss_is_weighted_sum_of_divergence_and_cross_entropy(
-    seed: int, has_gold: list[bool], k: int, temperature: float, alpha: float
+    seed: int, has_gold: list[bool], k: int, temperature: float, alpha: float, is_multi_label: bool
 ) -> None:
     n, d = len(has_gold), 4
     rows, coef, intercept = gaussian(seed, n, d), gaussian(seed + 1, k, d), gaussian(seed + 2, 1, k)[0]
-    probabilities = softmax(2 * gaussian(seed + 3, n + 3, k), axis=1).astype(np.float32)
+    task = MULTI_LABEL if is_multi_label else SINGLE_LABEL
+    probabilities = task.to_probabilities(2 * gaussian(seed + 3, n + 3, k)).astype(np.float32)
     rng = np.random.default_rng(seed)
     labels, gold = rng.permutation(n + 3)[:n], np.full(n + 3, NO_GOLD)
-    gold[labels] = np.where(has_gold, rng.integers(k, size=n), NO_GOLD)
-    options: Any = {"gold": gold if any(has_gold) else None, "temperature": temperature, "alpha": alpha}
+    gold[labels] = np.where(has_gold, rng.integers(4, size=n), NO_GOLD)
+    targets = rng.integers(2, size=(4, k)) if is_multi_label else np.eye(k)[rng.integers(k, size=4)]
+    options: Any = {"gold": gold if any(has_gold) else None, "gold_targets": targets, "is_multi_label": is_multi_label}
+    options |= {"temperature": temperature, "alpha": alpha}
     loss_fn = SoftLabelLoss(NO_BODY, probabilities, dimension=d, **options).double()
     loss_fn.init_head(coef, intercept)
 
     logits, losses = rows @ coef.T + intercept, []
-    teacher = softmax(np.log(probabilities[labels].astype(np.float64)) / temperature, axis=1)
-    divergence = (teacher * np.log(teacher / softmax(logits / temperature, axis=1))).sum(axis=1)
-    for i, label in enumerate(gold[labels]):
-        share = 0 if label == NO_GOLD else alpha
-        hard = -np.log(softmax(logits, axis=1)[i, label])
+    teacher_logits = task.to_logits(probabilities[labels]) / temperature
+    teacher = task.to_probabilities(teacher_logits)
+    # The divergence is the cross-entropy minus the entropy.
+    divergence = task.cross_entropy(logits / temperature, teacher) - task.cross_entropy(teacher_logits, teacher)
+    for i, row in enumerate(gold[labels]):
+        share = 0 if row == NO_GOLD else alpha
+        hard = task.cross_entropy(logits[i : i + 1], targets[row][None])[0]
         losses.append((1 - share) * temperature**2 * divergence[i] + share * hard)
     loss = loss_fn.compute_loss([torch.tensor(rows)], torch.tensor(labels))
-    assert loss.item() == pytest.approx(np.mean(losses), rel=1e-5, abs=1e-9)
+    assert loss.item() == pytest.approx(np.mean(losses), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 10.0])
@@ -194,6 +229,14 @@ def test_draw_pairs_draws_all_possible_pairs_depending_on_the_seed() -> None:
     assert first[1].tolist() != second[1].tolist()
 
 
+def test_balanced_batches_of_several_labels_have_every_label_and_texts_without_any() -> None:
+    labels = np.random.default_rng(0).random((200, 5)) < [0.5, 0.3, 0.1, 0.05, 0.02]
+    for batch in balanced_batches(labels, batch_size=24, steps=20, seed=0):
+        assert len(batch) == len(set(batch)) <= 24
+        assert labels[batch].any(axis=0).all()
+        assert (~labels[batch].any(axis=1)).sum() >= 4
+
+
 @pytest.mark.parametrize(
     ("sizes", "batch_size"),
     [
@@ -229,11 +272,11 @@ def test_balanced_batches_are_even_and_use_all_texts_equally_often(sizes: list[i
 POOL = gaussian(0, 12, 5).astype(np.float32)
 WEIGHTS = np.random.default_rng(0).uniform(0.1, 3, 12).astype(np.float32)
 PROBABILITIES = softmax(gaussian(1, 12, 3), axis=1).astype(np.float32)
-GOLD = np.where(np.arange(12) % 2, np.arange(12) % 3, NO_GOLD)
+GOLD: dict[str, Any] = {"gold": np.where(np.arange(12) % 2, np.arange(12) % 3, NO_GOLD), "gold_targets": np.eye(3)}
 
 
 def weighted_sum(body: nn.Module, **options: Any) -> WeightedSumLoss:
-    soft_labels = SoftLabelLoss(body, PROBABILITIES, dimension=32, gold=GOLD)
+    soft_labels = SoftLabelLoss(body, PROBABILITIES, dimension=32, **GOLD)
     embedding = EmbeddingLoss(body, POOL, dimension=32, dropout=True)  # an option that is ignored
     return WeightedSumLoss(body, [(1.0, SimilarityLoss(body, POOL)), (0.5, soft_labels), (2.0, embedding)], **options)
 
@@ -243,7 +286,7 @@ LOSSES = [
     pytest.param(lambda body, **k: SimilarityLoss(body, POOL, weights=WEIGHTS, **k), 1, id="similarity"),
     pytest.param(lambda body, **k: EmbeddingLoss(body, gaussian(0, 12, 32), dimension=32, **k), 1, id="embedding"),
     pytest.param(lambda body, **k: EmbeddingLoss(body, POOL, dimension=32, **k), 1, id="projected embedding"),
-    pytest.param(lambda body, **k: SoftLabelLoss(body, PROBABILITIES, dimension=32, gold=GOLD, **k), 1, id="soft"),
+    pytest.param(lambda body, **k: SoftLabelLoss(body, PROBABILITIES, dimension=32, **GOLD, **k), 1, id="soft"),
     pytest.param(lambda body, **k: CrossEntropyLoss(body, nn.Linear(32, 12), **k), 1, id="cross-entropy"),
     pytest.param(ContrastiveLoss, 1, id="contrastive"),
     pytest.param(PairSimilarityLoss, 2, id="pairs"),

@@ -115,7 +115,7 @@ def test_batches_have_similar_lengths_and_respect_the_limits(lengths: list[int],
 def model(student_body: SentenceTransformer) -> SetFitModel:
     labeled = few_labels()
     model = new_model(student_body, labeled.label_names)
-    model.model_head = fit_head(embed(student_body, labeled.texts), labeled.one_hot)
+    model.model_head = fit_head(embed(student_body, labeled.texts), labeled.targets)
     return model
 
 

@@ -28,9 +28,10 @@ from setfit_kd.errors import InputError, ModelError, OutputError, UnavailableErr
 from setfit_kd.models import bodies, heads
 from setfit_kd.models.bodies import content_hash, load_body, locate_model
 from setfit_kd.models.encode import embed, predict_proba
-from setfit_kd.models.heads import C_PER_CLASS, balanced_weights, fit_head, load_head, save_head
+from setfit_kd.models.heads import C_PER_CLASS, balanced_weights, fit_head, head_task, load_head, save_head
 from setfit_kd.models.io import load, new_model, save_model
 from setfit_kd.models.layers import cut_layers, n_layers
+from setfit_kd.tasks.classification import MULTI_LABEL
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
@@ -375,16 +376,23 @@ def test_string_classes_of_pickled_head_are_matched_by_name(saved: Path, student
         load(saved, device="cpu", trust_pickle=True)
 
 
-def test_multi_label_head_is_rejected(saved: Path) -> None:
+def test_pickled_multi_label_heads(saved: Path, student_body: SentenceTransformer) -> None:
     from sklearn.multiclass import OneVsRestClassifier
     from sklearn.multioutput import MultiOutputClassifier
 
-    labels = np.random.default_rng(0).integers(2, size=(30, 3))
+    embeddings, labels = student_body.encode(TEXTS), np.random.default_rng(0).integers(2, size=(len(TEXTS), 3))
     (saved / "head.json").unlink()
-    for head_class in (OneVsRestClassifier, MultiOutputClassifier):
-        joblib.dump(head_class(LogisticRegression()).fit(vectors(0, 30, 16), labels), saved / "model_head.pkl")
-        with pytest.raises(ModelError, match="several labels"):
-            load(saved, device="cpu", trust_pickle=True)
+    one_vs_rest, multi_output = (
+        head_class(LogisticRegression()).fit(embeddings, labels)
+        for head_class in (OneVsRestClassifier, MultiOutputClassifier)
+    )
+    joblib.dump(one_vs_rest, saved / "model_head.pkl")
+    loaded = load(saved, device="cpu", trust_pickle=True)
+    np.testing.assert_allclose(predict_proba(loaded, TEXTS), one_vs_rest.predict_proba(embeddings), atol=1e-5)
+    assert head_task(loaded.model_head) is MULTI_LABEL
+    joblib.dump(multi_output, saved / "model_head.pkl")
+    with pytest.raises(ModelError, match="MultiOutputClassifier"):
+        load(saved, device="cpu", trust_pickle=True)
 
 
 def write_weights(folder: Path, width: int, value: float = 0) -> None:

@@ -602,10 +602,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no encoder": (lambda folder: remove_weights(folder, "bert."), r"lacks \d+ weights of BertFor.*, including bert\."),
     "no classifier": (lambda folder: remove_weights(folder, "classifier"), "lacks"),
     "regression": (lambda folder: change_config(folder, id2label={"0": "LABEL_0"}), "has a single output"),
-    "several labels": (
-        lambda folder: change_config(folder, problem_type="multi_label_classification"),
-        "predicts several labels per text",
-    ),
     "truncated": (lambda folder: truncate_file(folder / "model.safetensors"), "Cannot load"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "Cannot load"),
     "invalid JSON": (lambda folder: (folder / "config.json").write_text("{"), "Cannot read"),

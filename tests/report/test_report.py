@@ -16,7 +16,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import yaml
 from checks import assert_refused, invoke, read_tree, truncate_file
@@ -32,6 +31,7 @@ from setfit_kd.report.summary import compare, read_summary
 from setfit_kd.run.pipeline import student_paths
 from setfit_kd.run_folder.manifest import versions
 from setfit_kd.run_folder.names import baseline_path
+from setfit_kd.tasks.classification import Labels
 
 PAGE = "report.html"
 MAX_EXAMPLES, MAX_CHARACTERS = 20, 600
@@ -104,13 +104,16 @@ def fake_run(
     confidence: tuple[float, float] = (0.9, 0.6),
     cost: Mapping[str, tuple[float, float]] | None = None,
     from_hub: Sequence[str] = ("org/teacher",),
+    thresholds: Sequence[float] | None = None,
+    seeds: Sequence[int] = (),
     **settings: Any,
 ) -> Path:
     """Write the folder of a finished run without training any model.
 
     ``n_correct`` is the number of texts that each model classifies correctly; for the others, it predicts the next
     class. ``shift`` is the class of the first text. ``confidence`` is that of correct and of wrong predictions.
-    ``cost`` contains megabytes and texts per second by model.
+    ``cost`` contains megabytes and texts per second by model. ``thresholds`` make the run multi-label: every fourth
+    text has no label, every fifth has the first one in addition; for wrong predictions, every label is the next one.
     """
     sources = {"labeled": "few.csv", "unlabeled": "pool.txt", "eval": "test.csv"}
     config = RunConfig.of(**{**sources, "student": "static:8", "teacher": "org/teacher", **settings})
@@ -119,18 +122,30 @@ def fake_run(
         (folder / path).mkdir(parents=True)
     (folder / "config.yaml").write_text(config.to_yaml(), "utf-8")
     gold, n = (np.arange(len(texts)) + shift) % len(labels), len(texts)
-    write_texts(LabeledSet(list(texts), gold, tuple(labels)), folder / "evaluation")
-    reference: npt.NDArray[np.int64] | None = None
+    true: Labels = gold
+    if thresholds is not None:
+        true = (gold[:, None] == np.arange(len(labels))) & (np.arange(n) % 4 > 0)[:, None]
+        true[::5, 0] = True
+    write_texts(LabeledSet(list(texts), true, tuple(labels)), folder / "evaluation")
+    reference: Labels | None = None
     for name, count in n_correct.items():
         is_correct = np.arange(n) < count
         predicted = np.where(is_correct, gold, (gold + 1) % len(labels))
         confidences = np.where(is_correct, *confidence)[:, None]
         is_predicted = predicted[:, None] == np.arange(len(labels))
-        probabilities = np.where(is_predicted, confidences, (1 - confidences) / (len(labels) - 1)).astype(np.float32)
+        others = (1 - confidences) / (len(labels) - 1)
+        if thresholds is not None:
+            predicted = is_predicted = np.where(is_correct[:, None], true, np.roll(true, 1, axis=1))
+            others = 1 - confidences
+        probabilities = np.where(is_predicted, confidences, others).astype(np.float32)
         megabytes, speed = (cost or {}).get(name, (10.0, 100.0))
-        quality = measure_quality(predicted, gold, labels, reference)
-        evaluation = Evaluation(quality, Cost(1_000_000, megabytes, speed, "cpu"), probabilities, gold)
-        evaluation.save(folder / "evaluation" / name)
+        quality = measure_quality(predicted, true, labels, reference, probabilities=probabilities)
+        size = Cost(1_000_000, megabytes, speed, "cpu")
+        evaluation = Evaluation(
+            quality, size, probabilities, true, None if thresholds is None else np.array(thresholds)
+        )
+        for run in (folder, *(folder / "seeds" / str(seed) for seed in seeds[1:])):
+            evaluation.save(run / "evaluation" / name)
         reference = predicted if name == "teacher" else reference
     stage = {"inputs": "", "seconds": 1.0, "out_of_memory": [], "losses": [1.0, 0.9, 0.8] * 20}
     manifest = {
@@ -139,6 +154,7 @@ def fake_run(
         "data": {"labeled": 6, "pool": 1234, "evaluation": n, "pool_leaks": 7},
         **{"device": "cpu", "precision": {"name": "fp32", "speedup": None}},
         "revisions": dict.fromkeys(from_hub, "0" * 40),
+        **({"seeds": list(seeds)} if seeds else {}),
     }
     (folder / "run.json").write_text(json.dumps(manifest), "utf-8")
     return folder
@@ -347,6 +363,76 @@ def test_verdict_compares_accuracy_speed_and_size(tmp_path: Path) -> None:
     assert "75.0%, the same as that of its teacher, at 0.5 times the speed and 200% of the size. " in same
     assert "Its accuracy is 0.5 points above the baseline trained on the labels only (95% interval " in same
     assert [", not significant)." in sentence for sentence in (below, same)] == [False, True]
+
+
+THRESHOLDS = (0.3, 0.5, 0.55)
+
+
+def test_page_of_multi_label_run(tmp_path: Path) -> None:
+    models = {"teacher": 200, "baseline": 120, "student": 150}
+    folder = fake_run(
+        tmp_path / "run", models, texts=TEXTS[:200], thresholds=THRESHOLDS, confidence=(0.9, 0.75), seeds=(0, 1)
+    )
+    sections = Page(report(folder)).sections
+    evaluations = {name: Evaluation.load(folder / "evaluation" / name) for name in models}
+    student = evaluations["student"]
+    headings, *rows = sections["Comparison", ""]["table"][0]
+    assert headings[1:6] == ["macro-F1", "95% CI", "micro-F1", "exact match", "agreement"]
+    for row, (name, evaluation) in zip(rows, evaluations.items(), strict=True):
+        quality, interval = evaluation.quality, evaluation.intervals["macro_f1"]
+        assert quality.micro_f1 is not None
+        range_ = f"{100 * interval.low:.1f}-{100 * interval.high:.1f}"
+        assert row[:5] == [
+            name,
+            percent(quality.macro_f1),
+            range_,
+            percent(quality.micro_f1),
+            percent(quality.accuracy),
+        ]
+    [text] = [line for line in sections["", ""]["p"] if line.startswith("The student has a macro-F1 of ")]
+    difference = student.difference_to(evaluations["teacher"])["macro_f1"]
+    assert f"of {percent(student.quality.macro_f1)}, {abs(100 * difference.value):.1f} points below its teacher" in text
+    assert "Its macro-F1 is " in text
+    assert "seeds, the macro-F1 of the student is " in text
+    [line] = [line for line in sections["Comparison", ""]["p"] if line.startswith("Student minus teacher")]
+    assert re.findall(r"[:,] ([a-zF1 -]+) -", line) == ["macro-F1", "micro-F1", "exact match"]
+    [[headings, *_], [_, seeds, *_]] = sections["Results over 2 seeds", ""]["table"]
+    assert headings[1:4] == ["macro-F1", "micro-F1", "exact match"]
+    assert seeds[0] == "teacher"
+
+    [[headings, *rows]] = sections["Results per label", ""]["table"]
+    assert headings[:2] == ["label", "threshold"]
+    assert [row[:2] for row in rows] == [["a", "0.30"], ["b", "0.50"], ["c", "0.55"]]
+    [[_, *matrix]] = sections["Co-occurrence of gold and predicted labels", "student"]["table"]
+    counts = [[str((student.gold[:, i] & student.predicted[:, j]).sum()) for j in range(3)] for i in range(3)]
+    assert [row[1:] for row in matrix] == counts
+    assert ("Calibration", "Confidence thresholds") not in sections
+    assert not any("coverage" in text for plot in Page(folder).plots for text in plot)
+    [[_, *errors]] = sections["Errors with the highest confidence", ""]["table"]
+    assert [row[0] for row in errors] == [TEXTS[row] for row in np.flatnonzero(~is_exact(student))[:20]]
+    names = {", ".join(np.array(list("abc"))[row]) or "none" for row in student.gold[~is_exact(student)][:20]}
+    assert {row[1] for row in errors} == names >= {"a, c"}
+
+    content = (folder / "student" / "README.md").read_text("utf-8")
+    results = read_header(content)[1].eval_results
+    assert [(result.metric_type, result.metric_name) for result in results] == [
+        ("f1", "macro-F1"),
+        ("f1", "micro-F1"),
+        ("accuracy", "exact match"),
+    ]
+    assert "| c | 0.55 | " in content
+    assert "for any of the labels a, b, c" in content
+    assert "top_k=None" in content
+
+
+def is_exact(evaluation: Evaluation) -> Any:
+    return (evaluation.predicted == evaluation.gold).all(axis=1)
+
+
+def test_multi_label_text_without_labels_is_shown_as_none(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", CARD_MODELS, thresholds=(0.05, 0.5, 0.5), baseline=False)
+    [[_, *errors]] = Page(report(folder)).sections["Errors with the highest confidence", ""]["table"]
+    assert ["text 44", "none", "a 14%", "a 8%"] in errors
 
 
 def test_best_of_many_students_with_unusual_names(tmp_path: Path) -> None:
@@ -596,13 +682,16 @@ def test_compare_shows_difference_to_first_student_of_first_run(tmp_path: Path) 
         "other texts": fake_run(tmp_path / "other texts", models, texts=TEXTS[:59]),
         "other classes": fake_run(tmp_path / "other classes", models, labels=("a", "b", "d")),
         "other labels": fake_run(tmp_path / "other labels", models, shift=1),
+        "multi-label": fake_run(tmp_path / "multi-label", models, thresholds=THRESHOLDS),
     }
     compared = compare(list(runs.values()))
     assert [(model.run, model.name) for model in compared] == [(run, name) for run in runs.values() for name in models]
     differences = [model.difference and round(60 * model.difference.value) for model in compared]
-    assert differences == [10, -20, None, 10, -20, 0, *[None] * 9]
+    assert differences == [10, -20, None, 10, -20, 0, *[None] * 12]
     first = compared[0].difference
     assert first is not None
+    multi_label = [model.difference for model in compare([runs["multi-label"]])]
+    assert [difference and difference.value > 0 for difference in multi_label] == [True, False, None]
     assert first.low < first.value < first.high
     result = invoke("compare", runs["one"], runs["reordered"])
     assert result.exit_code == 0, result.stderr

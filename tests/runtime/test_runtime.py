@@ -33,7 +33,16 @@ from synthetic import random_classifier
 from setfit_kd.export.bundle import export_bundle
 from setfit_kd.models.bodies import load_body
 from setfit_kd.models.static import static_body
-from setfit_kd.runtime.classify import HEAD, VECTORS, BundleError, Classifier, Lines, Prediction, read_safetensors
+from setfit_kd.runtime.classify import (
+    HEAD,
+    VECTORS,
+    BundleError,
+    Classifier,
+    Lines,
+    MultiLabelPrediction,
+    Prediction,
+    read_safetensors,
+)
 
 Floats = npt.NDArray[np.float32]
 Damage = Callable[[Path], object]
@@ -248,7 +257,19 @@ DAMAGED_BUNDLES: dict[str, tuple[Damage, str, str]] = {
     "deeply nested manifest": (write_manifest(b"[" * 100_000), "Cannot read", "static"),
     "manifest is a list": (write_manifest(b"[]"), "not the manifest", "static"),
     "no format": (change_manifest(format=None), "not the manifest", "static"),
-    "newer format": (change_manifest(format=2), r"format 2.*reads formats up to 1.*classify\.py", "static"),
+    "newer format": (change_manifest(format=3), r"format 3.*reads formats up to 2.*classify\.py", "static"),
+    "unknown task": (change_manifest(task=["x"]), "task .*expected single-label or multi-label", "static"),
+    **{
+        f"thresholds {thresholds} for a {task} model": (
+            change_manifest(task=task, thresholds=thresholds),
+            "thresholds must be a number|cannot be used",
+            "static",
+        )
+        for task, thresholds in [
+            ("single-label", [0.5] * 4),
+            *(("multi-label", values) for values in ([0.5] * 3, [0.5, 0.5, 0.5, 1.1], [None] * 4, "x", [[0.5] * 4])),
+        ]
+    },
     "unknown kind": (change_manifest(kind="pickle"), "kind 'pickle', expected static or onnx", "static"),
     "no fields": (change_manifest(files=None, kind=3), "missing or invalid fields: files, kind", "static"),
     **{
@@ -275,6 +296,41 @@ def test_damaged_bundle_is_rejected(
     damage(folder)
     with pytest.raises(BundleError, match=message):
         Classifier(folder)
+
+
+def test_multi_label_bundle_predicts_all_labels_that_reach_their_thresholds(
+    copy_bundle: Callable[[str], Path], classifiers: dict[str, Classifier]
+) -> None:
+    thresholds = [0.4, 0.7, 0.9, 1.0]
+    folder = copy_bundle("static")
+    change_manifest(format=2, task="multi-label", thresholds=thresholds)(folder)
+    classifier, single_label = Classifier(folder), classifiers["static"]
+    assert (classifier.task, single_label.task, single_label.thresholds) == ("multi-label", "single-label", None)
+    probabilities = classifier.predict_proba(TEXTS)
+    # The logits are those of the softmax, up to a constant per text.
+    logits = np.log(probabilities) - np.log1p(-probabilities) - np.log(single_label.predict_proba(TEXTS))
+    np.testing.assert_allclose(logits, logits[:, :1] + np.zeros(4), rtol=0, atol=1e-3)
+    labels: list[Any] = []
+    for row, text in zip(probabilities, TEXTS, strict=True):
+        reached = [name for name, value, least in zip(LABELS, row, thresholds, strict=True) if value >= least]
+        labels.append(reached if text.strip() else None)
+    assert classifier.predict(TEXTS) == labels
+    assert {len(row) for row in labels if row is not None} >= {0, 1, 2}
+    for prediction, row, expected in zip(classifier.stream(TEXTS), probabilities, labels, strict=True):
+        values: Any = expected and pytest.approx([row[LABELS.index(name)] for name in expected], abs=1e-5)
+        assert prediction == MultiLabelPrediction(prediction.text, expected, values)
+    change_manifest(thresholds=None)(folder)
+    half = [[LABELS[column] for column in np.flatnonzero(row >= 0.5)] for row in probabilities]
+    assert Classifier(folder).predict(NEWS[:40]) == half[:40]
+
+
+def test_probabilities_of_extreme_logits_are_zero_and_one(copy_bundle: Callable[[str], Path]) -> None:
+    folder = copy_bundle("static")
+    intercept = np.array([-1e4, 1e4, 3e38, -3e38], np.float32)
+    change_tensor(HEAD, "intercept", lambda _: intercept)(folder)
+    change_manifest(task="multi-label")(folder)
+    with np.errstate(over="raise", invalid="raise"):
+        np.testing.assert_array_equal(Classifier(folder).predict_proba(["goal"]), [[0, 1, 1, 0]])
 
 
 def test_probabilities_that_are_not_finite_are_an_error(copy_bundle: Callable[[str], Path]) -> None:
@@ -382,10 +438,10 @@ def assert_output(process: subprocess.CompletedProcess[bytes], classifier: Class
     assert (process.returncode, process.stderr) == (0, b"")
     records = [json.loads(line) for line in process.stdout.decode("utf-8").splitlines()]
     for record, prediction in zip(records, classifier.stream(texts), strict=True):
-        assert list(record) == ["text", "label", "probability"]
-        assert (record["text"], record["label"]) == (prediction.text, prediction.label)
-        probability = prediction.probability
-        assert record["probability"] == (None if probability is None else pytest.approx(probability, abs=1e-6))
+        assert tuple(record) == prediction._fields
+        text, label, probability = record.values()
+        assert (text, label) == prediction[:2]
+        assert probability == (None if label is None else pytest.approx(prediction[2], abs=1e-6))
 
 
 @pytest.mark.parametrize("kind", ["static", "onnx"])
@@ -398,6 +454,20 @@ def test_classify_script_classifies_arguments_and_lines(
     assert_output(run(pythons[kind], other, "--bundle", bundles[kind], *encoded), classifiers[kind], texts)
     assert_output(run(pythons[kind], bundles[kind], stdin=b"\r\n".join(encoded)), classifiers[kind], texts)
     assert_output(run(pythons[kind], bundles[kind], "--threads", "1", stdin=b""), classifiers[kind], [])
+
+
+def test_classify_script_prints_all_labels_of_a_multi_label_bundle(
+    pythons: dict[str, Path], copy_bundle: Callable[[str], Path]
+) -> None:
+    folder = copy_bundle("static")
+    change_manifest(format=2, task="multi-label", thresholds=[0.1, 0.5, 0.7, 1.0])(folder)
+    process = run(pythons["static"], folder, *NEWS[:5], " ")
+    assert_output(process, Classifier(folder), [*NEWS[:5], " "])
+    assert list(json.loads(process.stdout.splitlines()[-1]).items()) == [
+        ("text", " "),
+        ("labels", None),
+        ("probabilities", None),
+    ]
 
 
 @pytest.fixture(params=["predict", "classify.py"])

@@ -27,7 +27,7 @@ from setfit_kd.models.encode import embed
 from setfit_kd.models.heads import balanced_weights, fit_head
 from setfit_kd.models.io import new_model
 from setfit_kd.student import trainer as trainer_module
-from setfit_kd.student.loss import LossInputs, create_loss, match_gold_labels
+from setfit_kd.student.loss import LossInputs, create_loss, match_labeled_texts
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -52,7 +52,7 @@ def student_trainer(
 def make_loss(body: SentenceTransformer, signals: TeacherSignals, gold: Any = None, **settings: Any) -> Any:
     config = StudentConfig.of(**{**QUICK, **settings}).with_family_defaults("setfit")
     gold = np.full(len(signals), NO_GOLD) if gold is None else gold
-    return create_loss(LossInputs(body, signals, np.arange(len(signals)), gold, config))
+    return create_loss(LossInputs(body, signals, np.arange(len(signals)), gold, few_labels(), config))
 
 
 # Objectives
@@ -167,8 +167,9 @@ def test_gold_labels_are_matched_by_normalized_text() -> None:
     signals = pool_signals(12)
     texts = [f" {signals.texts[7].upper()}\u200b", "a text that is not in the pool", signals.texts[0]]
     expected = np.full(12, NO_GOLD)
-    expected[[7, 0]] = 2, 3
-    np.testing.assert_array_equal(match_gold_labels(signals, texts, np.array([2, 1, 3])), expected)
+    expected[[7, 0]] = 0, 2
+    labeled = LabeledSet(texts, np.array([2, 1, 3]), LABEL_NAMES)
+    np.testing.assert_array_equal(match_labeled_texts(signals, labeled), expected)
 
 
 def test_other_classes_than_the_teacher_are_refused(tiny_student: Path) -> None:

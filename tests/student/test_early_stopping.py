@@ -27,6 +27,7 @@ from setfit_kd.student import agreement as agreement_module
 from setfit_kd.student.agreement import AgreementCallback, soft_agreement
 from setfit_kd.student.distil import MAX_HELD_OUT, MIN_HELD_OUT, hold_out
 from setfit_kd.student.trainer import StudentTrainer
+from setfit_kd.tasks.classification import MULTI_LABEL
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -89,6 +90,7 @@ def test_soft_agreement_is_one_minus_the_total_variation(seed: int, classes: int
     left, right = np.random.default_rng(seed).dirichlet(np.ones(classes), size=(2, 7))
     expected = 1 - np.abs(left - right).sum(axis=1).mean() / 2
     assert soft_agreement(left, right) == pytest.approx(expected)
+    assert soft_agreement(left, right, MULTI_LABEL) == pytest.approx(1 - np.abs(left - right).mean())
 
 
 class FakeAgreement:
@@ -99,7 +101,7 @@ class FakeAgreement:
         self.agreements = agreements
         self.weights: list[list[torch.Tensor]] = []
 
-    def __call__(self, teacher: Any, student: Any) -> float:
+    def __call__(self, teacher: Any, student: Any, _: Any) -> float:
         assert teacher.shape == student.shape == (MIN_HELD_OUT, len(LABEL_NAMES))
         self.weights.append([value.clone() for value in self.body.state_dict().values()])
         return self.agreements[len(self.weights) - 1]
@@ -150,7 +152,7 @@ def test_agreement_is_measured_by_the_students_own_head(
     training, held_out = hold_out(POOL, StudentConfig.of(seed=3, patience=1))
     measured: list[Any] = []
 
-    def compare(teacher: Any, student: Any) -> float:
+    def compare(teacher: Any, student: Any, _: Any) -> float:
         rows = embed(body, signals.texts)
         fitted = fit_head(rows[training], signals.probabilities[training], C=2.0)
         head = get_head(body) if family == "transformer" else fitted

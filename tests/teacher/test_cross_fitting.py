@@ -68,6 +68,17 @@ def test_each_label_is_predicted_once_without_training_on_it(
     assert result.accuracy == (predicted.probabilities.argmax(axis=1) == predicted.labels).mean()
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("sets", ["BA CA DA B B C C D D _", "AB AB AC AC A D D", "A A A B B B AB AB _ _ _"])
+def test_every_fold_keeps_two_texts_of_each_of_several_labels(sets: str, seed: int) -> None:
+    rows = np.array([[name in some for name in "ABCD"] for some in sets.split()])
+    labeled = LabeledSet(sets.split(), rows[:, rows.any(axis=0)], tuple(np.array(list("ABCD"))[rows.any(axis=0)]))
+    held_out = [row for _, rows in cross_fitting._folds(labeled, seed) for row in rows]
+    assert len(held_out) == len(set(held_out))
+    for training, _ in cross_fitting._folds(labeled, seed):
+        assert (labeled.take(training).counts >= 2).all()
+
+
 def test_too_few_labels_give_no_predictions() -> None:
     labeled = few_labels(6)
     result = cross_fit(labeled, Mock(side_effect=AssertionError), config=TeacherConfig.of())

@@ -16,6 +16,7 @@ from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.models.encode import embed, head_proba, predict_proba
 from setfit_kd.models.heads import at_temperature, balanced_weights, fit_head, head_logits
 from setfit_kd.models.io import new_model
+from setfit_kd.tasks.classification import SINGLE_LABEL
 from setfit_kd.teacher import scoring
 from setfit_kd.teacher.scoring import refine_and_score, self_train
 from setfit_kd.utils import arrays
@@ -83,7 +84,7 @@ def make_teacher(body: SentenceTransformer) -> tuple[SetFitModel, LabeledSet]:
     labeled = LabeledSet([row["text"] for row in rows], np.array([names.index(row["label"]) for row in rows]), names)
     teacher = new_model(body, names)
     teacher.normalize_embeddings = True
-    teacher.model_head = fit_head(embed(body, labeled.texts, normalize=True), labeled.one_hot)
+    teacher.model_head = fit_head(embed(body, labeled.texts, normalize=True), labeled.targets)
     return teacher, labeled
 
 
@@ -118,7 +119,7 @@ def test_signals_of_refined_teacher_cover_pool_and_labeled_texts(
     if method != "none":
         options: dict[str, Any] = {"C": config.soft_labels_c}
         options["class_weights"] = balanced_weights(labeled.counts, config.balance)
-        head, logits = self_train(expected[gold], labeled.one_hot, expected[pool], **options)
+        head, logits = self_train(expected[gold], labeled.targets, expected[pool], **options)
         np.testing.assert_allclose(signals.probabilities[gold], head.predict_proba(expected[gold]), atol=10 * tolerance)
         np.testing.assert_allclose(signals.probabilities[pool], softmax(logits, axis=1), atol=10 * tolerance)
         assert np.abs(signals.probabilities - head_proba(teacher, signals.embeddings)).max() > 0.01
@@ -161,7 +162,7 @@ def test_large_pool_is_sampled_by_seed_and_settings_are_used(
     assert 40 < max(rows[0]) < len(POOL)  # not only the beginning of the pool
     options: Any = dict(train.call_args.kwargs)
     np.testing.assert_array_equal(options.pop("class_weights"), balanced_weights(labeled.counts, 1))
-    assert options == {"C": 1e-3, "seed": 2}
+    assert options == {"initial": None, "task": SINGLE_LABEL, "C": 1e-3, "seed": 2}
 
 
 @pytest.mark.parametrize("balance", [0, 0.5])

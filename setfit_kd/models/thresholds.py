@@ -1,0 +1,68 @@
+"""Thresholds of a multi-label model, above which a text gets a label."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from setfit_kd.config.values import parse_threshold_objective
+from setfit_kd.models.heads import head_task, set_thresholds
+from setfit_kd.tasks.classification import SINGLE_LABEL
+from setfit_kd.utils.arrays import Floats
+
+logger = logging.getLogger(__name__)
+
+
+def with_thresholds(
+    head: Any, probabilities: Floats, objective: str, *, targets: Floats | None = None, label_names: Sequence[str]
+) -> Any:
+    """Return a head with thresholds from `fit_thresholds`; a single-label head, or one without texts, is unchanged."""
+    if head_task(head) is SINGLE_LABEL:
+        return head
+    return set_thresholds(head, fit_thresholds(probabilities, objective, targets=targets, label_names=label_names))
+
+
+def fit_thresholds(
+    probabilities: Floats, objective: str, *, targets: Floats | None = None, label_names: Sequence[str]
+) -> Floats:
+    """Choose the threshold of each label with the best F1, or the best one with a wanted precision or recall.
+
+    Without labels, the metrics are those expected from the probabilities of typical texts, which must therefore be
+    calibrated (Lipton et al., 2014, "Optimal Thresholding of Classifiers to Maximize F1 Measure").
+
+    Args:
+        probabilities: (n, n_classes) of the model.
+        objective: ``f1``; ``precision=X`` for the lowest threshold with this precision; ``recall=X`` for the highest
+            threshold with this recall; or a number, the threshold of all labels.
+        targets: (n, n_classes) gold labels, 0 or 1. None expects them to occur with the probabilities.
+        label_names: Names of the labels, for warnings.
+
+    Returns:
+        (n_classes,) thresholds, each between two different probabilities. Without texts, they are 0.5. A label that
+        does not reach the wanted precision gets the threshold with the best F1.
+    """
+    name, wanted = parse_threshold_objective(objective)
+    n, n_classes = probabilities.shape
+    if name == "threshold" or not n:
+        return np.full(n_classes, wanted if n else 0.5)
+    order = np.argsort(-probabilities, axis=0, kind="stable")
+    scores = np.take_along_axis(np.asarray(probabilities, np.float64), order, axis=0)
+    hits = np.take_along_axis(np.asarray(probabilities if targets is None else targets, np.float64), order, axis=0)
+    n_hits, n_predicted, n_positive = hits.cumsum(axis=0), np.arange(1, n + 1)[:, None], hits.sum(axis=0)
+    lower = np.concatenate([scores[1:], np.zeros((1, n_classes))])
+    is_possible = scores > lower  # equal probabilities cannot be separated
+    best = np.where(is_possible, 2 * n_hits / (n_predicted + n_positive), -1).argmax(axis=0)
+    if name == "recall":
+        best = (is_possible & (n_hits >= wanted * n_positive * (1 - 1e-9))).argmax(axis=0)
+    elif name == "precision":
+        reached = is_possible & (n_hits >= wanted * n_predicted)
+        unreached = [label_names[int(label)] for label in np.flatnonzero(~reached.any(axis=0))]
+        if unreached:
+            message = "A precision of %g is not expected at any threshold of these labels, which get the best F1: %s."
+            logger.warning(message, wanted, ", ".join(unreached[:10]) + ", ..." * (len(unreached) > 10))
+        best = np.where(reached.any(axis=0), n - 1 - reached[::-1].argmax(axis=0), best)
+    labels = np.arange(n_classes)
+    return np.asarray((scores[best, labels] + lower[best, labels]) / 2)

@@ -1,0 +1,155 @@
+"""Several labels per text, from the data to predictions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checks import assert_refused, invoke
+from conftest import FAST
+from setfit import SetFitModel
+from synthetic import LABEL_NAMES, WORDS
+
+from setfit_kd import RunResult, distill, load
+from setfit_kd.export.bundle import export_bundle
+from setfit_kd.models.encode import predict_proba
+from setfit_kd.models.heads import head_task, head_thresholds
+from setfit_kd.runtime.classify import Classifier
+from setfit_kd.tasks.classification import MULTI_LABEL
+
+NAMES = sorted(LABEL_NAMES)
+Row = dict[str, Any]
+
+
+def rows(n: int, seed: int) -> list[Row]:
+    """Texts with words of zero to three topics, and their topics as labels."""
+    rng = np.random.default_rng(seed)
+    topics = [sorted(rng.choice(4, size=rng.choice(4, p=(0.1, 0.5, 0.3, 0.1)), replace=False)) for _ in range(n)]
+    words = [[word for topic in some for word in rng.choice(WORDS[topic].split(), 2)] for some in topics]
+    return [
+        {"text": f"{' '.join(chosen)} number {seed}{i}", "label": [LABEL_NAMES[topic] for topic in some]}
+        for i, (chosen, some) in enumerate(zip(words, topics, strict=True))
+    ]
+
+
+def write(path: Path, content: list[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    content = {
+        "labeled": rows(120, 1),
+        "unlabeled": [{"text": row["text"]} for row in rows(80, 2)],
+        "eval": rows(60, 3),
+    }
+    return {name: write(folder / f"{name}.jsonl", some) for name, some in content.items()}
+
+
+SETTINGS: dict[str, Any] = {
+    **FAST,
+    "shots": 8,
+    "teacher_steps": 30,
+    "teacher_learning_rate": 3e-3,
+    "learning_rate": 3e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def result(files: dict[str, Path], models: dict[str, Path], tiny_teacher: Path, tmp_path_factory: Any) -> RunResult:
+    settings = {**SETTINGS, "teacher": str(tiny_teacher), "student": ("layers:1", "static:16")}
+    settings["output_dir"] = tmp_path_factory.mktemp("runs") / "run"
+    return distill(files["labeled"], files["unlabeled"], files["eval"], **settings)
+
+
+def test_models_learn_labels_and_run_is_complete(result: RunResult) -> None:
+    assert result.signals.task is MULTI_LABEL
+    prevalence = np.mean([len(row["label"]) for row in rows(60, 3)]) / 4
+    for name, evaluation in result.evaluations.items():
+        assert evaluation.quality.macro_f1 > 2 * prevalence / (1 + prevalence) + 0.1, (
+            name
+        )  # F1 of every label everywhere
+        assert evaluation.thresholds is not None
+    assert result.output_dir is not None
+    report = (result.output_dir / "report.html").read_text()
+    assert "macro-F1" in report
+    assert "co-occurrence" in report.lower()
+
+
+def test_resumed_run_loads_all_stages(result: RunResult, trained_steps: list[int]) -> None:
+    resumed = distill(resume=result.output_dir)
+    assert trained_steps == []
+    for name, evaluation in result.evaluations.items():
+        np.testing.assert_array_equal(resumed.evaluations[name].predicted, evaluation.predicted)
+
+
+@pytest.mark.parametrize("student", ["layers-1", "static-16"])
+def test_saved_students_predict_alike_everywhere(result: RunResult, student: str, tmp_path: Path) -> None:
+    assert result.output_dir is not None
+    folder, texts = result.output_dir / "students" / student, [row["text"] for row in rows(60, 3)]
+    model = load(folder, device="cpu")
+    expected = result.evaluations[f"students/{student}"]
+    assert head_task(model.model_head) is MULTI_LABEL
+    np.testing.assert_array_equal(head_thresholds(model.model_head), expected.thresholds)
+    np.testing.assert_allclose(predict_proba(model, texts), expected.probabilities, atol=1e-5)
+    setfit = SetFitModel.from_pretrained(str(folder), multi_target_strategy="one-vs-rest", device="cpu")
+    probabilities = np.asarray(setfit.predict_proba(texts))
+    np.testing.assert_allclose(probabilities, expected.probabilities, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(setfit.predict(texts)), probabilities > 0.5)
+    bundle = tmp_path / "bundle"
+    export_bundle(model, bundle, texts=[row["text"] for row in rows(40, 2)])
+    labels = [[NAMES.index(name) for name in some] for some in Classifier(bundle).predict(texts)]
+    assert labels == [np.flatnonzero(row).tolist() for row in expected.predicted]
+
+
+def test_predictions_are_signals_for_another_student(
+    result: RunResult, files: dict[str, Path], tiny_student: Path, tmp_path: Path
+) -> None:
+    predictions = tmp_path / "predictions.jsonl"
+    teacher = str(result.output_dir) + "/teacher"
+    predicted = invoke("predict", teacher, "--input", files["unlabeled"], "--output", predictions, "--device", "cpu")
+    assert predicted.exit_code == 0, predicted.output
+    first = json.loads(predictions.read_text().splitlines()[0])
+    assert set(first) == {"text", "labels", "probabilities"}
+    assert set(first["probabilities"]) == set(LABEL_NAMES)
+    other = distill(
+        signals=str(predictions), eval=files["eval"], student=str(tiny_student), **{**SETTINGS, "shots": None}
+    )
+    assert other.evaluations["student"].quality.macro_f1 > 0
+
+
+def test_transformers_and_estimates(files: dict[str, Path], models: dict[str, Path], tiny_student: Path) -> None:
+    settings = {**SETTINGS, "teacher": f"transformer:{tiny_student}", "student": "layers:1", "calibrate": True}
+    result = distill(files["labeled"], files["unlabeled"], **settings)
+    assert set(result.estimates) == {"teacher", "student"}
+    assert result.student.model_body[0].task is MULTI_LABEL
+
+
+@pytest.mark.parametrize(
+    ("change", "fragments"),
+    [
+        (lambda row: {**row, "label": row["label"] if len(row["text"]) % 2 else ",".join(row["label"])}, ("row",)),
+        (lambda row: {**row, "label": []}, ("labels",)),
+        (lambda row: {**row, "label": [*row["label"], "all"]}, ("'all'",)),
+    ],
+)
+def test_labels_that_cannot_be_learned_are_refused(
+    change: Any, fragments: tuple[str, ...], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    labeled = write(tmp_path / "labeled.jsonl", list(map(change, rows(30, 1))))
+    options = [
+        "--labeled",
+        labeled,
+        "--teacher",
+        tiny_teacher,
+        "--student",
+        "layers:0",
+        "--output-dir",
+        tmp_path / "run",
+    ]
+    assert_refused(invoke("run", *options), *fragments)
