@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from setfit_kd.config.values import parse_threshold_objective
 from setfit_kd.models.heads import head_task, set_thresholds
@@ -17,7 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 def with_thresholds(
-    head: Any, probabilities: Floats, objective: str, *, targets: Floats | None = None, label_names: Sequence[str]
+    head: Any,
+    probabilities: Floats,
+    objective: str,
+    *,
+    targets: npt.NDArray[Any] | None = None,
+    label_names: Sequence[str],
 ) -> Any:
     """Return a head with thresholds from `fit_thresholds`; a single-label head, or one without texts, is unchanged."""
     if head_task(head) is SINGLE_LABEL:
@@ -26,7 +32,7 @@ def with_thresholds(
 
 
 def fit_thresholds(
-    probabilities: Floats, objective: str, *, targets: Floats | None = None, label_names: Sequence[str]
+    probabilities: Floats, objective: str, *, targets: npt.NDArray[Any] | None = None, label_names: Sequence[str]
 ) -> Floats:
     """Choose the threshold of each label with the best F1, or the best one with a wanted precision or recall.
 

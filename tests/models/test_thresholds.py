@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from setfit_kd.models.thresholds import fit_thresholds
 
 
-def best_f1(probabilities: np.ndarray, targets: np.ndarray) -> list[float]:
+def best_f1(probabilities: npt.NDArray[np.floating], targets: npt.NDArray[np.int64]) -> list[float]:
     """Return the best F1 of each label over all thresholds."""
     columns = zip(probabilities.T, targets.T, strict=True)
     return [max(f1_score(gold, p >= cut, zero_division=0) for cut in np.unique(p)) for p, gold in columns]
