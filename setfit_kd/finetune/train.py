@@ -100,7 +100,8 @@ def check_settings(config: FinetuneConfig, labeled: LabeledSet, validation: Labe
         message = "The settings patience and schedule=plateau require validation texts."
         raise ConfigError(message, hint="Pass --validation, or remove --patience and --schedule plateau.")
     if config.metric == "f1-binary" and (len(labeled.label_names) != 2 or labeled.task is not SINGLE_LABEL):
-        message = f"The metric f1-binary requires 2 classes, got {len(labeled.label_names)} ({labeled.task.name})."
+        unit = "" if labeled.task is SINGLE_LABEL else " independent labels"
+        message = f"The metric f1-binary requires 2 classes, got {len(labeled.label_names)}{unit}."
         raise ConfigError(message, hint="Use --metric f1-macro.")
 
 

@@ -17,18 +17,11 @@ from setfit_kd.utils.arrays import Floats
 logger = logging.getLogger(__name__)
 
 
-def with_thresholds(
-    head: Any,
-    probabilities: Floats,
-    objective: str,
-    *,
-    targets: npt.NDArray[Any] | None = None,
-    label_names: Sequence[str],
-) -> Any:
-    """Return a head with thresholds from `fit_thresholds`; a single-label head, or one without texts, is unchanged."""
+def with_thresholds(head: Any, probabilities: Floats, objective: str, *, label_names: Sequence[str]) -> Any:
+    """Return a head with thresholds from `fit_thresholds`; a single-label head is unchanged."""
     if head_task(head) is SINGLE_LABEL:
         return head
-    return set_thresholds(head, fit_thresholds(probabilities, objective, targets=targets, label_names=label_names))
+    return set_thresholds(head, fit_thresholds(probabilities, objective, label_names=label_names))
 
 
 def fit_thresholds(
