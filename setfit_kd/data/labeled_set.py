@@ -63,9 +63,9 @@ def encode_labels(rows: Rows, label_names: Sequence[str] | None = None, task: Ta
     if rows.labels is None:
         raise DataError(f"{rows.origin} has no labels.", hint="Name the label column with --label-column.")
     labels: Any = rows.labels
-    found = MULTI_LABEL if isinstance(next(iter(labels), ""), tuple) else SINGLE_LABEL
-    if task is not None and task is not found:
-        message = f"{rows.origin} is {found.name}; expected {task.name}, as for training."
+    rows_task = MULTI_LABEL if isinstance(next(iter(labels), ""), tuple) else SINGLE_LABEL
+    if task is not None and task is not rows_task:
+        message = f"{rows.origin} is {rows_task.name}; expected {task.name}, as for training."
         hint = "Lists of labels are multi-label, and so are labels read with --label-separator or --label-columns."
         raise DataError(message, hint=hint)
     present = rows.used_labels
@@ -78,7 +78,7 @@ def encode_labels(rows: Rows, label_names: Sequence[str] | None = None, task: Ta
         hint = "Add labeled texts of these classes to the training set, or remove these rows."
         raise DataError(message, hint=hint)
     index = {name: i for i, name in enumerate(names)}
-    if found is SINGLE_LABEL:
+    if rows_task is SINGLE_LABEL:
         return LabeledSet(rows.texts, np.array([index[label] for label in labels], np.int64), names, rows.origin)
     encoded = np.zeros((len(rows.texts), len(names)), bool)
     for row, names_in_row in enumerate(labels):

@@ -47,7 +47,9 @@ class Estimate:
 
     def save(self, folder: Path) -> None:
         """Write the estimate to a new folder, as `atomic_folder` does."""
-        values = {name: value for name, value in asdict(self).items() if value != SINGLE_LABEL.name}
+        values = asdict(self)
+        if self.task == SINGLE_LABEL.name:
+            del values["task"]  # the format of earlier versions
         with atomic_folder(folder) as part:
             (part / _FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
 

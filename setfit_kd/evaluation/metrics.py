@@ -104,8 +104,10 @@ def measure_quality(
     """
     from sklearn.metrics import precision_recall_fscore_support
 
-    expected, found = (task_of(labels).targets(labels, len(label_names)).astype(bool) for labels in (gold, predicted))
-    columns = precision_recall_fscore_support(expected, found, zero_division=0)
+    expected, predicted_labels = (
+        task_of(labels).targets(labels, len(label_names)).astype(bool) for labels in (gold, predicted)
+    )
+    columns = precision_recall_fscore_support(expected, predicted_labels, zero_division=0)
     _, _, f1, support = columns
     macro_f1 = float(f1.sum(where=support > 0) / max(np.count_nonzero(support), 1))
     is_multi = task_of(gold) is MULTI_LABEL
@@ -115,7 +117,7 @@ def measure_quality(
         for p, r, f, n, of_label in zip(*columns, by_label, strict=True)
     )
     classes = dict(zip(label_names, by_class, strict=True))
-    confusion = (expected.T.astype(np.float64) @ found).astype(int).tolist()
+    confusion = (expected.T.astype(np.float64) @ predicted_labels).astype(int).tolist()
     agreement = None if reference is None else float(is_equal(predicted, reference).mean())
     return Quality(float(is_equal(predicted, gold).mean()), macro_f1, classes, confusion, agreement, **others)
 
@@ -252,10 +254,10 @@ def bootstrap_quality(
     task, others = task_of(gold), [predicted] if other is None else [predicted, other]
     # Texts with the same labels are interchangeable, so it is enough to draw the number of texts of each such kind.
     _, rows, counts = np.unique(np.column_stack([gold, *others]), axis=0, return_index=True, return_counts=True)
-    expected, *found = (task.targets(labels[rows], n_classes) for labels in (gold, *others))
+    expected, *predicted_labels = (task.targets(labels[rows], n_classes) for labels in (gold, *others))
 
     def metrics(weights: Floats) -> Floats:
-        first, *second = (_weighted_metrics(weights, expected, each) for each in found)
+        first, *second = (_weighted_metrics(weights, expected, each) for each in predicted_labels)
         return first - second[0] if second else first
 
     rng, n = np.random.default_rng([0, 10]), len(gold)

@@ -24,7 +24,7 @@ from setfit_kd import __version__
 from setfit_kd.errors import ConfigError, DataError, ModelError, OutputError, first_line
 from setfit_kd.models.bodies import check_finite, default_prompt, is_static
 from setfit_kd.models.encode import predict_proba
-from setfit_kd.models.heads import head_task, head_thresholds, softmax_weights
+from setfit_kd.models.heads import head_task, head_thresholds, linear_weights
 from setfit_kd.models.onnx import silence_warnings, write_graph
 from setfit_kd.runtime import classify
 from setfit_kd.tasks.classification import MULTI_LABEL, TASKS
@@ -329,7 +329,7 @@ def head_weights(model: SetFitModel) -> tuple[npt.NDArray[np.float32], npt.NDArr
     if not all(isinstance(row, LogisticRegression) and hasattr(row, "coef_") for row in rows):
         message = f"The head is a {type(head).__name__}; only a fitted logistic regression can be exported."
         raise ModelError(message, hint="Train the classifier with setfit-kd.")
-    weights = softmax_weights(head) if is_multi_label else (head.coef_, head.intercept_)
+    weights = linear_weights(head) if is_multi_label else (head.coef_, head.intercept_)
     coef, intercept = (np.asarray(values, np.float32) for values in weights)
     if len(coef) == 1 and not is_multi_label:
         coef, intercept = np.concatenate([0 * coef, coef]), np.concatenate([0 * intercept, intercept])

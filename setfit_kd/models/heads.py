@@ -32,10 +32,13 @@ _FOLDS, _MAX_TEXTS = 5, 5_000  # of `held_out_logits`; a single parameter needs 
 def new_head(task: Task = SINGLE_LABEL) -> Any:
     """Create an unfitted head: a logistic regression or, for a multi-label task, one for each label."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.multiclass import OneVsRestClassifier
 
     head = LogisticRegression(max_iter=1000)
-    return head if task is SINGLE_LABEL else OneVsRestClassifier(head)
+    if task is SINGLE_LABEL:
+        return head
+    from sklearn.multiclass import OneVsRestClassifier
+
+    return OneVsRestClassifier(head)
 
 
 def create_head(classes: Any, coef: Any, intercept: Any, task: Task = SINGLE_LABEL) -> Any:
@@ -178,7 +181,7 @@ def fit_head(
 
     initial = np.zeros((n_classes, len(penalties)))
     if start is not None:
-        coef, intercept = softmax_weights(start)
+        coef, intercept = linear_weights(start)
         initial = np.column_stack([coef @ axes / scales**2, (intercept + coef @ mean) * curvature**0.5])
     steps = [initial.ravel()]
     options: Any = {"method": "trust-ncg", "options": {"gtol": 1e-5, "maxiter": 200}, "callback": steps.append}
@@ -202,7 +205,7 @@ def balanced_weights(counts: npt.NDArray[np.int64], exponent: float, task: Task 
     return np.asarray(weights * counts.sum() / (counts @ weights))
 
 
-def softmax_weights(head: Any) -> tuple[Floats, Floats]:
+def linear_weights(head: Any) -> tuple[Floats, Floats]:
     """Return weights (n_classes, d) and biases (n_classes,) of a softmax, or sigmoids, with a head's probabilities."""
     if head_task(head) is MULTI_LABEL:
         rows = head.estimators_
@@ -230,16 +233,16 @@ def set_head(head: Any, body: SentenceTransformer) -> None:
     """Set the last layer of a transformer to the probabilities of a head over its features."""
     import torch
 
-    if all(map(np.array_equal, softmax_weights(get_head(body)), softmax_weights(head))):
+    if all(map(np.array_equal, linear_weights(get_head(body)), linear_weights(head))):
         return  # converting a binary head back and forth would change the last digits
     with torch.no_grad():
-        for parameter, value in zip(last_layer(body).parameters(), softmax_weights(head), strict=True):
+        for parameter, value in zip(last_layer(body).parameters(), linear_weights(head), strict=True):
             parameter.copy_(torch.as_tensor(value))
 
 
 def head_logits(head: Any, embeddings: Floats) -> npt.NDArray[np.float64]:
     """Compute the logits of a head: (n, d) to (n, n_classes)."""
-    coef, intercept = softmax_weights(head)
+    coef, intercept = linear_weights(head)
     return np.asarray(np.asarray(embeddings, np.float64) @ coef.T + intercept)
 
 
@@ -255,7 +258,7 @@ def head_at_temperature(head: Any, temperature: float) -> Any:
 
 def shift_intercepts(head: Any, shift: Floats) -> Any:
     """Return a copy of a multi-label head with (n_classes,) numbers added to its logits."""
-    coef, intercept = softmax_weights(head)
+    coef, intercept = linear_weights(head)
     return create_head(head.classes_, coef, intercept + shift, MULTI_LABEL)
 
 
@@ -308,7 +311,7 @@ def save_head(head: Any, folder: Path) -> None:
     task = head_task(head)
     rows = head.estimators_ if task is MULTI_LABEL else [head]
     if all(isinstance(row, LogisticRegression) for row in rows):
-        coef, intercept = softmax_weights(head) if task is MULTI_LABEL else (head.coef_, head.intercept_)
+        coef, intercept = linear_weights(head) if task is MULTI_LABEL else (head.coef_, head.intercept_)
         weights = {"coef": np.ascontiguousarray(coef), "intercept": np.ascontiguousarray(intercept)}
         if (thresholds := head_thresholds(head)) is not None:
             weights["thresholds"] = np.asarray(thresholds, np.float64)

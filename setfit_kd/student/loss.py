@@ -22,7 +22,7 @@ from setfit_kd.losses.soft_labels import NO_GOLD, SoftLabelLoss
 from setfit_kd.losses.weighted_sum import WeightedSumLoss
 from setfit_kd.models.bodies import family_of
 from setfit_kd.models.encode import embed
-from setfit_kd.models.heads import fit_head, last_layer, softmax_weights
+from setfit_kd.models.heads import fit_head, last_layer, linear_weights
 from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.tasks.classification import MULTI_LABEL
 
@@ -98,7 +98,7 @@ def _soft_labels(inputs: LossInputs) -> BatchLoss:
         return loss
     rows, embeddings = inputs.initial_embeddings
     head = fit_head(embeddings, signals.probabilities[rows], task=signals.task, C=config.soft_labels_c)
-    loss.init_head(*softmax_weights(head))
+    loss.init_head(*linear_weights(head))
     return loss
 
 
