@@ -99,8 +99,11 @@ def draw_shots(data: LabeledSet, shots: int | None, *, seed: int) -> LabeledSet:
     if shots is None:
         return data
     rng = np.random.default_rng([seed, 0])
-    has_label = data.targets.astype(bool)
-    rows_by_class = [rng.permutation(np.flatnonzero(rows)) for rows in (*has_label.T, ~has_label.any(axis=1))]
+    if data.task is SINGLE_LABEL:
+        masks: Any = (data.labels == label for label in range(len(data.label_names)))
+    else:
+        masks = (*data.labels.T, ~data.labels.any(axis=1))
+    rows_by_class = [rng.permutation(np.flatnonzero(mask)) for mask in masks]
     drawn = np.zeros(len(data), bool)
     for rows in sorted(rows_by_class, key=len):
         n_missing = max(0, shots - np.count_nonzero(drawn[rows]))
