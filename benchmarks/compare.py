@@ -76,6 +76,8 @@ ROWS = {  # in the order of execution
 @click.option(
     "--model2vec", help="Interpreter of an environment with model2vec[distill,train], to include its classifier."
 )
+@click.option("--label-column", help="Column of the labels. [default: label]")
+@click.option("--label-separator", help="Separator of the labels, if a text can have several.")
 @click.option("--teacher", default="demo:all-MiniLM-L6-v2")
 @click.option("--student", default="layers:0,2,5")
 @click.option(
@@ -162,6 +164,7 @@ def fingerprint_inputs(row: str, case: dict[str, Any]) -> str:
     """Fingerprint everything that a result depends on."""
     files = [file_hash(Path(case[key])) if Path(case[key]).is_file() else case[key] for key in ("labeled", "eval")]
     keys = ["seed", "shots", "tests", "threads", "teacher", "device"] + ["pool_size"] * ROWS[row].uses_pool
+    keys += [key for key in ("label_column", "label_separator") if key in case]
     keys += ["student"] * (row in ("labels_alone", "stock_student", "pairs_student", "student"))
     keys += ["pair_steps"] * (row in ("stock_student", "pairs_student"))
     sources = [HERE / "methods.py", HERE / "model2vec_recipe.py"]
@@ -207,6 +210,9 @@ def format_tables(cells: list[Result], settings: dict[str, Any]) -> str:
             f"({100 * mean(cell['ece'] for cell in group):.1f})"
         ),
         "Macro-F1 in %": lambda group: mean_and_deviation([100 * cell["macro_f1"] for cell in group]),
+        "Micro-F1 in % (several labels per text)": lambda group: (
+            mean_and_deviation([100 * cell["micro_f1"] for cell in group]) if "micro_f1" in group[0] else ""
+        ),
         "CPU seconds of training, including the teacher": lambda group: (
             f"{mean(total_cost(cell, cells) for cell in group):.0f}"
         ),

@@ -16,15 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from setfit import DistillationTrainer, SetFitModel, Trainer, TrainingArguments
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from setfit_kd import RunConfig, TeacherSignals, load, train_student, train_teacher
@@ -33,20 +33,29 @@ from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.evaluation.metrics import measure_calibration, measure_quality
 from setfit_kd.models.bodies import load_body, locate_model
 from setfit_kd.models.encode import embed, predict_proba
-from setfit_kd.models.heads import head_at_temperature
+from setfit_kd.models.heads import head_at_temperature, head_thresholds, new_head
 from setfit_kd.models.io import new_model, save_model
 from setfit_kd.models.static import DEFAULT_DIMENSION
 from setfit_kd.run.inputs import RunData, load_run_data
 from setfit_kd.run.stage_cache import StageCache
 from setfit_kd.run.stages import Stages
 from setfit_kd.student.kinds import locate_student
+from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL
 from setfit_kd.teacher.cross_fitting import cross_fit
 from setfit_kd.teacher.scoring import refine_and_score
 from setfit_kd.training.precision import resolve_precision
 
-Predict = Callable[[list[str]], "np.ndarray[Any, np.dtype[np.floating[Any]]]"]
-"""Function of n texts that returns (n, n_classes) probabilities."""
 MAX_PAIRS = 10_000
+
+
+class Trained(NamedTuple):
+    """Result of a method: a function of n texts that returns (n, n_classes) probabilities, and thresholds of labels.
+
+    Without thresholds, a text of a multi-label task gets the labels with at least 0.5, or else the most probable one.
+    """
+
+    predict: Callable[[list[str]], npt.NDArray[np.floating]]
+    thresholds: npt.NDArray[np.floating] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,8 @@ class Case:
         artifacts: Folders for models and signals that later methods use, by method.
         precision: Precision of setfit-kd's trainings.
         model2vec: Interpreter of an environment with model2vec[distill,train].
+        label_column: Column of the labels.
+        label_separator: Separator of several labels of a text.
     """
 
     labeled: str
@@ -83,6 +94,8 @@ class Case:
     artifacts: dict[str, str]
     precision: str = "auto"
     model2vec: str | None = None
+    label_column: str = "label"
+    label_separator: str | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -96,6 +109,8 @@ class Case:
             device=self.device,
             precision=self.precision,
             cache=False,
+            label_column=self.label_column,
+            label_separator=self.label_separator,
         )
 
     def data(self) -> RunData:
@@ -119,24 +134,30 @@ class Case:
         return TeacherSignals.load(self.folder("refined_teacher") / "signals")
 
 
-def tfidf(_: Case, data: RunData) -> Predict:
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10))
+def baseline_head(data: RunData, C: float = 1) -> Any:  # noqa: N803 - scikit-learn's name
+    head = new_head(data.labeled.task)
+    return head.set_params(**{"C" if data.labeled.task is SINGLE_LABEL else "estimator__C": C})
+
+
+def tfidf(_: Case, data: RunData) -> Trained:
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), baseline_head(data, C=10))
     model.fit(data.labeled.texts, data.labeled.labels)
-    return lambda texts: model.predict_proba(texts)
+    return Trained(model.predict_proba)
 
 
-def frozen(case: Case, data: RunData) -> Predict:
+def frozen(case: Case, data: RunData) -> Trained:
     body = case.body("teacher")
-    head = LogisticRegression(C=10, max_iter=1000).fit(embed(body, data.labeled.texts), data.labeled.labels)
-    return lambda texts: head.predict_proba(embed(body, texts))
+    head = baseline_head(data, C=10).fit(embed(body, data.labeled.texts), data.labeled.labels)
+    return Trained(lambda texts: head.predict_proba(embed(body, texts)))
 
 
-def model2vec(case: Case, data: RunData) -> Predict:
+def model2vec(case: Case, data: RunData) -> Trained:
     """model2vec's classifier on the labels, trained by another interpreter, since it needs an older transformers."""
     assert case.model2vec is not None
     assert data.evaluation is not None
-    names = data.labeled.label_names
-    inputs: dict[str, Any] = {"texts": data.labeled.texts, "labels": [names[label] for label in data.labeled.labels]}
+    names, labels = data.labeled.label_names, data.labeled.labels
+    lists = [[names[i] for i in np.flatnonzero(row)] for row in labels] if labels.ndim == 2 else None
+    inputs: dict[str, Any] = {"texts": data.labeled.texts, "labels": lists or [names[label] for label in labels]}
     inputs |= {"body": str(locate_model(case.teacher)), "tests": data.evaluation.texts, "seed": case.seed}
     with tempfile.NamedTemporaryFile("w+", suffix=".json", encoding="utf-8") as file:
         json.dump(inputs, file)
@@ -147,7 +168,7 @@ def model2vec(case: Case, data: RunData) -> Predict:
         outputs = json.loads(Path(file.name).read_text(encoding="utf-8"))
     columns = [outputs["classes"].index(name) for name in names]
     row_of = {text: np.array(row)[columns] for text, row in zip(inputs["tests"], outputs["probabilities"], strict=True)}
-    return lambda texts: np.array([row_of[text] for text in texts])
+    return Trained(lambda texts: np.array([row_of[text] for text in texts]))
 
 
 def stock_arguments(case: Case, output_dir: str, **settings: Any) -> TrainingArguments:
@@ -163,31 +184,31 @@ def stock_arguments(case: Case, output_dir: str, **settings: Any) -> TrainingArg
     )
 
 
-def stock_teacher(case: Case, data: RunData, **sampling: Any) -> Predict:
-    model = new_model(case.body("teacher"), data.labeled.label_names).to(case.device)
-    model.model_head = LogisticRegression()
-    dataset = Dataset.from_dict({"text": data.labeled.texts, "label": data.labeled.labels.tolist()})
+def stock_teacher(case: Case, data: RunData, **sampling: Any) -> Trained:
+    model = new_model(case.body("teacher"), data.labeled.label_names, data.labeled.task).to(case.device)
+    model.model_head = baseline_head(data)
+    dataset = Dataset.from_dict({"text": data.labeled.texts, "label": data.labeled.labels.astype(int).tolist()})
     with tempfile.TemporaryDirectory() as folder:
         arguments = stock_arguments(case, folder, **(sampling or {"num_iterations": 20}))
         Trainer(model, arguments, train_dataset=dataset, metric=lambda *_: {"accuracy": 0.0}).train()
-    return make_predict(model)
+    return trained(model)
 
 
-def unique_teacher(case: Case, data: RunData) -> Predict | None:
+def unique_teacher(case: Case, data: RunData) -> Trained | None:
     """SetFit's teacher on every pair once, if there are not too many."""
     n = len(data.labeled)
     return None if n * (n - 1) / 2 > MAX_PAIRS else stock_teacher(case, data, sampling_strategy="unique")
 
 
-def teacher(case: Case, data: RunData) -> Predict:
+def teacher(case: Case, data: RunData) -> Trained:
     model = train_teacher(data.labeled, case.body("teacher"), config=case.config)
     predictions = cross_fit(data.labeled, partial(case.body, "teacher"), config=case.config)
     model.model_head = head_at_temperature(model.model_head, predictions.temperature)
     save_model(model, case.folder("teacher"))
-    return make_predict(model)
+    return trained(model)
 
 
-def refined_teacher(case: Case, data: RunData) -> Predict:
+def refined_teacher(case: Case, data: RunData) -> Trained:
     model = load(case.folder("teacher"), device=case.device)
     config, n = case.config, len(data.pool)
     augmented = Stages(config, data, StageCache(None)).augment(None)
@@ -195,17 +216,17 @@ def refined_teacher(case: Case, data: RunData) -> Predict:
     signals = drop_uncertain(signals, range(n, n + len(augmented)), min_confidence=config.augment_confidence)
     save_model(refined, case.folder("refined_teacher"))
     signals.save(case.folder("refined_teacher") / "signals")
-    return make_predict(refined)
+    return trained(refined)
 
 
-def labels_alone(case: Case, data: RunData) -> Predict:
-    return make_predict(train_teacher(data.labeled, case.body("student"), config=case.config))
+def labels_alone(case: Case, data: RunData) -> Trained:
+    return trained(train_teacher(data.labeled, case.body("student"), config=case.config))
 
 
-def stock_student(case: Case, data: RunData) -> Predict:
+def stock_student(case: Case, data: RunData) -> Trained:
     refined = load(case.folder("refined_teacher"), device=case.device)
-    model = new_model(case.body("student"), data.labeled.label_names).to(case.device)
-    model.model_head = LogisticRegression()
+    model = new_model(case.body("student"), data.labeled.label_names, data.labeled.task).to(case.device)
+    model.model_head = baseline_head(data)
     with tempfile.TemporaryDirectory() as folder:
         DistillationTrainer(
             teacher_model=refined,
@@ -214,10 +235,10 @@ def stock_student(case: Case, data: RunData) -> Predict:
             train_dataset=Dataset.from_dict({"text": case.signals().texts}),
             metric=lambda *_: {"accuracy": 0.0},
         ).train()
-    return make_predict(model)
+    return trained(model)
 
 
-def pairs_student(case: Case, data: RunData) -> Predict:
+def pairs_student(case: Case, data: RunData) -> Trained:
     signals = case.signals()
     num_iterations = max(1, -(-case.pair_steps * 16 // len(signals)))
     config = case.config.model_copy(  # SetFit's settings
@@ -231,26 +252,26 @@ def pairs_student(case: Case, data: RunData) -> Predict:
             "freeze_embeddings": False,
         }
     )
-    return make_predict(train_student(signals, case.body("student"), labeled=data.labeled, config=config))
+    return trained(train_student(signals, case.body("student"), labeled=data.labeled, config=config))
 
 
-def student(case: Case, data: RunData) -> Predict:
-    return make_predict(train_student(case.signals(), case.body("student"), labeled=data.labeled, config=case.config))
+def student(case: Case, data: RunData) -> Trained:
+    return trained(train_student(case.signals(), case.body("student"), labeled=data.labeled, config=case.config))
 
 
-def static_student(case: Case, data: RunData) -> Predict:
+def static_student(case: Case, data: RunData) -> Trained:
     refined = load(case.folder("refined_teacher"), device=case.device).model_body
     dimension = min(DEFAULT_DIMENSION, refined.get_embedding_dimension() or DEFAULT_DIMENSION)
     prepared = locate_student(f"static:{dimension}").prepare(case.body("teacher"))
     body = prepared.create_body(refined, data.pool, refined.device)
-    return make_predict(train_student(case.signals(), body, labeled=data.labeled, config=case.config))
+    return trained(train_student(case.signals(), body, labeled=data.labeled, config=case.config))
 
 
-def make_predict(model: SetFitModel) -> Predict:
-    return lambda texts: predict_proba(model, texts)
+def trained(model: SetFitModel) -> Trained:
+    return Trained(partial(predict_proba, model), head_thresholds(model.model_head))
 
 
-METHODS: dict[str, Callable[[Case, RunData], Predict | None]] = {
+METHODS: dict[str, Callable[[Case, RunData], Trained | None]] = {
     method.__name__: method
     for method in (
         tfidf,
@@ -306,17 +327,22 @@ def run_method(name: str, case: Case) -> dict[str, Any]:
     case = replace(case, precision=probed.name)
     passes = PassCounter()
     started, cpu_started = time.perf_counter(), cpu_time()
-    predict = METHODS[name](case, data)
-    if predict is None:
+    result = METHODS[name](case, data)
+    if result is None:
         return {}
     seconds, cpu_seconds = time.perf_counter() - started, cpu_time() - cpu_started
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
     counts = {"training_passes": passes.training, "encoding_passes": passes.encoding}
-    probabilities = np.asarray(predict(tests.texts))
-    quality = measure_quality(probabilities.argmax(axis=1), tests.labels, tests.label_names)
+    probabilities = np.asarray(result.predict(tests.texts))
+    predicted = tests.task.decide(probabilities, result.thresholds)
+    if tests.task is MULTI_LABEL and result.thresholds is None:
+        predicted |= probabilities == probabilities.max(axis=1, keepdims=True)
+    quality = measure_quality(predicted, tests.labels, tests.label_names, probabilities=probabilities)
+    others = {"micro_f1": quality.micro_f1, "average_precision": quality.average_precision}
     return {
         "accuracy": quality.accuracy,
         "macro_f1": quality.macro_f1,
+        **({} if quality.micro_f1 is None else others),
         "ece": measure_calibration(probabilities, tests.labels).ece,
         "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu_seconds, 2),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -57,33 +58,37 @@ class BatchLoss(nn.Module, ABC):
         Texts are sorted by length and embedded in micro-batches, or on a CPU in chunks of `CPU_TOKENS`, each cut to its
         longest text. Embeddings and gradients are the same as in one pass, except for the random draws of dropout.
         """
+        batches, chunks = self.split(features, n_columns=n_columns)
+        if len(batches) == 1:
+            return self._encode(features)
+        encode = self.recomputed(self._encode)
+        embeddings = [encode(chunk) for chunk in chunks]
+        return torch.cat(embeddings)[torch.from_numpy(np.argsort(np.concatenate(batches))).to(embeddings[0].device)]
+
+    def recomputed(self, function: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[dict[str, Tensor]], Tensor]:
+        """Return a function of features that is computed again in the backward pass if there are micro-batches."""
+        if self.micro_batch_size is None or not torch.is_grad_enabled():
+            return function
+        # Both passes draw the same dropout masks.
+        return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=self.dropout)
+
+    def split(
+        self, features: dict[str, Tensor], *, n_columns: int = 1
+    ) -> tuple[list[npt.NDArray[np.int64]], Iterator[dict[str, Tensor]]]:
+        """Split a batch into chunks; return the rows of each chunk, and the features of each."""
         mask = features.get("attention_mask")  # (B, T); static bodies have none and need no chunks
         if mask is None:
-            return self._encode(features)
+            return [np.arange(0)], iter([features])
         max_texts, max_tokens = self.micro_batch_size or len(mask), math.inf
         if mask.device.type == "cpu":
             max_tokens = CPU_TOKENS
         if len(mask) * (1 if self.micro_batch_size is None else n_columns) <= max_texts and mask.numel() <= max_tokens:
-            return self._encode(features)
-        encode: Callable[[dict[str, Tensor]], Tensor] = self._encode
-        if self.micro_batch_size is not None and torch.is_grad_enabled():  # both passes draw the same dropout masks
-            encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=self.dropout)
+            return [np.arange(len(mask))], iter([features])
         lengths = mask.sum(dim=1).numpy(force=True)
         if not mask[:, 0].all():  # padded on the left, where chunks are not cut
             lengths[:] = mask.shape[1]
         batches = list(iter_batches(lengths, max_texts, max_tokens))
-        embeddings = []
-        for batch in batches:
-            rows = torch.from_numpy(batch).to(mask.device)
-            length = -(-int(lengths[batch[0]]) // 8) * 8  # torch caches compiled kernels for every shape
-            chunk = {
-                name: (value[rows, :length] if value.shape[:2] == mask.shape else value[rows])
-                if isinstance(value, Tensor) and value.shape[:1] == mask.shape[:1]
-                else value
-                for name, value in features.items()
-            }
-            embeddings.append(encode(chunk))
-        return torch.cat(embeddings)[torch.from_numpy(np.argsort(np.concatenate(batches))).to(mask.device)]
+        return batches, (_take(features, mask, batch, int(lengths[batch[0]])) for batch in batches)
 
     def _encode(self, features: dict[str, Tensor]) -> Tensor:
         # Pass a copy, because the body's modules write their outputs into it.
@@ -92,6 +97,18 @@ class BatchLoss(nn.Module, ABC):
     @abstractmethod
     def compute_loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """Compute the loss, a scalar, from one (B, d) tensor of embeddings per text column and (B,) labels."""
+
+
+def _take(features: dict[str, Tensor], mask: Tensor, batch: npt.NDArray[np.int64], length: int) -> dict[str, Tensor]:
+    """Take some rows of the features, cut to a length."""
+    rows = torch.from_numpy(batch).to(mask.device)
+    length = -(-length // 8) * 8  # torch caches compiled kernels for every shape
+    return {
+        name: (value[rows, :length] if value.shape[:2] == mask.shape else value[rows])
+        if isinstance(value, Tensor) and value.shape[:1] == mask.shape[:1]
+        else value
+        for name, value in features.items()
+    }
 
 
 def to_float32(embeddings: Tensor) -> Tensor:

@@ -137,14 +137,15 @@ def to_distilbert(body: SentenceTransformer, layers: Sequence[int]) -> SentenceT
     return body_from_model(model, small.tokenizer, list(bert.id2label.values()))
 
 
-def untrained_transformer(
-    folder: Path, label_names: Sequence[str], *, teacher: SentenceTransformer | None, seed: int = 0
-) -> SentenceTransformer:
-    """Create an untrained transformer from the config in a folder, and its tokenizer or else the teacher's."""
-    import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+def untrained_model(
+    folder: Path, auto_model: Any, *, teacher: SentenceTransformer | None, seed: int = 0, **options: Any
+) -> tuple[Any, Any]:
+    """Create an untrained model from the config in a folder; return it with its tokenizer, or else the teacher's.
 
-    from setfit_kd.models.transformer import body_from_model
+    ``auto_model`` is a class of transformers, such as ``AutoModelForSequenceClassification``.
+    """
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
 
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"))
     tokenizer: Any = None if teacher is None else teacher.tokenizer
@@ -152,7 +153,7 @@ def untrained_transformer(
         raise ModelError(f"Found no tokenizer in {folder}.", hint="Add a tokenizer to the folder.")
     with model_errors(folder), quiet_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = load_local(AutoConfig.from_pretrained, folder, num_labels=len(label_names))
+        config = load_local(AutoConfig.from_pretrained, folder, **options)
         if has_tokenizer:
             tokenizer = load_local(AutoTokenizer.from_pretrained, folder)
         if len(tokenizer) > config.vocab_size:
@@ -160,5 +161,18 @@ def untrained_transformer(
             expected = f"at least {len(tokenizer)}, the size of {owner} tokenizer"
             message = f"The vocab_size of the config in {folder} must be {expected}, got {config.vocab_size}."
             raise ModelError(message, hint="Add a matching tokenizer to the folder, or increase vocab_size.")
-        from_config: Any = AutoModelForSequenceClassification.from_config
-        return body_from_model(from_config(config, trust_remote_code=False), tokenizer, label_names, seed=seed)
+        return auto_model.from_config(config, trust_remote_code=False), tokenizer
+
+
+def untrained_transformer(
+    folder: Path, label_names: Sequence[str], *, teacher: SentenceTransformer | None, seed: int = 0
+) -> SentenceTransformer:
+    """Create an untrained transformer classifier, see `untrained_model`."""
+    from transformers import AutoModelForSequenceClassification
+
+    from setfit_kd.models.transformer import body_from_model
+
+    options: Any = {"teacher": teacher, "seed": seed, "num_labels": len(label_names)}
+    model, tokenizer = untrained_model(folder, AutoModelForSequenceClassification, **options)
+    with model_errors(folder):
+        return body_from_model(model, tokenizer, label_names, seed=seed)

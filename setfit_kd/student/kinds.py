@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
+    from setfit_kd.models.token_model import TokenTask
+
 _BLANK_PREFIX = "blank:"
 
 
@@ -60,14 +62,19 @@ class PreparedStudent:
 
 
 def _layers(spec: re.Match[str], source: SentenceTransformer, is_teacher: bool) -> PreparedStudent:
-    """Prepare a body with some layers of another: listed, or a number spread evenly."""
-    numbers = tuple(map(int, spec[1].split(",")))
-    layers = numbers if len(numbers) > 1 else spread_evenly(numbers[0], n_layers(source))
+    """Prepare a body with some layers of another."""
+    layers = _layer_numbers(spec, source)
     cut = to_distilbert if spec[2] else cut_layers
     body = cut(source, layers)  # raises errors before anything is trained
     if is_teacher and family_of(source) == "transformer":  # copied after fine-tuning, together with the last layer
         return PreparedStudent(None, "transformer", lambda tuned, _: cut(tuned, layers))
     return PreparedStudent(body, family_of(body))
+
+
+def _layer_numbers(spec: re.Match[str], source: SentenceTransformer) -> tuple[int, ...]:
+    """Return the layers that are listed, or a number of them spread evenly."""
+    numbers = tuple(map(int, spec[1].split(",")))
+    return numbers if len(numbers) > 1 else spread_evenly(numbers[0], n_layers(source))
 
 
 def _static(spec: re.Match[str], source: SentenceTransformer, is_teacher: bool) -> PreparedStudent:
@@ -163,6 +170,34 @@ def locate_student(name: str) -> StudentSource:
     if spec is None:
         raise ConfigError(f"Expected {expected}, got {f'{kind}:{text}'!r}.", hint=hint)
     return StudentSource(locate_body(model) if model else None, kind, spec)
+
+
+def create_token_body(
+    name: str, task: TokenTask, *, teacher: SentenceTransformer | None = None, seed: int = 0
+) -> SentenceTransformer:
+    """Create the body of a transformer with an output for each token, see `load_token_model`.
+
+    Args:
+        name: As in `locate_student`, but without ``static`` and ``:distilbert``.
+        task: What the head is for.
+        teacher: The teacher's body, for its layers; they are copied.
+        seed: Random seed of untrained weights.
+
+    Raises:
+        SetFitKDError: As `locate_student` and `StudentSource.prepare`.
+    """
+    from setfit_kd.models.token_model import load_token_model, untrained_token_model
+
+    source = locate_student(name)
+    if source.kind == "static" or (source.spec and source.spec.re.groups > 1 and source.spec[2]):
+        raise ConfigError(f"{name} has no output for each token.", hint="Use a transformer, or layers:0,2,5 of one.")
+    if isinstance(source.model, Path):
+        return untrained_token_model(source.model, task, teacher=teacher, seed=seed)
+    if source.model is None and teacher is None:
+        raise ConfigError(f"Cannot build {name} without a teacher.", hint="Name a model, as in layers:3@NAME.")
+    body = teacher if source.model is None else load_token_model(source.model.folder, task, seed=seed)
+    assert body is not None
+    return body if source.spec is None else cut_layers(body, _layer_numbers(source.spec, body))
 
 
 def spread_evenly(number: int, total: int) -> tuple[int, ...]:
