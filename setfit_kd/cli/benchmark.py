@@ -15,7 +15,7 @@ from setfit_kd.utils.console import json_text
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@setting_options("unlabeled", "text_column")
+@setting_options("unlabeled", "text_column", "pair_column")
 @click.option("--texts", "n_texts", type=click.IntRange(1), default=500, metavar="N",
               show_default=True, help="Number of texts to classify.")  # fmt: skip
 @threads_option
@@ -38,7 +38,7 @@ def benchmark(
     from setfit_kd.utils.console import track
 
     config = RunConfig.of(**{"unlabeled": "bundled:newswire", "device": "cpu", **passed(flags)})
-    texts = read(config.unlabeled or "", text_column=config.text_column).texts
+    texts = read(config.unlabeled or "", text_column=config.text_column, pair_column=config.pair_column).texts
     texts = texts[:: max(1, len(texts) // n_texts)][:n_texts]
     speeds = {}
     with track("Measuring", len(models), unit="models") as advance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from setfit_kd.utils.console import json_text
 @click.argument("model", metavar="MODEL")
 @setting_options("eval", *own_settings(ColumnsConfig), "device", "cpu_fallback", "encode_batch_size", "exact",
                  "target_accuracy")  # fmt: skip
+@click.option("--label-names", metavar="NAME,NAME[,...]",
+              help="Names of the model's labels in their order, if they are only numbered, as in LABEL_0.")  # fmt: skip
 @json_option
 @pickle_option
 @output_options
-def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> None:
+def evaluate(model: str, label_names: str | None, as_json: bool, trust_pickle: bool, **flags: Any) -> None:
     """Evaluate a classifier on labeled texts: quality, size and speed.
 
     MODEL is a bundle, a run folder, one of its models, or a SetFit model or transformer classifier in a folder or on
@@ -44,9 +47,14 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> Non
     with shared_backoff(cpu_fallback=config.cpu_fallback):
         batch_size = config.encode_batch_size
         classifier = open_classifier(model, device=config.device, batch_size=batch_size, trust_pickle=trust_pickle)
+        if config.eval is not None:
+            classifier.labels = _label_names(model, classifier.labels, label_names, rows.used_labels)
         task = TASKS[classifier.task]
         data = read_texts(folder) if config.eval is None else encode_labels(rows, classifier.labels, task)
-        evaluated = classifier.model if isinstance(classifier, TorchClassifier) else classifier
+        evaluated: Any = classifier
+        if isinstance(classifier, TorchClassifier):
+            evaluated = classifier.model
+            evaluated.labels = classifier.labels
         evaluation = evaluate_model(evaluated, data, encode_batch_size=batch_size, exact=config.exact)
     if as_json:
         values = evaluation.as_dict(target_accuracy=config.target_accuracy)
@@ -69,6 +77,20 @@ def evaluate(model: str, as_json: bool, trust_pickle: bool, **flags: Any) -> Non
         needed = f"--threshold {point.threshold:.9g}, which {point.coverage:.1%} of the texts reach"
         interval = f"95% interval of the accuracy: {point.low:.1%} to {point.high:.1%}"
         echo(f"An accuracy of {target:.1%} needs {needed}. {interval}.")
+
+
+def _label_names(model: str, names: list[str], text: str | None, used: set[str]) -> list[str]:
+    """Return the names of a model's labels; a comma-separated list replaces those that are only numbered."""
+    is_numbered = all(re.fullmatch(r"LABEL_\d+", name) for name in names)
+    if text is not None and not is_numbered:
+        raise ConfigError(f"{model} already has label names: {', '.join(names)}.", hint="Remove --label-names.")
+    if not is_numbered or (text is None and used <= set(names)):
+        return names
+    new_names = [name.strip() for name in (text or "").split(",")]
+    if len(set(new_names)) != len(names) or "" in new_names:
+        message = f"{model} has no label names, only {', '.join(names)}."
+        raise ConfigError(message, hint=f"Pass its {len(names)} labels in this order, as in --label-names yes,no.")
+    return new_names
 
 
 def _stored_texts(model: Path) -> Path:

@@ -29,7 +29,7 @@ _DEFAULT_TEXTS = "bundled:newswire"
 @click.option("--min-agreement", type=FRACTION, default=None, metavar="X",
               help="Minimum agreement of the bundle with the model, as a fraction of the texts, or of the decisions on "
               "all labels of all texts. [default: 0.98 for onnx-int8, 0.999 for others]")  # fmt: skip
-@setting_options("unlabeled", "text_column")
+@setting_options("unlabeled", "text_column", "pair_column")
 @pickle_option
 @output_options
 def export(
@@ -74,7 +74,7 @@ def _texts(model: Path, config: RunConfig) -> list[str]:
     from setfit_kd.signals.signals import TeacherSignals
 
     if config.unlabeled is not None:
-        return read(config.unlabeled, text_column=config.text_column).texts
+        return read(config.unlabeled, text_column=config.text_column, pair_column=config.pair_column).texts
     for folder in (model, *model.absolute().parents[:2]):
         if (folder / CONFIG_FILE).is_file() and (folder / RUN_FILE).is_file():
             pools = [path for path in (folder / SIGNALS, *(folder / TEACHER_SIGNALS).glob("*")) if path.is_dir()]

@@ -118,7 +118,7 @@ _METAVARS: dict[Any, str] = {
     **{int: "N", float: "X", Path: "FOLDER"},
     **dict.fromkeys(("labeled", "unlabeled", "validation", "eval"), "SOURCE"),
     **dict.fromkeys(("teacher", "student"), "MODEL"),
-    **dict.fromkeys(("text_column", "label_columns"), "NAME[,NAME...]"),
+    **dict.fromkeys(("text_column", "pair_column", "label_columns"), "NAME[,NAME...]"),
     **{"label_column": "NAME", "device": "DEVICE"},
     **{"objective": "NAME[=X][,...]"},
 }

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--at-least-one", is_flag=True,
               help="Give a text whose labels are all below their thresholds the label with the largest difference of "
                    "probability and threshold. Only for a multi-label model.")  # fmt: skip
-@setting_options("text_column", "device", "cpu_fallback", "encode_batch_size", "exact")
+@setting_options("text_column", "pair_column", "device", "cpu_fallback", "encode_batch_size", "exact")
 @threads_option
 @pickle_option
 @output_options
@@ -52,6 +52,9 @@ def predict(
 
     MODEL is a bundle, a run folder, one of its students, or a SetFit model or transformer classifier in a folder or on
     the hub. Bundles run without torch, and so do texts in arguments if the student's folder holds a bundle.
+
+    For pairs of texts, pass the two texts of each pair as two arguments, name both columns of a file with --text-column
+    and --pair-column, or separate them by a tab in the lines of stdin.
 
     The output has one row per input row, in the same order: {"text": ..., "label": ..., "probabilities": {...}}. Lines
     of stdin are answered as they arrive. A row without visible text has the label null. Other columns of the input come
@@ -88,13 +91,17 @@ def predict(
         columns = column_types(map(Path, files)) if output and "json" not in output.suffix.lower() else {}
         if config.text_column == ("text",):
             columns.pop("text", None)
-        rows = _rows(texts, files, lines, config.text_column)
+        if files and (config.pair_column is not None) != classifier.takes_pairs:
+            expected = "pairs of texts" if classifier.takes_pairs else "single texts"
+            hint = f"{'Pass' if classifier.takes_pairs else 'Remove'} --pair-column."
+            raise ConfigError(f"{model} classifies {expected}.", hint=hint)
+        rows = _rows(texts, files, lines, config, takes_pairs=classifier.takes_pairs)
         decision: Any = {"threshold": threshold, "at_least_one": at_least_one, "is_waiting": lambda: lines.is_waiting}
         chunks = classify(classifier, rows, **decision)
         # A progress bar would be mixed with the predictions on the terminal.
         quiet = show_progress(False) if output is None and sys.stdout.isatty() else nullcontext()
         with quiet, closing(_show_progress(chunks)) as shown:
-            write_predictions(output, shown, classifier.labels, columns, classifier.task)
+            write_predictions(output, shown, classifier, columns)
 
 
 def _show_progress(chunks: Iterator[list[Prediction]]) -> Generator[list[Prediction], None, None]:
@@ -114,15 +121,22 @@ def _show_progress(chunks: Iterator[list[Prediction]]) -> Generator[list[Predict
                 n_new = 0
 
 
-def _rows(texts: tuple[str, ...], files: tuple[str, ...], lines: Lines, text_column: tuple[str, ...]) -> Iterator[Row]:
+def _rows(
+    texts: tuple[str, ...], files: tuple[str, ...], lines: Lines, config: RunConfig, *, takes_pairs: bool
+) -> Iterator[Row]:
     from setfit_kd.data.sources import check_texts, stream_rows
+    from setfit_kd.runtime.classify import BundleError, read_pairs
 
-    if texts:
-        yield from check_texts(texts, origin="the arguments", unit="text")
-    for file in files:
-        yield from stream_rows(file, text_column=text_column)
-    if not texts and not files:
-        try:
-            yield from check_texts(lines, origin="stdin", unit="line")
-        except UnicodeDecodeError:
-            raise DataError("stdin is not UTF-8.", hint="Convert it to UTF-8.") from None
+    try:
+        if texts:
+            items: Any = read_pairs(texts) if takes_pairs else texts
+            yield from check_texts(items, origin="the arguments", unit="text", pairs=takes_pairs)
+        for file in files:
+            yield from stream_rows(file, text_column=config.text_column, pair_column=config.pair_column)
+        if not texts and not files:
+            items = read_pairs(lines) if takes_pairs else lines
+            yield from check_texts(items, origin="stdin", unit="line", pairs=takes_pairs)
+    except UnicodeDecodeError:
+        raise DataError("stdin is not UTF-8.", hint="Convert it to UTF-8.") from None
+    except BundleError as error:
+        raise DataError(str(error), hint="Pass both texts of each pair.") from None

@@ -20,7 +20,7 @@ from setfit_kd.errors import ConfigError, UnavailableError
 from setfit_kd.utils.console import printable
 
 _COMMON = {
-    "Data": ("labeled", "unlabeled", "eval", "text_column", "label_column", "label_separator", "shots"),
+    "Data": ("labeled", "unlabeled", "eval", "text_column", "pair_column", "label_column", "label_separator", "shots"),
     "Models": ("teacher", "student", "epochs"),
     "Output": ("output_dir", "overwrite"),
     "Run": ("preset_name", "config_file", "resume", "dry_run", "seed", "device"),

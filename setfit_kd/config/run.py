@@ -84,6 +84,8 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
             raise ValueError("augment_model: set augment to the number of augmented texts")
         if self.augment and self.signals is not None:
             raise ValueError("augment: cannot be combined with signals; a teacher must label the augmented texts")
+        if self.augment and self.pair_column is not None:
+            raise ValueError("augment: cannot be combined with pair_column")
         if self.search and (len(self.teacher) > 1 or len(self.student) > 1):
             raise ValueError("search: expected one teacher and one student")
         weights, n = self.teacher_weights, len(self.teacher)
@@ -93,7 +95,7 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
 
     def n_augmented(self, n_texts: int) -> int:
         """Return the number of augmented texts to add to n pool and labeled texts."""
-        if self.augment is not None or self.signals is not None:
+        if self.augment is not None or self.signals is not None or self.pair_column is not None:
             return self.augment or 0
         return max(0, min(MIN_TEXTS, MAX_GROWTH * n_texts) - n_texts)
 

@@ -18,6 +18,8 @@ class ColumnsConfig(StageConfig):
 
     text_column: Columns = ("text",)
     """Text column. Several, separated by commas, are joined by a space."""
+    pair_column: Columns | None = None
+    """Column of the second text, to classify pairs of texts; requires transformers, as in transformer:NAME."""
     label_column: Name = "label"
     """Label column. If it holds lists (in JSONL and Parquet), each text has any number of labels (multi-label)."""
     label_separator: str | None = Field(None, min_length=1)

@@ -39,6 +39,8 @@ INVISIBLE = re.compile(
     "\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 """See `runtime.classify.INVISIBLE`; importing that would load numpy."""
+PAIR_SEPARATOR = "\x1f"
+"""See `runtime.classify.PAIR_SEPARATOR`."""
 _NO_LABEL = "no label"
 _FLAGS = dict.fromkeys(("0", "0.0", "false"), False) | dict.fromkeys(("1", "1.0", "true"), True)
 _KINDS: dict[type, str] = {str: "one label", tuple: "a list of labels"}
@@ -82,6 +84,7 @@ def read(
     source: Source,
     *,
     text_column: Sequence[str] = ("text",),
+    pair_column: Sequence[str] | None = None,
     label_column: str | None = None,
     label_separator: str | None = None,
     label_columns: Sequence[str] | None = None,
@@ -94,6 +97,7 @@ def read(
         source: See `Source`. A name is tried as ``bundled:NAME``, then as a path, then as a hub name, optionally with
             a configuration and a split: ``NAME@REVISION:CONFIG[SPLIT]``.
         text_column: Columns that make up the text, joined by a space.
+        pair_column: Columns of the second text of a pair, see `runtime.classify.join_pair`. [default: no pairs]
         label_column: Column of the label, or of a list of labels (multi-label); None reads only texts. If there is no
             column ``label``, it may be named ``labels``.
         label_separator: Separator of several labels in a string of the label column (multi-label).
@@ -108,7 +112,7 @@ def read(
     columns = tuple(label_columns or ())
     table = _open(source, role, None if columns else label_column)
     table = replace(table, label_separator=label_separator, label_columns=columns)
-    pairs = [(text, label) for text, label, _ in _rows(table, text_column, decode=decode)]
+    pairs = [(text, label) for text, label, _ in _rows(table, text_column, pair_column, decode=decode)]
     labels: Any = [label for _, label in pairs] if columns or label_column else None
     rows = Rows([text for text, _ in pairs], labels, columns or table.declared_labels, table.origin)
     if rows.label_names:
@@ -121,13 +125,17 @@ def read(
     return replace(rows, label_names=names)
 
 
-def stream_texts(source: Source, *, text_column: Sequence[str] = ("text",)) -> Iterator[str]:
+def stream_texts(
+    source: Source, *, text_column: Sequence[str] = ("text",), pair_column: Sequence[str] | None = None
+) -> Iterator[str]:
     """Yield the texts of a source one by one, without loading a whole file into memory; raises as `read`."""
-    for text, _, _ in _rows(_open(source, "train"), text_column):
+    for text, _, _ in _rows(_open(source, "train"), text_column, pair_column):
         yield text
 
 
-def stream_rows(source: Source | _Table, *, text_column: Sequence[str] = ("text",)) -> Iterator[TextRow]:
+def stream_rows(
+    source: Source | _Table, *, text_column: Sequence[str] = ("text",), pair_column: Sequence[str] | None = None
+) -> Iterator[TextRow]:
     """Yield the text of each row, or None if it is unusable, and the row's other columns; raises as `read`.
 
     The other columns include those named in ``text_column``; only the default column ``text`` is left out. After the
@@ -135,25 +143,35 @@ def stream_rows(source: Source | _Table, *, text_column: Sequence[str] = ("text"
     """
     table = source if isinstance(source, _Table) else _open(source, "train")
     drop_text = not table.has_columns or tuple(text_column) == ("text",)
-    for text, _, record in _rows(table, text_column, strict=False):
+    for text, _, record in _rows(table, text_column, pair_column, strict=False):
         yield text or None, {name: value for name, value in record.items() if not (drop_text and name == "text")}
 
 
-def check_texts(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[TextRow]:
-    """Yield texts as `stream_rows` does; ``origin`` and ``unit`` name their source and an item, such as ``line``."""
-    records: Iterator[Record] = ((number, {"text": text}) for number, text in enumerate(texts, 1))
-    return stream_rows(_Table(records, origin, unit=unit, has_columns=False, may_be_empty=True))
+def check_texts(
+    texts: Iterable[str] | Iterable[tuple[str, str]], *, origin: str, unit: str, pairs: bool = False
+) -> Iterator[TextRow]:
+    """Yield texts or pairs as `stream_rows` does, where ``unit`` is what an item is called, such as ``line``."""
+    names = ("text", "text_pair")
+    items = (text if pairs else (text,) for text in texts)
+    records: Iterator[Record] = ((n, dict(zip(names, item, strict=False))) for n, item in enumerate(items, 1))
+    table = _Table(records, origin, unit=unit, has_columns=False, may_be_empty=True)
+    return ((text, {}) for text, _ in stream_rows(table, pair_column=names[1:] if pairs else None))
 
 
 def _rows(
-    table: _Table, text_column: Sequence[str], *, strict: bool = True, decode: Decode | None = None
+    table: _Table,
+    text_column: Sequence[str],
+    pair_column: Sequence[str] | None = None,
+    *,
+    strict: bool = True,
+    decode: Decode | None = None,
 ) -> Iterator[tuple[str, Label, Mapping[str, Any]]]:
     """Yield the text, the label ("" without a label column) and the record of each row.
 
     Unusable rows are skipped and listed in an error after the last row; if not ``strict``, their text is "", and a
     warning lists them.
     """
-    columns = text_column if table.has_columns else ("text",)
+    columns, second_columns = text_column if table.has_columns else ("text",), pair_column or ()
     errors = RowErrors(table.origin, table.unit)
     is_first, label_column, kind = True, table.label_column, None
     for number, record in table.records:
@@ -161,14 +179,14 @@ def _rows(
             record = {**record, columns[0]: decode(list(record["input_ids"]))}
         if is_first:
             label_column = _label_column(label_column, record)
-        required = [*columns, *table.label_columns, *([label_column] if label_column else [])] if is_first else []
-        missing = [column for column in required if column not in record]
+        required = [*columns, *second_columns, *table.label_columns, *([label_column] if label_column else [])]
+        missing = [column for column in required if is_first and column not in record]
         if missing:
             message = f"{table.origin} has no column {missing[0]!r}; it has {', '.join(map(repr, record))}."
-            raise DataError(message, hint="Name the columns with --text-column and --label-column.")
+            raise DataError(message, hint="Name the columns with --text-column, --pair-column and --label-column.")
         is_first = False
         label: Label = ""
-        text, problem = get_text(record, columns)
+        text, problem = get_pair(record, columns, second_columns)
         if table.label_columns and problem is None:
             label, problem = _get_flagged(record, table.label_columns)
         elif label_column and problem is None:
@@ -231,6 +249,17 @@ def _is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def get_pair(
+    record: Mapping[str, Any], columns: Sequence[str], second_columns: Sequence[str]
+) -> tuple[str, str | None]:
+    """Return the text of a record, or the pair if there are columns of a second text; and why it is unusable."""
+    text, problem = get_text(record, columns)
+    if problem is None and second_columns:
+        second, problem = get_text(record, second_columns)
+        text, problem = text + PAIR_SEPARATOR + second, problem and f"second text: {problem}"
+    return text, problem
+
+
 def get_text(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, str | None]:
     """Return the text of a record, and the reason if it is unusable."""
     parts = [record.get(column) for column in columns]
@@ -238,7 +267,7 @@ def get_text(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, st
         if not isinstance(part, str):
             expected = f"expected a string as text, got {type(part).__name__}"
             return "", "no text (a missing value)" if _is_missing(part) else expected
-    text = " ".join(part for part in parts if isinstance(part, str) and part.strip())
+    text = " ".join(part for part in parts if isinstance(part, str) and part.strip()).replace(PAIR_SEPARATOR, " ")
     if not INVISIBLE.sub("", text).strip():
         return text, "the text is empty"
     return text, _unicode_error(text)

@@ -22,12 +22,12 @@ from setfit_kd.errors import ConfigError, DataError
 from setfit_kd.evaluation import metrics
 from setfit_kd.evaluation.metrics import Calibration, ClassQuality, Interval, OperatingPoint, Quality, measure_quality
 from setfit_kd.memory.backoff import OOMBackoff, shared_backoff
-from setfit_kd.models.bodies import family_of
+from setfit_kd.models.bodies import family_of, takes_pairs
 from setfit_kd.models.encode import choose_forward, predict_proba
 from setfit_kd.models.forward import ForwardPass
 from setfit_kd.models.heads import at_temperature, head_task, head_thresholds
 from setfit_kd.models.io import BUNDLE, save_model
-from setfit_kd.runtime.classify import Classifier
+from setfit_kd.runtime.classify import PAIR_SEPARATOR, Classifier
 from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL, TASKS, Labels, Task, task_of
 from setfit_kd.utils.arrays import Floats, load_rows, save_rows
 from setfit_kd.utils.atomic_io import atomic_file, atomic_folder, raise_output_errors
@@ -213,6 +213,10 @@ def evaluate(
         raise DataError(message, hint=f"Use a {task.name} set, or a {data.task.name} model.")
     if not len(data):
         raise DataError(f"{data.origin} contains no texts.", hint="Pass at least one text.")
+    has_pairs = PAIR_SEPARATOR in data.texts[0]
+    if has_pairs != (model.takes_pairs if isinstance(model, Classifier) else takes_pairs(model.model_body)):
+        message = f"The model classifies {'single texts' if has_pairs else 'pairs of texts'}, unlike {data.origin}."
+        raise DataError(message, hint=f"{'Remove' if has_pairs else 'Add'} --pair-column.")
     if teacher is not None and len(teacher.gold) != len(data):
         message = f"The teacher was evaluated on {len(teacher.gold)} texts, but {data.origin} has {len(data)}."
         raise DataError(message, hint="Evaluate the teacher and the student on the same set.")

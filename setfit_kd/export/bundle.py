@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from setfit_kd import __version__
 from setfit_kd.errors import ConfigError, DataError, ModelError, OutputError, first_line
-from setfit_kd.models.bodies import check_finite, default_prompt, is_static
+from setfit_kd.models.bodies import check_finite, default_prompt, has_token_types, is_static, takes_pairs
 from setfit_kd.models.encode import predict_proba
 from setfit_kd.models.heads import head_task, head_thresholds, linear_weights
 from setfit_kd.models.onnx import silence_warnings, write_graph
@@ -283,7 +283,9 @@ def _write_common_files(model: SetFitModel, folder: Path) -> dict[str, Any]:
     if head_task(model.model_head) is MULTI_LABEL:
         thresholds = head_thresholds(model.model_head)
         listed = None if thresholds is None else thresholds.tolist()
-        task = {"format": classify.FORMAT, "task": MULTI_LABEL.name, "thresholds": listed}
+        task = {"format": 2, "task": MULTI_LABEL.name, "thresholds": listed}
+    if takes_pairs(body):
+        task |= {"format": classify.FORMAT, "pairs": True}
     return {
         **task,
         **dict.fromkeys(("kind", "weights")),
@@ -337,7 +339,7 @@ def head_weights(model: SetFitModel) -> tuple[npt.NDArray[np.float32], npt.NDArr
 
 
 class _ClassifierGraph(nn.Module):
-    """Module that maps (B, T) token ids and attention mask to (B, n_classes) probabilities."""
+    """Module that maps (B, T) token ids, attention mask and any token types to (B, n_classes) probabilities."""
 
     def __init__(self, model: SetFitModel) -> None:
         super().__init__()
@@ -348,8 +350,9 @@ class _ClassifierGraph(nn.Module):
         self.coef = nn.Parameter(torch.as_tensor(coef.T.copy()), requires_grad=False)
         self.intercept = nn.Parameter(torch.as_tensor(intercept), requires_grad=False)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        embeddings = self.body({"input_ids": input_ids, "attention_mask": attention_mask})["sentence_embedding"]
+    def forward(self, *inputs: Tensor) -> Tensor:
+        features = dict(zip(("input_ids", "attention_mask", "token_type_ids"), inputs, strict=False))
+        embeddings = self.body(features)["sentence_embedding"]
         if self.normalizes:
             embeddings = nn.functional.normalize(embeddings)
         logits = embeddings @ self.coef + self.intercept
@@ -360,7 +363,8 @@ def write_onnx(model: SetFitModel, file: Path) -> None:
     """Write a classifier with a body that is not static as an ONNX graph in single precision."""
     if is_static(model.model_body):
         raise ModelError("A static body cannot be exported as ONNX.", hint="Use --format static.")
-    write_graph(_ClassifierGraph(model), file, output="probabilities")
+    graph = _ClassifierGraph(model)
+    write_graph(graph, file, output="probabilities", with_types=has_token_types(model.model_body))
 
 
 def quantize(source: Path, target: Path) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ModelError, UnavailableError
+from setfit_kd.models.bodies import takes_pairs
 from setfit_kd.models.heads import head_task, head_thresholds
 from setfit_kd.models.io import BUNDLE, classifier_folder, load_classifier
-from setfit_kd.runtime.classify import MANIFEST, BundleError, Classifier
+from setfit_kd.runtime.classify import MANIFEST, BundleError, Classifier, Text
 from setfit_kd.utils.console import show_progress
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class TorchClassifier:
         self.labels = [str(label) for label in model.labels or ()]
         thresholds = head_thresholds(model.model_head)
         self.task = head_task(model.model_head).name
+        self.takes_pairs = takes_pairs(model.model_body)
         self.thresholds = None if thresholds is None else np.asarray(thresholds, np.float32)
         self.batch_size, self.exact = batch_size, exact
         self._forward: Any = None
@@ -49,7 +51,7 @@ class TorchClassifier:
 class _BundleClassifier(Classifier):
     """A bundle with errors of setfit-kd."""
 
-    def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+    def predict_proba(self, texts: Sequence[Text]) -> npt.NDArray[np.float32]:
         with _convert_bundle_errors():
             return super().predict_proba(texts)
 

@@ -17,23 +17,42 @@ import numpy.typing as npt
 
 from setfit_kd.errors import ConfigError
 from setfit_kd.inference.classifier import CHUNK_SIZE, TorchClassifier
-from setfit_kd.runtime.classify import Classifier, chunk_texts
+from setfit_kd.runtime.classify import Classifier, chunk_texts, split_pair
 from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL, TASKS, Task
 from setfit_kd.utils.atomic_io import atomic_file
 from setfit_kd.utils.console import as_text, json_text, suppress_warnings
 
 Row: TypeAlias = tuple[str | None, Mapping[str, Any]]  # usable text of a row, if it has one, and the other columns
 Columns: TypeAlias = Mapping[str, Any]  # the other columns of a table, with their Arrow types
+_TEXT_COLUMNS = ("text", "text_pair")
 _LABEL_COLUMNS = {SINGLE_LABEL: ["label", "probability"], MULTI_LABEL: ["labels"]}
+
+
+class Layout(NamedTuple):
+    """Columns of the output of a classifier."""
+
+    names: list[str]  # of the classes
+    others: Columns  # other columns of a table, which come first
+    task: Task
+    n_texts: int  # columns of texts: 2 for pairs
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Names of the columns of texts."""
+        return _TEXT_COLUMNS[: self.n_texts]
 
 
 class Prediction(NamedTuple):
     """Prediction for one row; without usable text, text and label are None and the probabilities NaN."""
 
-    text: str | None
+    text: str | None  # pairs are joined, see `join_pair`
     label: str | list[str] | None  # a list if multi-label; if single-label, None if its probability is too low
     probabilities: npt.NDArray[np.float32]  # (n_classes,)
     columns: Mapping[str, Any]  # the other columns of the row
+
+    def texts(self, n_texts: int) -> tuple[str | None, ...]:
+        """Return the text, or the two texts of a pair."""
+        return (None,) * n_texts if self.text is None else split_pair(self.text) if n_texts == 2 else (self.text,)
 
     def rounded(self) -> list[float] | None:
         """Return the probabilities rounded for text formats; None without text."""
@@ -119,54 +138,52 @@ def _to_cell(value: Any) -> Any:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _write_json_lines(
-    file: IO[bytes], chunks: Iterable[list[Prediction]], names: list[str], _: Columns, task: Task
-) -> None:
-    label_column = _LABEL_COLUMNS[task][0]
-    rename = _column_renamer(["text", "label", label_column, "probabilities"])
+def _write_json_lines(file: IO[bytes], chunks: Iterable[list[Prediction]], layout: Layout) -> None:
+    label_column = _LABEL_COLUMNS[layout.task][0]
+    rename = _column_renamer([*layout.texts, "label", label_column, "probabilities"])
     for chunk in chunks:
         for prediction in chunk:
             other = dict(zip(rename(prediction.columns), prediction.columns.values(), strict=True))
             row = prediction.rounded()
-            probabilities = row and dict(zip(names, row, strict=True))
-            record = {**other, "text": prediction.text, label_column: prediction.label, "probabilities": probabilities}
+            probabilities = row and dict(zip(layout.names, row, strict=True))
+            texts = dict(zip(layout.texts, prediction.texts(layout.n_texts), strict=True))
+            record = {**other, **texts, label_column: prediction.label, "probabilities": probabilities}
             file.write(json_text(record).encode("utf-8") + b"\n")
         file.flush()
 
 
-def _header(names: list[str], columns: Columns, task: Task) -> list[str]:
-    output_columns = ["text", *_LABEL_COLUMNS[task], *(f"probability_{name}" for name in names)]
-    return [*map(_to_cell, _column_renamer(output_columns)(columns)), *output_columns]
+def _header(layout: Layout) -> list[str]:
+    probabilities = (f"probability_{name}" for name in layout.names)
+    output_columns = [*layout.texts, *_LABEL_COLUMNS[layout.task], *probabilities]
+    return [*map(_to_cell, _column_renamer(output_columns)(layout.others)), *output_columns]
 
 
-def _write_delimited(
-    delimiter: str, file: IO[bytes], chunks: Iterable[list[Prediction]], names: list[str], columns: Columns, task: Task
-) -> None:
-    is_single_label = task is SINGLE_LABEL
+def _write_delimited(delimiter: str, file: IO[bytes], chunks: Iterable[list[Prediction]], layout: Layout) -> None:
+    is_single_label, names = layout.task is SINGLE_LABEL, layout.names
     to_text: Any = str if is_single_label else json_text if "|" in "".join(names) else "|".join
     # The csv module quotes a carriage return only if its line terminator contains one.
     lines = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n").encode("utf-8") + b"\n"))
     table = csv.writer(lines, delimiter=delimiter, lineterminator="\r\n")
-    table.writerow(_header(names, columns, task))
+    table.writerow(_header(layout))
     for chunk in chunks:
         for prediction in chunk:
             row: Any = prediction.rounded()
             highest = [row and max(row)] if is_single_label else []
             label = None if prediction.label is None else to_text(prediction.label)
-            other = [_to_cell(prediction.columns.get(name)) for name in columns]
-            table.writerow([*other, prediction.text, label, *highest, *(row or [None] * len(names))])
+            other = [_to_cell(prediction.columns.get(name)) for name in layout.others]
+            texts = prediction.texts(layout.n_texts)
+            table.writerow([*other, *texts, label, *highest, *(row or [None] * len(names))])
 
 
-def _write_parquet(
-    file: IO[bytes], chunks: Iterable[list[Prediction]], names: list[str], columns: Columns, task: Task
-) -> None:
+def _write_parquet(file: IO[bytes], chunks: Iterable[list[Prediction]], layout: Layout) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    is_single_label = task is SINGLE_LABEL
+    is_single_label, n_texts = layout.task is SINGLE_LABEL, layout.n_texts
     label_type = pa.string() if is_single_label else pa.list_(pa.string())
-    types = [*columns.values(), pa.string(), label_type, *[pa.float32()] * (is_single_label + len(names))]
-    schema = pa.schema(list(zip(_header(names, columns, task), types, strict=True)))
+    types = [*layout.others.values(), *[pa.string()] * n_texts, label_type]
+    types += [pa.float32()] * (is_single_label + len(layout.names))
+    schema = pa.schema(list(zip(_header(layout), types, strict=True)))
 
     def to_arrow(values: list[Any], dtype: pa.DataType) -> pa.Array:
         if pa.types.is_string(dtype) or pa.types.is_floating(dtype):
@@ -176,16 +193,17 @@ def _write_parquet(
 
     with pq.ParquetWriter(file, schema) as table:
         for chunk in chunks:
-            texts, labels, rows, others = zip(*chunk, strict=True)
+            _, labels, rows, others = zip(*chunk, strict=True)
+            texts = zip(*(prediction.texts(n_texts) for prediction in chunk), strict=True)
             probabilities = np.array(rows)
             values = [probabilities.max(axis=1)] * is_single_label + [*probabilities.T]
-            other = [to_arrow([row.get(name) for row in others], dtype) for name, dtype in columns.items()]
-            answers = [pa.array(texts, pa.string()), pa.array(labels, label_type)]
+            other = [to_arrow([row.get(name) for row in others], dtype) for name, dtype in layout.others.items()]
+            answers = [*(pa.array(column, pa.string()) for column in texts), pa.array(labels, label_type)]
             answers += [pa.array(column, pa.float32(), from_pandas=True) for column in values]
             table.write_batch(pa.record_batch([*other, *answers], schema=schema))
 
 
-_FORMATS: dict[str, Callable[[IO[bytes], Iterable[list[Prediction]], list[str], Columns, Task], None]] = {
+_FORMATS: dict[str, Callable[[IO[bytes], Iterable[list[Prediction]], Layout], None]] = {
     ".jsonl": _write_json_lines,
     ".ndjson": _write_json_lines,
     ".csv": partial(_write_delimited, ","),
@@ -203,20 +221,20 @@ def check_output(path: Path) -> None:
 def write_predictions(
     path: Path | None,
     chunks: Iterable[list[Prediction]],
-    names: list[str],
+    classifier: TorchClassifier | Classifier,
     columns: Columns | None = None,
-    task: str = SINGLE_LABEL.name,
 ) -> None:
-    """Write predictions to a file, whose extension selects the format, or as JSON lines to stdout.
+    """Write predictions of a classifier to a file, whose extension selects the format, or as JSON lines to stdout.
 
-    A file appears only if everything was written. ``columns`` are the other columns of a table, which come first.
-    ``task`` is that of the classifier. The extension must be one that `check_output` accepts.
+    A file appears only if everything was written. ``columns`` are the other columns of a table, which come first. The
+    extension must be one that `check_output` accepts.
 
     Raises:
         OutputError: If the file cannot be written.
     """
+    layout = Layout(classifier.labels, columns or {}, TASKS[classifier.task], 2 if classifier.takes_pairs else 1)
     if path is None:
-        _write_json_lines(sys.stdout.buffer, chunks, names, {}, TASKS[task])
+        _write_json_lines(sys.stdout.buffer, chunks, layout)
         return
     with atomic_file(path) as file:
-        _FORMATS[path.suffix.lower()](file, chunks, names, columns or {}, TASKS[task])
+        _FORMATS[path.suffix.lower()](file, chunks, layout)

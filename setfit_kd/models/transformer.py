@@ -15,8 +15,11 @@ from transformers import AutoConfig
 
 from setfit_kd.errors import ModelError
 from setfit_kd.models.bodies import CLASSIFIER_SUFFIX, load_local, module_folders
+from setfit_kd.runtime.classify import PAIR_SEPARATOR, split_pair
 from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL, Task
 from setfit_kd.utils.console import quiet_libraries, suppress_warnings
+
+_PAIRS = "text_pairs"  # our entry in the config of a transformer
 
 
 class TransformerFeatures(Transformer):
@@ -80,6 +83,21 @@ class TransformerFeatures(Transformer):
     @task.setter
     def task(self, task: Task) -> None:
         self.model.config.problem_type = task.problem_type  # type: ignore[assignment]
+
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether pairs of texts are classified, which is saved in the config of the model."""
+        return bool(getattr(self.model.config, _PAIRS, False))
+
+    @takes_pairs.setter
+    def takes_pairs(self, value: bool) -> None:
+        if value != self.takes_pairs:
+            setattr(self.model.config, _PAIRS, value)
+
+    def preprocess(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Tokenize texts; those that `join_pair` has joined are passed to the tokenizer as pairs."""
+        items = [split_pair(text) if isinstance(text, str) and PAIR_SEPARATOR in text else text for text in inputs]
+        return super().preprocess(items, *args, **kwargs)
 
     def _set_last_layer(self, layer: nn.Module) -> None:
         owner, _, name = self._head_path.rpartition(".")

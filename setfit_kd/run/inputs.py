@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from setfit_kd.data.sources import Source, read, stream_texts
 from setfit_kd.data.splits import DataSplits, split_data
 from setfit_kd.errors import ConfigError
 from setfit_kd.memory.devices import resolve_device
-from setfit_kd.models.bodies import BodySource, locate_body, locate_model
+from setfit_kd.models.bodies import PAIRS_HINT, BodySource, locate_body, locate_model
 from setfit_kd.run.search import check_search
 from setfit_kd.run_folder.folder import RunFolder
 from setfit_kd.signals.files import read_signals
@@ -90,6 +91,8 @@ def prepare_run(config: RunConfig, *, resume: bool = False, **sources: Source | 
         raise ConfigError(message, hint="Remove --target-accuracy.")
     check_precision(config.precision, resolve_device(config.device))
     teachers = {} if config.signals else {name: locate_body(name) for name in config.teacher}
+    if config.pair_column is not None and any(source.family != "transformer" for source in teachers.values()):
+        raise ConfigError("Pairs of texts can only be classified by transformers.", hint=PAIRS_HINT)
     fill_mask = None if config.augment_model is None else locate_model(config.augment_model)
     student_sources = [locate_student(name) for name in config.student]
     from setfit_kd.hub.client import cached_revisions  # imports huggingface_hub
@@ -106,6 +109,8 @@ def prepare_run(config: RunConfig, *, resume: bool = False, **sources: Source | 
         bodies = {name: teachers[name].load(names, seed=config.seed)}
     first_body = next(iter(bodies.values()), None)
     students = [source.prepare(first_body, names, seed=config.seed) for source in student_sources]
+    if config.pair_column is not None and any(student.family != "transformer" for student in students):
+        raise ConfigError("Pairs of texts can only be classified by transformers.", hint=PAIRS_HINT)
     return RunInputs(data, teachers, bodies, students, revisions, fill_mask)
 
 
@@ -149,7 +154,8 @@ def load_run_data(config: DataConfig, **sources: Source | None) -> RunData:
     if signals is None:
         if unlabeled is None:
             logger.warning("There are no unlabeled texts: the student can only learn from the labeled texts.")
-        pool = None if unlabeled is None else stream_texts(unlabeled, text_column=config.text_column)
+        stream = partial(stream_texts, text_column=config.text_column, pair_column=config.pair_column)
+        pool = None if unlabeled is None else stream(unlabeled)
         return RunData(**vars(split_data(rows, pool, held_out, config)))
     # Labeled texts stay in the pool, since they have signals.
     data = split_data(rows, signals.texts, held_out, config, disjoint=False)

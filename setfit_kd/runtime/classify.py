@@ -5,6 +5,8 @@ file of a bundle that is ever executed:
 
     python classify.py "some text" "another"      # prints one JSON object per text
     python classify.py < texts.txt                # reads one text per line, and answers as the lines arrive
+
+If it classifies pairs of texts, two arguments are a pair, and a tab separates the texts of a pair on a line.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import IncrementalNewlineDecoder
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +33,7 @@ from tokenizers import Tokenizer
 
 logger = logging.getLogger("setfit_kd.runtime")  # the same name in the copy inside a bundle
 
-FORMAT = 2  # of multi-label bundles; single-label bundles have format 1
+FORMAT = 3  # of bundles for pairs of texts; multi-label bundles have format 2, others format 1
 SINGLE_LABEL, MULTI_LABEL = "single-label", "multi-label"
 MANIFEST, LABELS, TOKENIZER = "manifest.json", "labels.json", "tokenizer.json"
 ONNX_MODEL, VECTORS, HEAD = "model.onnx", "embeddings.safetensors", "head.safetensors"
@@ -54,12 +56,16 @@ INVISIBLE, _VISIBLE = re.compile(f"[{_IGNORABLE}]"), re.compile(rf"[^\s{_IGNORAB
 _UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that a terminal interprets instead of displaying."""
 
+PAIR_SEPARATOR = "\x1f"
+"""Separates the two texts of a pair, which is one string: the unit separator of ASCII."""
+
 Floats = npt.NDArray[np.float32]
 T = TypeVar("T")
+Text: TypeAlias = "str | tuple[str, str]"
 
 
 class BundleError(ValueError):
-    """A bundle is incomplete, does not match its manifest, or has a newer format."""
+    """A bundle is incomplete, does not match its manifest, or has a newer format; or a pair lacks a text."""
 
 
 class Prediction(NamedTuple):
@@ -79,16 +85,28 @@ class MultiLabelPrediction(NamedTuple):
 
 
 def has_text(text: str) -> bool:
-    """Return whether a text has a visible character; other texts get no label."""
-    return _VISIBLE.search(text) is not None
+    """Return whether a text, or both of a pair, have a visible character; other texts get no label."""
+    return all(_VISIBLE.search(part) for part in split_pair(text))
+
+
+def join_pair(first: str, second: str) -> str:
+    """Join the texts of a pair to one string."""
+    return PAIR_SEPARATOR.join(text.replace(PAIR_SEPARATOR, " ") for text in (first, second))
+
+
+def split_pair(text: str) -> tuple[str, ...]:
+    """Split a pair into its texts; a text that is no pair remains one."""
+    return tuple(text.split(PAIR_SEPARATOR, 1))
 
 
 def shorten(text: str, tokenizer: Any) -> str:
     """Shorten a long text before it is tokenized, without changing the tokens that remain after truncation.
 
     Tokenizes longer and longer prefixes (suffixes if the tokenizer truncates on the left), cut at whitespace, until one
-    has enough tokens. Without truncation, only `MAX_CHARACTERS` limits the text.
+    has enough tokens. Without truncation, only `MAX_CHARACTERS` limits the text. Both texts of a pair are shortened.
     """
+    if PAIR_SEPARATOR in text:
+        return PAIR_SEPARATOR.join(shorten(part, tokenizer) for part in split_pair(text))
     truncation = getattr(tokenizer, "truncation", None) or {}
     is_left = truncation.get("direction") == "left"
     text = text[-MAX_CHARACTERS:] if is_left else text[:MAX_CHARACTERS]
@@ -178,6 +196,7 @@ class Classifier:
         folder: Folder of the bundle.
         labels: Names of the classes.
         task: ``single-label`` or ``multi-label``.
+        takes_pairs: Whether pairs of texts are classified, which are passed as tuples of two texts.
         thresholds: (n_classes,) float32, minimum probability of each label of a multi-label bundle; None means 0.5.
         manifest: Content of ``manifest.json``.
 
@@ -204,6 +223,7 @@ class Classifier:
             if not isinstance(self.labels, list) or not all(isinstance(label, str) for label in self.labels):
                 raise BundleError(f"{LABELS} must contain a list of strings.")
             self.task, self.thresholds = self._read_task()
+            self.takes_pairs = bool(self.manifest.get("pairs"))
             self._tokenizer = Tokenizer.from_buffer(files[TOKENIZER])
             self._tokenizer.no_padding()
             self._model = _MODELS[self.manifest["kind"]](files, self.manifest, threads)
@@ -213,7 +233,7 @@ class Classifier:
         if n_classes != len(self.labels):
             raise BundleError(f"{folder} has {len(self.labels)} labels for {n_classes} classes.")
 
-    def predict_proba(self, texts: Sequence[str]) -> Floats:
+    def predict_proba(self, texts: Sequence[Text]) -> Floats:
         """Predict class probabilities: (n, n_classes) float32, columns in the order of ``labels``.
 
         Each row sums to 1 if single-label; the probabilities of a multi-label bundle are independent of each other.
@@ -221,10 +241,10 @@ class Classifier:
         Raises:
             BundleError: If the tokenizer or the model fails, or a probability is not finite.
         """
-        parts = [self._classify(chunk) for chunk in chunk_texts(texts, _CHUNK_SIZE)]
+        parts = [self._classify(chunk) for chunk in chunk_texts(self._read(texts), _CHUNK_SIZE)]
         return np.concatenate([np.empty((0, len(self.labels)), np.float32), *parts])
 
-    def predict(self, texts: Sequence[str]) -> list[Any]:
+    def predict(self, texts: Sequence[Text]) -> list[Any]:
         """Predict the most probable label of each text; None for a text without visible characters.
 
         A multi-label bundle predicts a list with all labels whose probability reaches their threshold.
@@ -232,7 +252,7 @@ class Classifier:
         return [prediction[1] for prediction in self.stream(texts, chunk_size=_CHUNK_SIZE)]
 
     def stream(
-        self, texts: Iterable[str], *, chunk_size: int = 256, is_waiting: Callable[[], bool] = lambda: False
+        self, texts: Iterable[Text], *, chunk_size: int = 256, is_waiting: Callable[[], bool] = lambda: False
     ) -> Iterator[Any]:
         """Classify any number of texts in their order, with at most ``chunk_size`` of them in memory.
 
@@ -242,7 +262,7 @@ class Classifier:
         """
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}")
-        for chunk in chunk_texts(texts, chunk_size, is_waiting=is_waiting):
+        for chunk in chunk_texts(self._read(texts), chunk_size, is_waiting=is_waiting):
             for text, row in zip(chunk, self._classify(chunk), strict=True):
                 yield self.decide(text, row)
 
@@ -254,6 +274,17 @@ class Classifier:
         columns = np.flatnonzero(row >= (0.5 if self.thresholds is None else self.thresholds))
         answer = [self.labels[column] for column in columns], row[columns].tolist()
         return MultiLabelPrediction(text, *(answer if has_text(text) else (None, None)))
+
+    def _read(self, texts: Iterable[Text]) -> Iterator[str]:
+        """Yield the texts, pairs as one string; raise a TypeError if they are not what the bundle classifies."""
+        if isinstance(texts, str):
+            raise TypeError("expected a list of texts, got a single string")
+        for text in texts:
+            is_pair = not isinstance(text, str) or PAIR_SEPARATOR in text
+            if is_pair != self.takes_pairs and not (is_pair and isinstance(text, str)):
+                expected = "pairs of texts" if self.takes_pairs else "texts, not pairs"
+                raise TypeError(f"this bundle classifies {expected}, got {text!r:.60}")
+            yield text if isinstance(text, str) else join_pair(*text)
 
     def _read_task(self) -> tuple[str, Floats | None]:
         """Return the task and the thresholds in the manifest."""
@@ -271,14 +302,15 @@ class Classifier:
         prefix, special = self.manifest["prefix"], self.manifest["special_tokens"]
         with _convert_errors("The bundle"):
             inputs = [prefix + shorten(text, self._tokenizer) for text in texts]
-            ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(inputs, add_special_tokens=special)]
-            order, size = list(range(len(ids))), len(ids)
+            items: Any = [split_pair(text) for text in inputs] if self.takes_pairs else inputs
+            encodings = self._tokenizer.encode_batch_fast(items, add_special_tokens=special)
+            order, size = list(range(len(encodings))), len(encodings)
             if self._model.needs_padding:
-                order, size = sorted(order, key=lambda row: len(ids[row])), self.batch_size
+                order, size = sorted(order, key=lambda row: len(encodings[row].ids)), self.batch_size
             probabilities = np.empty((len(texts), len(self.labels)), np.float32)
             for start in range(0, len(order), size):
                 rows = order[start : start + size]
-                probabilities[rows] = self._model.predict_proba([ids[row] for row in rows])
+                probabilities[rows] = self._model.predict_proba([encodings[row] for row in rows])
         if not np.isfinite(probabilities).all():
             raise BundleError("The bundle predicts probabilities that are not finite.")
         return probabilities
@@ -315,8 +347,9 @@ class _StaticModel:
         # A linear head of a mean is the mean of the head's outputs, so n_classes numbers per token are enough.
         self._table = vectors if self._normalizes else vectors @ self._coef.T
 
-    def predict_proba(self, ids: list[list[int]]) -> Floats:
-        """Predict (n, n_classes) probabilities from token ids; a text without tokens has mean 0."""
+    def predict_proba(self, encodings: list[Any]) -> Floats:
+        """Predict (n, n_classes) probabilities from tokenized texts; a text without tokens has mean 0."""
+        ids = [encoding.ids for encoding in encodings]
         means = np.empty((len(ids), self._table.shape[1]), np.float32)
         for mean, tokens in zip(means, ids, strict=True):  # text by text, which stays in the processor's cache
             np.add.reduce(self._table.take(np.array(tokens, np.int64), axis=0), axis=0, out=mean)
@@ -353,20 +386,23 @@ class _OnnxModel:
         self._session = onnxruntime.InferenceSession(files[ONNX_MODEL], options, providers=["CPUExecutionProvider"])
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         names = {node.name for node in inputs}
-        if names != {"input_ids", "attention_mask"} or outputs[0].name != "probabilities" or len(outputs[0].shape) != 2:
+        self._has_types = "token_type_ids" in names
+        is_known = names - {"token_type_ids"} == {"input_ids", "attention_mask"}
+        if not is_known or outputs[0].name != "probabilities" or len(outputs[0].shape) != 2:
             raise BundleError(f"{ONNX_MODEL} must map input_ids and attention_mask to probabilities (n, n_classes).")
         self.n_classes = int(outputs[0].shape[1])
         self._pad = int(manifest["pad_id"])
 
-    def predict_proba(self, ids: list[list[int]]) -> Floats:
-        """Predict (n, n_classes) probabilities from token ids."""
-        longest = max(1, *map(len, ids))
-        tokens = np.full((len(ids), longest), self._pad, np.int64)
-        mask = np.zeros((len(ids), longest), np.int64)
-        for row, text in enumerate(ids):
-            tokens[row, : len(text)] = text
-            mask[row, : len(text)] = 1
-        (probabilities,) = self._session.run(["probabilities"], {"input_ids": tokens, "attention_mask": mask})
+    def predict_proba(self, encodings: list[Any]) -> Floats:
+        """Predict (n, n_classes) probabilities from tokenized texts."""
+        longest = max(1, *(len(encoding.ids) for encoding in encodings))
+        tokens = np.full((len(encodings), longest), self._pad, np.int64)
+        mask, types = np.zeros((2, *tokens.shape), np.int64)
+        for row, encoding in enumerate(encodings):
+            n = len(encoding.ids)
+            tokens[row, :n], mask[row, :n], types[row, :n] = encoding.ids, 1, encoding.type_ids
+        inputs = {"input_ids": tokens, "attention_mask": mask} | ({"token_type_ids": types} if self._has_types else {})
+        (probabilities,) = self._session.run(["probabilities"], inputs)
         return np.asarray(probabilities, np.float32)
 
 
@@ -446,6 +482,18 @@ def _escape_control_characters(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
+def read_pairs(texts: Sequence[str] | Lines) -> Iterator[tuple[str, str]]:
+    """Yield pairs from a list of their first and second texts in turn, or from lines with a tab between both."""
+    if not isinstance(texts, Lines):
+        if len(texts) % 2:
+            raise BundleError(f"Expected two texts for each pair, got an odd number of texts, {len(texts)}.")
+        yield from zip(texts[::2], texts[1::2], strict=True)
+        return
+    for line in texts:
+        first, _, second = line.partition("\t")
+        yield first, second
+
+
 def main() -> None:
     """Classify the arguments or the lines of stdin."""
     parser = argparse.ArgumentParser(description="Classify texts and print one JSON object per text.")
@@ -459,8 +507,12 @@ def main() -> None:
     texts = [text.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for text in arguments.texts] or lines
     try:
         classifier = Classifier(arguments.bundle, threads=arguments.threads)
-        for prediction in classifier.stream(texts, is_waiting=lambda: lines.is_waiting):
-            line = _escape_control_characters(json.dumps(prediction._asdict(), ensure_ascii=False))
+        items: Any = read_pairs(texts) if classifier.takes_pairs else texts
+        for prediction in classifier.stream(items, is_waiting=lambda: lines.is_waiting):
+            record = prediction._asdict()
+            if classifier.takes_pairs:
+                record = dict(zip(("text", "text_pair"), split_pair(record.pop("text")), strict=True)) | record
+            line = _escape_control_characters(json.dumps(record, ensure_ascii=False))
             print(line, flush=lines.is_waiting)
         sys.stdout.flush()
     except (BrokenPipeError, KeyboardInterrupt) as error:  # discard the rest of the output

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from setfit_kd.data.readers import read_records, record_unit
-from setfit_kd.data.sources import RowErrors, get_text
+from setfit_kd.data.sources import RowErrors, get_pair
 from setfit_kd.errors import DataError
 from setfit_kd.signals.signals import TeacherSignals
 from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL, Task
@@ -25,8 +25,9 @@ def read_signals(path: str | Path) -> TeacherSignals:
 
     The file is JSONL, Parquet, CSV or TSV. Each row has a ``text`` and its probabilities: an object ``probabilities``
     with the labels as keys, or one column ``probability_LABEL`` per label, both as written by ``setfit-kd predict``.
-    Rows may also have an ``embedding``, a list of numbers. The first row determines the labels. If it has ``labels``,
-    which predict writes for several labels per text, the probabilities are independent and need not sum to 1.
+    Pairs have a ``text_pair``, too. Rows may also have an ``embedding``, a list of numbers. The first row determines
+    the labels. If it has ``labels``, which predict writes for several labels per text, the probabilities are
+    independent and need not sum to 1.
 
     Raises:
         DataError: If the file cannot be read, or rows are unusable. The message names the rows.
@@ -39,14 +40,15 @@ def read_signals(path: str | Path) -> TeacherSignals:
     names: tuple[str, ...] = ()
     task = SINGLE_LABEL
     dimension: int | None = None
-    errors = RowErrors(str(path), record_unit(path))
+    errors, pair_column = RowErrors(str(path), record_unit(path)), tuple[str, ...]()
     for number, record in read_records(path):
         by_label = _probabilities(record)
         if not names:
             names = tuple(by_label)
             task = MULTI_LABEL if "labels" in record and "label" not in record else SINGLE_LABEL
             dimension = _check_first_row(record, names, path)
-        text, problem = get_text(record, ("text",))
+            pair_column = ("text_pair",) if "text_pair" in record else ()
+        text, problem = get_pair(record, ("text",), pair_column)
         try:
             distribution = _distribution(by_label, names, task)
             embedding = _embedding(record.get("embedding"), dimension)

@@ -19,7 +19,7 @@ from transformers import SchedulerType
 from setfit_kd.config.base import StageConfig
 from setfit_kd.errors import OutOfMemoryError, TrainingError, first_line, is_out_of_memory
 from setfit_kd.memory.backoff import Attempt, OOMBackoff, clear_cache
-from setfit_kd.models.bodies import is_static
+from setfit_kd.models.bodies import is_static, set_pairs
 from setfit_kd.models.layers import checkpointed_layers
 from setfit_kd.training.loss_trainer import Checkpoints, LossTrainer
 from setfit_kd.training.precision import resolve_precision
@@ -72,7 +72,7 @@ def train(
     Args:
         make_trainer: Function that creates a trainer from the config, with precision and micro-batch size resolved, a
             device and a folder for temporary files.
-        texts: Some of the training texts, to measure the speed of each precision.
+        texts: Some of the training texts, to measure the speed of each precision; the body is marked if they are pairs.
         batch_texts: Number of texts in a full batch.
         checkpoints: Folder for checkpoints. If it holds checkpoints of this training, training resumes from them.
 
@@ -83,6 +83,7 @@ def train(
         OutOfMemoryError: If the last attempt fails too. As after any error, the body has its initial weights.
         TrainingError: If the loss or the weights are not finite.
     """
+    set_pairs(body, texts)
     if config.max_length is not None and body.max_seq_length != math.inf:  # a static body has no maximum length
         body.max_seq_length = min(config.max_length, body.max_seq_length or config.max_length)
     size = min(config.micro_batch_size or batch_texts, batch_texts)

@@ -340,7 +340,7 @@ CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0\r")
 def test_any_text_round_trips_through_any_file(out: str, texts: list[str | None]) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"out.{out}"
-        write_predictions(path, classify(UniformClassifier(), ((text, {}) for text in texts)), ["yes", "no"])
+        write_predictions(path, classify(UniformClassifier(), ((text, {}) for text in texts)), UniformClassifier())
         if out == "parquet":
             read_back = pq.read_table(path)["text"].to_pylist()
         elif out == "jsonl":
@@ -429,7 +429,7 @@ def test_labels_with_the_separator_are_json_lists(multi_label_models: dict[str, 
     classifier = open_classifier(multi_label_models["setfit"], device="cpu")
     classifier.labels = ["Sports", "a|b", "c", "never"]
     chunks = list(classify(classifier, [(TEXTS[0], {}), (None, {})], threshold=0.0))
-    write_predictions(Path("out.csv"), chunks, classifier.labels, task=classifier.task)
+    write_predictions(Path("out.csv"), chunks, classifier)
     with Path("out.csv").open(encoding="utf-8", newline="") as file:
         cells = [row["labels"] for row in csv.DictReader(file)]
     assert (json.loads(cells[0]), cells[1]) == (classifier.labels, "")
@@ -503,7 +503,7 @@ class UniformClassifier(TorchClassifier):
     """A classifier that predicts the same probability for all classes and records the largest batch."""
 
     def __init__(self) -> None:
-        self.labels, self.task = ["yes", "no"], "single-label"
+        self.labels, self.task, self.takes_pairs = ["yes", "no"], "single-label", False
         self.max_texts = 0
 
     def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:

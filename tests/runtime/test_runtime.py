@@ -257,7 +257,7 @@ DAMAGED_BUNDLES: dict[str, tuple[Damage, str, str]] = {
     "deeply nested manifest": (write_manifest(b"[" * 100_000), "Cannot read", "static"),
     "manifest is a list": (write_manifest(b"[]"), "not the manifest", "static"),
     "no format": (change_manifest(format=None), "not the manifest", "static"),
-    "newer format": (change_manifest(format=3), r"format 3.*reads formats up to 2.*classify\.py", "static"),
+    "newer format": (change_manifest(format=4), r"format 4.*reads formats up to 3.*classify\.py", "static"),
     "unknown task": (change_manifest(task=["x"]), "task .*expected single-label or multi-label", "static"),
     **{
         f"thresholds {thresholds} for a {task} model": (

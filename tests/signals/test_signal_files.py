@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ def write_rows(path: Path, *rows: Any) -> Path:
 def test_read_predictions(extension: str, tmp_path: Path) -> None:
     path = tmp_path / f"predictions.{extension}"
     rows = zip(TEXTS, PROBABILITIES, strict=True)
-    write_predictions(path, [[Prediction(text, NAMES[row.argmax()], row, {}) for text, row in rows]], NAMES)
+    classifier: Any = SimpleNamespace(labels=NAMES, task="single-label", takes_pairs=False)
+    write_predictions(path, [[Prediction(text, NAMES[row.argmax()], row, {}) for text, row in rows]], classifier)
     signals = read_signals(path)
     assert (signals.texts, signals.label_names, signals.embeddings) == (TEXTS, tuple(NAMES), None)
     assert signals.origin == str(path)
