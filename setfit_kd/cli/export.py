@@ -11,7 +11,7 @@ import click
 from setfit_kd.cli.options import FRACTION, output_options, passed, pickle_option, setting_options
 from setfit_kd.config.run import RunConfig
 from setfit_kd.config.values import BUNDLE_FORMATS
-from setfit_kd.errors import DataError
+from setfit_kd.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +50,17 @@ def export(
 
     from setfit_kd.cli.output import echo
     from setfit_kd.export.bundle import check_output, export_bundle
+    from setfit_kd.models.bodies import takes_pairs
     from setfit_kd.models.io import load_classifier
+    from setfit_kd.runtime.classify import PAIR_SEPARATOR
 
     check_output(output_dir, overwrite=overwrite)
     loaded, path = load_classifier(model, device="cpu", trust_pickle=trust_pickle), Path(model)
     texts, title = _texts(path, config), path.resolve().name
+    if takes_pairs(loaded.model_body) != (PAIR_SEPARATOR in texts[0]):
+        expected = "pairs of texts, but there are no pairs" if takes_pairs(loaded.model_body) else "texts, not pairs,"
+        hint = "Pass them with --unlabeled, and pairs with --text-column and --pair-column."
+        raise ConfigError(f"{model} classifies {expected} to check the bundle on.", hint=hint)
     bundle = export_bundle(
         loaded, output_dir, texts=texts, format=format_, min_agreement=min_agreement, title=title, overwrite=overwrite
     )
