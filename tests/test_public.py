@@ -77,6 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "finetune": BASE | {"data", "models", "losses", "training", "evaluation"},
     "teacher": BASE | {"data", "models", "losses", "training", "signals", "finetune"},
     "student": BASE | {"data", "models", "losses", "training", "signals"},
+    "mlm": BASE | {"data", "models", "losses", "training", "student"},
     "inference": {"errors", "utils", "tasks", "models", "runtime"},
     "export": BASE | {"hub", "models", "runtime"},
     "run_folder": {"errors", "utils", "config"},
@@ -85,8 +86,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"hub", "data", "models", "signals", "training", "evaluation", "augment", "teacher", "student", "run_folder"}
     | {"export", "report"},
     "cli": BASE
-    | {"hub", "data", "models", "signals", "evaluation", "finetune", "inference", "export", "run_folder", "report"}
-    | {"run", "runtime"},
+    | {"hub", "data", "models", "signals", "evaluation", "finetune", "mlm", "inference", "export", "run_folder"}
+    | {"report", "run", "runtime"},
     "__main__": {"cli"},
 }
 """Packages that a package may import. No package imports a later one."""

@@ -16,6 +16,7 @@ from setfit_kd.cli.evaluate import evaluate
 from setfit_kd.cli.export import export
 from setfit_kd.cli.finetune import finetune
 from setfit_kd.cli.predict import predict
+from setfit_kd.cli.pretrain import pretrain
 from setfit_kd.cli.push import push
 from setfit_kd.cli.report import report
 from setfit_kd.cli.run import run
@@ -64,6 +65,6 @@ def main() -> None:
     """
 
 
-for command in (run, finetune, predict, evaluate, report, compare, export, push, benchmark, doctor):
+for command in (run, finetune, pretrain, predict, evaluate, report, compare, export, push, benchmark, doctor):
     command.short_help = command.get_short_help_str(1_000)  # the whole first sentence
     main.add_command(command)

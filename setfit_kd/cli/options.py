@@ -116,10 +116,10 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
 
 _METAVARS: dict[Any, str] = {
     **{int: "N", float: "X", Path: "FOLDER"},
-    **dict.fromkeys(("labeled", "unlabeled", "validation", "eval"), "SOURCE"),
+    **dict.fromkeys(("labeled", "unlabeled", "validation", "eval", "texts"), "SOURCE"),
     **dict.fromkeys(("teacher", "student"), "MODEL"),
     **dict.fromkeys(("text_column", "pair_column", "label_columns"), "NAME[,NAME...]"),
-    **{"label_column": "NAME", "device": "DEVICE"},
+    **{"label_column": "NAME", "device": "DEVICE", "vocab_file": "FILE"},
     **{"objective": "NAME[=X][,...]"},
 }
 
@@ -135,7 +135,8 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         return click.option(flag, name, is_flag=True, default=None, help=text)
     if get_origin(kind) is Literal:
         return click.option(flag, name, type=click.Choice(get_args(kind)), default=None, help=text)
-    metavar, multiple = _METAVARS.get(name, _METAVARS.get(kind, "TEXT")), name in ("teacher", "student")
+    metavar = _METAVARS.get(name, _METAVARS.get(kind, "TEXT"))
+    multiple = name in ("teacher", "student") and get_origin(kind) is tuple
     kind = kind if kind in (int, float) else str
     return click.option(flag, name, type=kind, metavar=metavar, default=None, multiple=multiple, help=text)
 

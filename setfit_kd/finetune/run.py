@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -17,27 +13,19 @@ from setfit_kd.config.stages import FinetuneConfig
 from setfit_kd.data.labeled_set import check_classes, encode_labels
 from setfit_kd.data.sources import read
 from setfit_kd.data.splits import normalize, remove_leaks
-from setfit_kd.errors import DataError, OutputError
+from setfit_kd.errors import DataError
 from setfit_kd.evaluation.measure import Evaluation, evaluate
 from setfit_kd.finetune.train import check_settings, finetune, resolve_batch_size
 from setfit_kd.memory.backoff import move_model, shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import BodySource, content_hash, load_local, locate_model, model_errors
 from setfit_kd.models.io import save_model
-from setfit_kd.utils.atomic_io import (
-    LOCK_FILE,
-    lock_folder,
-    raise_output_errors,
-    refuse_links,
-    replace_folder,
-    write_text,
-)
-from setfit_kd.utils.files import fingerprint, read_json
+from setfit_kd.utils.files import fingerprint
+from setfit_kd.utils.output_folder import OutputFolder, open_output_folder
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
 
-METRICS, _FILES = "metrics.json", "files"
 _HISTORY, _OLD_HISTORY = "validation_history", "looks"  # key in ``metrics.json``, now and in earlier versions
 _MIN_ROWS = 8  # minimum number of tokenized rows to decide whether another tokenizer was used
 
@@ -74,14 +62,15 @@ def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     Raises:
         SetFitKDError: If an input or a setting cannot be used; no partial files are left behind.
     """
-    _check_output(config.output_dir, overwrite=config.overwrite)  # before the lock file is created
-    with lock_folder(config.output_dir), shared_backoff(cpu_fallback=config.cpu_fallback):
-        return _finetune_run(config)
+    keys = {_HISTORY, _OLD_HISTORY}
+    with (
+        open_output_folder(config.output_dir, overwrite=config.overwrite, command="finetune", keys=keys) as output,
+        shared_backoff(cpu_fallback=config.cpu_fallback),
+    ):
+        return _finetune_run(config, output)
 
 
-def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
-    output_dir = config.output_dir
-    replaceable = _check_output(output_dir, overwrite=config.overwrite)
+def _finetune_run(config: FinetuneRunConfig, output: OutputFolder) -> FinetuneResult:
     # The data is checked first, which takes no time compared with loading torch and a model.
     locate = cache(partial(locate_model, config.model))
     columns = {**config.columns, "decode": _Decoder(locate)}
@@ -102,33 +91,22 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
             message = f"{validation.origin}: no texts are left to compute {config.metric} on."
             raise DataError(message, hint="Pass other validation texts with --validation.")
     leaks = {"labeled": n_labeled - len(labeled), "validation": n_validation - len(validation or ())}
-    checkpoints = output_dir.absolute().with_name(f"{output_dir.absolute().name}.checkpoints")
-    refuse_links(checkpoints.parent, [checkpoints.name])
     device = resolve_device(config.device)
     body = BodySource(locate(), "transformer").load(names, seed=config.seed)
     sets = [[data.texts, data.labels.tolist()] for data in (labeled, validation) if data is not None]
     batch_size = resolve_batch_size(device, config)  # its default depends on the device
     training = fingerprint(FinetuneConfig.fingerprint_inputs(config), batch_size, content_hash(body), sets)
     history: list[dict[str, float]] = []
-    options: dict[str, Any] = {"config": config, "checkpoints": checkpoints / training, "history": history}
+    options: dict[str, Any] = {"config": config, "checkpoints": output.checkpoints / training, "history": history}
     model = finetune(labeled, body, validation=validation, **options)
     move_model(model.model_body, device, phase="Evaluating")
     evaluation, validation_evaluation = (
         None if data is None else evaluate(model, data, encode_batch_size=config.encode_batch_size, exact=config.exact)
         for data in (held_out, None if held_out else validation)
     )
-    result = FinetuneResult(model, evaluation, validation_evaluation, history, leaks, output_dir)
+    result = FinetuneResult(model, evaluation, validation_evaluation, history, leaks, output.path)
     content = {**result.metrics, "settings": config.model_dump(mode="json")}
-    with replace_folder(output_dir, is_ours=replaceable.__contains__) as folder:
-        save_model(model, folder, title="Text classifier")
-        content[_FILES] = sorted({METRICS, *(path.name for path in folder.iterdir())})
-        replaceable.update(content[_FILES])
-        write_text(folder / METRICS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    for path in checkpoints.glob("*"):
-        if re.fullmatch("[0-9a-f]{32}", path.name):  # the fingerprint of a training
-            shutil.rmtree(path, ignore_errors=True)
-    with suppress(OSError):  # it contains other files or does not exist
-        checkpoints.rmdir()
+    output.write(partial(save_model, model, title="Text classifier"), content)
     return result
 
 
@@ -159,24 +137,3 @@ class _Decoder:
             message = f"The tokens of most rows do not match the tokenizer in {self._locate()}, {example}."
             raise DataError(message, hint="Pass the texts themselves, or the model whose tokenizer was used.")
         return text
-
-
-def _check_output(folder: Path, *, overwrite: bool) -> set[str]:
-    """Return the names of files in a folder that may be replaced; an `OutputError` if it cannot be written to."""
-    with raise_output_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise OutputError(f"{folder} is a file, not a folder.", hint="Choose another --output-dir.")
-        if not folder.is_dir() or all(path.name == LOCK_FILE for path in folder.iterdir()):
-            return {LOCK_FILE}
-    try:
-        metrics = read_json(folder / METRICS)
-        if "settings" not in metrics or not metrics.keys() & {_HISTORY, _OLD_HISTORY}:
-            raise ValueError("not written by fine-tuning")
-        written = {str(name) for name in metrics.get(_FILES, [METRICS])}
-    except (OSError, ValueError, AttributeError, TypeError):
-        message = f"The folder {folder} is not empty and was not written by `setfit-kd finetune`."
-        raise OutputError(message, hint="Choose another --output-dir.") from None
-    if not overwrite:
-        message = f"The folder {folder} is not empty."
-        raise OutputError(message, hint="Choose another --output-dir, or pass --overwrite.")
-    return {LOCK_FILE, *written}

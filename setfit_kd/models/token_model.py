@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from setfit_kd.errors import ModelError
 from setfit_kd.models.bodies import check_finite, load_local, model_errors, module_folders
 from setfit_kd.models.layers import untrained_model
-from setfit_kd.utils.console import suppress_warnings
+from setfit_kd.utils.console import quiet_libraries, suppress_warnings, truncate
 
 TokenTask: TypeAlias = Literal["question-answering", "fill-mask"]
 _AUTO_MODELS: dict[TokenTask, Any] = {
@@ -26,6 +26,7 @@ _AUTO_MODELS: dict[TokenTask, Any] = {
     "fill-mask": AutoModelForMaskedLM,
 }
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_N_COMPARED = 1000  # texts whose tokens are compared
 
 
 class TokenModel(Transformer):
@@ -109,7 +110,12 @@ def load_token_model(folder: Path, task: TokenTask, *, seed: int = 0) -> Sentenc
 
     The transformer may be in a sentence-transformers folder. Raises a `ModelError` if it cannot be loaded.
     """
-    with model_errors(folder), suppress_warnings("transformers"), torch.random.fork_rng(devices=[]):
+    with (
+        model_errors(folder),
+        quiet_libraries(with_setfit=False),
+        suppress_warnings("transformers"),
+        torch.random.fork_rng(devices=[]),
+    ):
         torch.manual_seed(seed)
         module = load_local(TokenModel, folder / module_folders(folder)[0], task=task)
         body = SentenceTransformer(modules=[module], device="cpu").float().eval()
@@ -126,3 +132,15 @@ def untrained_token_model(
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         return load_token_model(Path(scratch), task)
+
+
+def check_same_tokens(teacher: SentenceTransformer, student: SentenceTransformer, texts: Sequence[str]) -> None:
+    """Raise a `ModelError` if two bodies do not tokenize the first texts alike, with the first text that differs."""
+    sample, tokenizers = list(texts[:_N_COMPARED]), (teacher.tokenizer, student.tokenizer)
+    ids = [tokenizer(sample, truncation=False, verbose=False)["input_ids"] for tokenizer in tokenizers]
+    for text, *rows in zip(sample, *ids, strict=True):
+        if rows[0] != rows[1]:
+            tokens = [tokenizer.convert_ids_to_tokens(row) for tokenizer, row in zip(tokenizers, rows, strict=True)]
+            shown = [truncate(" ".join(map(str, row)), 120) for row in (rows if tokens[0] == tokens[1] else tokens)]
+            message = f"Teacher and student tokenize {truncate(text, 60)!r} differently: {shown[0]} and {shown[1]}."
+            raise ModelError(message, hint="Use a student with the vocabulary of the teacher, such as layers:0,2,4.")

@@ -1,0 +1,1 @@
+"""Masked language modeling: pretraining on texts, added vocabulary and distillation."""

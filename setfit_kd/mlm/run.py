@@ -1,0 +1,118 @@
+"""Run of `setfit-kd pretrain`: read the texts, add words, train, evaluate and write the model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from setfit_kd.config.mlm import MlmConfig, PretrainConfig
+from setfit_kd.data.sources import read
+from setfit_kd.data.splits import normalize
+from setfit_kd.errors import DataError
+from setfit_kd.memory.backoff import move_model, shared_backoff
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.mlm.vocabulary import add_words, choose_words, read_words
+from setfit_kd.models.bodies import content_hash, locate_model
+from setfit_kd.student.kinds import create_token_body
+from setfit_kd.utils.atomic_io import atomic_folder
+from setfit_kd.utils.console import quiet_libraries
+from setfit_kd.utils.files import fingerprint
+from setfit_kd.utils.output_folder import OutputFolder, open_output_folder
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+_BEFORE = "before"  # key by which ``metrics.json`` is recognized
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """Masked language model on the device of the run, and its metrics before and after training.
+
+    Metrics, also those of the teacher, are as in `evaluate_mlm`, or None without evaluation texts (or a teacher).
+    """
+
+    body: SentenceTransformer
+    before: dict[str, float] | None
+    after: dict[str, float] | None
+    teacher: dict[str, float] | None
+    words: list[str]  # added to the vocabulary
+    leaks: int  # number of training texts removed because they are evaluation texts
+    output_dir: Path
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """All metrics, as in ``metrics.json``."""
+        metrics = {_BEFORE: self.before, "after": self.after, "teacher": self.teacher}
+        return {**metrics, "added_words": len(self.words), "leaks": self.leaks}
+
+
+def pretrain(config: PretrainConfig) -> PretrainResult:
+    """Train a masked language model on texts, and write it with its tokenizer to a folder in transformers format.
+
+    A model without a head for masked tokens first gets one, trained with the rest of the model frozen; the metrics
+    before training are those of the model with this head, and without the added words.
+
+    An interrupted run that is started again resumes from its last checkpoint, in a folder next to the output folder.
+
+    Raises:
+        SetFitKDError: If an input or a setting cannot be used; no partial files are left behind.
+    """
+    with (
+        open_output_folder(config.output_dir, overwrite=config.overwrite, command="pretrain", keys={_BEFORE}) as output,
+        shared_backoff(cpu_fallback=config.cpu_fallback),
+    ):
+        return _pretrain(config, output)
+
+
+def _pretrain(config: PretrainConfig, output: OutputFolder) -> PretrainResult:
+    texts = read(config.texts, text_column=config.text_column).texts
+    held_out = [] if config.eval is None else read(config.eval, text_column=config.text_column, role="test").texts
+    known = set(map(normalize, held_out))
+    n_texts, texts = len(texts), [text for text in texts if normalize(text) not in known]
+    leaks = n_texts - len(texts)
+    if leaks:
+        logger.warning("Leak guard: removed %d training texts that are also in the evaluation set.", leaks)
+    if not texts:
+        raise DataError("All training texts are evaluation texts.", hint="Pass other texts with --texts or --eval.")
+    device = resolve_device(config.device)
+
+    from setfit_kd.mlm.train import evaluate_mlm, fit_mlm_head, pretrain_body
+    from setfit_kd.models.token_model import check_same_tokens, load_token_model
+
+    teacher = None if config.teacher is None else load_token_model(locate_model(config.teacher), "fill-mask")
+    body = create_token_body(config.model, "fill-mask", teacher=teacher, seed=config.seed)
+    if teacher is not None:
+        check_same_tokens(teacher, body, texts)
+    words: list[str] = []
+    if config.vocab_file is not None:
+        words = read_words(Path(config.vocab_file), body.tokenizer)
+    elif config.add_vocab is not None:
+        words = choose_words(texts, body.tokenizer, config.add_vocab)
+
+    def checkpoints(phase: str) -> Path:
+        return output.checkpoints / fingerprint(phase, MlmConfig.fingerprint_inputs(config), content_hash(body), texts)
+
+    def evaluate(model: SentenceTransformer) -> dict[str, float] | None:
+        move_model(model, device, phase="Evaluating")
+        return evaluate_mlm(model, held_out, config=config) if held_out else None
+
+    if not body[0].has_head:
+        fit_mlm_head(body, texts, config=config, checkpoints=checkpoints("head"))
+    before = evaluate(body)
+    if words:
+        add_words(body, words)
+    pretrain_body(body, texts, config=config, teacher=teacher, checkpoints=checkpoints("model"))
+    after, of_teacher = evaluate(body), None if teacher is None else evaluate(teacher)
+    module: Any = body[0]
+    result = PretrainResult(body, before, after, of_teacher, words, leaks, output.path)
+
+    def save(folder: Path) -> None:
+        with atomic_folder(folder) as part, quiet_libraries(with_setfit=False):
+            module.save(str(part))
+
+    output.write(save, {**result.metrics, "settings": config.model_dump(mode="json")})
+    return result
