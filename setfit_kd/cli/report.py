@@ -18,8 +18,11 @@ def report(run: Path) -> None:
     version.
     """
     from setfit_kd.report.render import verdict, write_report
+    from setfit_kd.report.task_report import write_task_report
+    from setfit_kd.run_folder.folder import RunFolder
     from setfit_kd.run_folder.names import REPORT_HTML
 
-    summary = write_report(run)
-    click.echo(printable(verdict(summary)))
+    has_task = "task" in RunFolder.read_settings(run)
+    text = write_task_report(run) if has_task else verdict(write_report(run))
+    click.echo(printable(text))
     click.echo(printable(f"Report: {run / REPORT_HTML}"))

@@ -16,9 +16,12 @@ from setfit_kd.config.base import StageConfig
 from setfit_kd.config.presets import DEFAULT_PRESET, PRESETS, preset, read_config
 from setfit_kd.config.run import RunConfig
 from setfit_kd.config.stages import AugmentConfig, ColumnsConfig, SignalsConfig, StudentConfig, TeacherConfig
+from setfit_kd.config.task_runs import TASK_RUNS, MlmRunConfig, QuestionRunConfig
 from setfit_kd.errors import ConfigError, UnavailableError
 from setfit_kd.utils.console import printable
 
+_QUESTION_SETTINGS = ("stride", "max_answer_tokens")
+_MLM_SETTINGS = ("head_steps", "pack", "mask_probability", "whole_words", "cosine_weight")
 _COMMON = {
     "Data": ("labeled", "unlabeled", "eval", "text_column", "pair_column", "label_column", "label_separator", "shots"),
     "Models": ("teacher", "student", "epochs"),
@@ -31,6 +34,7 @@ _GROUPS = {
     "Signals": own_settings(SignalsConfig),
     "Student": ["student", "baseline", "bundle", *own_settings(StudentConfig)],
     "Augmentation": own_settings(AugmentConfig),
+    "Questions and masked words": ["task", *_QUESTION_SETTINGS, *_MLM_SETTINGS],
     "Training and memory": list(StageConfig.model_fields),
 }
 
@@ -42,10 +46,17 @@ _GROUPS = {
               help="File of settings that override the preset.")  # fmt: skip
 @click.option("--resume", type=click.Path(path_type=Path), default=None, metavar="RUN",
               help="Resume the run in this folder, with its settings unless you override them.")  # fmt: skip
+@click.option("--task", type=click.Choice(["classification", *TASK_RUNS]), default=None,
+              help="Classification of texts, extractive question answering (qa) or masked language modeling (mlm). "
+                   "[default: classification]")  # fmt: skip
 @setting_options()
+@setting_options(*_QUESTION_SETTINGS, config_class=QuestionRunConfig)
+@setting_options(*_MLM_SETTINGS, config_class=MlmRunConfig)
 @click.option("--dry-run", is_flag=True, help="Check all inputs, print the settings and the planned stages, and exit.")
 @output_options
-def run(preset_name: str | None, config_file: Path | None, resume: Path | None, dry_run: bool, **flags: Any) -> None:
+def run(
+    preset_name: str | None, config_file: Path | None, resume: Path | None, task: str | None, dry_run: bool, **flags: Any
+) -> None:
     """Train teachers on a few labels and distil them into small students.
 
     \b
@@ -61,11 +72,18 @@ def run(preset_name: str | None, config_file: Path | None, resume: Path | None, 
     Flags override the config file, which overrides the preset. If you set --labeled, --unlabeled or --signals, the
     data of the preset is not used: pass all the data you need.
 
+    With --task qa or mlm, the student is distilled from a teacher that answers questions or predicts masked words. The
+    settings are those of one teacher and one student; a setting that does not apply is an error.
+
     --resume RUN continues an interrupted run after its last completed stage, or from the last checkpoint of the stage
     that was training. If you change settings, only the stages that depend on them run again.
     """
     started = time.perf_counter()
     settings = (read_config(config_file) if config_file else {}, passed(flags))
+    task = task or (None if resume is None else _task_of(resume)) or settings[0].get("task")
+    if task in TASK_RUNS:
+        _run_task(task, settings, resume, is_plain=preset_name is None and not dry_run)
+        return
     if resume is None:
         config = RunConfig.resolve(preset(preset_name or DEFAULT_PRESET), *settings)
     elif preset_name is not None:
@@ -114,6 +132,42 @@ def run(preset_name: str | None, config_file: Path | None, resume: Path | None, 
         student, model_path = "a student", f"{model_path}/{next(iter(pipeline.student_paths(result.config).values()))}"
     echo(f"Finished in {seconds:.0f} s. Report: {result.output_dir}/report.html. To use {student}:")
     echo(f'  setfit-kd predict {shlex.quote(model_path)} "..."')
+
+
+def _task_of(folder: Path) -> str | None:
+    """Return the task of the run in a folder, if it is not classification."""
+    from setfit_kd.run_folder.folder import RunFolder
+
+    return RunFolder.read_settings(folder).get("task")
+
+
+def _run_task(
+    task: str, settings: tuple[dict[str, Any], dict[str, Any]], resume: Path | None, *, is_plain: bool
+) -> None:
+    """Run the distillation of question answering or of a masked language model."""
+    if not is_plain:
+        raise ConfigError(f"--task {task} cannot be combined with --preset or --dry-run.", hint="Remove these flags.")
+    config_class = TASK_RUNS[task]
+    if resume is None:
+        config = config_class.of(**{**settings[0], **settings[1], "task": task})
+
+    from setfit_kd.cli.output import echo, show_table
+    from setfit_kd.report.task_report import metrics_table
+    from setfit_kd.run.task_run import resumed_task_config, run_task
+    from setfit_kd.run_folder.names import REPORT_HTML
+
+    started = time.perf_counter()
+    if resume is not None:
+        config = resumed_task_config(resume, *settings)
+    try:
+        result = run_task(config, resume=resume is not None)
+    except BaseException:
+        click.get_current_context().find_root().call_on_close(partial(_print_resume_hint, config.output_dir))
+        raise
+    if result.metrics:
+        show_table(*metrics_table(result.metrics))
+        echo("")
+    echo(f"Finished in {time.perf_counter() - started:.0f} s. Report: {config.output_dir / REPORT_HTML}")
 
 
 def _offline_hint(error: UnavailableError, config: RunConfig, *, chosen: Set[str]) -> str | None:

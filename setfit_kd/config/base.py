@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from setfit_kd.config.values import Device, ThresholdObjective
@@ -135,6 +136,10 @@ class StageConfig(BaseModel):
         """Return a copy in which the defaults of a model family replace unset (None) settings."""
         defaults = {key: value for key, value in _FAMILY_DEFAULTS[family].items() if getattr(self, key, value) is None}
         return self.model_copy(update=defaults)
+
+    def to_yaml(self) -> str:
+        """Return the settings as YAML, from which `read_config` restores an equal config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     @classmethod
     def of(cls, **settings: Any) -> Self:

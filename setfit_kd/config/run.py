@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import Field, model_validator
 
 from setfit_kd.config.base import MAX_SEED, Family, StageConfig, resolved
@@ -125,7 +124,3 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
         for layer in layers:
             merged.update(layer)
         return cls.of(**merged)
-
-    def to_yaml(self) -> str:
-        """Return the settings as YAML, from which `read_config` restores an equal `RunConfig`."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

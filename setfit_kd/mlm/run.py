@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +18,6 @@ from setfit_kd.memory.devices import resolve_device
 from setfit_kd.mlm.vocabulary import add_words, choose_words, read_words
 from setfit_kd.models.bodies import content_hash, locate_model
 from setfit_kd.student.kinds import create_token_body
-from setfit_kd.utils.atomic_io import atomic_folder
-from setfit_kd.utils.console import quiet_libraries
 from setfit_kd.utils.files import fingerprint
 from setfit_kd.utils.output_folder import OutputFolder, open_output_folder
 
@@ -68,20 +68,29 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         return _pretrain(config, output)
 
 
-def _pretrain(config: PretrainConfig, output: OutputFolder) -> PretrainResult:
-    texts = read(config.texts, text_column=config.text_column).texts
-    held_out = [] if config.eval is None else read(config.eval, text_column=config.text_column, role="test").texts
+def read_texts(source: str, evaluation: str | None, text_column: Sequence[str]) -> tuple[list[str], list[str], int]:
+    """Read training and evaluation texts; remove the latter from the former, and return their number.
+
+    Raises:
+        SetFitKDError: If a source cannot be used, or all training texts are evaluation texts.
+    """
+    texts = read(source, text_column=text_column).texts
+    held_out = [] if evaluation is None else read(evaluation, text_column=text_column, role="test").texts
     known = set(map(normalize, held_out))
     n_texts, texts = len(texts), [text for text in texts if normalize(text) not in known]
-    leaks = n_texts - len(texts)
-    if leaks:
+    if leaks := n_texts - len(texts):
         logger.warning("Leak guard: removed %d training texts that are also in the evaluation set.", leaks)
     if not texts:
-        raise DataError("All training texts are evaluation texts.", hint="Pass other texts with --texts or --eval.")
+        raise DataError("All training texts are evaluation texts.", hint="Pass other texts to train or to evaluate on.")
+    return texts, held_out, leaks
+
+
+def _pretrain(config: PretrainConfig, output: OutputFolder) -> PretrainResult:
+    texts, held_out, leaks = read_texts(config.texts, config.eval, config.text_column)
     device = resolve_device(config.device)
 
     from setfit_kd.mlm.train import evaluate_mlm, fit_mlm_head, pretrain_body
-    from setfit_kd.models.token_model import check_same_tokens, load_token_model
+    from setfit_kd.models.token_model import check_same_tokens, load_token_model, save_token_model
 
     teacher = None if config.teacher is None else load_token_model(locate_model(config.teacher), "fill-mask")
     body = create_token_body(config.model, "fill-mask", teacher=teacher, seed=config.seed)
@@ -107,12 +116,7 @@ def _pretrain(config: PretrainConfig, output: OutputFolder) -> PretrainResult:
         add_words(body, words)
     pretrain_body(body, texts, config=config, teacher=teacher, checkpoints=checkpoints("model"))
     after, of_teacher = evaluate(body), None if teacher is None else evaluate(teacher)
-    module: Any = body[0]
     result = PretrainResult(body, before, after, of_teacher, words, leaks, output.path)
 
-    def save(folder: Path) -> None:
-        with atomic_folder(folder) as part, quiet_libraries(with_setfit=False):
-            module.save(str(part))
-
-    output.write(save, {**result.metrics, "settings": config.model_dump(mode="json")})
+    output.write(partial(save_token_model, body), {**result.metrics, "settings": config.model_dump(mode="json")})
     return result

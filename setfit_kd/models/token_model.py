@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from setfit_kd.errors import ModelError
 from setfit_kd.models.bodies import check_finite, load_local, model_errors, module_folders
 from setfit_kd.models.layers import untrained_model
+from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.console import quiet_libraries, suppress_warnings, truncate
 
 TokenTask: TypeAlias = Literal["question-answering", "fill-mask"]
@@ -121,6 +122,13 @@ def load_token_model(folder: Path, task: TokenTask, *, seed: int = 0) -> Sentenc
         body = SentenceTransformer(modules=[module], device="cpu").float().eval()
         check_finite(body, folder)
         return body
+
+
+def save_token_model(body: SentenceTransformer, folder: Path) -> None:
+    """Save a body from `load_token_model` atomically, as a transformers model with its tokenizer."""
+    module: Any = body[0]
+    with atomic_folder(folder) as part, quiet_libraries(with_setfit=False):
+        module.save(str(part))
 
 
 def untrained_token_model(

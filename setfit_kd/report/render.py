@@ -60,10 +60,10 @@ def _render_html(summary: RunSummary) -> str:
     values |= {"with_matrix": len(summary.label_names) <= MAX_MATRIX_CLASSES, "n_worst": N_WORST}
     values |= {"is_multi": summary.task is MULTI_LABEL, "metrics": METRICS[summary.task]}
     values |= {"seed_headings": seed_headings(summary.task), "seed_cells": seed_cells, "confusions": _confusions}
-    return _template("report.html").render(summary=summary, **values)
+    return load_template("report.html").render(summary=summary, **values)
 
 
-def _template(name: str) -> Template:
+def load_template(name: str) -> Template:
     """Return a template; in HTML, all values are escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
@@ -224,7 +224,7 @@ def render_card(summary: RunSummary, source: str) -> str:
     values: dict[str, Any] = {"metadata": ModelCardData(**metadata).to_yaml(), "title": title, "about": about}
     label_table = class_table(evaluation) if is_multi and evaluation else None
     values |= {"library": library, "is_multi": is_multi, "label_table": label_table}
-    return _template("card.md").render(summary=summary, **values)
+    return load_template("card.md").render(summary=summary, **values)
 
 
 def _source_of(summary: RunSummary) -> str:

@@ -1,0 +1,60 @@
+"""Configs of runs that distil question answering and masked language models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BeforeValidator
+
+from setfit_kd.config.base import StageConfig
+from setfit_kd.config.mlm import MlmConfig
+from setfit_kd.config.questions import QuestionConfig
+from setfit_kd.config.values import Columns, Name, OutputDir
+
+_One = Annotated[
+    Name,
+    BeforeValidator(lambda value: value[0] if isinstance(value, list | tuple) and len(value) == 1 else value),
+]
+
+
+class TaskRunConfig(StageConfig):
+    """Settings of a run with one teacher and one student, which share the settings of training."""
+
+    teacher: _One
+    """Teacher: hub name, folder, or demo:all-MiniLM-L6-v2."""
+    student: _One = "layers:3"
+    """Student: as for --teacher; layers:3 or layers:0,2,5 to copy layers of the teacher; or blank:CONFIG for an
+    untrained transformer."""
+    eval: Name | None = None
+    """Evaluation data; never used for training."""
+    baseline: bool = True
+    """Also train a baseline: the same student without distillation."""
+    output_dir: OutputDir
+    """Output folder of the run."""
+    overwrite: bool = False
+    """Replace an earlier run in the output folder."""
+
+
+class QuestionRunConfig(QuestionConfig, TaskRunConfig):
+    """All settings of a run that distils extractive question answering."""
+
+    task: Literal["qa"] = "qa"
+    labeled: Name
+    """Questions with answers: file (JSON in SQuAD format, JSONL, Parquet), datasets folder, or hub name."""
+    unlabeled: Name | None = None
+    """Further questions with contexts, which the teacher answers."""
+
+
+class MlmRunConfig(MlmConfig, TaskRunConfig):
+    """All settings of a run that distils a masked language model."""
+
+    task: Literal["mlm"] = "mlm"
+    unlabeled: Name
+    """Training texts: file (CSV, TSV, JSONL, Parquet, or text with one text per line), datasets folder, or hub name."""
+    text_column: Columns = ("text",)
+    """Text column. Several, separated by commas, are joined by a space."""
+
+
+TaskRun: TypeAlias = QuestionRunConfig | MlmRunConfig
+TASK_RUNS: dict[str, type[QuestionRunConfig] | type[MlmRunConfig]] = {"qa": QuestionRunConfig, "mlm": MlmRunConfig}
+"""Configs of the runs by the name of their task."""
