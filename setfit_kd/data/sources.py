@@ -139,6 +139,12 @@ def stream_rows(source: Source | _Table, *, text_column: Sequence[str] = ("text"
         yield text or None, {name: value for name, value in record.items() if not (drop_text and name == "text")}
 
 
+def read_table(source: Source, role: str) -> tuple[Iterable[Record], str, str]:
+    """Open a source: return its records with their numbers, its name, and what the numbers count; raises as `read`."""
+    table = _open(source, role)
+    return table.records, table.origin, table.unit
+
+
 def check_texts(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[TextRow]:
     """Yield texts as `stream_rows` does; ``origin`` and ``unit`` name their source and an item, such as ``line``."""
     records: Iterator[Record] = ((number, {"text": text}) for number, text in enumerate(texts, 1))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeAlias
@@ -18,14 +19,16 @@ from transformers.modeling_outputs import BaseModelOutput
 from setfit_kd.errors import ModelError
 from setfit_kd.models.bodies import check_finite, load_local, model_errors, module_folders
 from setfit_kd.models.layers import untrained_model
-from setfit_kd.utils.console import suppress_warnings
+from setfit_kd.models.transformer import limit_positions
+from setfit_kd.utils.console import suppress_warnings, truncate
 
 TokenTask: TypeAlias = Literal["question-answering", "fill-mask"]
 _AUTO_MODELS: dict[TokenTask, Any] = {
     "question-answering": AutoModelForQuestionAnswering,
     "fill-mask": AutoModelForMaskedLM,
 }
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_CHUNK = 1024  # texts that are tokenized together
+_INPUTS = ("input_ids", "attention_mask")
 
 
 class TokenModel(Transformer):
@@ -41,6 +44,7 @@ class TokenModel(Transformer):
     """
 
     has_head: bool  # whether the loaded weights include the head; otherwise, it is untrained
+    uses_token_types: bool  # whether the model distinguishes the tokens of two texts by their types
 
     def __init__(self, folder: str, task: TokenTask, **local: Any) -> None:
         self.task = task
@@ -51,6 +55,12 @@ class TokenModel(Transformer):
             config_kwargs=dict(local),
             modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
             module_output_name="token_embeddings",
+        )
+        limit_positions(self)
+        accepts_types = "token_type_ids" in signature(self.model.base_model.forward).parameters
+        has_types = getattr(self.model.config, "type_vocab_size", 0) > 1
+        self.uses_token_types = (
+            accepts_types and has_types and "token_type_ids" in getattr(self.tokenizer, "model_input_names", ())
         )
 
     def _load_model(self, *args: Any, **options: Any) -> Any:
@@ -67,7 +77,8 @@ class TokenModel(Transformer):
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Add ``token_embeddings`` (B, T, d), and those of the first tokens as ``sentence_embedding`` (B, d)."""
-        inputs = {name: features[name] for name in _INPUTS if name in features}
+        names = (*_INPUTS, *["token_type_ids"] * self.uses_token_types)
+        inputs = {name: features[name] for name in names if name in features}
         hidden = self.model.base_model(**inputs).last_hidden_state
         return {**features, "token_embeddings": hidden, "sentence_embedding": hidden[:, 0]}
 
@@ -126,3 +137,20 @@ def untrained_token_model(
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         return load_token_model(Path(scratch), task)
+
+
+def check_same_tokens(teacher: SentenceTransformer, student: SentenceTransformer, texts: Sequence[str]) -> None:
+    """Raise a `ModelError` if the tokenizers of teacher and student differ on a text."""
+    for start in range(0, len(texts), _CHUNK):
+        chunk = list(texts[start : start + _CHUNK])
+        both = [body.tokenizer(chunk, verbose=False)["input_ids"] for body in (teacher, student)]
+        for text, *ids in zip(chunk, *both, strict=True):
+            if ids[0] == ids[1]:
+                continue
+            names = [
+                body.tokenizer.convert_ids_to_tokens(row) for body, row in zip((teacher, student), ids, strict=True)
+            ]
+            tokens = [truncate(" ".join(names[i]) + f" (ids {', '.join(map(str, ids[i]))})", 200) for i in range(2)]
+            difference = f"the teacher's tokens are {tokens[0]}, the student's {tokens[1]}"
+            message = f"Teacher and student tokenize {truncate(text, 60)!r} differently: {difference}."
+            raise ModelError(message, hint="Use a student with the teacher's tokenizer, such as layers of the teacher.")
