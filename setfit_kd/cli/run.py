@@ -55,7 +55,12 @@ _GROUPS = {
 @click.option("--dry-run", is_flag=True, help="Check all inputs, print the settings and the planned stages, and exit.")
 @output_options
 def run(
-    preset_name: str | None, config_file: Path | None, resume: Path | None, task: str | None, dry_run: bool, **flags: Any
+    preset_name: str | None,
+    config_file: Path | None,
+    resume: Path | None,
+    task: str | None,
+    dry_run: bool,
+    **flags: Any,
 ) -> None:
     """Train teachers on a few labels and distil them into small students.
 

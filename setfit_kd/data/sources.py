@@ -158,6 +158,12 @@ def check_texts(
     return ((text, {}) for text, _ in stream_rows(table, pair_column=names[1:] if pairs else None))
 
 
+def read_table(source: Source, role: str) -> tuple[Iterable[Record], str, str]:
+    """Open a source: return its records with their numbers, its name, and what the numbers count; raises as `read`."""
+    table = _open(source, role)
+    return table.records, table.origin, table.unit
+
+
 def _rows(
     table: _Table,
     text_column: Sequence[str],

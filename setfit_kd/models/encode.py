@@ -85,11 +85,11 @@ def embed(
         cache_tokens: Keep the tokens of the texts for other bodies with the same tokenizer.
     """
     forward = forward or ForwardPass(body)
-    max_texts = batch_size or _limits(body)[0]
+    max_texts = batch_size or batch_limits(body)[0]
     embeddings: Floats | None = None
 
     def encode(tokens: Tokens, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        max_tokens = math.inf if batch_size else _limits(body)[1] * size / max_texts
+        max_tokens = math.inf if batch_size else batch_limits(body)[1] * size / max_texts
         part = encode_tokens(forward, tokens, size, max_tokens, normalize=normalize)
         if forward.method != "fp32" and not np.isfinite(part).all():  # out of the range of half precision
             with (exact := ForwardPass(body)).context():
@@ -105,7 +105,8 @@ def embed(
     return np.empty((0, body.get_embedding_dimension() or 0), np.float32) if embeddings is None else embeddings
 
 
-def _limits(body: SentenceTransformer) -> tuple[int, int]:
+def batch_limits(body: SentenceTransformer) -> tuple[int, int]:
+    """Return the default maximum numbers of texts and of tokens in a batch, for the device of a body."""
     return _LIMITS.get(body.device.type, _LIMITS["cpu"])
 
 
@@ -144,9 +145,9 @@ def choose_forward(model: SetFitModel, texts: Sequence[str], *, n_texts: int | N
 
     def measure(forward: ForwardPass) -> tuple[float, npt.NDArray[np.float32]]:
         with forward.context():
-            encode_tokens(forward, warm_up, *_limits(body))
+            encode_tokens(forward, warm_up, *batch_limits(body))
             started = time.perf_counter()
-            embeddings = encode_tokens(forward, sample, *_limits(body), normalize=model.normalize_embeddings)
+            embeddings = encode_tokens(forward, sample, *batch_limits(body), normalize=model.normalize_embeddings)
             return time.perf_counter() - started, embeddings
 
     try:

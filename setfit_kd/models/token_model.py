@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeAlias
@@ -18,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from setfit_kd.errors import ModelError
 from setfit_kd.models.bodies import check_finite, load_local, model_errors, module_folders
 from setfit_kd.models.layers import untrained_model
+from setfit_kd.models.transformer import limit_positions
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.console import quiet_libraries, suppress_warnings, truncate
 
@@ -26,8 +28,8 @@ _AUTO_MODELS: dict[TokenTask, Any] = {
     "question-answering": AutoModelForQuestionAnswering,
     "fill-mask": AutoModelForMaskedLM,
 }
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _N_COMPARED = 1000  # texts whose tokens are compared
+_INPUTS = ("input_ids", "attention_mask")
 
 
 class TokenModel(Transformer):
@@ -43,6 +45,7 @@ class TokenModel(Transformer):
     """
 
     has_head: bool  # whether the loaded weights include the head; otherwise, it is untrained
+    uses_token_types: bool  # whether the model distinguishes the tokens of two texts by their types
 
     def __init__(self, folder: str, task: TokenTask, **local: Any) -> None:
         self.task = task
@@ -53,6 +56,12 @@ class TokenModel(Transformer):
             config_kwargs=dict(local),
             modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
             module_output_name="token_embeddings",
+        )
+        limit_positions(self)
+        accepts_types = "token_type_ids" in signature(self.model.base_model.forward).parameters
+        has_types = getattr(self.model.config, "type_vocab_size", 0) > 1
+        self.uses_token_types = (
+            accepts_types and has_types and "token_type_ids" in getattr(self.tokenizer, "model_input_names", ())
         )
 
     def _load_model(self, *args: Any, **options: Any) -> Any:
@@ -69,7 +78,8 @@ class TokenModel(Transformer):
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Add ``token_embeddings`` (B, T, d), and those of the first tokens as ``sentence_embedding`` (B, d)."""
-        inputs = {name: features[name] for name in _INPUTS if name in features}
+        names = (*_INPUTS, *["token_type_ids"] * self.uses_token_types)
+        inputs = {name: features[name] for name in names if name in features}
         hidden = self.model.base_model(**inputs).last_hidden_state
         return {**features, "token_embeddings": hidden, "sentence_embedding": hidden[:, 0]}
 

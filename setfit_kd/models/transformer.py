@@ -53,12 +53,7 @@ class TransformerFeatures(Transformer):
             config_kwargs={**local, **classes, "problem_type": problem_type},
         )
         self.module_output_name = "sentence_embedding"
-        for name, table in self.model.named_modules():
-            padding = getattr(table, "padding_idx", None)
-            if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and padding is not None:
-                # In models such as RoBERTa and MPNet, positions start after the padding index.
-                n_positions = table.num_embeddings - padding - 1
-                self.max_seq_length = min(self.max_seq_length or n_positions, n_positions)
+        limit_positions(self)
         linear = ((path, layer) for path, layer in self.model.named_modules() if isinstance(layer, nn.Linear))
         last = [pair for pair in linear if pair[1].out_features == len(label_names) and pair[1].bias is not None][-1:]
         if not last:
@@ -126,6 +121,16 @@ class TransformerFeatures(Transformer):
         finally:
             self._set_last_layer(nn.Identity())
         self.processor.save_pretrained(output_path)
+
+
+def limit_positions(module: Transformer) -> None:
+    """Limit the maximum length of a transformer to the positions that it has embeddings for."""
+    for name, table in module.model.named_modules():
+        padding = getattr(table, "padding_idx", None)
+        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and padding is not None:
+            # In models such as RoBERTa and MPNet, positions start after the padding index.
+            n_positions = table.num_embeddings - padding - 1
+            module.max_seq_length = min(module.max_seq_length or n_positions, n_positions)
 
 
 def load_transformer(folder: Path, label_names: Sequence[str], *, seed: int = 0) -> SentenceTransformer:

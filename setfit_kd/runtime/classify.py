@@ -214,11 +214,12 @@ class Classifier:
         if batch_size < 1 or (threads is not None and threads < 1):
             raise ValueError(f"threads and batch_size must be 1 or more, got {threads} and {batch_size}")
         self.folder = folder = Path(path)
-        self.manifest, files = _read_bundle(folder)
+        kinds = {kind: (LABELS, TOKENIZER, *model.files) for kind, model in _MODELS.items()}
+        self.manifest, files = read_bundle(folder, kinds, _FIELDS)
         self.batch_size = batch_size
         if threads == 1:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        with _convert_errors(str(folder)):
+        with convert_errors(str(folder)):
             self.labels = json.loads(files[LABELS])
             if not isinstance(self.labels, list) or not all(isinstance(label, str) for label in self.labels):
                 raise BundleError(f"{LABELS} must contain a list of strings.")
@@ -300,7 +301,7 @@ class Classifier:
 
     def _classify(self, texts: list[str]) -> Floats:
         prefix, special = self.manifest["prefix"], self.manifest["special_tokens"]
-        with _convert_errors("The bundle"):
+        with convert_errors("The bundle"):
             inputs = [prefix + shorten(text, self._tokenizer) for text in texts]
             items: Any = [split_pair(text) for text in inputs] if self.takes_pairs else inputs
             encodings = self._tokenizer.encode_batch_fast(items, add_special_tokens=special)
@@ -317,7 +318,7 @@ class Classifier:
 
 
 @contextmanager
-def _convert_errors(name: str) -> Iterator[None]:
+def convert_errors(name: str) -> Iterator[None]:
     """Convert errors of the tokenizer and the ONNX session to `BundleError`."""
     try:
         yield
@@ -363,27 +364,32 @@ class _StaticModel:
         return np.asarray(exponents / exponents.sum(axis=1, keepdims=True), np.float32)
 
 
+def open_session(model: bytes, threads: int | None) -> Any:
+    """Load an ONNX graph with ONNX Runtime, on the CPU; a `BundleError` if it has loops or reads other files."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ImportError("This bundle needs onnxruntime: pip install onnxruntime") from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if _EXTERNAL_DATA in model:
+        raise BundleError(f"{ONNX_MODEL} stores tensors in other files, which is not allowed in a bundle.")
+    # Bytes by which a protocol buffer stores the type of a node, in the graph or in a function of the model.
+    if any(b'"' + bytes([len(name)]) + name.encode() in model for name in _LOOP_OPERATORS):
+        raise BundleError(f"{ONNX_MODEL} contains loops, which are not allowed in a bundle.")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 class _OnnxModel:
     """Body, pooling and head as one ONNX graph; similar lengths in a batch need less padding."""
 
     files, needs_padding, n_tokens = (ONNX_MODEL,), True, None
 
     def __init__(self, files: dict[str, bytes], manifest: dict[str, Any], threads: int | None) -> None:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise ImportError("This bundle needs onnxruntime: pip install onnxruntime") from None
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        if _EXTERNAL_DATA in files[ONNX_MODEL]:
-            raise BundleError(f"{ONNX_MODEL} stores tensors in other files, which is not allowed in a bundle.")
-        # Bytes by which a protocol buffer stores the type of a node, in the graph or in a function of the model.
-        if any(b'"' + bytes([len(name)]) + name.encode() in files[ONNX_MODEL] for name in _LOOP_OPERATORS):
-            raise BundleError(f"{ONNX_MODEL} contains loops, which are not allowed in a bundle.")
-        self._session = onnxruntime.InferenceSession(files[ONNX_MODEL], options, providers=["CPUExecutionProvider"])
+        self._session = open_session(files[ONNX_MODEL], threads)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         names = {node.name for node in inputs}
         self._has_types = "token_type_ids" in names
@@ -407,11 +413,16 @@ class _OnnxModel:
 
 
 _MODELS: dict[str, Any] = {"static": _StaticModel, "onnx": _OnnxModel}
-_FIELDS = {"files": dict, "kind": str, "normalize": bool, "pad_id": int, "prefix": str, "special_tokens": bool}
+_FIELDS = {"normalize": bool, "pad_id": int, "prefix": str, "special_tokens": bool}
 
 
-def _read_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Read the manifest of a bundle and the files, and check them against the hashes in the manifest."""
+def read_bundle(
+    folder: Path, kinds: dict[str, tuple[str, ...]], fields: dict[str, Any], *, max_format: int = FORMAT
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Read the manifest of a bundle and its files, and check them against the hashes in the manifest.
+
+    ``kinds`` lists the files of each kind of bundle that can be read, and ``fields`` the types of fields.
+    """
     file = folder / MANIFEST
     try:
         manifest = json.loads(_read(file))
@@ -421,19 +432,20 @@ def _read_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         raise BundleError(f"Cannot read {file}: {error}.") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         raise BundleError(f"{file} is not the manifest of a bundle.")
-    if manifest["format"] > FORMAT:
-        problem = f"has format {manifest['format']}, but this version reads formats up to {FORMAT}"
-        raise BundleError(f"{folder} {problem}: upgrade, or use the classify.py in the bundle.")
-    invalid = [name for name, kind in _FIELDS.items() if not isinstance(manifest.get(name), kind)]
+    if manifest["format"] > max_format:
+        problem = f"has format {manifest['format']}, but this version reads formats up to {max_format}"
+        raise BundleError(f"{folder} {problem}: upgrade, or use the script in the bundle.")
+    fields = {"files": dict, "kind": str, **fields}
+    invalid = [name for name, kind in fields.items() if not isinstance(manifest.get(name), kind)]
     if invalid:
         raise BundleError(f"{file} has missing or invalid fields: {', '.join(invalid)}.")
-    if manifest["kind"] not in _MODELS:
-        raise BundleError(f"{folder} has kind {manifest['kind']!r}, expected {' or '.join(_MODELS)}.")
+    if manifest["kind"] not in kinds:
+        raise BundleError(f"{folder} has kind {manifest['kind']!r}, expected {' or '.join(kinds)}.")
     hashes, contents = manifest["files"], {}
     for name in hashes:
         if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
             raise BundleError(f"{file} lists {name!r}, which is not a plain file name.")
-    required = (LABELS, TOKENIZER, *_MODELS[manifest["kind"]].files)
+    required = kinds[manifest["kind"]]
     missing = [name for name in required if name not in hashes]
     if missing:
         raise BundleError(f"{file} does not list {', '.join(missing)}.")
@@ -477,7 +489,7 @@ def read_safetensors(content: bytes) -> dict[str, Floats]:
     return arrays
 
 
-def _escape_control_characters(text: str) -> str:
+def escape_control_characters(text: str) -> str:
     """Escape control characters in a text or in JSON, as JSON does."""
     return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
@@ -512,14 +524,14 @@ def main() -> None:
             record = prediction._asdict()
             if classifier.takes_pairs:
                 record = dict(zip(("text", "text_pair"), split_pair(record.pop("text")), strict=True)) | record
-            line = _escape_control_characters(json.dumps(record, ensure_ascii=False))
+            line = escape_control_characters(json.dumps(record, ensure_ascii=False))
             print(line, flush=lines.is_waiting)
         sys.stdout.flush()
     except (BrokenPipeError, KeyboardInterrupt) as error:  # discard the rest of the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 0)
     except (ValueError, ImportError) as error:
-        sys.exit(_escape_control_characters(f"Error: {error}"))
+        sys.exit(escape_control_characters(f"Error: {error}"))
 
 
 if __name__ == "__main__":

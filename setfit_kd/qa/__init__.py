@@ -1,0 +1,1 @@
+"""Extractive question answering: find the answer to a question in a text."""

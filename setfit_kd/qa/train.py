@@ -1,0 +1,192 @@
+"""Train a transformer to answer questions, find answers and evaluate them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sentence_transformers import SentenceTransformer
+from torch.utils.data import Dataset
+
+from setfit_kd.config.questions import QuestionConfig
+from setfit_kd.errors import ConfigError, ModelError
+from setfit_kd.memory.backoff import shared_backoff
+from setfit_kd.memory.devices import resolve_device, to_device
+from setfit_kd.models.encode import batch_limits, run_batches
+from setfit_kd.models.forward import ForwardPass
+from setfit_kd.models.token_model import check_same_tokens
+from setfit_kd.qa.data import Question
+from setfit_kd.qa.loss import AnswerLoss, answer_logits
+from setfit_kd.qa.metrics import gold_texts, score_answers
+from setfit_kd.qa.model import QuestionAnswerer
+from setfit_kd.qa.windows import BodyWindows, answer_tokens
+from setfit_kd.runtime.answer import Answer, Candidates, find_answers, pad
+from setfit_kd.training.loop import train
+from setfit_kd.training.loss_trainer import LossTrainer
+from setfit_kd.training.precision import check_precision
+from setfit_kd.utils.arrays import iter_batches
+from setfit_kd.utils.console import quiet_libraries
+
+_CHUNK = 64  # questions per update of the progress bar
+
+
+def train_questions(
+    body: SentenceTransformer,
+    questions: Sequence[Question],
+    *,
+    config: QuestionConfig,
+    pool: Sequence[Question] = (),
+    teacher: SentenceTransformer | None = None,
+    description: str = "Fine-tuning",
+    checkpoints: str | Path | None = None,
+) -> QuestionAnswerer:
+    """Train a transformer in place to answer questions, on gold answers or on those and a teacher, see `AnswerLoss`.
+
+    Args:
+        body: The transformer, see `load_token_model`.
+        questions: Questions with gold answers; the first answer of each is used.
+        config: The settings.
+        pool: Questions whose answers are not used, for distillation.
+        teacher: A fine-tuned transformer with the same tokenizer, to distil from.
+        description: Name of the phase in the progress bar and in messages.
+        checkpoints: Folder for checkpoints. Training resumes from a checkpoint that is already in it, so use a separate
+            folder for each training.
+
+    Raises:
+        DataError: If a question has no known answers or is too long.
+        ModelError: If the transformer is not for question answering, or teacher and student tokenize differently.
+        SetFitKDError: As `train_teacher`.
+    """
+    if getattr(body[0], "task", None) != "question-answering":
+        raise ModelError("The body is not for question answering.", hint="Load it with load_token_model.")
+    if teacher is None and (pool or not questions):
+        raise ConfigError("Training without a teacher needs questions with answers.", hint="Pass a teacher.")
+    for question in questions:
+        gold_texts(question)
+    device = resolve_device(config.device)
+    check_precision(config.precision, device)
+    everything = [*questions, *(Question(q.id, q.question, q.context) for q in pool)]
+    texts = [f"{question.question} {question.context}" for question in everything]
+    if teacher is not None:
+        check_same_tokens(teacher, body, texts)
+        limits = (config.max_length, teacher.max_seq_length or config.max_length)
+        config = config.model_copy(update={"max_length": min(limits)})
+    dataset = _WindowDataset(body, everything, config)
+    size = config.batch_size
+    with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
+        model: Any = train(
+            body,
+            partial(_QuestionTrainer, QuestionAnswerer(body, config), dataset, teacher),
+            config,
+            device=device,
+            texts=texts,
+            batch_texts=min(size, len(dataset)),
+            steps=config.epochs * math.ceil(len(dataset) / size),
+            description=description,
+            checkpoints=checkpoints,
+        )
+    return cast("QuestionAnswerer", model)
+
+
+class _WindowDataset(Dataset[Any]):
+    """Windows of questions, with the tokens of the gold answers."""
+
+    def __init__(self, body: SentenceTransformer, questions: Sequence[Question], config: QuestionConfig) -> None:
+        self.windows = BodyWindows(body, config).split(questions)
+        self.answer_tokens, self.pad_id = answer_tokens(self.windows, questions), body.tokenizer.pad_token_id or 0
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Any]:
+        windows = [self.windows[row] for row in rows]
+        inputs: dict[str, npt.NDArray[Any]] = {**pad(windows, self.pad_id), "answer_tokens": self.answer_tokens[rows]}
+        mask = inputs["answer_mask"] = np.zeros(inputs["input_ids"].shape, bool)
+        for row, window in enumerate(windows):
+            mask[row, : len(window.ids)] = window.in_context
+        mask[:, 0] = True
+        features = {name: torch.from_numpy(values) for name, values in inputs.items()}
+        return {"features": [features], "label": np.zeros(len(rows))}
+
+
+class _QuestionTrainer:
+    """Trainer of a transformer on windows of questions."""
+
+    def __init__(
+        self,
+        model: QuestionAnswerer,
+        dataset: _WindowDataset,
+        teacher: SentenceTransformer | None,
+        config: QuestionConfig,
+        device: torch.device,
+        output_dir: str,
+    ) -> None:
+        self.model: Any = model
+        size, rate, epochs = config.batch_size, config.learning_rate, config.epochs
+        body = model.model_body
+        self.inner = LossTrainer(body, config, device, output_dir, batch_size=size, learning_rate=rate, epochs=epochs)
+        self.inner.train_dataset = dataset
+        options: dict[str, Any] = {"temperature": config.temperature, "alpha": config.alpha, "dropout": config.dropout}
+        self.inner.loss = AnswerLoss(body, teacher=teacher, micro_batch_size=config.micro_batch_size, **options)
+
+    def train_body(self) -> None:
+        """Train the transformer with its head."""
+        self.inner.train()
+
+    def fit_head(self) -> None:
+        """Do nothing: the head has been trained."""
+
+
+def find_candidates(
+    body: SentenceTransformer, questions: Sequence[Question], *, config: QuestionConfig, description: str = "Answering"
+) -> list[Candidates]:
+    """Find the best answer to each question, on the device of the body."""
+    windows, pad_id = BodyWindows(body, config), body.tokenizer.pad_token_id or 0
+    max_texts = config.encode_batch_size or batch_limits(body)[0]
+
+    def run(inputs: dict[str, npt.NDArray[np.int64]]) -> npt.NDArray[np.floating]:
+        features = {name: to_device(torch.from_numpy(values), body.device) for name, values in inputs.items()}
+        return cast("npt.NDArray[np.floating]", answer_logits(body, features).cpu().numpy().swapaxes(0, 1))
+
+    def find(chunk: Sequence[Question], size: int) -> list[Candidates]:
+        parts = windows.split(chunk)
+        max_tokens = math.inf if config.encode_batch_size else batch_limits(body)[1] * size / max_texts
+        lengths = np.array([len(window.ids) for window in parts])
+        pairs = [(question.question, question.context) for question in chunk]
+        batches = (batch.tolist() for batch in iter_batches(lengths, size, max_tokens))
+        return find_answers(pairs, parts, batches, run, pad_id=pad_id, max_answer_tokens=config.max_answer_tokens)
+
+    body.eval()
+    chunks = (questions[start : start + _CHUNK] for start in range(0, len(questions), _CHUNK))
+    with torch.inference_mode(), ForwardPass(body).context():
+        return list(chain.from_iterable(run_batches(body, chunks, find, len(questions), max_texts, description)))
+
+
+def predict_answers(
+    body: SentenceTransformer,
+    questions: Sequence[Question],
+    *,
+    config: QuestionConfig,
+    null_threshold: float | None = None,
+) -> list[Answer]:
+    """Find the answer to each question; no answer if its score exceeds that of the best answer by a threshold."""
+    return [candidates.decide(null_threshold) for candidates in find_candidates(body, questions, config=config)]
+
+
+def evaluate_answers(
+    body: SentenceTransformer,
+    questions: Sequence[Question],
+    *,
+    config: QuestionConfig,
+    null_threshold: float | None = None,
+) -> dict[str, float]:
+    """Find the answer to each question, as `predict_answers`, and compute the metrics of `score_answers`."""
+    answers = predict_answers(body, questions, config=config, null_threshold=null_threshold)
+    return score_answers([answer.text for answer in answers], questions)
