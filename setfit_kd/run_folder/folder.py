@@ -14,6 +14,7 @@ from typing import Any
 
 from setfit_kd.config.presets import read_config
 from setfit_kd.config.run import RunConfig
+from setfit_kd.config.task_runs import TaskRun
 from setfit_kd.errors import ConfigError, DataError, OutputError
 from setfit_kd.run_folder.manifest import is_run_folder, read_resumable_manifest
 from setfit_kd.run_folder.names import (
@@ -113,7 +114,7 @@ class RunFolder:
             return False
 
     @classmethod
-    def create(cls, config: RunConfig, path: Path) -> RunFolder:
+    def create(cls, config: RunConfig | TaskRun, path: Path) -> RunFolder:
         """Create the folder of a new run: remove the files of an earlier run and write the settings.
 
         Raises:
@@ -130,7 +131,7 @@ class RunFolder:
         return folder
 
     @classmethod
-    def reopen(cls, config: RunConfig, path: Path) -> RunFolder:
+    def reopen(cls, config: RunConfig | TaskRun, path: Path) -> RunFolder:
         """Open the folder of a run to resume it with these settings.
 
         Raises:
