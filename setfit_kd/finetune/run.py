@@ -74,14 +74,14 @@ def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     Raises:
         SetFitKDError: If an input or a setting cannot be used; no partial files are left behind.
     """
-    _check_output(config.output_dir, overwrite=config.overwrite)  # before the lock file is created
+    check_output(config.output_dir, overwrite=config.overwrite)  # before the lock file is created
     with lock_folder(config.output_dir), shared_backoff(cpu_fallback=config.cpu_fallback):
         return _finetune_run(config)
 
 
 def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     output_dir = config.output_dir
-    replaceable = _check_output(output_dir, overwrite=config.overwrite)
+    replaceable = check_output(output_dir, overwrite=config.overwrite)
     # The data is checked first, which takes no time compared with loading torch and a model.
     locate = cache(partial(locate_model, config.model))
     columns = {**config.columns, "decode": _Decoder(locate)}
@@ -102,8 +102,7 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
             message = f"{validation.origin}: no texts are left to compute {config.metric} on."
             raise DataError(message, hint="Pass other validation texts with --validation.")
     leaks = {"labeled": n_labeled - len(labeled), "validation": n_validation - len(validation or ())}
-    checkpoints = output_dir.absolute().with_name(f"{output_dir.absolute().name}.checkpoints")
-    refuse_links(checkpoints.parent, [checkpoints.name])
+    checkpoints = checkpoint_folder(output_dir)
     device = resolve_device(config.device)
     body = BodySource(locate(), "transformer").load(names, seed=config.seed)
     sets = [[data.texts, data.labels.tolist()] for data in (labeled, validation) if data is not None]
@@ -119,16 +118,7 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     )
     result = FinetuneResult(model, evaluation, validation_evaluation, history, leaks, output_dir)
     content = {**result.metrics, "settings": config.model_dump(mode="json")}
-    with replace_folder(output_dir, is_ours=replaceable.__contains__) as folder:
-        save_model(model, folder, title="Text classifier")
-        content[_FILES] = sorted({METRICS, *(path.name for path in folder.iterdir())})
-        replaceable.update(content[_FILES])
-        write_text(folder / METRICS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    for path in checkpoints.glob("*"):
-        if re.fullmatch("[0-9a-f]{32}", path.name):  # the fingerprint of a training
-            shutil.rmtree(path, ignore_errors=True)
-    with suppress(OSError):  # it contains other files or does not exist
-        checkpoints.rmdir()
+    write_output(output_dir, partial(save_model, model, title="Text classifier"), content, replaceable=replaceable)
     return result
 
 
@@ -161,7 +151,34 @@ class _Decoder:
         return text
 
 
-def _check_output(folder: Path, *, overwrite: bool) -> set[str]:
+def checkpoint_folder(output_dir: Path) -> Path:
+    """Return the folder of the checkpoints, next to the output folder; an `OutputError` if it contains links."""
+    folder = output_dir.absolute().with_name(f"{output_dir.absolute().name}.checkpoints")
+    refuse_links(folder.parent, [folder.name])
+    return folder
+
+
+def write_output(
+    output_dir: Path, save: Callable[[Path], None], metrics: dict[str, Any], *, replaceable: set[str]
+) -> None:
+    """Write or replace the model and its metrics, and remove the checkpoints of finished trainings.
+
+    ``save`` writes the model into a new folder; only files of earlier models, and those in ``replaceable``, are lost.
+    """
+    with replace_folder(output_dir, is_ours=replaceable.__contains__) as folder:
+        save(folder)
+        files = sorted({METRICS, *(path.name for path in folder.iterdir())})
+        replaceable.update(files)
+        write_text(folder / METRICS, json.dumps({**metrics, _FILES: files}, indent=2, ensure_ascii=False) + "\n")
+    checkpoints = checkpoint_folder(output_dir)
+    for path in checkpoints.glob("*"):
+        if re.fullmatch("[0-9a-f]{32}", path.name):  # the fingerprint of a training
+            shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # it contains other files or does not exist
+        checkpoints.rmdir()
+
+
+def check_output(folder: Path, *, overwrite: bool) -> set[str]:
     """Return the names of files in a folder that may be replaced; an `OutputError` if it cannot be written to."""
     with raise_output_errors(folder):
         if folder.exists() and not folder.is_dir():
@@ -170,7 +187,7 @@ def _check_output(folder: Path, *, overwrite: bool) -> set[str]:
             return {LOCK_FILE}
     try:
         metrics = read_json(folder / METRICS)
-        if "settings" not in metrics or not metrics.keys() & {_HISTORY, _OLD_HISTORY}:
+        if "settings" not in metrics or not metrics.keys() & {_FILES, _HISTORY, _OLD_HISTORY}:
             raise ValueError("not written by fine-tuning")
         written = {str(name) for name in metrics.get(_FILES, [METRICS])}
     except (OSError, ValueError, AttributeError, TypeError):

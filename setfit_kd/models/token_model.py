@@ -20,7 +20,7 @@ from setfit_kd.errors import ModelError
 from setfit_kd.models.bodies import check_finite, load_local, model_errors, module_folders
 from setfit_kd.models.layers import untrained_model
 from setfit_kd.models.transformer import limit_positions
-from setfit_kd.utils.console import suppress_warnings, truncate
+from setfit_kd.utils.console import quiet_libraries, suppress_warnings, truncate
 
 TokenTask: TypeAlias = Literal["question-answering", "fill-mask"]
 _AUTO_MODELS: dict[TokenTask, Any] = {
@@ -120,7 +120,8 @@ def load_token_model(folder: Path, task: TokenTask, *, seed: int = 0) -> Sentenc
 
     The transformer may be in a sentence-transformers folder. Raises a `ModelError` if it cannot be loaded.
     """
-    with model_errors(folder), suppress_warnings("transformers"), torch.random.fork_rng(devices=[]):
+    quiet = quiet_libraries(with_setfit=False)
+    with model_errors(folder), quiet, suppress_warnings("transformers"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = load_local(TokenModel, folder / module_folders(folder)[0], task=task)
         body = SentenceTransformer(modules=[module], device="cpu").float().eval()
