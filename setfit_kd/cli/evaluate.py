@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from setfit_kd.cli import questions
 from setfit_kd.cli.options import json_option, output_options, own_settings, passed, pickle_option, setting_options
 from setfit_kd.config.run import RunConfig
 from setfit_kd.config.stages import ColumnsConfig
@@ -28,17 +29,22 @@ def evaluate(model: str, label_names: str | None, as_json: bool, trust_pickle: b
     """Evaluate a classifier on labeled texts: quality, size and speed.
 
     MODEL is a bundle, a run folder, one of its models, or a SetFit model or transformer classifier in a folder or on
-    the hub. Without --eval, a run and its models are evaluated on the evaluation texts of the run.
+    the hub. Without --eval, a run and its models are evaluated on the evaluation texts of the run. A transformer that
+    answers questions, or its bundle, is evaluated on the questions of --eval: exact match and F1 as in SQuAD.
     """
     from setfit_kd.cli.output import echo, show_table
     from setfit_kd.data.labeled_set import encode_labels
     from setfit_kd.data.sources import read
     from setfit_kd.evaluation.measure import class_table, evaluation_table, read_texts
     from setfit_kd.evaluation.measure import evaluate as evaluate_model
+    from setfit_kd.inference.answerer import answerer_folder
     from setfit_kd.inference.classifier import TorchClassifier, open_classifier
     from setfit_kd.memory.backoff import shared_backoff
     from setfit_kd.tasks.classification import TASKS
 
+    if answerer := answerer_folder(model):
+        questions.evaluate(answerer, passed(flags), as_json=as_json)
+        return
     config = RunConfig.of(**passed(flags))
     if config.eval is not None:
         rows = read(config.eval, **config.columns, role="test")

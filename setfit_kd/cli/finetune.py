@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from setfit_kd.cli import questions
 from setfit_kd.cli.options import GroupedCommand, json_option, output_options, own_settings, passed, setting_options
+from setfit_kd.config.questions import QuestionFinetuneConfig
 from setfit_kd.config.run import FinetuneRunConfig
 from setfit_kd.config.stages import ColumnsConfig
 from setfit_kd.utils.console import json_text
@@ -25,14 +27,18 @@ _GROUPS = {
                  "gradient_checkpointing", "checkpoint_seconds"),
     "Run": ("seed", "device", "cpu_fallback", "encode_batch_size", "exact"),
 }  # fmt: skip
+_TASK = ("task", "stride", "max_answer_tokens")
 
 
-@click.command(cls=GroupedCommand, common=_COMMON, groups=_GROUPS)
+@click.command(cls=GroupedCommand, common={"Task": ("task",), **_COMMON}, groups={"Task": _TASK, **_GROUPS})
 @click.argument("model")
+@click.option("--task", type=click.Choice(["classification", "qa"]), default="classification",
+              help="Classification, or extractive question answering. [default: classification]")  # fmt: skip
+@setting_options("stride", "max_answer_tokens", config_class=QuestionFinetuneConfig)
 @setting_options(*(name for names in _GROUPS.values() for name in names), config_class=FinetuneRunConfig)
 @json_option
 @output_options
-def finetune(as_json: bool, **flags: Any) -> None:
+def finetune(task: str, as_json: bool, **flags: Any) -> None:
     """Fine-tune a transformer end to end on labels and save it in transformers format.
 
     MODEL is a hub name, a folder, or demo:all-MiniLM-L6-v2. SOURCE is as for `setfit-kd run`; a folder written by
@@ -41,7 +47,14 @@ def finetune(as_json: bool, **flags: Any) -> None:
 
     The checkpoint that is best on the validation texts is saved. For batches that do not fit in memory, set
     --micro-batch-size below --batch-size. To resume an interrupted fine-tuning, start the same command again.
+
+    With --task qa, sources hold questions: files in SQuAD's JSON format, or rows with question, context and answers.
+    The validation questions choose the threshold for giving no answer. The defaults are --max-length 384 and
+    --learning-rate 5e-5.
     """
+    if task == "qa":
+        questions.finetune(passed(flags), as_json=as_json)
+        return
     config = FinetuneRunConfig.of(**passed(flags))
 
     from setfit_kd.cli.output import echo, show_table

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from setfit_kd.cli import questions
 from setfit_kd.cli.options import FRACTION, output_options, passed, pickle_option, setting_options, threads_option
 from setfit_kd.config.run import RunConfig
 from setfit_kd.errors import ConfigError, DataError
@@ -62,14 +63,22 @@ def predict(
 
     A multi-label model predicts "labels", a list of those whose probability reaches their threshold. In CSV and TSV
     files they are separated by "|", or a JSON list if a name contains "|".
+
+    A transformer that answers questions, or its bundle, takes a question and a context as TEXTs, or files as for
+    `setfit-kd finetune --task qa`: {"id": ..., "question": ..., "answer": ..., "score": ..., "start": ..., "end": ...}.
     """
     from setfit_kd.data.readers import column_types
+    from setfit_kd.inference.answerer import answerer_folder
     from setfit_kd.inference.classifier import open_classifier
     from setfit_kd.inference.predict import check_output, classify, write_predictions
     from setfit_kd.memory.backoff import shared_backoff
     from setfit_kd.runtime.classify import Lines
     from setfit_kd.utils.console import show_progress
 
+    if answerer := answerer_folder(model):
+        settings = passed({**flags, "threshold": threshold, "at_least_one": at_least_one or None})
+        questions.predict(answerer, texts, files, output, settings, threads=threads)
+        return
     config = RunConfig.of(**passed(flags))
     if output is not None:
         check_output(output)

@@ -52,12 +52,13 @@ class _BundleClassifier(Classifier):
     """A bundle with errors of setfit-kd."""
 
     def predict_proba(self, texts: Sequence[Text]) -> npt.NDArray[np.float32]:
-        with _convert_bundle_errors():
+        with convert_bundle_errors():
             return super().predict_proba(texts)
 
 
 @contextmanager
-def _convert_bundle_errors() -> Iterator[None]:
+def convert_bundle_errors() -> Iterator[None]:
+    """Context manager that raises errors of a bundle as errors of setfit-kd."""
     try:
         yield
     except BundleError as error:
@@ -91,7 +92,7 @@ def open_classifier(
         SetFitKDError: As in `setfit_kd.load`, or if a bundle is incomplete or needs onnxruntime.
     """
     if is_bundle(path):
-        with _convert_bundle_errors():
+        with convert_bundle_errors():
             return _BundleClassifier(path, threads=threads, batch_size=batch_size or 32)
     if use_bundle and not exact and device in ("auto", "cpu") and Path(path).is_dir():
         bundle = classifier_folder(path) / BUNDLE

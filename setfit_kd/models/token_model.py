@@ -121,12 +121,8 @@ def load_token_model(folder: Path, task: TokenTask, *, seed: int = 0) -> Sentenc
 
     The transformer may be in a sentence-transformers folder. Raises a `ModelError` if it cannot be loaded.
     """
-    with (
-        model_errors(folder),
-        quiet_libraries(with_setfit=False),
-        suppress_warnings("transformers"),
-        torch.random.fork_rng(devices=[]),
-    ):
+    quiet = quiet_libraries(with_setfit=False)
+    with model_errors(folder), quiet, suppress_warnings("transformers"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = load_local(TokenModel, folder / module_folders(folder)[0], task=task)
         body = SentenceTransformer(modules=[module], device="cpu").float().eval()

@@ -1,0 +1,103 @@
+"""Run of `setfit-kd finetune --task qa`: read the questions, fine-tune, evaluate and write the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
+from typing import Any
+
+from setfit_kd.config.questions import QuestionConfig, QuestionFinetuneConfig
+from setfit_kd.data.splits import normalize
+from setfit_kd.errors import DataError
+from setfit_kd.memory.backoff import move_model, shared_backoff
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.bodies import content_hash, locate_model
+from setfit_kd.qa.data import Question, read_questions
+from setfit_kd.qa.metrics import fit_null_threshold, gold_texts
+from setfit_kd.qa.model import QuestionAnswerer, save_answerer
+from setfit_kd.utils.files import fingerprint
+from setfit_kd.utils.output_folder import OutputFolder, open_output_folder
+
+logger = logging.getLogger(__name__)
+_THRESHOLD = "null_threshold"  # key by which ``metrics.json`` is recognized
+
+
+@dataclass(frozen=True)
+class QuestionResult:
+    """Model on the device of the run, its metrics, and the numbers of questions removed because a later set has them.
+
+    ``evaluation`` is None without evaluation questions.
+    """
+
+    model: QuestionAnswerer
+    evaluation: dict[str, float] | None
+    leaks: dict[str, int]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """All metrics, as in ``metrics.json``."""
+        return {"evaluation": self.evaluation, _THRESHOLD: self.model.null_threshold, "leaks": self.leaks}
+
+
+def finetune_questions(config: QuestionFinetuneConfig) -> QuestionResult:
+    """Fine-tune a transformer to answer questions, evaluate it, and write it to a folder in the format of transformers.
+
+    If training questions have no answer, a question gets no answer if its score is higher than that of the best answer.
+    On validation questions, some of them without an answer, the threshold of the difference is chosen for the best F1.
+    An interrupted run that is started again resumes from its last checkpoint, in a folder next to the output folder.
+
+    Raises:
+        SetFitKDError: If an input or a setting cannot be used; no partial files are left behind.
+    """
+    options: Any = {"overwrite": config.overwrite, "command": "finetune", "keys": {_THRESHOLD}}
+    with open_output_folder(config.output_dir, **options) as output, shared_backoff(cpu_fallback=config.cpu_fallback):
+        return _finetune_questions(config, output)
+
+
+def _finetune_questions(config: QuestionFinetuneConfig, output: OutputFolder) -> QuestionResult:
+    sources = {"labeled": (config.labeled, "train"), "validation": (config.validation, "validation")}
+    sources["evaluation"] = (config.eval, "test")
+    sets = {name: read_questions(source, role) if source else [] for name, (source, role) in sources.items()}
+    for questions in sets.values():
+        list(map(gold_texts, questions))  # raises if answers are missing
+    leaks = {}
+    for name, later in (("validation", ["evaluation"]), ("labeled", ["validation", "evaluation"])):
+        kept = without_leaks(sets[name], [question for other in later for question in sets[other]])
+        sets[name], leaks[name] = kept, len(sets[name]) - len(kept)
+        if leaks[name]:
+            message = "Leak guard: removed %d %s questions that are also in the %s set."
+            logger.warning(message, leaks[name], name, " or ".join(later))
+    if not sets["labeled"]:
+        message = f"{config.labeled}: no questions are left to train on."
+        raise DataError(message, hint="Pass other questions with --labeled.")
+
+    # Imported after the data has been checked, because loading torch takes time.
+    from setfit_kd.models.token_model import load_token_model
+    from setfit_kd.qa.train import evaluate_answers, find_candidates, train_questions
+
+    device = resolve_device(config.device)
+    body = load_token_model(locate_model(config.model), "question-answering", seed=config.seed)
+    settings = QuestionConfig.of(**{name: getattr(config, name) for name in QuestionConfig.model_fields})
+    inputs = QuestionConfig.fingerprint_inputs(settings), content_hash(body), list(map(astuple, sets["labeled"]))
+    checkpoints = output.checkpoints / fingerprint(*inputs)
+    model = train_questions(body, sets["labeled"], config=settings, checkpoints=checkpoints)
+    move_model(body, device, phase="Evaluating")
+    if not all(question.answers for question in sets["labeled"]):
+        model.null_threshold = 0.0
+    if sets["validation"]:
+        candidates = find_candidates(body, sets["validation"], config=settings, description="Validating")
+        threshold = fit_null_threshold(candidates, sets["validation"])
+        model.null_threshold = model.null_threshold if threshold is None else threshold
+    options: Any = {"config": settings, "null_threshold": model.null_threshold}
+    evaluation = evaluate_answers(body, sets["evaluation"], **options) if sets["evaluation"] else None
+    result = QuestionResult(model, evaluation, leaks)
+    output.write(partial(save_answerer, model), {**result.metrics, "settings": config.model_dump(mode="json")})
+    return result
+
+
+def without_leaks(questions: Sequence[Question], held_out: Sequence[Question]) -> list[Question]:
+    """Return the questions that are not asked about the same context in a held-out set, after `normalize`."""
+    keys = {(normalize(question.question), normalize(question.context)) for question in held_out}
+    return [q for q in questions if (normalize(q.question), normalize(q.context)) not in keys]
