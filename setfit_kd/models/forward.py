@@ -75,7 +75,7 @@ class OnnxForwardPass(ForwardPass):
         super().__init__(body, "onnx")
         with TemporaryDirectory(prefix="setfit-kd-") as folder:
             file = Path(folder, "body.onnx")
-            write_graph(Graph(), file, output="embeddings")
+            write_graph(Graph(), file, outputs=["embeddings"])
             import onnxruntime
 
             options = onnxruntime.SessionOptions()
