@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from setfit_kd.cli import questions
 from setfit_kd.cli.options import FRACTION, output_options, passed, pickle_option, setting_options
 from setfit_kd.config.run import RunConfig
 from setfit_kd.config.values import BUNDLE_FORMATS
@@ -44,31 +45,38 @@ def export(
     """Export a classifier as a bundle: one folder that runs without torch.
 
     RUN_OR_MODEL is a run folder, one of its students, a SetFit model or a transformer. The predictions of the bundle
-    are compared with those of the model on the run's pool, or on the texts of --unlabeled.
+    are compared with those of the model on the run's pool, or on the texts of --unlabeled. For a transformer that
+    answers questions, --unlabeled names questions with their contexts.
     """
     config = RunConfig.of(**passed(flags))
 
     from setfit_kd.cli.output import echo
     from setfit_kd.export.bundle import check_output, export_bundle
+    from setfit_kd.inference.answerer import answerer_folder
     from setfit_kd.models.bodies import takes_pairs
     from setfit_kd.models.io import load_classifier
     from setfit_kd.runtime.classify import PAIR_SEPARATOR
 
     check_output(output_dir, overwrite=overwrite)
-    loaded, path = load_classifier(model, device="cpu", trust_pickle=trust_pickle), Path(model)
-    texts, title = _texts(path, config), path.resolve().name
-    if takes_pairs(loaded.model_body) != (PAIR_SEPARATOR in texts[0]):
-        expected = "pairs of texts, but there are no pairs" if takes_pairs(loaded.model_body) else "texts, not pairs,"
-        hint = "Pass them with --unlabeled, and pairs with --text-column and --pair-column."
-        raise ConfigError(f"{model} classifies {expected} to check the bundle on.", hint=hint)
-    bundle = export_bundle(
-        loaded, output_dir, texts=texts, format=format_, min_agreement=min_agreement, title=title, overwrite=overwrite
-    )
+    path = Path(model)
+    options: Any = {"format": format_, "min_agreement": min_agreement, "overwrite": overwrite}
+    options["title"] = path.resolve().name
+    if answerer := answerer_folder(model):
+        bundle, example = questions.export(answerer, output_dir, config.unlabeled, options), 'answer.py "..." "..."'
+    else:
+        loaded, example = load_classifier(model, device="cpu", trust_pickle=trust_pickle), 'classify.py "..."'
+        texts = _texts(path, config)
+        has_pairs = PAIR_SEPARATOR in texts[0]
+        if takes_pairs(loaded.model_body) != has_pairs:
+            expected = "texts, not pairs," if has_pairs else "pairs of texts, but there are no pairs"
+            hint = "Pass them with --unlabeled, and pairs with --text-column and --pair-column."
+            raise ConfigError(f"{model} classifies {expected} to check the bundle on.", hint=hint)
+        bundle = export_bundle(loaded, output_dir, texts=texts, **options)
     parity = bundle.parity
     echo(f"Wrote {bundle.format} bundle to {output_dir} ({bundle.megabytes:.1f} MB).")
     difference = f"Probabilities differ by at most {parity['largest_difference']:.2g}."
     echo(f"Agreement with the model: {parity['agreement']:.1%}, on {parity['texts']:,} texts. {difference}")
-    echo(f'To use it, here or on another machine: python {output_dir}/classify.py "..."')
+    echo(f"To use it, here or on another machine: python {output_dir}/{example}")
 
 
 def _texts(model: Path, config: RunConfig) -> list[str]:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from setfit_kd.errors import ConfigError
 from setfit_kd.utils.console import json_text
+
+if TYPE_CHECKING:
+    from setfit_kd.export.bundle import Bundle
+
+logger = logging.getLogger(__name__)
 
 
 def finetune(settings: dict[str, Any], *, as_json: bool) -> None:
@@ -89,6 +95,22 @@ def predict(
         for q, a in zip(questions, answers, strict=True)
     ]
     _write_rows(rows, output)
+
+
+def export(folder: Path, output_dir: Path, source: str | None, options: dict[str, Any]) -> Bundle:
+    """Export a model as a bundle; without questions to check it on, use the beginnings of the bundled texts."""
+    from setfit_kd.data.sources import read
+    from setfit_kd.export.answers import export_answerer
+    from setfit_kd.qa.data import Question, read_questions
+    from setfit_kd.qa.model import load_answerer
+
+    if source is None:
+        texts = read("bundled:newswire").texts
+        logger.warning("Checking the bundle on bundled texts. Pass your own questions with --unlabeled.")
+        questions = [Question(str(row), " ".join(text.split()[:8]), text) for row, text in enumerate(texts)]
+    else:
+        questions = read_questions(source)
+    return export_answerer(load_answerer(folder), output_dir, questions=questions, **options)
 
 
 def _show_metrics(name: str, metrics: dict[str, float]) -> None:

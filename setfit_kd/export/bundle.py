@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MIN_AGREEMENT = {"onnx": 0.999, "onnx-int8": 0.98, "static": 0.999}  # defaults, see `export_bundle`
-_README_FILE, _SCRIPT, _SINGLE_PRECISION_MODEL = "README.md", "classify.py", ".single.onnx"
+README_FILE, _SCRIPTS, _SINGLE_PRECISION_MODEL = "README.md", ("classify.py", "answer.py"), ".single.onnx"
 _FILES = (classify.MANIFEST, classify.LABELS, classify.TOKENIZER, classify.ONNX_MODEL, classify.VECTORS, classify.HEAD)
 _KEPT_TEXTS, _KEPT_CHARACTERS = 4, 200  # number and length of the texts to check the bundle in a student's folder on
 _MAX_KEPT_DIFFERENCE = 1e-3  # of the probabilities of a bundle in a student's folder
@@ -151,11 +151,8 @@ def export_bundle(
     expected = predict_proba(model, texts, description="Classifying with torch")
     if not np.isfinite(expected).all():
         raise ModelError("The classifier predicts probabilities that are not finite.", hint="Train it again.")
-    with ExitStack() as stack:
-        is_ours = (_README_FILE, _SCRIPT, *_FILES).__contains__
-        target = stack.enter_context(replace_folder(folder, is_ours=is_ours)) if overwrite else folder
-        part = stack.enter_context(atomic_folder(target))
-        draft = _Draft(part, _write_common_files(model, part), texts, expected, min_agreement)
+    with bundle_folder(folder, overwrite=overwrite) as part:
+        draft = Draft(part, _write_common_files(model, part), texts, expected, min_agreement)
         reason = None
         if format == "static":
             draft.manifest["normalize"] = write_static(model, part)
@@ -166,7 +163,7 @@ def export_bundle(
         if format == "onnx-int8":
             parity, reason = draft.try_int8(parity)
             format = "onnx" if reason else format  # noqa: A001
-        (part / _README_FILE).write_text(_readme(model, format, parity, title), encoding="utf-8")
+        (part / README_FILE).write_text(_readme(model, format, parity, title), encoding="utf-8")
         megabytes = folder_megabytes(part)
     return Bundle(Path(folder), format, parity, round(megabytes, 1), reason)
 
@@ -194,24 +191,30 @@ def keep_bundle(model: SetFitModel, folder: Path, *, texts: Sequence[str]) -> No
         logger.warning("The student has no bundle, so predict takes longer to start: %s", reason)
 
 
+@contextmanager
+def bundle_folder(folder: str | Path, *, overwrite: bool) -> Iterator[Path]:
+    """Create or replace a bundle atomically: yield a temporary folder; other files in the replaced folder are kept."""
+    with ExitStack() as stack:
+        is_ours = (README_FILE, *_SCRIPTS, *_FILES).__contains__
+        target = stack.enter_context(replace_folder(folder, is_ours=is_ours)) if overwrite else folder
+        yield stack.enter_context(atomic_folder(target))
+
+
 @dataclass(frozen=True)
-class _Draft:
-    """Bundle that is being written and checked against the probabilities ``expected`` from the classifier."""
+class Draft:
+    """Bundle that is being written and checked against what is ``expected``: the probabilities from the classifier."""
 
     folder: Path
     manifest: dict[str, Any]
-    texts: list[str]
-    expected: npt.NDArray[np.float32]
+    texts: Sequence[Any]
+    expected: Any
     min_agreement: float | None
+    kind: str = "onnx"
 
     def verify(self, format: str) -> dict[str, Any]:  # noqa: A002
         """Compare the bundle with the classifier and write the manifest; refuse a bundle with low agreement."""
         self.write_manifest(format, None)
-        classifier = classify.Classifier(self.folder)
-        probabilities, decide = classifier.predict_proba(self.texts), TASKS[classifier.task].decide
-        labels = (decide(values, classifier.thresholds) for values in (probabilities, self.expected))
-        agreement = float(np.mean(np.equal(*labels)))
-        difference = float(np.abs(probabilities - self.expected).max())
+        agreement, difference = self.compare()
         threshold = MIN_AGREEMENT[format] if self.min_agreement is None else self.min_agreement
         if agreement < threshold:
             shares = f"{agreement:.2%} of {len(self.texts):,} texts, expected at least {threshold:.2%}"
@@ -220,6 +223,13 @@ class _Draft:
         parity = {"texts": len(self.texts), "agreement": agreement, "largest_difference": difference}
         self.write_manifest(format, parity)
         return parity
+
+    def compare(self) -> tuple[float, float]:
+        """Return the agreement of the bundle with the classifier, and the largest difference of a probability."""
+        classifier = classify.Classifier(self.folder)
+        probabilities, decide = classifier.predict_proba(self.texts), TASKS[classifier.task].decide
+        labels = (decide(values, classifier.thresholds) for values in (probabilities, self.expected))
+        return float(np.mean(np.equal(*labels))), float(np.abs(probabilities - self.expected).max())
 
     def try_int8(self, single: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         """Quantize the bundle to 8 bits, or restore single precision and return the reason with the comparison."""
@@ -250,7 +260,7 @@ class _Draft:
         """Write the settings, the comparison and the hash of each file."""
         others = (classify.MANIFEST, _SINGLE_PRECISION_MODEL)
         self.manifest.update(
-            kind="static" if format == "static" else "onnx",
+            kind="static" if format == "static" else self.kind,
             weights={"static": "fp16", "onnx": "fp32", "onnx-int8": "int8"}[format],
             parity=parity,
             files={path.name: file_hash(path) for path in sorted(self.folder.iterdir()) if path.name not in others},
@@ -278,7 +288,7 @@ def _write_common_files(model: SetFitModel, folder: Path) -> dict[str, Any]:
             tokenizer.enable_truncation(int(max_length), direction=original.truncation_side)
     (folder / classify.TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
     (folder / classify.LABELS).write_text(json.dumps(labels, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    shutil.copyfile(classify.__file__, folder / _SCRIPT)
+    shutil.copyfile(classify.__file__, folder / Path(classify.__file__).name)
     task: dict[str, Any] = {"format": 1}
     if head_task(model.model_head) is MULTI_LABEL:
         thresholds = head_thresholds(model.model_head)
@@ -364,7 +374,7 @@ def write_onnx(model: SetFitModel, file: Path) -> None:
     if is_static(model.model_body):
         raise ModelError("A static body cannot be exported as ONNX.", hint="Use --format static.")
     graph = _ClassifierGraph(model)
-    write_graph(graph, file, output="probabilities", with_types=has_token_types(model.model_body))
+    write_graph(graph, file, outputs=["probabilities"], token_types=has_token_types(model.model_body))
 
 
 def quantize(source: Path, target: Path) -> None:

@@ -76,7 +76,7 @@ class OnnxForwardPass(ForwardPass):
         super().__init__(body, "onnx")
         with TemporaryDirectory(prefix="setfit-kd-") as folder:
             file = Path(folder, "body.onnx")
-            write_graph(Graph(), file, output="embeddings", with_types=has_token_types(body))
+            write_graph(Graph(), file, outputs=["embeddings"], token_types=has_token_types(body))
             import onnxruntime
 
             options = onnxruntime.SessionOptions()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from setfit_kd.errors import UnavailableError
 from setfit_kd.utils.console import suppress_warnings
 
 
-def write_graph(module: nn.Module, file: Path, *, output: str, with_types: bool = False) -> None:
-    """Write a module on the CPU in single precision, which maps tokens to a (B, ...) output.
+def write_graph(
+    module: nn.Module, file: Path, *, outputs: Sequence[str], token_types: bool = False, per_token: bool = False
+) -> None:
+    """Write a module on the CPU in single precision; it maps (B, T) token ids and attention mask to (B, ...) outputs.
 
-    Its inputs are the (B, T) token ids, the attention mask and, if ``with_types``, the token types.
+    With ``token_types``, these are a third input; with ``per_token``, the outputs have the shape (B, T).
 
     Raises:
         UnavailableError: If a package for ONNX is missing.
@@ -30,14 +32,14 @@ def write_graph(module: nn.Module, file: Path, *, output: str, with_types: bool 
     except ImportError as error:
         hint = "Install the extra: pip install 'setfit-kd[onnx]'"
         raise UnavailableError(f"Exporting to ONNX needs {error.name}.", hint=hint) from None
-    example = [torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])]
-    example += [torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]])] * with_types
-    names = ["input_ids", "attention_mask", "token_type_ids"][: len(example)]
-    axes = {0: "texts", 1: "tokens"}
+    ids, mask = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    example = (ids, mask, torch.zeros_like(mask)) if token_types else (ids, mask)
+    inputs, axes = ["input_ids", "attention_mask", "token_type_ids"][: len(example)], {0: "texts", 1: "tokens"}
+    output_axes = axes if per_token else {0: "texts"}
     settings: dict[str, Any] = {
-        "input_names": names,
-        "output_names": [output],
-        "dynamic_axes": {**dict.fromkeys(names, axes), output: {0: "texts"}},
+        "input_names": inputs,
+        "output_names": list(outputs),
+        "dynamic_axes": {**dict.fromkeys(inputs, axes), **dict.fromkeys(outputs, output_axes)},
         "opset_version": 17,  # the oldest with LayerNormalization, supported by all recent versions of onnxruntime
     }
     with silence_warnings(), torch.inference_mode():

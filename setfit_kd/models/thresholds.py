@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from setfit_kd.config.values import parse_threshold_objective
 from setfit_kd.models.heads import head_task, set_thresholds
-from setfit_kd.tasks.classification import SINGLE_LABEL
+from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL
 from setfit_kd.utils.arrays import Floats
 
 logger = logging.getLogger(__name__)
+_COMMON_THRESHOLDS = MULTI_LABEL.to_probabilities(np.linspace(-5, 3, 33))
 
 
 def with_thresholds(head: Any, probabilities: Floats, objective: str, *, label_names: Sequence[str]) -> Any:
@@ -30,7 +31,9 @@ def fit_thresholds(
     """Choose the threshold of each label with the best F1, or the best one with a wanted precision or recall.
 
     Without labels, the metrics are those expected from the probabilities of typical texts, which must therefore be
-    calibrated (Lipton et al., 2014, "Optimal Thresholding of Classifiers to Maximize F1 Measure").
+    calibrated (Lipton et al., 2014, "Optimal Thresholding of Classifiers to Maximize F1 Measure"). Since the frequency
+    of a rare label is hardly known, thresholds for F1 are then moved half of the way, as logits, to the threshold that
+    has the best macro-F1 if it is the same for all labels.
 
     Args:
         probabilities: (n, n_classes) of the model.
@@ -40,8 +43,8 @@ def fit_thresholds(
         label_names: Names of the labels, for warnings.
 
     Returns:
-        (n_classes,) thresholds, each between two different probabilities. Without texts, they are 0.5. A label that
-        does not reach the wanted precision gets the threshold with the best F1.
+        (n_classes,) thresholds. Without texts, they are 0.5. A label that does not reach the wanted precision gets the
+        threshold with the best F1.
     """
     name, wanted = parse_threshold_objective(objective)
     n, n_classes = probabilities.shape
@@ -54,6 +57,9 @@ def fit_thresholds(
     lower = np.concatenate([scores[1:], np.zeros((1, n_classes))])
     is_possible = scores > lower  # equal probabilities cannot be separated
     best = np.where(is_possible, 2 * n_hits / (n_predicted + n_positive), -1).argmax(axis=0)
+    labels = np.arange(n_classes)
+    if name == "f1" and targets is None:
+        return _to_common(probabilities, np.asarray((scores[best, labels] + lower[best, labels]) / 2))
     if name == "recall":
         best = (is_possible & (n_hits >= wanted * n_positive * (1 - 1e-9))).argmax(axis=0)
     elif name == "precision":
@@ -63,5 +69,17 @@ def fit_thresholds(
             message = "A precision of %g is not expected at any threshold of these labels, which get the best F1: %s."
             logger.warning(message, wanted, ", ".join(unreached[:10]) + ", ..." * (len(unreached) > 10))
         best = np.where(reached.any(axis=0), n - 1 - reached[::-1].argmax(axis=0), best)
-    labels = np.arange(n_classes)
     return np.asarray((scores[best, labels] + lower[best, labels]) / 2)
+
+
+def _to_common(probabilities: Floats, thresholds: Floats) -> Floats:
+    """Move thresholds half of the way, as logits, to the common one with the best expected macro-F1."""
+    n_positive = probabilities.sum(axis=0)
+
+    def expected_f1(threshold: float) -> float:
+        is_predicted = probabilities >= threshold
+        n_hits, n_predicted = (probabilities * is_predicted).sum(axis=0), is_predicted.sum(axis=0)
+        return float((2 * n_hits / np.maximum(n_predicted + n_positive, 1e-9)).mean())
+
+    common = max(_COMMON_THRESHOLDS, key=expected_f1)
+    return MULTI_LABEL.to_probabilities((MULTI_LABEL.to_logits(thresholds) + MULTI_LABEL.to_logits(common)) / 2)

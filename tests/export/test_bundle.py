@@ -209,7 +209,7 @@ def test_texts_are_truncated_and_prefixed_as_in_torch(
 def set_measured_seconds(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
     """Return these values, in order, from the time measurements of bundles."""
     values = iter(seconds)
-    monkeypatch.setattr(bundle_module._Draft, "measure_seconds", lambda self: next(values))
+    monkeypatch.setattr(bundle_module.Draft, "measure_seconds", lambda self: next(values))
 
 
 def test_int8_bundle_is_smaller_and_has_a_head_in_single_precision(

@@ -50,6 +50,24 @@ def test_wanted_precision_and_recall(caplog: pytest.LogCaptureFixture) -> None:
     np.testing.assert_allclose(expected[:2], thresholds[:2], atol=0.15)
 
 
+def test_expected_thresholds_are_between_those_of_each_label_and_a_common_one() -> None:
+    rng = np.random.default_rng(1)
+    probabilities = rng.beta(0.4, 2, (2_000, 1)) * [0.9, 0.4, 0.1]
+    cuts = np.linspace(0.01, 0.99, 99)
+
+    def expected_f1(cut: float) -> npt.NDArray[np.floating]:
+        predicted = probabilities >= cut
+        totals = predicted.sum(axis=0) + probabilities.sum(axis=0)
+        return np.asarray(2 * (probabilities * predicted).sum(axis=0) / totals)
+
+    by_label = np.array([expected_f1(cut) for cut in cuts])
+    best, common = cuts[by_label.argmax(axis=0)], cuts[by_label.mean(axis=1).argmax()]
+    expected = 1 / (1 + np.sqrt((1 / best - 1) * (1 / common - 1)))
+    thresholds = fit_thresholds(probabilities, "f1", label_names=["a", "b", "c"])
+    np.testing.assert_allclose(thresholds, expected, atol=0.02)
+    assert best.min() < common < best.max()
+
+
 def test_number_is_the_threshold_of_all_labels_and_without_texts_it_is_one_half() -> None:
     assert fit_thresholds(np.ones((2, 2)), "0.3", label_names=["a", "b"]).tolist() == [0.3, 0.3]
     assert fit_thresholds(np.ones((0, 2)), "f1", label_names=["a", "b"]).tolist() == [0.5, 0.5]
