@@ -43,6 +43,11 @@ def examples(tiny_teacher: Path, tiny_student: Path) -> dict[str, Any]:
         "ag_news": ((), small, "student"),
         "stages": ((teacher, student), FAST, "texts/s"),
         "finetune": ((teacher, "model"), {"device": "cpu", "precision": "fp32", "epochs": 1}, "macro-F1"),
+        "masked_language_model": (
+            (student, "lm", "layers:1"),
+            {"device": "cpu", "precision": "fp32", "steps": 2, "head_steps": 2},
+            "bits per character",
+        ),
         "bert_to_distilbert": ((), bert, "baseline  accuracy"),
         "two_teachers": ((), two, "teachers/transformer-student"),
         "labels_from_file": ((), {**FAST, "shots": None, "student": student}, "accuracy"),

@@ -80,7 +80,7 @@ class Masking:
         """Choose the tokens to predict, at least one, among tokens (T,) with numbers of words: (T,)."""
         units = words if whole_words else np.where(words == _NO_WORD, _NO_WORD, np.arange(len(words)))
         candidates = np.setdiff1d(units, [_NO_WORD])
-        n = max(1, round(self.config.mask_probability * len(candidates)))
+        n = max(1, int(self.config.mask_probability * len(candidates) + rng.random()))  # rounded without bias
         return np.isin(units, rng.choice(candidates, n, replace=False))
 
     def corrupt(self, ids: Ids, chosen: npt.NDArray[np.bool_], rng: np.random.Generator) -> Ids:

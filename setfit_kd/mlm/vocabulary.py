@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from setfit_kd.data.sources import RowErrors
 from setfit_kd.errors import DataError
 
 if TYPE_CHECKING:
-    import torch
     from sentence_transformers import SentenceTransformer
 
 _WORD = re.compile(r"(?=.*[^\W\d])\w+")  # letters, digits and underscores, but not only digits and underscores
@@ -52,8 +51,6 @@ def read_words(path: Path, tokenizer: Any) -> list[str]:
         else:
             words[parts[0]] = number
     errors.check()
-    if not words:
-        raise DataError(f"{path} has no words.", hint="Write one word per line.")
     return list(words)
 
 
@@ -88,21 +85,19 @@ def add_words(body: SentenceTransformer, words: Sequence[str]) -> None:
     pieces = _pieces(words, tokenizer)
     # Where a space is part of the tokens, it must be part of the added tokens, too.
     takes_space = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a a")[-1][0] != "a"
-    first = len(tokenizer)
+    first, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
     tokenizer.add_tokens([AddedToken(w, single_word=True, normalized=True, lstrip=takes_space) for w in words])
-    rows = model.get_input_embeddings().num_embeddings  # some models have spare rows
-    model.resize_token_embeddings(max(rows, len(tokenizer)), mean_resizing=False)
+    model.resize_token_embeddings(max(rows, len(tokenizer)), mean_resizing=False)  # some models have spare rows
+    embeddings, decoder = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [embeddings.weight, decoder.weight, decoder.bias]
     with torch.no_grad():
-        for table in _tables(model):
+        for table in {id(table): table for table in tables if table is not None}.values():  # two may be the same
             for row, ids in enumerate(pieces, first):
                 table[row] = table[ids].mean(dim=0)
-
-
-def _tables(model: Any) -> Iterator[torch.Tensor]:
-    """Yield the embeddings, the decoder's weights unless they are the same, and its bias."""
-    embeddings, decoder = model.get_input_embeddings().weight, model.get_output_embeddings()
-    yield embeddings
-    if decoder.weight is not embeddings:
-        yield decoder.weight
-    if decoder.bias is not None:
-        yield decoder.bias
+    if model.config.tie_word_embeddings:
+        return
+    # Some models have the bias twice, and load both unless the embeddings are tied.
+    for module in model.modules():
+        bias = module._parameters.get("bias")
+        if module is not decoder and bias is not None and (bias is decoder.bias or len(bias) == rows):
+            module.bias = torch.nn.Parameter(decoder.bias.detach().clone())
