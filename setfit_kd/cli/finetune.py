@@ -21,8 +21,8 @@ _COMMON = {
 _GROUPS = {
     **_COMMON,
     "Training": ("epochs", "steps", "batch_size", "micro_batch_size", "learning_rate", "warmup_steps", "schedule",
-                 "weight_decay", "dropout", "max_length", "eval_steps", "metric", "patience", "precision",
-                 "gradient_checkpointing", "checkpoint_seconds"),
+                 "weight_decay", "dropout", "max_length", "eval_steps", "metric", "patience", "thresholds",
+                 "precision", "gradient_checkpointing", "checkpoint_seconds"),
     "Run": ("seed", "device", "cpu_fallback", "encode_batch_size", "exact"),
 }  # fmt: skip
 
@@ -39,8 +39,10 @@ def finetune(as_json: bool, **flags: Any) -> None:
     datasets' save_to_disk may be tokenized already. If a source has splits, --labeled uses train, --validation uses
     validation and --eval uses test.
 
-    The checkpoint that is best on the validation texts is saved. For batches that do not fit in memory, set
-    --micro-batch-size below --batch-size. To resume an interrupted fine-tuning, start the same command again.
+    The checkpoint that is best on the validation texts is saved. With several labels per text, it is evaluated with the
+    thresholds that fit these texts best, which are saved with it; without validation texts, they are 0.5. For batches
+    that do not fit in memory, set --micro-batch-size below --batch-size. To resume an interrupted fine-tuning, start
+    the same command again.
     """
     config = FinetuneRunConfig.of(**passed(flags))
 

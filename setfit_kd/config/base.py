@@ -106,7 +106,7 @@ class StageConfig(BaseModel):
     texts equally, 1 all classes of the labeled texts."""
     thresholds: ThresholdObjective = "f1"
     """How to choose the threshold of each label, with several labels per text: f1, precision=X or recall=X for the best
-    threshold with this value, or a number."""
+    threshold with this value, or a number. Fine-tuning chooses them on the validation texts."""
     num_iterations: int = Field(20, ge=1)
     """Pairs drawn per text by the pairs objectives (twice as many for the teacher)."""
 
