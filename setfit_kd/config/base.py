@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from setfit_kd.config.values import Device, ThresholdObjective
 from setfit_kd.errors import ConfigError
@@ -110,11 +110,6 @@ class StageConfig(BaseModel):
     num_iterations: int = Field(20, ge=1)
     """Pairs drawn per text by the pairs objectives (twice as many for the teacher)."""
 
-    @field_validator("head_c", mode="before")
-    @classmethod
-    def _ignore_auto(cls, value: Any) -> Any:
-        return None if value == "auto" else value  # in the settings of runs of earlier versions
-
     @property
     def soft_labels_c(self) -> float:
         """C of a head that is fitted on soft labels of a pool, which are many and noisy."""
@@ -125,8 +120,6 @@ class StageConfig(BaseModel):
         """Return the settings in ``config`` that determine the result of this stage."""
         inputs = {name: getattr(config, name) for name in cls.model_fields if name not in _NOT_FINGERPRINTED}
         inputs["version"] = _VERSION
-        if inputs["thresholds"] == "f1":
-            del inputs["thresholds"]
         if not any(value == "pairs" for name, value in inputs.items() if name.endswith("objective")):
             del inputs["num_iterations"]
         return inputs
