@@ -78,16 +78,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "teacher": BASE | {"data", "models", "losses", "training", "signals", "finetune"},
     "student": BASE | {"data", "models", "losses", "training", "signals"},
     "mlm": BASE | {"data", "models", "losses", "training", "student"},
-    "inference": {"errors", "utils", "tasks", "models", "runtime"},
-    "export": BASE | {"hub", "models", "runtime"},
+    "qa": BASE | {"data", "models", "losses", "training", "runtime"},
+    "inference": BASE | {"models", "runtime", "qa"},
+    "export": BASE | {"hub", "models", "runtime", "qa"},
     "run_folder": {"errors", "utils", "config"},
     "report": BASE | {"hub", "data", "evaluation", "run_folder"},
     "run": BASE
     | {"hub", "data", "models", "signals", "training", "evaluation", "augment", "teacher", "student", "run_folder"}
-    | {"export", "report"},
+    | {"export", "report", "qa", "mlm"},
     "cli": BASE
     | {"hub", "data", "models", "signals", "evaluation", "finetune", "mlm", "inference", "export", "run_folder"}
-    | {"report", "run", "runtime"},
+    | {"report", "run", "runtime", "qa"},
     "__main__": {"cli"},
 }
 """Packages that a package may import. No package imports a later one."""

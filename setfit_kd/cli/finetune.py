@@ -23,8 +23,8 @@ _COMMON = {
 _GROUPS = {
     **_COMMON,
     "Training": ("epochs", "steps", "batch_size", "micro_batch_size", "learning_rate", "warmup_steps", "schedule",
-                 "weight_decay", "dropout", "max_length", "eval_steps", "metric", "patience", "precision",
-                 "gradient_checkpointing", "checkpoint_seconds"),
+                 "weight_decay", "dropout", "max_length", "eval_steps", "metric", "patience", "thresholds",
+                 "precision", "gradient_checkpointing", "checkpoint_seconds"),
     "Run": ("seed", "device", "cpu_fallback", "encode_batch_size", "exact"),
 }  # fmt: skip
 _TASK = ("task", "stride", "max_answer_tokens")
@@ -45,8 +45,10 @@ def finetune(task: str, as_json: bool, **flags: Any) -> None:
     datasets' save_to_disk may be tokenized already. If a source has splits, --labeled uses train, --validation uses
     validation and --eval uses test.
 
-    The checkpoint that is best on the validation texts is saved. For batches that do not fit in memory, set
-    --micro-batch-size below --batch-size. To resume an interrupted fine-tuning, start the same command again.
+    The checkpoint that is best on the validation texts is saved. With several labels per text, it is evaluated with the
+    thresholds that fit these texts best, which are saved with it; without validation texts, they are 0.5. For batches
+    that do not fit in memory, set --micro-batch-size below --batch-size. To resume an interrupted fine-tuning, start
+    the same command again.
 
     With --task qa, sources hold questions: files in SQuAD's JSON format, or rows with question, context and answers.
     The validation questions choose the threshold for giving no answer. The defaults are --max-length 384 and

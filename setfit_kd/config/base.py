@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from setfit_kd.config.values import Device, ThresholdObjective
 from setfit_kd.errors import ConfigError
@@ -107,14 +107,9 @@ class StageConfig(BaseModel):
     texts equally, 1 all classes of the labeled texts."""
     thresholds: ThresholdObjective = "f1"
     """How to choose the threshold of each label, with several labels per text: f1, precision=X or recall=X for the best
-    threshold with this value, or a number."""
+    threshold with this value, or a number. Fine-tuning chooses them on the validation texts."""
     num_iterations: int = Field(20, ge=1)
     """Pairs drawn per text by the pairs objectives (twice as many for the teacher)."""
-
-    @field_validator("head_c", mode="before")
-    @classmethod
-    def _ignore_auto(cls, value: Any) -> Any:
-        return None if value == "auto" else value  # in the settings of runs of earlier versions
 
     @property
     def soft_labels_c(self) -> float:
@@ -126,8 +121,6 @@ class StageConfig(BaseModel):
         """Return the settings in ``config`` that determine the result of this stage."""
         inputs = {name: getattr(config, name) for name in cls.model_fields if name not in _NOT_FINGERPRINTED}
         inputs["version"] = _VERSION
-        if inputs["thresholds"] == "f1":
-            del inputs["thresholds"]
         if not any(value == "pairs" for name, value in inputs.items() if name.endswith("objective")):
             del inputs["num_iterations"]
         return inputs

@@ -147,7 +147,8 @@ class FinetuneConfig(StageConfig):
     improvement."""
     eval_steps: int | None = Field(None, ge=1)
     """Training steps between two evaluation steps. [default: one epoch]"""
-    metric: Literal["accuracy", "f1-macro", "f1-weighted", "f1-binary"] = "accuracy"
-    """Metric on the validation texts that selects the best checkpoint."""
+    metric: Literal["accuracy", "f1-macro", "f1-micro", "f1-weighted", "f1-binary"] | None = None
+    """Metric on the validation texts that selects the best checkpoint. [default: accuracy; f1-macro with several labels
+    per text]"""
     patience: int | None = Field(None, ge=1)
     """Stop early after this many evaluation steps without improvement. [default: off]"""

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation.metrics import METRICS, Interval, bootstrap_quality, measure_calibration
 from setfit_kd.tasks.classification import SINGLE_LABEL, TASKS, Labels, is_equal, task_of
@@ -47,20 +49,15 @@ class Estimate:
 
     def save(self, folder: Path) -> None:
         """Write the estimate to a new folder, as `atomic_folder` does."""
-        values = asdict(self)
-        if self.task == SINGLE_LABEL.name:
-            del values["task"]  # the format of earlier versions
         with atomic_folder(folder) as part:
-            (part / _FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
+            (part / _FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Estimate:
         """Read the estimate that `save` wrote; raise a `DataError` if that fails."""
         try:
-            values = read_json(folder / _FILE)
-            intervals = {name: Interval(**value) for name, value in values.items() if isinstance(value, dict)}
-            return cls(**{**values, **intervals})
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            return TypeAdapter(cls).validate_python(read_json(folder / _FILE))
+        except (OSError, ValueError) as error:
             raise DataError(f"Cannot read the estimate in {folder} ({error}).", hint="Run it again.") from None
 
 

@@ -90,10 +90,8 @@ class Evaluation:
         with atomic_folder(folder) as part:
             save_rows(self.probabilities, part / _PROBABILITIES, half_if_large=False)
             measured: dict[str, Any] = {"quality": self.quality.as_dict(), "cost": asdict(self.cost)}
-            measured["gold"] = _to_indices(self.gold)
-            if self.task is MULTI_LABEL:
-                measured["task"] = self.task.name
-                measured["thresholds"] = None if self.thresholds is None else self.thresholds.tolist()
+            measured |= {"gold": _to_indices(self.gold), "task": self.task.name}
+            measured["thresholds"] = None if self.thresholds is None else self.thresholds.tolist()
             (part / _MEASURED).write_text(json.dumps(measured, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
@@ -104,10 +102,10 @@ class Evaluation:
             classes = {name: ClassQuality(**fields) for name, fields in measured["quality"].pop("classes").items()}
             quality, cost = Quality(**measured["quality"], classes=classes), Cost(**measured["cost"])
             probabilities = np.array(load_rows(folder / _PROBABILITIES), np.float32)
-            gold = _from_indices(measured["gold"], len(classes), measured.get("task", SINGLE_LABEL.name))
+            gold = _from_indices(measured["gold"], len(classes), measured["task"])
             if probabilities.shape != (len(gold), len(classes)) or not np.isfinite(probabilities).all():
                 raise ValueError(f"expected finite probabilities of shape {(len(gold), len(classes))}")
-            if (thresholds := measured.get("thresholds")) is not None:
+            if (thresholds := measured["thresholds"]) is not None:
                 thresholds = np.array(thresholds, np.float64).reshape(len(classes))
             return cls(quality, cost, probabilities, gold, thresholds)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -301,9 +299,7 @@ def write_texts(data: LabeledSet, folder: Path) -> None:
     """Write the texts and labels to ``texts.jsonl``; its first line holds the label names and the origin."""
     with raise_output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    header = {"label_names": list(data.label_names), "origin": data.origin, "texts": len(data)}
-    if data.task is MULTI_LABEL:
-        header["task"] = data.task.name
+    header = {"label_names": list(data.label_names), "origin": data.origin, "texts": len(data), "task": data.task.name}
     rows = ({"text": text, "label": label} for text, label in zip(data.texts, _to_indices(data.labels), strict=True))
     with atomic_file(folder / _TEXTS) as file:
         for row in (header, *rows):
@@ -319,7 +315,7 @@ def read_texts(folder: Path) -> LabeledSet:
             raise ValueError("texts and label names must be strings")
         if len(texts) != header["texts"]:
             raise ValueError(f"expected {header['texts']} texts, got {len(texts)}")
-        labels = _from_indices([row["label"] for row in rows], len(names), header.get("task", SINGLE_LABEL.name))
+        labels = _from_indices([row["label"] for row in rows], len(names), header["task"])
         return LabeledSet(texts, labels, tuple(names), str(header["origin"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"Cannot read {folder / _TEXTS} ({error}).", hint="Evaluate the run again.") from None

@@ -102,24 +102,25 @@ def measure_quality(
     All labels are of the same n >= 1 texts. A class that is never predicted has precision 0; a class without gold texts
     has recall 0. The (n, n_classes) probabilities are for the metrics of a multi-label task that need them.
     """
-    from sklearn.metrics import precision_recall_fscore_support
+    from scipy.sparse import csr_array
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    expected, predicted_labels = (
-        task_of(labels).targets(labels, len(label_names)).astype(bool) for labels in (gold, predicted)
-    )
-    columns = precision_recall_fscore_support(expected, predicted_labels, zero_division=0)
+    labels, others, by_label = range(len(label_names)), dict[str, float](), [dict[str, float]()] * len(label_names)
+    columns = precision_recall_fscore_support(gold, predicted, labels=labels, zero_division=0)
+    if task_of(gold) is SINGLE_LABEL:
+        confusion = confusion_matrix(gold, predicted, labels=labels)
+    else:
+        confusion = (csr_array(gold, dtype=int).T @ csr_array(predicted, dtype=int)).toarray()
+        others, by_label = _multi_label_metrics(gold, predicted, probabilities)
+    classes = {
+        name: ClassQuality(float(p), float(r), float(f), int(n), **of_label)
+        for name, p, r, f, n, of_label in zip(label_names, *columns, by_label, strict=True)
+    }
     _, _, f1, support = columns
     macro_f1 = float(f1.sum(where=support > 0) / max(np.count_nonzero(support), 1))
-    is_multi = task_of(gold) is MULTI_LABEL
-    others, by_label = _multi_label_metrics(gold, predicted, probabilities) if is_multi else ({}, [{}] * len(f1))
-    by_class = (
-        ClassQuality(float(p), float(r), float(f), int(n), **of_label)
-        for p, r, f, n, of_label in zip(*columns, by_label, strict=True)
-    )
-    classes = dict(zip(label_names, by_class, strict=True))
-    confusion = (expected.T.astype(np.float64) @ predicted_labels).astype(int).tolist()
     agreement = None if reference is None else float(is_equal(predicted, reference).mean())
-    return Quality(float(is_equal(predicted, gold).mean()), macro_f1, classes, confusion, agreement, **others)
+    accuracy = float(is_equal(predicted, gold).mean())
+    return Quality(accuracy, macro_f1, classes, confusion.tolist(), agreement, **others)
 
 
 def _multi_label_metrics(

@@ -15,7 +15,7 @@ from setfit_kd.data.sources import read
 from setfit_kd.data.splits import normalize, remove_leaks
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation.measure import Evaluation, evaluate
-from setfit_kd.finetune.train import check_settings, finetune, resolve_batch_size
+from setfit_kd.finetune.train import check_settings, finetune, resolve_batch_size, resolve_metric
 from setfit_kd.memory.backoff import move_model, shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import BodySource, content_hash, load_local, locate_model, model_errors
@@ -88,7 +88,8 @@ def _finetune_run(config: FinetuneRunConfig, output: OutputFolder) -> FinetuneRe
     if validation is not None:
         validation = remove_leaks(validation, test, name="validation", held_out_name="evaluation")
         if not (validation.counts[-1] if config.metric == "f1-binary" else len(validation)):
-            message = f"{validation.origin}: no texts are left to compute {config.metric} on."
+            metric = resolve_metric(config, validation.task)
+            message = f"{validation.origin}: no texts are left to compute {metric} on."
             raise DataError(message, hint="Pass other validation texts with --validation.")
     leaks = {"labeled": n_labeled - len(labeled), "validation": n_validation - len(validation or ())}
     device = resolve_device(config.device)

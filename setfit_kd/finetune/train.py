@@ -14,7 +14,7 @@ from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import BodySource, family_of, locate_model
 from setfit_kd.models.io import new_model
-from setfit_kd.tasks.classification import SINGLE_LABEL
+from setfit_kd.tasks.classification import SINGLE_LABEL, Task
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.console import quiet_libraries
 
@@ -41,7 +41,8 @@ def finetune(
         labeled: Labeled texts: a `LabeledSet`, or any source of `read` with the columns ``text`` and ``label``.
         model: The transformer: a hub name, a folder, ``demo:all-MiniLM-L6-v2``, or a loaded body of the transformer
             family, which is changed in place.
-        validation: Labeled texts to evaluate on during training; the weights with the best metric are restored.
+        validation: Labeled texts to evaluate on during training; the weights with the best metric are restored. With
+            several labels per text, the thresholds of the labels are fitted on them.
         config: The settings; they can also be passed as keyword arguments, as in ``finetune(..., epochs=5)``.
         description: Name of the phase in the progress bar and in messages.
         checkpoints: Folder for checkpoints. Training resumes from a checkpoint that is already in it, so use a separate
@@ -96,13 +97,23 @@ def finetune(
 
 def check_settings(config: FinetuneConfig, labeled: LabeledSet, validation: LabeledSet | None) -> None:
     """Raise a `ConfigError` if the data lacks what a setting requires."""
-    if validation is None and (config.patience is not None or config.schedule == "plateau"):
-        message = "The settings patience and schedule=plateau require validation texts."
-        raise ConfigError(message, hint="Pass --validation, or remove --patience and --schedule plateau.")
+    needs_validation = {"patience": config.patience, "schedule=plateau": config.schedule == "plateau"}
+    needs_validation |= {"thresholds": config.thresholds != "f1"}
+    for name, is_set in needs_validation.items():
+        if validation is None and is_set:
+            raise ConfigError(f"The setting {name} requires validation texts.", hint="Pass --validation, or remove it.")
     if config.metric == "f1-binary" and (len(labeled.label_names) != 2 or labeled.task is not SINGLE_LABEL):
         unit = "" if labeled.task is SINGLE_LABEL else " independent labels"
         message = f"The metric f1-binary requires 2 classes, got {len(labeled.label_names)}{unit}."
         raise ConfigError(message, hint="Use --metric f1-macro.")
+    if config.metric == "f1-micro" and labeled.task is SINGLE_LABEL:
+        message = "The metric f1-micro is for several labels per text; with one label, it equals the accuracy."
+        raise ConfigError(message, hint="Use --metric accuracy.")
+
+
+def resolve_metric(config: FinetuneConfig, task: Task) -> str:
+    """Return the metric in the settings, or the default for the task."""
+    return config.metric or ("accuracy" if task is SINGLE_LABEL else "f1-macro")
 
 
 def resolve_batch_size(device: torch.device, config: FinetuneConfig) -> int:

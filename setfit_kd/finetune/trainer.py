@@ -16,12 +16,15 @@ from setfit_kd.config.base import resolved
 from setfit_kd.config.stages import FinetuneConfig
 from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.evaluation.metrics import measure_quality
-from setfit_kd.finetune.train import resolve_batch_size, steps_per_epoch
+from setfit_kd.finetune.train import resolve_batch_size, resolve_metric, steps_per_epoch
 from setfit_kd.losses.cross_entropy import CrossEntropyLoss
 from setfit_kd.models.encode import embed
-from setfit_kd.models.heads import get_head, last_layer
+from setfit_kd.models.heads import get_head, head_thresholds, last_layer
+from setfit_kd.models.thresholds import with_thresholds
+from setfit_kd.tasks.classification import MULTI_LABEL
 from setfit_kd.training.loss_trainer import EvaluationCallback, LossTrainer, TokenDataset
-from setfit_kd.utils.console import show_progress
+from setfit_kd.utils.arrays import Floats
+from setfit_kd.utils.console import show_progress, suppress_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +35,8 @@ _RESULTS_FILE = "validation.json"
 class ValidationCallback(EvaluationCallback):
     """Callback that measures accuracy and F1 on validation texts every ``eval_steps`` steps and after the last step.
 
-    ``results`` holds the step and all scores of each evaluation; ``history`` has the selected metric only.
+    With several labels per text, this is at the thresholds that `fit_head` chooses, as in the saved model. ``results``
+    holds the step and all scores of each evaluation; ``history`` has the selected metric only.
     """
 
     validation: LabeledSet
@@ -44,19 +48,27 @@ class ValidationCallback(EvaluationCallback):
         """Return whether to evaluate after this step."""
         return step % self.eval_steps == 0 or step == state.max_steps
 
+    def fit_head(self) -> tuple[Any, Floats]:
+        """Return the last layer as a head, with thresholds for the validation texts, and their probabilities."""
+        data, batch_size = self.validation, self.config.encode_batch_size
+        with show_progress(False):  # the training has a bar
+            embeddings = embed(self.body, data.texts, batch_size=batch_size, description="Validating")
+        head = get_head(self.body)  # the classification layer is part of the transformer
+        probabilities = head.predict_proba(np.asarray(embeddings, np.float64))
+        options: Any = {"targets": data.targets, "label_names": data.label_names}
+        return with_thresholds(head, probabilities, self.config.thresholds, **options), probabilities
+
     def measure(self, step: int) -> float:
         """Evaluate on the validation texts; return the metric."""
-        batch_size = self.config.encode_batch_size
-        with show_progress(False):  # the training has a bar
-            embeddings = embed(self.body, self.validation.texts, batch_size=batch_size, description="Validating")
-        head = get_head(self.body)  # the classification layer is part of the transformer
-        task = self.validation.task
-        predicted = task.decide(head.predict_proba(np.asarray(embeddings, np.float64)), None)
-        scores = measure_quality(predicted, self.validation.labels, self.validation.label_names).scores
+        data = self.validation
+        with suppress_warnings("setfit_kd.models.thresholds"):  # shown once, for the saved model
+            head, probabilities = self.fit_head()
+        predicted = data.task.decide(probabilities, head_thresholds(head))
+        scores = measure_quality(predicted, data.labels, data.label_names).scores
         self.results.append({"step": step, **scores})
         message = ", ".join(f"{name} {value:.1%}" for name, value in scores.items())
-        logger.info("Step %d: %s on %s.", step, message, self.validation.origin)
-        return scores[self.config.metric]
+        logger.info("Step %d: %s on %s.", step, message, data.origin)
+        return scores[resolve_metric(self.config, data.task)]
 
     def on_no_improvement(self, **kwargs: Any) -> None:
         """Halve the learning rate, if the schedule is ``plateau``."""
@@ -111,7 +123,9 @@ class FinetuneTrainer:
         self.inner.train()
 
     def fit_head(self) -> None:
-        """Set the head to the classification layer."""
+        """Set the head to the classification layer, with thresholds for the validation texts."""
         self.model.model_head = get_head(self.model.model_body)
-        if self.validation_callback is not None:
-            self.history.extend(self.validation_callback.results)
+        if (callback := self.validation_callback) is not None:
+            self.history.extend(callback.results)
+            if callback.validation.task is MULTI_LABEL:
+                self.model.model_head, _ = callback.fit_head()

@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 _COMMON_THRESHOLDS = MULTI_LABEL.to_probabilities(np.linspace(-5, 3, 33))
 
 
-def with_thresholds(head: Any, probabilities: Floats, objective: str, *, label_names: Sequence[str]) -> Any:
+def with_thresholds(head: Any, probabilities: Floats, objective: str, **options: Any) -> Any:
     """Return a head with thresholds from `fit_thresholds`; a single-label head is unchanged."""
     if head_task(head) is SINGLE_LABEL:
         return head
-    return set_thresholds(head, fit_thresholds(probabilities, objective, label_names=label_names))
+    return set_thresholds(head, fit_thresholds(probabilities, objective, **options))
 
 
 def fit_thresholds(
@@ -43,13 +43,13 @@ def fit_thresholds(
         label_names: Names of the labels, for warnings.
 
     Returns:
-        (n_classes,) thresholds. Without texts, they are 0.5. A label that does not reach the wanted precision gets the
-        threshold with the best F1.
+        (n_classes,) thresholds; 0.5 for a label without any gold texts, and without texts. A label that does not reach
+        the wanted precision gets the threshold with the best F1.
     """
     name, wanted = parse_threshold_objective(objective)
     n, n_classes = probabilities.shape
     if name == "threshold" or not n:
-        return np.full(n_classes, wanted if n else 0.5)
+        return np.full(n_classes, wanted if name == "threshold" else 0.5)
     order = np.argsort(-probabilities, axis=0, kind="stable")
     scores = np.take_along_axis(np.asarray(probabilities, np.float64), order, axis=0)
     hits = np.take_along_axis(np.asarray(probabilities if targets is None else targets, np.float64), order, axis=0)
@@ -66,10 +66,10 @@ def fit_thresholds(
         reached = is_possible & (n_hits >= wanted * n_predicted)
         unreached = [label_names[int(label)] for label in np.flatnonzero(~reached.any(axis=0))]
         if unreached:
-            message = "A precision of %g is not expected at any threshold of these labels, which get the best F1: %s."
+            message = "No threshold is expected to reach a precision of %g for these labels, which get the best F1: %s."
             logger.warning(message, wanted, ", ".join(unreached[:10]) + ", ..." * (len(unreached) > 10))
         best = np.where(reached.any(axis=0), n - 1 - reached[::-1].argmax(axis=0), best)
-    return np.asarray((scores[best, labels] + lower[best, labels]) / 2)
+    return np.where(n_positive > 0, (scores[best, labels] + lower[best, labels]) / 2, 0.5)
 
 
 def _to_common(probabilities: Floats, thresholds: Floats) -> Floats:

@@ -85,9 +85,7 @@ def read_summary(folder: str | Path) -> RunSummary:
         raise DataError(f"Found no run in {folder}.", hint="Pass the folder of a finished run.")
     config = RunConfig.of(**read_config(folder / CONFIG_FILE))
     manifest = Manifest.read(folder)
-    # Earlier versions stored the losses of a cross-validation, which are of several trainings.
-    stages = ((n, s) for n, s in manifest.stages.items() if not n.startswith(f"{run_names.TEACHER_ACCURACIES}/"))
-    losses = {display_name(name): stage.losses for name, stage in stages if stage.losses}
+    losses = {display_name(name): stage.losses for name, stage in manifest.stages.items() if stage.losses}
     if not manifest.evaluated:
         estimates = {display_name(name): Estimate.load(folder / EVALUATION / name) for name in manifest.estimated}
         return RunSummary(folder, config, manifest, losses, estimates=estimates)

@@ -234,7 +234,7 @@ def _run_stages(config: RunConfig, stages: Stages, inputs: RunInputs) -> RunResu
     if data.evaluation and folder:
         write_texts(data.evaluation, folder.path / EVALUATION)  # for the report
     if data.signals:
-        teachers = Teachers(data.signals, fingerprint_signals(data.signals))
+        teachers = Teachers(data.signals, fingerprint_signals(data.signals), stages.thresholds(data.signals))
     else:
         augmented = stages.augment(inputs.fill_mask)
         check_pool(len(data.pool) + len(data.labeled) + len(augmented), config)  # may be fewer than requested

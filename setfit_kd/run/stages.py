@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,7 @@ class Teachers:
     Attributes:
         signals: Signals of the teacher, or the weighted average of several.
         key: Fingerprint of the signals' inputs.
+        thresholds: (n_classes,) decision thresholds of the teacher or ensemble; None for a single-label task.
         first: The teacher, or the first of several if a student is made from it.
         shares: With several teachers, the weight of each by its name; the weights sum to 1.
         evaluations: Evaluation of each teacher and, with several, of the ensemble, by path in the run folder.
@@ -99,6 +100,7 @@ class Teachers:
 
     signals: TeacherSignals
     key: str
+    thresholds: Floats | None = None
     first: SetFitModel | None = None
     shares: dict[str, float] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
@@ -188,9 +190,9 @@ class Stages:
         if not len(held_out):
             logger.warning("There are too few pool texts to search for settings of the student.")
             return
-        texts, thresholds = [signals.texts[row] for row in held_out], self._thresholds(signals)
+        texts = [signals.texts[row] for row in held_out]
         targets = at_temperature(signals.probabilities[held_out], signals.temperature, signals.task)
-        expected = signals.task.decide(targets, thresholds)
+        expected = signals.task.decide(targets, teachers.thresholds)
         body_key, body = self._student_body(config.student[0], prepared, teachers)
 
         def run(number: int, settings: Settings) -> Trial:
@@ -262,6 +264,7 @@ class Stages:
             teacher, signals = self._score(path, signals_path, signals_key, teacher, augmented, name)
             all_signals.append(signals)
             keys.append(signals_key)
+            thresholds = head_thresholds(teacher.model_head)
             if self.data.evaluation:
                 evaluations[path] = self.evaluate(path, teacher, signals_key, "" if several else signals_key)
             if keep_first and first is None:
@@ -273,6 +276,7 @@ class Stages:
             shares = dict(zip(config.teacher, weights, strict=True))
             logger.info("Weights of the teachers: %s.", ", ".join(f"{n} {share:.1%}" for n, share in shares.items()))
             signals, key = TeacherSignals.average(all_signals, weights), fingerprint(keys, weights)
+            thresholds = self.thresholds(signals)
             if self.data.evaluation:
                 temperatures = [signals.temperature for signals in all_signals]
                 inputs_of_mean = list(evaluations.values()), weights, temperatures, signals.temperature
@@ -280,16 +284,16 @@ class Stages:
                     f"{EVALUATION}/{TEACHER}",
                     fingerprint(key, self._evaluation_key, temperatures, signals.temperature),
                     Artifact(Evaluation.save, Evaluation.load),
-                    partial(evaluate_ensemble, *inputs_of_mean, thresholds=self._thresholds(signals)),
+                    partial(evaluate_ensemble, *inputs_of_mean, thresholds=thresholds),
                 )
-        estimate = None
-        if self.data.evaluation is None and len(cross_fits) == len(keys):
-            estimate = self._estimate_teacher(cross_fits, signals, list(shares.values()) or None, key)
         if augmented:
             rows = range(len(self.data.pool), len(self.data.pool) + len(augmented))
             signals = drop_uncertain(signals, rows, min_confidence=config.augment_confidence)
             key = fingerprint(key, signals.texts)
-        return Teachers(signals, key, first, shares, evaluations, estimate)
+        teachers = Teachers(signals, key, thresholds, first, shares, evaluations)
+        if self.data.evaluation is None and len(cross_fits) == len(keys):
+            return replace(teachers, estimate=self._estimate_teacher(cross_fits, teachers))
+        return teachers
 
     def _warn_of_unrecognized(self, predictions: CrossFit) -> None:
         labeled, unrecognized = self.data.labeled, predictions.unrecognized
@@ -303,23 +307,20 @@ class Stages:
                 ", ".join(classes),
             )
 
-    def _estimate_teacher(
-        self, cross_fits: Sequence[CrossFit], signals: TeacherSignals, weights: list[float] | None, key: str
-    ) -> Estimate | None:
+    def _estimate_teacher(self, cross_fits: Sequence[CrossFit], teachers: Teachers) -> Estimate | None:
         """Estimate the quality of a teacher, or of the weighted average of several."""
-        mean = CrossFit(
-            np.average([c.probabilities for c in cross_fits], axis=0, weights=weights), cross_fits[0].labels
-        )
-        held_out, task = mean.predicted(), signals.task
+        signals, weights = teachers.signals, list(teachers.shares.values()) or None
+        probabilities = np.average([each.probabilities for each in cross_fits], axis=0, weights=weights)
+        held_out, task = CrossFit(probabilities, self.data.labeled.labels).predicted(), signals.task
         if not len(held_out.labels):
             return None
         pool = at_temperature(signals.probabilities[: len(self.data.pool)], signals.temperature, task)
-        decided = task.decide(pool, self._thresholds(signals))
+        decided = task.decide(pool, teachers.thresholds)
         confidence = float(task.joint_probability(pool, decided).mean()) if len(pool) else None
         run = partial(
             estimate_teacher, held_out.probabilities, held_out.labels, confidence, thresholds=held_out.thresholds
         )
-        return self._run_or_load_estimate(TEACHER, fingerprint(key, weights), run)
+        return self._run_or_load_estimate(TEACHER, fingerprint(teachers.key, weights), run)
 
     def _run_or_load_estimate(self, path: str, key: str, run: Callable[[], Estimate]) -> Estimate:
         artifact = Artifact(Estimate.save, Estimate.load)
@@ -340,15 +341,13 @@ class Stages:
             targets = at_temperature(signals.probabilities[rows], signals.temperature, signals.task)
             texts = [signals.texts[row] for row in rows]
             probabilities = self._predict_proba(model, texts, f"Estimating {path}")
-            thresholds, teacher_thresholds = head_thresholds(model.model_head), self._thresholds(signals)
-            return estimate_student(
-                teacher, probabilities, targets, thresholds=thresholds, teacher_thresholds=teacher_thresholds
-            )
+            thresholds = {"thresholds": head_thresholds(model.model_head), "teacher_thresholds": teachers.thresholds}
+            return estimate_student(teacher, probabilities, targets, **thresholds)
 
         return self._run_or_load_estimate(path, fingerprint(teachers.key, self.cache.key(path)), run)
 
-    def _thresholds(self, signals: TeacherSignals) -> Floats | None:
-        """Choose the thresholds of the teacher on the pool; None for a single-label task."""
+    def thresholds(self, signals: TeacherSignals) -> Floats | None:
+        """Choose the thresholds of a teacher from its signals for the pool; None for a single-label task."""
         if signals.task is SINGLE_LABEL:
             return None
         pool = signals.probabilities[: len(self.data.pool) or len(signals)]
@@ -540,8 +539,8 @@ def fingerprint_signals(signals: TeacherSignals) -> str:
     content = [np.ascontiguousarray(signals.probabilities).tobytes()]
     if signals.embeddings is not None:
         content += [np.ascontiguousarray(part).tobytes() for part in iter_chunks(signals.embeddings)]
-    task = [] if signals.task is SINGLE_LABEL else [signals.task.name]
-    return fingerprint(signals.texts, list(signals.label_names), signals.temperature, hash_parts(content), *task)
+    names, task = list(signals.label_names), signals.task.name
+    return fingerprint(signals.texts, names, signals.temperature, hash_parts(content), task)
 
 
 def _labeled_key(data: LabeledSet | None) -> str:

@@ -19,14 +19,11 @@ TEACHER_SIGNALS = "scored"
 """Signals of each of several teachers."""
 CROSS_FITTED = "cross_fitted"
 """Predictions of each teacher for the labeled texts, by cross-fitting."""
-TEACHER_ACCURACIES = "weighed"
-"""Cross-validated accuracy of each of several teachers, in earlier versions."""
 SEARCH = "search"
 """Trials of the search for settings."""
 STAGE_KINDS = {
     TEACHERS: TEACHER,
     CROSS_FITTED: "calibration",
-    TEACHER_ACCURACIES: TEACHER,
     TEACHER_SIGNALS: SIGNALS,
     STUDENTS: STUDENT,
     BASELINES: BASELINE,
@@ -34,16 +31,16 @@ STAGE_KINDS = {
 """Kind of the stages in a group."""
 SEEDS = "seeds"
 EVALUATION, CHECKPOINTS = "evaluation", "checkpoints"
-REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"
-RESULTS = (METRICS_FILE, REPORT_HTML, REPORT_MARKDOWN)
-"""Files written at the end from the results of all stages; only earlier versions wrote ``report.md``."""
+REPORT_HTML = "report.html"
+RESULTS = (METRICS_FILE, REPORT_HTML)
+"""Files written at the end from the results of all stages."""
 _FILES = (CONFIG_FILE, RUN_FILE, LOG_FILE, *RESULTS)
 _MODELS = (TEACHER, TEACHERS, BASELINE, BASELINES, STUDENT, STUDENTS)
-_SIGNALS = (SIGNALS, TEACHER_SIGNALS, CROSS_FITTED, TEACHER_ACCURACIES)
+_SIGNALS = (SIGNALS, TEACHER_SIGNALS, CROSS_FITTED)
 ALL_NAMES = (*_FILES, *_MODELS, AUGMENTED, *_SIGNALS, EVALUATION, CHECKPOINTS, SEEDS, SEARCH)
 _STAGE_PATH = re.compile(
     rf"({EVALUATION}/)?({TEACHER}|{BASELINE}|{STUDENT}|({TEACHERS}|{BASELINES}|{STUDENTS})/\w[\w.-]*)"
-    rf"|{AUGMENTED}|{SIGNALS}|({TEACHER_SIGNALS}|{CROSS_FITTED}|{TEACHER_ACCURACIES})/\w[\w.-]*"
+    rf"|{AUGMENTED}|{SIGNALS}|({TEACHER_SIGNALS}|{CROSS_FITTED})/\w[\w.-]*"
     rf"|{SEARCH}/({TEACHER}|{STUDENT})-[0-9]+"
 )
 """Folder of a stage, such as ``student``, ``teachers/NAME``, ``evaluation/students/NAME`` or ``signals``."""

@@ -172,8 +172,7 @@ class TeacherSignals:
                 raise ValueError("they have no texts or no labels")
             probabilities = load_rows(folder / _PROBABILITIES)
             embeddings = load_rows(folder / _EMBEDDINGS) if metadata["embeddings"] else None
-            temperature = float(metadata.get("temperature", 1.0))
-            task = TASKS[metadata.get("task", SINGLE_LABEL.name)]
+            temperature, task = float(metadata["temperature"]), TASKS[metadata["task"]]
             return cls(texts, probabilities, tuple(names), embeddings, metadata["origin"], temperature, task)
         except DataError:
             raise

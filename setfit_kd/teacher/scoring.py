@@ -131,38 +131,34 @@ def refine_and_score(
         texts = [*pool, *augmented, *labeled.texts]
         options: Any = {"encode_batch_size": config.encode_batch_size, "exact": config.exact, "cache": config.cache}
         signals = score(teacher, texts, origin=origin, **options)
-    task, refine = labeled.task, config.refine
-    if task is SINGLE_LABEL and (not len(pool) or refine in ("none", "frequencies")):
+    task, is_single = labeled.task, labeled.task is SINGLE_LABEL
+    refine = (config.refine or ("self-training" if is_single else "frequencies")) if len(pool) else "none"
+    if is_single and refine != "self-training":
         return teacher, signals
     embeddings: Any = signals.embeddings
     rows = sample_rows(np.arange(len(pool)), MAX_TEXTS, seed=[config.seed, 8])
     sample = np.asarray(embeddings[rows], np.float32)
     refined = new_model(teacher.model_body, labeled.label_names, task)
     refined.normalize_embeddings = teacher.normalize_embeddings
-    head, temperature, logits = teacher.model_head, 1.0, None
-    if task is MULTI_LABEL and refine != "none" and len(pool):
-        head = shift_intercepts(head, _frequency_shift(head_logits(head, sample), labeled.targets.mean(axis=0)))
-    if len(pool) and (refine == "self-training" or (refine is None and task is SINGLE_LABEL)):
-        train_options: Any = {"task": task, "C": config.soft_labels_c, "seed": config.seed}
-        train_options["class_weights"] = balanced_weights(labeled.counts, config.balance, task)
-        gold, initial = embeddings[len(pool) + len(augmented) :], head
-        head, logits = self_train(
-            gold, labeled.targets, sample, initial=None if task is SINGLE_LABEL else initial, **train_options
-        )
+    refined.model_head = head = teacher.model_head
+    if not is_single and refine != "none":
+        shift = _frequency_shift(head_logits(head, sample), labeled.targets.mean(axis=0))
+        refined.model_head = head = shift_intercepts(head, shift)
+    probabilities, temperature = head_proba(refined, embeddings), 1.0
+    if refine == "self-training":
+        options = {"task": task, "C": config.soft_labels_c, "seed": config.seed}
+        options |= {"class_weights": balanced_weights(labeled.counts, config.balance, task)}
+        gold = embeddings[len(pool) + len(augmented) :]
+        head, logits = self_train(gold, labeled.targets, sample, initial=None if is_single else head, **options)
         # Sharp labels are good targets but overconfident; the head from before the refinement calibrates them.
-        refined.model_head = initial
-        temperature = fit_temperature(logits, head_proba(refined, sample), task=task)
-    refined.model_head = head
-    probabilities = head_proba(refined, embeddings)
-    if logits is not None:
+        temperature = fit_temperature(logits, probabilities[rows], task=task)
+        refined.model_head = head
+        probabilities = head_proba(refined, embeddings)
         probabilities[rows] = task.to_probabilities(logits)
     signals = replace(signals, probabilities=probabilities, temperature=temperature)
-    refined.model_head = with_thresholds(
-        head_at_temperature(head, temperature),
-        at_temperature(probabilities[rows] if len(pool) else probabilities, temperature, task),
-        config.thresholds,
-        label_names=labeled.label_names,
-    )
+    typical = at_temperature(probabilities[rows] if len(pool) else probabilities, temperature, task)
+    head = head_at_temperature(head, temperature)
+    refined.model_head = with_thresholds(head, typical, config.thresholds, label_names=labeled.label_names)
     return refined, signals
 
 

@@ -130,8 +130,7 @@ class LossTrainer(Trainer):
     @property
     def losses(self) -> list[float]:
         """The loss of each step."""
-        keys = ("loss", "embedding_loss")  # checkpoints of older versions have the second
-        return [entry[key] for entry in self.state.log_history for key in keys if key in entry]
+        return [entry["loss"] for entry in self.state.log_history if "loss" in entry]
 
     def train(self, *_: Any, **__: Any) -> Any:
         """Train from the newest checkpoint, if any; if it cannot be loaded, remove all and raise a `DataError`."""
@@ -347,8 +346,8 @@ class EvaluationCallback(TrainerCallback, ABC):
 
     def save_state(self, folder: Path) -> None:
         """Write the history and the best weights to a checkpoint folder."""
-        count = self.evaluations_since_best
-        state = {"history": self.history, "best": self.best_score, "evaluations_since_best": count}
+        state = {"history": self.history, "best": self.best_score}
+        state["evaluations_since_best"] = self.evaluations_since_best
         (folder / _STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
         save_file(self.best_weights, folder / _BEST_WEIGHTS_FILE)
 
@@ -356,8 +355,7 @@ class EvaluationCallback(TrainerCallback, ABC):
         """Load the state that `save_state` wrote."""
         state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
         self.history = [(step, score) for step, score in state["history"]]
-        count = state.get("evaluations_since_best", state.get("looks_since_best"))  # the latter in older versions
-        self.best_score, self.evaluations_since_best = state["best"], count
+        self.best_score, self.evaluations_since_best = state["best"], state["evaluations_since_best"]
         self.best_weights = load_file(folder / _BEST_WEIGHTS_FILE)
 
     def restore_best_weights(self) -> None:

@@ -240,7 +240,9 @@ def test_leak_guard_removes_held_out_texts(files: Path, tmp_path: Path, caplog: 
         ({"validation": "test"}, r"test\.jsonl without .* of the evaluation set: no texts are left"),
         ({"eval": "train"}, r"train\.jsonl without .* of the validation or evaluation set: .*, got 0"),
         ({"metric": "f1-binary"}, r"The metric f1-binary requires 2 classes, got 4\."),
-        ({"validation": None, "patience": 1}, "require validation texts"),
+        ({"validation": None, "patience": 1}, "patience requires validation texts"),
+        ({"validation": None, "thresholds": 0.3}, "thresholds requires validation texts"),
+        ({"metric": "f1-micro"}, "f1-micro is for several labels"),
     ],
 )
 def test_data_that_does_not_fit_the_settings_is_refused(

@@ -25,7 +25,8 @@ def test_thresholds_have_the_best_f1_even_with_equal_probabilities(seed: int, n:
     rng = np.random.default_rng(seed)
     probabilities, targets = rng.integers(1, 9, size=(n, classes)) / 10, rng.integers(2, size=(n, classes))
     thresholds = fit_thresholds(probabilities, "f1", targets=targets, label_names=list("abcd")[:classes])
-    assert not (probabilities == thresholds).any()
+    assert not (probabilities == thresholds)[:, targets.any(axis=0)].any()
+    assert (thresholds[~targets.any(axis=0)] == 0.5).all()
     predicted = probabilities >= thresholds
     achieved = [f1_score(targets[:, j], predicted[:, j], zero_division=0) for j in range(classes)]
     np.testing.assert_allclose(achieved, best_f1(probabilities, targets))
@@ -69,5 +70,6 @@ def test_expected_thresholds_are_between_those_of_each_label_and_a_common_one() 
 
 
 def test_number_is_the_threshold_of_all_labels_and_without_texts_it_is_one_half() -> None:
-    assert fit_thresholds(np.ones((2, 2)), "0.3", label_names=["a", "b"]).tolist() == [0.3, 0.3]
+    for n in (0, 2):
+        assert fit_thresholds(np.ones((n, 2)), "0.3", label_names=["a", "b"]).tolist() == [0.3, 0.3]
     assert fit_thresholds(np.ones((0, 2)), "f1", label_names=["a", "b"]).tolist() == [0.5, 0.5]

@@ -220,13 +220,13 @@ def test_new_student_does_not_repeat_the_teacher(run: Run, finished: Path, caplo
 
 def test_fingerprint_contains_all_settings_except_these() -> None:
     """A new setting of a stage is part of the fingerprint unless it is excluded."""
-    pairs = RunConfig.of(objective="pairs", teacher_objective="pairs", thresholds="0.5")
+    pairs = RunConfig.of(objective="pairs", teacher_objective="pairs")
     stages = (TeacherConfig, SignalsConfig, StudentConfig)
     excluded = {name for stage in stages for name in set(stage.model_fields) - set(stage.fingerprint_inputs(pairs))}
     execution = {"device", "cpu_fallback", "micro_batch_size", "gradient_checkpointing", "encode_batch_size"}
     assert excluded - {"num_iterations"} == {*execution, "cache", "checkpoint_seconds", "exact"}
     assert "num_iterations" in TeacherConfig.fingerprint_inputs(pairs)
-    assert not {"num_iterations", "thresholds"} & set(TeacherConfig.fingerprint_inputs(RunConfig.of()))
+    assert "num_iterations" not in TeacherConfig.fingerprint_inputs(RunConfig.of())
 
 
 @pytest.mark.parametrize("stage", ["teacher", "signals", "evaluation/student"])

@@ -238,16 +238,3 @@ def test_held_out_texts_are_not_in_training_data(
     batch = dataset.__getitems__([3, 0])
     expected = [student_body.preprocess([signals.texts[column[row]] for row in (3, 0)]) for column in dataset.columns]
     assert [row["input_ids"].tolist() for row in batch["features"]] == [row["input_ids"].tolist() for row in expected]
-
-
-def test_state_saved_under_the_old_key_can_be_loaded(student_body: SentenceTransformer, tmp_path: Path) -> None:
-    config = StudentConfig.of(patience=2)
-    callback, loaded = (
-        AgreementCallback(student_body, 2, pool_signals(POOL), *hold_out(POOL, config), config) for _ in range(2)
-    )
-    callback.history, callback.best_score, callback.evaluations_since_best = [(1, 0.5)], 0.5, 3
-    callback.save_state(tmp_path)
-    file = tmp_path / "early-stop.json"
-    file.write_text(file.read_text().replace("evaluations_since_best", "looks_since_best"))
-    loaded.load_state(tmp_path)
-    assert (loaded.history, loaded.best_score, loaded.evaluations_since_best) == ([(1, 0.5)], 0.5, 3)
