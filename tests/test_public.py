@@ -74,18 +74,31 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": BASE | {"models", "losses"},
     "evaluation": BASE | {"data", "models", "runtime"},
     "augment": BASE | {"data", "models", "signals", "runtime"},
-    "finetune": BASE | {"data", "models", "losses", "training", "evaluation"},
+    "run_folder": {"errors", "utils", "config"},
+    "finetune": BASE | {"data", "models", "losses", "training", "evaluation", "run_folder"},
     "teacher": BASE | {"data", "models", "losses", "training", "signals", "finetune"},
     "student": BASE | {"data", "models", "losses", "training", "signals"},
+    "encoder": BASE | {"data", "models", "losses", "training", "signals", "student", "run_folder"},
     "inference": {"errors", "utils", "tasks", "models", "runtime"},
     "export": BASE | {"hub", "models", "runtime"},
-    "run_folder": {"errors", "utils", "config"},
     "report": BASE | {"hub", "data", "evaluation", "run_folder"},
     "run": BASE
     | {"hub", "data", "models", "signals", "training", "evaluation", "augment", "teacher", "student", "run_folder"}
     | {"export", "report"},
     "cli": BASE
-    | {"hub", "data", "models", "signals", "evaluation", "finetune", "inference", "export", "run_folder", "report"}
+    | {
+        "hub",
+        "data",
+        "models",
+        "signals",
+        "evaluation",
+        "finetune",
+        "encoder",
+        "inference",
+        "export",
+        "run_folder",
+        "report",
+    }
     | {"run", "runtime"},
     "__main__": {"cli"},
 }

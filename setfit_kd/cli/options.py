@@ -116,10 +116,11 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
 
 _METAVARS: dict[Any, str] = {
     **{int: "N", float: "X", Path: "FOLDER"},
-    **dict.fromkeys(("labeled", "unlabeled", "validation", "eval"), "SOURCE"),
+    **dict.fromkeys(("labeled", "unlabeled", "validation", "eval", "nli", "texts", "sts"), "SOURCE"),
     **dict.fromkeys(("teacher", "student"), "MODEL"),
     **dict.fromkeys(("text_column", "label_columns"), "NAME[,NAME...]"),
-    **{"label_column": "NAME", "device": "DEVICE"},
+    **dict.fromkeys(("label_column", "first_column", "second_column", "score_column"), "NAME"),
+    **{"entailment": "NAME", "contradiction": "NAME", "device": "DEVICE"},
     **{"objective": "NAME[=X][,...]"},
 }
 
@@ -135,7 +136,8 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         return click.option(flag, name, is_flag=True, default=None, help=text)
     if get_origin(kind) is Literal:
         return click.option(flag, name, type=click.Choice(get_args(kind)), default=None, help=text)
-    metavar, multiple = _METAVARS.get(name, _METAVARS.get(kind, "TEXT")), name in ("teacher", "student")
+    multiple = name in ("teacher", "student") and isinstance(default, tuple)
+    metavar = _METAVARS.get(name, _METAVARS.get(kind, "TEXT"))
     kind = kind if kind in (int, float) else str
     return click.option(flag, name, type=kind, metavar=metavar, default=None, multiple=multiple, help=text)
 

@@ -64,6 +64,16 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class SentencePairs:
+    """n pairs of sentences, and the label or the score of each; ``origin`` names their source in messages."""
+
+    first: list[str]
+    second: list[str]
+    values: list[Any]
+    origin: str
+
+
+@dataclass(frozen=True)
 class _Table:
     """Records of a source, and how to read and name them."""
 
@@ -143,6 +153,30 @@ def check_texts(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[Tex
     """Yield texts as `stream_rows` does; ``origin`` and ``unit`` name their source and an item, such as ``line``."""
     records: Iterator[Record] = ((number, {"text": text}) for number, text in enumerate(texts, 1))
     return stream_rows(_Table(records, origin, unit=unit, has_columns=False, may_be_empty=True))
+
+
+def read_pairs(
+    source: Source, first_column: str, second_column: str, value_column: str, *, scored: bool = False
+) -> SentencePairs:
+    """Read sentence pairs with labels for training or, if ``scored``, with scores for an evaluation; raises as `read`."""
+    table = _open(source, "test" if scored else "train", value_column)
+    rows, errors, columns = [], RowErrors(table.origin, table.unit), (first_column, second_column, value_column)
+    for index, (number, record) in enumerate(table.records):
+        missing = [column for column in columns if index == 0 and column not in record]
+        if missing:
+            message = f"{table.origin} has no column {missing[0]!r}; it has {', '.join(map(repr, record))}."
+            flag = "--score-column" if scored else "--label-column"
+            raise DataError(message, hint=f"Name the columns with --first-column, --second-column and {flag}.")
+        value = record.get(value_column)
+        value, *problems = _get_score(value) if scored else _get_name(value, table.declared_labels)
+        problems += [get_text(record, (column,))[1] for column in (first_column, second_column)]
+        if problem := next(filter(None, problems), None):
+            errors.add(number, problem)
+        rows.append((record.get(first_column), record.get(second_column), value))
+    errors.check()
+    if not rows:
+        raise DataError(f"{table.origin} has no rows.", hint="Add rows to it, or choose another source.")
+    return SentencePairs(*map(list, zip(*rows, strict=True)), origin=table.origin)  # type: ignore[arg-type]
 
 
 def _rows(
@@ -295,6 +329,15 @@ def _get_name(value: Any, declared_labels: tuple[str, ...]) -> tuple[str, str | 
     if not 0 <= value < len(declared_labels):
         return "", f"the label must be between 0 and {len(declared_labels) - 1}, got {value}"
     return declared_labels[value], None
+
+
+def _get_score(value: Any) -> tuple[float, str | None]:
+    """Return a finite number, and the reason if it is unusable."""
+    try:
+        score = float(value)
+    except (TypeError, ValueError, OverflowError):
+        score = math.nan
+    return score, None if math.isfinite(score) else f"expected a number as score, got {value!r:.60}"
 
 
 def _open(source: Any, role: str, label_column: str | None = None) -> _Table:

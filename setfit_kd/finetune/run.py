@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -17,28 +13,22 @@ from setfit_kd.config.stages import FinetuneConfig
 from setfit_kd.data.labeled_set import check_classes, encode_labels
 from setfit_kd.data.sources import read
 from setfit_kd.data.splits import normalize, remove_leaks
-from setfit_kd.errors import DataError, OutputError
+from setfit_kd.errors import DataError
 from setfit_kd.evaluation.measure import Evaluation, evaluate
 from setfit_kd.finetune.train import check_settings, finetune, resolve_batch_size
 from setfit_kd.memory.backoff import move_model, shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import BodySource, content_hash, load_local, locate_model, model_errors
 from setfit_kd.models.io import save_model
-from setfit_kd.utils.atomic_io import (
-    LOCK_FILE,
-    lock_folder,
-    raise_output_errors,
-    refuse_links,
-    replace_folder,
-    write_text,
-)
-from setfit_kd.utils.files import fingerprint, read_json
+from setfit_kd.run_folder.model_folder import check_output, checkpoints_folder, write_model
+from setfit_kd.utils.atomic_io import lock_folder
+from setfit_kd.utils.files import fingerprint
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
 
-METRICS, _FILES = "metrics.json", "files"
 _HISTORY, _OLD_HISTORY = "validation_history", "looks"  # key in ``metrics.json``, now and in earlier versions
+_check_output = partial(check_output, command="finetune", keys={_HISTORY, _OLD_HISTORY})
 _MIN_ROWS = 8  # minimum number of tokenized rows to decide whether another tokenizer was used
 
 
@@ -102,8 +92,7 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
             message = f"{validation.origin}: no texts are left to compute {config.metric} on."
             raise DataError(message, hint="Pass other validation texts with --validation.")
     leaks = {"labeled": n_labeled - len(labeled), "validation": n_validation - len(validation or ())}
-    checkpoints = output_dir.absolute().with_name(f"{output_dir.absolute().name}.checkpoints")
-    refuse_links(checkpoints.parent, [checkpoints.name])
+    checkpoints = checkpoints_folder(output_dir)
     device = resolve_device(config.device)
     body = BodySource(locate(), "transformer").load(names, seed=config.seed)
     sets = [[data.texts, data.labels.tolist()] for data in (labeled, validation) if data is not None]
@@ -119,16 +108,7 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     )
     result = FinetuneResult(model, evaluation, validation_evaluation, history, leaks, output_dir)
     content = {**result.metrics, "settings": config.model_dump(mode="json")}
-    with replace_folder(output_dir, is_ours=replaceable.__contains__) as folder:
-        save_model(model, folder, title="Text classifier")
-        content[_FILES] = sorted({METRICS, *(path.name for path in folder.iterdir())})
-        replaceable.update(content[_FILES])
-        write_text(folder / METRICS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    for path in checkpoints.glob("*"):
-        if re.fullmatch("[0-9a-f]{32}", path.name):  # the fingerprint of a training
-            shutil.rmtree(path, ignore_errors=True)
-    with suppress(OSError):  # it contains other files or does not exist
-        checkpoints.rmdir()
+    write_model(output_dir, partial(save_model, model, title="Text classifier"), content, replaceable=replaceable)
     return result
 
 
@@ -159,24 +139,3 @@ class _Decoder:
             message = f"The tokens of most rows do not match the tokenizer in {self._locate()}, {example}."
             raise DataError(message, hint="Pass the texts themselves, or the model whose tokenizer was used.")
         return text
-
-
-def _check_output(folder: Path, *, overwrite: bool) -> set[str]:
-    """Return the names of files in a folder that may be replaced; an `OutputError` if it cannot be written to."""
-    with raise_output_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise OutputError(f"{folder} is a file, not a folder.", hint="Choose another --output-dir.")
-        if not folder.is_dir() or all(path.name == LOCK_FILE for path in folder.iterdir()):
-            return {LOCK_FILE}
-    try:
-        metrics = read_json(folder / METRICS)
-        if "settings" not in metrics or not metrics.keys() & {_HISTORY, _OLD_HISTORY}:
-            raise ValueError("not written by fine-tuning")
-        written = {str(name) for name in metrics.get(_FILES, [METRICS])}
-    except (OSError, ValueError, AttributeError, TypeError):
-        message = f"The folder {folder} is not empty and was not written by `setfit-kd finetune`."
-        raise OutputError(message, hint="Choose another --output-dir.") from None
-    if not overwrite:
-        message = f"The folder {folder} is not empty."
-        raise OutputError(message, hint="Choose another --output-dir, or pass --overwrite.")
-    return {LOCK_FILE, *written}

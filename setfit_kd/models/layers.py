@@ -140,9 +140,12 @@ def to_distilbert(body: SentenceTransformer, layers: Sequence[int]) -> SentenceT
 def untrained_transformer(
     folder: Path, label_names: Sequence[str], *, teacher: SentenceTransformer | None, seed: int = 0
 ) -> SentenceTransformer:
-    """Create an untrained transformer from the config in a folder, and its tokenizer or else the teacher's."""
+    """Create an untrained transformer from the config in a folder, and its tokenizer or else the teacher's.
+
+    It is a classifier or, without label names, a sentence encoder with mean pooling.
+    """
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
     from setfit_kd.models.transformer import body_from_model
 
@@ -152,7 +155,7 @@ def untrained_transformer(
         raise ModelError(f"Found no tokenizer in {folder}.", hint="Add a tokenizer to the folder.")
     with model_errors(folder), quiet_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = load_local(AutoConfig.from_pretrained, folder, num_labels=len(label_names))
+        config = load_local(AutoConfig.from_pretrained, folder, num_labels=len(label_names) or 2)
         if has_tokenizer:
             tokenizer = load_local(AutoTokenizer.from_pretrained, folder)
         if len(tokenizer) > config.vocab_size:
@@ -160,5 +163,6 @@ def untrained_transformer(
             expected = f"at least {len(tokenizer)}, the size of {owner} tokenizer"
             message = f"The vocab_size of the config in {folder} must be {expected}, got {config.vocab_size}."
             raise ModelError(message, hint="Add a matching tokenizer to the folder, or increase vocab_size.")
-        from_config: Any = AutoModelForSequenceClassification.from_config
-        return body_from_model(from_config(config, trust_remote_code=False), tokenizer, label_names, seed=seed)
+        auto_class: Any = AutoModelForSequenceClassification if label_names else AutoModel
+        model = auto_class.from_config(config, trust_remote_code=False)
+        return body_from_model(model, tokenizer, label_names, seed=seed)

@@ -335,7 +335,8 @@ def test_interruption_or_failed_write_keeps_the_earlier_model(
         raise_at_step(monkeypatch, 1, KeyboardInterrupt)
     else:
         error = OSError(28, "No space left on device")
-        monkeypatch.setattr(f"setfit_kd.finetune.run.{function}", Mock(side_effect=error))
+        module = "finetune.run" if function == "save_model" else "run_folder.model_folder"
+        monkeypatch.setattr(f"setfit_kd.{module}.{function}", Mock(side_effect=error))
     with pytest.raises((OSError, OutputError, KeyboardInterrupt)):
         run_finetune(files, folder, steps=1, overwrite=True)
     after = {name: content for name, content in contents(tmp_path).items() if "checkpoints" not in name}
