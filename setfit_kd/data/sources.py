@@ -158,9 +158,10 @@ def check_texts(texts: Iterable[str], *, origin: str, unit: str) -> Iterator[Tex
 def read_pairs(
     source: Source, first_column: str, second_column: str, value_column: str, *, scored: bool = False
 ) -> SentencePairs:
-    """Read sentence pairs with labels for training or, if ``scored``, with scores for an evaluation; raises as `read`."""
+    """Read sentence pairs with labels for training or, if ``scored``, scores for an evaluation; raises as `read`."""
     table = _open(source, "test" if scored else "train", value_column)
-    rows, errors, columns = [], RowErrors(table.origin, table.unit), (first_column, second_column, value_column)
+    rows: list[tuple[Any, ...]] = []
+    errors, columns = RowErrors(table.origin, table.unit), (first_column, second_column, value_column)
     for index, (number, record) in enumerate(table.records):
         missing = [column for column in columns if index == 0 and column not in record]
         if missing:
@@ -168,15 +169,19 @@ def read_pairs(
             flag = "--score-column" if scored else "--label-column"
             raise DataError(message, hint=f"Name the columns with --first-column, --second-column and {flag}.")
         value = record.get(value_column)
-        value, *problems = _get_score(value) if scored else _get_name(value, table.declared_labels)
-        problems += [get_text(record, (column,))[1] for column in (first_column, second_column)]
-        if problem := next(filter(None, problems), None):
+        parsed, problem = _get_score(value) if scored else _get_name(value, table.declared_labels)
+        for column in (first_column, second_column):
+            problem = problem or get_text(record, (column,))[1]
+        if problem:
             errors.add(number, problem)
-        rows.append((record.get(first_column), record.get(second_column), value))
+        rows.append((record.get(first_column), record.get(second_column), parsed))
     errors.check()
     if not rows:
         raise DataError(f"{table.origin} has no rows.", hint="Add rows to it, or choose another source.")
-    return SentencePairs(*map(list, zip(*rows, strict=True)), origin=table.origin)  # type: ignore[arg-type]
+    first, second, values = (list(column) for column in zip(*rows, strict=True))
+    if scored and len(set(values)) < 2:
+        raise DataError(f"{table.origin}: all scores are {values[0]:g}.", hint="Use pairs with different scores.")
+    return SentencePairs(first, second, values, table.origin)
 
 
 def _rows(

@@ -79,7 +79,8 @@ def _encoder_run(config: EncoderRunConfig) -> EncoderResult:
     after = None if sts is None else spearman(body, sts, device, config)
     result = EncoderResult(body, before, after, config.output_dir)
     metrics = {**result.metrics, "settings": config.model_dump(mode="json")}
-    write_model(config.output_dir, partial(_save, body), metrics, replaceable=replaceable)
+    save = partial(_save, body)
+    write_model(config.output_dir, save, metrics, replaceable=replaceable, checkpoints=checkpoints)
     return result
 
 

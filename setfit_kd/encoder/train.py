@@ -141,10 +141,9 @@ def check_settings(config: EncoderConfig, *, nli: object, teacher: object, texts
     if (teacher is None) != (texts is None):
         message = f"Expected --teacher and --texts together, got only {'--texts' if teacher is None else '--teacher'}."
         raise ConfigError(message, hint="A teacher is distilled on unlabeled texts: pass both, or --nli alone.")
-    is_nli = [name in NLI_OBJECTIVES for name in _objectives(config, teacher)]
-    if any(is_nli) == (nli is None):
+    if any((name in NLI_OBJECTIVES) != (teacher is None) for name in _objectives(config, teacher)):
         flag, expected = (
-            ("--nli", "ranking or softmax") if nli is not None else ("--teacher", "similarity or embedding")
+            ("--nli", "ranking or softmax") if teacher is None else ("--teacher", "similarity or embedding")
         )
         message = f"The objective {config.objective} cannot be combined with {flag}."
         raise ConfigError(message, hint=f"Use --objective {expected}.")

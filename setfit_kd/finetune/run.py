@@ -108,7 +108,8 @@ def _finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     )
     result = FinetuneResult(model, evaluation, validation_evaluation, history, leaks, output_dir)
     content = {**result.metrics, "settings": config.model_dump(mode="json")}
-    write_model(output_dir, partial(save_model, model, title="Text classifier"), content, replaceable=replaceable)
+    save = partial(save_model, model, title="Text classifier")
+    write_model(output_dir, save, content, replaceable=replaceable, checkpoints=checkpoints)
     return result
 
 

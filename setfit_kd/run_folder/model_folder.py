@@ -49,7 +49,12 @@ def checkpoints_folder(output_dir: Path) -> Path:
 
 
 def write_model(
-    output_dir: Path, save: Callable[[Path], None], metrics: Mapping[str, Any], *, replaceable: set[str]
+    output_dir: Path,
+    save: Callable[[Path], None],
+    metrics: Mapping[str, Any],
+    *,
+    replaceable: set[str],
+    checkpoints: Path,
 ) -> None:
     """Write a model, with a function that creates its folder, and the metrics; then remove the checkpoints.
 
@@ -62,7 +67,6 @@ def write_model(
         replaceable.update(files)
         content = {**metrics, _FILES: files}
         write_text(folder / METRICS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    checkpoints = checkpoints_folder(output_dir)
     for path in checkpoints.glob("*"):
         if re.fullmatch("[0-9a-f]{32}", path.name):  # the fingerprint of a training
             shutil.rmtree(path, ignore_errors=True)

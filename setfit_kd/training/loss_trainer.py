@@ -48,7 +48,7 @@ class TokenDataset(Dataset[Any]):
         body: The body to train.
         texts: m texts.
         labels: (n,) labels.
-        columns: Rows of the texts in each column, (n,) each, or -1 for no text; None for a single column with all texts.
+        columns: Rows of the texts in each column, (n,) each, -1 for no text; None for a single column with all texts.
     """
 
     def __init__(
