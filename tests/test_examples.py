@@ -43,6 +43,7 @@ def examples(tiny_teacher: Path, tiny_student: Path) -> dict[str, Any]:
         "ag_news": ((), small, "student"),
         "stages": ((teacher, student), FAST, "texts/s"),
         "finetune": ((teacher, "model"), {"device": "cpu", "precision": "fp32", "epochs": 1}, "macro-F1"),
+        "sentence_encoder": ((teacher, "layers:2"), {"device": "cpu", "precision": "fp32", "epochs": 1}, "same event"),
         "bert_to_distilbert": ((), bert, "baseline  accuracy"),
         "two_teachers": ((), two, "teachers/transformer-student"),
         "labels_from_file": ((), {**FAST, "shots": None, "student": student}, "accuracy"),

@@ -24,7 +24,7 @@ from setfit_kd.utils.arrays import Floats, sample_rows
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-LEARNING_RATE = 1e-4
+LEARNING_RATE, DISTILLATION_LEARNING_RATE = 1e-4, 3e-4
 _MAX_INIT_TEXTS = 256  # to fit the projection to the teacher's dimension on
 
 
@@ -42,7 +42,8 @@ class EncoderTrainer:
         output_dir: str,
     ) -> None:
         self.model = body
-        rate = resolve_learning_rate(config.learning_rate, body, default=LEARNING_RATE)
+        default = LEARNING_RATE if teacher_embeddings is None else DISTILLATION_LEARNING_RATE
+        rate = resolve_learning_rate(config.learning_rate, body, default=default)
         self.inner = LossTrainer(body, config, device, output_dir, batch_size=config.batch_size, learning_rate=rate)
         self.inner.train_dataset = TokenDataset(body, rows.texts, rows.labels, rows.columns)
         self.inner.batches = batches

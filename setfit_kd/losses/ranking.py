@@ -50,6 +50,8 @@ class RankingLoss(BatchLoss):
 def distinct_batches(keys: npt.NDArray[np.int64], *, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
     """Draw batches of rows that have no key in common; each epoch uses every row once, in random order.
 
+    Batches of a single row, which has nothing to be compared with, are dropped, unless there are no others.
+
     Args:
         keys: (n, k) keys of each row, such as the numbers of its texts; negative ones are ignored.
         batch_size: Maximum number of rows per batch. Batches are smaller if the rows that are left share keys.
@@ -73,4 +75,4 @@ def distinct_batches(keys: npt.NDArray[np.int64], *, batch_size: int, epochs: in
                     skipped.append(row)
             queue.extendleft(reversed(skipped))
             batches.append(batch)
-    return batches
+    return [batch for batch in batches if len(batch) > 1] or batches
