@@ -23,12 +23,14 @@ SECTIONS = {
     "Steps": "train_teacher score teacher.scoring.refine_and_score TeacherSignals train_student",
     "Models": "load models.io.save_model evaluate runtime.classify.Classifier",
     "Transformers": "finetune.train.finetune config.stages.FinetuneConfig",
+    "Sentence encoders": "encoder.train.train_encoder config.encoder.EncoderConfig",
     "Masked language models": "mlm.run.pretrain config.mlm.PretrainConfig mlm.train.pretrain_body "
     "mlm.train.evaluate_mlm mlm.vocabulary.choose_words mlm.vocabulary.add_words",
     "Data": "data.sources.read data.labeled_set.LabeledSet data.labeled_set.encode_labels",
     "Losses": "losses.base.BatchLoss losses.similarity.SimilarityLoss losses.soft_labels.SoftLabelLoss "
     "losses.embedding.EmbeddingLoss losses.pairs.PairSimilarityLoss losses.contrastive.ContrastiveLoss "
-    "losses.cross_entropy.CrossEntropyLoss mlm.loss.MaskedLanguageLoss",
+    "losses.cross_entropy.CrossEntropyLoss losses.ranking.RankingLoss "
+    "losses.pair_classification.PairClassificationLoss mlm.loss.MaskedLanguageLoss",
 }
 SETTINGS = """Each setting is also an option of [`setfit-kd {0}`](cli.md#setfit-kd-{0}), which describes it:
 `warmup_steps=50` is `--warmup-steps 50`, and `cpu_fallback=False` is `--no-cpu-fallback`."""
@@ -59,7 +61,8 @@ def entry(path: str) -> str:
     module, _, name = f"setfit_kd.{path}".rpartition(".")
     value = getattr(import_module(module), name)
     if inspect.isclass(value) and issubclass(value, BaseModel):
-        settings = SETTINGS.format({"FinetuneConfig": "finetune", "PretrainConfig": "pretrain"}.get(name, "run"))
+        command = next((command for command in ("finetune", "encoder", "pretrain") if command in name.lower()), "run")
+        settings = SETTINGS.format(command)
         return f"### class {module}.{name}\n\n{docstring(value)}\n\n{settings}"
     parts = [f"### {'class ' * inspect.isclass(value)}{module}.{name}", signature(name, value), docstring(value)]
     for member, function in vars(value).items() if inspect.isclass(value) and "losses" not in module else ():

@@ -48,6 +48,7 @@ def examples(tiny_teacher: Path, tiny_student: Path) -> dict[str, Any]:
             {"device": "cpu", "precision": "fp32", "steps": 2, "head_steps": 2},
             "bits per character",
         ),
+        "sentence_encoder": ((teacher, "layers:2"), {"device": "cpu", "precision": "fp32", "epochs": 1}, "same event"),
         "bert_to_distilbert": ((), bert, "baseline  accuracy"),
         "two_teachers": ((), two, "teachers/transformer-student"),
         "labels_from_file": ((), {**FAST, "shots": None, "student": student}, "accuracy"),

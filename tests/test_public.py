@@ -74,21 +74,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": BASE | {"models", "losses"},
     "evaluation": BASE | {"data", "models", "runtime"},
     "augment": BASE | {"data", "models", "signals", "runtime"},
+    "run_folder": {"errors", "utils", "config"},
     "finetune": BASE | {"data", "models", "losses", "training", "evaluation"},
     "teacher": BASE | {"data", "models", "losses", "training", "signals", "finetune"},
     "student": BASE | {"data", "models", "losses", "training", "signals"},
     "mlm": BASE | {"data", "models", "losses", "training", "student"},
+    "encoder": BASE | {"data", "models", "losses", "training", "signals", "student"},
     "qa": BASE | {"data", "models", "losses", "training", "runtime"},
     "inference": BASE | {"models", "runtime", "qa"},
     "export": BASE | {"hub", "models", "runtime", "qa"},
-    "run_folder": {"errors", "utils", "config"},
     "report": BASE | {"hub", "data", "evaluation", "run_folder"},
     "run": BASE
     | {"hub", "data", "models", "signals", "training", "evaluation", "augment", "teacher", "student", "run_folder"}
     | {"export", "report", "qa", "mlm"},
     "cli": BASE
-    | {"hub", "data", "models", "signals", "evaluation", "finetune", "mlm", "inference", "export", "run_folder"}
-    | {"report", "run", "runtime", "qa"},
+    | {"hub", "data", "models", "signals", "evaluation", "finetune", "mlm", "encoder", "inference", "export", "qa"}
+    | {"report", "run", "run_folder", "runtime"},
     "__main__": {"cli"},
 }
 """Packages that a package may import. No package imports a later one."""

@@ -121,6 +121,8 @@ COMMANDS = {
     "blank": f"{RUN} --teacher SAFE --student blank:MODEL",
     "augment": f"{RUN} --teacher SAFE --student SAFE --augment 9 --augment-model MODEL",
     "finetune": "finetune MODEL --labeled few.jsonl --output-dir out --steps 1 --device cpu",
+    "encoder": "encoder MODEL --nli nli.jsonl --output-dir out --epochs 1 --device cpu",
+    "encoder teacher": "encoder SAFE --teacher MODEL --texts few.jsonl --output-dir out --epochs 1 --device cpu",
     "predict": "predict MODEL --device cpu",
     "evaluate": "evaluate MODEL --eval bundled:newswire --device cpu",
     "export": "export MODEL --output-dir out",
@@ -152,6 +154,8 @@ def test_code_in_model_folder_never_runs(
         (model / "modules.json").unlink()
         change_json(model / "config.json", architectures=["BertForSequenceClassification"])
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in newswire("train")[:40]))
+    pairs = [{"premise": "a goal", "hypothesis": text, "label": "entailment"} for text in ("a match", "a team")]
+    (tmp_path / "nli.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     add_spies(model, tmp_path / "evidence")
     for name, values in changes.items():
         change_json(model / name, **values)

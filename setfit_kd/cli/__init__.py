@@ -12,6 +12,7 @@ from setfit_kd import __version__
 from setfit_kd.cli.benchmark import benchmark
 from setfit_kd.cli.compare import compare
 from setfit_kd.cli.doctor import doctor
+from setfit_kd.cli.encoder import encoder
 from setfit_kd.cli.evaluate import evaluate
 from setfit_kd.cli.export import export
 from setfit_kd.cli.finetune import finetune
@@ -65,6 +66,6 @@ def main() -> None:
     """
 
 
-for command in (run, finetune, pretrain, predict, evaluate, report, compare, export, push, benchmark, doctor):
+for command in (run, finetune, pretrain, encoder, predict, evaluate, report, compare, export, push, benchmark, doctor):
     command.short_help = command.get_short_help_str(1_000)  # the whole first sentence
     main.add_command(command)

@@ -116,10 +116,11 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
 
 _METAVARS: dict[Any, str] = {
     **{int: "N", float: "X", Path: "FOLDER"},
-    **dict.fromkeys(("labeled", "unlabeled", "validation", "eval", "texts"), "SOURCE"),
+    **dict.fromkeys(("labeled", "unlabeled", "validation", "eval", "texts", "nli", "sts"), "SOURCE"),
     **dict.fromkeys(("teacher", "student"), "MODEL"),
     **dict.fromkeys(("text_column", "pair_column", "label_columns"), "NAME[,NAME...]"),
-    **{"label_column": "NAME", "device": "DEVICE", "vocab_file": "FILE"},
+    **dict.fromkeys(("label_column", "score_column", "entailment", "contradiction"), "NAME"),
+    **{"device": "DEVICE", "vocab_file": "FILE"},
     **{"objective": "NAME[=X][,...]"},
 }
 

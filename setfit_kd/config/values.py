@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,7 @@ BUNDLE_FORMATS = ("onnx", "onnx-int8", "static")
 IN_BATCH_OBJECTIVES = ("similarity", "embedding", "soft-labels")
 
 
-def parse_objectives(text: str) -> dict[str, float]:
+def parse_objectives(text: str, names: Sequence[str] = (*IN_BATCH_OBJECTIVES, "pairs")) -> dict[str, float]:
     """Parse ``similarity,soft-labels=0.5`` to ``{"similarity": 1.0, "soft-labels": 0.5}``.
 
     Raises:
@@ -52,8 +53,8 @@ def parse_objectives(text: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, equals, weight = (piece.strip() for piece in part.partition("="))
-        if name not in (*IN_BATCH_OBJECTIVES, "pairs"):
-            raise ValueError(f"unknown objective {name!r}, expected {', '.join(IN_BATCH_OBJECTIVES)} or pairs")
+        if name not in names:
+            raise ValueError(f"unknown objective {name!r}, expected {', '.join(names[:-1])} or {names[-1]}")
         if name in weights:
             raise ValueError(f"{name} is listed twice")
         try:

@@ -66,6 +66,16 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class SentencePairs:
+    """n pairs of sentences, and the label or the score of each; ``origin`` names their source in messages."""
+
+    first: list[str]
+    second: list[str]
+    values: list[Any]
+    origin: str
+
+
+@dataclass(frozen=True)
 class _Table:
     """Records of a source, and how to read and name them."""
 
@@ -162,6 +172,35 @@ def read_table(source: Source, role: str) -> tuple[Iterable[Record], str, str]:
     """Open a source: return its records with their numbers, its name, and what the numbers count; raises as `read`."""
     table = _open(source, role)
     return table.records, table.origin, table.unit
+
+
+def read_pairs(
+    source: Source, first_column: str, second_column: str, value_column: str, *, scored: bool = False
+) -> SentencePairs:
+    """Read sentence pairs with labels for training or, if ``scored``, scores for an evaluation; raises as `read`."""
+    table = _open(source, "test" if scored else "train", value_column)
+    rows: list[tuple[Any, ...]] = []
+    errors, columns = RowErrors(table.origin, table.unit), (first_column, second_column, value_column)
+    for index, (number, record) in enumerate(table.records):
+        missing = [column for column in columns if index == 0 and column not in record]
+        if missing:
+            message = f"{table.origin} has no column {missing[0]!r}; it has {', '.join(map(repr, record))}."
+            flag = "--score-column" if scored else "--label-column"
+            raise DataError(message, hint=f"Name the columns with --first-column, --second-column and {flag}.")
+        value = record.get(value_column)
+        parsed, problem = _get_score(value) if scored else _get_name(value, table.declared_labels)
+        for column in (first_column, second_column):
+            problem = problem or get_text(record, (column,))[1]
+        if problem:
+            errors.add(number, problem)
+        rows.append((record.get(first_column), record.get(second_column), parsed))
+    errors.check()
+    if not rows:
+        raise DataError(f"{table.origin} has no rows.", hint="Add rows to it, or choose another source.")
+    first, second, values = (list(column) for column in zip(*rows, strict=True))
+    if scored and len(set(values)) < 2:
+        raise DataError(f"{table.origin}: all scores are {values[0]:g}.", hint="Use pairs with different scores.")
+    return SentencePairs(first, second, values, table.origin)
 
 
 def _rows(
@@ -330,6 +369,15 @@ def _get_name(value: Any, declared_labels: tuple[str, ...]) -> tuple[str, str | 
     if not 0 <= value < len(declared_labels):
         return "", f"the label must be between 0 and {len(declared_labels) - 1}, got {value}"
     return declared_labels[value], None
+
+
+def _get_score(value: Any) -> tuple[float, str | None]:
+    """Return a finite number, and the reason if it is unusable."""
+    try:
+        score = float(value)
+    except (TypeError, ValueError, OverflowError):
+        score = math.nan
+    return score, None if math.isfinite(score) else f"expected a number as score, got {value!r:.60}"
 
 
 def _open(source: Any, role: str, label_column: str | None = None) -> _Table:

@@ -167,12 +167,13 @@ def untrained_model(
 def untrained_transformer(
     folder: Path, label_names: Sequence[str], *, teacher: SentenceTransformer | None, seed: int = 0
 ) -> SentenceTransformer:
-    """Create an untrained transformer classifier, see `untrained_model`."""
-    from transformers import AutoModelForSequenceClassification
+    """Create an untrained transformer classifier or, without label names, an encoder; see `untrained_model`."""
+    from transformers import AutoModel, AutoModelForSequenceClassification
 
     from setfit_kd.models.transformer import body_from_model
 
-    options: Any = {"teacher": teacher, "seed": seed, "num_labels": len(label_names)}
-    model, tokenizer = untrained_model(folder, AutoModelForSequenceClassification, **options)
+    options: Any = {"teacher": teacher, "seed": seed, "num_labels": len(label_names) or 2}
+    auto_model = AutoModelForSequenceClassification if label_names else AutoModel
+    model, tokenizer = untrained_model(folder, auto_model, **options)
     with model_errors(folder):
         return body_from_model(model, tokenizer, label_names, seed=seed)

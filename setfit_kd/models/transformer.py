@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from setfit_kd.errors import ModelError
-from setfit_kd.models.bodies import CLASSIFIER_SUFFIX, load_local, module_folders
+from setfit_kd.models.bodies import CLASSIFIER_SUFFIX, load_body, load_local, module_folders
 from setfit_kd.runtime.classify import PAIR_SEPARATOR, split_pair
 from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL, Task
 from setfit_kd.utils.console import quiet_libraries, suppress_warnings
@@ -143,8 +143,8 @@ def load_transformer(folder: Path, label_names: Sequence[str], *, seed: int = 0)
 
 
 def body_from_model(model: Any, tokenizer: Any, label_names: Sequence[str], *, seed: int = 0) -> SentenceTransformer:
-    """Convert a model and a tokenizer in memory to a body, see `load_transformer`."""
+    """Convert a model and a tokenizer in memory to a body, see `load_transformer`; an encoder without label names."""
     with TemporaryDirectory(prefix="setfit-kd-") as folder, quiet_libraries(with_setfit=False):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return load_transformer(Path(folder), label_names, seed=seed)
+        return load_transformer(Path(folder), label_names, seed=seed) if label_names else load_body(Path(folder))

@@ -48,7 +48,7 @@ class TokenDataset(Dataset[Any]):
         body: The body to train.
         texts: m texts.
         labels: (n,) labels.
-        columns: Rows of the texts in each column, (n,) each; None for a single column with all texts.
+        columns: Rows of the texts in each column, (n,) each, -1 for no text; None for a single column with all texts.
     """
 
     def __init__(
@@ -63,7 +63,9 @@ class TokenDataset(Dataset[Any]):
 
     def __getitems__(self, rows: list[int]) -> dict[str, Any]:
         """Return the features of each column and the labels, of a batch of rows."""
-        features = [self.tokens.take(column[rows]).features(self.body) for column in self.columns]
+        texts = (column[rows] for column in self.columns)
+        columns = [column[column >= 0] for column in texts if (column >= 0).any()]
+        features = [self.tokens.take(column).features(self.body) for column in columns]
         # An array of labels stays on the CPU, where the losses need it.
         return {"features": features, "label": self.labels[rows]}
 

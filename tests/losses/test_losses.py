@@ -24,7 +24,9 @@ from setfit_kd.losses.base import BatchLoss
 from setfit_kd.losses.contrastive import ContrastiveLoss, balanced_batches
 from setfit_kd.losses.cross_entropy import CrossEntropyLoss
 from setfit_kd.losses.embedding import EmbeddingLoss
+from setfit_kd.losses.pair_classification import PairClassificationLoss
 from setfit_kd.losses.pairs import PairSimilarityLoss, draw_pairs
+from setfit_kd.losses.ranking import RankingLoss, distinct_batches
 from setfit_kd.losses.similarity import SimilarityLoss
 from setfit_kd.losses.soft_labels import NO_GOLD, SoftLabelLoss
 from setfit_kd.losses.weighted_sum import WeightedSumLoss
@@ -201,7 +203,60 @@ def test_soft_label_loss_is_finite_for_zero_probabilities(temperature: float) ->
         assert loss.item() == pytest.approx(nn.functional.cross_entropy(rows, torch.arange(3)).item(), rel=1e-5)
 
 
+@few_examples
+@given(seeds, batch_sizes, st.integers(0, 4), dimensions)
+def test_ranking_loss_is_cross_entropy_over_all_positives_and_negatives(seed: int, n: int, m: int, d: int) -> None:
+    anchors, positives, negatives = gaussian(seed, n, d), gaussian(seed + 1, n, d), gaussian(seed + 2, m, d)
+    expected = 0.0
+    for i, anchor in enumerate(anchors):
+        logits = [20 * cosine(anchor, candidate) for candidate in (*positives, *negatives)]
+        expected -= float(np.log(softmax(logits)[i])) / n
+    columns = [torch.tensor(column) for column in (anchors, positives, negatives)[: 3 if m else 2]]
+    loss = RankingLoss(NO_BODY).compute_loss(columns, torch.zeros(n))
+    assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@few_examples
+@given(seeds, batch_sizes, dimensions, st.integers(2, 4))
+def test_pair_classification_loss_is_cross_entropy_on_both_embeddings_and_their_difference(
+    seed: int, n: int, d: int, k: int
+) -> None:
+    u, v, labels = gaussian(seed, n, d), gaussian(seed + 1, n, d), np.random.default_rng(seed).integers(k, size=n)
+    loss_fn = PairClassificationLoss(NO_BODY, dimension=d, n_classes=k).double()
+    coef, intercept = (parameter.detach().numpy() for parameter in loss_fn.classifier.parameters())
+    probabilities = softmax(np.hstack([u, v, abs(u - v)]) @ coef.T + intercept, axis=1)
+    loss = loss_fn.compute_loss([torch.tensor(u), torch.tensor(v)], torch.tensor(labels))
+    assert loss.item() == pytest.approx(-np.log(probabilities[np.arange(n), labels]).mean(), rel=1e-6)
+
+
 # Samplers
+
+
+@few_examples
+@given(seeds, st.integers(1, 30), st.integers(1, 12), st.integers(2, 7), st.integers(1, 3))
+def test_distinct_batches_share_no_key_and_use_rows_once_per_epoch(
+    seed: int, n: int, n_keys: int, batch_size: int, epochs: int
+) -> None:
+    keys = np.random.default_rng(seed).integers(-1, n_keys, size=(n, 3))
+    batches = distinct_batches(keys, batch_size=batch_size, epochs=epochs, seed=seed)
+    has_pairs = any(len(batch) > 1 for batch in batches)
+    for batch in batches:
+        assert has_pairs < len(batch) <= batch_size
+        used = [key for row in batch for key in {*keys[row].tolist()} - {-1}]
+        assert len(used) == len(set(used))
+    n_uses = Counter(row for batch in batches for row in batch)
+    assert set(n_uses) <= set(range(n))
+    assert all(n_uses[row] == epochs or (has_pairs and n_uses[row] < epochs) for row in range(n))
+    assert distinct_batches(keys, batch_size=batch_size, epochs=epochs, seed=seed) == batches
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(20, [8, 8, 4]), (17, [8, 8]), (1, [1])])
+def test_distinct_batches_are_full_and_random_without_a_last_batch_of_one_row(n: int, sizes: list[int]) -> None:
+    keys = np.arange(n)[:, None]
+    first, second = (distinct_batches(keys, batch_size=8, epochs=2, seed=seed) for seed in (0, 1))
+    assert [len(batch) for batch in first] == sizes * 2
+    assert Counter(row for batch in first for row in batch).most_common(1)[0][1] <= 2
+    assert n == 1 or (first != second and first[: len(sizes)] != first[len(sizes) :])
 
 
 @few_examples
@@ -290,6 +345,9 @@ LOSSES = [
     pytest.param(lambda body, **k: CrossEntropyLoss(body, nn.Linear(32, 12), **k), 1, id="cross-entropy"),
     pytest.param(ContrastiveLoss, 1, id="contrastive"),
     pytest.param(PairSimilarityLoss, 2, id="pairs"),
+    pytest.param(RankingLoss, 2, id="ranking"),
+    pytest.param(RankingLoss, 3, id="ranking with negatives"),
+    pytest.param(lambda body, **k: PairClassificationLoss(body, dimension=32, n_classes=12, **k), 2, id="pair classes"),
     pytest.param(weighted_sum, 1, id="weighted sum"),
 ]
 LABELS = torch.tensor([0, 1, 0, 1, 2, 2])
@@ -373,8 +431,8 @@ def test_weighted_sum_loss_is_the_weighted_sum_of_its_losses() -> None:
 
 
 def test_docstring_examples_run() -> None:
-    names = ("contrastive", "cross_entropy", "embedding", "pairs", "similarity", "soft_labels", "weighted_sum")
-    for name in names:
+    names = "contrastive cross_entropy embedding pair_classification pairs ranking similarity soft_labels weighted_sum"
+    for name in names.split():
         results = doctest.testmod(import_module(f"setfit_kd.losses.{name}"))
         assert results.attempted > 0
         assert results.failed == 0
@@ -397,7 +455,7 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 
 
 def columns_of(body: SentenceTransformer, columns: int) -> list[dict[str, Tensor]]:
-    return [body.preprocess(texts) for texts in (TEXTS, TEXTS[::-1])[:columns]]
+    return [body.preprocess(texts) for texts in (TEXTS, TEXTS[::-1], TEXTS[5:8])[:columns]]
 
 
 class _ForwardPasses:

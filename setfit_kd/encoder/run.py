@@ -1,0 +1,93 @@
+"""Run of `setfit-kd encoder`: read the data, train the encoder, evaluate and write it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from setfit_kd.config.encoder import EncoderConfig, EncoderRunConfig
+from setfit_kd.data.sources import SentencePairs, read_pairs
+from setfit_kd.encoder.train import check_settings, load_models, read_rows, train_on_rows
+from setfit_kd.memory.backoff import move_model, shared_backoff
+from setfit_kd.memory.devices import resolve_device
+from setfit_kd.models.bodies import content_hash
+from setfit_kd.models.encode import embed
+from setfit_kd.utils.atomic_io import atomic_folder
+from setfit_kd.utils.console import quiet_libraries
+from setfit_kd.utils.files import fingerprint
+from setfit_kd.utils.output_folder import OutputFolder, open_output_folder
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+_SPEARMAN = "spearman"
+
+
+@dataclass(frozen=True)
+class EncoderResult:
+    """Encoder on the device of the run, and Spearman's rank correlations before and after training.
+
+    They compare cosines with scores, and are None without pairs to evaluate on.
+    """
+
+    model: SentenceTransformer
+    before: float | None
+    after: float | None
+    output_dir: Path
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The metrics, as in ``metrics.json``."""
+        return {_SPEARMAN: {"before": self.before, "after": self.after}}
+
+
+def encoder_run(config: EncoderRunConfig) -> EncoderResult:
+    """Train a sentence encoder, evaluate it, and write it to a folder in the format of sentence-transformers.
+
+    An interrupted run that is started again resumes from its last checkpoint, in a folder next to the output folder.
+
+    Raises:
+        SetFitKDError: If an input or a setting cannot be used; no partial files are left behind.
+    """
+    check_settings(config, nli=config.nli, teacher=config.teacher, texts=config.texts)
+    options: Any = {"overwrite": config.overwrite, "command": "encoder", "keys": {_SPEARMAN}}
+    with open_output_folder(config.output_dir, **options) as output, shared_backoff(cpu_fallback=config.cpu_fallback):
+        return _encoder_run(config, output)
+
+
+def _encoder_run(config: EncoderRunConfig, output: OutputFolder) -> EncoderResult:
+    rows = read_rows(config, nli=config.nli, texts=config.texts)
+    sts = None
+    if config.sts is not None:
+        sts = read_pairs(config.sts, config.first_column, config.second_column, config.score_column, scored=True)
+    device = resolve_device(config.device)
+    body, teacher = load_models(config.model, config.teacher, rows.texts, config, device)
+    before = None if sts is None else spearman(body, sts, device, config)
+    hashes = [content_hash(part) for part in (body, teacher) if part is not None]
+    data = rows.texts, [column.tolist() for column in rows.columns], rows.labels.tolist()
+    training = fingerprint(EncoderConfig.fingerprint_inputs(config), hashes, *data)
+    train_on_rows(body, rows, teacher, config, device, checkpoints=output.checkpoints / training)
+    after = None if sts is None else spearman(body, sts, device, config)
+    result = EncoderResult(body, before, after, config.output_dir)
+    output.write(partial(_save, body), {**result.metrics, "settings": config.model_dump(mode="json")})
+    return result
+
+
+def spearman(body: SentenceTransformer, pairs: SentencePairs, device: torch.device, config: EncoderConfig) -> float:
+    """Compute Spearman's rank correlation of the cosine of each pair with its score."""
+    move_model(body, device, phase="Evaluating")
+    n, texts = len(pairs.values), [*pairs.first, *pairs.second]
+    rows = embed(body, texts, batch_size=config.encode_batch_size, normalize=True, description="Evaluating")
+    cosines = np.einsum("ij,ij->i", rows[:n], rows[n:], dtype=np.float32)
+    return float(spearmanr(cosines, pairs.values).statistic)
+
+
+def _save(body: SentenceTransformer, folder: Path) -> None:
+    with atomic_folder(folder) as part, quiet_libraries(with_setfit=False):
+        body.save_pretrained(str(part), create_model_card=False)
