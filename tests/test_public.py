@@ -77,16 +77,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "finetune": BASE | {"data", "models", "losses", "training", "evaluation"},
     "teacher": BASE | {"data", "models", "losses", "training", "signals", "finetune"},
     "student": BASE | {"data", "models", "losses", "training", "signals"},
-    "inference": {"errors", "utils", "tasks", "models", "runtime"},
-    "export": BASE | {"hub", "models", "runtime"},
+    "qa": BASE | {"data", "models", "losses", "training", "finetune", "runtime"},
+    "inference": BASE | {"models", "qa", "runtime"},
+    "export": BASE | {"hub", "models", "qa", "runtime"},
     "run_folder": {"errors", "utils", "config"},
     "report": BASE | {"hub", "data", "evaluation", "run_folder"},
     "run": BASE
     | {"hub", "data", "models", "signals", "training", "evaluation", "augment", "teacher", "student", "run_folder"}
     | {"export", "report"},
     "cli": BASE
-    | {"hub", "data", "models", "signals", "evaluation", "finetune", "inference", "export", "run_folder", "report"}
-    | {"run", "runtime"},
+    | {"hub", "data", "models", "signals", "evaluation", "finetune", "qa", "inference", "export", "run_folder"}
+    | {"report", "run", "runtime"},
     "__main__": {"cli"},
 }
 """Packages that a package may import. No package imports a later one."""
