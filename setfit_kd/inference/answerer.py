@@ -66,5 +66,5 @@ def _answer(answerer: Answerer, questions: Sequence[Question]) -> list[Answer]:
         with convert_bundle_errors():
             return answerer.answer([(question.question, question.context) for question in questions])
     except NoRoomError as error:
-        message = f"Question {questions[error.row].id!r:.60} is too long: {error}."
+        message = f"Question {questions[error.row].id!r:.60} is too long: {error.reason}."
         raise DataError(message, hint="Shorten it.") from None

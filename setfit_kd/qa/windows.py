@@ -44,7 +44,7 @@ class BodyWindows:
         try:
             self._windows.check_room(pairs)
         except NoRoomError as error:
-            message = f"Question {questions[error.row].id!r:.60} is too long: {error}."
+            message = f"Question {questions[error.row].id!r:.60} is too long: {error.reason}."
             raise DataError(message, hint="Shorten it, or change --max-length or --stride.") from None
         return self._windows.split(pairs)
 

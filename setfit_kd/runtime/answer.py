@@ -24,7 +24,7 @@ if __package__:
 else:  # the copy in a bundle
     import classify  # type: ignore[import-not-found,no-redef]
 
-QUESTION_ANSWERING, FORMAT = "question-answering", 3  # kind and format of the bundles
+QUESTION_ANSWERING, FORMAT = "question-answering", 1  # kind and format of the bundles
 INPUTS, OUTPUTS = ("input_ids", "attention_mask", "token_type_ids"), ("start_logits", "end_logits")
 _FIELDS: dict[str, Any] = {
     **dict.fromkeys(("max_length", "stride", "max_answer_tokens", "pad_id"), int),
@@ -77,11 +77,11 @@ class Window(NamedTuple):
 
 
 class NoRoomError(ValueError):
-    """A question is too long for a window; ``row`` is its number."""
+    """A question, the one with index ``row``, is too long for a window."""
 
-    def __init__(self, row: int, message: str) -> None:
-        super().__init__(message)
-        self.row = row
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"Question {row + 1} is too long: {reason}.")
+        self.row, self.reason = row, reason
 
 
 class Windows:
@@ -250,6 +250,7 @@ class Answerer:
             BundleError: If the tokenizer or the model fails, or a logit is not finite.
             NoRoomError: If a question is too long.
         """
+        self._windows.check_room(questions)
         threshold, chunks = self.manifest.get("null_threshold"), range(0, len(questions), _CHUNK_SIZE)
         return [
             candidates.decide(threshold)
@@ -258,7 +259,6 @@ class Answerer:
         ]
 
     def _find_answers(self, questions: Sequence[tuple[str, str]]) -> list[Candidates]:
-        self._windows.check_room(questions)
         with classify.convert_errors("The bundle"):
             windows = self._windows.split(questions)
             order = np.argsort([-len(window.ids) for window in windows], kind="stable").tolist()

@@ -432,6 +432,8 @@ def read_bundle(
         raise BundleError(f"Cannot read {file}: {error}.") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         raise BundleError(f"{file} is not the manifest of a bundle.")
+    if isinstance(manifest.get("kind"), str) and manifest["kind"] not in kinds:
+        raise BundleError(f"{folder} has kind {manifest['kind']!r}, expected {' or '.join(kinds)}.")
     if manifest["format"] > max_format:
         problem = f"has format {manifest['format']}, but this version reads formats up to {max_format}"
         raise BundleError(f"{folder} {problem}: upgrade, or use the script in the bundle.")
@@ -439,8 +441,6 @@ def read_bundle(
     invalid = [name for name, kind in fields.items() if not isinstance(manifest.get(name), kind)]
     if invalid:
         raise BundleError(f"{file} has missing or invalid fields: {', '.join(invalid)}.")
-    if manifest["kind"] not in kinds:
-        raise BundleError(f"{folder} has kind {manifest['kind']!r}, expected {' or '.join(kinds)}.")
     hashes, contents = manifest["files"], {}
     for name in hashes:
         if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
