@@ -84,8 +84,9 @@ def encode_labels(rows: Rows, label_names: Sequence[str] | None = None, task: Ta
     for row, names_in_row in enumerate(labels):
         encoded[row, [index[name] for name in names_in_row]] = True
     sizes = encoded.sum(axis=1)
-    message = "Multi-label: %d labels, %.1f per text, %d texts without labels in %s."
-    logger.info(message, len(names), sizes.mean(), (sizes == 0).sum(), rows.origin)
+    listed = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
+    message = "Multi-label: %d labels (%s), %.1f per text, %d texts without labels in %s."
+    logger.info(message, len(names), listed, sizes.mean(), (sizes == 0).sum(), rows.origin)
     return LabeledSet(rows.texts, encoded, names, rows.origin)
 
 
@@ -130,7 +131,10 @@ def check_classes(data: LabeledSet) -> None:
     for name, count in zip(data.label_names, counts, strict=True):
         if count < 2:
             message = f"{data.origin}: expected at least two texts with the label {name!r}, got {count}."
-            raise DataError(message, hint="Add texts of this class for contrastive fine-tuning, or remove the class.")
+            hint = "Add texts of this class for contrastive fine-tuning, or remove the class."
+            raise DataError(
+                message, hint=hint + " Are these several labels? Pass --label-separator." * (not is_multi_label)
+            )
         if is_multi_label and count == len(data):
             message = f"{data.origin}: all texts have the label {name!r}, so that it cannot be learned."
             raise DataError(message, hint="Remove this label, or add texts without it.")

@@ -228,7 +228,8 @@ def _rows(
         missing = [column for column in required if is_first and column not in record]
         if missing:
             message = f"{table.origin} has no column {missing[0]!r}; it has {', '.join(map(repr, record))}."
-            raise DataError(message, hint="Name the columns with --text-column, --pair-column and --label-column.")
+            hint = "Name the columns with --text-column, --pair-column, --label-column or --label-columns."
+            raise DataError(message, hint=hint)
         is_first = False
         label: Label = ""
         text, problem = get_pair(record, columns, second_columns)
@@ -244,6 +245,8 @@ def _rows(
             yield text, label, record
             continue
         errors.add(number, problem)
+        if problem == _NO_LABEL and table.label_separator is None:
+            errors.hint = "Fix or remove these rows. For any number of labels, use lists, or pass --label-separator."
         if not strict:
             yield "", "", record
     if is_first and not table.may_be_empty:
@@ -262,6 +265,7 @@ class RowErrors:
     unit: str
     total: int = 0
     shown: list[str] = field(default_factory=list)
+    hint: str = "Fix or remove these rows."
 
     def add(self, number: int, problem: str) -> None:
         """Record the problem of a row."""
@@ -272,7 +276,7 @@ class RowErrors:
     def check(self) -> None:
         """Raise a `DataError` if there are unusable rows."""
         if self.total:
-            raise DataError(f"{self}.", hint="Fix or remove these rows.")
+            raise DataError(f"{self}.", hint=self.hint)
 
     def __str__(self) -> str:
         more = f" and {self.total - 3} more" if self.total > 3 else ""

@@ -124,7 +124,7 @@ def estimate_table(estimates: dict[str, Estimate]) -> tuple[list[str], list[list
     """Return the headings and cells of a table with one row per model."""
 
     def cells(interval: Interval | None) -> list[str]:
-        return ["", ""] if interval is None else [f"{interval.value:.1%}", _range(interval)]
+        return ["", ""] if interval is None else [f"{interval.value:.1%}", str(interval)]
 
     names = METRICS[TASKS[next(iter(estimates.values())).task]]
     headings = ["estimated", names["accuracy"], "95% CI", "macro-F1", "95% CI", "calibration error", "agreement"]
@@ -133,7 +133,3 @@ def estimate_table(estimates: dict[str, Estimate]) -> tuple[list[str], list[list
         others = ["" if value is None else f"{value:.1%}" for value in (estimate.ece, estimate.agreement)]
         rows.append([name, *cells(estimate.accuracy), *cells(estimate.macro_f1), *others])
     return headings, rows
-
-
-def _range(interval: Interval) -> str:
-    return f"{100 * interval.low:.1f}-{100 * interval.high:.1f}"

@@ -265,8 +265,8 @@ def count_parameters(model: SetFitModel) -> int:
         return count
     if model.has_differentiable_head:
         return count + sum(int(parameter.numel()) for parameter in head.parameters())
-    weights = ((row, name) for row in getattr(head, "estimators_", [head]) for name in ("coef_", "intercept_"))
-    return count + sum(int(getattr(row, name).size) for row, name in weights if hasattr(row, name))
+    rows = getattr(head, "estimators_", [head])
+    return count + sum(np.size(getattr(row, name, ())) for row in rows for name in ("coef_", "intercept_"))
 
 
 def evaluate_ensemble(
@@ -345,13 +345,12 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], 
     quality_headings = [names[main], "95% CI", *(names[key] for key in others), *["agreement"] * has_teacher]
     headings, rows = ["", *quality_headings, "parameters", "MB", "texts/s"], []
     for name, evaluation in evaluations.items():
-        quality, cost, interval = evaluation.quality, evaluation.cost, evaluation.intervals[main]
+        quality, cost = evaluation.quality, evaluation.cost
+        first, *rest = (f"{getattr(quality, key):.1%}" for key in names)
         agreement = "" if quality.agreement is None else f"{quality.agreement:.1%}"
-        first = f"{getattr(quality, main):.1%}", f"{100 * interval.low:.1f}-{100 * interval.high:.1f}"
         parameters = "" if cost.parameters is None else f"{cost.parameters / 1e6:.1f} M"
         costs = parameters, f"{cost.megabytes:.1f}", f"{cost.texts_per_second:,.0f}"
-        shown = [*first, *(f"{getattr(quality, key):.1%}" for key in others)]
-        rows.append([name, *shown, *[agreement] * has_teacher, *costs])
+        rows.append([name, first, str(evaluation.intervals[main]), *rest, *[agreement] * has_teacher, *costs])
     return headings, rows
 
 

@@ -242,6 +242,9 @@ class Interval:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{100 * self.low:.1f}-{100 * self.high:.1f}"
+
 
 def bootstrap_quality(
     gold: Labels, predicted: Labels, *, n_classes: int, other: Labels | None = None

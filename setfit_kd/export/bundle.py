@@ -326,7 +326,7 @@ def _readme(model: SetFitModel, format: str, parity: dict[str, Any], title: str)
 
 
 def head_weights(model: SetFitModel) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Return coefficients (n_classes, d) and intercept (n_classes,) of a head; a binary head is converted to two rows.
+    """Return weights (n_classes, d) and biases (n_classes,) of a head, see `linear_weights`, in single precision.
 
     Raises:
         ModelError: If the head does not consist of fitted logistic regressions, or the model has no labels.
@@ -336,15 +336,11 @@ def head_weights(model: SetFitModel) -> tuple[npt.NDArray[np.float32], npt.NDArr
     head = model.model_head
     if not model.labels:
         raise ModelError("The model has no labels.", hint="Set model.labels.")
-    is_multi_label = head_task(head) is MULTI_LABEL
-    rows = getattr(head, "estimators_", [head]) if is_multi_label else [head]
+    rows = getattr(head, "estimators_", [head]) if head_task(head) is MULTI_LABEL else [head]
     if not all(isinstance(row, LogisticRegression) and hasattr(row, "coef_") for row in rows):
         message = f"The head is a {type(head).__name__}; only a fitted logistic regression can be exported."
         raise ModelError(message, hint="Train the classifier with setfit-kd.")
-    weights = linear_weights(head) if is_multi_label else (head.coef_, head.intercept_)
-    coef, intercept = (np.asarray(values, np.float32) for values in weights)
-    if len(coef) == 1 and not is_multi_label:
-        coef, intercept = np.concatenate([0 * coef, coef]), np.concatenate([0 * intercept, intercept])
+    coef, intercept = (np.asarray(values, np.float32) for values in linear_weights(head))
     return coef, intercept
 
 

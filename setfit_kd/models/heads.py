@@ -247,13 +247,9 @@ def head_logits(head: Any, embeddings: Floats) -> npt.NDArray[np.float64]:
 
 
 def head_at_temperature(head: Any, temperature: float) -> Any:
-    """Return a logistic regression with the probabilities of ``head`` at a temperature, without thresholds."""
-    scaled = copy.copy(head)
-    if head_task(head) is MULTI_LABEL:
-        scaled.estimators_ = [head_at_temperature(row, temperature) for row in head.estimators_]
-        return set_thresholds(scaled, None)
-    scaled.coef_, scaled.intercept_ = head.coef_ / temperature, head.intercept_ / temperature
-    return scaled
+    """Return a head with the probabilities of ``head`` at a temperature, without thresholds."""
+    coef, intercept = linear_weights(head)
+    return create_head(head.classes_, coef / temperature, intercept / temperature, head_task(head))
 
 
 def shift_intercepts(head: Any, shift: Floats) -> Any:

@@ -26,7 +26,7 @@ def with_thresholds(head: Any, probabilities: Floats, objective: str, **options:
 
 
 def fit_thresholds(
-    probabilities: Floats, objective: str, *, targets: npt.NDArray[Any] | None = None, label_names: Sequence[str]
+    probabilities: Floats, objective: str, *, targets: npt.NDArray[Any] | None = None, label_names: Sequence[str] = ()
 ) -> Floats:
     """Choose the threshold of each label with the best F1, or the best one with a wanted precision or recall.
 
@@ -40,7 +40,7 @@ def fit_thresholds(
         objective: ``f1``; ``precision=X`` for the lowest threshold with this precision; ``recall=X`` for the highest
             threshold with this recall; or a number, the threshold of all labels.
         targets: (n, n_classes) gold labels, 0 or 1. None expects them to occur with the probabilities.
-        label_names: Names of the labels, for warnings.
+        label_names: Names of the labels, for the warning about labels that do not reach a wanted precision.
 
     Returns:
         (n_classes,) thresholds; 0.5 for a label without any gold texts, and without texts. A label that does not reach

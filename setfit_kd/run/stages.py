@@ -201,11 +201,8 @@ class Stages:
             key = fingerprint(teachers.key, self._labeled_key, body_key, student_settings)
 
             def disagreement() -> float:
-                options: Any = {
-                    "config": trial_config,
-                    "checkpoints": self.cache.checkpoint_folder(_trial_path(name), key),
-                }
-                model = train_student(signals, copy.deepcopy(body()), labeled=labeled, **options)
+                options: Any = {"checkpoints": self.cache.checkpoint_folder(_trial_path(name), key)}
+                model = train_student(signals, copy.deepcopy(body()), labeled=labeled, config=trial_config, **options)
                 probabilities = self._predict_proba(model, texts, "Comparing with teacher")
                 predicted = signals.task.decide(probabilities, head_thresholds(model.model_head))
                 return 1 - float(is_equal(predicted, expected).mean())
@@ -300,12 +297,9 @@ class Stages:
         if len(unrecognized):
             classes = [f"{labeled.label_names[c]} ({labeled.counts[c]} labels)" for c in unrecognized[:10]]
             classes += ["and others"] * (len(unrecognized) > 10)
-            logger.warning(
-                "No labeled text of these classes is recognized by a teacher trained on the others, or they have fewer "
-                "than %d labels: %s. Add labels.",
-                MIN_LABELS_PER_CLASS,
-                ", ".join(classes),
-            )
+            message = "No labeled text of these classes is recognized by a teacher trained on the others, or they have "
+            message += "fewer than %d labels: %s. Add labels."
+            logger.warning(message, MIN_LABELS_PER_CLASS, ", ".join(classes))
 
     def _estimate_teacher(self, cross_fits: Sequence[CrossFit], teachers: Teachers) -> Estimate | None:
         """Estimate the quality of a teacher, or of the weighted average of several."""
@@ -502,20 +496,13 @@ class Stages:
             teacher: Evaluation of the teacher; None if the model is a teacher or there is no teacher.
         """
         assert self.data.evaluation is not None
-        data, description = self.data.evaluation, f"Evaluating {path}"
-        folder = None if self.cache.folder is None else self.cache.folder.path / path
+        data, config, description = self.data.evaluation, self.config, f"Evaluating {path}"
+        options: Any = {"teacher": teacher, "encode_batch_size": config.encode_batch_size, "exact": config.exact}
+        options["folder"] = None if self.cache.folder is None else self.cache.folder.path / path
 
         def run() -> Evaluation:
             with _on_device(model, self.device, description):
-                return evaluate(
-                    model,
-                    data,
-                    teacher=teacher,
-                    encode_batch_size=self.config.encode_batch_size,
-                    exact=self.config.exact,
-                    folder=folder,
-                    description=description,
-                )
+                return evaluate(model, data, **options, description=description)
 
         key = fingerprint(signals_key, key, self._evaluation_key, *self._exact)
         return self.cache.run_or_load(f"{EVALUATION}/{path}", key, Artifact(Evaluation.save, Evaluation.load), run)

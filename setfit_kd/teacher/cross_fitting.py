@@ -70,8 +70,7 @@ class CrossFit:
         """The (n_classes,) thresholds of a multi-label task with the best F1 expected from the probabilities."""
         if self.task is SINGLE_LABEL or not len(self.labels):
             return None
-        names = [""] * self.probabilities.shape[1]
-        return fit_thresholds(self.probabilities, "f1", label_names=names)
+        return fit_thresholds(self.probabilities, "f1")
 
     def predicted(self) -> CrossFit:
         """Return only the texts that were predicted."""

@@ -215,7 +215,7 @@ def test_read_multi_label_source(name: str, caplog: pytest.LogCaptureFixture) ->
     data = encode_labels(read(source(), label_column="label", **options))
     assert (data.texts, data.label_names, data.task) == (TEXTS, tuple(names), MULTI_LABEL)
     assert [{names[i] for i in np.flatnonzero(row)} for row in data.labels] == [{"a", "b"}, {"a"}, set(), {"c"}]
-    assert "Multi-label: 3 labels, 1.0 per text, 1 texts without labels in " in caplog.text
+    assert f"3 labels ({', '.join(names)}), 1.0 per text, 1 texts without labels in " in caplog.text
 
 
 @pytest.mark.parametrize(
