@@ -156,5 +156,6 @@ def check_same_tokens(teacher: SentenceTransformer, student: SentenceTransformer
         if rows[0] != rows[1]:
             tokens = [tokenizer.convert_ids_to_tokens(row) for tokenizer, row in zip(tokenizers, rows, strict=True)]
             shown = [truncate(" ".join(map(str, row)), 120) for row in (rows if tokens[0] == tokens[1] else tokens)]
-            message = f"Teacher and student tokenize {truncate(text, 60)!r} differently: {shown[0]} and {shown[1]}."
+            difference = f"the teacher's tokens are {shown[0]}, the student's {shown[1]}"
+            message = f"Teacher and student tokenize {truncate(text, 60)!r} differently: {difference}."
             raise ModelError(message, hint="Use a student with the vocabulary of the teacher, such as layers:0,2,4.")
