@@ -36,6 +36,7 @@ def examples(tiny_teacher: Path, tiny_student: Path) -> dict[str, Any]:
     teacher, student, small = str(tiny_teacher), str(tiny_student), {**FAST, "pool_size": 100}
     layers = {**small, "teacher": teacher, "student": "layers:0,2"}
     bert = {**small, "teacher": f"transformer:{teacher}", "student": "layers:2:distilbert"}
+    question_settings = {"teacher": teacher, "student": "layers:2", "epochs": 1, "device": "cpu", "precision": "fp32"}
     two = {**small, "teacher": [teacher, f"transformer:{student}"], "student": "static:8"}
     return {
         "quickstart": ((), layers, "student   accuracy"),
@@ -43,6 +44,8 @@ def examples(tiny_teacher: Path, tiny_student: Path) -> dict[str, Any]:
         "ag_news": ((), small, "student"),
         "stages": ((teacher, student), FAST, "texts/s"),
         "finetune": ((teacher, "model"), {"device": "cpu", "precision": "fp32", "epochs": 1}, "macro-F1"),
+        "sentence_pairs": ((), {**bert, "student": "layers:2", "shots": 32, "pool_size": None}, "same"),
+        "question_answering": (("questions.json", "held-out.json"), question_settings, "exact match"),
         "masked_language_model": (
             (student, "lm", "layers:1"),
             {"device": "cpu", "precision": "fp32", "steps": 2, "head_steps": 2},
@@ -71,6 +74,11 @@ def test_example(
     for file, rows in (("labeled", newswire("train")[:120]), ("test", newswire("eval"))):
         lines = [f'"{row["text"]}",{row["label"]}\n' for row in rows]
         Path(f"{file}.csv").write_text("text,label\n" + "".join(lines), encoding="utf-8")
+    asked = {"id": "1", "question": "Who won?", "answers": [{"text": "The islanders", "answer_start": 0}]}
+    held_out = {**asked, "id": "2", "question": "Which team won?"}
+    for file, questions in (("questions", [asked]), ("held-out", [held_out])):
+        paragraphs = [{"context": "The islanders won the final by 2 to 1.", "qas": questions}]
+        Path(f"{file}.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
     Path("pool.txt").write_text("".join(row["text"] + "\n" for row in newswire("train")), encoding="utf-8")
     teacher, student = (f"models/{PRESETS['ag_news'][role]}" for role in ("teacher", "student"))
     arguments, settings, output = examples[name]

@@ -76,8 +76,8 @@ def train_questions(
     texts = [f"{question.question} {question.context}" for question in everything]
     if teacher is not None:
         check_same_tokens(teacher, body, texts)
-        limits = (config.max_length, teacher.max_seq_length or config.max_length)
-        config = config.model_copy(update={"max_length": min(limits)})
+        windows = BodyWindows(teacher, config)
+        config = config.model_copy(update={"max_length": windows.max_length, "stride": windows.stride})
     dataset = _WindowDataset(body, everything, config)
     size = config.batch_size
     with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):

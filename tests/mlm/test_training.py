@@ -205,7 +205,9 @@ def test_teacher_with_another_vocabulary_is_refused(body: SentenceTransformer, t
     word = "zebrafish"
     add_words(body, [word])
     check_same_tokens(teacher, body, TEXTS)
-    with pytest.raises(ModelError, match=r"tokenize 'a zebrafish' differently: .*##h \[SEP\], the student's \[CLS\] a zebrafish"):
+    with pytest.raises(
+        ModelError, match=r"tokenize 'a zebrafish' differently: .*##h \[SEP\], the student's \[CLS\] a zebrafish"
+    ):
         check_same_tokens(teacher, body, [*TEXTS[:5], f"a {word}"])
     with pytest.raises(ModelError, match="differently"):
         pretrain_body(body, [word, *TEXTS], teacher=teacher, **QUICK)
