@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,11 +143,10 @@ def check_settings(config: EncoderConfig, *, nli: object, teacher: object, texts
         message = f"Expected --teacher and --texts together, got only {'--texts' if teacher is None else '--teacher'}."
         raise ConfigError(message, hint="A teacher is distilled on unlabeled texts: pass both, or --nli alone.")
     if any((name in NLI_OBJECTIVES) != (teacher is None) for name in _objectives(config, teacher)):
-        flag, expected = (
-            ("--nli", "ranking or softmax") if teacher is None else ("--teacher", "similarity or embedding")
+        message = (
+            f"The objective {config.objective} cannot be combined with {'--nli' if teacher is None else '--teacher'}."
         )
-        message = f"The objective {config.objective} cannot be combined with {flag}."
-        raise ConfigError(message, hint=f"Use --objective {expected}.")
+        raise ConfigError(message, hint="Use ranking or softmax with --nli, similarity or embedding with --teacher.")
 
 
 def _objectives(config: EncoderConfig, teacher: object) -> dict[str, float]:
@@ -200,11 +200,10 @@ def _ranking_rows(pairs: SentencePairs, config: EncoderConfig, objectives: dict[
 
 def _number(*columns: Sequence[str]) -> tuple[list[str], npt.NDArray[np.int64]]:
     """Return the distinct texts, by `normalize`, of k columns of n texts; and the (k, n) numbers of the texts."""
-    texts: dict[str, str] = {}
     keys = [[normalize(text) for text in column] for column in columns]
-    for column, column_keys in zip(columns, keys, strict=True):
-        for key, text in zip(column_keys, column, strict=True):
-            texts.setdefault(key, text)
+    texts: dict[str, str] = {}
+    for key, text in zip(chain(*keys), chain(*columns), strict=True):
+        texts.setdefault(key, text)
     number = {key: index for index, key in enumerate(texts)}
     return list(texts.values()), np.array([[number[key] for key in column] for column in keys])
 
