@@ -43,6 +43,7 @@ HEAVY = {"torch", "setfit", "transformers", "sentence_transformers", "datasets",
         "from setfit_kd.cli import main; main(['run', '--labeled', 'few.csv', '--text-column', 'headline'])",
         "from setfit_kd.cli import main; main(['run', '--output-dir', '.'])",
         "from setfit_kd.cli import main; main(['predict', '--help'])",
+        "from setfit_kd.cli import main; main(['pretrain', 'x', '--texts', 'few.xlsx', '--output-dir', 'out'])",
     ],
 )
 def test_heavy_packages_are_not_loaded(statement: str) -> None:

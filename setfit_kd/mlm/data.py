@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,7 +20,7 @@ from setfit_kd.mlm.loss import IGNORED
 Ids: TypeAlias = npt.NDArray[np.int64]
 
 _CHUNK = 1024  # texts that are tokenized together
-_NO_WORD = -1
+NO_WORD = -1
 
 
 class Words(NamedTuple):
@@ -27,38 +28,40 @@ class Words(NamedTuple):
 
     Attributes:
         ids: (T,) token ids.
-        words: (T,) number of each token's word in the text; `_NO_WORD` for special tokens.
-        characters: (T,) number of characters of each token.
+        words: (T,) number of each token's word in the text; `NO_WORD` for special tokens.
+        spans: (T, 2) positions of each token's first character and of the one after its last.
     """
 
     ids: Ids
     words: Ids
-    characters: Ids
+    spans: Ids
+
+    def count_characters(self, text: str, chosen: npt.NDArray[np.bool_]) -> int:
+        """Count the characters of chosen tokens (T,) of the text, without spaces."""
+        starts, ends = self.spans.T
+        # A character may have several tokens.
+        starts = np.maximum(starts, [0, *np.maximum.accumulate(ends)[:-1]])
+        return sum(len(text[start:end].strip()) for start, end in zip(starts[chosen], ends[chosen], strict=True))
 
 
-def tokenize_words(body: SentenceTransformer, texts: Sequence[str]) -> Iterator[Words]:
-    """Tokenize texts without truncation.
-
-    Raises:
-        ModelError: If the tokenizer is not fast, or has no mask or padding token.
-    """
-    tokenizer = body.tokenizer
-    if not tokenizer.is_fast or tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
-        message = "The tokenizer is not fast, or has no mask or padding token."
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise a `ModelError` if a tokenizer is not fast, or has no words, mask token or padding token."""
+    required = tokenizer.is_fast and [tokenizer.backend_tokenizer.pre_tokenizer, tokenizer.mask_token_id]
+    if not required or None in [*required, tokenizer.pad_token_id]:
+        message = "The tokenizer is not fast, or has no pre-tokenizer, mask token or padding token."
         raise ModelError(message, hint="Use a masked language model such as bert-base-uncased.")
+
+
+def tokenize_words(tokenizer: Any, texts: Sequence[str]) -> Iterator[Words]:
+    """Tokenize texts without truncation."""
     special = sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
     options = {"add_special_tokens": False, "return_offsets_mapping": True, "truncation": False, "verbose": False}
     for start in range(0, len(texts), _CHUNK):
-        chunk = list(texts[start : start + _CHUNK])
-        encoded = tokenizer(chunk, **options)
-        for row, text in enumerate(chunk):
-            ids = np.array(encoded["input_ids"][row], np.int64)
-            words = np.array([_NO_WORD if word is None else word for word in encoded.word_ids(row)], np.int64)
-            characters, last = np.zeros_like(ids), 0
-            for token, (first, end) in enumerate(encoded["offset_mapping"][row]):
-                characters[token] = len(text[max(first, last) : end].strip())  # a character may have several tokens
-                last = max(last, end)
-            yield Words(ids, np.where(np.isin(ids, special), _NO_WORD, words), characters)
+        encoded = tokenizer(list(texts[start : start + _CHUNK]), **options)
+        for row, (tokens, spans) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
+            ids = np.array(tokens, np.int64)
+            words = np.array([NO_WORD if word is None else word for word in encoded.word_ids(row)], np.int64)
+            yield Words(ids, np.where(np.isin(ids, special), NO_WORD, words), np.array(spans, np.int64).reshape(-1, 2))
 
 
 class Masking:
@@ -69,6 +72,7 @@ class Masking:
     """
 
     def __init__(self, tokenizer: Any, config: MlmConfig) -> None:
+        check_tokenizer(tokenizer)
         self.config, self._mask_id, self._pad_id = config, tokenizer.mask_token_id, tokenizer.pad_token_id
         self._ordinary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
         encoded = tokenizer("a", return_special_tokens_mask=True)
@@ -78,8 +82,8 @@ class Masking:
 
     def choose(self, words: Ids, rng: np.random.Generator, *, whole_words: bool) -> npt.NDArray[np.bool_]:
         """Choose the tokens to predict, at least one, among tokens (T,) with numbers of words: (T,)."""
-        units = words if whole_words else np.where(words == _NO_WORD, _NO_WORD, np.arange(len(words)))
-        candidates = np.setdiff1d(units, [_NO_WORD])
+        units = words if whole_words else np.where(words == NO_WORD, NO_WORD, np.arange(len(words)))
+        candidates = np.setdiff1d(units, [NO_WORD])
         n = max(1, int(self.config.mask_probability * len(candidates) + rng.random()))  # rounded without bias
         return np.isin(units, rng.choice(candidates, n, replace=False))
 
@@ -125,23 +129,18 @@ class MaskedDataset(Dataset[Any]):
         self.masking, self.config = Masking(body.tokenizer, config), config
         length = max_tokens(body, self.masking, config)
         separator = self.masking.suffix[-1:]
-        ids, words, self.spans, n_words = list[Ids](), list[Ids](), list[tuple[int, int]](), 0
-        total = 0
-        for text in tokenize_words(body, texts):
-            if config.pack:
-                ids += [text.ids, separator]
-                words += [np.where(text.words == _NO_WORD, _NO_WORD, text.words + n_words), 0 * separator + _NO_WORD]
-                n_words += len(text.ids)
-            elif (text.words[:length] != _NO_WORD).any():
-                ids.append(text.ids[:length])
-                words.append(text.words[:length])
-                self.spans.append((total, total := total + len(ids[-1])))
-        # Tokens of all blocks.
-        self._ids = np.concatenate([np.empty(0, np.int64), *ids]).astype(np.int32)
-        self._words = np.concatenate([np.empty(0, np.int64), *words]).astype(np.int32)
+        ids, words, ends = [np.empty(0, np.int32)], [np.empty(0, np.int32)], [0]
+        for text in tokenize_words(body.tokenizer, texts):
+            size = None if config.pack else length
+            tokens = np.concatenate([text.ids[:size], separator if config.pack else separator[:0]])
+            numbers = np.where(text.words == NO_WORD, NO_WORD, text.words + ends[-1])[:size]
+            ids.append(tokens.astype(np.int32))
+            words.append(np.pad(numbers, (0, len(tokens) - len(numbers)), constant_values=NO_WORD).astype(np.int32))
+            ends.append(ends[-1] + len(tokens))
+        self._ids, self._words = np.concatenate(ids), np.concatenate(words)  # of all blocks
         if config.pack:
-            starts = range(0, len(self._ids), length)
-            self.spans = [(i, i + length) for i in starts if (self._words[i : i + length] != _NO_WORD).any()]
+            ends = [*range(0, ends[-1], length), ends[-1]]
+        self.spans = [span for span in pairwise(ends) if (self._words[slice(*span)] != NO_WORD).any()]
         if not self.spans:
             raise DataError("The training texts have no tokens to predict.", hint="Pass other texts.")
         n, size = len(self.spans), min(config.batch_size, len(self.spans))

@@ -89,6 +89,7 @@ def _pretrain(config: PretrainConfig, output: OutputFolder) -> PretrainResult:
     texts, held_out, leaks = read_texts(config.texts, config.eval, config.text_column)
     device = resolve_device(config.device)
 
+    from setfit_kd.mlm.data import check_tokenizer
     from setfit_kd.mlm.train import evaluate_mlm, fit_mlm_head, pretrain_body
     from setfit_kd.models.token_model import check_same_tokens, load_token_model, save_token_model
 
@@ -96,6 +97,7 @@ def _pretrain(config: PretrainConfig, output: OutputFolder) -> PretrainResult:
     body = create_token_body(config.model, "fill-mask", teacher=teacher, seed=config.seed)
     if teacher is not None:
         check_same_tokens(teacher, body, texts)
+    check_tokenizer(body.tokenizer)
     words: list[str] = []
     if config.vocab_file is not None:
         words = read_words(Path(config.vocab_file), body.tokenizer)
@@ -103,7 +105,8 @@ def _pretrain(config: PretrainConfig, output: OutputFolder) -> PretrainResult:
         words = choose_words(texts, body.tokenizer, config.add_vocab)
 
     def checkpoints(phase: str) -> Path:
-        return output.checkpoints / fingerprint(phase, MlmConfig.fingerprint_inputs(config), content_hash(body), texts)
+        models = [None if model is None else content_hash(model) for model in (body, teacher)]
+        return output.checkpoints / fingerprint(phase, MlmConfig.fingerprint_inputs(config), models, texts)
 
     def evaluate(model: SentenceTransformer) -> dict[str, float] | None:
         move_model(model, device, phase="Evaluating")

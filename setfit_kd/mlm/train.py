@@ -17,7 +17,7 @@ from setfit_kd.config.mlm import MlmConfig
 from setfit_kd.errors import DataError, ModelError
 from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.memory.devices import resolve_device
-from setfit_kd.mlm.data import Ids, MaskedDataset, Masking, max_tokens, tokenize_words
+from setfit_kd.mlm.data import NO_WORD, Ids, MaskedDataset, Masking, max_tokens, tokenize_words
 from setfit_kd.mlm.loss import IGNORED, MaskedLanguageLoss
 from setfit_kd.models.encode import run_batches
 from setfit_kd.models.token_model import check_same_tokens
@@ -160,12 +160,14 @@ def evaluate_mlm(
     config = config or MlmConfig.of()
     masking = Masking(body.tokenizer, config)
     length, characters, rows = max_tokens(body, masking, config), 0, list[tuple[Ids, Ids]]()
-    for number, text in enumerate(tokenize_words(body, texts)):
-        if len(text.words) and text.words.max() >= 0:
-            chosen = masking.choose(text.words, np.random.default_rng([config.seed, number]), whole_words=True)[:length]
-            ids = text.ids[:length]
-            characters += int(text.characters[:length][chosen].sum())
-            rows.append((masking.mask(ids, chosen), np.where(chosen, ids, IGNORED)))
+    for number, (text, tokens) in enumerate(zip(texts, tokenize_words(body.tokenizer, texts), strict=True)):
+        if tokens.words.max(initial=NO_WORD) == NO_WORD:
+            continue
+        chosen = masking.choose(tokens.words, np.random.default_rng([config.seed, number]), whole_words=True)
+        chosen[length:] = False
+        characters += tokens.count_characters(text, chosen)
+        masked = masking.mask(tokens.ids, chosen), np.where(chosen, tokens.ids, IGNORED)
+        rows.append((masked[0][:length], masked[1][:length]))
     if not characters:
         raise DataError("The evaluation texts have no words to predict.", hint="Pass other texts.")
     loss = MaskedLanguageLoss(body)

@@ -25,7 +25,7 @@ def choose_words(texts: Sequence[str], tokenizer: Any, n: int) -> list[str]:
     Words are separated by the tokenizer, in the form in which it normalizes them, such as in lower case.
     """
     counts = Counter(word for text in texts for word in _split(text, tokenizer) if _WORD.fullmatch(word))
-    words = sorted(counts)
+    words = sorted(counts.keys() - tokenizer.get_vocab().keys())
     saved = {word: counts[word] * (len(ids) - 1) for word, ids in zip(words, _pieces(words, tokenizer), strict=True)}
     return sorted((word for word in words if saved[word]), key=lambda word: -saved[word])[:n]
 
@@ -39,6 +39,7 @@ def read_words(path: Path, tokenizer: Any) -> list[str]:
     if path.suffix != ".txt" or not path.is_file():
         raise DataError(f"No such text file: {path}.", hint="Pass a .txt file with one word per line.")
     errors, words = RowErrors(str(path), "line"), dict[str, int]()
+    known, unknown = tokenizer.get_vocab(), [tokenizer.unk_token_id]
     for number, record in read_records(path):
         line = str(record["text"])
         parts = _split(line, tokenizer)
@@ -46,8 +47,8 @@ def read_words(path: Path, tokenizer: Any) -> list[str]:
             errors.add(number, f"expected one word, got {line!r:.60}")
         elif parts[0] in words:
             errors.add(number, f"{line!r} is the same word as in line {words[parts[0]]}")
-        elif len(_pieces(parts, tokenizer)[0]) == 1:
-            errors.add(number, f"{line!r} is already a single token")
+        elif parts[0] in known or (len(ids := _pieces(parts, tokenizer)[0]) == 1 and ids != unknown):
+            errors.add(number, f"{line!r} is already in the vocabulary")
         else:
             words[parts[0]] = number
     errors.check()
@@ -64,8 +65,7 @@ def _split(text: str, tokenizer: Any) -> list[str]:
 
 def _pieces(words: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Return the token ids of each word, as it is tokenized after a space."""
-    ids: list[list[int]] = tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
-    return ids
+    return [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
 
 
 def add_words(body: SentenceTransformer, words: Sequence[str]) -> None:

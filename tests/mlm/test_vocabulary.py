@@ -142,8 +142,10 @@ def test_chosen_words_of_a_byte_level_tokenizer_are_text(roberta: SentenceTransf
 
 
 def test_words_are_read_from_a_file(bert: SentenceTransformer, tmp_path: Path) -> None:
-    (tmp_path / "words.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
-    assert read_words(tmp_path / "words.txt", bert.tokenizer) == NORMALIZED
+    unknown = "עברית"  # of letters that are not in the vocabulary
+    assert bert.tokenizer.tokenize(unknown) == ["[UNK]"]
+    (tmp_path / "words.txt").write_text("\n".join([*WORDS, unknown]) + "\n", encoding="utf-8")
+    assert read_words(tmp_path / "words.txt", bert.tokenizer) == [*NORMALIZED, unknown]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_words_are_read_from_a_file(bert: SentenceTransformer, tmp_path: Path) -
         ("qatarx\n\nb2b2b", r"line 2: expected one word, got ''"),
         ("qatarx \n", r"line 1: expected one word, got 'qatarx '"),
         ("two words\nco-op\n.\n1234\n", r"line 1: expected one word, .*; line 2: .*; line 3: .* and 1 more"),
-        ("qatarx\nthe", r"line 2: 'the' is already a single token"),
+        ("qatarx\nthe", r"line 2: 'the' is already in the vocabulary"),
         ("", r"words\.txt is empty"),
     ],
 )
