@@ -119,7 +119,9 @@ _METAVARS: dict[Any, str] = {
     **dict.fromkeys(("labeled", "unlabeled", "validation", "eval", "texts", "nli", "sts"), "SOURCE"),
     **dict.fromkeys(("teacher", "student"), "MODEL"),
     **dict.fromkeys(("text_column", "pair_column", "label_columns"), "NAME[,NAME...]"),
-    **dict.fromkeys(("label_column", "score_column", "entailment", "contradiction"), "NAME"),
+    **dict.fromkeys(
+        ("label_column", "first_column", "second_column", "score_column", "entailment", "contradiction"), "NAME"
+    ),
     **{"device": "DEVICE", "vocab_file": "FILE"},
     **{"objective": "NAME[=X][,...]"},
 }

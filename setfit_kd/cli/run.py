@@ -26,7 +26,7 @@ _COMMON = {
     "Data": ("labeled", "unlabeled", "eval", "text_column", "pair_column", "label_column", "label_separator", "shots"),
     "Models": ("teacher", "student", "epochs"),
     "Output": ("output_dir", "overwrite"),
-    "Run": ("preset_name", "config_file", "resume", "dry_run", "seed", "device"),
+    "Run": ("task", "preset_name", "config_file", "resume", "dry_run", "seed", "device"),
 }
 _GROUPS = {
     "Data": ["labeled", "unlabeled", "eval", *own_settings(ColumnsConfig), "shots", "pool_size", "signals"],
