@@ -23,10 +23,13 @@ SECTIONS = {
     "Steps": "train_teacher score teacher.scoring.refine_and_score TeacherSignals train_student",
     "Models": "load models.io.save_model evaluate runtime.classify.Classifier",
     "Transformers": "finetune.train.finetune config.stages.FinetuneConfig",
+    "Question answering": "qa.data.read_questions qa.data.Question qa.train.train_questions qa.train.predict_answers "
+    "qa.train.evaluate_answers qa.model.save_answerer qa.model.load_answerer config.questions.QuestionConfig "
+    "runtime.answer.Answerer",
     "Data": "data.sources.read data.labeled_set.LabeledSet data.labeled_set.encode_labels",
     "Losses": "losses.base.BatchLoss losses.similarity.SimilarityLoss losses.soft_labels.SoftLabelLoss "
     "losses.embedding.EmbeddingLoss losses.pairs.PairSimilarityLoss losses.contrastive.ContrastiveLoss "
-    "losses.cross_entropy.CrossEntropyLoss",
+    "losses.cross_entropy.CrossEntropyLoss qa.loss.AnswerLoss",
 }
 SETTINGS = """Each setting is also an option of [`setfit-kd {0}`](cli.md#setfit-kd-{0}), which describes it:
 `warmup_steps=50` is `--warmup-steps 50`, and `cpu_fallback=False` is `--no-cpu-fallback`."""
@@ -57,7 +60,7 @@ def entry(path: str) -> str:
     module, _, name = f"setfit_kd.{path}".rpartition(".")
     value = getattr(import_module(module), name)
     if inspect.isclass(value) and issubclass(value, BaseModel):
-        settings = SETTINGS.format("finetune" if "Finetune" in name else "run")
+        settings = SETTINGS.format("run" if name == "RunConfig" else "finetune")
         return f"### class {module}.{name}\n\n{docstring(value)}\n\n{settings}"
     parts = [f"### {'class ' * inspect.isclass(value)}{module}.{name}", signature(name, value), docstring(value)]
     for member, function in vars(value).items() if inspect.isclass(value) and "losses" not in module else ():

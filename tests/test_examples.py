@@ -18,6 +18,7 @@ from standin_hub import StandInHub, use_hub
 from setfit_kd.config.presets import PRESETS
 from setfit_kd.runtime.classify import Classifier
 
+QUESTIONS = {"device": "cpu", "precision": "fp32", "epochs": 1, "max_length": 64, "stride": 16}
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -45,6 +46,7 @@ def examples(tiny_teacher: Path, tiny_student: Path) -> dict[str, Any]:
         "finetune": ((teacher, "model"), {"device": "cpu", "precision": "fp32", "epochs": 1}, "macro-F1"),
         "bert_to_distilbert": ((), bert, "baseline  accuracy"),
         "two_teachers": ((), two, "teachers/transformer-student"),
+        "question_answering": (("questions.jsonl",) * 2, {**QUESTIONS, "model": teacher}, "Answer(text="),
         "labels_from_file": ((), {**FAST, "shots": None, "student": student}, "accuracy"),
     }
 
@@ -65,6 +67,9 @@ def test_example(
     for file, rows in (("labeled", newswire("train")[:120]), ("test", newswire("eval"))):
         lines = [f'"{row["text"]}",{row["label"]}\n' for row in rows]
         Path(f"{file}.csv").write_text("text,label\n" + "".join(lines), encoding="utf-8")
+    texts = [row["text"] for row in newswire("train")[:8]]
+    questions = [{"question": "who ?", "context": t, "answers": {"text": [t[:9]], "answer_start": [0]}} for t in texts]
+    Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions), encoding="utf-8")
     Path("pool.txt").write_text("".join(row["text"] + "\n" for row in newswire("train")), encoding="utf-8")
     teacher, student = (f"models/{PRESETS['ag_news'][role]}" for role in ("teacher", "student"))
     arguments, settings, output = examples[name]

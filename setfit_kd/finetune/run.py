@@ -165,12 +165,12 @@ def write_output(
 
     ``save`` writes the model into a new folder; only files of earlier models, and those in ``replaceable``, are lost.
     """
+    checkpoints = checkpoint_folder(output_dir)  # before the current folder may be replaced
     with replace_folder(output_dir, is_ours=replaceable.__contains__) as folder:
         save(folder)
         files = sorted({METRICS, *(path.name for path in folder.iterdir())})
         replaceable.update(files)
         write_text(folder / METRICS, json.dumps({**metrics, _FILES: files}, indent=2, ensure_ascii=False) + "\n")
-    checkpoints = checkpoint_folder(output_dir)
     for path in checkpoints.glob("*"):
         if re.fullmatch("[0-9a-f]{32}", path.name):  # the fingerprint of a training
             shutil.rmtree(path, ignore_errors=True)
