@@ -18,7 +18,6 @@ from standin_hub import StandInHub, use_hub
 from setfit_kd.config.presets import PRESETS
 from setfit_kd.runtime.classify import Classifier
 
-QUESTIONS = {"device": "cpu", "precision": "fp32", "epochs": 1, "max_length": 64, "stride": 16}
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -55,7 +54,6 @@ def examples(tiny_teacher: Path, tiny_student: Path) -> dict[str, Any]:
         "sentence_encoder": ((teacher, "layers:2"), {"device": "cpu", "precision": "fp32", "epochs": 1}, "same event"),
         "bert_to_distilbert": ((), bert, "baseline  accuracy"),
         "two_teachers": ((), two, "teachers/transformer-student"),
-        "question_answering": (("questions.jsonl",) * 2, {**QUESTIONS, "model": teacher}, "Answer(text="),
         "labels_from_file": ((), {**FAST, "shots": None, "student": student}, "accuracy"),
     }
 
