@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from setfit_kd.errors import DataError
 from setfit_kd.evaluation.metrics import METRICS, Interval, bootstrap_quality, measure_calibration
 from setfit_kd.tasks.classification import SINGLE_LABEL, TASKS, Labels, is_equal, task_of
 from setfit_kd.utils.arrays import Floats
-from setfit_kd.utils.atomic_io import atomic_folder
-from setfit_kd.utils.files import read_json
+from setfit_kd.utils.json_artifact import JsonArtifact
 
-_FILE = "estimate.json"
 _CONFIDENCE_WEIGHT = 0.75  # of the confidence on the pool, which varies less than the accuracy on a few labeled texts
 _STUDENT_WEIGHT = 0.5  # of a student's probabilities, compared with those of its teacher
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(JsonArtifact):
     """Estimated quality of a model on texts like those of the pool.
 
     Attributes:
@@ -33,6 +26,7 @@ class Estimate:
         task: Name of the task.
     """
 
+    file_name = "estimate.json"
     accuracy: Interval
     macro_f1: Interval | None = None
     ece: float | None = None
@@ -46,19 +40,6 @@ class Estimate:
         values |= {f"{name}_interval": [value.low, value.high] for name, value in intervals.items()}
         others = {"ece": self.ece, "agreement": self.agreement}
         return {**values, **{name: value for name, value in others.items() if value is not None}}
-
-    def save(self, folder: Path) -> None:
-        """Write the estimate to a new folder, as `atomic_folder` does."""
-        with atomic_folder(folder) as part:
-            (part / _FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> Estimate:
-        """Read the estimate that `save` wrote; raise a `DataError` if that fails."""
-        try:
-            return TypeAdapter(cls).validate_python(read_json(folder / _FILE))
-        except (OSError, ValueError) as error:
-            raise DataError(f"Cannot read the estimate in {folder} ({error}).", hint="Run it again.") from None
 
 
 def estimate_teacher(

@@ -78,7 +78,7 @@ A transformer for text classification over {n_classes} classes: {classes}.
 from transformers import pipeline
 
 classify = pipeline("text-classification", model="path/to/this/folder")
-classify("...", truncation=True)
+classify("...", truncation=True{options})
 ```
 """
 
@@ -135,7 +135,9 @@ def save_model(
         is_transformer = family_of(model.model_body) == "transformer"
         classes = escape_markdown(", ".join(map(short_class_name, labels)))
         card = _TRANSFORMER_CARD if is_transformer else _CARD
-        card = card.format(title=escape_markdown(truncate(title)), n_classes=len(labels), classes=classes)
+        options = "" if head_task(model.model_head) is SINGLE_LABEL else ", top_k=None"
+        title = escape_markdown(truncate(title))
+        card = card.format(title=title, n_classes=len(labels), classes=classes, options=options)
         (part / "README.md").write_text(card, encoding="utf-8")
         if not is_transformer:
             model.model_body.save_pretrained(str(part), create_model_card=False)

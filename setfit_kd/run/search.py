@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from setfit_kd.config.run import RunConfig
-from setfit_kd.errors import DataError, UnavailableError
+from setfit_kd.errors import UnavailableError
 from setfit_kd.models.bodies import family_of, is_static
 from setfit_kd.student.kinds import PreparedStudent
-from setfit_kd.utils.atomic_io import atomic_folder
-from setfit_kd.utils.files import read_json
+from setfit_kd.utils.json_artifact import JsonArtifact
 
 if TYPE_CHECKING:
     from optuna import Trial as OptunaTrial
@@ -21,7 +18,6 @@ if TYPE_CHECKING:
 
 Settings: TypeAlias = dict[str, Any]
 
-_FILE = "trial.json"
 _N_RANDOM = 4  # first trials, before the estimator
 
 
@@ -33,25 +29,12 @@ class Space(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(JsonArtifact):
     """Settings that were tried, and their loss; lower is better."""
 
+    file_name = "trial.json"
     settings: Settings
     loss: float
-
-    def save(self, folder: Path) -> None:
-        """Write the trial to a new folder, as `atomic_folder` does."""
-        with atomic_folder(folder) as part:
-            (part / _FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> Trial:
-        """Read the trial that `save` wrote; raise a `DataError` if that fails."""
-        try:
-            values = read_json(folder / _FILE)
-            return cls(dict(values["settings"]), float(values["loss"]))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise DataError(f"Cannot read the trial in {folder} ({error}).", hint="Run it again.") from None
 
 
 def check_search() -> None:

@@ -155,6 +155,7 @@ def test_finetuned_model_has_thresholds_for_the_validation_texts(
     best = max(result.history, key=lambda entry: entry["f1-macro"])
     assert result.validation.quality.scores == pytest.approx({n: v for n, v in best.items() if n != "step"}, abs=1e-6)
     assert "f1-micro" in best
+    assert "top_k=None" in (tmp_path / "a" / "README.md").read_text()
     finetune_run(FinetuneRunConfig.of(**sources, **settings, steps=1, output_dir=tmp_path / "b"))
     assert head_thresholds(load(tmp_path / "b", device="cpu").model_head) is None
 
