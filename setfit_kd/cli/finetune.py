@@ -15,13 +15,14 @@ from setfit_kd.config.stages import ColumnsConfig
 from setfit_kd.utils.console import json_text
 
 _COMMON = {
-    "Data": ("labeled", "validation", "eval", *own_settings(ColumnsConfig)),
+    "Data": ("labeled", "validation", "eval", "text_column", "pair_column", "label_column", "label_separator"),
     "Training": ("epochs", "batch_size", "micro_batch_size", "learning_rate", "max_length", "patience", "metric"),
     "Output": ("output_dir", "overwrite"),
     "Run": ("seed", "device"),
 }
 _GROUPS = {
     **_COMMON,
+    "Data": ("labeled", "validation", "eval", *own_settings(ColumnsConfig)),
     "Training": ("epochs", "steps", "batch_size", "micro_batch_size", "learning_rate", "warmup_steps", "schedule",
                  "weight_decay", "dropout", "max_length", "eval_steps", "metric", "patience", "thresholds",
                  "precision", "gradient_checkpointing", "checkpoint_seconds"),

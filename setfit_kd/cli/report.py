@@ -20,9 +20,9 @@ def report(run: Path) -> None:
     from setfit_kd.report.render import verdict, write_report
     from setfit_kd.report.task_report import write_task_report
     from setfit_kd.run_folder.folder import RunFolder
-    from setfit_kd.run_folder.names import REPORT_HTML
+    from setfit_kd.run_folder.names import CONFIG_FILE, REPORT_HTML
 
-    has_task = "task" in RunFolder.read_settings(run)
+    has_task = (run / CONFIG_FILE).is_file() and "task" in RunFolder.read_settings(run)
     text = write_task_report(run) if has_task else verdict(write_report(run))
     click.echo(printable(text))
     click.echo(printable(f"Report: {run / REPORT_HTML}"))

@@ -21,10 +21,10 @@ from setfit_kd.errors import ConfigError, UnavailableError
 from setfit_kd.utils.console import printable
 
 _QUESTION_SETTINGS = ("stride", "max_answer_tokens")
-_MLM_SETTINGS = ("head_steps", "pack", "mask_probability", "whole_words", "cosine_weight")
+_MLM_SETTINGS = ("steps", "head_steps", "pack", "mask_probability", "whole_words", "cosine_weight")
 _COMMON = {
-    "Data": ("labeled", "unlabeled", "eval", "text_column", "pair_column", "label_column", "label_separator", "shots"),
-    "Models": ("teacher", "student", "epochs"),
+    "Data": ("labeled", "unlabeled", "eval", "text_column", "pair_column", "label_column", "shots"),
+    "Models": ("teacher", "student"),
     "Output": ("output_dir", "overwrite"),
     "Run": ("task", "preset_name", "config_file", "resume", "dry_run", "seed", "device"),
 }
@@ -85,16 +85,16 @@ def run(
     """
     started = time.perf_counter()
     settings = (read_config(config_file) if config_file else {}, passed(flags))
-    task = task or (None if resume is None else _task_of(resume)) or settings[0].get("task")
+    if resume is not None and preset_name is not None:
+        raise ConfigError("--resume cannot be combined with --preset.", hint="Remove --preset.")
+    if resume is not None and settings[1].keys() & {"output_dir", "overwrite"}:
+        raise ConfigError("--resume cannot be combined with --output-dir or --overwrite.", hint="Remove these flags.")
+    task = task or settings[0].get("task") or (None if resume is None else _task_of(resume))
     if task in TASK_RUNS:
         _run_task(task, settings, resume, is_plain=preset_name is None and not dry_run)
         return
     if resume is None:
         config = RunConfig.resolve(preset(preset_name or DEFAULT_PRESET), *settings)
-    elif preset_name is not None:
-        raise ConfigError("--resume cannot be combined with --preset.", hint="Remove --preset.")
-    elif settings[1].keys() & {"output_dir", "overwrite"}:
-        raise ConfigError("--resume cannot be combined with --output-dir or --overwrite.", hint="Remove these flags.")
 
     from setfit_kd.run import pipeline
     from setfit_kd.run_folder.names import default_folder

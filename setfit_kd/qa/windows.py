@@ -69,7 +69,8 @@ def answer_tokens(windows: Sequence[Window], questions: Sequence[Question]) -> n
         ends = {index: windows[index].spans[tokens, [0, 1]] for index, tokens in parts.items()}
         whole = min((end[0] for end in ends.values()), default=0), max((end[1] for end in ends.values()), default=0)
         for index, tokens in parts.items():
-            if tuple(ends[index]) == whole:
+            covers = ends[index][0] <= start and ends[index][1] >= start + len(text)
+            if covers or tuple(ends[index]) == whole:
                 positions[index] = tokens
     unknown = [questions[window.row].answers is None for window in windows]
     positions[unknown] = UNKNOWN

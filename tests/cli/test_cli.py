@@ -15,6 +15,7 @@ from synthetic import raise_at_step
 
 from setfit_kd.cli import main
 from setfit_kd.config.run import RunConfig
+from setfit_kd.config.task_runs import TASK_RUNS
 from setfit_kd.errors import UnavailableError
 
 NEWSWIRE = ("run", "--preset", "newswire", "--device", "cpu")
@@ -23,7 +24,8 @@ NEWSWIRE = ("run", "--preset", "newswire", "--device", "cpu")
 def test_flags_of_run_match_settings() -> None:
     other_flags = {"preset_name", "config_file", "resume", "dry_run", "quiet", "verbose", "help_all"}
     options = {param.name: param for param in main.commands["run"].params if isinstance(param, click.Option)}
-    assert set(options) - other_flags == set(RunConfig.model_fields)
+    of_tasks = {name for config in TASK_RUNS.values() for name in config.model_fields} - set(RunConfig.model_fields)
+    assert set(options) - other_flags == set(RunConfig.model_fields) | of_tasks
     for name in RunConfig.model_fields:
         assert "--" + name.replace("_", "-") in options[name].opts
 

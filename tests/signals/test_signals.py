@@ -123,7 +123,8 @@ def array_bytes(array: npt.NDArray[Any]) -> bytes:
     return file.getvalue()
 
 
-VALID_METADATA = {"format": 2, "label_names": VALID.label_names, "origin": "", "embeddings": True}
+VALID_METADATA = {"format": 2, "label_names": VALID.label_names, "origin": "", "embeddings": True, "temperature": 1.0,
+                  "task": "single-label"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
