@@ -52,7 +52,7 @@ def test_trial_is_restored_from_its_folder(tmp_path: Path) -> None:
     trial.save(tmp_path / "trial")
     assert Trial.load(tmp_path / "trial") == trial
     (tmp_path / "trial" / "trial.json").write_text('{"settings": 1}')
-    with pytest.raises(DataError, match="Cannot read .*trial.json"):
+    with pytest.raises(DataError, match=r"Cannot read .*trial\.json"):
         Trial.load(tmp_path / "trial")
 
 
