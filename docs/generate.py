@@ -24,13 +24,17 @@ SECTIONS = {
     "Models": "load models.io.save_model evaluate runtime.classify.Classifier",
     "Transformers": "finetune.train.finetune config.stages.FinetuneConfig",
     "Sentence encoders": "encoder.train.train_encoder config.encoder.EncoderConfig",
+    "Question answering": "qa.data.read_questions qa.data.Question qa.train.train_questions qa.train.predict_answers "
+    "qa.train.evaluate_answers qa.model.save_answerer qa.model.load_answerer config.questions.QuestionConfig "
+    "runtime.answer.Answerer",
     "Masked language models": "mlm.run.pretrain config.mlm.PretrainConfig mlm.train.pretrain_body "
     "mlm.train.evaluate_mlm mlm.vocabulary.choose_words mlm.vocabulary.add_words",
+    "Runs of these tasks": "run.task_run.run_task config.task_runs.QuestionRunConfig config.task_runs.MlmRunConfig",
     "Data": "data.sources.read data.labeled_set.LabeledSet data.labeled_set.encode_labels",
     "Losses": "losses.base.BatchLoss losses.similarity.SimilarityLoss losses.soft_labels.SoftLabelLoss "
     "losses.embedding.EmbeddingLoss losses.pairs.PairSimilarityLoss losses.contrastive.ContrastiveLoss "
     "losses.cross_entropy.CrossEntropyLoss losses.ranking.RankingLoss "
-    "losses.pair_classification.PairClassificationLoss mlm.loss.MaskedLanguageLoss",
+    "losses.pair_classification.PairClassificationLoss qa.loss.AnswerLoss mlm.loss.MaskedLanguageLoss",
 }
 SETTINGS = """Each setting is also an option of [`setfit-kd {0}`](cli.md#setfit-kd-{0}), which describes it:
 `warmup_steps=50` is `--warmup-steps 50`, and `cpu_fallback=False` is `--no-cpu-fallback`."""
@@ -61,7 +65,8 @@ def entry(path: str) -> str:
     module, _, name = f"setfit_kd.{path}".rpartition(".")
     value = getattr(import_module(module), name)
     if inspect.isclass(value) and issubclass(value, BaseModel):
-        command = next((command for command in ("finetune", "encoder", "pretrain") if command in name.lower()), "run")
+        commands = {"Finetune": "finetune", "QuestionConfig": "finetune", "Encoder": "encoder", "Pretrain": "pretrain"}
+        command = next((command for part, command in commands.items() if part in name), "run")
         settings = SETTINGS.format(command)
         return f"### class {module}.{name}\n\n{docstring(value)}\n\n{settings}"
     parts = [f"### {'class ' * inspect.isclass(value)}{module}.{name}", signature(name, value), docstring(value)]

@@ -18,7 +18,7 @@ def main(labeled: str, evaluation: str, folder: str | Path = "runs/questions", *
     config = QuestionRunConfig.of(labeled=labeled, eval=evaluation, output_dir=folder, **options)
     result = run_task(config)
     for model, metrics in result.metrics.items():
-        print(f"{model}: exact match {metrics['exact_match']:.1f}, F1 {metrics['f1']:.1f}")
+        print(f"{model}: exact match {metrics['exact_match']:.1%}, F1 {metrics['f1']:.1%}")
     question = Question("1", "Who won?", "The islanders won the final by 2 to 1.")
     (answer,) = predict_answers(result.student.model_body, [question], config=result.student.config)
     print(f"{answer.text!r} with probability {answer.score:.2f}; the student is in {folder}/student")

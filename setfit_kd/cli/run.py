@@ -170,7 +170,7 @@ def _run_task(
         click.get_current_context().find_root().call_on_close(partial(_print_resume_hint, config.output_dir))
         raise
     if result.metrics:
-        show_table(*metrics_table(result.metrics))
+        show_table(*metrics_table(task, result.metrics))
         echo("")
     echo(f"Finished in {time.perf_counter() - started:.0f} s. Report: {config.output_dir / REPORT_HTML}")
 

@@ -76,8 +76,8 @@ def train_questions(
     texts = [f"{question.question} {question.context}" for question in everything]
     if teacher is not None:
         check_same_tokens(teacher, body, texts)
-        windows = BodyWindows(teacher, config)
-        config = config.model_copy(update={"max_length": windows.max_length, "stride": windows.stride})
+        limits = [limit for limit in (body.max_seq_length, teacher.max_seq_length) if limit]
+        body.max_seq_length = min(limits, default=None)  # a window must fit both
     dataset = _WindowDataset(body, everything, config)
     size = config.batch_size
     with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
@@ -99,8 +99,9 @@ class _WindowDataset(Dataset[Any]):
     """Windows of questions, with the tokens of the gold answers."""
 
     def __init__(self, body: SentenceTransformer, questions: Sequence[Question], config: QuestionConfig) -> None:
-        self.windows = BodyWindows(body, config).split(questions)
-        self.answer_tokens, self.pad_id = answer_tokens(self.windows, questions), body.tokenizer.pad_token_id or 0
+        windows = BodyWindows(body, config).split(questions)
+        self.answer_tokens, self.pad_id = answer_tokens(windows, questions), body.tokenizer.pad_token_id or 0
+        self.windows = [window._replace(spans=np.empty((0, 2), np.int32)) for window in windows]  # half the memory
 
     def __len__(self) -> int:
         return len(self.windows)

@@ -16,15 +16,15 @@ from setfit_kd.utils.atomic_io import write_text
 from setfit_kd.utils.console import truncate
 from setfit_kd.utils.files import read_json
 
-_MAIN = {"qa": ("f1", "F1"), "mlm": ("bits_per_character", "number of bits per character")}
-"""Metric that is compared for each task, and its displayed name."""
+_MAIN = {"qa": ("f1", "F1", "{:.1%}"), "mlm": ("bits_per_character", "number of bits per character", "{:.3f}")}
+"""Metric that is compared for each task, its displayed name, and the format of all metrics."""
 
 
-def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
+def metrics_table(task: str, metrics: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
     """Return the headings and cells of a table with one row per model."""
-    names = list(next(iter(metrics.values()), {}))
+    names, show = list(next(iter(metrics.values()), {})), _MAIN[task][2].format
     headings = ["", *(name.replace("_", " ") for name in names)]
-    return headings, [[model, *(f"{values[name]:.4g}" for name in names)] for model, values in metrics.items()]
+    return headings, [[model, *(show(values[name]) for name in names)] for model, values in metrics.items()]
 
 
 def write_task_report(folder: Path) -> str:
@@ -39,7 +39,7 @@ def write_task_report(folder: Path) -> str:
     try:
         metrics: dict[str, dict[str, float]] = read_json(folder / METRICS_FILE)
         verdict = _verdict(config.task, metrics)
-        tables = [("Evaluation", *metrics_table(metrics))] if metrics else []
+        tables = [("Evaluation", *metrics_table(config.task, metrics))] if metrics else []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"Cannot read {folder / METRICS_FILE} ({error}).", hint="Run it again.") from None
     tables.append(("Data", ["", "number"], [[name.replace("_", " "), f"{n:,}"] for name, n in manifest.data.items()]))
@@ -59,6 +59,6 @@ def _verdict(task: str, metrics: Mapping[str, Mapping[str, float]]) -> str:
     """Compare the student with the teacher and the baseline."""
     if not metrics:
         return "No results: the run has no evaluation set."
-    key, name = _MAIN[task]
-    others = [f"{other} {metrics[other][key]:.4g}" for other in (TEACHER, BASELINE) if other in metrics]
-    return f"The {name} of the student is {metrics[STUDENT][key]:.4g} ({', '.join(others)})."
+    key, name, shown = _MAIN[task]
+    others = [f"{other} {shown.format(metrics[other][key])}" for other in (TEACHER, BASELINE) if other in metrics]
+    return f"The {name} of the student is {shown.format(metrics[STUDENT][key])} ({', '.join(others)})."

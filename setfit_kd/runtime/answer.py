@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +104,7 @@ class Windows:
     def check_room(self, questions: Sequence[tuple[str, str]]) -> None:
         """Raise a `NoRoomError` if a question is so long that windows would not advance in its context."""
         texts = [question for question, _ in questions]
-        for row, encoding in enumerate(self._questions.encode_batch(texts, add_special_tokens=False)):
+        for row, encoding in enumerate(_encode(self._questions, texts, add_special_tokens=False)):
             room = max(self._room - len(encoding.ids), 0)
             if room <= self._stride:
                 expected = f"expected more than the stride of {self._stride}"
@@ -115,13 +115,18 @@ class Windows:
     def split(self, questions: Sequence[tuple[str, str]]) -> list[Window]:
         """Tokenize pairs of question and context that have passed `check_room`, in one or more windows each."""
         windows = []
-        for row, encoding in enumerate(self._pairs.encode_batch(list(questions))):
+        for row, encoding in enumerate(_encode(self._pairs, questions)):
             for part in (encoding, *encoding.overflowing):
                 spans = np.array(part.offsets, np.int32).reshape(-1, 2)
                 in_context = np.array([number == 1 for number in part.sequence_ids]) & (spans[:, 0] < spans[:, 1])
                 ids, types = np.array(part.ids, np.int32), np.array(part.type_ids, np.int8)
                 windows.append(Window(row, ids, types, spans, in_context))
         return windows
+
+
+def _encode(tokenizer: Any, texts: Sequence[Any], **options: bool) -> Iterator[Any]:
+    for start in range(0, len(texts), _CHUNK_SIZE):
+        yield from tokenizer.encode_batch(list(texts[start : start + _CHUNK_SIZE]), **options)
 
 
 def pad(windows: Sequence[Window], pad_id: int) -> dict[str, npt.NDArray[np.int64]]:

@@ -436,7 +436,7 @@ def read_bundle(
         raise BundleError(f"{folder} has kind {manifest['kind']!r}, expected {' or '.join(kinds)}.")
     if manifest["format"] > max_format:
         problem = f"has format {manifest['format']}, but this version reads formats up to {max_format}"
-        raise BundleError(f"{folder} {problem}: upgrade, or use the script in the bundle.")
+        raise BundleError(f"{folder} {problem}: upgrade, or use the classify.py or answer.py in the bundle.")
     fields = {"files": dict, "kind": str, **fields}
     invalid = [name for name, kind in fields.items() if not isinstance(manifest.get(name), kind)]
     if invalid:

@@ -20,7 +20,7 @@ from transformers import AutoModelForMaskedLM
 
 from setfit_kd.config.mlm import MlmConfig
 from setfit_kd.errors import DataError, ModelError
-from setfit_kd.mlm.data import MaskedDataset
+from setfit_kd.mlm.data import MaskedDataset, Words
 from setfit_kd.mlm.loss import IGNORED, MaskedLanguageLoss
 from setfit_kd.mlm.train import evaluate_mlm, fit_mlm_head, pretrain_body
 from setfit_kd.mlm.vocabulary import add_words
@@ -322,6 +322,13 @@ def test_bits_per_character_of_a_uniform_model(body: SentenceTransformer) -> Non
         assert metrics["perplexity"] == pytest.approx(size, rel=1e-4)
         n_characters = len("Zebrafish,thegoal!öffnung")
         assert metrics["bits_per_character"] == pytest.approx(n_tokens * math.log2(size) / n_characters)
+
+
+def test_characters_with_several_tokens_are_counted_once() -> None:
+    spans = np.array([[0, 1], [1, 2], [1, 2], [2, 5]])  # the second character has two tokens, the last one a space
+    words = Words(np.arange(4), np.array([0, 0, 0, 1]), spans)
+    counts = [words.count_characters("aé bc", np.arange(4) < n) for n in range(5)]
+    assert counts == [0, 1, 2, 2, 4]
 
 
 def test_evaluation_depends_neither_on_batches_nor_on_the_previous_mode(body: SentenceTransformer) -> None:

@@ -35,10 +35,10 @@ def config(**settings: Any) -> QuestionConfig:
     return QuestionConfig.of(**{**QUICK, **settings})
 
 
-def make_questions(n: int, *, first: int = 0, unanswerable: int = 0) -> list[Question]:
-    """Return n questions, of which the last ones ask about another text."""
+def make_questions(n: int, *, first: int = 0, unanswerable: int = 0, characters: int = 70) -> list[Question]:
+    """Return n questions about the beginnings of texts; the last ones ask about another text."""
     questions = []
-    for row, text in enumerate(row["text"] for row in newswire("train")[first : first + n]):
+    for row, text in enumerate(row["text"][:characters] for row in newswire("train")[first : first + n]):
         words = list(re.finditer(r"\w+", text))
         word, start, end = words[row % 4 + 1], words[row % 4 + 2].start(), words[row % 4 + 3].end()
         questions.append(Question(f"q{first + row}", f"what is after {word[0]} ?", text, ((text[start:end], start),)))

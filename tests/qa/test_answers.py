@@ -85,6 +85,7 @@ def test_answers_do_not_depend_on_batches() -> None:
     assert one_by_one == together
     inputs = pad(windows, 0)
     assert inputs["attention_mask"].sum(axis=1).tolist() == [len(window.ids) for window in windows]
+    assert inputs["token_type_ids"].sum(axis=1).tolist() == [int(window.in_context.sum()) + 1 for window in windows]
 
 
 def test_threshold_decides_between_best_and_no_answer() -> None:
@@ -146,6 +147,7 @@ def test_scores_are_means_of_the_best_gold_answer() -> None:
         "noans_f1": 0.5,
     })  # fmt: skip
     assert score_answers(["New York", "y"], questions[:2]) == pytest.approx({"exact_match": 0.5, "f1": 0.9})
+    assert score_answers([""], [question("the", "x")])["exact_match"] == 0  # a gold answer without words does not count
     assert set(score_answers(["x"], [question()])) == {"exact_match", "f1", "noans_exact_match", "noans_f1"}
     with pytest.raises(DataError, match="Question '1' has no gold answers"):
         score_answers(["x"], [replace(question(), answers=None)])

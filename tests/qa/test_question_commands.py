@@ -261,6 +261,14 @@ def test_predict_writes_one_row_per_question(extension: str, model_folder: Path,
         assert row["score"] == pytest.approx(answer.score, abs=1e-6)
 
 
+def test_predict_uses_the_threshold_of_the_model(model_folder: Path) -> None:
+    settings = json.loads((model_folder / "question_answering.json").read_text())
+    for threshold, has_answer in ((-100.0, False), (100.0, True), (None, True)):
+        folder = Path(shutil.copytree(model_folder, f"copy {threshold}"))
+        (folder / "question_answering.json").write_text(json.dumps({**settings, "null_threshold": threshold}))
+        assert bool(json.loads(invoke("predict", folder, "who won ?", "Ann won .").stdout)["answer"]) == has_answer
+
+
 def test_predict_answers_a_question_in_the_arguments(model_folder: Path) -> None:
     question = SETS["labeled"][0]
     result = invoke("predict", model_folder, question.question, question.context, "--device", "cpu")
@@ -313,7 +321,7 @@ def test_bundle_answers_like_the_model(
     names = ["input_ids", "token_type_ids", "attention_mask"] if has_types else ["input_ids", "attention_mask"]
     body = load_body(with_inputs(make_encoder(architecture), tmp_path / "model", names))
     settings = config(max_length=48)
-    questions = make_questions(8)  # in several windows each
+    questions = make_questions(8, characters=300)  # in several windows each
     candidates = find_candidates(body, questions, config=settings)
     threshold = float(np.median([candidate.difference for candidate in candidates]))
     expected = [candidate.decide(threshold) for candidate in candidates]

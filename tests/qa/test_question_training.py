@@ -18,6 +18,7 @@ from setfit_kd.errors import ConfigError, DataError, ModelError, OutOfMemoryErro
 from setfit_kd.models.token_model import TokenModel, check_same_tokens
 from setfit_kd.qa.loss import AnswerLoss, answer_logits
 from setfit_kd.qa.train import _WindowDataset, evaluate_answers, predict_answers, train_questions
+from setfit_kd.qa.windows import BodyWindows
 from setfit_kd.student.kinds import create_token_body
 
 if TYPE_CHECKING:
@@ -146,6 +147,13 @@ def test_student_learns_the_answers_of_the_teacher(tiny_teacher: Path) -> None:
     assert distance(weights(teacher), unchanged) == 0
 
 
+def test_windows_of_a_student_fit_the_teacher(body: Any, teacher: Any) -> None:
+    teacher.max_seq_length = 32
+    model = train_questions(body, QUESTIONS, teacher=teacher, config=config(stride=20))
+    assert body.max_seq_length == 32
+    assert BodyWindows(body, model.config).stride == 10
+
+
 def test_interrupted_training_resumes_with_the_same_result(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +205,7 @@ def test_training_and_prediction_back_off_if_memory_runs_out(
 
 def test_long_contexts_are_trained_and_answered_in_windows(tiny_student: Path) -> None:
     short = make_questions(3)
-    padding = " ".join(question.context for question in make_questions(4, first=20))
+    padding = " ".join(question.context for question in make_questions(4, first=20, characters=140))
     questions = [replace(q, context=f"{padding} {q.context}") for q in short]
     questions = [
         replace(q, answers=((text, start + len(padding) + 1),))
