@@ -20,7 +20,7 @@ from setfit_kd.config.task_runs import TASK_RUNS, MlmRunConfig, QuestionRunConfi
 from setfit_kd.errors import ConfigError, UnavailableError
 from setfit_kd.utils.console import printable
 
-_QUESTION_SETTINGS = ("stride", "max_answer_tokens")
+_QUESTION_SETTINGS = ("validation", "stride", "max_answer_tokens")
 _MLM_SETTINGS = ("steps", "head_steps", "pack", "mask_probability", "whole_words", "cosine_weight")
 _COMMON = {
     "Data": ("labeled", "unlabeled", "eval", "text_column", "pair_column", "label_column", "shots"),
@@ -77,8 +77,9 @@ def run(
     Flags override the config file, which overrides the preset. If you set --labeled, --unlabeled or --signals, the
     data of the preset is not used: pass all the data you need.
 
-    With --task qa or mlm, the student is distilled from a teacher that answers questions or predicts masked words. The
-    settings are those of one teacher and one student; a setting that does not apply is an error.
+    With --task qa or mlm, the student is distilled from a teacher that answers questions or predicts masked words.
+    There is one teacher and one student, by default layers:3 of it. Other defaults are --batch-size 16, --learning-rate
+    5e-5, --temperature 2, dropout, --max-length 384 (mlm: 128) and --alpha 0.5 (mlm: 0.1).
 
     --resume RUN continues an interrupted run after its last completed stage, or from the last checkpoint of the stage
     that was training. If you change settings, only the stages that depend on them run again.
@@ -89,7 +90,12 @@ def run(
         raise ConfigError("--resume cannot be combined with --preset.", hint="Remove --preset.")
     if resume is not None and settings[1].keys() & {"output_dir", "overwrite"}:
         raise ConfigError("--resume cannot be combined with --output-dir or --overwrite.", hint="Remove these flags.")
-    task = task or settings[0].get("task") or (None if resume is None else _task_of(resume))
+    chosen = task or settings[0].pop("task", None)
+    task = chosen if resume is None else _task_of(resume)
+    if chosen is not None and str(chosen) not in ("classification", *TASK_RUNS):
+        raise ConfigError(f"Unknown task {chosen!r}.", hint=f"Use classification, {' or '.join(TASK_RUNS)}.")
+    if resume is not None and chosen not in (None, task or "classification"):
+        raise ConfigError(f"{resume} is a run of the task {task or 'classification'}.", hint="Remove the task.")
     if task in TASK_RUNS:
         _run_task(task, settings, resume, is_plain=preset_name is None and not dry_run)
         return
@@ -151,7 +157,7 @@ def _run_task(
 ) -> None:
     """Run the distillation of question answering or of a masked language model."""
     if not is_plain:
-        raise ConfigError(f"--task {task} cannot be combined with --preset or --dry-run.", hint="Remove these flags.")
+        raise ConfigError(f"A run of the task {task} has no --preset and no --dry-run.", hint="Remove the flag.")
     config_class = TASK_RUNS[task]
     if resume is None:
         config = config_class.of(**{**settings[0], **settings[1], "task": task})

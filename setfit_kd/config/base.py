@@ -55,6 +55,7 @@ _FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
 """Defaults that depend on the model family."""
 
 Value = TypeVar("Value")
+Config = TypeVar("Config", bound="StageConfig")
 
 
 def resolved(value: Value | None) -> Value:
@@ -124,6 +125,10 @@ class StageConfig(BaseModel):
         if not any(value == "pairs" for name, value in inputs.items() if name.endswith("objective")):
             del inputs["num_iterations"]
         return inputs
+
+    def part(self, config_class: type[Config]) -> Config:
+        """Return the settings of a base class as a config of its own."""
+        return config_class(**{name: getattr(self, name) for name in config_class.model_fields})
 
     def with_family_defaults(self, family: Family) -> Self:
         """Return a copy in which the defaults of a model family replace unset (None) settings."""

@@ -26,8 +26,9 @@ class QuestionConfig(StageConfig):
     """Use dropout."""
     max_length: int = Field(384, ge=16)
     """Maximum number of tokens of a window: a question and a part of its context. A longer context is split."""
-    stride: int = Field(128, ge=0)
-    """Number of context tokens that two consecutive windows of a question share (question answering)."""
+    stride: int | None = Field(None, ge=0)
+    """Number of context tokens that two consecutive windows of a question share (question answering). [default: 128,
+    at most a third of the window]"""
     max_answer_tokens: int = Field(30, ge=1)
     """Maximum number of tokens of an answer (question answering)."""
     temperature: float = Field(2.0, ge=0.01, le=100, allow_inf_nan=False)
@@ -37,7 +38,7 @@ class QuestionConfig(StageConfig):
 
     @model_validator(mode="after")
     def _check_stride(self) -> Self:
-        if self.stride >= self.max_length:
+        if self.stride is not None and self.stride >= self.max_length:
             raise ValueError(f"stride: must be less than max_length, {self.max_length}, got {self.stride}")
         return self
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator
 
@@ -13,8 +14,14 @@ from setfit_kd.config.values import Columns, Name, OutputDir
 
 _One = Annotated[
     Name,
-    BeforeValidator(lambda value: value[0] if isinstance(value, list | tuple) and len(value) == 1 else value),
+    BeforeValidator(lambda value: _the_only(value) if isinstance(value, list | tuple) else value),
 ]
+
+
+def _the_only(values: Sequence[object]) -> object:
+    if len(values) != 1:
+        raise ValueError(f"expected one model, got {len(values)}")
+    return values[0]
 
 
 class TaskRunConfig(StageConfig):
@@ -43,6 +50,8 @@ class QuestionRunConfig(QuestionConfig, TaskRunConfig):
     """Questions with answers: file (JSON in SQuAD format, JSONL, Parquet), datasets folder, or hub name."""
     unlabeled: Name | None = None
     """Further questions with contexts, which the teacher answers."""
+    validation: Name | None = None
+    """Questions, some without an answer, on which the threshold for giving no answer is chosen for each model."""
 
 
 class MlmRunConfig(MlmConfig, TaskRunConfig):
@@ -53,6 +62,16 @@ class MlmRunConfig(MlmConfig, TaskRunConfig):
     """Training texts: file (CSV, TSV, JSONL, Parquet, or text with one text per line), datasets folder, or hub name."""
     text_column: Columns = ("text",)
     """Text column. Several, separated by commas, are joined by a space."""
+
+
+DISTILLATION_SETTINGS = ("temperature", "alpha", "cosine_weight")
+"""Settings that only affect training with a teacher."""
+
+
+def training_settings(config: StageConfig) -> dict[str, Any]:
+    """Return the settings that determine a training of a task; those of heads and labels do not apply."""
+    settings = type(config).fingerprint_inputs(config)
+    return {name: value for name, value in settings.items() if name not in ("head_c", "balance", "thresholds")}
 
 
 TaskRun: TypeAlias = QuestionRunConfig | MlmRunConfig

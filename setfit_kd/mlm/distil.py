@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config.mlm import MlmConfig
-from setfit_kd.config.task_runs import MlmRunConfig
+from setfit_kd.config.task_runs import DISTILLATION_SETTINGS, MlmRunConfig, training_settings
 from setfit_kd.mlm.run import read_texts
 from setfit_kd.mlm.train import MaskedLanguageModel, evaluate_mlm, fit_mlm_head, pretrain_body
 from setfit_kd.models.token_model import load_token_model, save_token_model
@@ -26,16 +26,21 @@ class MaskedLanguageModeling:
     def __init__(self, config: MlmRunConfig) -> None:
         self.texts, self.held_out, leaks = read_texts(config.unlabeled, config.eval, config.text_column)
         self.sizes = {"pool": len(self.texts), "evaluation": len(self.held_out), "pool_leaks": leaks}
-        self.config = MlmConfig.of(**{name: getattr(config, name) for name in MlmConfig.model_fields})
-        settings = MlmConfig.fingerprint_inputs(self.config)
-        self.key = fingerprint(settings, self.texts)
+        self.config = config.part(MlmConfig)
+        settings = training_settings(self.config)
+        self.key = fingerprint({k: v for k, v in settings.items() if k not in DISTILLATION_SETTINGS}, self.texts)
+        self.distillation_key = fingerprint({name: settings[name] for name in DISTILLATION_SETTINGS})
         self.evaluation_key = fingerprint(settings, self.held_out) if self.held_out else None
 
-    def train_teacher(self, body: SentenceTransformer, checkpoints: Path | None) -> MaskedLanguageModel:
+    def load_teacher(self, folder: Path) -> tuple[MaskedLanguageModel, str]:
+        """Load a teacher, and return it with its additional settings, which it does not have."""
+        return MaskedLanguageModel(load_token_model(folder, self.name, seed=self.config.seed)), ""
+
+    def train_teacher(self, teacher: MaskedLanguageModel, checkpoints: Path | None) -> MaskedLanguageModel:
         """Train only the head of a teacher that has none."""
-        if not body[0].has_head:
-            fit_mlm_head(body, self.texts, config=self.config, checkpoints=checkpoints)
-        return MaskedLanguageModel(body)
+        if not teacher.model_body[0].has_head:
+            fit_mlm_head(teacher.model_body, self.texts, config=self.config, checkpoints=checkpoints)
+        return teacher
 
     def train_student(
         self, body: SentenceTransformer, teacher: SentenceTransformer | None, description: str, checkpoints: Path | None

@@ -90,13 +90,13 @@ def _pretrain(config: PretrainConfig, output: OutputFolder) -> PretrainResult:
     device = resolve_device(config.device)
 
     from setfit_kd.mlm.data import check_tokenizer
-    from setfit_kd.mlm.train import evaluate_mlm, fit_mlm_head, pretrain_body
-    from setfit_kd.models.token_model import check_same_tokens, load_token_model, save_token_model
+    from setfit_kd.mlm.train import check_teacher, evaluate_mlm, fit_mlm_head, pretrain_body
+    from setfit_kd.models.token_model import load_token_model, save_token_model
 
     teacher = None if config.teacher is None else load_token_model(locate_model(config.teacher), "fill-mask")
     body = create_token_body(config.model, "fill-mask", teacher=teacher, seed=config.seed)
     if teacher is not None:
-        check_same_tokens(teacher, body, texts)
+        check_teacher(teacher, body, texts)
     check_tokenizer(body.tokenizer)
     words: list[str] = []
     if config.vocab_file is not None:

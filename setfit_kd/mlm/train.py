@@ -101,12 +101,7 @@ def pretrain_body(
     device = resolve_device(config.device)
     check_precision(config.precision, device)
     if teacher is not None:
-        check_same_tokens(teacher, body, texts)
-        if not teacher[0].has_head:
-            message = "The teacher has no head that predicts masked tokens."
-            raise ModelError(
-                message, hint="Pretrain it with `setfit-kd pretrain` first, or use a masked language model."
-            )
+        check_teacher(teacher, body, texts)
     limit = body.max_seq_length
     with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
         dataset = MaskedDataset(body, texts, config)
@@ -125,6 +120,14 @@ def pretrain_body(
         finally:
             body.max_seq_length = limit  # which is saved with the tokenizer
     return cast("MaskedLanguageModel", trained)
+
+
+def check_teacher(teacher: SentenceTransformer, body: SentenceTransformer, texts: Sequence[str]) -> None:
+    """Raise a `ModelError` if a teacher has no head for masked tokens, or tokenizes the texts unlike a body."""
+    if not teacher[0].has_head:
+        hint = "Pretrain it with `setfit-kd pretrain` first, or use a masked language model."
+        raise ModelError("The teacher has no head that predicts masked tokens.", hint=hint)
+    check_same_tokens(teacher, body, texts)
 
 
 def fit_mlm_head(

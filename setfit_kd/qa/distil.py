@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config.questions import QuestionConfig
-from setfit_kd.config.task_runs import QuestionRunConfig
-from setfit_kd.errors import DataError
-from setfit_kd.qa.data import read_questions
-from setfit_kd.qa.metrics import gold_texts
-from setfit_kd.qa.model import QuestionAnswerer, load_answerer, save_answerer
-from setfit_kd.qa.run import without_leaks
-from setfit_kd.qa.train import evaluate_answers, train_questions
+from setfit_kd.config.task_runs import DISTILLATION_SETTINGS, QuestionRunConfig, training_settings
+from setfit_kd.models.token_model import load_token_model
+from setfit_kd.qa.model import QuestionAnswerer, is_answerer, load_answerer, save_answerer
+from setfit_kd.qa.run import read_sets
+from setfit_kd.qa.train import choose_threshold, evaluate_answers, train_questions
 from setfit_kd.utils.files import fingerprint
 
 if TYPE_CHECKING:
@@ -28,50 +26,50 @@ class QuestionAnswering:
     name: TokenTask = "question-answering"
 
     def __init__(self, config: QuestionRunConfig) -> None:
-        labeled, self.held_out = read_questions(config.labeled, "train"), []
-        pool = [] if config.unlabeled is None else read_questions(config.unlabeled, "train")
-        if config.eval is not None:
-            self.held_out = read_questions(config.eval, "test")
-        for question in (*labeled, *self.held_out):
-            gold_texts(question)  # raises if answers are missing
-        self.labeled = without_leaks(labeled, self.held_out)
-        self.pool = without_leaks(pool, [*self.held_out, *self.labeled])
-        if not self.labeled:
-            message = f"{config.labeled}: no questions are left to train on."
-            raise DataError(message, hint="Pass other questions with --labeled.")
-        self.sizes = {"labeled": len(self.labeled), "pool": len(self.pool), "evaluation": len(self.held_out)}
-        self.sizes |= {"labeled_leaks": len(labeled) - len(self.labeled)}
-        self.config = QuestionConfig.of(**{name: getattr(config, name) for name in QuestionConfig.model_fields})
-        settings = QuestionConfig.fingerprint_inputs(self.config)
-        self.key = fingerprint(settings, *(list(map(astuple, some)) for some in (self.labeled, self.pool)))
-        held_out = list(map(astuple, self.held_out))
-        self.evaluation_key = fingerprint(settings, held_out) if held_out else None
+        self.sets, leaks = read_sets(config.labeled, config.unlabeled, config.validation, config.eval)
+        self.sizes = {name: len(questions) for name, questions in self.sets.items()}
+        self.sizes |= {f"{name}_leaks": number for name, number in leaks.items()}
+        self.config = config.part(QuestionConfig)
+        settings, data = training_settings(self.config), {k: list(map(astuple, v)) for k, v in self.sets.items()}
+        alone = {name: value for name, value in settings.items() if name not in DISTILLATION_SETTINGS}
+        self.key = fingerprint(alone, data["labeled"], data["validation"])
+        self.distillation_key = fingerprint(settings, data["pool"])
+        self.evaluation_key = fingerprint(settings, data["evaluation"]) if data["evaluation"] else None
 
-    def train_teacher(self, body: SentenceTransformer, checkpoints: Path | None) -> QuestionAnswerer:
-        """Fine-tune a teacher that has no head for answers yet."""
-        if body[0].has_head:
-            return self._decide(QuestionAnswerer(body, self.config))
-        options: Any = {"description": "Training teacher", "checkpoints": checkpoints}
-        return self._decide(train_questions(body, self.labeled, config=self.config, **options))
+    def load_teacher(self, folder: Path) -> tuple[QuestionAnswerer, str]:
+        """Load a teacher, with its settings if it answers questions, and return it with a fingerprint of these."""
+        if is_answerer(folder):
+            teacher = load_answerer(folder)
+            return teacher, fingerprint(teacher.config.model_dump(mode="json"), teacher.null_threshold)
+        body = load_token_model(folder, self.name, seed=self.config.seed)
+        return QuestionAnswerer(body, self.config), ""
+
+    def train_teacher(self, teacher: QuestionAnswerer, checkpoints: Path | None) -> QuestionAnswerer:
+        """Fine-tune a teacher that does not answer questions yet."""
+        if teacher.model_body[0].has_head:
+            return teacher
+        return self._train(teacher.model_body, "Training teacher", checkpoints)
 
     def train_student(
         self, body: SentenceTransformer, teacher: SentenceTransformer | None, description: str, checkpoints: Path | None
     ) -> QuestionAnswerer:
         """Train a student on the gold answers; with a teacher, also on the pool."""
-        options: Any = {"teacher": teacher, "description": description, "checkpoints": checkpoints}
-        pool = [] if teacher is None else self.pool
-        return self._decide(train_questions(body, self.labeled, config=self.config, pool=pool, **options))
+        pool = [] if teacher is None else self.sets["pool"]
+        return self._train(body, description, checkpoints, teacher=teacher, pool=pool)
 
-    def _decide(self, model: QuestionAnswerer) -> QuestionAnswerer:
-        """Let a model give no answer if training questions have none."""
-        if not all(question.answers for question in self.labeled):
-            model.null_threshold = 0.0
+    def _train(
+        self, body: SentenceTransformer, description: str, checkpoints: Path | None, **options: Any
+    ) -> QuestionAnswerer:
+        """Train a model, and choose its threshold for giving no answer."""
+        options |= {"config": self.config, "description": description, "checkpoints": checkpoints}
+        model = train_questions(body, self.sets["labeled"], **options)
+        choose_threshold(model, self.sets["labeled"], self.sets["validation"])
         return model
 
     def evaluate(self, model: QuestionAnswerer) -> dict[str, float]:
         """Compute the metrics of `evaluate_answers`."""
-        options: Any = {"config": self.config, "null_threshold": model.null_threshold}
-        return evaluate_answers(model.model_body, self.held_out, **options)
+        options: Any = {"config": model.config, "null_threshold": model.null_threshold}
+        return evaluate_answers(model.model_body, self.sets["evaluation"], **options)
 
     def save(self, model: QuestionAnswerer, folder: Path) -> None:
         """Save a model in the format of transformers."""

@@ -15,7 +15,7 @@ from setfit_kd.memory.backoff import move_model, shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import content_hash, locate_model
 from setfit_kd.qa.data import Question, read_questions
-from setfit_kd.qa.metrics import fit_null_threshold, gold_texts
+from setfit_kd.qa.metrics import gold_texts
 from setfit_kd.qa.model import QuestionAnswerer, save_answerer
 from setfit_kd.utils.files import fingerprint
 from setfit_kd.utils.output_folder import OutputFolder, open_output_folder
@@ -57,39 +57,20 @@ def finetune_questions(config: QuestionFinetuneConfig) -> QuestionResult:
 
 
 def _finetune_questions(config: QuestionFinetuneConfig, output: OutputFolder) -> QuestionResult:
-    sources = {"labeled": (config.labeled, "train"), "validation": (config.validation, "validation")}
-    sources["evaluation"] = (config.eval, "test")
-    sets = {name: read_questions(source, role) if source else [] for name, (source, role) in sources.items()}
-    for questions in sets.values():
-        list(map(gold_texts, questions))  # raises if answers are missing
-    leaks = {}
-    for name, later in (("validation", ["evaluation"]), ("labeled", ["validation", "evaluation"])):
-        kept = without_leaks(sets[name], [question for other in later for question in sets[other]])
-        sets[name], leaks[name] = kept, len(sets[name]) - len(kept)
-        if leaks[name]:
-            message = "Leak guard: removed %d %s questions that are also in the %s set."
-            logger.warning(message, leaks[name], name, " or ".join(later))
-    if not sets["labeled"]:
-        message = f"{config.labeled}: no questions are left to train on."
-        raise DataError(message, hint="Pass other questions with --labeled.")
+    sets, leaks = read_sets(config.labeled, None, config.validation, config.eval)
 
     # Imported after the data has been checked, because loading torch takes time.
     from setfit_kd.models.token_model import load_token_model
-    from setfit_kd.qa.train import evaluate_answers, find_candidates, train_questions
+    from setfit_kd.qa.train import choose_threshold, evaluate_answers, train_questions
 
     device = resolve_device(config.device)
     body = load_token_model(locate_model(config.model), "question-answering", seed=config.seed)
-    settings = QuestionConfig.of(**{name: getattr(config, name) for name in QuestionConfig.model_fields})
+    settings = config.part(QuestionConfig)
     inputs = QuestionConfig.fingerprint_inputs(settings), content_hash(body), list(map(astuple, sets["labeled"]))
     checkpoints = output.checkpoints / fingerprint(*inputs)
     model = train_questions(body, sets["labeled"], config=settings, checkpoints=checkpoints)
     move_model(body, device, phase="Evaluating")
-    if not all(question.answers for question in sets["labeled"]):
-        model.null_threshold = 0.0
-    if sets["validation"]:
-        candidates = find_candidates(body, sets["validation"], config=settings, description="Validating")
-        threshold = fit_null_threshold(candidates, sets["validation"])
-        model.null_threshold = model.null_threshold if threshold is None else threshold
+    choose_threshold(model, sets["labeled"], sets["validation"])
     options: Any = {"config": settings, "null_threshold": model.null_threshold}
     evaluation = evaluate_answers(body, sets["evaluation"], **options) if sets["evaluation"] else None
     result = QuestionResult(model, evaluation, leaks)
@@ -97,7 +78,34 @@ def _finetune_questions(config: QuestionFinetuneConfig, output: OutputFolder) ->
     return result
 
 
-def without_leaks(questions: Sequence[Question], held_out: Sequence[Question]) -> list[Question]:
-    """Return the questions that are not asked about the same context in a held-out set, after `normalize`."""
-    keys = {(normalize(question.question), normalize(question.context)) for question in held_out}
+def read_sets(
+    labeled: str, pool: str | None, validation: str | None, evaluation: str | None
+) -> tuple[dict[str, list[Question]], dict[str, int]]:
+    """Read the questions of each set, and remove those of later sets; return them with the numbers of removed ones.
+
+    Raises:
+        DataError: If answers are missing, or no labeled questions are left.
+    """
+    sources = {"labeled": (labeled, "train"), "pool": (pool, "train")}
+    sources |= {"validation": (validation, "validation"), "evaluation": (evaluation, "test")}
+    sets = {name: read_questions(source, role) if source else [] for name, (source, role) in sources.items()}
+    for name in ("labeled", "validation", "evaluation"):
+        list(map(gold_texts, sets[name]))  # raises if answers are missing
+    leaks = {}
+    held_out = ["validation", "evaluation"]
+    for name, later in (("validation", held_out[1:]), ("labeled", held_out), *[("pool", held_out)] * bool(pool)):
+        kept = _without(sets[name], [question for other in later for question in sets[other]])
+        sets[name], leaks[name] = kept, len(sets[name]) - len(kept)
+        if leaks[name]:
+            message = "Leak guard: removed %d %s questions that are also in the %s set."
+            logger.warning(message, leaks[name], name, " or ".join(later))
+    if not sets["labeled"]:
+        raise DataError(f"{labeled}: no questions are left to train on.", hint="Pass other questions with --labeled.")
+    sets["pool"] = _without(sets["pool"], sets["labeled"])
+    return sets, leaks
+
+
+def _without(questions: Sequence[Question], others: Sequence[Question]) -> list[Question]:
+    """Return the questions that are not asked about the same context in another set, after `normalize`."""
+    keys = {(normalize(question.question), normalize(question.context)) for question in others}
     return [q for q in questions if (normalize(q.question), normalize(q.context)) not in keys]

@@ -24,7 +24,7 @@ from setfit_kd.models.forward import ForwardPass
 from setfit_kd.models.token_model import check_same_tokens
 from setfit_kd.qa.data import Question
 from setfit_kd.qa.loss import AnswerLoss, answer_logits
-from setfit_kd.qa.metrics import gold_texts, score_answers
+from setfit_kd.qa.metrics import fit_null_threshold, gold_texts, score_answers
 from setfit_kd.qa.model import QuestionAnswerer
 from setfit_kd.qa.windows import BodyWindows, answer_tokens
 from setfit_kd.runtime.answer import Answer, Candidates, find_answers, pad
@@ -168,6 +168,20 @@ def find_candidates(
     chunks = (questions[start : start + _CHUNK] for start in range(0, len(questions), _CHUNK))
     with torch.inference_mode(), ForwardPass(body).context():
         return list(chain.from_iterable(run_batches(body, chunks, find, len(questions), max_texts, description)))
+
+
+def choose_threshold(model: QuestionAnswerer, labeled: Sequence[Question], validation: Sequence[Question]) -> None:
+    """Set the threshold for giving no answer: with the best F1 on validation questions, if some have no answer.
+
+    Otherwise it is 0 if labeled questions have no answer, and None if all have one.
+    """
+    threshold = None
+    if validation:
+        candidates = find_candidates(model.model_body, validation, config=model.config, description="Validating")
+        threshold = fit_null_threshold(candidates, validation)
+    if threshold is None and not all(question.answers for question in labeled):
+        threshold = 0.0
+    model.null_threshold = threshold
 
 
 def predict_answers(

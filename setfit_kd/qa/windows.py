@@ -17,6 +17,7 @@ from setfit_kd.runtime.answer import NoRoomError, Window, Windows
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+_STRIDE = 128  # by default
 UNKNOWN = -1  # stands for the tokens of a gold answer that is not known
 
 
@@ -33,8 +34,10 @@ class BodyWindows:
             raise ModelError("Only models with a fast tokenizer can answer questions.", hint="Use another model.")
         limit = body.max_seq_length or config.max_length
         self.max_length, self.stride = config.max_length, config.stride
+        third = int(min(limit, self.max_length)) // 3
         if limit < self.max_length:
-            self.max_length, self.stride = int(limit), min(config.stride, int(limit) // 3)
+            self.max_length, self.stride = int(limit), None if self.stride is None else min(self.stride, third)
+        self.stride = min(_STRIDE, third) if self.stride is None else self.stride
         self.tokenizer = tokenizer.to_str()
         self._windows = Windows(self.tokenizer, max_length=self.max_length, stride=self.stride)
 
@@ -45,7 +48,7 @@ class BodyWindows:
             self._windows.check_room(pairs)
         except NoRoomError as error:
             message = f"Question {questions[error.row].id!r:.60} is too long: {error.reason}."
-            raise DataError(message, hint="Shorten it, or change --max-length or --stride.") from None
+            raise DataError(message, hint="Shorten it, or train a model with longer windows (--max-length).") from None
         return self._windows.split(pairs)
 
 

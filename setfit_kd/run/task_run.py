@@ -42,16 +42,21 @@ class Task(Protocol):
     Attributes:
         name: The task of the models.
         sizes: Numbers of training and evaluation examples.
-        key: Fingerprint of the training data and of the settings of training.
+        key: Fingerprint of the labeled data and of the settings of training without a teacher.
+        distillation_key: Fingerprint of the further data and settings of training with a teacher.
         evaluation_key: Fingerprint of the evaluation data and settings; None without evaluation data.
     """
 
     name: TokenTask
     sizes: dict[str, int]
     key: str
+    distillation_key: str
     evaluation_key: str | None
 
-    def train_teacher(self, body: SentenceTransformer, checkpoints: Path | None) -> Any:
+    def load_teacher(self, folder: Path) -> tuple[Any, str]:
+        """Load a teacher, and return it with a fingerprint of what it has beside its body."""
+
+    def train_teacher(self, teacher: Any, checkpoints: Path | None) -> Any:
         """Train a teacher in place, unless it is trained already."""
 
     def train_student(
@@ -113,17 +118,16 @@ def run_task(config: TaskRun, *, resume: bool = False) -> TaskRunResult:
     with record_log() as log, shared_backoff(cpu_fallback=config.cpu_fallback), ExitStack() as stack:
         RunFolder.check(config.output_dir, overwrite=config.overwrite, resume=resume)
         device, task = resolve_device(config.device), create_task(config)
-        from setfit_kd.models.token_model import load_token_model
-
-        pretrained = load_token_model(locate_model(config.teacher), task.name, seed=config.seed)
-        create_token_body(config.student, task.name, teacher=pretrained, seed=config.seed)  # check that it can be built
+        teacher, origin = task.load_teacher(locate_model(config.teacher))
+        body = teacher.model_body
+        create_token_body(config.student, task.name, teacher=body, seed=config.seed)  # check that it can be built
         stack.enter_context(lock_folder(config.output_dir))
         folder = (RunFolder.reopen if resume else RunFolder.create)(config, config.output_dir)
         log.open(folder.path / LOG_FILE)
         precision = {"name": config.precision, "speedup": None}
         folder.update_manifest(versions=versions(), seed=config.seed, device=str(device), precision=precision)
         cache = StageCache(folder, log)
-        result = _run_stages(config, task, cache, pretrained)
+        result = _run_stages(config, task, cache, teacher, fingerprint(task.key, content_hash(body), origin))
         cache.discard_unused()
         folder.finish(
             result.metrics,
@@ -137,7 +141,7 @@ def run_task(config: TaskRun, *, resume: bool = False) -> TaskRunResult:
         return result
 
 
-def _run_stages(config: TaskRun, task: Task, cache: StageCache, pretrained: SentenceTransformer) -> TaskRunResult:
+def _run_stages(config: TaskRun, task: Task, cache: StageCache, pretrained: Any, key: str) -> TaskRunResult:
     files, device = Artifact(task.save, task.load), resolve_device(config.device)
     metrics: dict[str, Metrics] = {}
 
@@ -152,7 +156,6 @@ def _run_stages(config: TaskRun, task: Task, cache: StageCache, pretrained: Sent
             metrics[path] = cache.run_or_load(f"{EVALUATION}/{path}", key, artifact, run)
         model.model_body.to("cpu")
 
-    key = fingerprint(task.key, content_hash(pretrained))
     checkpoints = cache.checkpoint_folder
     train_teacher = partial(task.train_teacher, pretrained, checkpoints(TEACHER, key))
     teacher = cache.run_or_load(TEACHER, key, files, train_teacher)
@@ -162,13 +165,15 @@ def _run_stages(config: TaskRun, task: Task, cache: StageCache, pretrained: Sent
     for path, live_teacher in ((BASELINE, None), (STUDENT, teacher.model_body)):
         if path == BASELINE and not config.baseline:
             continue
-        student_key = fingerprint(task.key, body_hash, None if live_teacher is None else key)
+        teacher_keys = [] if live_teacher is None else [key, task.distillation_key]
+        student_key = fingerprint(task.key, body_hash, *teacher_keys)
 
         def train(path: str = path, live: Any = live_teacher, student_key: str = student_key) -> Any:
             return task.train_student(create_body(), live, f"Training {path}", checkpoints(path, student_key))
 
         student = cache.run_or_load(path, student_key, files, train)
         evaluate(path, student_key, student)
+    teacher.model_body.to("cpu")  # from where a student has used it
     return TaskRunResult(student, teacher, metrics)
 
 

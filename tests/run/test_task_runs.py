@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +133,49 @@ def test_step_without_memory_is_repeated(
     assert "Out of memory" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_trained_teacher_is_not_trained_again(
+def test_trained_teacher_keeps_its_weights_and_settings(
     settings: dict[str, Any], finished: dict[str, Path], tmp_path: Path
 ) -> None:
-    run("qa", settings, tmp_path / "run", teacher=str(finished["qa"] / "teacher"), eval=None)
-    stages = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
-    assert stages["teacher"]["losses"] == []
-    assert not any(path.startswith("evaluation") for path in stages)
+    given, file = tmp_path / "given", "question_answering.json"
+    shutil.copytree(finished["qa"] / "teacher", given)
+    saved = {**json.loads((given / file).read_text()), "null_threshold": -100.0, "max_length": 48}
+    (given / file).write_text(json.dumps(saved))
+    result = run("qa", settings, tmp_path / "run", teacher=str(given))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["teacher"]["losses"] == []
+    assert json.loads((tmp_path / "run" / "teacher" / file).read_text()) == saved
+    assert result.metrics["teacher"]["f1"] == 0  # it gives no answers
+    assert result.teacher.model_body.device.type == "cpu"
+
+
+def test_threshold_is_chosen_on_validation_questions(settings: dict[str, Any], tmp_path: Path) -> None:
+    unanswerable = [{**row, "answers": {"text": [], "answer_start": []}} for row in questions(8, 4)]
+    rows = [*questions(8, 5), *unanswerable]
+    result = run(
+        "qa", settings, tmp_path / "run", validation=write(tmp_path / "validation.jsonl", rows), baseline=False
+    )
+    assert result.student.null_threshold is not None
+    assert set(result.metrics) == {"teacher", "student"}
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "trained"),
+    [
+        ("qa", ("--temperature", 3), {"student"}),
+        ("qa", ("--stride", 4, "--batch-size", 4), {"teacher", "baseline", "student"}),
+        ("mlm", ("--cosine-weight", 0.5, "--head-c", 2), {"student"}),
+        ("mlm", ("--steps", 2), {"baseline", "student"}),
+    ],
+)
+def test_only_stages_that_depend_on_a_setting_run_again(
+    task: str, changes: tuple[object, ...], trained: set[str], finished: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished[task], tmp_path / "run"))
+    before = json.loads((folder / "run.json").read_text())["stages"]
+    resumed = invoke("run", "--resume", folder, *changes)
+    assert resumed.exit_code == 0, resumed.output
+    after = json.loads((folder / "run.json").read_text())["stages"]
+    again = {path for path in ("teacher", "baseline", "student") if after[path]["inputs"] != before[path]["inputs"]}
+    assert again - ({"teacher"} if task == "mlm" else set()) == trained
 
 
 def test_student_answers_questions(finished: dict[str, Path], settings: dict[str, Any]) -> None:
@@ -148,6 +185,13 @@ def test_student_answers_questions(finished: dict[str, Path], settings: dict[str
     evaluated = invoke("evaluate", finished["qa"], "--eval", settings["qa"]["eval"], "--device", "cpu", "--json")
     expected = json.loads((finished["qa"] / "metrics.json").read_text())["student"]
     assert json.loads(evaluated.stdout)["f1"] == pytest.approx(expected["f1"])
+
+
+def test_task_of_a_resumed_run_cannot_change(finished: dict[str, Path]) -> None:
+    assert_refused(invoke("run", "--resume", finished["qa"], "--task", "mlm"), "is a run of the task qa")
+    assert_refused(invoke("run", "--resume", finished["qa"], "--output-dir", "other"), "--output-dir")
+    Path("settings.yaml").write_text("task: [qa]")
+    assert_refused(invoke("run", "--config", "settings.yaml"), "Unknown task")
 
 
 @pytest.mark.parametrize(
