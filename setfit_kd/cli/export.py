@@ -12,7 +12,7 @@ from setfit_kd.cli import questions
 from setfit_kd.cli.options import FRACTION, output_options, passed, pickle_option, setting_options
 from setfit_kd.config.run import RunConfig
 from setfit_kd.config.values import BUNDLE_FORMATS
-from setfit_kd.errors import ConfigError, DataError
+from setfit_kd.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,9 @@ def export(
     from setfit_kd.cli.output import echo
     from setfit_kd.export.bundle import check_output, export_bundle
     from setfit_kd.inference.answerer import answerer_folder
+    from setfit_kd.inference.classifier import check_pairs
     from setfit_kd.models.bodies import takes_pairs
     from setfit_kd.models.io import load_classifier
-    from setfit_kd.runtime.classify import PAIR_SEPARATOR
 
     check_output(output_dir, overwrite=overwrite)
     path = Path(model)
@@ -64,13 +64,10 @@ def export(
     if answerer := answerer_folder(model):
         bundle, example = questions.export(answerer, output_dir, config.unlabeled, options), 'answer.py "..." "..."'
     else:
-        loaded, example = load_classifier(model, device="cpu", trust_pickle=trust_pickle), 'classify.py "..."'
-        texts = _texts(path, config)
-        has_pairs = PAIR_SEPARATOR in texts[0]
-        if takes_pairs(loaded.model_body) != has_pairs:
-            expected = "texts, not pairs," if has_pairs else "pairs of texts, but there are no pairs"
-            hint = "Pass them with --unlabeled, and pairs with --text-column and --pair-column."
-            raise ConfigError(f"{model} classifies {expected} to check the bundle on.", hint=hint)
+        loaded, texts = load_classifier(model, device="cpu", trust_pickle=trust_pickle), _texts(path, config)
+        has_pairs = takes_pairs(loaded.model_body)
+        check_pairs(model, texts, takes_pairs=has_pairs)
+        example = 'classify.py "..."' + ' "..."' * has_pairs
         bundle = export_bundle(loaded, output_dir, texts=texts, **options)
     parity = bundle.parity
     echo(f"Wrote {bundle.format} bundle to {output_dir} ({bundle.megabytes:.1f} MB).")

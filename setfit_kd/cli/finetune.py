@@ -47,9 +47,9 @@ def finetune(task: str, as_json: bool, **flags: Any) -> None:
     validation and --eval uses test.
 
     The checkpoint that is best on the validation texts is saved. With several labels per text, it is evaluated with the
-    thresholds that fit these texts best, which are saved with it; without validation texts, they are 0.5. For batches
-    that do not fit in memory, set --micro-batch-size below --batch-size. To resume an interrupted fine-tuning, start
-    the same command again.
+    thresholds that fit these texts best, which are saved with it; without validation texts, they are 0.5 or the number
+    in --thresholds. For batches that do not fit in memory, set --micro-batch-size below --batch-size. To resume an
+    interrupted fine-tuning, start the same command again.
 
     With --task qa, sources hold questions: files in SQuAD's JSON format, or rows with question, context and answers.
     The validation questions choose the threshold for giving no answer. The defaults are --max-length 384 and
@@ -75,4 +75,5 @@ def finetune(task: str, as_json: bool, **flags: Any) -> None:
         echo("")
         show_table(("", ""), [(name, f"{value:.1%}") for name, value in evaluation.quality.scores.items()])
         echo("")
-    echo(f'To use it: setfit-kd predict {shlex.quote(str(config.output_dir))} "..."')
+    texts = '"..." "..."' if config.pair_column else '"..."'
+    echo(f"To use it: setfit-kd predict {shlex.quote(str(config.output_dir))} {texts}")

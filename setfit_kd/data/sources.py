@@ -189,11 +189,10 @@ def read_pairs(
             raise DataError(message, hint=f"Name the columns with --first-column, --second-column and {flag}.")
         value = record.get(value_column)
         parsed, problem = _get_score(value) if scored else _get_name(value, table.declared_labels)
-        for column in (first_column, second_column):
-            problem = problem or get_text(record, (column,))[1]
-        if problem:
+        texts, problems = zip(*(get_text(record, (column,)) for column in (first_column, second_column)), strict=True)
+        if problem := next(filter(None, (problem, *problems)), None):
             errors.add(number, problem)
-        rows.append((record.get(first_column), record.get(second_column), parsed))
+        rows.append((*texts, parsed))
     errors.check()
     if not rows:
         raise DataError(f"{table.origin} has no rows.", hint="Add rows to it, or choose another source.")

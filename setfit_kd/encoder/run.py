@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,9 @@ from scipy.stats import spearmanr
 
 from setfit_kd.config.encoder import EncoderConfig, EncoderRunConfig
 from setfit_kd.data.sources import SentencePairs, read_pairs
+from setfit_kd.data.splits import normalize
 from setfit_kd.encoder.train import check_settings, load_models, read_rows, train_on_rows
+from setfit_kd.errors import DataError
 from setfit_kd.memory.backoff import move_model, shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import content_hash
@@ -25,6 +28,8 @@ from setfit_kd.utils.output_folder import OutputFolder, open_output_folder
 if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
 
 _SPEARMAN = "spearman"
 
@@ -62,10 +67,14 @@ def encoder_run(config: EncoderRunConfig) -> EncoderResult:
 
 
 def _encoder_run(config: EncoderRunConfig, output: OutputFolder) -> EncoderResult:
-    rows = read_rows(config, nli=config.nli, texts=config.texts)
-    sts = None
+    columns, nli, sts = (config.first_column, config.second_column), None, None
+    if config.nli is not None:
+        nli = read_pairs(config.nli, *columns, config.label_column)
     if config.sts is not None:
-        sts = read_pairs(config.sts, config.first_column, config.second_column, config.score_column, scored=True)
+        sts = read_pairs(config.sts, *columns, config.score_column, scored=True)
+    if nli is not None and sts is not None:
+        nli = _remove_leaks(nli, sts)
+    rows = read_rows(config, nli=nli, texts=config.texts)
     device = resolve_device(config.device)
     body, teacher = load_models(config.model, config.teacher, rows.texts, config, device)
     before = None if sts is None else spearman(body, sts, device, config)
@@ -86,6 +95,25 @@ def spearman(body: SentenceTransformer, pairs: SentencePairs, device: torch.devi
     rows = embed(body, texts, batch_size=config.encode_batch_size, normalize=True, description="Evaluating")
     cosines = np.einsum("ij,ij->i", rows[:n], rows[n:], dtype=np.float32)
     return float(spearmanr(cosines, pairs.values).statistic)
+
+
+def _remove_leaks(pairs: SentencePairs, held_out: SentencePairs) -> SentencePairs:
+    """Remove the pairs whose `normalize`d texts are a pair to evaluate on, in any order, and warn of their number."""
+
+    def keys(pairs: SentencePairs) -> list[frozenset[str]]:
+        return [frozenset(map(normalize, texts)) for texts in zip(pairs.first, pairs.second, strict=True)]
+
+    seen = set(keys(held_out))
+    rows = [row for row, key in enumerate(keys(pairs)) if key not in seen]
+    if len(rows) == len(pairs.values):
+        return pairs
+    message = "Leak guard: removed %d labeled pairs that are also in the evaluation set."
+    logger.warning(message, len(pairs.values) - len(rows))
+    if not rows:
+        message = f"{pairs.origin}: no pairs are left without those of {held_out.origin}."
+        raise DataError(message, hint="Pass other pairs with --nli or --sts.")
+    first, second, values = ([column[row] for row in rows] for column in (pairs.first, pairs.second, pairs.values))
+    return SentencePairs(first, second, values, f"{pairs.origin} without the pairs of the evaluation set")
 
 
 def _save(body: SentenceTransformer, folder: Path) -> None:

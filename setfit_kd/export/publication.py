@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from setfit_kd.errors import InputError, ModelError
 from setfit_kd.models.bodies import module_folders, transformer_label_names
 from setfit_kd.models.heads import load_head
-from setfit_kd.models.io import BUNDLE, classifier_folder, read_classifier
+from setfit_kd.models.io import BUNDLE, classifier_folder, no_classifier_error, read_classifier
 
 _CARD, _PICKLED_HEAD = "README.md", "model_head.pkl"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
@@ -49,7 +49,7 @@ def collect_files(model: str | Path, name: str) -> tuple[dict[str, Path | bytes]
         raise ModelError(f"No such folder: {model}.", hint="Pass the folder of a run or of a model.")
     folder = classifier_folder(model)
     if (head := load_head(folder)) is None and transformer_label_names(folder) is None:
-        raise ModelError(f"Found no classifier in {folder}.", hint="Pass the folder of a run or of a student.")
+        raise no_classifier_error(folder)
     read_classifier(folder)  # a model that cannot be loaded must not be published
     modules = {"", *module_folders(folder)}
     files: dict[str, Path | bytes] = {}

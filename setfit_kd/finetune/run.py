@@ -26,7 +26,7 @@ from setfit_kd.utils.output_folder import OutputFolder, open_output_folder
 if TYPE_CHECKING:
     from setfit import SetFitModel
 
-_HISTORY, _OLD_HISTORY = "validation_history", "looks"  # key in ``metrics.json``, now and in earlier versions
+_HISTORY = "validation_history"  # key in ``metrics.json``
 _MIN_ROWS = 8  # minimum number of tokenized rows to decide whether another tokenizer was used
 
 
@@ -62,9 +62,9 @@ def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
     Raises:
         SetFitKDError: If an input or a setting cannot be used; no partial files are left behind.
     """
-    keys = {_HISTORY, _OLD_HISTORY}
+    options: Any = {"overwrite": config.overwrite, "command": "finetune", "keys": {_HISTORY}}
     with (
-        open_output_folder(config.output_dir, overwrite=config.overwrite, command="finetune", keys=keys) as output,
+        open_output_folder(config.output_dir, **options) as output,
         shared_backoff(cpu_fallback=config.cpu_fallback),
     ):
         return _finetune_run(config, output)

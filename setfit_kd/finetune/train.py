@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config.stages import FinetuneConfig
+from setfit_kd.config.values import parse_threshold_objective
 from setfit_kd.data.labeled_set import LabeledSet, check_classes, encode_labels
 from setfit_kd.data.sources import Source, read
 from setfit_kd.errors import ConfigError, DataError, ModelError
@@ -98,7 +99,7 @@ def finetune(
 def check_settings(config: FinetuneConfig, labeled: LabeledSet, validation: LabeledSet | None) -> None:
     """Raise a `ConfigError` if the data lacks what a setting requires."""
     needs_validation = {"patience": config.patience, "schedule=plateau": config.schedule == "plateau"}
-    needs_validation |= {"thresholds": config.thresholds != "f1"}
+    needs_validation |= {"thresholds": parse_threshold_objective(config.thresholds)[0] in ("precision", "recall")}
     for name, is_set in needs_validation.items():
         if validation is None and is_set:
             raise ConfigError(f"The setting {name} requires validation texts.", hint="Pass --validation, or remove it.")

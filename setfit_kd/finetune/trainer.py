@@ -103,7 +103,7 @@ class FinetuneTrainer:
         device: torch.device,
         output_dir: str,
     ) -> None:
-        self.model, self.history = model, history
+        self.model, self.history, self.config = model, history, config
         body = model.model_body
         size, rate, epochs = resolve_batch_size(device, config), resolved(config.learning_rate), config.epochs
         self.inner = LossTrainer(
@@ -129,3 +129,6 @@ class FinetuneTrainer:
             self.history.extend(callback.results)
             if callback.validation.task is MULTI_LABEL:
                 self.model.model_head, _ = callback.fit_head()
+        elif self.config.thresholds != "f1":  # a number, which needs no texts
+            no_texts = np.empty((0, len(self.model.labels or ())))
+            self.model.model_head = with_thresholds(self.model.model_head, no_texts, self.config.thresholds)

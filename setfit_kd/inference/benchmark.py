@@ -18,7 +18,7 @@ import numpy as np
 
 from setfit_kd import errors
 from setfit_kd.errors import DataError, SetFitKDError
-from setfit_kd.inference.classifier import is_bundle, open_classifier
+from setfit_kd.inference.classifier import check_pairs, is_bundle, open_classifier
 from setfit_kd.utils.files import folder_megabytes
 
 _N_WARMUP_TEXTS = 16
@@ -63,6 +63,7 @@ def measure_speed(
 
     Raises:
         DataError: If ``texts`` is empty.
+        ConfigError: If the classifier takes pairs and ``texts`` are single texts, or the other way round.
         SetFitKDError: If the classifier cannot be opened or run.
     """
     if not len(texts):
@@ -99,6 +100,7 @@ def main() -> None:
 def _measure(path: str, texts: list[str], batch_sizes: list[int], options: dict[str, Any], started: float) -> Speed:
     # This module imports only the packages that a bundle needs, so that time and memory are those of the classifier.
     classifier = open_classifier(path, **options)
+    check_pairs(path, texts, takes_pairs=classifier.takes_pairs)
     load_seconds = round(time.time() - started, 3)
 
     def seconds(texts: list[str]) -> float:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from setfit_kd.errors import ModelError, UnavailableError
+from setfit_kd.errors import ConfigError, ModelError, UnavailableError
 from setfit_kd.models.bodies import takes_pairs
 from setfit_kd.models.heads import head_task, head_thresholds
 from setfit_kd.models.io import BUNDLE, classifier_folder, load_classifier
-from setfit_kd.runtime.classify import MANIFEST, BundleError, Classifier, Text
+from setfit_kd.runtime.classify import MANIFEST, PAIR_SEPARATOR, BundleError, Classifier, Text
 from setfit_kd.utils.console import show_progress
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,15 @@ def convert_bundle_errors() -> Iterator[None]:
 def is_bundle(path: str | Path) -> bool:
     """Whether a folder contains the manifest of a bundle."""
     return (Path(path) / MANIFEST).is_file()
+
+
+def check_pairs(name: object, texts: Sequence[str], *, takes_pairs: bool) -> None:
+    """Raise a `ConfigError` if a model takes pairs and the texts are not pairs, or the other way round."""
+    if takes_pairs != (PAIR_SEPARATOR in texts[0]):
+        kinds = {True: "pairs of texts", False: "single texts"}
+        message = f"{name} classifies {kinds[takes_pairs]}, got {kinds[not takes_pairs]}."
+        how = "with --text-column and --pair-column" if takes_pairs else "without --pair-column"
+        raise ConfigError(message, hint=f"Pass --unlabeled {how}.")
 
 
 def open_classifier(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from setfit_kd.config.base import Family
 from setfit_kd.errors import ModelError, UnavailableError, first_line, is_out_of_memory
 from setfit_kd.runtime.classify import PAIR_SEPARATOR
-from setfit_kd.utils.console import quiet_libraries
+from setfit_kd.utils.console import quiet_libraries, suppress_warnings
 from setfit_kd.utils.files import check_regular_file, file_hash, hash_parts, read_json
 
 if TYPE_CHECKING:
@@ -49,8 +49,11 @@ class BodySource(NamedTuple):
             else:
                 from sentence_transformers import SentenceTransformer
 
-                # Weights may be stored in half precision, in which training would lose most updates.
-                body = load_local(SentenceTransformer, self.folder, device="cpu").float()
+                # A transformers model may lack a pooler, which is not used; in other folders, nothing may be missing.
+                is_complete = (self.folder / MODULES).is_file()
+                with nullcontext() if is_complete else suppress_warnings("transformers"):
+                    # Weights may be stored in half precision, in which training would lose most updates.
+                    body = load_local(SentenceTransformer, self.folder, device="cpu").float()
             check_finite(body, self.folder)
             return body
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from setfit_kd.errors import ModelError
 from setfit_kd.memory.backoff import move_model
 from setfit_kd.memory.devices import resolve_device
-from setfit_kd.models.bodies import BodySource, family_of, load_body, locate_model, transformer_label_names
+from setfit_kd.models.bodies import MODULES, BodySource, family_of, load_body, locate_model, transformer_label_names
 from setfit_kd.models.heads import (
+    HEAD_CONFIG,
     get_head,
     head_task,
     head_thresholds,
@@ -35,6 +37,13 @@ if TYPE_CHECKING:
 _PICKLED_HEAD = "model_head.pkl"
 _SETFIT_CONFIG = "config_setfit.json"
 _RETRAIN = "Train the model again."
+_ENCODER = "SentenceTransformer"
+_OTHER_MODELS = {
+    "ForMaskedLM": ("a masked language model", "Fine-tune it on labels: setfit-kd finetune {} --labeled FILE"),
+    "ForQuestionAnswering": ("a question answering model", 'Use it with: setfit-kd predict {} "QUESTION" "CONTEXT"'),
+    _ENCODER: ("a sentence encoder", "Train a classifier with it: setfit-kd run --teacher {} --labeled FILE"),
+}
+"""Models that are no classifiers by the end of their architecture's name, and a command for each."""
 # A run folder contains its config from the start, and its student once that is trained.
 _RUN_MARKER, _STUDENT, _STUDENTS = "config.yaml", "student", "students"
 BUNDLE = "bundle"
@@ -242,7 +251,7 @@ def _unpickle_head(folder: Path, trust_pickle: bool) -> Any:
     import joblib
 
     if not (folder / _PICKLED_HEAD).is_file():
-        raise ModelError(f"The model in {folder} has no head.", hint="Use a run folder or a SetFit model.")
+        raise no_classifier_error(folder)
     if not trust_pickle:
         message = f"The head in {folder} is a pickle, which can run arbitrary code."
         raise ModelError(message, hint="If you trust its author, add --trust-pickle (trust_pickle=True).")
@@ -255,6 +264,22 @@ def _unpickle_head(folder: Path, trust_pickle: bool) -> Any:
         message = f"The head in {folder} is a {type(head).__name__}, which is not supported."
         raise ModelError(message, hint='Train it with multi_target_strategy="one-vs-rest".')
     return head
+
+
+def no_classifier_error(folder: Path) -> ModelError:
+    """Return the error for a model without a head, which says what it is instead of a classifier."""
+    names: list[str] = []
+    if (folder / MODULES).is_file():
+        is_setfit = any((folder / name).is_file() for name in (_SETFIT_CONFIG, _PICKLED_HEAD))
+        names = [] if is_setfit else [_ENCODER]
+    elif (folder / "config.json").is_file():
+        names = read_json(folder / "config.json").get("architectures") or []
+    for suffix, (kind, command) in _OTHER_MODELS.items():
+        if any(str(name).endswith(suffix) for name in names):
+            message = f"The model in {folder} is {kind}, not a classifier."
+            return ModelError(message, hint=command.format(shlex.quote(str(folder))))
+    message = f"The model in {folder} has no head: there is no {HEAD_CONFIG}."
+    return ModelError(message, hint="Use a run folder or a SetFit model.")
 
 
 def with_saved_head(model: SetFitModel, folder: Path) -> SetFitModel:

@@ -27,6 +27,8 @@ from setfit_kd.utils.console import short_class_name
 MAX_EXAMPLES = 20
 TARGET_ACCURACIES = (0.9, 0.95, 0.99)
 
+_TASK_RUNS = {"qa": "question answering", "mlm": "a masked language model"}
+
 Example = tuple[str, ...]  # a text, its gold labels, and the predictions of the student and, if any, of the teacher
 
 
@@ -83,7 +85,11 @@ def read_summary(folder: str | Path) -> RunSummary:
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file() or not (folder / RUN_FILE).is_file():
         raise DataError(f"Found no run in {folder}.", hint="Pass the folder of a finished run.")
-    config = RunConfig.of(**read_config(folder / CONFIG_FILE))
+    settings = read_config(folder / CONFIG_FILE)
+    if (task := _TASK_RUNS.get(str(settings.get("task")))) is not None:
+        hint = f"`setfit-kd report {shlex.quote(str(folder))}` shows its results."
+        raise DataError(f"The run in {folder} distils {task}; only runs of classification can be compared.", hint=hint)
+    config = RunConfig.of(**settings)
     manifest = Manifest.read(folder)
     losses = {display_name(name): stage.losses for name, stage in manifest.stages.items() if stage.losses}
     if not manifest.evaluated:

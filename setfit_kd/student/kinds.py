@@ -138,7 +138,7 @@ class StudentSource(NamedTuple):
             source = teacher
         else:
             raise ConfigError(
-                "Cannot build the student from the teacher: this run has no teacher.",
+                "There is no teacher to build the model from.",
                 hint="Name a model, as in layers:3@NAME or static@NAME.",
             )
         if self.kind is None or self.spec is None:

@@ -118,4 +118,5 @@ def to_finetune_config(config: TeacherConfig, labeled: LabeledSet, device: torch
         dropout=config.teacher_dropout,
     ).with_family_defaults("transformer")
     default_steps = max(MIN_TRANSFORMER_STEPS, finetune_steps(finetune_config, len(labeled), device))
-    return finetune_config.model_copy(update={"steps": config.teacher_steps or default_steps})
+    # The thresholds are chosen on the pool.
+    return finetune_config.model_copy(update={"steps": config.teacher_steps or default_steps, "thresholds": "f1"})

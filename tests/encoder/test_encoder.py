@@ -46,6 +46,11 @@ SCORED = SentencePairs(STS.first, STS.second, [float(label == "entailment") for 
 TEXTS = sorted({*NLI.first, *NLI.second})
 
 
+def pairs_of(*rows: tuple[str, str, Any]) -> SentencePairs:
+    first, second, values = (list(column) for column in zip(*rows, strict=True))
+    return SentencePairs(first, second, values, "pairs")
+
+
 def write_pairs(path: Path, pairs: SentencePairs, value: str) -> str:
     rows = zip(pairs.first, pairs.second, pairs.values, strict=True)
     lines = [json.dumps({"premise": a, "hypothesis": b, value: v}) + "\n" for a, b, v in rows]
@@ -84,8 +89,7 @@ def command(model: object, **settings: Any) -> list[str]:
 
 
 def ranking_rows(*pairs: tuple[str, str, str], **settings: Any) -> TrainingRows:
-    first, second, labels = (list(column) for column in zip(*pairs, strict=True))
-    return read_rows(EncoderConfig.of(**settings), nli=SentencePairs(first, second, labels, "pairs"), texts=None)
+    return read_rows(EncoderConfig.of(**settings), nli=pairs_of(*pairs), texts=None)
 
 
 def triples(rows: TrainingRows) -> list[list[str | None]]:
@@ -230,6 +234,33 @@ def test_command_writes_encoder_and_metrics_and_it_can_be_a_student(
     assert run.student.model_body.get_embedding_dimension() == 16
 
 
+def test_leak_guard_removes_pairs_to_evaluate_on(tiny_student: Path, tmp_path: Path) -> None:
+    kept = [("a goal", "a match", "entailment"), ("a goal", "profit", "entailment"), ("a vote", "a poll", "neutral")]
+    leaks = [("A  goal", "the Team", "entailment"), ("a loss", "a gain\u200b", "entailment")]
+    scored = pairs_of(("a goal", "the team", 1), ("A gain", "a loss", 0), ("a goal", "a poll", 0))
+    texts = {}
+    for name, rows in (("all", [*kept, *leaks]), ("leaks", leaks)):
+        texts[name] = write_pairs(tmp_path / f"{name}.jsonl", pairs_of(*rows), "label")
+    sts = write_pairs(tmp_path / "sts.jsonl", scored, "score")
+    result = invoke(*command(tiny_student, nli=texts["all"], sts=sts, epochs=1))
+    assert result.exit_code == 0, result.output
+    assert "Leak guard: removed 2 labeled pairs that are also in the evaluation set." in result.stderr
+    assert ": 2 entailed pairs" in result.stderr
+    refused = invoke(*command(tiny_student, nli=texts["leaks"], sts=sts, output_dir="none"))
+    assert_refused(refused, "leaks.jsonl: no pairs are left")
+
+
+def test_pairs_are_read_as_usable_texts() -> None:
+    columns = {"first": ["a\x1fgoal"], "second": ["x\x1f"], "label": ["neutral"]}
+    pairs = read_pairs(columns, *columns)
+    assert (pairs.first, pairs.second) == (["a goal"], ["x "])
+
+
+def test_loading_a_masked_language_model_prints_nothing(masked_lm: Path, files: dict[str, str], caplog: Any) -> None:
+    assert invoke(*command(masked_lm, nli=files["nli"], epochs=1)).exit_code == 0
+    assert [record for record in caplog.records if record.name.startswith("transformers")] == []
+
+
 @pytest.mark.parametrize("training", ["nli", "teacher"])
 def test_killed_command_resumes(
     training: str, files: dict[str, str], tiny_student: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: Any
@@ -288,7 +319,7 @@ def test_bad_pairs_are_refused(role: str, change: dict[str, Any], message: str, 
         ({"nli": "NLI", "objective": "soft-labels"}, "expected ranking, softmax, similarity or embedding"),
         ({"nli": "NLI", "contradiction": "no"}, "has no pairs with the label 'no'; it has 'Contradiction', 'ent"),
         ({"nli": "NLI", "model": "transformer:TEACHER"}, "Expected a sentence encoder, got the classifier transf"),
-        ({"nli": "NLI", "model": "layers:2"}, "Cannot build the student from the teacher"),
+        ({"nli": "NLI", "model": "layers:2"}, "There is no teacher to build the model from"),
         ({"teacher": "TEACHER", "texts": "BLANK_LINES"}, "blank.txt, line 2: the text is empty"),
         ({"teacher": "TEACHER", "texts": "ONE"}, "Expected at least two different texts, got one."),
         ({"nli": "ONE"}, "one.txt has no column 'premise'; it has 'text'"),

@@ -146,7 +146,7 @@ def test_unreachable_hub_and_invalid_card_are_reported(
         *(("run", name, f"'{name}' is not a valid repository name") for name in ("news", "../x")),
         ("nowhere", "me/news", "No such folder: nowhere"),
         ("run/signals", "me/news", "is not a model"),
-        ("tiny", "me/news", "Found no classifier"),
+        ("tiny", "me/news", "is a sentence encoder, not a classifier"),
         ("damaged", "me/news", "Cannot load"),
     ],
 )

@@ -123,6 +123,7 @@ def test_predictions_are_signals_for_another_student(
 
 def test_transformers_and_estimates(files: dict[str, Path], models: dict[str, Path], tiny_student: Path) -> None:
     settings = {**SETTINGS, "teacher": f"transformer:{tiny_student}", "student": "layers:1", "calibrate": True}
+    settings["thresholds"] = "recall=0.9"
     result = distill(files["labeled"], files["unlabeled"], **settings)
     assert set(result.estimates) == {"teacher", "student"}
     assert result.student.model_body[0].task is MULTI_LABEL
@@ -158,6 +159,8 @@ def test_finetuned_model_has_thresholds_for_the_validation_texts(
     assert "top_k=None" in (tmp_path / "a" / "README.md").read_text()
     finetune_run(FinetuneRunConfig.of(**sources, **settings, steps=1, output_dir=tmp_path / "b"))
     assert head_thresholds(load(tmp_path / "b", device="cpu").model_head) is None
+    finetune_run(FinetuneRunConfig.of(**sources, **settings, steps=1, thresholds=0.3, output_dir=tmp_path / "c"))
+    assert head_thresholds(load(tmp_path / "c", device="cpu").model_head) == pytest.approx([0.3] * len(NAMES))
 
 
 @pytest.mark.parametrize(

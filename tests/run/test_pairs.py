@@ -108,6 +108,9 @@ def test_predictions_are_alike_everywhere(result: RunResult, student: Path, tmp_
     np.testing.assert_allclose(logits.softmax(-1).detach().numpy(), expected, atol=1e-5)
     exported = invoke("export", student, "--format", "onnx", "--output-dir", tmp_path / "bundle")
     assert exported.exit_code == 0, exported.output
+    assert f'python {tmp_path}/bundle/classify.py "..." "..."' in exported.stdout
+    assert result.output_dir is not None
+    assert f'setfit-kd predict {result.output_dir} "..." "..."\n' in (result.output_dir / "report.html").read_text()
     classifier = Classifier(tmp_path / "bundle")
     assert classifier.takes_pairs
     np.testing.assert_allclose(classifier.predict_proba(some), expected, atol=1e-5)
@@ -189,13 +192,19 @@ def test_models_of_pairs_and_single_texts_are_told_apart(
     )
     assert_refused(invoke("predict", student, "-i", files["eval"], *COLUMNS[:2]), "pairs of texts", "--pair-column")
     assert_refused(invoke("predict", models["bundle"], "-i", files["eval"], *COLUMNS), "single texts", "--pair-column")
+    assert_refused(invoke("benchmark", student), "pairs of texts, got single texts", "with --text-column and --pair-")
+    pairs_of_texts = ("--unlabeled", files["eval"], *COLUMNS)
+    assert_refused(
+        invoke("benchmark", models["bundle"], *pairs_of_texts), "got pairs of texts", "without --pair-column"
+    )
 
 
 def test_finetuned_transformer_classifies_pairs(files: dict[str, str], tiny_student: Path) -> None:
     flags = ("--labeled", files["labeled"], "--eval", files["eval"], *COLUMNS, "--steps", 60, "--learning-rate", 1e-2)
-    result = invoke("finetune", tiny_student, *flags, "--output-dir", "tuned", "--device", "cpu", "--json")
+    result = invoke("finetune", tiny_student, *flags, "--output-dir", "tuned", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["evaluation"]["accuracy"] > 0.5
+    assert result.stdout.endswith('setfit-kd predict tuned "..." "..."\n')
+    assert json.loads(Path("tuned/metrics.json").read_text())["evaluation"]["accuracy"] > 0.5
     assert json.loads(Path("tuned/config.json").read_text())["text_pairs"] is True
     assert_refused(invoke("export", "tuned", "--output-dir", "bundle"), "pairs of texts", "--pair-column")
 

@@ -156,7 +156,7 @@ def test_student_bodies_that_need_no_teacher_learn_the_signals(
 
 def test_students_made_from_the_teacher_are_refused(run: Run, files: Files, tmp_path: Path) -> None:
     for student in ("layers:2", "static:8"):
-        with pytest.raises(ConfigError, match=r"this run has no teacher.*\n.*layers:3@NAME"):
+        with pytest.raises(ConfigError, match=r"There is no teacher.*\n.*layers:3@NAME"):
             run(files.signals, student=student, output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

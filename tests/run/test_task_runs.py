@@ -194,6 +194,16 @@ def test_task_of_a_resumed_run_cannot_change(finished: dict[str, Path]) -> None:
     assert_refused(invoke("run", "--config", "settings.yaml"), "Unknown task")
 
 
+def test_other_commands_say_what_a_run_distils(finished: dict[str, Path]) -> None:
+    for task, kind in (("qa", "question answering"), ("mlm", "a masked language model")):
+        assert_refused(invoke("compare", finished[task]), f"distils {kind}; only runs of classification", "report")
+    kind = "is a masked language model, not a classifier"
+    for command in (("predict", "a text"), ("export", "--output-dir", "bundle"), ("push", "me/model"), ("benchmark",)):
+        assert_refused(invoke(command[0], finished["mlm"], *command[1:]), kind, "setfit-kd finetune")
+    assert_refused(invoke("evaluate", finished["mlm"], "--eval", "bundled:newswire"), kind)
+    assert_refused(invoke("benchmark", finished["qa"]), "is a question answering model, not a", "setfit-kd predict")
+
+
 @pytest.mark.parametrize(
     ("task", "flags", "fragments"),
     [
