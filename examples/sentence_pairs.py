@@ -8,7 +8,6 @@ from typing import Any
 
 from setfit_kd import distill
 from setfit_kd.data.sources import read
-from setfit_kd.runtime.classify import join_pair
 
 
 def pairs(role: str) -> list[dict[str, str]]:
@@ -31,7 +30,7 @@ def main(**settings: Any) -> None:
     }
     result = distill(pairs("train"), eval=pairs("test"), **{**options, **settings})
     print(result)
-    print(result.student.predict([join_pair("Rain stops play on the third day", "Keeper saves two penalties")]))
+    print(result.student.predict([("Rain stops play on the third day", "Keeper saves two penalties")]))
 
 
 if __name__ == "__main__":

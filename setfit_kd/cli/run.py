@@ -142,7 +142,7 @@ def run(
     if len(result.students) > 1:
         student, model_path = "a student", f"{model_path}/{next(iter(pipeline.student_paths(result.config).values()))}"
     echo(f"Finished in {seconds:.0f} s. Report: {result.output_dir}/report.html. To use {student}:")
-    echo(f'  setfit-kd predict {shlex.quote(model_path)} "..."')
+    echo(f'  setfit-kd predict {shlex.quote(model_path)} "..."' + ' "..."' * bool(result.config.pair_column))
 
 
 def _task_of(folder: Path) -> str | None:

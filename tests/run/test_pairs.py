@@ -101,7 +101,9 @@ def test_step_without_memory_is_repeated_in_smaller_batches(
 def test_predictions_are_alike_everywhere(result: RunResult, student: Path, tmp_path: Path) -> None:
     expected, some = result.evaluations["student"].probabilities, pairs(45, 3)
     joined = [join_pair(*pair) for pair in some]
-    np.testing.assert_allclose(predict_proba(load(student, device="cpu"), joined), expected, atol=1e-5)
+    model = load(student, device="cpu")
+    np.testing.assert_allclose(predict_proba(model, joined), expected, atol=1e-5)
+    assert model.predict(some) == [NAMES[row.argmax()] for row in expected]
     with_transformers = AutoModelForSequenceClassification.from_pretrained(student)
     tokens = AutoTokenizer.from_pretrained(student)([list(pair) for pair in some], padding=True, return_tensors="pt")
     logits = with_transformers.eval()(**tokens).logits
