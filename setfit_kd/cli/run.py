@@ -97,7 +97,9 @@ def run(
     if resume is not None and chosen not in (None, task or "classification"):
         raise ConfigError(f"{resume} is a run of the task {task or 'classification'}.", hint="Remove the task.")
     if task in TASK_RUNS:
-        _run_task(task, settings, resume, is_plain=preset_name is None and not dry_run)
+        if preset_name is not None or dry_run:
+            raise ConfigError(f"A run of the task {task} has no --preset and no --dry-run.", hint="Remove the flag.")
+        _run_task(task, settings, resume)
         return
     if resume is None:
         config = RunConfig.resolve(preset(preset_name or DEFAULT_PRESET), *settings)
@@ -152,15 +154,10 @@ def _task_of(folder: Path) -> str | None:
     return RunFolder.read_settings(folder).get("task")
 
 
-def _run_task(
-    task: str, settings: tuple[dict[str, Any], dict[str, Any]], resume: Path | None, *, is_plain: bool
-) -> None:
+def _run_task(task: str, settings: tuple[dict[str, Any], dict[str, Any]], resume: Path | None) -> None:
     """Run the distillation of question answering or of a masked language model."""
-    if not is_plain:
-        raise ConfigError(f"A run of the task {task} has no --preset and no --dry-run.", hint="Remove the flag.")
-    config_class = TASK_RUNS[task]
     if resume is None:
-        config = config_class.of(**{**settings[0], **settings[1], "task": task})
+        config = TASK_RUNS[task].of(**{**settings[0], **settings[1], "task": task})
 
     from setfit_kd.cli.output import echo, show_table
     from setfit_kd.report.task_report import metrics_table

@@ -17,7 +17,7 @@ from setfit_kd.losses.ranking import RankingLoss
 from setfit_kd.losses.similarity import SimilarityLoss
 from setfit_kd.losses.weighted_sum import WeightedSumLoss
 from setfit_kd.models.encode import embed
-from setfit_kd.training.loop import resolve_learning_rate
+from setfit_kd.training.loop import BodyTrainer, resolve_learning_rate
 from setfit_kd.training.loss_trainer import LossTrainer, TokenDataset
 from setfit_kd.utils.arrays import Floats, sample_rows
 
@@ -28,7 +28,7 @@ LEARNING_RATE, DISTILLATION_LEARNING_RATE = 1e-4, 3e-4
 _MAX_INIT_TEXTS = 256  # to fit the projection to the teacher's dimension on
 
 
-class EncoderTrainer:
+class EncoderTrainer(BodyTrainer):
     """Trainer of a sentence encoder; the precision in the config is resolved."""
 
     def __init__(
@@ -48,13 +48,6 @@ class EncoderTrainer:
         self.inner.train_dataset = TokenDataset(body, rows.texts, rows.labels, rows.columns)
         self.inner.batches = batches
         self.inner.loss = _create_loss(body, rows, teacher_embeddings, config).to(body.device)
-
-    def train_body(self) -> None:
-        """Train the encoder."""
-        self.inner.train()
-
-    def fit_head(self) -> None:
-        """Do nothing: an encoder has no head."""
 
 
 def _create_loss(

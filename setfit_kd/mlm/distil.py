@@ -33,7 +33,7 @@ class MaskedLanguageModeling:
         self.evaluation_key = fingerprint(settings, self.held_out) if self.held_out else None
 
     def load_teacher(self, folder: Path) -> tuple[MaskedLanguageModel, str]:
-        """Load a teacher, and return it with its additional settings, which it does not have."""
+        """Load a teacher; it has nothing beside its body, so that the fingerprint is empty."""
         return MaskedLanguageModel(load_token_model(folder, self.name, seed=self.config.seed)), ""
 
     def train_teacher(self, teacher: MaskedLanguageModel, checkpoints: Path | None) -> MaskedLanguageModel:

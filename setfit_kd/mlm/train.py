@@ -21,7 +21,7 @@ from setfit_kd.mlm.data import NO_WORD, Ids, MaskedDataset, Masking, max_tokens,
 from setfit_kd.mlm.loss import IGNORED, MaskedLanguageLoss
 from setfit_kd.models.encode import run_batches
 from setfit_kd.models.token_model import check_same_tokens
-from setfit_kd.training.loop import train
+from setfit_kd.training.loop import BodyTrainer, train
 from setfit_kd.training.loss_trainer import LossTrainer
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.console import quiet_libraries
@@ -38,7 +38,7 @@ class MaskedLanguageModel:
     loss_curve_: list[float] = field(default_factory=list)
 
 
-class MlmTrainer:
+class MlmTrainer(BodyTrainer):
     """Trainer of a masked language model on blocks of tokens."""
 
     def __init__(
@@ -50,7 +50,7 @@ class MlmTrainer:
         device: torch.device,
         output_dir: str,
     ) -> None:
-        self.model = cast("Any", MaskedLanguageModel(body))
+        self.model = MaskedLanguageModel(body)
         size, rate = config.batch_size, config.learning_rate
         self.inner = LossTrainer(body, config, device, output_dir, batch_size=size, learning_rate=rate)
         self.inner.train_dataset, self.inner.batches = dataset, dataset.batches
@@ -63,13 +63,6 @@ class MlmTrainer:
             dropout=config.dropout,
             micro_batch_size=config.micro_batch_size,
         )
-
-    def train_body(self) -> None:
-        """Train the body with its head."""
-        self.inner.train()
-
-    def fit_head(self) -> None:
-        """Do nothing: the head is part of the body."""
 
 
 def pretrain_body(

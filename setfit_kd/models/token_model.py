@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from setfit_kd.errors import ModelError
 from setfit_kd.models.bodies import check_finite, load_local, model_errors, module_folders
 from setfit_kd.models.layers import untrained_model
-from setfit_kd.models.transformer import limit_positions
+from setfit_kd.models.transformer import check_complete, limit_positions, save_and_load
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.console import quiet_libraries, suppress_warnings, truncate
 
@@ -70,9 +70,7 @@ class TokenModel(Transformer):
         model, info = auto_model.from_pretrained(folder, config=config, output_loading_info=True, **options)
         prefix = f"{model.base_model_prefix}."
         missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix) and "pooler" not in key)
-        if missing:
-            message = f"The model lacks {len(missing)} weights of {type(model).__name__}, including {missing[0]}."
-            raise ModelError(message, hint="Use a transformers model with complete weights.")
+        check_complete(model, missing)
         self.has_head = all(key.startswith(prefix) for key in info["missing_keys"])
         return model
 
@@ -141,11 +139,8 @@ def untrained_token_model(
     folder: Path, task: TokenTask, *, teacher: SentenceTransformer | None, seed: int = 0
 ) -> SentenceTransformer:
     """Create an untrained transformer with a head for a task, see `untrained_model`."""
-    with TemporaryDirectory() as scratch:
-        model, tokenizer = untrained_model(folder, _AUTO_MODELS[task], teacher=teacher, seed=seed)
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        return load_token_model(Path(scratch), task)
+    model, tokenizer = untrained_model(folder, _AUTO_MODELS[task], teacher=teacher, seed=seed)
+    return save_and_load(model, tokenizer, partial(load_token_model, task=task))
 
 
 def check_same_tokens(teacher: SentenceTransformer, student: SentenceTransformer, texts: Sequence[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -104,9 +105,7 @@ class TransformerFeatures(Transformer):
         prefix = model.base_model_prefix + "."
         keys = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
         missing = [key for key in keys if self._keeps_head or (key.startswith(prefix) and "pooler" not in key)]
-        if missing:
-            message = f"The model lacks {len(missing)} weights of {type(model).__name__}, including {missing[0]}."
-            raise ModelError(message, hint="Use a transformers model with complete weights.")
+        check_complete(model, missing)
         return model
 
     def get_embedding_dimension(self) -> int:
@@ -121,6 +120,13 @@ class TransformerFeatures(Transformer):
         finally:
             self._set_last_layer(nn.Identity())
         self.processor.save_pretrained(output_path)
+
+
+def check_complete(model: Any, missing: Sequence[str]) -> None:
+    """Raise a `ModelError` if weights of a transformers model are missing."""
+    if missing:
+        message = f"The model lacks {len(missing)} weights of {type(model).__name__}, including {missing[0]}."
+        raise ModelError(message, hint="Use a transformers model with complete weights.")
 
 
 def limit_positions(module: Transformer) -> None:
@@ -144,7 +150,13 @@ def load_transformer(folder: Path, label_names: Sequence[str], *, seed: int = 0)
 
 def body_from_model(model: Any, tokenizer: Any, label_names: Sequence[str], *, seed: int = 0) -> SentenceTransformer:
     """Convert a model and a tokenizer in memory to a body, see `load_transformer`; an encoder without label names."""
+    load = partial(load_transformer, label_names=label_names, seed=seed) if label_names else load_body
+    return save_and_load(model, tokenizer, load)
+
+
+def save_and_load(model: Any, tokenizer: Any, load: Callable[[Path], SentenceTransformer]) -> SentenceTransformer:
+    """Convert a model and a tokenizer in memory to the body that ``load`` reads from their folder."""
     with TemporaryDirectory(prefix="setfit-kd-") as folder, quiet_libraries(with_setfit=False):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return load_transformer(Path(folder), label_names, seed=seed) if label_names else load_body(Path(folder))
+        return load(Path(folder))

@@ -28,7 +28,7 @@ from setfit_kd.qa.metrics import fit_null_threshold, gold_texts, score_answers
 from setfit_kd.qa.model import QuestionAnswerer
 from setfit_kd.qa.windows import BodyWindows, answer_tokens
 from setfit_kd.runtime.answer import Answer, Candidates, find_answers, pad
-from setfit_kd.training.loop import train
+from setfit_kd.training.loop import BodyTrainer, train
 from setfit_kd.training.loss_trainer import LossTrainer
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.arrays import iter_batches
@@ -117,7 +117,7 @@ class _WindowDataset(Dataset[Any]):
         return {"features": [features], "label": np.zeros(len(rows))}
 
 
-class _QuestionTrainer:
+class _QuestionTrainer(BodyTrainer):
     """Trainer of a transformer on windows of questions."""
 
     def __init__(
@@ -129,20 +129,13 @@ class _QuestionTrainer:
         device: torch.device,
         output_dir: str,
     ) -> None:
-        self.model: Any = model
+        self.model = model
         size, rate, epochs = config.batch_size, config.learning_rate, config.epochs
         body = model.model_body
         self.inner = LossTrainer(body, config, device, output_dir, batch_size=size, learning_rate=rate, epochs=epochs)
         self.inner.train_dataset = dataset
         options: dict[str, Any] = {"temperature": config.temperature, "alpha": config.alpha, "dropout": config.dropout}
         self.inner.loss = AnswerLoss(body, teacher=teacher, micro_batch_size=config.micro_batch_size, **options)
-
-    def train_body(self) -> None:
-        """Train the transformer with its head."""
-        self.inner.train()
-
-    def fit_head(self) -> None:
-        """Do nothing: the head has been trained."""
 
 
 def find_candidates(

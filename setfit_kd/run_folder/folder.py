@@ -10,11 +10,9 @@ import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config.presets import read_config
-from setfit_kd.config.run import RunConfig
-from setfit_kd.config.task_runs import TaskRun
 from setfit_kd.errors import ConfigError, DataError, OutputError
 from setfit_kd.run_folder.manifest import is_run_folder, read_resumable_manifest
 from setfit_kd.run_folder.names import (
@@ -35,6 +33,10 @@ from setfit_kd.utils.atomic_io import (
     temporary_path,
     write_text,
 )
+
+if TYPE_CHECKING:
+    from setfit_kd.config.run import RunConfig
+    from setfit_kd.config.task_runs import TaskRun
 
 logger = logging.getLogger(__name__)
 

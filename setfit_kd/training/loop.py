@@ -46,6 +46,20 @@ class StageTrainer(Protocol):
     def fit_head(self) -> None: ...  # noqa: D102
 
 
+class BodyTrainer:
+    """Base class of `StageTrainer`s of a body without a head, or with one that is part of it."""
+
+    inner: LossTrainer
+    model: Any
+
+    def train_body(self) -> None:
+        """Train the body."""
+        self.inner.train()
+
+    def fit_head(self) -> None:
+        """Do nothing: there is no other head."""
+
+
 def resolve_learning_rate(learning_rate: float | None, body: SentenceTransformer, *, default: float) -> float:
     """Return the learning rate, or if it is None the default for this kind of body."""
     default = STATIC_LEARNING_RATE if is_static(body) else default
