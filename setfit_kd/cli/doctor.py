@@ -64,16 +64,16 @@ def _free(device: str) -> str:
 def _problem(name: str, reachable: bool) -> str | None:
     """Return why a preset cannot run here, or None if it can. Downloads nothing."""
     from setfit_kd.hub import client as hub
-    from setfit_kd.models.bodies import locate_model
+    from setfit_kd.models.demo import DEMO_MODELS
 
     settings = PRESETS[name]
     for role in ("teacher", "student", "labeled"):
-        value = settings[role]
-        if value.startswith(("layers:", "bundled:")):
+        value = settings.get(role, "").rpartition("@")[2]
+        if value.startswith(("layers:", "bundled:")) or not value:
             continue
         try:
-            if value.startswith("demo:"):
-                locate_model(value)
+            if value in DEMO_MODELS:
+                DEMO_MODELS[value].find()
             elif not reachable and hub.cached_snapshot(value, "dataset" if role == "labeled" else "model") is None:
                 return f"{value} is not in the local cache, and the hub is not reachable"
         except SetFitKDError as error:

@@ -72,10 +72,11 @@ def run(
 
     SOURCE is a CSV, TSV, JSONL, Parquet or (for the pool) text file, a folder written by datasets' save_to_disk, a hub
     name such as ag_news, ag_news[test] or nyu-mll/glue:sst2[validation], or bundled:newswire. MODEL is a hub name, a
-    folder, or demo:all-MiniLM-L6-v2.
+    folder, demo:all-MiniLM-L6-v2 or demo:all-mpnet-base-v2 (extras demo and mpnet).
 
     Flags override the config file, which overrides the preset. If you set --labeled, --unlabeled or --signals, the
-    data of the preset is not used: pass all the data you need.
+    data of the preset is not used: pass all the data you need. The preset reference-offline has no data: it is the
+    case of ag_news for your files, with all-mpnet-base-v2 and three layers of all-MiniLM-L6-v2, without the hub.
 
     With --task qa or mlm, the student is distilled from a teacher that answers questions or predicts masked words.
     There is one teacher and one student, by default layers:3 of it. Other defaults are --batch-size 16, --learning-rate

@@ -20,6 +20,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "shots": 16,
         "pool_size": 1000,
     },
+    "reference-offline": {
+        "teacher": "demo:all-mpnet-base-v2",
+        "student": "layers:0,2,5@demo:all-MiniLM-L6-v2",
+        "shots": 16,
+        "pool_size": 1000,
+    },
     "newswire": {
         "labeled": "bundled:newswire",
         "unlabeled": "bundled:newswire",

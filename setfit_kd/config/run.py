@@ -48,8 +48,8 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
     """All settings of a distillation run."""
 
     teacher: Names = ("sentence-transformers/paraphrase-mpnet-base-v2",)
-    """Teacher body: hub name, folder, or demo:all-MiniLM-L6-v2. transformer:NAME fine-tunes it end to end as a
-    sequence-classification transformer. Repeat the option to average several teachers."""
+    """Teacher body: hub name, folder, demo:all-MiniLM-L6-v2 or demo:all-mpnet-base-v2. transformer:NAME fine-tunes it
+    end to end as a sequence-classification transformer. Repeat the option to average several teachers."""
     teacher_weights: Weights | None = None
     """Weights of several teachers, such as 2,1; or cross-validated to weight each by its accuracy on held-out labels.
     [default: equal weights]"""
@@ -111,14 +111,15 @@ class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, Student
     def resolve(cls, base: Mapping[str, Any], *layers: Mapping[str, Any]) -> RunConfig:
         """Override the settings of a preset by ``layers``; later layers take precedence.
 
-        If a layer sets ``labeled``, ``unlabeled`` or ``signals``, all data settings of the preset are dropped, so that
-        labels are never combined with the pool of another dataset.
+        If a layer sets ``labeled``, ``unlabeled`` or ``signals``, all data settings of a preset with data are dropped,
+        so that labels are never combined with the pool of another dataset.
 
         Raises:
             ConfigError: If a setting is unknown or out of range.
         """
         data_settings = set(DataConfig.model_fields) - set(StageConfig.model_fields)
-        if any(layer.get(name) is not None for layer in layers for name in ("labeled", "unlabeled", "signals")):
+        sources = ("labeled", "unlabeled", "signals")
+        if base.get("labeled") and any(layer.get(name) is not None for layer in layers for name in sources):
             base = {name: value for name, value in base.items() if name not in data_settings}
         merged = dict(base)
         for layer in layers:

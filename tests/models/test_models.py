@@ -25,13 +25,15 @@ from sentence_transformers.sentence_transformer.modules import BoW, Normalize, S
 from sklearn.linear_model import LogisticRegression
 
 from setfit_kd.errors import InputError, ModelError, OutputError, UnavailableError
-from setfit_kd.models import bodies, heads
+from setfit_kd.models import heads
 from setfit_kd.models.bodies import content_hash, load_body, locate_model
+from setfit_kd.models.demo import DEMO_MODELS, DemoModel
 from setfit_kd.models.encode import embed, predict_proba
 from setfit_kd.models.heads import C_PER_CLASS, balanced_weights, fit_head, head_task, load_head, save_head
 from setfit_kd.models.io import load, new_model, save_model
 from setfit_kd.models.layers import cut_layers, n_layers
 from setfit_kd.tasks.classification import MULTI_LABEL
+from setfit_kd.utils.files import file_hash
 
 if TYPE_CHECKING:
     from setfit import SetFitModel
@@ -82,12 +84,55 @@ def test_demo_model_is_installed_and_has_the_published_weights(
     demo_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (locate_model(demo_model) / "modules.json").is_file()
-    monkeypatch.setattr(bodies, "_DEMO_SHA256", "0" * 64)
+    monkeypatch.setitem(DEMO_MODELS, demo_model, DEMO_MODELS[demo_model]._replace(sha256="0" * 64))
     with pytest.raises(ModelError, match="sha256"):
         locate_model(demo_model)
-    monkeypatch.setattr(bodies, "_DEMO_PACKAGE", "no_such_package_at_all")
-    with pytest.raises(UnavailableError, match="not installed"):
+    monkeypatch.setitem(DEMO_MODELS, demo_model, DEMO_MODELS[demo_model]._replace(packages=("no-such-package==1",)))
+    with pytest.raises(UnavailableError, match="not installed") as error_info:
         locate_model(demo_model)
+    assert "setfit-kd[demo]" in str(error_info.value.hint)
+
+
+@pytest.fixture
+def split_model(tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Install demo:all-mpnet-base-v2 as a tiny model in two packages; return the parts of its zip file."""
+    archive = Path(shutil.make_archive(str(tmp_path / "model"), "zip", tiny_student.parent, tiny_student.name))
+    content, parts = archive.read_bytes(), []
+    for number, part in enumerate((content[: len(content) // 2], content[len(content) // 2 :])):
+        (tmp_path / "site" / f"part_{number}").mkdir(parents=True)
+        parts.append(tmp_path / "site" / f"part_{number}" / f"model.zip.00{number}")
+        parts[-1].write_bytes(part)
+        (tmp_path / "site" / f"part_{number}" / "__init__.py").write_text("raise AssertionError('imported')")
+        information = tmp_path / "site" / f"part_{number}-1.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: part-{number}\nVersion: 1\n")
+        (information / "RECORD").write_text("".join(f"part_{number}/{path.name},,\n" for path in parts[-1:]))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setenv("SETFIT_KD_CACHE", str(tmp_path / "cache"))
+    sha256 = file_hash(tiny_student / "model.safetensors")
+    names = ("part-0==1", "part-1==1"), ("model.zip.000", "model.zip.001")
+    monkeypatch.setitem(DEMO_MODELS, "demo:all-mpnet-base-v2", DemoModel("mpnet", *names, sha256))
+    return parts
+
+
+def test_model_in_several_packages_is_unpacked_once(split_model: list[Path], tiny_student: Path) -> None:
+    folder = locate_model("demo:all-mpnet-base-v2")
+    assert load_body(folder).state_dict().keys() == load_body(tiny_student).state_dict().keys()
+    assert {path.name for path in folder.iterdir()} == {path.name for path in tiny_student.iterdir()}
+    split_model[0].write_bytes(b"")  # no longer used
+    assert locate_model("demo:all-mpnet-base-v2") == folder
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(ModelError, match="are not those of all-mpnet-base-v2: expected sha256") as error_info:
+        locate_model("demo:all-mpnet-base-v2")
+    assert str(folder) in str(error_info.value.hint)
+
+
+def test_damaged_packages_leave_nothing_in_the_cache(split_model: list[Path], tmp_path: Path) -> None:
+    split_model[0].write_bytes(split_model[1].read_bytes())
+    with pytest.raises(ModelError, match="damaged") as error_info:
+        locate_model("demo:all-mpnet-base-v2")
+    assert "--force-reinstall part-0==1 part-1==1" in str(error_info.value.hint)
+    assert not list((tmp_path / "cache" / "models").iterdir())
 
 
 def test_code_of_a_module_is_never_run(tiny_student: Path, tmp_path: Path) -> None:
