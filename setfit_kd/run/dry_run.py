@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config.run import RunConfig
 from setfit_kd.memory.devices import resolve_device
@@ -34,7 +34,7 @@ def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
     stages: list[PlannedStage] = []
     if config.search:  # an approximation: with the initial settings
         initial = [] if data.signals else [cross_fit_steps(config, labeled, family=families[0], device=device)]
-        initial.append(student_steps(config, inputs.students[0].family, n_texts))
+        initial.append(student_steps(config, inputs.students[0].family, n_texts, n_labeled=len(labeled)))
         stages.append(PlannedStage("search", n_texts, config.search * sum(initial)))
     if families:
         steps = sum(steps_and_batch_size(config, labeled, family=family, device=device)[0] for family in families)
@@ -46,10 +46,11 @@ def plan(config: RunConfig, inputs: RunInputs) -> list[PlannedStage]:
         stages.append(PlannedStage("signals", n_texts))
     students = [student.family for student in inputs.students]
     n_without_signals = len(rows_without_signals(data.signals, labeled)) if data.signals else 0
-    steps = sum(student_steps(config, family, n_texts, n_without_signals) for family in students)
+    counts: Any = {"pool_size": n_texts, "n_without_signals": n_without_signals, "n_labeled": len(labeled)}
+    steps = sum(student_steps(config, family, **counts) for family in students)
     stages.append(PlannedStage("student", n_texts, steps))
     if data.evaluation and config.baseline and report.labeled:
-        configs = {"setfit": config, "transformer": labels_only_config(config, n_texts, n_without_signals)}
+        configs = {"setfit": config, "transformer": labels_only_config(config, **counts)}
         steps = sum(
             steps_and_batch_size(configs[family], labeled, family=family, device=device)[0] for family in students
         )

@@ -453,7 +453,8 @@ class Stages:
         student = run(key, path, train, "Student")
         if config.baseline and data.evaluation and len(data.labeled):
             if prepared.family == "transformer":
-                config = labels_only_config(config, len(signals), len(rows_without_signals(signals, data.labeled)))
+                rows, n_labeled = rows_without_signals(signals, data.labeled), len(data.labeled)
+                config = labels_only_config(config, len(signals), len(rows), n_labeled=n_labeled)
             key = fingerprint(self._labeled_key, body_key, TeacherConfig.fingerprint_inputs(config))
             key = fingerprint(key, teachers.key)
             models[baseline_path(path)] = run(

@@ -104,7 +104,7 @@ def train_student(
             device=device,
             texts=signals.texts,
             batch_texts=config.batch_size * (2 if config.objective == "pairs" else 1),
-            steps=student_steps(config, family, len(signals)),
+            steps=student_steps(config, family, len(signals), n_labeled=0 if gold is None else len(gold)),
             description="Training student",
             checkpoints=checkpoints,
         )
@@ -119,13 +119,14 @@ def check_pool(pool_size: int, config: StudentConfig) -> None:
         )
 
 
-def n_held_out(pool_size: int, config: StudentConfig) -> int:
+def n_held_out(pool_size: int, config: StudentConfig, n_labeled: int = 0) -> int:
     """Return the number of pool texts to calibrate the student on, measure its agreement and stop early.
 
-    It is not trained on them. Small pools are only split for early stopping.
+    It is not trained on them. Pools that are small, or of which ``n_labeled`` texts leave too few, are only split for
+    early stopping.
     """
     n = min(int(HELD_OUT_SHARE * pool_size), MAX_HELD_OUT)
-    if n >= MIN_HELD_OUT:
+    if n >= MIN_HELD_OUT and (config.patience is not None or n <= pool_size - n_labeled):
         return n
     return 0 if config.patience is None else min(MIN_HELD_OUT, pool_size // 2)
 
@@ -137,32 +138,37 @@ def hold_out(
 
     ``avoid`` is a (n,) mask of rows to hold out only if there are too few others.
     """
-    count = n_held_out(n, config)
-    if config.patience is None and avoid is not None and count > (~avoid).sum():
-        count = 0
+    count = n_held_out(n, config, 0 if avoid is None else int(avoid.sum()))
     order = np.random.default_rng([config.seed, 6]).permutation(n)
     if avoid is not None:
         order = np.concatenate([order[~avoid[order]], order[avoid[order]]])
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def student_steps(config: StudentConfig, family: Family, pool_size: int, n_without_signals: int = 0) -> int:
-    """Return the maximum number of training steps on texts with signals, and on labeled texts without signals."""
+def student_steps(
+    config: StudentConfig, family: Family, pool_size: int, n_without_signals: int = 0, *, n_labeled: int = 0
+) -> int:
+    """Return the maximum number of training steps on texts with signals, and on labeled texts without signals.
+
+    ``n_labeled`` are all labeled texts, with and without signals.
+    """
     config = config.with_family_defaults(family)
-    texts = pool_size + n_without_signals * _trains_on_labeled_texts(family, config)
-    texts -= n_held_out(texts, config)
+    trains = _trains_on_labeled_texts(family, config)
+    texts = pool_size + n_without_signals * trains
+    texts -= n_held_out(texts, config, n_labeled - n_without_signals * (not trains))
     if config.objective == "pairs":
         return config.epochs * -(-texts * config.num_iterations // config.batch_size)
     full, rest = divmod(texts, config.batch_size)
     return config.epochs * (full + (rest > 1))  # a last batch of one text has no pair and is dropped
 
 
-def labels_only_config(config: RunConfig, pool_size: int, n_without_signals: int = 0) -> RunConfig:
+def labels_only_config(config: RunConfig, pool_size: int, n_without_signals: int = 0, *, n_labeled: int) -> RunConfig:
     """Create the config of a transformer student's baseline: trained on the labels only, for as many steps."""
     student = config.with_family_defaults("transformer")
+    steps = student_steps(student, "transformer", pool_size, n_without_signals, n_labeled=n_labeled)
     return config.model_copy(
         update={
-            "teacher_steps": student_steps(student, "transformer", pool_size, n_without_signals),
+            "teacher_steps": steps,
             "teacher_batch_size": student.batch_size,
             "teacher_learning_rate": student.learning_rate,
             "teacher_dropout": student.dropout,

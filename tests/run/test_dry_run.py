@@ -79,3 +79,16 @@ def test_run_steps_are_counted(settings: dict[str, Any], tiny_student: Path, tra
     assert ("baseline" in planned) == settings.get("baseline", True)
     run_pipeline(config)
     assert len(trained_steps) == sum(stage.steps for stage in planned.values())
+
+
+def test_steps_without_a_pool_are_counted(
+    tiny_student: Path, trained_steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No text is held out, since all have gold labels; the baseline takes as many steps as the student."""
+    monkeypatch.setattr("setfit_kd.student.distil.MIN_HELD_OUT", 4)
+    sources, name = dict.fromkeys(("labeled", "eval"), "bundled:newswire"), f"transformer:{tiny_student}"
+    config = RunConfig.of(**{**FAST, **sources, "shots": 16, "epochs": 3, "teacher": name, "student": name})
+    planned = {stage.name: stage for stage in plan(config, prepare_run(config))}
+    assert planned["student"].steps == planned["baseline"].steps == 3 * 64 // config.batch_size
+    run_pipeline(config)
+    assert len(trained_steps) == sum(stage.steps for stage in planned.values())
