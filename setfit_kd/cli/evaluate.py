@@ -30,7 +30,7 @@ def evaluate(model: str, label_names: str | None, as_json: bool, trust_pickle: b
     """Evaluate a classifier on labeled texts: quality, size and speed.
 
     MODEL is a bundle, a run folder, one of its models, or a SetFit model or transformer classifier in a folder or on
-    the hub. Without --eval, a run and its models are evaluated on the (main) evaluation texts of the run. A transformer
+    the hub. Without --eval, a run and its models are evaluated on the main evaluation texts of the run. A transformer
     that answers questions, or its bundle, is evaluated on the questions of --eval: exact match and F1 as in SQuAD.
     """
     from setfit_kd.cli.output import echo, show_table
