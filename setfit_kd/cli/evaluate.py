@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ def evaluate(model: str, label_names: str | None, as_json: bool, trust_pickle: b
     """Evaluate a classifier on labeled texts: quality, size and speed.
 
     MODEL is a bundle, a run folder, one of its models, or a SetFit model or transformer classifier in a folder or on
-    the hub. Without --eval, a run and its models are evaluated on the evaluation texts of the run. A transformer that
-    answers questions, or its bundle, is evaluated on the questions of --eval: exact match and F1 as in SQuAD.
+    the hub. Without --eval, a run and its models are evaluated on the main evaluation texts of the run. A transformer
+    that answers questions, or its bundle, is evaluated on the questions of --eval: exact match and F1 as in SQuAD.
     """
     from setfit_kd.cli.output import echo, show_table
     from setfit_kd.data.labeled_set import encode_labels
-    from setfit_kd.data.sources import read
+    from setfit_kd.data.sources import evaluation_sources, read
     from setfit_kd.evaluation.measure import class_table, evaluation_table, read_texts
     from setfit_kd.evaluation.measure import evaluate as evaluate_model
     from setfit_kd.inference.answerer import answerer_folder
@@ -46,43 +47,49 @@ def evaluate(model: str, label_names: str | None, as_json: bool, trust_pickle: b
         questions.evaluate(answerer, passed(flags), as_json=as_json)
         return
     config = RunConfig.of(**passed(flags))
-    if config.eval is not None:
-        rows = read(config.eval, **config.columns, role="test")
-    else:
+    rows = {name: read(each, **config.columns, role="test") for name, each in evaluation_sources(config.eval).items()}
+    if not rows:
         folder = _stored_texts(Path(model))
     with shared_backoff(cpu_fallback=config.cpu_fallback):
         batch_size = config.encode_batch_size
         classifier = open_classifier(model, device=config.device, batch_size=batch_size, trust_pickle=trust_pickle)
-        if config.eval is not None:
-            classifier.labels = _label_names(model, classifier.labels, label_names, rows.used_labels)
+        if rows:
+            used = {label for each in rows.values() for label in each.used_labels}
+            classifier.labels = _label_names(model, classifier.labels, label_names, used)
         task = TASKS[classifier.task]
-        data = read_texts(folder) if config.eval is None else encode_labels(rows, classifier.labels, task)
+        encoded = {name: encode_labels(each, classifier.labels, task) for name, each in rows.items()}
+        sets = encoded or {"": read_texts(folder)}
         evaluated: Any = classifier
         if isinstance(classifier, TorchClassifier):
             evaluated = classifier.model
             evaluated.labels = classifier.labels
-        evaluation = evaluate_model(evaluated, data, encode_batch_size=batch_size, exact=config.exact)
+        measure = partial(evaluate_model, evaluated, encode_batch_size=batch_size, exact=config.exact)
+        evaluations = {name: measure(data) for name, data in sets.items()}
     if as_json:
-        values = evaluation.as_dict(target_accuracy=config.target_accuracy)
-        echo(json_text({"eval": data.origin, "eval_texts": len(data), **values}, indent=2))
+        described = {name: {"eval": data.origin, "eval_texts": len(data)} for name, data in sets.items()}
+        values = [described[k] | e.as_dict(target_accuracy=config.target_accuracy) for k, e in evaluations.items()]
+        echo(json_text(dict(zip(sets, values, strict=True)) if len(sets) > 1 else values[0], indent=2))
         return
-    show_table(*evaluation_table({model: evaluation}))
-    echo("")
-    show_table(*class_table(evaluation))
-    quality, calibration = evaluation.quality, evaluation.calibration
-    stored = f", stored in {folder}" if config.eval is None else ""
-    echo(f"\n{len(data):,} evaluation texts: {data.origin}{stored}.")
-    if quality.sample_f1 is not None:
-        echo(f"Average precision {quality.average_precision:.1%}, sample-F1 {quality.sample_f1:.1%}.")
-    echo(f"Calibration error {calibration.ece:.1%}, Brier score {calibration.brier:.3f}.")
-    if (target := config.target_accuracy) is None:
-        return
-    if (point := evaluation.operating_point(target)) is None:
-        echo(f"No threshold reaches an accuracy of {target:.1%}.")
-    else:
-        needed = f"--threshold {point.threshold:.9g}, which {point.coverage:.1%} of the texts reach"
-        interval = f"95% interval of the accuracy: {point.low:.1%} to {point.high:.1%}"
-        echo(f"An accuracy of {target:.1%} needs {needed}. {interval}.")
+    for name, evaluation in evaluations.items():
+        if name != next(iter(sets)):
+            echo("")
+        show_table(*evaluation_table({model: evaluation}))
+        echo("")
+        show_table(*class_table(evaluation))
+        quality, calibration = evaluation.quality, evaluation.calibration
+        stored = "" if rows else f", stored in {folder}"
+        echo(f"\n{len(sets[name]):,} evaluation texts: {sets[name].origin}{stored}.")
+        if quality.sample_f1 is not None:
+            echo(f"Average precision {quality.average_precision:.1%}, sample-F1 {quality.sample_f1:.1%}.")
+        echo(f"Calibration error {calibration.ece:.1%}, Brier score {calibration.brier:.3f}.")
+        if (target := config.target_accuracy) is None:
+            continue
+        if (point := evaluation.operating_point(target)) is None:
+            echo(f"No threshold reaches an accuracy of {target:.1%}.")
+        else:
+            needed = f"--threshold {point.threshold:.9g}, which {point.coverage:.1%} of the texts reach"
+            interval = f"95% interval of the accuracy: {point.low:.1%} to {point.high:.1%}"
+            echo(f"An accuracy of {target:.1%} needs {needed}. {interval}.")
 
 
 def _label_names(model: str, names: list[str], text: str | None, used: set[str]) -> list[str]:

@@ -68,9 +68,9 @@ def finetune(task: str, as_json: bool, **flags: Any) -> None:
     if as_json:
         echo(json_text(result.metrics, indent=2))
         return
-    evaluation = result.evaluation or result.validation
-    if evaluation is not None:
-        name = f"{config.output_dir}{'' if result.evaluation else ' (validation)'}"
+    evaluations = result.evaluations | ({"validation": result.validation} if result.validation else {})
+    for set_name, evaluation in evaluations.items():
+        name = f"{config.output_dir}{f' ({set_name})' if len(evaluations) > 1 or result.validation else ''}"
         show_table(*evaluation_table({name: evaluation}))
         echo("")
         show_table(("", ""), [(name, f"{value:.1%}") for name, value in evaluation.quality.scores.items()])

@@ -139,7 +139,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     if get_origin(kind) is Literal:
         return click.option(flag, name, type=click.Choice(get_args(kind)), default=None, help=text)
     metavar = _METAVARS.get(name, _METAVARS.get(kind, "TEXT"))
-    multiple = name in ("teacher", "student") and get_origin(kind) is tuple
+    multiple = name in ("teacher", "student", "eval") and get_origin(kind) is tuple
     kind = kind if kind in (int, float) else str
     return click.option(flag, name, type=kind, metavar=metavar, default=None, multiple=multiple, help=text)
 

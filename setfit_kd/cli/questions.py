@@ -43,9 +43,11 @@ def evaluate(folder: Path, settings: dict[str, Any], *, as_json: bool) -> None:
     from setfit_kd.qa.data import read_questions
     from setfit_kd.qa.metrics import score_answers
 
-    source = settings.pop("eval", None)
-    if source is None:
-        raise ConfigError("Evaluating a model that answers questions requires questions.", hint="Pass --eval.")
+    sources = settings.pop("eval", ())
+    if len(sources) != 1:
+        message = "Evaluating a model that answers questions requires questions from one source."
+        raise ConfigError(message, hint="Pass --eval once.")
+    [source] = sources
     questions = read_questions(source, role="test")
     with shared_backoff(cpu_fallback=settings.get("cpu_fallback")):
         answers = open_answerer(folder, settings)(questions)

@@ -126,14 +126,18 @@ def run(
     seconds = time.perf_counter() - started
 
     from setfit_kd.cli.output import echo, show_table
+    from setfit_kd.data.sources import evaluation_sources
     from setfit_kd.evaluation.estimates import estimate_table
     from setfit_kd.evaluation.measure import evaluation_table
     from setfit_kd.report.render import seed_cells, seed_headings
     from setfit_kd.report.summary import display_name
 
     if result.evaluations:
-        show_table(*evaluation_table({display_name(name): each for name, each in result.evaluations.items()}))
-        echo("")
+        first = next(iter(evaluation_sources(result.config.eval))) if result.more_evaluations else ""
+        for set_name, evaluations in {first: result.evaluations, **result.more_evaluations}.items():
+            table = evaluation_table({display_name(name): each for name, each in evaluations.items()})
+            show_table((set_name, *table[0][1:]), table[1])
+            echo("")
     elif result.estimates:
         show_table(*estimate_table({display_name(name): each for name, each in result.estimates.items()}))
         echo("")
@@ -184,7 +188,7 @@ def _offline_hint(error: UnavailableError, config: RunConfig, *, chosen: Set[str
     from setfit_kd.models.bodies import locate_model
 
     defaults = [role for role in ("teacher", "student") if role not in chosen]
-    data = [source for source in (config.labeled, config.unlabeled, config.eval, config.signals) if source]
+    data = [source for source in (config.labeled, config.unlabeled, *(config.eval or ()), config.signals) if source]
     is_default = any(repr(name) in error.message for role in defaults for name in getattr(config, role))
     if not is_default or not all(Path(source).exists() or source.startswith("bundled:") for source in data):
         return None

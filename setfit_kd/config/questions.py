@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from setfit_kd.config.base import StageConfig
-from setfit_kd.config.values import Name, OutputDir
+from setfit_kd.config.values import Name, One, OutputDir
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,7 +52,7 @@ class QuestionFinetuneConfig(QuestionConfig):
     """Training questions: file (JSON in SQuAD format, JSONL, Parquet), datasets folder, or hub name."""
     validation: Name | None = None
     """Questions, some without an answer, on which the threshold for giving no answer is chosen."""
-    eval: Name | None = None
+    eval: One | None = None
     """Evaluation questions."""
     output_dir: OutputDir
     """Output folder of the model."""

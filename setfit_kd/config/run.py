@@ -36,8 +36,9 @@ class FinetuneRunConfig(FinetuneConfig, ColumnsConfig):
     train."""
     validation: Name | None = None
     """Validation texts: as for --labeled. A source with splits uses validation."""
-    eval: Name | None = None
-    """Evaluation texts: as for --labeled. A source with splits uses test."""
+    eval: Names | None = None
+    """Evaluation texts: as for --labeled. A source with splits uses test. Repeat the option to evaluate on several
+    sets; the first is the main one."""
     output_dir: OutputDir
     """Output folder of the model."""
     overwrite: bool = False

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from setfit_kd.config.base import StageConfig
-from setfit_kd.config.values import Columns, Name, Objectives, check_unique
+from setfit_kd.config.values import Columns, Name, Names, Objectives, check_unique
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -48,8 +48,9 @@ class DataConfig(ColumnsConfig):
     unlabeled: Name | None = None
     """Unlabeled texts: file (CSV, TSV, JSONL, Parquet, or text with one text per line), datasets folder, or hub
     name."""
-    eval: Name | None = None
-    """Evaluation texts with labels; never used for training."""
+    eval: Names | None = None
+    """Evaluation texts with labels; never used for training. Repeat the option to evaluate on several sets; the first
+    is the main one."""
     shots: int | None = Field(None, ge=2)
     """Labels per class, drawn at random. [default: all]"""
     pool_size: int | None = Field(None, ge=2)

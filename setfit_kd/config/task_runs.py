@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeAlias
-
-from pydantic import BeforeValidator
+from typing import Any, Literal, TypeAlias
 
 from setfit_kd.config.base import StageConfig
 from setfit_kd.config.mlm import MlmConfig
 from setfit_kd.config.questions import QuestionConfig
-from setfit_kd.config.values import Columns, Name, OutputDir
-
-_One = Annotated[
-    Name,
-    BeforeValidator(lambda value: _the_only(value) if isinstance(value, list | tuple) else value),
-]
-
-
-def _the_only(values: Sequence[object]) -> object:
-    if len(values) != 1:
-        raise ValueError(f"expected one model, got {len(values)}")
-    return values[0]
+from setfit_kd.config.values import Columns, Name, One, OutputDir
 
 
 class TaskRunConfig(StageConfig):
     """Settings of a run with one teacher and one student, which share the settings of training."""
 
-    teacher: _One
+    teacher: One
     """Teacher: hub name, folder, or demo:all-MiniLM-L6-v2."""
-    student: _One = "layers:3"
+    student: One = "layers:3"
     """Student: as for --teacher; layers:3 or layers:0,2,5 to copy layers of the teacher; or blank:CONFIG for an
     untrained transformer."""
-    eval: Name | None = None
+    eval: One | None = None
     """Evaluation data; never used for training."""
     baseline: bool = True
     """Also train a baseline: the same student without distillation."""

@@ -9,12 +9,12 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union
 
 from setfit_kd.data.readers import READERS, Record, file_format, read_records, record_unit
 from setfit_kd.errors import DataError, SetFitKDError
 from setfit_kd.utils.console import quiet_libraries
-from setfit_kd.utils.files import MAX_JSON_BYTES, check_regular_file
+from setfit_kd.utils.files import MAX_JSON_BYTES, check_regular_file, distinct_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -133,6 +133,26 @@ def read(
         hint = "Use lists of the labels of each text, or one column of 0 and 1 per label, named with --label-columns."
         raise DataError(f"{rows.origin} has vectors of 0 and 1 instead of labels.", hint=hint)
     return replace(rows, label_names=names)
+
+
+def are_names(source: object) -> TypeGuard[Sequence[str | Path]]:
+    """Return whether a source is a list of paths or names of several sources."""
+    return isinstance(source, list | tuple) and bool(source) and all(isinstance(each, str | Path) for each in source)
+
+
+def evaluation_sources(source: Any) -> dict[str, Source]:
+    """Return the source of each evaluation set by a distinct name; none for None.
+
+    Several sources are a list of paths or names, and named after the files, or a mapping of names to non-lists.
+    """
+    if source is None:
+        return {}
+    if are_names(source):
+        return dict(zip(distinct_names(Path(name).stem for name in source), source, strict=True))
+    if not isinstance(source, Mapping) or not source or hasattr(source, "column_names"):
+        return {"": source}
+    is_column = [not isinstance(v, str | Path | Mapping) and len(getattr(v, "shape", ())) < 2 for v in source.values()]
+    return {"": source} if any(is_column) else dict(zip(distinct_names(source), source.values(), strict=True))
 
 
 def stream_texts(

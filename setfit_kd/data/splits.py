@@ -1,11 +1,11 @@
-"""Split the data of a run into labeled texts, pool and evaluation set, without duplicates and leaks."""
+"""Split the data of a run into labeled texts, pool and evaluation sets, without duplicates and leaks."""
 
 from __future__ import annotations
 
 import logging
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from heapq import nsmallest
@@ -23,7 +23,7 @@ _QUOTES = str.maketrans(dict.fromkeys("‘’‚‛‹›ʼ", "'") | dict.fromke
 
 @dataclass(frozen=True)
 class DataReport:
-    """Numbers of texts used and removed; conflicts occur with different labels, leaks are in the evaluation set."""
+    """Numbers of texts used and removed; conflicts occur with different labels, leaks are in an evaluation set."""
 
     labeled: int
     pool: int
@@ -38,12 +38,17 @@ class DataReport:
 
 @dataclass(frozen=True)
 class DataSplits:
-    """Labeled texts, pool and optional evaluation set, without duplicates and leaks."""
+    """Labeled texts, pool and evaluation sets by name (the first is the main one), without duplicates and leaks."""
 
     labeled: LabeledSet
     pool: list[str]
-    evaluation: LabeledSet | None
+    evaluations: dict[str, LabeledSet]
     report: DataReport
+
+    @property
+    def evaluation(self) -> LabeledSet | None:
+        """The main evaluation set, if any."""
+        return next(iter(self.evaluations.values()), None)
 
 
 def normalize(text: str) -> str:
@@ -71,20 +76,20 @@ def remove_leaks(data: LabeledSet, held_out: set[str], *, name: str, held_out_na
 def split_data(
     labeled: LabeledSet,
     pool: Iterable[str] | None,
-    evaluation: LabeledSet | None,
+    evaluations: Mapping[str, LabeledSet],
     config: DataConfig,
     *,
     disjoint: bool = True,
 ) -> DataSplits:
     """Remove leaks and duplicates, then draw the labeled texts and the pool.
 
-    1. Leak guard: remove all texts of the evaluation set, after `normalize`, from the labeled set and the pool.
+    1. Leak guard: remove all texts of the evaluation sets, after `normalize`, from the labeled set and the pool.
     2. Remove duplicates, and labeled texts that occur with different labels.
     3. Draw the labeled texts; if ``disjoint``, remove them from the pool. Otherwise ``labeled`` may be empty.
     4. Draw the pool (None for no pool) from the rest. It is read only once: memory holds the drawn texts and about 100
        bytes per text of the pool to detect duplicates. If too few texts are left, a `DataError` is raised.
     """
-    held_out = {normalize(text) for text in evaluation.texts} if evaluation else set()
+    held_out = {normalize(text) for data in evaluations.values() for text in data.texts}
     removed: Counter[str] = Counter(labeled_leaks=len(labeled))
     labeled = remove_leaks(labeled, held_out, name="labeled", held_out_name="evaluation")
     removed["labeled_leaks"] -= len(labeled)
@@ -106,11 +111,11 @@ def split_data(
                 logger.warning(message, name, count, config.shots)
     shot_keys = {normalize(text) for text in shots.texts} if disjoint else set()
     texts = [] if pool is None else _draw_pool(pool, held_out, shot_keys, config, removed)
-    report = DataReport(len(shots), len(texts), len(evaluation or ()), **removed)
+    report = DataReport(len(shots), len(texts), sum(map(len, evaluations.values())), **removed)
     message = "Data: %d labeled, %d pool and %d evaluation texts (removed %d labeled and %d pool duplicates)."
     counts = report.labeled, report.pool, report.evaluation, report.labeled_duplicates, report.pool_duplicates
     logger.info(message, *counts)
-    return DataSplits(shots, texts, evaluation, report)
+    return DataSplits(shots, texts, dict(evaluations), report)
 
 
 def _draw_pool(

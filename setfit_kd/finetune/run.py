@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config.run import FinetuneRunConfig
 from setfit_kd.config.stages import FinetuneConfig
-from setfit_kd.data.labeled_set import check_classes, encode_labels
-from setfit_kd.data.sources import read
+from setfit_kd.data.labeled_set import LabeledSet, check_classes, encode_labels
+from setfit_kd.data.sources import Source, evaluation_sources, read
 from setfit_kd.data.splits import normalize, remove_leaks
 from setfit_kd.errors import DataError
 from setfit_kd.evaluation.measure import Evaluation, evaluate
@@ -32,26 +32,34 @@ _MIN_ROWS = 8  # minimum number of tokenized rows to decide whether another toke
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """Classifier on the device of the run, and its metrics; ``evaluation`` is None without an evaluation set.
+    """Classifier on the device of the run, and its metrics; ``evaluations`` are by the name of the evaluation set.
 
     ``validation``, only without an evaluation set, is optimistic: the best weights were selected on the same texts.
     """
 
     model: SetFitModel
-    evaluation: Evaluation | None
+    evaluations: dict[str, Evaluation]
     validation: Evaluation | None = None
     history: list[dict[str, float]] = field(default_factory=list)  # step and metrics of each validation in training
     leaks: dict[str, int] = field(default_factory=dict)  # number of texts removed because a later set contains them
     output_dir: Path | None = None
 
     @property
+    def evaluation(self) -> Evaluation | None:
+        """Evaluation on the main evaluation set, if any."""
+        return next(iter(self.evaluations.values()), None)
+
+    @property
     def metrics(self) -> dict[str, Any]:
         """All metrics, as in ``metrics.json``."""
-        metrics = {
-            name: evaluation and {**evaluation.as_dict(), **evaluation.quality.scores}
-            for name, evaluation in (("evaluation", self.evaluation), ("validation", self.validation))
-        }
+        more = {name: _metrics(evaluation) for name, evaluation in self.evaluations.items()}
+        main, validation = more.pop(next(iter(more), ""), None), self.validation and _metrics(self.validation)
+        metrics = {"evaluation": main, "validation": validation, **({"more_evaluations": more} if more else {})}
         return {**metrics, "leaks": self.leaks, _HISTORY: self.history}
+
+
+def _metrics(evaluation: Evaluation) -> dict[str, Any]:
+    return {**evaluation.as_dict(), **evaluation.quality.scores}
 
 
 def finetune_run(config: FinetuneRunConfig) -> FinetuneResult:
@@ -77,13 +85,16 @@ def _finetune_run(config: FinetuneRunConfig, output: OutputFolder) -> FinetuneRe
     labeled = encode_labels(read(config.labeled, **columns))
     check_classes(labeled)
     names = labeled.label_names
-    validation, held_out = (
-        None if name is None else encode_labels(read(name, **columns, role=role), names, labeled.task)
-        for name, role in ((config.validation, "validation"), (config.eval, "test"))
-    )
+
+    def load(source: Source, role: str) -> LabeledSet:
+        return encode_labels(read(source, **columns, role=role), names, labeled.task)
+
+    validation = None if config.validation is None else load(config.validation, "validation")
+    held_out = {name: load(source, "test") for name, source in evaluation_sources(config.eval).items()}
     check_settings(config, labeled, validation)
     n_labeled, n_validation = len(labeled), len(validation or ())
-    seen, test = ({normalize(t) for t in data.texts} if data else set() for data in (validation, held_out))
+    seen = {normalize(text) for text in validation.texts} if validation else set()
+    test = {normalize(text) for data in held_out.values() for text in data.texts}
     labeled = remove_leaks(labeled, seen | test, name="labeled", held_out_name="validation or evaluation")
     if validation is not None:
         validation = remove_leaks(validation, test, name="validation", held_out_name="evaluation")
@@ -101,11 +112,10 @@ def _finetune_run(config: FinetuneRunConfig, output: OutputFolder) -> FinetuneRe
     options: dict[str, Any] = {"config": config, "checkpoints": output.checkpoints / training, "history": history}
     model = finetune(labeled, body, validation=validation, **options)
     move_model(model.model_body, device, phase="Evaluating")
-    evaluation, validation_evaluation = (
-        None if data is None else evaluate(model, data, encode_batch_size=config.encode_batch_size, exact=config.exact)
-        for data in (held_out, None if held_out else validation)
-    )
-    result = FinetuneResult(model, evaluation, validation_evaluation, history, leaks, output.path)
+    measure = partial(evaluate, model, encode_batch_size=config.encode_batch_size, exact=config.exact)
+    evaluations = {name: measure(data) for name, data in held_out.items()}
+    validation_evaluation = None if held_out or validation is None else measure(validation)
+    result = FinetuneResult(model, evaluations, validation_evaluation, history, leaks, output.path)
     content = {**result.metrics, "settings": config.model_dump(mode="json")}
     output.write(partial(save_model, model, title="Text classifier"), content)
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -136,13 +137,13 @@ def _range(interval: Interval) -> str:
     return f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"
 
 
-def _comparison(summary: RunSummary) -> list[list[str]]:
+def _comparison(evaluations: Mapping[str, Evaluation]) -> list[list[str]]:
     """Return a table of all models; its first row contains the headings."""
-    headings, rows = evaluation_table(summary.evaluations)
-    if summary.teacher is not None:
-        speed = max(summary.teacher.cost.texts_per_second, 0.1)
+    headings, rows = evaluation_table(evaluations)
+    if TEACHER in evaluations:
+        speed = max(evaluations[TEACHER].cost.texts_per_second, 0.1)
         headings.append("speedup")
-        for row, evaluation in zip(rows, summary.evaluations.values(), strict=True):
+        for row, evaluation in zip(rows, evaluations.values(), strict=True):
             row.append(f"{evaluation.cost.texts_per_second / speed:.1f}")
     return [headings, *rows]
 
@@ -211,7 +212,7 @@ def render_card(summary: RunSummary, source: str) -> str:
     if evaluation is not None:
         metrics = ((key, name if name != key else None) for key, name in METRICS[summary.task].items())
         shown = [(key, round(getattr(evaluation.quality, key), 4), name) for key, name in metrics]
-        dataset = _public(summary.config.eval or "the evaluation set", summary)
+        dataset = _public([*(summary.config.eval or ()), "the evaluation set"][0], summary)
         results = [
             EvalResult("text-classification", dataset, dataset, key.split("_")[-1], value, metric_name=name)
             for key, value, name in shown

@@ -56,6 +56,7 @@ class RunSummary:
 
     ``losses`` has the training loss by step, for each training. ``evaluations`` (empty without an evaluation set),
     ``estimates`` (empty with one) and ``seed_summaries`` (empty for a run with one seed) are by `display_name`.
+    ``more_evaluations`` are those on other sets than the main one, by the name of the set.
     """
 
     folder: Path
@@ -63,6 +64,7 @@ class RunSummary:
     manifest: Manifest
     losses: dict[str, list[float]]
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    more_evaluations: dict[str, dict[str, Evaluation]] = field(default_factory=dict)
     estimates: dict[str, Estimate] = field(default_factory=dict)
     label_names: tuple[str, ...] = ()
     students: list[StudentSummary] = field(default_factory=list)
@@ -98,7 +100,11 @@ def read_summary(folder: str | Path) -> RunSummary:
     data = read_texts(folder / EVALUATION)
     folders = [folder, *(folder / run_names.SEEDS / str(seed) for seed in manifest.seeds[1:])]
     try:
-        names = manifest.evaluated
+        names, sets = manifest.evaluated, dict.fromkeys(path.partition("@")[2] for path in manifest.stages)
+        more = {
+            each: {display_name(name): Evaluation.load(folder / EVALUATION / f"{name}@{each}") for name in names}
+            for each in filter(None, sets)
+        }
         by_seed = [{name: _load_evaluation(path / EVALUATION / name, data) for name in names} for path in folders]
     except DataError as error:
         hint = f"Run `setfit-kd run --resume {shlex.quote(str(folder))}` to evaluate again."
@@ -116,7 +122,7 @@ def read_summary(folder: str | Path) -> RunSummary:
     by_name = {display_name(name): evaluation for name, evaluation in evaluations.items()}
     over_seeds = {display_name(name): summary for name, summary in seed_summaries.items()}
     results: dict[str, Any] = {"students": summaries, "seed_summaries": over_seeds, "label_names": data.label_names}
-    return RunSummary(folder, config, manifest, losses, by_name, **results)
+    return RunSummary(folder, config, manifest, losses, by_name, more, **results)
 
 
 def display_name(name: str) -> str:

@@ -14,7 +14,7 @@ from setfit_kd.augment.fill_mask import FillMask
 from setfit_kd.config.run import RunConfig
 from setfit_kd.config.stages import DataConfig
 from setfit_kd.data.labeled_set import LabeledSet, check_classes, encode_labels
-from setfit_kd.data.sources import Source, read, stream_texts
+from setfit_kd.data.sources import Source, evaluation_sources, read, stream_texts
 from setfit_kd.data.splits import DataSplits, split_data
 from setfit_kd.errors import ConfigError
 from setfit_kd.memory.devices import resolve_device
@@ -98,7 +98,8 @@ def prepare_run(config: RunConfig, *, resume: bool = False, **sources: Source | 
     from setfit_kd.hub.client import cached_revisions  # imports huggingface_hub
 
     models = [*teachers, config.augment_model, *config.student]
-    named = [getattr(config, name) for name in ("labeled", "unlabeled", "eval") if sources.get(name) is None]
+    named = [getattr(config, name) for name in ("labeled", "unlabeled") if sources.get(name) is None]
+    named += () if sources.get("eval") is not None else config.eval or ()
     revisions = cached_revisions(models, named)
     if data.evaluation is None:
         logger.warning("There is no evaluation set: quality can only be estimated. Pass --eval to measure it.")
@@ -134,9 +135,11 @@ def load_run_data(config: DataConfig, **sources: Source | None) -> RunData:
         raise ConfigError("Signals contain their own pool texts.", hint="Remove --unlabeled or --signals.")
     if labeled is None and config.signals is None:
         raise ConfigError("Labeled texts are required.", hint="Pass --labeled or choose a --preset.")
-    if isinstance(labeled, str) and isinstance(evaluation, str) and labeled == evaluation and Path(labeled).is_file():
+    evaluations = evaluation_sources(evaluation)
+    files = {source for source in evaluations.values() if isinstance(source, str)}
+    if isinstance(labeled, str) and labeled in files and Path(labeled).is_file():
         raise ConfigError(
-            f"{evaluation} cannot be both the labeled texts and the evaluation set.",
+            f"{labeled} cannot be both the labeled texts and the evaluation set.",
             hint="Pass other texts with --eval, or leave it out.",
         )
 
@@ -148,9 +151,10 @@ def load_run_data(config: DataConfig, **sources: Source | None) -> RunData:
         rows = encode_labels(read(labeled, **config.columns), *classes)
     if signals is None:
         check_classes(rows)
-    held_out = None
-    if evaluation is not None:
-        held_out = encode_labels(read(evaluation, **config.columns, role="test"), rows.label_names, rows.task)
+    held_out = {
+        name: encode_labels(read(source, **config.columns, role="test"), rows.label_names, rows.task)
+        for name, source in evaluations.items()
+    }
     if signals is None:
         if unlabeled is None:
             logger.warning("There are no unlabeled texts: the student can only learn from the labeled texts.")

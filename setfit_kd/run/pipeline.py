@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setfit_kd.config.run import RunConfig
-from setfit_kd.data.sources import Source
+from setfit_kd.data.sources import Source, are_names
 from setfit_kd.evaluation.estimates import Estimate, estimate_table
 from setfit_kd.evaluation.measure import Evaluation, SeedSummary, evaluation_table, summarize_seeds, write_texts
 from setfit_kd.memory.backoff import move_model, shared_backoff
@@ -47,10 +47,11 @@ class RunResult:
         signals: Signals for the pool; with several teachers, their weighted average.
         evaluations: Evaluations by ``teacher``, ``baseline`` and ``student``; with several students by
             ``baselines/NAME`` and ``students/NAME``; with several teachers by ``teachers/NAME`` for each teacher and
-            ``teacher`` for the ensemble. Empty without an evaluation set.
+            ``teacher`` for the ensemble. Empty without an evaluation set. With several sets, on the first.
         estimates: Without an evaluation set, the estimated quality of the teacher, or ensemble, and the students; empty
             if no teacher was calibrated.
         config: The settings.
+        more_evaluations: With several evaluation sets, the evaluations on the others, by the name of the set.
         by_seed: With several seeds, the evaluations of each seed, including the first; otherwise empty.
         trials: With a search, the trials for ``teacher`` and ``student``, of the first seed.
         seconds: Wall time in seconds by stage.
@@ -64,6 +65,7 @@ class RunResult:
     evaluations: dict[str, Evaluation]
     config: RunConfig
     estimates: dict[str, Estimate] = field(default_factory=dict)
+    more_evaluations: dict[str, dict[str, Evaluation]] = field(default_factory=dict)
     by_seed: dict[int, dict[str, Evaluation]] = field(default_factory=dict)
     trials: dict[str, list[Trial]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -93,19 +95,26 @@ class RunResult:
         """All metrics by model, as in ``metrics.json``; estimates have the entry ``estimated``.
 
         Those of a student include the differences ``against`` the teacher and the baseline. With several seeds, each
-        model has a summary ``over_seeds``.
+        model has a summary ``over_seeds``, and with several evaluation sets ``more_evaluations`` by their names.
         """
         if not self.evaluations:
             return {name: estimate.as_dict() for name, estimate in self.estimates.items()}
-        target = self.config.target_accuracy
-        metrics = {name: evaluation.as_dict(target_accuracy=target) for name, evaluation in self.evaluations.items()}
-        for student in student_paths(self.config).values():
-            metrics[student]["against"] = {}
-            for role, reference in reference_models(student, self.evaluations).items():
-                differences = self.evaluations[student].difference_to(self.evaluations[reference])
-                metrics[student]["against"][role] = {name: asdict(value) for name, value in differences.items()}
+        metrics = self._metrics_on_set(self.evaluations)
         for name, summary in self.over_seeds.items():
             metrics[name]["over_seeds"] = asdict(summary)
+        for set_name, evaluations in self.more_evaluations.items():
+            for name, values in self._metrics_on_set(evaluations).items():
+                metrics[name].setdefault("more_evaluations", {})[set_name] = values
+        return metrics
+
+    def _metrics_on_set(self, evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:
+        target = self.config.target_accuracy
+        metrics = {name: evaluation.as_dict(target_accuracy=target) for name, evaluation in evaluations.items()}
+        for student in student_paths(self.config).values():
+            metrics[student]["against"] = {}
+            for role, reference in reference_models(student, evaluations).items():
+                differences = evaluations[student].difference_to(evaluations[reference])
+                metrics[student]["against"][role] = {name: asdict(value) for name, value in differences.items()}
         return metrics
 
     @property
@@ -120,7 +129,7 @@ class RunResult:
 def distill(
     labeled: Source | None = None,
     unlabeled: Source | None = None,
-    eval: Source | None = None,  # noqa: A002 - the setting's name everywhere
+    eval: Source | Mapping[str, Source] | None = None,  # noqa: A002 - the setting's name everywhere
     *,
     config: RunConfig | None = None,
     resume: str | Path | None = None,
@@ -132,7 +141,8 @@ def distill(
         labeled: A few labeled texts: a path, a hub name, a ``datasets.Dataset``, a ``pandas.DataFrame``, columns, or
             (text, label) pairs.
         unlabeled: The pool: the same types, or a list of texts.
-        eval: Labeled texts to evaluate on; they are removed from the training data.
+        eval: Labeled texts to evaluate on; they are removed from the training data. Several sets are a list of paths or
+            names, or a mapping of names to paths, data sets or data frames; the first is the main one.
         config: The settings; any field of `RunConfig` can also be passed as a keyword argument.
         resume: Folder of a run to resume, with its settings unless others are passed. Stages whose data and settings
             are unchanged are loaded. Data that was passed as objects must be passed again.
@@ -155,6 +165,8 @@ def distill(
         # Names are settings, so that config.yaml describes the run completely.
         if isinstance(source, str | Path):
             settings[name] = str(source)
+        elif name == "eval" and are_names(source):
+            settings[name] = list(map(str, source))
         elif source is not None:
             sources[name] = source
     if resume is None:
@@ -247,8 +259,10 @@ def _run_stages(config: RunConfig, stages: Stages, inputs: RunInputs) -> RunResu
     for (name, path), prepared in zip(student_paths(config).items(), inputs.students, strict=True):
         models |= stages.run_student(path, name, prepared, teachers)
     evaluations = dict(teachers.evaluations)
-    for path, model in models.items() if data.evaluation else ():
-        evaluations[path] = stages.evaluate(path, model, teachers.key, cache.key(path), evaluations.get(TEACHER))
+    for path, model in models.items():
+        evaluations |= stages.evaluate(path, model, teachers.key, cache.key(path), teachers.evaluations)
+    on_main_set = {path: evaluation for path, evaluation in evaluations.items() if "@" not in path}
+    more = {name: {path: evaluations[f"{path}@{name}"] for path in on_main_set} for name in [*data.evaluations][1:]}
     estimates: dict[str, Estimate] = {}
     if teachers.estimate is not None:
         estimates = {TEACHER: teachers.estimate}
@@ -257,9 +271,10 @@ def _run_stages(config: RunConfig, stages: Stages, inputs: RunInputs) -> RunResu
         {name: models[path] for name, path in student_paths(config).items()},
         teachers.first if len(inputs.teachers) == 1 else None,
         teachers.signals,
-        evaluations,
+        on_main_set,
         config,
         estimates,
+        more,
         trials=stages.trials,
         seconds=cache.seconds,
         output_dir=folder.path if folder else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -94,7 +94,7 @@ class Teachers:
         thresholds: (n_classes,) decision thresholds of the teacher or ensemble; None for a single-label task.
         first: The teacher, or the first of several if a student is made from it.
         shares: With several teachers, the weight of each by its name; the weights sum to 1.
-        evaluations: Evaluation of each teacher and, with several, of the ensemble, by path in the run folder.
+        evaluations: Evaluation of each teacher and, with several, of the ensemble, as returned by `Stages.evaluate`.
         estimate: Without an evaluation set, the estimated quality of the teacher or ensemble, if it is calibrated.
     """
 
@@ -125,11 +125,13 @@ class Stages:
         self.config, self.teacher_config, self.data, self.cache = config, config, data, cache
         self.device = resolve_device(config.device)
         self._exact = ["exact"] if config.exact else []  # not in the key of a training
-        self._labeled_key, self._evaluation_key = _labeled_key(data.labeled), _labeled_key(data.evaluation)
+        sets = enumerate(data.evaluations.items())
+        self._evaluation_sets = {f"@{name}" if row else "": evaluation for row, (name, evaluation) in sets}
+        self._labeled_key = _labeled_key(data.labeled)
         self.trials: dict[str, list[Trial]] = {}
 
     def augment(self, fill_mask: Path | None) -> list[str]:
-        """Augment the pool, by default if it is small; texts of the evaluation set are never created.
+        """Augment the pool, by default if it is small; texts of the evaluation sets are never created.
 
         Args:
             fill_mask: Folder of a masked language model that replaces words; None to use the other edits only.
@@ -140,7 +142,7 @@ class Stages:
             return []
 
         def run() -> list[str]:
-            forbidden = data.evaluation.texts if data.evaluation else ()
+            forbidden = [text for each in data.evaluations.values() for text in each.texts]
             batch_size = config.encode_batch_size or 32
             model = None if fill_mask is None else FillMask(fill_mask, device=self.device, batch_size=batch_size)
             return augment([*data.pool, *data.labeled.texts], n, seed=config.seed, forbidden=forbidden, fill=model)
@@ -148,7 +150,8 @@ class Stages:
         model_hash = fill_mask and hash_parts(
             file.read_bytes() for file in sorted(fill_mask.iterdir()) if file.is_file()
         )
-        key = fingerprint(self._labeled_key, data.pool, self._evaluation_key, n, model_hash, config.seed)
+        evaluation_keys = "".join(map(_labeled_key, data.evaluations.values()))
+        key = fingerprint(self._labeled_key, data.pool, evaluation_keys, n, model_hash, config.seed)
         texts = self.cache.run_or_load(AUGMENTED, key, Artifact(save_texts, load_texts), run)
         if config.augment and len(texts) < n:
             logger.warning("Could create only %d of %d augmented texts.", len(texts), n)
@@ -262,8 +265,7 @@ class Stages:
             all_signals.append(signals)
             keys.append(signals_key)
             thresholds = head_thresholds(teacher.model_head)
-            if self.data.evaluation:
-                evaluations[path] = self.evaluate(path, teacher, signals_key, "" if several else signals_key)
+            evaluations |= self.evaluate(path, teacher, signals_key, "" if several else signals_key, {})
             if keep_first and first is None:
                 first = teacher
             del teacher
@@ -274,12 +276,13 @@ class Stages:
             logger.info("Weights of the teachers: %s.", ", ".join(f"{n} {share:.1%}" for n, share in shares.items()))
             signals, key = TeacherSignals.average(all_signals, weights), fingerprint(keys, weights)
             thresholds = self.thresholds(signals)
-            if self.data.evaluation:
-                temperatures = [signals.temperature for signals in all_signals]
-                inputs_of_mean = list(evaluations.values()), weights, temperatures, signals.temperature
-                evaluations[TEACHER] = self.cache.run_or_load(
-                    f"{EVALUATION}/{TEACHER}",
-                    fingerprint(key, self._evaluation_key, temperatures, signals.temperature),
+            temperatures, members = [signals.temperature for signals in all_signals], list(evaluations.values())
+            for row, (suffix, evaluation_set) in enumerate(self._evaluation_sets.items()):
+                on_set = members[row :: len(self._evaluation_sets)]  # each teacher was evaluated on all sets
+                inputs_of_mean = on_set, weights, temperatures, signals.temperature
+                evaluations[f"{TEACHER}{suffix}"] = self.cache.run_or_load(
+                    f"{EVALUATION}/{TEACHER}{suffix}",
+                    fingerprint(key, _labeled_key(evaluation_set), temperatures, signals.temperature),
                     Artifact(Evaluation.save, Evaluation.load),
                     partial(evaluate_ensemble, *inputs_of_mean, thresholds=thresholds),
                 )
@@ -486,27 +489,30 @@ class Stages:
         return np.array([normalize(text) in labeled for text in signals.texts], bool)
 
     def evaluate(
-        self, path: str, model: SetFitModel, signals_key: str, key: str, teacher: Evaluation | None = None
-    ) -> Evaluation:
-        """Evaluate a model, including its size and speed.
+        self, path: str, model: SetFitModel, signals_key: str, key: str, teachers: Mapping[str, Evaluation]
+    ) -> dict[str, Evaluation]:
+        """Evaluate a model, including its size and speed: by ``path`` on the main set, by ``path@SET`` on the others.
 
         Args:
             path: Path of the model in the run folder.
             model: The model.
             signals_key, key: Fingerprints of the inputs of the signals and of the model.
-            teacher: Evaluation of the teacher; None if the model is a teacher or there is no teacher.
+            teachers: Evaluations of the teacher by path; none if the model is a teacher or there is no teacher.
         """
-        assert self.data.evaluation is not None
-        data, config, description = self.data.evaluation, self.config, f"Evaluating {path}"
-        options: Any = {"teacher": teacher, "encode_batch_size": config.encode_batch_size, "exact": config.exact}
+        config, evaluations, description = self.config, {}, f"Evaluating {path}"
+        options: Any = {"encode_batch_size": config.encode_batch_size, "exact": config.exact}
         options["folder"] = None if self.cache.folder is None else self.cache.folder.path / path
 
-        def run() -> Evaluation:
+        def run(data: LabeledSet, teacher: Evaluation | None) -> Evaluation:
             with _on_device(model, self.device, description):
-                return evaluate(model, data, **options, description=description)
+                return evaluate(model, data, teacher=teacher, **options, description=description)
 
-        key = fingerprint(signals_key, key, self._evaluation_key, *self._exact)
-        return self.cache.run_or_load(f"{EVALUATION}/{path}", key, Artifact(Evaluation.save, Evaluation.load), run)
+        artifact = Artifact(Evaluation.save, Evaluation.load)
+        for suffix, data in self._evaluation_sets.items():
+            name, inputs = f"{path}{suffix}", fingerprint(signals_key, key, _labeled_key(data), *self._exact)
+            run_on_set = partial(run, data, teachers.get(f"{TEACHER}{suffix}"))
+            evaluations[name] = self.cache.run_or_load(f"{EVALUATION}/{name}", inputs, artifact, run_on_set)
+        return evaluations
 
 
 def _normalize_weights(config: RunConfig, accuracies: Sequence[float | None]) -> list[float]:
@@ -531,9 +537,8 @@ def fingerprint_signals(signals: TeacherSignals) -> str:
     return fingerprint(signals.texts, names, signals.temperature, hash_parts(content), task)
 
 
-def _labeled_key(data: LabeledSet | None) -> str:
-    """Fingerprint labeled texts; the empty string for None."""
-    return "" if data is None else fingerprint(data.texts, data.labels.tolist(), list(data.label_names))
+def _labeled_key(data: LabeledSet) -> str:
+    return fingerprint(data.texts, data.labels.tolist(), list(data.label_names))
 
 
 def _describe(settings: Settings) -> str:

@@ -39,11 +39,11 @@ _MODELS = (TEACHER, TEACHERS, BASELINE, BASELINES, STUDENT, STUDENTS)
 _SIGNALS = (SIGNALS, TEACHER_SIGNALS, CROSS_FITTED)
 ALL_NAMES = (*_FILES, *_MODELS, AUGMENTED, *_SIGNALS, EVALUATION, CHECKPOINTS, SEEDS, SEARCH)
 _STAGE_PATH = re.compile(
-    rf"({EVALUATION}/)?({TEACHER}|{BASELINE}|{STUDENT}|({TEACHERS}|{BASELINES}|{STUDENTS})/\w[\w.-]*)"
+    rf"({EVALUATION}/)?({TEACHER}|{BASELINE}|{STUDENT}|({TEACHERS}|{BASELINES}|{STUDENTS})/\w[\w.-]*)(@\w[\w.-]*)?"
     rf"|{AUGMENTED}|{SIGNALS}|({TEACHER_SIGNALS}|{CROSS_FITTED})/\w[\w.-]*"
     rf"|{SEARCH}/({TEACHER}|{STUDENT})-[0-9]+"
 )
-"""Folder of a stage, such as ``student``, ``teachers/NAME``, ``evaluation/students/NAME`` or ``signals``."""
+"""Folder of a stage: ``student``, ``evaluation/students/NAME``, ``evaluation/student@SET`` (not the main set), ..."""
 
 
 def _check_stage_path(name: str) -> str:

@@ -17,6 +17,7 @@ from setfit_kd.memory.backoff import move_model
 from setfit_kd.models.bodies import TRANSFORMER_PREFIX, BodySource, family_of, locate_body, locate_model
 from setfit_kd.models.layers import cut_layers, n_layers, to_distilbert, untrained_transformer
 from setfit_kd.models.static import DEFAULT_DIMENSION, check_static_teacher, static_body
+from setfit_kd.utils.files import distinct_names
 
 if TYPE_CHECKING:
     import torch
@@ -209,15 +210,10 @@ def spread_evenly(number: int, total: int) -> tuple[int, ...]:
 
 def folder_names(names: Sequence[str]) -> list[str]:
     """Derive a distinct folder name for each of several students or teachers."""
-    slugs: list[str] = []
+    parts = []
     for name in names:
         pattern = rf"((?:{'|'.join(_KINDS)})[^@]*)?@?(?:({TRANSFORMER_PREFIX}|{_BLANK_PREFIX}))?(?:demo:)?(.*)"
         match = re.fullmatch(pattern, name, re.DOTALL)
         kind, family, model = match.groups("") if match else ("", "", name)
-        parts = "-".join(filter(None, (kind, family.rstrip(":"), model.rstrip("/").rpartition("/")[2])))
-        slug = base = re.sub(r"[^\w.-]+", "-", parts).strip(".-") or "student"
-        number = 2
-        while slug.lower() in map(str.lower, slugs):  # some file systems ignore case
-            slug, number = f"{base}-{number}", number + 1
-        slugs.append(slug)
-    return slugs
+        parts.append("-".join(filter(None, (kind, family.rstrip(":"), model.rstrip("/").rpartition("/")[2]))))
+    return distinct_names(parts, "student")

@@ -1,4 +1,4 @@
-"""Read and hash files safely, and find the cache folder."""
+"""Read, name and hash files safely, and find the cache folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +24,18 @@ def cache_folder() -> Path | None:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setfit-kd"
     except RuntimeError:
         return None
+
+
+def distinct_names(names: Iterable[str], default: str = "data") -> list[str]:
+    """Turn each name into the name of a file or folder, distinct from the others; ``default`` replaces an empty one."""
+    slugs: list[str] = []
+    for name in names:
+        slug = base = re.sub(r"[^\w.-]+", "-", name).strip(".-") or default
+        number = 2
+        while slug.lower() in map(str.lower, slugs):  # some file systems ignore case
+            slug, number = f"{base}-{number}", number + 1
+        slugs.append(slug)
+    return slugs
 
 
 def check_regular_file(path: Path, *, limit: float = float("inf")) -> Path:

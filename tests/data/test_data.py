@@ -390,7 +390,7 @@ VARIANTS = ["Straße 2 fin", "STRASSE 2 Fin", "\n Straße \t 2\u00a0 fin ", "Str
 def test_leak_guard_cleans_labeled_texts_and_pool(caplog: pytest.LogCaptureFixture) -> None:
     evaluation = encode_labels(read([(VARIANTS[0], "a")], label_column="label"), ["a", "b"])
     leaks = [(variant, "b") for variant in VARIANTS]
-    data = split_data(labeled_set(*BASE, *leaks), ["pool one", *VARIANTS], evaluation, DataConfig.of())
+    data = split_data(labeled_set(*BASE, *leaks), ["pool one", *VARIANTS], {"": evaluation}, DataConfig.of())
     assert data.labeled.texts == [text for text, _ in BASE]
     assert data.pool == ["pool one"]
     assert data.evaluation is evaluation
@@ -422,7 +422,7 @@ def test_normalize_ignores_case_and_composition(text: str) -> None:
 
 def test_conflicting_labels_and_duplicates_are_removed(caplog: pytest.LogCaptureFixture) -> None:
     rows = (*BASE, ("Alpha  ONE", "a"), ("torn", "a"), ("TORN", "b"), ("torn ", "a"))
-    data = split_data(labeled_set(*rows), ["pool", "torn", "POOL"], None, DataConfig.of())
+    data = split_data(labeled_set(*rows), ["pool", "torn", "POOL"], {}, DataConfig.of())
     assert data.labeled.texts == [text for text, _ in BASE]
     assert data.pool == ["pool", "torn"]
     report = data.report
@@ -440,7 +440,7 @@ def test_labels_in_another_order_are_no_conflict() -> None:
         ("x", ["a"]),
     ]
     labeled = encode_labels(read([*rows, ("y", ["b"])], label_column="label"))
-    data = split_data(labeled, None, None, DataConfig.of())
+    data = split_data(labeled, None, {}, DataConfig.of())
     assert data.labeled.texts == ["both", "none", "x", "y"]
     assert (data.report.labeled_duplicates, data.report.labeled_conflicts) == (1, 2)
 
@@ -450,7 +450,7 @@ def test_draw_depends_on_the_seed() -> None:
     pool = [*(f"pool {i}" for i in range(100)), *map(str.upper, labeled.texts)]
 
     def draw(seed: int) -> tuple[list[str], list[str]]:
-        data = split_data(labeled, pool, None, DataConfig.of(shots=4, pool_size=20, seed=seed))
+        data = split_data(labeled, pool, {}, DataConfig.of(shots=4, pool_size=20, seed=seed))
         assert (data.report.labeled, data.report.pool, data.report.pool_labeled) == (8, 20, 8)
         return data.labeled.texts, data.pool
 
@@ -459,7 +459,7 @@ def test_draw_depends_on_the_seed() -> None:
 
 
 def draw_pool(pool: Sequence[str], pool_size: int | None, *, seed: int = 0) -> list[str]:
-    return split_data(labeled_set(*BASE), iter(pool), None, DataConfig.of(pool_size=pool_size, seed=seed)).pool
+    return split_data(labeled_set(*BASE), iter(pool), {}, DataConfig.of(pool_size=pool_size, seed=seed)).pool
 
 
 POOL = [f"pool {i}" for i in range(60)]
@@ -498,7 +498,7 @@ def test_first_variant_of_a_text_is_kept() -> None:
 
 
 def test_warning_if_a_class_or_the_pool_is_too_small(caplog: pytest.LogCaptureFixture) -> None:
-    data = split_data(numbered({"large": 9, "small": 3}), ["p", "q"], None, DataConfig.of(shots=5, pool_size=7))
+    data = split_data(numbered({"large": 9, "small": 3}), ["p", "q"], {}, DataConfig.of(shots=5, pool_size=7))
     assert data.labeled.counts.tolist() == [5, 3]
     assert data.pool == ["p", "q"]
     assert "Class 'small' has only 3 labeled texts, expected 5: using all of them." in caplog.messages
@@ -661,7 +661,7 @@ def test_labeled_texts_pool_and_evaluation_set_are_disjoint(
     pool = [*pool, "pool anchor"]
     held_out = labeled_set(*evaluation, ("eval anchor", "a"), ("eval anchor 2", "b"))
     source = labeled_set(*labeled, *BASE)
-    data = split_data(source, pool, held_out, DataConfig.of(shots=shots, pool_size=pool_size))
+    data = split_data(source, pool, {"": held_out}, DataConfig.of(shots=shots, pool_size=pool_size))
 
     eval_keys = {normalize(text) for text in held_out.texts}
     shot_keys = [normalize(text) for text in data.labeled.texts]

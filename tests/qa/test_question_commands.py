@@ -169,7 +169,7 @@ def test_other_files_are_kept_and_other_folders_refused(plain: Path, model_folde
 )
 def test_settings_and_sources_are_checked(options: list[str], message: str, plain: Path, tmp_path: Path) -> None:
     Path("pool.jsonl").write_text('{"question": "who?", "context": "Ann"}\n')
-    assert_refused(invoke(*arguments(tmp_path / "out", plain), *options), message)
+    assert_refused(invoke(*arguments(tmp_path / "out", plain, eval=None), *options), message)
     assert not (tmp_path / "out").exists()
 
 
@@ -230,7 +230,8 @@ def test_evaluate_shows_the_metrics(model_folder: Path, tmp_path: Path) -> None:
     table = invoke("evaluate", model_folder, "--eval", file, "--device", "cpu").stdout
     assert f"{expected['hasans_f1']:.1%}" in table
     assert "5 evaluation questions" in table
-    assert_refused(invoke("evaluate", model_folder), "requires questions", "--eval")
+    for sources in ((), ("--eval", file, "--eval", "other.jsonl")):
+        assert_refused(invoke("evaluate", model_folder, *sources), "requires questions from one source", "--eval")
     assert_refused(invoke("evaluate", model_folder, "--eval", file, "--label-column", "x"), "label_column: unknown")
 
 

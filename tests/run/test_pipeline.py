@@ -74,7 +74,7 @@ def test_versions_seed_and_data_are_recorded(run_folder: Path) -> None:
     log = (run_folder / "run.log").read_text()
     assert log.index("Data: 32 labeled, 568 pool") < log.index("Stage teacher took") < log.index("Stage student took")
     config = RunConfig.resolve(read_config(run_folder / "config.yaml"))
-    assert (config.labeled, config.unlabeled, config.eval) == ("bundled:newswire",) * 3
+    assert (config.labeled, config.unlabeled, *(config.eval or ())) == ("bundled:newswire",) * 3
     assert config.to_yaml() == (run_folder / "config.yaml").read_text()
 
 
@@ -102,7 +102,7 @@ def test_signals_are_the_predictions_of_the_teacher(run_folder: Path) -> None:
 def test_baseline_is_trained_on_the_labels_only(run_folder: Path, tiny_student: Path) -> None:
     rows = encode_labels(read("bundled:newswire", label_column="label"))
     held_out = encode_labels(read("bundled:newswire", label_column="label", role="test"), rows.label_names)
-    data = split_data(rows, rows.texts, held_out, RunConfig.of(**FAST))
+    data = split_data(rows, rows.texts, {"": held_out}, RunConfig.of(**FAST))
     expected = evaluate(train_teacher(data.labeled, tiny_student, config=RunConfig.of(**FAST)), held_out)
     recorded = json.loads((run_folder / "metrics.json").read_text())["baseline"]
     assert recorded["confusion"] == expected.quality.confusion
