@@ -278,6 +278,13 @@ def bootstrap_proportion(count: int, total: int) -> Interval:
     return _interval(share, np.random.default_rng([0, 11]).binomial(total, share, N_RESAMPLES) / total)
 
 
+def bootstrap_mean(values: Floats) -> Interval:
+    """Compute the mean of (n,) values, n >= 1, with its interval."""
+    distinct, counts = np.unique(values, return_counts=True)
+    draws = np.random.default_rng([0, 13]).multinomial(len(values), counts / len(values), N_RESAMPLES)
+    return _interval(float(values.mean()), draws @ distinct / len(values))
+
+
 def bootstrap_calibration(probabilities: npt.NDArray[np.floating], gold: Labels) -> dict[str, Interval]:
     """Compute ``ece`` and ``brier`` of (n, n_classes) probabilities, with n >= 1, with their intervals over the texts.
 

@@ -48,7 +48,9 @@ class _AnswerDraft(Draft):
 
     def compare(self) -> tuple[float, float]:
         pairs = list(zip(answer.Answerer(self.folder).answer(self.texts), self.expected, strict=True))
-        return float(np.mean([a.text == b.text for a, b in pairs])), max(abs(a.score - b.score) for a, b in pairs)
+        return float(np.mean([a.text == b.text for a, b in pairs])), max(
+            abs((a.score or 0) - (b.score or 0)) for a, b in pairs
+        )
 
     def measure_seconds(self) -> float:
         answerer = answer.Answerer(self.folder)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from setfit_kd.config.questions import QuestionConfig
-from setfit_kd.errors import DataError
 from setfit_kd.inference.classifier import convert_bundle_errors, is_bundle
 from setfit_kd.models.io import classifier_folder
 from setfit_kd.qa.data import Question
 from setfit_kd.qa.model import is_answerer
-from setfit_kd.runtime.answer import QUESTION_ANSWERING, Answer, Answerer, NoRoomError
+from setfit_kd.runtime.answer import QUESTION_ANSWERING, Answer, Answerer
 from setfit_kd.runtime.classify import MANIFEST
 from setfit_kd.utils.files import read_json
 
@@ -38,8 +37,7 @@ def open_answerer(
     ``settings`` override those of the model; of a bundle, only the batch size can be changed, and it runs on the CPU.
 
     Raises:
-        SetFitKDError: If the model or bundle cannot be used, or a setting is unknown. The function raises a `DataError`
-            if a question is too long.
+        SetFitKDError: If the model or bundle cannot be used, or a setting is unknown.
     """
     config = QuestionConfig.of(**settings)
     if is_bundle(folder):
@@ -62,9 +60,5 @@ def open_answerer(
 
 def _answer(answerer: Answerer, questions: Sequence[Question]) -> list[Answer]:
     """Find the answers with a bundle."""
-    try:
-        with convert_bundle_errors():
-            return answerer.answer([(question.question, question.context) for question in questions])
-    except NoRoomError as error:
-        message = f"Question {questions[error.row].id!r:.60} is too long: {error.reason}."
-        raise DataError(message, hint="Shorten it.") from None
+    with convert_bundle_errors():
+        return answerer.answer([(question.question, question.context) for question in questions])

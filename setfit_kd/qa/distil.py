@@ -66,7 +66,7 @@ class QuestionAnswering:
         choose_threshold(model, self.sets["labeled"], self.sets["validation"])
         return model
 
-    def evaluate(self, model: QuestionAnswerer) -> dict[str, float]:
+    def evaluate(self, model: QuestionAnswerer) -> dict[str, Any]:
         """Compute the metrics of `evaluate_answers`."""
         options: Any = {"config": model.config, "null_threshold": model.null_threshold}
         return evaluate_answers(model.model_body, self.sets["evaluation"], **options)

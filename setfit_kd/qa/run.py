@@ -32,7 +32,7 @@ class QuestionResult:
     """
 
     model: QuestionAnswerer
-    evaluation: dict[str, float] | None
+    evaluation: dict[str, Any] | None
     leaks: dict[str, int]
 
     @property

@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.data import Dataset
 
 from setfit_kd.config.questions import QuestionConfig
-from setfit_kd.errors import ConfigError, ModelError
+from setfit_kd.errors import ConfigError, DataError, ModelError
 from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.memory.devices import resolve_device, to_device
 from setfit_kd.models.encode import batch_limits, run_batches
@@ -27,7 +27,7 @@ from setfit_kd.qa.loss import AnswerLoss, answer_logits
 from setfit_kd.qa.metrics import fit_null_threshold, gold_texts, score_answers
 from setfit_kd.qa.model import QuestionAnswerer
 from setfit_kd.qa.windows import BodyWindows, answer_tokens
-from setfit_kd.runtime.answer import Answer, Candidates, find_answers, pad
+from setfit_kd.runtime.answer import Answer, Candidates, find_answers, pad, warn_too_long
 from setfit_kd.training.loop import BodyTrainer, train
 from setfit_kd.training.loss_trainer import LossTrainer
 from setfit_kd.training.precision import check_precision
@@ -99,7 +99,13 @@ class _WindowDataset(Dataset[Any]):
     """Windows of questions, with the tokens of the gold answers."""
 
     def __init__(self, body: SentenceTransformer, questions: Sequence[Question], config: QuestionConfig) -> None:
-        windows = BodyWindows(body, config).split(questions)
+        splitter = BodyWindows(body, config)
+        windows = splitter.split(questions)
+        too_long = sorted(set(range(len(questions))) - {window.row for window in windows})
+        if too_long:
+            size = f"windows of {splitter.max_length} tokens with a stride of {splitter.stride}"
+            message = f"Question {questions[too_long[0]].id!r:.60} is too long for {size}."
+            raise DataError(message, hint="Shorten it, or pass a larger --max-length.")
         self.answer_tokens, self.pad_id = answer_tokens(windows, questions), body.tokenizer.pad_token_id or 0
         self.windows = [window._replace(spans=np.empty((0, 2), np.int32)) for window in windows]  # half the memory
 
@@ -141,7 +147,7 @@ class _QuestionTrainer(BodyTrainer):
 def find_candidates(
     body: SentenceTransformer, questions: Sequence[Question], *, config: QuestionConfig, description: str = "Answering"
 ) -> list[Candidates]:
-    """Find the best answer to each question, on the device of the body."""
+    """Find the best answer to each question, on the device of the body; those that are too long get none."""
     windows, pad_id = BodyWindows(body, config), body.tokenizer.pad_token_id or 0
     max_texts = config.encode_batch_size or batch_limits(body)[0]
 
@@ -160,7 +166,10 @@ def find_candidates(
     body.eval()
     chunks = (questions[start : start + _CHUNK] for start in range(0, len(questions), _CHUNK))
     with torch.inference_mode(), ForwardPass(body).context():
-        return list(chain.from_iterable(run_batches(body, chunks, find, len(questions), max_texts, description)))
+        batches = run_batches(body, chunks, find, len(questions), max_texts, description)
+        candidates = list(chain.from_iterable(batches))
+    warn_too_long(candidates)
+    return candidates
 
 
 def choose_threshold(model: QuestionAnswerer, labeled: Sequence[Question], validation: Sequence[Question]) -> None:
@@ -194,7 +203,7 @@ def evaluate_answers(
     *,
     config: QuestionConfig,
     null_threshold: float | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Find the answer to each question, as `predict_answers`, and compute the metrics of `score_answers`."""
     answers = predict_answers(body, questions, config=config, null_threshold=null_threshold)
     return score_answers([answer.text for answer in answers], questions)

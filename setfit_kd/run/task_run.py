@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from setfit_kd.models.token_model import TokenTask
 
 logger = logging.getLogger(__name__)
-Metrics = dict[str, float]
+Metrics = dict[str, Any]  # values of metrics, and intervals
 _METRICS = "metrics.json"
 
 
