@@ -203,8 +203,8 @@ def _rows(
 ) -> Iterator[tuple[str, Label, Mapping[str, Any]]]:
     """Yield the text, the label ("" without a label column) and the record of each row.
 
-    Rows with the label -1 in a column with declared labels have none, and are left out with a warning. Unusable rows are skipped and listed in an error after the last row; if not ``strict``, their text is "", and a
-    warning lists them.
+    Rows with the label -1 in a column with declared labels are left out with a warning. Unusable rows are skipped and
+    listed in an error after the last row; if not ``strict``, their text is "", and a warning lists them.
     """
     columns, second_columns = text_column if table.has_columns else ("text",), pair_column or ()
     errors = RowErrors(table.origin, table.unit)

@@ -48,9 +48,9 @@ def gold_texts(question: Question) -> list[str]:
 def score_answers(predicted: Sequence[str], questions: Sequence[Question]) -> dict[str, Any]:
     """Compute exact match and F1, from 0 to 1, as the evaluation script of SQuAD 2.0 does.
 
-    Each is the mean over the questions of the maximum over the gold answers, and has a 95% interval, such as
-    ``f1_interval``: the lowest and the highest value, from the bootstrap over the questions. If there are questions without an answer,
-    the metrics of those with (``hasans_``) and without an answer (``noans_``) are added.
+    Each is the mean over the questions of the maximum over the gold answers. Its 95% interval from the bootstrap over
+    the questions, such as ``f1_interval``, is a list of the lower and the upper bound. If there are questions without
+    an answer, the metrics of those with (``hasans_``) and without an answer (``noans_``) are added.
 
     References:
         - Rajpurkar et al., 2016, "SQuAD: 100,000+ Questions for Machine Comprehension of Text".

@@ -174,6 +174,7 @@ def test_null_threshold_has_the_best_f1(rows: list[tuple[int, tuple[str, ...]]])
     assert threshold is not None
 
     def f1(threshold: float) -> float:
-        return score_answers([candidate.decide(threshold).text for candidate in candidates], questions)["f1"]
+        scores = score_answers([candidate.decide(threshold).text for candidate in candidates], questions)
+        return float(scores["f1"])
 
     assert f1(threshold) == pytest.approx(max(f1(t / 2) for t in range(-9, 10)))
