@@ -28,8 +28,8 @@ def finetune(settings: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         echo(json_text(result.metrics, indent=2))
         return
-    if result.evaluation is not None:
-        _show_metrics(str(config.output_dir), result.evaluation)
+    if evaluation := result.metrics["evaluation"]:
+        _show_metrics(str(config.output_dir), evaluation)
     echo(f'To use it: setfit-kd predict {shlex.quote(str(config.output_dir))} "QUESTION" "CONTEXT"')
 
 

@@ -11,8 +11,8 @@ from setfit_kd.config.base import resolved
 from setfit_kd.config.encoder import EncoderConfig
 from setfit_kd.encoder.train import TrainingRows
 from setfit_kd.losses.base import BatchLoss
+from setfit_kd.losses.cross_entropy import CrossEntropyLoss
 from setfit_kd.losses.embedding import EmbeddingLoss
-from setfit_kd.losses.pair_classification import PairClassificationLoss
 from setfit_kd.losses.ranking import RankingLoss
 from setfit_kd.losses.similarity import SimilarityLoss
 from setfit_kd.losses.weighted_sum import WeightedSumLoss
@@ -65,7 +65,7 @@ def _create_loss(
         embeddings = embed(body, texts, batch_size=size, description="Initializing loss")
         if name == "softmax":
             n_classes = int(rows.labels.max()) + 1
-            return PairClassificationLoss(body, dimension=embeddings.shape[1], n_classes=n_classes)
+            return CrossEntropyLoss(body, torch.nn.Linear(3 * embeddings.shape[1], n_classes))
         target = resolved(teacher_embeddings)
         loss = EmbeddingLoss(body, target, dimension=embeddings.shape[1])
         if embeddings.shape[1] != target.shape[1]:
