@@ -91,7 +91,7 @@ def export_answerer(
     check_output(Path(folder), overwrite=overwrite)
     body: Any = model.model_body.to("cpu")
     some = [questions[row] for row in np.unique(np.linspace(0, len(questions) - 1, 200).astype(int))]
-    expected = predict_answers(body, some, config=model.config, null_threshold=model.null_threshold)
+    expected = predict_answers(model, some)
     windows = BodyWindows(body, model.config)
     manifest = {
         "format": answer.FORMAT,

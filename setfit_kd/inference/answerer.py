@@ -53,9 +53,9 @@ def open_answerer(
     if threads is not None:
         torch.set_num_threads(threads)
     model = load_answerer(folder)
-    config = QuestionConfig.merged(model.config, settings)
-    move_model(model.model_body, resolve_device(config.device), phase="Loading model")
-    return partial(predict_answers, model.model_body, config=config, null_threshold=model.null_threshold)
+    model.config = QuestionConfig.merged(model.config, settings)
+    move_model(model.model_body, resolve_device(model.config.device), phase="Loading model")
+    return partial(predict_answers, model)
 
 
 def _answer(answerer: Answerer, questions: Sequence[Question]) -> list[Answer]:

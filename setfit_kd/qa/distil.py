@@ -68,8 +68,7 @@ class QuestionAnswering:
 
     def evaluate(self, model: QuestionAnswerer) -> dict[str, Any]:
         """Compute the metrics of `evaluate_answers`."""
-        options: Any = {"config": model.config, "null_threshold": model.null_threshold}
-        return evaluate_answers(model.model_body, self.sets["evaluation"], **options)
+        return evaluate_answers(model, self.sets["evaluation"])
 
     def save(self, model: QuestionAnswerer, folder: Path) -> None:
         """Save a model in the format of transformers."""

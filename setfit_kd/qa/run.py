@@ -54,8 +54,7 @@ def _finetune_questions(config: QuestionFinetuneConfig, output: OutputFolder) ->
     model = train_questions(body, sets["labeled"], config=settings, checkpoints=checkpoints)
     move_model(body, device, phase="Evaluating")
     choose_threshold(model, sets["labeled"], sets["validation"])
-    options: Any = {"config": settings, "null_threshold": model.null_threshold}
-    evaluation = evaluate_answers(body, sets["evaluation"], **options) if sets["evaluation"] else None
+    evaluation = evaluate_answers(model, sets["evaluation"]) if sets["evaluation"] else None
     metrics = {"evaluation": evaluation, _THRESHOLD: model.null_threshold, "leaks": leaks}
     output.write(partial(save_answerer, model), {**metrics, "settings": config.model_dump(mode="json")})
     return Trained(model, metrics)

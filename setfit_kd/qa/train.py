@@ -145,9 +145,10 @@ class _QuestionTrainer(BodyTrainer):
 
 
 def find_candidates(
-    body: SentenceTransformer, questions: Sequence[Question], *, config: QuestionConfig, description: str = "Answering"
+    model: QuestionAnswerer, questions: Sequence[Question], *, description: str = "Answering"
 ) -> list[Candidates]:
-    """Find the best answer to each question, on the device of the body; those that are too long get none."""
+    """Find the best answer to each question, on the device of the model; those that are too long get none."""
+    body, config = model.model_body, model.config
     windows, pad_id = BodyWindows(body, config), body.tokenizer.pad_token_id or 0
     max_texts = config.encode_batch_size or batch_limits(body)[0]
 
@@ -179,31 +180,18 @@ def choose_threshold(model: QuestionAnswerer, labeled: Sequence[Question], valid
     """
     threshold = None
     if validation:
-        candidates = find_candidates(model.model_body, validation, config=model.config, description="Validating")
+        candidates = find_candidates(model, validation, description="Validating")
         threshold = fit_null_threshold(candidates, validation)
     if threshold is None and not all(question.answers for question in labeled):
         threshold = 0.0
     model.null_threshold = threshold
 
 
-def predict_answers(
-    body: SentenceTransformer,
-    questions: Sequence[Question],
-    *,
-    config: QuestionConfig,
-    null_threshold: float | None = None,
-) -> list[Answer]:
-    """Find the answer to each question; no answer if its score exceeds that of the best answer by a threshold."""
-    return [candidates.decide(null_threshold) for candidates in find_candidates(body, questions, config=config)]
+def predict_answers(model: QuestionAnswerer, questions: Sequence[Question]) -> list[Answer]:
+    """Find the answer to each question; none if its score exceeds that of the best answer by the model's threshold."""
+    return [candidates.decide(model.null_threshold) for candidates in find_candidates(model, questions)]
 
 
-def evaluate_answers(
-    body: SentenceTransformer,
-    questions: Sequence[Question],
-    *,
-    config: QuestionConfig,
-    null_threshold: float | None = None,
-) -> dict[str, Any]:
+def evaluate_answers(model: QuestionAnswerer, questions: Sequence[Question]) -> dict[str, Any]:
     """Find the answer to each question, as `predict_answers`, and compute the metrics of `score_answers`."""
-    answers = predict_answers(body, questions, config=config, null_threshold=null_threshold)
-    return score_answers([answer.text for answer in answers], questions)
+    return score_answers([answer.text for answer in predict_answers(model, questions)], questions)

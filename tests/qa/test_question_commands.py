@@ -91,7 +91,7 @@ def test_folder_is_a_transformers_model_with_settings(model_folder: Path) -> Non
     sums = (start[:, None] + end[None]).triu().tril(11)
     sums[sums == 0] = -1e9
     first, last = divmod(int(sums.argmax()), len(offsets))
-    answer = predict_answers(answerer.model_body, [question], config=answerer.config)[0]
+    answer = predict_answers(QuestionAnswerer(answerer.model_body, answerer.config), [question])[0]
     assert (answer.start, answer.end) == (int(offsets[first, 0]), int(offsets[last, 1]))
 
 
@@ -100,13 +100,12 @@ def test_metrics_use_the_threshold_from_the_validation_questions(model_folder: P
     answerer = load_answerer(model_folder)
     assert answerer.null_threshold == metrics["null_threshold"]
     assert (answerer.config.max_length, answerer.config.stride, answerer.config.max_answer_tokens) == (64, 8, 12)
-    options: Any = {"config": answerer.config}
-    scores = evaluate_answers(answerer.model_body, SETS["eval"], null_threshold=answerer.null_threshold, **options)
+    scores = evaluate_answers(answerer, SETS["eval"])
     assert metrics["evaluation"] == scores
     assert {"hasans_f1", "noans_f1"} <= scores.keys()
-    best = evaluate_answers(answerer.model_body, SETS["validation"], null_threshold=answerer.null_threshold, **options)
-    for threshold in (None, 0.0, -100.0):
-        other = evaluate_answers(answerer.model_body, SETS["validation"], null_threshold=threshold, **options)
+    best = evaluate_answers(answerer, SETS["validation"])
+    for answerer.null_threshold in (None, 0.0, -100.0):
+        other = evaluate_answers(answerer, SETS["validation"])
         assert other["f1"] <= best["f1"]
     assert QuestionFinetuneConfig.of(**metrics["settings"]).max_length == 64
 
@@ -254,9 +253,7 @@ def test_predict_writes_one_row_per_question(extension: str, model_folder: Path,
     result = invoke("predict", model_folder, "--input", source, "--output", target, "--device", "cpu")
     assert result.exit_code == 0, result.output
     answerer, rows = load_answerer(model_folder), read_predictions(target)
-    answers = predict_answers(
-        answerer.model_body, SETS["eval"], config=answerer.config, null_threshold=answerer.null_threshold
-    )
+    answers = predict_answers(answerer, SETS["eval"])
     for row, question, answer in zip(rows, SETS["eval"], answers, strict=True):
         assert list(row) == ["id", "question", "answer", "score", "start", "end"]
         assert [row["id"], row["question"], row["answer"]] == [question.id, question.question, answer.text]
@@ -344,7 +341,7 @@ def test_bundle_answers_like_the_model(
     body = load_body(with_inputs(make_encoder(architecture), tmp_path / "model", names))
     settings = config(max_length=48)
     questions = make_questions(8, characters=300)  # in several windows each
-    candidates = find_candidates(body, questions, config=settings)
+    candidates = find_candidates(QuestionAnswerer(body, settings), questions)
     threshold = float(np.median([candidate.difference for candidate in candidates]))
     expected = [candidate.decide(threshold) for candidate in candidates]
     assert {answer.text == "" for answer in expected} == {True, False}
@@ -365,9 +362,7 @@ def test_bundle_runs_without_torch_and_the_package(exported: Path, model_folder:
     check = "import sys; from answer import Answerer; print('setfit_kd' in sys.modules, 'torch' in sys.modules)"
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     answerer = load_answerer(model_folder)
-    (answer,) = predict_answers(
-        answerer.model_body, [question], config=answerer.config, null_threshold=answerer.null_threshold
-    )
+    (answer,) = predict_answers(answerer, [question])
     printed = json.loads(result.stdout)
     assert [printed["text"], printed["start"], printed["end"]] == [answer.text, answer.start, answer.end]
     loaded = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, cwd=exported)
