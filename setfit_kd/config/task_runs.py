@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator
 
-from setfit_kd.config.base import StageConfig
+from setfit_kd.config.base import OutputConfig, StageConfig
 from setfit_kd.config.mlm import MlmConfig
 from setfit_kd.config.questions import QuestionConfig
-from setfit_kd.config.values import Columns, Name, OutputDir
+from setfit_kd.config.values import Columns, Name
 
 _One = Annotated[
     Name,
@@ -24,7 +24,7 @@ def _the_only(values: Sequence[object]) -> object:
     return values[0]
 
 
-class TaskRunConfig(StageConfig):
+class TaskRunConfig(OutputConfig):
     """Settings of a run with one teacher and one student, which share the settings of training."""
 
     teacher: _One
@@ -36,10 +36,6 @@ class TaskRunConfig(StageConfig):
     """Evaluation data; never used for training."""
     baseline: bool = True
     """Also train a baseline: the same student without distillation."""
-    output_dir: OutputDir
-    """Output folder of the run."""
-    overwrite: bool = False
-    """Replace an earlier run in the output folder."""
 
 
 class QuestionRunConfig(QuestionConfig, TaskRunConfig):

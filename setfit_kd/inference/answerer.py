@@ -42,7 +42,13 @@ def open_answerer(
     config = QuestionConfig.of(**settings)
     if is_bundle(folder):
         with convert_bundle_errors():
-            return partial(_answer, Answerer(folder, threads=threads, batch_size=config.encode_batch_size or 8))
+            answerer = Answerer(folder, threads=threads, batch_size=config.encode_batch_size or 8)
+
+        @convert_bundle_errors()
+        def answer(questions: Sequence[Question]) -> list[Answer]:
+            return answerer.answer([(question.question, question.context) for question in questions])
+
+        return answer
     import torch
 
     from setfit_kd.memory.backoff import move_model
@@ -56,9 +62,3 @@ def open_answerer(
     model.config = QuestionConfig.merged(model.config, settings)
     move_model(model.model_body, resolve_device(model.config.device), phase="Loading model")
     return partial(predict_answers, model)
-
-
-def _answer(answerer: Answerer, questions: Sequence[Question]) -> list[Answer]:
-    """Find the answers with a bundle."""
-    with convert_bundle_errors():
-        return answerer.answer([(question.question, question.context) for question in questions])

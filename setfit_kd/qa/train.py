@@ -29,11 +29,11 @@ from setfit_kd.qa.model import QuestionAnswerer
 from setfit_kd.qa.windows import BodyWindows, answer_tokens
 from setfit_kd.runtime.answer import Answer, Candidates, find_answers, pad, warn_too_long
 from setfit_kd.training.loop import BodyTrainer, train
-from setfit_kd.training.loss_trainer import LossTrainer
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.arrays import iter_batches
 from setfit_kd.utils.console import quiet_libraries
 
+_LOSS_SETTINGS = ("temperature", "alpha", "dropout", "micro_batch_size")
 _CHUNK = 64  # questions per update of the progress bar
 
 
@@ -83,7 +83,7 @@ def train_questions(
     with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
         model: Any = train(
             body,
-            partial(_QuestionTrainer, QuestionAnswerer(body, config), dataset, teacher),
+            partial(BodyTrainer, QuestionAnswerer(body, config), body, dataset, partial(_create_loss, body, teacher)),
             config,
             device=device,
             texts=texts,
@@ -123,25 +123,8 @@ class _WindowDataset(Dataset[Any]):
         return {"features": [features], "label": np.zeros(len(rows))}
 
 
-class _QuestionTrainer(BodyTrainer):
-    """Trainer of a transformer on windows of questions."""
-
-    def __init__(
-        self,
-        model: QuestionAnswerer,
-        dataset: _WindowDataset,
-        teacher: SentenceTransformer | None,
-        config: QuestionConfig,
-        device: torch.device,
-        output_dir: str,
-    ) -> None:
-        self.model = model
-        size, rate, epochs = config.batch_size, config.learning_rate, config.epochs
-        body = model.model_body
-        self.inner = LossTrainer(body, config, device, output_dir, batch_size=size, learning_rate=rate, epochs=epochs)
-        self.inner.train_dataset = dataset
-        options: dict[str, Any] = {"temperature": config.temperature, "alpha": config.alpha, "dropout": config.dropout}
-        self.inner.loss = AnswerLoss(body, teacher=teacher, micro_batch_size=config.micro_batch_size, **options)
+def _create_loss(body: SentenceTransformer, teacher: SentenceTransformer | None, config: QuestionConfig) -> AnswerLoss:
+    return AnswerLoss(body, teacher=teacher, **{name: getattr(config, name) for name in _LOSS_SETTINGS})
 
 
 def find_candidates(
