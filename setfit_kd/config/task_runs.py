@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator
@@ -12,16 +11,16 @@ from setfit_kd.config.mlm import MlmConfig
 from setfit_kd.config.questions import QuestionConfig
 from setfit_kd.config.values import Columns, Name
 
-_One = Annotated[
-    Name,
-    BeforeValidator(lambda value: _the_only(value) if isinstance(value, list | tuple) else value),
-]
+
+def _the_only(value: object) -> object:
+    if not isinstance(value, list | tuple):
+        return value
+    if len(value) != 1:
+        raise ValueError(f"expected one model, got {len(value)}")
+    return value[0]
 
 
-def _the_only(values: Sequence[object]) -> object:
-    if len(values) != 1:
-        raise ValueError(f"expected one model, got {len(values)}")
-    return values[0]
+_One = Annotated[Name, BeforeValidator(_the_only)]
 
 
 class TaskRunConfig(OutputConfig):

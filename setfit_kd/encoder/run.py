@@ -22,7 +22,7 @@ from setfit_kd.models.encode import embed
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.console import quiet_libraries
 from setfit_kd.utils.files import fingerprint
-from setfit_kd.utils.output_folder import OutputFolder, Trained, open_output_folder
+from setfit_kd.utils.output_folder import Trained, open_output_folder
 
 if TYPE_CHECKING:
     import torch
@@ -45,29 +45,25 @@ def encoder_run(config: EncoderRunConfig) -> Trained:
     check_settings(config, nli=config.nli, teacher=config.teacher, texts=config.texts)
     options: Any = {"overwrite": config.overwrite, "command": "encoder", "keys": {_SPEARMAN}}
     with open_output_folder(config.output_dir, **options) as output, shared_backoff(cpu_fallback=config.cpu_fallback):
-        return _encoder_run(config, output)
-
-
-def _encoder_run(config: EncoderRunConfig, output: OutputFolder) -> Trained:
-    columns, nli, sts = (config.first_column, config.second_column), None, None
-    if config.nli is not None:
-        nli = read_pairs(config.nli, *columns, config.label_column)
-    if config.sts is not None:
-        sts = read_pairs(config.sts, *columns, config.score_column, scored=True)
-    if nli is not None and sts is not None:
-        nli = _remove_leaks(nli, sts)
-    rows = read_rows(config, nli=nli, texts=config.texts)
-    device = resolve_device(config.device)
-    body, teacher = load_models(config.model, config.teacher, rows.texts, config, device)
-    before = None if sts is None else spearman(body, sts, device, config)
-    hashes = [content_hash(part) for part in (body, teacher) if part is not None]
-    data = rows.texts, [column.tolist() for column in rows.columns], rows.labels.tolist()
-    training = fingerprint(EncoderConfig.fingerprint_inputs(config), hashes, *data)
-    train_on_rows(body, rows, teacher, config, device, checkpoints=output.checkpoints / training)
-    after = None if sts is None else spearman(body, sts, device, config)
-    metrics = {_SPEARMAN: {"before": before, "after": after}}
-    output.write(partial(_save, body), {**metrics, "settings": config.model_dump(mode="json")})
-    return Trained(body, metrics)
+        columns, nli, sts = (config.first_column, config.second_column), None, None
+        if config.nli is not None:
+            nli = read_pairs(config.nli, *columns, config.label_column)
+        if config.sts is not None:
+            sts = read_pairs(config.sts, *columns, config.score_column, scored=True)
+        if nli is not None and sts is not None:
+            nli = _remove_leaks(nli, sts)
+        rows = read_rows(config, nli=nli, texts=config.texts)
+        device = resolve_device(config.device)
+        body, teacher = load_models(config.model, config.teacher, rows.texts, config, device)
+        before = None if sts is None else spearman(body, sts, device, config)
+        hashes = [content_hash(part) for part in (body, teacher) if part is not None]
+        data = rows.texts, [column.tolist() for column in rows.columns], rows.labels.tolist()
+        training = fingerprint(EncoderConfig.fingerprint_inputs(config), hashes, *data)
+        train_on_rows(body, rows, teacher, config, device, checkpoints=output.checkpoints / training)
+        after = None if sts is None else spearman(body, sts, device, config)
+        metrics = {_SPEARMAN: {"before": before, "after": after}}
+        output.write(partial(_save, body), {**metrics, "settings": config.model_dump(mode="json")})
+        return Trained(body, metrics)
 
 
 def spearman(body: SentenceTransformer, pairs: SentencePairs, device: torch.device, config: EncoderConfig) -> float:

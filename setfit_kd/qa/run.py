@@ -18,7 +18,7 @@ from setfit_kd.qa.data import Question, read_questions
 from setfit_kd.qa.metrics import gold_texts
 from setfit_kd.qa.model import save_answerer
 from setfit_kd.utils.files import fingerprint
-from setfit_kd.utils.output_folder import OutputFolder, Trained, open_output_folder
+from setfit_kd.utils.output_folder import Trained, open_output_folder
 
 logger = logging.getLogger(__name__)
 _THRESHOLD = "null_threshold"  # key by which ``metrics.json`` is recognized
@@ -36,28 +36,24 @@ def finetune_questions(config: QuestionFinetuneConfig) -> Trained:
     """
     options: Any = {"overwrite": config.overwrite, "command": "finetune", "keys": {_THRESHOLD}}
     with open_output_folder(config.output_dir, **options) as output, shared_backoff(cpu_fallback=config.cpu_fallback):
-        return _finetune_questions(config, output)
+        sets, leaks = read_sets(config.labeled, None, config.validation, config.eval)
 
+        # Imported after the data has been checked, because loading torch takes time.
+        from setfit_kd.models.token_model import load_token_model
+        from setfit_kd.qa.train import choose_threshold, evaluate_answers, train_questions
 
-def _finetune_questions(config: QuestionFinetuneConfig, output: OutputFolder) -> Trained:
-    sets, leaks = read_sets(config.labeled, None, config.validation, config.eval)
-
-    # Imported after the data has been checked, because loading torch takes time.
-    from setfit_kd.models.token_model import load_token_model
-    from setfit_kd.qa.train import choose_threshold, evaluate_answers, train_questions
-
-    device = resolve_device(config.device)
-    body = load_token_model(locate_model(config.model), "question-answering", seed=config.seed)
-    settings = config.part(QuestionConfig)
-    inputs = QuestionConfig.fingerprint_inputs(settings), content_hash(body), list(map(astuple, sets["labeled"]))
-    checkpoints = output.checkpoints / fingerprint(*inputs)
-    model = train_questions(body, sets["labeled"], config=settings, checkpoints=checkpoints)
-    move_model(body, device, phase="Evaluating")
-    choose_threshold(model, sets["labeled"], sets["validation"])
-    evaluation = evaluate_answers(model, sets["evaluation"]) if sets["evaluation"] else None
-    metrics = {"evaluation": evaluation, _THRESHOLD: model.null_threshold, "leaks": leaks}
-    output.write(partial(save_answerer, model), {**metrics, "settings": config.model_dump(mode="json")})
-    return Trained(model, metrics)
+        device = resolve_device(config.device)
+        body = load_token_model(locate_model(config.model), "question-answering", seed=config.seed)
+        settings = config.part(QuestionConfig)
+        inputs = QuestionConfig.fingerprint_inputs(settings), content_hash(body), list(map(astuple, sets["labeled"]))
+        checkpoints = output.checkpoints / fingerprint(*inputs)
+        model = train_questions(body, sets["labeled"], config=settings, checkpoints=checkpoints)
+        move_model(body, device, phase="Evaluating")
+        choose_threshold(model, sets["labeled"], sets["validation"])
+        evaluation = evaluate_answers(model, sets["evaluation"]) if sets["evaluation"] else None
+        metrics = {"evaluation": evaluation, _THRESHOLD: model.null_threshold, "leaks": leaks}
+        output.write(partial(save_answerer, model), {**metrics, "settings": config.model_dump(mode="json")})
+        return Trained(model, metrics)
 
 
 def read_sets(
