@@ -10,6 +10,7 @@ import torch
 
 from setfit_kd.config.questions import QuestionConfig
 from setfit_kd.qa.data import read_questions
+from setfit_kd.qa.model import QuestionAnswerer
 from setfit_kd.qa.train import evaluate_answers, train_questions
 from setfit_kd.student.kinds import create_token_body
 
@@ -36,7 +37,7 @@ def main(train: str, test: str) -> None:
         body = create_token_body(student, "question-answering", teacher=teacher)
         config = QuestionConfig.of(epochs=epochs, **SETTINGS)
         train_questions(body, questions, config=config, teacher=teacher if name == "student" else None)
-        scores = evaluate_answers(body, held_out, config=config)
+        scores = evaluate_answers(QuestionAnswerer(body, config), held_out)
         print(f"{name}: exact match {scores['exact_match']:.1%}, F1 {scores['f1']:.1%}", flush=True)
         teacher = teacher or body
 

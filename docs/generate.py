@@ -34,7 +34,7 @@ SECTIONS = {
     "Losses": "losses.base.BatchLoss losses.similarity.SimilarityLoss losses.soft_labels.SoftLabelLoss "
     "losses.embedding.EmbeddingLoss losses.pairs.PairSimilarityLoss losses.contrastive.ContrastiveLoss "
     "losses.cross_entropy.CrossEntropyLoss losses.ranking.RankingLoss "
-    "losses.pair_classification.PairClassificationLoss qa.loss.AnswerLoss mlm.loss.MaskedLanguageLoss",
+    "qa.loss.AnswerLoss mlm.loss.MaskedLanguageLoss",
 }
 SETTINGS = """Each setting is also an option of [`setfit-kd {0}`](cli.md#setfit-kd-{0}), which describes it:
 `warmup_steps=50` is `--warmup-steps 50`, and `cpu_fallback=False` is `--no-cpu-fallback`."""

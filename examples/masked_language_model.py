@@ -23,11 +23,9 @@ def main(
     trained = pretrain(PretrainConfig.of(model=model, output_dir=teacher, add_vocab=50, **defaults))
     distilled = pretrain(PretrainConfig.of(model=layers, teacher=str(teacher), output_dir=student, **defaults))
 
-    print(f"added {', '.join(trained.words[:5])}, ...")
+    print(f"added {trained.metrics['added_words']} words")
     for name, result in {"teacher": trained, "student": distilled}.items():
-        assert result.before is not None
-        assert result.after is not None
-        before, after = (metrics["bits_per_character"] for metrics in (result.before, result.after))
+        before, after = (result.metrics[time]["bits_per_character"] for time in ("before", "after"))
         print(f"{name}: {before:.3f} bits per character before training, {after:.3f} after")
 
 

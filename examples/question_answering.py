@@ -20,7 +20,7 @@ def main(labeled: str, evaluation: str, folder: str | Path = "runs/questions", *
     for model, metrics in result.metrics.items():
         print(f"{model}: exact match {metrics['exact_match']:.1%}, F1 {metrics['f1']:.1%}")
     question = Question("1", "Who won?", "The islanders won the final by 2 to 1.")
-    (answer,) = predict_answers(result.student.model_body, [question], config=result.student.config)
+    (answer,) = predict_answers(result.student, [question])
     print(f"{answer.text!r} with probability {answer.score:.2f}; the student is in {folder}/student")
 
 

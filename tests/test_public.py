@@ -81,7 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "student": BASE | {"data", "models", "losses", "training", "signals"},
     "mlm": BASE | {"data", "models", "losses", "training", "student"},
     "encoder": BASE | {"data", "models", "losses", "training", "signals", "student"},
-    "qa": BASE | {"data", "models", "losses", "training", "runtime"},
+    "qa": BASE | {"data", "models", "losses", "training", "evaluation", "runtime"},
     "inference": BASE | {"models", "runtime", "qa"},
     "export": BASE | {"hub", "models", "runtime", "qa"},
     "report": BASE | {"hub", "data", "evaluation", "run_folder"},

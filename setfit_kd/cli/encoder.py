@@ -51,7 +51,8 @@ def encoder(as_json: bool, **flags: Any) -> None:
     if as_json:
         echo(json_text(result.metrics, indent=2))
         return
-    if result.before is not None:
-        show_table(("Spearman", "before", "after"), [(config.sts, f"{result.before:.4f}", f"{result.after:.4f}")])
+    if config.sts is not None:
+        figures = result.metrics["spearman"]
+        show_table(("Spearman", *figures), [(config.sts, *(f"{value:.4f}" for value in figures.values()))])
         echo("")
     echo(f"To use it: setfit-kd run --student {shlex.quote(str(config.output_dir))} ...")

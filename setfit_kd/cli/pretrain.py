@@ -53,16 +53,13 @@ def pretrain(as_json: bool, **flags: Any) -> None:
     if as_json:
         echo(json_text(result.metrics, indent=2))
         return
-    rows = {"before": result.before, "after": result.after, "teacher": result.teacher}
     figures = [
         (name, f"{metrics['bits_per_character']:.3f}", f"{metrics['perplexity']:.2f}")
-        for name, metrics in rows.items()
-        if metrics is not None
+        for name in ("before", "after", "teacher")
+        if (metrics := result.metrics[name])
     ]
     if figures:
         show_table(("", "bits per character", "perplexity"), figures)
         echo("")
-    if result.words:
-        echo(f"Added {len(result.words):,} words to the vocabulary, such as {', '.join(result.words[:3])}.")
     folder = shlex.quote(str(config.output_dir))
     echo(f"To use it: setfit-kd run --teacher transformer:{folder} ...")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import click
 
 from setfit_kd.utils.console import printable
-
-logger = logging.getLogger(__name__)
 
 
 @click.command()

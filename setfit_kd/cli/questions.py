@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import shlex
 from collections.abc import Sequence
@@ -30,8 +28,8 @@ def finetune(settings: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         echo(json_text(result.metrics, indent=2))
         return
-    if result.evaluation is not None:
-        _show_metrics(str(config.output_dir), result.evaluation)
+    if evaluation := result.metrics["evaluation"]:
+        _show_metrics(str(config.output_dir), evaluation)
     echo(f'To use it: setfit-kd predict {shlex.quote(str(config.output_dir))} "QUESTION" "CONTEXT"')
 
 
@@ -85,17 +83,11 @@ def predict(
     questions = [question for source in sources for question in read_questions(source, role="test")]
     with shared_backoff(cpu_fallback=settings.get("cpu_fallback")):
         answers = open_answerer(folder, settings, threads=threads)(questions)
-    rows = [
-        {
-            "id": q.id,
-            "question": q.question,
-            "answer": a.text,
-            "score": round(a.score, 6),
-            "start": a.start,
-            "end": a.end,
-        }
-        for q, a in zip(questions, answers, strict=True)
-    ]
+    rows = []
+    for question, answer in zip(questions, answers, strict=True):
+        score = None if answer.score is None else round(answer.score, 6)
+        values = question.id, question.question, answer.text, score, answer.start, answer.end
+        rows.append(dict(zip(("id", "question", "answer", "score", "start", "end"), values, strict=True)))
     _write_rows(rows, output)
 
 
@@ -115,10 +107,11 @@ def export(folder: Path, output_dir: Path, source: str | None, options: dict[str
     return export_answerer(load_answerer(folder), output_dir, questions=questions, **options)
 
 
-def _show_metrics(name: str, metrics: dict[str, float]) -> None:
+def _show_metrics(name: str, metrics: dict[str, Any]) -> None:
     from setfit_kd.cli.output import show_table
+    from setfit_kd.report.task_report import metrics_table
 
-    show_table(["", *metrics], [[name, *(f"{value:.1%}" for value in metrics.values())]])
+    show_table(*metrics_table("qa", {name: metrics}))
 
 
 def _write_rows(rows: list[dict[str, Any]], path: Path | None) -> None:
@@ -129,20 +122,17 @@ def _write_rows(rows: list[dict[str, Any]], path: Path | None) -> None:
     if path is None:
         echo("\n".join(map(json_text, rows)))
         return
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
     extension = path.suffix.lower()
     with atomic_file(path) as file:
-        if extension == ".parquet":
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
-            schema = {"id": pa.string(), "question": pa.string(), "answer": pa.string()}
-            schema |= {"score": pa.float32(), "start": pa.int64(), "end": pa.int64()}
-            pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(schema)), file)
-        elif extension in (".csv", ".tsv"):
-            text = io.StringIO(newline="")
-            table = csv.DictWriter(text, list(rows[0]), dialect="excel-tab" if extension == ".tsv" else "excel")
-            table.writeheader()
-            table.writerows(rows)
-            file.write(text.getvalue().replace("\r\n", "\n").encode("utf-8", "backslashreplace"))
-        else:
+        if extension in (".jsonl", ".ndjson"):
             file.write("".join(json_text(row) + "\n" for row in rows).encode())
+            return
+        types = [*[pa.string()] * 3, pa.float32(), pa.int64(), pa.int64()]
+        table = pa.Table.from_pylist(rows, pa.schema(list(zip(rows[0], types, strict=True))))
+        if extension == ".parquet":
+            parquet.write_table(table, file)
+        else:
+            csv.write_csv(table, file, csv.WriteOptions(delimiter="," if extension == ".csv" else "\t"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from setfit_kd.config.values import Device, ThresholdObjective
+from setfit_kd.config.values import Device, OutputDir, ThresholdObjective
 from setfit_kd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -163,6 +163,15 @@ class StageConfig(BaseModel):
         if config is None or not settings:
             return config or cls.of(**settings)
         return type(config).of(**{**config.model_dump(), **settings})
+
+
+class OutputConfig(StageConfig):
+    """Settings of a command that writes a folder."""
+
+    output_dir: OutputDir
+    """Output folder."""
+    overwrite: bool = False
+    """Replace an earlier result in the output folder."""
 
 
 _REASONS = {"extra_forbidden": "unknown setting", "missing": "is required"}

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from setfit_kd.config.base import StageConfig
-from setfit_kd.config.values import Columns, Name, OutputDir, parse_objectives
+from setfit_kd.config.base import OutputConfig, StageConfig
+from setfit_kd.config.values import Columns, Name, parse_objectives
 
 NLI_OBJECTIVES, DISTILLATION_OBJECTIVES = ("ranking", "softmax"), ("similarity", "embedding")
 
@@ -58,7 +58,7 @@ class EncoderConfig(StageConfig):
     """Column of the similarity score in --sts, on any scale."""
 
 
-class EncoderRunConfig(EncoderConfig):
+class EncoderRunConfig(EncoderConfig, OutputConfig):
     """All settings of training and evaluating a sentence encoder."""
 
     model: Name
@@ -73,7 +73,3 @@ class EncoderRunConfig(EncoderConfig):
     datasets folder, or hub name."""
     sts: Name | None = None
     """Sentence pairs with similarity scores to evaluate on: as for --nli; never used for training."""
-    output_dir: OutputDir
-    """Output folder of the model."""
-    overwrite: bool = False
-    """Replace an earlier model in the output folder."""

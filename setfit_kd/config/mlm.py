@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from setfit_kd.config.base import StageConfig
-from setfit_kd.config.values import Columns, Name, OutputDir
+from setfit_kd.config.base import OutputConfig, StageConfig
+from setfit_kd.config.values import Columns, Name
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,7 +45,7 @@ class MlmConfig(StageConfig):
     """Weight of the cosine loss between the last hidden states of teacher and student, if their dimensions agree."""
 
 
-class PretrainConfig(MlmConfig):
+class PretrainConfig(MlmConfig, OutputConfig):
     """All settings of `setfit-kd pretrain`."""
 
     model: Name
@@ -63,10 +63,6 @@ class PretrainConfig(MlmConfig):
     """Text file of words to add to the vocabulary, one per line."""
     teacher: Name | None = None
     """Masked language model to distil the model from: hub name or folder. It must have the same vocabulary."""
-    output_dir: OutputDir
-    """Output folder of the model."""
-    overwrite: bool = False
-    """Replace an earlier model in the output folder."""
 
     @model_validator(mode="after")
     def _check_vocabulary(self) -> Self:

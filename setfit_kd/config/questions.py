@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from setfit_kd.config.base import StageConfig
-from setfit_kd.config.values import Name, One, OutputDir
+from setfit_kd.config.base import OutputConfig, StageConfig
+from setfit_kd.config.values import Name, One
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,7 +43,7 @@ class QuestionConfig(StageConfig):
         return self
 
 
-class QuestionFinetuneConfig(QuestionConfig):
+class QuestionFinetuneConfig(QuestionConfig, OutputConfig):
     """All settings of fine-tuning a transformer to answer questions."""
 
     model: Name
@@ -54,7 +54,3 @@ class QuestionFinetuneConfig(QuestionConfig):
     """Questions, some without an answer, on which the threshold for giving no answer is chosen."""
     eval: One | None = None
     """Evaluation questions."""
-    output_dir: OutputDir
-    """Output folder of the model."""
-    overwrite: bool = False
-    """Replace an earlier model in the output folder."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from setfit_kd.config.base import MAX_SEED, Family, StageConfig, resolved
+from setfit_kd.config.base import MAX_SEED, Family, OutputConfig, StageConfig, resolved
 from setfit_kd.config.stages import (
     AugmentConfig,
     ColumnsConfig,
@@ -26,7 +26,7 @@ MIN_TEXTS, MAX_GROWTH = 1000, 8
 """Smaller pools are augmented by default up to this number of texts, and at most by this factor."""
 
 
-class FinetuneRunConfig(FinetuneConfig, ColumnsConfig):
+class FinetuneRunConfig(FinetuneConfig, ColumnsConfig, OutputConfig):
     """All settings of a fine-tuning run."""
 
     model: Name
@@ -39,10 +39,6 @@ class FinetuneRunConfig(FinetuneConfig, ColumnsConfig):
     eval: Names | None = None
     """Evaluation texts: as for --labeled. A source with splits uses test. Repeat the option to evaluate on several
     sets; the first is the main one."""
-    output_dir: OutputDir
-    """Output folder of the model."""
-    overwrite: bool = False
-    """Replace an earlier model in the output folder."""
 
 
 class RunConfig(DataConfig, AugmentConfig, TeacherConfig, SignalsConfig, StudentConfig):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
-from setfit_kd.config.base import StageConfig
+from setfit_kd.config.base import OutputConfig, StageConfig
 from setfit_kd.config.mlm import MlmConfig
 from setfit_kd.config.questions import QuestionConfig
-from setfit_kd.config.values import Columns, Name, One, OutputDir
+from setfit_kd.config.values import Columns, Name, One
 
 
-class TaskRunConfig(StageConfig):
+class TaskRunConfig(OutputConfig):
     """Settings of a run with one teacher and one student, which share the settings of training."""
 
     teacher: One
@@ -22,10 +22,6 @@ class TaskRunConfig(StageConfig):
     """Evaluation data; never used for training."""
     baseline: bool = True
     """Also train a baseline: the same student without distillation."""
-    output_dir: OutputDir
-    """Output folder of the run."""
-    overwrite: bool = False
-    """Replace an earlier run in the output folder."""
 
 
 class QuestionRunConfig(QuestionConfig, TaskRunConfig):

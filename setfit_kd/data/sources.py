@@ -28,7 +28,7 @@ or mappings."""
 
 Decode: TypeAlias = Callable[[Sequence[int]], str]  # converts token ids to text
 TextRow: TypeAlias = tuple[str | None, Mapping[str, Any]]  # the text of a row (None if unusable), and its other columns
-Label: TypeAlias = str | tuple[str, ...]  # the label of a row, or all its labels in a multi-label source
+Label: TypeAlias = str | tuple[str, ...] | float  # the label or score of a row, or all labels in a multi-label source
 _HUB_SOURCE = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?(?:@[\w./-]+)?)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>[\w.-]+)\])?"
 )
@@ -41,9 +41,9 @@ INVISIBLE = re.compile(
 """See `runtime.classify.INVISIBLE`; importing that would load numpy."""
 PAIR_SEPARATOR = "\x1f"
 """See `runtime.classify.PAIR_SEPARATOR`."""
-_NO_LABEL = "no label"
+_NO_LABEL, _UNLABELED = "no label", "the label is -1"
 _FLAGS = dict.fromkeys(("0", "0.0", "false"), False) | dict.fromkeys(("1", "1.0", "true"), True)
-_KINDS: dict[type, str] = {str: "one label", tuple: "a list of labels"}
+_KINDS: dict[type, str] = {str: "one label", tuple: "a list of labels", float: "a score"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class _Table:
     has_columns: bool = True
     may_be_empty: bool = False
     declared_labels: tuple[str, ...] = ()
+    kind: type | None = None  # of the labels; None for that of the first row
+    column_options: str = "--text-column, --pair-column, --label-column or --label-columns"
 
 
 def read(
@@ -198,27 +200,16 @@ def read_pairs(
     source: Source, first_column: str, second_column: str, value_column: str, *, scored: bool = False
 ) -> SentencePairs:
     """Read sentence pairs with labels for training or, if ``scored``, scores for an evaluation; raises as `read`."""
+    options = f"--first-column, --second-column and {'--score-column' if scored else '--label-column'}"
     table = _open(source, "test" if scored else "train", value_column)
-    rows: list[tuple[Any, ...]] = []
-    errors, columns = RowErrors(table.origin, table.unit), (first_column, second_column, value_column)
-    for index, (number, record) in enumerate(table.records):
-        missing = [column for column in columns if index == 0 and column not in record]
-        if missing:
-            message = f"{table.origin} has no column {missing[0]!r}; it has {', '.join(map(repr, record))}."
-            flag = "--score-column" if scored else "--label-column"
-            raise DataError(message, hint=f"Name the columns with --first-column, --second-column and {flag}.")
-        value = record.get(value_column)
-        parsed, problem = _get_score(value) if scored else _get_name(value, table.declared_labels)
-        texts, problems = zip(*(get_text(record, (column,)) for column in (first_column, second_column)), strict=True)
-        if problem := next(filter(None, (problem, *problems)), None):
-            errors.add(number, problem)
-        rows.append((*texts, parsed))
-    errors.check()
-    if not rows:
-        raise DataError(f"{table.origin} has no rows.", hint="Add rows to it, or choose another source.")
-    first, second, values = (list(column) for column in zip(*rows, strict=True))
+    table = replace(table, kind=float if scored else str, column_options=options)
+    pairs, values = [], []
+    for text, value, _ in _rows(table, [first_column], [second_column]):
+        pairs.append(text.split(PAIR_SEPARATOR))
+        values.append(value)
     if scored and len(set(values)) < 2:
         raise DataError(f"{table.origin}: all scores are {values[0]:g}.", hint="Use pairs with different scores.")
+    first, second = map(list, zip(*pairs, strict=True))
     return SentencePairs(first, second, values, table.origin)
 
 
@@ -232,12 +223,12 @@ def _rows(
 ) -> Iterator[tuple[str, Label, Mapping[str, Any]]]:
     """Yield the text, the label ("" without a label column) and the record of each row.
 
-    Unusable rows are skipped and listed in an error after the last row; if not ``strict``, their text is "", and a
-    warning lists them.
+    Rows with the label -1 in a column with declared labels are left out with a warning. Unusable rows are skipped and
+    listed in an error after the last row; if not ``strict``, their text is "", and a warning lists them.
     """
     columns, second_columns = text_column if table.has_columns else ("text",), pair_column or ()
     errors = RowErrors(table.origin, table.unit)
-    is_first, label_column, kind = True, table.label_column, None
+    is_first, label_column, kind, n_unlabeled, has_rows = True, table.label_column, table.kind, 0, False
     for number, record in table.records:
         if decode and columns[0] not in record and record.get("input_ids") is not None:
             record = {**record, columns[0]: decode(list(record["input_ids"]))}
@@ -247,8 +238,7 @@ def _rows(
         missing = [column for column in required if is_first and column not in record]
         if missing:
             message = f"{table.origin} has no column {missing[0]!r}; it has {', '.join(map(repr, record))}."
-            hint = "Name the columns with --text-column, --pair-column, --label-column or --label-columns."
-            raise DataError(message, hint=hint)
+            raise DataError(message, hint=f"Name the columns with {table.column_options}.")
         is_first = False
         label: Label = ""
         text, problem = get_pair(record, columns, second_columns)
@@ -256,20 +246,28 @@ def _rows(
             label, problem = _get_flagged(record, table.label_columns)
         elif label_column and problem is None:
             label, problem = _get_label(record.get(label_column), table)
+            if problem == _UNLABELED:
+                n_unlabeled += 1
+                continue
+        has_rows = True
         if problem is None:
             kind = kind or type(label)
             if type(label) is not kind:
-                problem = f"expected {_KINDS[kind]} as in the rows before, got {_KINDS[type(label)]}"
+                before = "" if table.kind else " as in the rows before"
+                problem = f"expected {_KINDS[kind]}{before}, got {_KINDS[type(label)]}"
         if problem is None:
             yield text, label, record
             continue
         errors.add(number, problem)
-        if problem == _NO_LABEL and table.label_separator is None:
+        if problem == _NO_LABEL and table.label_separator is None and table.kind is None:
             errors.hint = "Fix or remove these rows. For any number of labels, use lists, or pass --label-separator."
         if not strict:
             yield "", "", record
-    if is_first and not table.may_be_empty:
-        raise DataError(f"{table.origin} has no rows.", hint="Add rows to it, or choose another source.")
+    if not has_rows and not table.may_be_empty:
+        message = f"{table.origin} has no {'labels: all are -1' if n_unlabeled else 'rows'}."
+        raise DataError(message, hint="Add rows to it, or choose another source.")
+    if n_unlabeled:
+        logger.warning("%s: left out %d rows with the label -1, which means no label.", table.origin, n_unlabeled)
     if strict:
         errors.check()
     if errors.total:
@@ -357,7 +355,9 @@ def _get_flagged(record: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[L
 
 
 def _get_label(value: Any, table: _Table) -> tuple[Label, str | None]:
-    """Return the label or labels in a label column, and the reason if they are unusable."""
+    """Return the label or labels (or the score) in a label column, and the reason if they are unusable."""
+    if table.kind is float:
+        return _get_score(value)
     if hasattr(value, "tolist"):  # a NumPy or torch array
         value = value.tolist()
     separator = table.label_separator
@@ -389,6 +389,8 @@ def _get_name(value: Any, declared_labels: tuple[str, ...]) -> tuple[str, str | 
         return "", f"expected a string or an integer as label, got {type(value).__name__}"
     if not declared_labels:
         return str(value), None
+    if value == -1:
+        return "", _UNLABELED
     if not 0 <= value < len(declared_labels):
         return "", f"the label must be between 0 and {len(declared_labels) - 1}, got {value}"
     return declared_labels[value], None

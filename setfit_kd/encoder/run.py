@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from setfit_kd.models.encode import embed
 from setfit_kd.utils.atomic_io import atomic_folder
 from setfit_kd.utils.console import quiet_libraries
 from setfit_kd.utils.files import fingerprint
-from setfit_kd.utils.output_folder import OutputFolder, open_output_folder
+from setfit_kd.utils.output_folder import Trained, open_output_folder
 
 if TYPE_CHECKING:
     import torch
@@ -31,30 +30,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SPEARMAN = "spearman"
+_SPEARMAN = "spearman"  # key by which ``metrics.json`` is recognized
 
 
-@dataclass(frozen=True)
-class EncoderResult:
-    """Encoder on the device of the run, and Spearman's rank correlations before and after training.
-
-    They compare cosines with scores, and are None without pairs to evaluate on.
-    """
-
-    model: SentenceTransformer
-    before: float | None
-    after: float | None
-    output_dir: Path
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """The metrics, as in ``metrics.json``."""
-        return {_SPEARMAN: {"before": self.before, "after": self.after}}
-
-
-def encoder_run(config: EncoderRunConfig) -> EncoderResult:
+def encoder_run(config: EncoderRunConfig) -> Trained:
     """Train a sentence encoder, evaluate it, and write it to a folder in the format of sentence-transformers.
 
+    The metric is Spearman's rank correlation of cosines and scores, before and after training; None without scores.
     An interrupted run that is started again resumes from its last checkpoint, in a folder next to the output folder.
 
     Raises:
@@ -63,29 +45,25 @@ def encoder_run(config: EncoderRunConfig) -> EncoderResult:
     check_settings(config, nli=config.nli, teacher=config.teacher, texts=config.texts)
     options: Any = {"overwrite": config.overwrite, "command": "encoder", "keys": {_SPEARMAN}}
     with open_output_folder(config.output_dir, **options) as output, shared_backoff(cpu_fallback=config.cpu_fallback):
-        return _encoder_run(config, output)
-
-
-def _encoder_run(config: EncoderRunConfig, output: OutputFolder) -> EncoderResult:
-    columns, nli, sts = (config.first_column, config.second_column), None, None
-    if config.nli is not None:
-        nli = read_pairs(config.nli, *columns, config.label_column)
-    if config.sts is not None:
-        sts = read_pairs(config.sts, *columns, config.score_column, scored=True)
-    if nli is not None and sts is not None:
-        nli = _remove_leaks(nli, sts)
-    rows = read_rows(config, nli=nli, texts=config.texts)
-    device = resolve_device(config.device)
-    body, teacher = load_models(config.model, config.teacher, rows.texts, config, device)
-    before = None if sts is None else spearman(body, sts, device, config)
-    hashes = [content_hash(part) for part in (body, teacher) if part is not None]
-    data = rows.texts, [column.tolist() for column in rows.columns], rows.labels.tolist()
-    training = fingerprint(EncoderConfig.fingerprint_inputs(config), hashes, *data)
-    train_on_rows(body, rows, teacher, config, device, checkpoints=output.checkpoints / training)
-    after = None if sts is None else spearman(body, sts, device, config)
-    result = EncoderResult(body, before, after, config.output_dir)
-    output.write(partial(_save, body), {**result.metrics, "settings": config.model_dump(mode="json")})
-    return result
+        columns, nli, sts = (config.first_column, config.second_column), None, None
+        if config.nli is not None:
+            nli = read_pairs(config.nli, *columns, config.label_column)
+        if config.sts is not None:
+            sts = read_pairs(config.sts, *columns, config.score_column, scored=True)
+        if nli is not None and sts is not None:
+            nli = _remove_leaks(nli, sts)
+        rows = read_rows(config, nli=nli, texts=config.texts)
+        device = resolve_device(config.device)
+        body, teacher = load_models(config.model, config.teacher, rows.texts, config, device)
+        before = None if sts is None else spearman(body, sts, device, config)
+        hashes = [content_hash(part) for part in (body, teacher) if part is not None]
+        data = rows.texts, [column.tolist() for column in rows.columns], rows.labels.tolist()
+        training = fingerprint(EncoderConfig.fingerprint_inputs(config), hashes, *data)
+        train_on_rows(body, rows, teacher, config, device, checkpoints=output.checkpoints / training)
+        after = None if sts is None else spearman(body, sts, device, config)
+        metrics = {_SPEARMAN: {"before": before, "after": after}}
+        output.write(partial(_save, body), {**metrics, "settings": config.model_dump(mode="json")})
+        return Trained(body, metrics)
 
 
 def spearman(body: SentenceTransformer, pairs: SentencePairs, device: torch.device, config: EncoderConfig) -> float:

@@ -106,7 +106,7 @@ def train_on_rows(
     """Train a body in place on rows from `read_rows`, with the embeddings of the teacher, if any."""
     check_precision(config.precision, device)
     with quiet_libraries():
-        from setfit_kd.encoder.trainer import EncoderTrainer
+        from setfit_kd.encoder.trainer import create_trainer
         from setfit_kd.losses.ranking import distinct_batches
         from setfit_kd.training.loop import train
 
@@ -122,7 +122,7 @@ def train_on_rows(
         batches = distinct_batches(keys, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)
         train(
             body,
-            partial(EncoderTrainer, body, rows, batches, embeddings),
+            partial(create_trainer, body, rows, batches, embeddings),
             config,
             device=device,
             texts=rows.texts,

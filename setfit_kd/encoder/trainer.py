@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,14 +12,14 @@ from setfit_kd.config.base import resolved
 from setfit_kd.config.encoder import EncoderConfig
 from setfit_kd.encoder.train import TrainingRows
 from setfit_kd.losses.base import BatchLoss
+from setfit_kd.losses.cross_entropy import CrossEntropyLoss
 from setfit_kd.losses.embedding import EmbeddingLoss
-from setfit_kd.losses.pair_classification import PairClassificationLoss
 from setfit_kd.losses.ranking import RankingLoss
 from setfit_kd.losses.similarity import SimilarityLoss
 from setfit_kd.losses.weighted_sum import WeightedSumLoss
 from setfit_kd.models.encode import embed
-from setfit_kd.training.loop import BodyTrainer, resolve_learning_rate
-from setfit_kd.training.loss_trainer import LossTrainer, TokenDataset
+from setfit_kd.training.loop import BodyTrainer
+from setfit_kd.training.loss_trainer import TokenDataset
 from setfit_kd.utils.arrays import Floats, sample_rows
 
 if TYPE_CHECKING:
@@ -28,26 +29,18 @@ LEARNING_RATE, DISTILLATION_LEARNING_RATE = 1e-4, 3e-4
 _MAX_INIT_TEXTS = 256  # to fit the projection to the teacher's dimension on
 
 
-class EncoderTrainer(BodyTrainer):
-    """Trainer of a sentence encoder; the precision in the config is resolved."""
-
-    def __init__(
-        self,
-        body: SentenceTransformer,
-        rows: TrainingRows,
-        batches: list[list[int]],
-        teacher_embeddings: Floats | None,
-        config: EncoderConfig,
-        device: torch.device,
-        output_dir: str,
-    ) -> None:
-        self.model = body
-        default = LEARNING_RATE if teacher_embeddings is None else DISTILLATION_LEARNING_RATE
-        rate = resolve_learning_rate(config.learning_rate, body, default=default)
-        self.inner = LossTrainer(body, config, device, output_dir, batch_size=config.batch_size, learning_rate=rate)
-        self.inner.train_dataset = TokenDataset(body, rows.texts, rows.labels, rows.columns)
-        self.inner.batches = batches
-        self.inner.loss = _create_loss(body, rows, teacher_embeddings, config).to(body.device)
+def create_trainer(
+    body: SentenceTransformer,
+    rows: TrainingRows,
+    batches: list[list[int]],
+    teacher_embeddings: Floats | None,
+    *arguments: Any,
+) -> BodyTrainer:
+    """Create a trainer of a sentence encoder; ``arguments`` are those of ``make_trainer``, see `train`."""
+    dataset = TokenDataset(body, rows.texts, rows.labels, rows.columns)
+    create_loss = partial(_create_loss, body, rows, teacher_embeddings)
+    rate = LEARNING_RATE if teacher_embeddings is None else DISTILLATION_LEARNING_RATE
+    return BodyTrainer(body, body, dataset, create_loss, *arguments, batches=batches, learning_rate=rate)
 
 
 def _create_loss(
@@ -65,7 +58,7 @@ def _create_loss(
         embeddings = embed(body, texts, batch_size=size, description="Initializing loss")
         if name == "softmax":
             n_classes = int(rows.labels.max()) + 1
-            return PairClassificationLoss(body, dimension=embeddings.shape[1], n_classes=n_classes)
+            return CrossEntropyLoss(body, torch.nn.Linear(3 * embeddings.shape[1], n_classes))
         target = resolved(teacher_embeddings)
         loss = EmbeddingLoss(body, target, dimension=embeddings.shape[1])
         if embeddings.shape[1] != target.shape[1]:

@@ -122,7 +122,7 @@ class Evaluation:
         intervals = metrics.bootstrap_quality(self.gold, self.predicted, n_classes=self.probabilities.shape[1])
         if self.quality.agreement is not None:
             n = len(self.gold)
-            intervals["agreement"] = metrics.bootstrap_proportion(round(self.quality.agreement * n), n)
+            intervals["agreement"] = metrics.bootstrap_mean(np.arange(n) < round(self.quality.agreement * n))
         return intervals
 
     @cached_property

@@ -272,10 +272,11 @@ def bootstrap_quality(
     return {name: _interval(float(values[i]), resampled[:, i]) for i, name in enumerate(names)}
 
 
-def bootstrap_proportion(count: int, total: int) -> Interval:
-    """Compute the proportion ``count / total`` with its interval; each resample is one binomial draw."""
-    share = count / total
-    return _interval(share, np.random.default_rng([0, 11]).binomial(total, share, N_RESAMPLES) / total)
+def bootstrap_mean(values: npt.NDArray[np.floating | np.bool_]) -> Interval:
+    """Compute the mean of (n,) values, n >= 1, with its interval."""
+    distinct, counts = np.unique(values, return_counts=True)
+    draws = np.random.default_rng([0, 13]).multinomial(len(values), counts / len(values), N_RESAMPLES)
+    return _interval(float(values.mean()), draws @ distinct / len(values))
 
 
 def bootstrap_calibration(probabilities: npt.NDArray[np.floating], gold: Labels) -> dict[str, Interval]:

@@ -48,7 +48,9 @@ class _AnswerDraft(Draft):
 
     def compare(self) -> tuple[float, float]:
         pairs = list(zip(answer.Answerer(self.folder).answer(self.texts), self.expected, strict=True))
-        return float(np.mean([a.text == b.text for a, b in pairs])), max(abs(a.score - b.score) for a, b in pairs)
+        return float(np.mean([a.text == b.text for a, b in pairs])), max(
+            abs((a.score or 0) - (b.score or 0)) for a, b in pairs
+        )
 
     def measure_seconds(self) -> float:
         answerer = answer.Answerer(self.folder)
@@ -89,7 +91,7 @@ def export_answerer(
     check_output(Path(folder), overwrite=overwrite)
     body: Any = model.model_body.to("cpu")
     some = [questions[row] for row in np.unique(np.linspace(0, len(questions) - 1, 200).astype(int))]
-    expected = predict_answers(body, some, config=model.config, null_threshold=model.null_threshold)
+    expected = predict_answers(model, some)
     windows = BodyWindows(body, model.config)
     manifest = {
         "format": answer.FORMAT,

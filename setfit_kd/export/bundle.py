@@ -232,20 +232,26 @@ class Draft:
         return float(np.mean(np.equal(*labels))), float(np.abs(probabilities - self.expected).max())
 
     def try_int8(self, single: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-        """Quantize the bundle to 8 bits, or restore single precision and return the reason with the comparison."""
+        """Quantize the bundle to 8 bits, or restore single precision and return the reason with the comparison.
+
+        If the agreement is too low, the layers of `quantize` with ``mixed`` are left in single precision.
+        """
         model, backup = self.folder / classify.ONNX_MODEL, self.folder / _SINGLE_PRECISION_MODEL
         before = self.measure_seconds()
         model.rename(backup)
-        quantize(backup, model)
-        try:
-            parity = self.verify("onnx-int8")
+        for mixed in (False, True):
+            quantize(backup, model, mixed=mixed)
+            try:
+                parity = self.verify("onnx-int8")
+            except ModelError as error:
+                reason = f"agreement too low: {error.message[0].lower()}{error.message[1:-1]}"
+                continue
             after = self.measure_seconds()
             if after < before:
                 backup.unlink()
                 return parity, None
             reason = f"not faster on this CPU ({after / before:.2f} times the time)"
-        except ModelError as error:
-            reason = f"agreement too low: {error.message[0].lower()}{error.message[1:-1]}"
+            break
         logger.warning("The bundle is saved in single precision instead of 8 bits: %s.", reason)
         backup.replace(model)
         self.write_manifest("onnx", single)
@@ -373,15 +379,22 @@ def write_onnx(model: SetFitModel, file: Path) -> None:
     write_graph(graph, file, outputs=["probabilities"], token_types=has_token_types(model.model_body))
 
 
-def quantize(source: Path, target: Path) -> None:
-    """Quantize weights to 8 bits with one scale per column, and activations at run time; the head remains as it is."""
+def quantize(source: Path, target: Path, *, mixed: bool = False) -> None:
+    """Quantize weights to 8 bits with one scale per column, and activations at run time; the head remains as it is.
+
+    With ``mixed``, so do layers with fewer outputs than inputs, such as the last of each feed-forward block, whose
+    inputs have outliers.
+    """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     # The head is the last matrix product of the graph.
-    head = [node.name for node in onnx.load(str(source)).graph.node if node.op_type == "MatMul"][-1:]
+    graph = onnx.load(str(source)).graph
+    products = [node for node in graph.node if node.op_type == "MatMul"]
+    narrowing = {array.name for array in graph.initializer if len(array.dims) == 2 and array.dims[0] > array.dims[1]}
+    kept = [node.name for node in products if mixed and narrowing & set(node.input)] + [products[-1].name]
     with silence_warnings():
-        quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8, nodes_to_exclude=head)
+        quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8, nodes_to_exclude=kept)
 
 
 def write_static(model: SetFitModel, folder: Path) -> bool:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from setfit_kd.config.questions import QuestionConfig
-from setfit_kd.errors import DataError
 from setfit_kd.inference.classifier import convert_bundle_errors, is_bundle
 from setfit_kd.models.io import classifier_folder
 from setfit_kd.qa.data import Question
 from setfit_kd.qa.model import is_answerer
-from setfit_kd.runtime.answer import QUESTION_ANSWERING, Answer, Answerer, NoRoomError
+from setfit_kd.runtime.answer import QUESTION_ANSWERING, Answer, Answerer
 from setfit_kd.runtime.classify import MANIFEST
 from setfit_kd.utils.files import read_json
 
@@ -38,13 +37,18 @@ def open_answerer(
     ``settings`` override those of the model; of a bundle, only the batch size can be changed, and it runs on the CPU.
 
     Raises:
-        SetFitKDError: If the model or bundle cannot be used, or a setting is unknown. The function raises a `DataError`
-            if a question is too long.
+        SetFitKDError: If the model or bundle cannot be used, or a setting is unknown.
     """
     config = QuestionConfig.of(**settings)
     if is_bundle(folder):
         with convert_bundle_errors():
-            return partial(_answer, Answerer(folder, threads=threads, batch_size=config.encode_batch_size or 8))
+            answerer = Answerer(folder, threads=threads, batch_size=config.encode_batch_size or 8)
+
+        @convert_bundle_errors()
+        def answer(questions: Sequence[Question]) -> list[Answer]:
+            return answerer.answer([(question.question, question.context) for question in questions])
+
+        return answer
     import torch
 
     from setfit_kd.memory.backoff import move_model
@@ -55,16 +59,6 @@ def open_answerer(
     if threads is not None:
         torch.set_num_threads(threads)
     model = load_answerer(folder)
-    config = QuestionConfig.merged(model.config, settings)
-    move_model(model.model_body, resolve_device(config.device), phase="Loading model")
-    return partial(predict_answers, model.model_body, config=config, null_threshold=model.null_threshold)
-
-
-def _answer(answerer: Answerer, questions: Sequence[Question]) -> list[Answer]:
-    """Find the answers with a bundle."""
-    try:
-        with convert_bundle_errors():
-            return answerer.answer([(question.question, question.context) for question in questions])
-    except NoRoomError as error:
-        message = f"Question {questions[error.row].id!r:.60} is too long: {error.reason}."
-        raise DataError(message, hint="Shorten it.") from None
+    model.config = QuestionConfig.merged(model.config, settings)
+    move_model(model.model_body, resolve_device(model.config.device), phase="Loading model")
+    return partial(predict_answers, model)

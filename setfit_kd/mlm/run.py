@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from setfit_kd.mlm.vocabulary import add_words, choose_words, read_words
 from setfit_kd.models.bodies import content_hash, locate_model
 from setfit_kd.student.kinds import create_token_body
 from setfit_kd.utils.files import fingerprint
-from setfit_kd.utils.output_folder import OutputFolder, open_output_folder
+from setfit_kd.utils.output_folder import Trained, open_output_folder
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -28,44 +27,57 @@ logger = logging.getLogger(__name__)
 _BEFORE = "before"  # key by which ``metrics.json`` is recognized
 
 
-@dataclass(frozen=True)
-class PretrainResult:
-    """Masked language model on the device of the run, and its metrics before and after training.
-
-    Metrics, also those of the teacher, are as in `evaluate_mlm`, or None without evaluation texts (or a teacher).
-    """
-
-    body: SentenceTransformer
-    before: dict[str, float] | None
-    after: dict[str, float] | None
-    teacher: dict[str, float] | None
-    words: list[str]  # added to the vocabulary
-    leaks: int  # number of training texts removed because they are evaluation texts
-    output_dir: Path
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """All metrics, as in ``metrics.json``."""
-        metrics = {_BEFORE: self.before, "after": self.after, "teacher": self.teacher}
-        return {**metrics, "added_words": len(self.words), "leaks": self.leaks}
-
-
-def pretrain(config: PretrainConfig) -> PretrainResult:
+def pretrain(config: PretrainConfig) -> Trained:
     """Train a masked language model on texts, and write it with its tokenizer to a folder in transformers format.
 
     A model without a head for masked tokens first gets one, trained with the rest of the model frozen; the metrics
-    before training are those of the model with this head, and without the added words.
+    before training are those of the model with this head, and without the added words. The metrics of ``before``,
+    ``after`` and ``teacher`` are as in `evaluate_mlm`, or None without evaluation texts (or a teacher).
 
     An interrupted run that is started again resumes from its last checkpoint, in a folder next to the output folder.
 
     Raises:
         SetFitKDError: If an input or a setting cannot be used; no partial files are left behind.
     """
-    with (
-        open_output_folder(config.output_dir, overwrite=config.overwrite, command="pretrain", keys={_BEFORE}) as output,
-        shared_backoff(cpu_fallback=config.cpu_fallback),
-    ):
-        return _pretrain(config, output)
+    options: Any = {"overwrite": config.overwrite, "command": "pretrain", "keys": {_BEFORE}}
+    with open_output_folder(config.output_dir, **options) as output, shared_backoff(cpu_fallback=config.cpu_fallback):
+        texts, held_out, leaks = read_texts(config.texts, config.eval, config.text_column)
+        device = resolve_device(config.device)
+
+        from setfit_kd.mlm.data import check_tokenizer
+        from setfit_kd.mlm.train import check_teacher, evaluate_mlm, fit_mlm_head, pretrain_body
+        from setfit_kd.models.token_model import load_token_model, save_token_model
+
+        teacher = None if config.teacher is None else load_token_model(locate_model(config.teacher), "fill-mask")
+        body = create_token_body(config.model, "fill-mask", teacher=teacher, seed=config.seed)
+        if teacher is not None:
+            check_teacher(teacher, body, texts)
+        check_tokenizer(body.tokenizer)
+        words: list[str] = []
+        if config.vocab_file is not None:
+            words = read_words(Path(config.vocab_file), body.tokenizer)
+        elif config.add_vocab is not None:
+            words = choose_words(texts, body.tokenizer, config.add_vocab)
+
+        def checkpoints(phase: str) -> Path:
+            models = [None if model is None else content_hash(model) for model in (body, teacher)]
+            return output.checkpoints / fingerprint(phase, MlmConfig.fingerprint_inputs(config), models, texts)
+
+        def evaluate(model: SentenceTransformer) -> dict[str, float] | None:
+            move_model(model, device, phase="Evaluating")
+            return evaluate_mlm(model, held_out, config=config) if held_out else None
+
+        if not body[0].has_head:
+            fit_mlm_head(body, texts, config=config, checkpoints=checkpoints("head"))
+        before = evaluate(body)
+        if words:
+            add_words(body, words)
+            logger.info("Added %d words to the vocabulary, such as %s.", len(words), ", ".join(words[:3]))
+        pretrain_body(body, texts, config=config, teacher=teacher, checkpoints=checkpoints("model"))
+        after, of_teacher = evaluate(body), None if teacher is None else evaluate(teacher)
+        metrics = {_BEFORE: before, "after": after, "teacher": of_teacher, "added_words": len(words), "leaks": leaks}
+        output.write(partial(save_token_model, body), {**metrics, "settings": config.model_dump(mode="json")})
+        return Trained(body, metrics)
 
 
 def read_texts(source: str, evaluation: str | None, text_column: Sequence[str]) -> tuple[list[str], list[str], int]:
@@ -83,43 +95,3 @@ def read_texts(source: str, evaluation: str | None, text_column: Sequence[str]) 
     if not texts:
         raise DataError("All training texts are evaluation texts.", hint="Pass other texts to train or to evaluate on.")
     return texts, held_out, leaks
-
-
-def _pretrain(config: PretrainConfig, output: OutputFolder) -> PretrainResult:
-    texts, held_out, leaks = read_texts(config.texts, config.eval, config.text_column)
-    device = resolve_device(config.device)
-
-    from setfit_kd.mlm.data import check_tokenizer
-    from setfit_kd.mlm.train import check_teacher, evaluate_mlm, fit_mlm_head, pretrain_body
-    from setfit_kd.models.token_model import load_token_model, save_token_model
-
-    teacher = None if config.teacher is None else load_token_model(locate_model(config.teacher), "fill-mask")
-    body = create_token_body(config.model, "fill-mask", teacher=teacher, seed=config.seed)
-    if teacher is not None:
-        check_teacher(teacher, body, texts)
-    check_tokenizer(body.tokenizer)
-    words: list[str] = []
-    if config.vocab_file is not None:
-        words = read_words(Path(config.vocab_file), body.tokenizer)
-    elif config.add_vocab is not None:
-        words = choose_words(texts, body.tokenizer, config.add_vocab)
-
-    def checkpoints(phase: str) -> Path:
-        models = [None if model is None else content_hash(model) for model in (body, teacher)]
-        return output.checkpoints / fingerprint(phase, MlmConfig.fingerprint_inputs(config), models, texts)
-
-    def evaluate(model: SentenceTransformer) -> dict[str, float] | None:
-        move_model(model, device, phase="Evaluating")
-        return evaluate_mlm(model, held_out, config=config) if held_out else None
-
-    if not body[0].has_head:
-        fit_mlm_head(body, texts, config=config, checkpoints=checkpoints("head"))
-    before = evaluate(body)
-    if words:
-        add_words(body, words)
-    pretrain_body(body, texts, config=config, teacher=teacher, checkpoints=checkpoints("model"))
-    after, of_teacher = evaluate(body), None if teacher is None else evaluate(teacher)
-    result = PretrainResult(body, before, after, of_teacher, words, leaks, output.path)
-
-    output.write(partial(save_token_model, body), {**result.metrics, "settings": config.model_dump(mode="json")})
-    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,10 +23,10 @@ from setfit_kd.mlm.loss import IGNORED, MaskedLanguageLoss
 from setfit_kd.models.encode import run_batches
 from setfit_kd.models.token_model import check_same_tokens
 from setfit_kd.training.loop import BodyTrainer, train
-from setfit_kd.training.loss_trainer import LossTrainer
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.console import quiet_libraries
 
+_LOSS_SETTINGS = ("temperature", "alpha", "cosine_weight", "dropout", "micro_batch_size")
 _HEAD_LEARNING_RATE = 1e-3
 _EVAL_BATCH_SIZE = 32
 
@@ -38,31 +39,10 @@ class MaskedLanguageModel:
     loss_curve_: list[float] = field(default_factory=list)
 
 
-class MlmTrainer(BodyTrainer):
-    """Trainer of a masked language model on blocks of tokens."""
-
-    def __init__(
-        self,
-        body: SentenceTransformer,
-        dataset: MaskedDataset,
-        teacher: SentenceTransformer | None,
-        config: MlmConfig,
-        device: torch.device,
-        output_dir: str,
-    ) -> None:
-        self.model = MaskedLanguageModel(body)
-        size, rate = config.batch_size, config.learning_rate
-        self.inner = LossTrainer(body, config, device, output_dir, batch_size=size, learning_rate=rate)
-        self.inner.train_dataset, self.inner.batches = dataset, dataset.batches
-        self.inner.loss = MaskedLanguageLoss(
-            body,
-            teacher=teacher,
-            temperature=config.temperature,
-            alpha=config.alpha,
-            cosine_weight=config.cosine_weight,
-            dropout=config.dropout,
-            micro_batch_size=config.micro_batch_size,
-        )
+def _create_loss(
+    body: SentenceTransformer, teacher: SentenceTransformer | None, config: MlmConfig
+) -> MaskedLanguageLoss:
+    return MaskedLanguageLoss(body, teacher=teacher, **{name: getattr(config, name) for name in _LOSS_SETTINGS})
 
 
 def pretrain_body(
@@ -97,11 +77,11 @@ def pretrain_body(
         check_teacher(teacher, body, texts)
     limit = body.max_seq_length
     with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
-        dataset = MaskedDataset(body, texts, config)
+        dataset, create_loss = MaskedDataset(body, texts, config), partial(_create_loss, body, teacher)
         try:
             trained = train(
                 body,
-                lambda *arguments: MlmTrainer(body, dataset, teacher, *arguments),
+                partial(BodyTrainer, MaskedLanguageModel(body), body, dataset, create_loss, batches=dataset.batches),
                 config,
                 device=device,
                 texts=texts,

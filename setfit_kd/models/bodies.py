@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +12,7 @@ from setfit_kd.config.base import Family
 from setfit_kd.errors import ModelError, first_line, is_out_of_memory
 from setfit_kd.models.demo import locate_demo
 from setfit_kd.runtime.classify import PAIR_SEPARATOR
-from setfit_kd.utils.console import quiet_libraries, suppress_warnings
+from setfit_kd.utils.console import quiet_libraries
 from setfit_kd.utils.files import check_regular_file, hash_parts, read_json
 
 if TYPE_CHECKING:
@@ -39,18 +39,13 @@ class BodySource(NamedTuple):
         ``label_names`` are the classes of the last layer of a transformer, and ``seed`` is for weights that it lacks.
         """
         with model_errors(self.folder), quiet_libraries(with_setfit=False):
-            if self.family == "transformer":
-                from setfit_kd.models.transformer import load_transformer
+            from setfit_kd.models.transformer import load_encoder, load_transformer
 
+            if self.family == "transformer":
                 body = load_transformer(self.folder, label_names, seed=seed)
             else:
-                from sentence_transformers import SentenceTransformer
-
-                # A transformers model may lack a pooler, which is not used; in other folders, nothing may be missing.
-                is_complete = (self.folder / MODULES).is_file()
-                with nullcontext() if is_complete else suppress_warnings("transformers"):
-                    # Weights may be stored in half precision, in which training would lose most updates.
-                    body = load_local(SentenceTransformer, self.folder, device="cpu").float()
+                # Weights may be stored in half precision, in which training would lose most updates.
+                body = load_encoder(self.folder).float()
             check_finite(body, self.folder)
             return body
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.transformer import set_temporary_class_attrs
 from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import nn
 from transformers import AutoConfig
@@ -137,6 +138,19 @@ def limit_positions(module: Transformer) -> None:
             # In models such as RoBERTa and MPNet, positions start after the padding index.
             n_positions = table.num_embeddings - padding - 1
             module.max_seq_length = min(module.max_seq_length or n_positions, n_positions)
+
+
+def load_encoder(folder: Path) -> SentenceTransformer:
+    """Load an encoder in a folder of sentence-transformers or transformers; only the weights of a pooler may lack."""
+    load_model: Any = Transformer._load_model
+
+    def load_and_check(self: Transformer, *args: Any, **kwargs: Any) -> Any:
+        model, info = load_model(self, *args, **kwargs, output_loading_info=True)
+        check_complete(model, sorted(key for key in info["missing_keys"] if "pooler" not in key))
+        return model
+
+    with suppress_warnings("transformers"), set_temporary_class_attrs(Transformer, _load_model=load_and_check):
+        return cast("SentenceTransformer", load_local(SentenceTransformer, folder, device="cpu"))
 
 
 def load_transformer(folder: Path, label_names: Sequence[str], *, seed: int = 0) -> SentenceTransformer:

@@ -94,7 +94,7 @@ def _get_question(record: Mapping[str, Any], number: int) -> tuple[Question, str
     name, context, answers = record.get("id"), texts["context"][0], None
     if problem is None:
         answers, problem = _get_answers(record.get("answers"), context)
-    name = str(number if name is None else name)
+    name = str(number if name is None else name).encode("utf-8", "backslashreplace").decode()
     return Question(name, texts["question"][0], context, answers), problem
 
 

@@ -24,6 +24,7 @@ class QuestionAnswering:
     """Questions of a run that distils question answering, and its stages, see `run.task_run.Task`."""
 
     name: TokenTask = "question-answering"
+    save, load = staticmethod(save_answerer), staticmethod(load_answerer)
 
     def __init__(self, config: QuestionRunConfig) -> None:
         self.sets, leaks = read_sets(config.labeled, config.unlabeled, config.validation, config.eval)
@@ -66,15 +67,6 @@ class QuestionAnswering:
         choose_threshold(model, self.sets["labeled"], self.sets["validation"])
         return model
 
-    def evaluate(self, model: QuestionAnswerer) -> dict[str, float]:
+    def evaluate(self, model: QuestionAnswerer) -> dict[str, Any]:
         """Compute the metrics of `evaluate_answers`."""
-        options: Any = {"config": model.config, "null_threshold": model.null_threshold}
-        return evaluate_answers(model.model_body, self.sets["evaluation"], **options)
-
-    def save(self, model: QuestionAnswerer, folder: Path) -> None:
-        """Save a model in the format of transformers."""
-        save_answerer(model, folder)
-
-    def load(self, folder: Path) -> QuestionAnswerer:
-        """Load a model."""
-        return load_answerer(folder)
+        return evaluate_answers(model, self.sets["evaluation"])

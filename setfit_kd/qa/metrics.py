@@ -6,10 +6,12 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from setfit_kd.errors import DataError
+from setfit_kd.evaluation.metrics import bootstrap_mean
 from setfit_kd.qa.data import Question
 from setfit_kd.runtime.answer import Candidates
 
@@ -43,11 +45,12 @@ def gold_texts(question: Question) -> list[str]:
     return [text for text, _ in question.answers if normalize_answer(text)] or [""]
 
 
-def score_answers(predicted: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
+def score_answers(predicted: Sequence[str], questions: Sequence[Question]) -> dict[str, Any]:
     """Compute exact match and F1, from 0 to 1, as the evaluation script of SQuAD 2.0 does.
 
-    Each is the mean over the questions of the maximum over the gold answers. If there are questions without an answer,
-    the metrics of those with (``hasans_``) and without an answer (``noans_``) are added.
+    Each is the mean over the questions of the maximum over the gold answers. Its 95% interval from the bootstrap over
+    the questions, such as ``f1_interval``, is a list of the lower and the upper bound. If there are questions without
+    an answer, the metrics of those with (``hasans_``) and without an answer (``noans_``) are added.
 
     References:
         - Rajpurkar et al., 2016, "SQuAD: 100,000+ Questions for Machine Comprehension of Text".
@@ -55,7 +58,7 @@ def score_answers(predicted: Sequence[str], questions: Sequence[Question]) -> di
     """
     golds = [gold_texts(question) for question in questions]
     has_answer = np.array([bool(question.answers) for question in questions])
-    scores: dict[str, float] = {}
+    scores: dict[str, Any] = {}
     values = {
         name: np.array(
             [max(metric(text, gold) for gold in texts) for text, texts in zip(predicted, golds, strict=True)]
@@ -66,7 +69,8 @@ def score_answers(predicted: Sequence[str], questions: Sequence[Question]) -> di
     for prefix, rows in groups.items():
         if rows.any():
             scores |= {f"{prefix}{name}": float(value[rows].mean()) for name, value in values.items()}
-    return scores
+    intervals = {name: bootstrap_mean(value) for name, value in values.items()}
+    return scores | {f"{name}_interval": [interval.low, interval.high] for name, interval in intervals.items()}
 
 
 def fit_null_threshold(candidates: Sequence[Candidates], questions: Sequence[Question]) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -16,32 +16,15 @@ from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import content_hash, locate_model
 from setfit_kd.qa.data import Question, read_questions
 from setfit_kd.qa.metrics import gold_texts
-from setfit_kd.qa.model import QuestionAnswerer, save_answerer
+from setfit_kd.qa.model import save_answerer
 from setfit_kd.utils.files import fingerprint
-from setfit_kd.utils.output_folder import OutputFolder, open_output_folder
+from setfit_kd.utils.output_folder import Trained, open_output_folder
 
 logger = logging.getLogger(__name__)
 _THRESHOLD = "null_threshold"  # key by which ``metrics.json`` is recognized
 
 
-@dataclass(frozen=True)
-class QuestionResult:
-    """Model on the device of the run, its metrics, and the numbers of questions removed because a later set has them.
-
-    ``evaluation`` is None without evaluation questions.
-    """
-
-    model: QuestionAnswerer
-    evaluation: dict[str, float] | None
-    leaks: dict[str, int]
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """All metrics, as in ``metrics.json``."""
-        return {"evaluation": self.evaluation, _THRESHOLD: self.model.null_threshold, "leaks": self.leaks}
-
-
-def finetune_questions(config: QuestionFinetuneConfig) -> QuestionResult:
+def finetune_questions(config: QuestionFinetuneConfig) -> Trained:
     """Fine-tune a transformer to answer questions, evaluate it, and write it to a folder in the format of transformers.
 
     If training questions have no answer, a question gets no answer if its score is higher than that of the best answer.
@@ -53,29 +36,24 @@ def finetune_questions(config: QuestionFinetuneConfig) -> QuestionResult:
     """
     options: Any = {"overwrite": config.overwrite, "command": "finetune", "keys": {_THRESHOLD}}
     with open_output_folder(config.output_dir, **options) as output, shared_backoff(cpu_fallback=config.cpu_fallback):
-        return _finetune_questions(config, output)
+        sets, leaks = read_sets(config.labeled, None, config.validation, config.eval)
 
+        # Imported after the data has been checked, because loading torch takes time.
+        from setfit_kd.models.token_model import load_token_model
+        from setfit_kd.qa.train import choose_threshold, evaluate_answers, train_questions
 
-def _finetune_questions(config: QuestionFinetuneConfig, output: OutputFolder) -> QuestionResult:
-    sets, leaks = read_sets(config.labeled, None, config.validation, config.eval)
-
-    # Imported after the data has been checked, because loading torch takes time.
-    from setfit_kd.models.token_model import load_token_model
-    from setfit_kd.qa.train import choose_threshold, evaluate_answers, train_questions
-
-    device = resolve_device(config.device)
-    body = load_token_model(locate_model(config.model), "question-answering", seed=config.seed)
-    settings = config.part(QuestionConfig)
-    inputs = QuestionConfig.fingerprint_inputs(settings), content_hash(body), list(map(astuple, sets["labeled"]))
-    checkpoints = output.checkpoints / fingerprint(*inputs)
-    model = train_questions(body, sets["labeled"], config=settings, checkpoints=checkpoints)
-    move_model(body, device, phase="Evaluating")
-    choose_threshold(model, sets["labeled"], sets["validation"])
-    options: Any = {"config": settings, "null_threshold": model.null_threshold}
-    evaluation = evaluate_answers(body, sets["evaluation"], **options) if sets["evaluation"] else None
-    result = QuestionResult(model, evaluation, leaks)
-    output.write(partial(save_answerer, model), {**result.metrics, "settings": config.model_dump(mode="json")})
-    return result
+        device = resolve_device(config.device)
+        body = load_token_model(locate_model(config.model), "question-answering", seed=config.seed)
+        settings = config.part(QuestionConfig)
+        inputs = QuestionConfig.fingerprint_inputs(settings), content_hash(body), list(map(astuple, sets["labeled"]))
+        checkpoints = output.checkpoints / fingerprint(*inputs)
+        model = train_questions(body, sets["labeled"], config=settings, checkpoints=checkpoints)
+        move_model(body, device, phase="Evaluating")
+        choose_threshold(model, sets["labeled"], sets["validation"])
+        evaluation = evaluate_answers(model, sets["evaluation"]) if sets["evaluation"] else None
+        metrics = {"evaluation": evaluation, _THRESHOLD: model.null_threshold, "leaks": leaks}
+        output.write(partial(save_answerer, model), {**metrics, "settings": config.model_dump(mode="json")})
+        return Trained(model, metrics)
 
 
 def read_sets(

@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.data import Dataset
 
 from setfit_kd.config.questions import QuestionConfig
-from setfit_kd.errors import ConfigError, ModelError
+from setfit_kd.errors import ConfigError, DataError, ModelError
 from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.memory.devices import resolve_device, to_device
 from setfit_kd.models.encode import batch_limits, run_batches
@@ -27,13 +27,13 @@ from setfit_kd.qa.loss import AnswerLoss, answer_logits
 from setfit_kd.qa.metrics import fit_null_threshold, gold_texts, score_answers
 from setfit_kd.qa.model import QuestionAnswerer
 from setfit_kd.qa.windows import BodyWindows, answer_tokens
-from setfit_kd.runtime.answer import Answer, Candidates, find_answers, pad
+from setfit_kd.runtime.answer import Answer, Candidates, find_answers, pad, warn_too_long
 from setfit_kd.training.loop import BodyTrainer, train
-from setfit_kd.training.loss_trainer import LossTrainer
 from setfit_kd.training.precision import check_precision
 from setfit_kd.utils.arrays import iter_batches
 from setfit_kd.utils.console import quiet_libraries
 
+_LOSS_SETTINGS = ("temperature", "alpha", "dropout", "micro_batch_size")
 _CHUNK = 64  # questions per update of the progress bar
 
 
@@ -83,7 +83,7 @@ def train_questions(
     with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
         model: Any = train(
             body,
-            partial(_QuestionTrainer, QuestionAnswerer(body, config), dataset, teacher),
+            partial(BodyTrainer, QuestionAnswerer(body, config), body, dataset, partial(_create_loss, body, teacher)),
             config,
             device=device,
             texts=texts,
@@ -99,7 +99,13 @@ class _WindowDataset(Dataset[Any]):
     """Windows of questions, with the tokens of the gold answers."""
 
     def __init__(self, body: SentenceTransformer, questions: Sequence[Question], config: QuestionConfig) -> None:
-        windows = BodyWindows(body, config).split(questions)
+        splitter = BodyWindows(body, config)
+        windows = splitter.split(questions)
+        too_long = sorted(set(range(len(questions))) - {window.row for window in windows})
+        if too_long:
+            size = f"windows of {splitter.max_length} tokens with a stride of {splitter.stride}"
+            message = f"Question {questions[too_long[0]].id!r:.60} is too long for {size}."
+            raise DataError(message, hint="Shorten it, or pass a larger --max-length.")
         self.answer_tokens, self.pad_id = answer_tokens(windows, questions), body.tokenizer.pad_token_id or 0
         self.windows = [window._replace(spans=np.empty((0, 2), np.int32)) for window in windows]  # half the memory
 
@@ -117,31 +123,15 @@ class _WindowDataset(Dataset[Any]):
         return {"features": [features], "label": np.zeros(len(rows))}
 
 
-class _QuestionTrainer(BodyTrainer):
-    """Trainer of a transformer on windows of questions."""
-
-    def __init__(
-        self,
-        model: QuestionAnswerer,
-        dataset: _WindowDataset,
-        teacher: SentenceTransformer | None,
-        config: QuestionConfig,
-        device: torch.device,
-        output_dir: str,
-    ) -> None:
-        self.model = model
-        size, rate, epochs = config.batch_size, config.learning_rate, config.epochs
-        body = model.model_body
-        self.inner = LossTrainer(body, config, device, output_dir, batch_size=size, learning_rate=rate, epochs=epochs)
-        self.inner.train_dataset = dataset
-        options: dict[str, Any] = {"temperature": config.temperature, "alpha": config.alpha, "dropout": config.dropout}
-        self.inner.loss = AnswerLoss(body, teacher=teacher, micro_batch_size=config.micro_batch_size, **options)
+def _create_loss(body: SentenceTransformer, teacher: SentenceTransformer | None, config: QuestionConfig) -> AnswerLoss:
+    return AnswerLoss(body, teacher=teacher, **{name: getattr(config, name) for name in _LOSS_SETTINGS})
 
 
 def find_candidates(
-    body: SentenceTransformer, questions: Sequence[Question], *, config: QuestionConfig, description: str = "Answering"
+    model: QuestionAnswerer, questions: Sequence[Question], *, description: str = "Answering"
 ) -> list[Candidates]:
-    """Find the best answer to each question, on the device of the body."""
+    """Find the best answer to each question, on the device of the model; those that are too long get none."""
+    body, config = model.model_body, model.config
     windows, pad_id = BodyWindows(body, config), body.tokenizer.pad_token_id or 0
     max_texts = config.encode_batch_size or batch_limits(body)[0]
 
@@ -160,7 +150,10 @@ def find_candidates(
     body.eval()
     chunks = (questions[start : start + _CHUNK] for start in range(0, len(questions), _CHUNK))
     with torch.inference_mode(), ForwardPass(body).context():
-        return list(chain.from_iterable(run_batches(body, chunks, find, len(questions), max_texts, description)))
+        batches = run_batches(body, chunks, find, len(questions), max_texts, description)
+        candidates = list(chain.from_iterable(batches))
+    warn_too_long(candidates)
+    return candidates
 
 
 def choose_threshold(model: QuestionAnswerer, labeled: Sequence[Question], validation: Sequence[Question]) -> None:
@@ -170,31 +163,18 @@ def choose_threshold(model: QuestionAnswerer, labeled: Sequence[Question], valid
     """
     threshold = None
     if validation:
-        candidates = find_candidates(model.model_body, validation, config=model.config, description="Validating")
+        candidates = find_candidates(model, validation, description="Validating")
         threshold = fit_null_threshold(candidates, validation)
     if threshold is None and not all(question.answers for question in labeled):
         threshold = 0.0
     model.null_threshold = threshold
 
 
-def predict_answers(
-    body: SentenceTransformer,
-    questions: Sequence[Question],
-    *,
-    config: QuestionConfig,
-    null_threshold: float | None = None,
-) -> list[Answer]:
-    """Find the answer to each question; no answer if its score exceeds that of the best answer by a threshold."""
-    return [candidates.decide(null_threshold) for candidates in find_candidates(body, questions, config=config)]
+def predict_answers(model: QuestionAnswerer, questions: Sequence[Question]) -> list[Answer]:
+    """Find the answer to each question; none if its score exceeds that of the best answer by the model's threshold."""
+    return [candidates.decide(model.null_threshold) for candidates in find_candidates(model, questions)]
 
 
-def evaluate_answers(
-    body: SentenceTransformer,
-    questions: Sequence[Question],
-    *,
-    config: QuestionConfig,
-    null_threshold: float | None = None,
-) -> dict[str, float]:
+def evaluate_answers(model: QuestionAnswerer, questions: Sequence[Question]) -> dict[str, Any]:
     """Find the answer to each question, as `predict_answers`, and compute the metrics of `score_answers`."""
-    answers = predict_answers(body, questions, config=config, null_threshold=null_threshold)
-    return score_answers([answer.text for answer in answers], questions)
+    return score_answers([answer.text for answer in predict_answers(model, questions)], questions)

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.config.questions import QuestionConfig
-from setfit_kd.errors import DataError, ModelError
+from setfit_kd.errors import ModelError
 from setfit_kd.qa.data import Question
-from setfit_kd.runtime.answer import NoRoomError, Window, Windows
+from setfit_kd.runtime.answer import Window, Windows
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -42,14 +42,8 @@ class BodyWindows:
         self._windows = Windows(self.tokenizer, max_length=self.max_length, stride=self.stride)
 
     def split(self, questions: Sequence[Question]) -> list[Window]:
-        """Tokenize questions, in one or more windows each; a `DataError` if one leaves no room for its context."""
-        pairs = [(question.question, question.context) for question in questions]
-        try:
-            self._windows.check_room(pairs)
-        except NoRoomError as error:
-            message = f"Question {questions[error.row].id!r:.60} is too long: {error.reason}."
-            raise DataError(message, hint="Shorten it, or train a model with longer windows (--max-length).") from None
-        return self._windows.split(pairs)
+        """Tokenize questions, in one or more windows each, or none if a question is too long, see `Windows.split`."""
+        return self._windows.split([(question.question, question.context) for question in questions])
 
 
 def answer_tokens(windows: Sequence[Window], questions: Sequence[Question]) -> npt.NDArray[np.int64]:

@@ -16,15 +16,22 @@ from setfit_kd.utils.atomic_io import write_text
 from setfit_kd.utils.console import truncate
 from setfit_kd.utils.files import read_json
 
+_INTERVAL = "_interval"  # ends the names of the intervals of metrics
 _MAIN = {"qa": ("f1", "F1", "{:.1%}"), "mlm": ("bits_per_character", "number of bits per character", "{:.3f}")}
 """Metric that is compared for each task, its displayed name, and the format of all metrics."""
 
 
-def metrics_table(task: str, metrics: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
-    """Return the headings and cells of a table with one row per model."""
-    names, show = list(next(iter(metrics.values()), {})), _MAIN[task][2].format
+def metrics_table(task: str, metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and cells of a table with one row per model; a metric may have an interval."""
+    names = [name for name in next(iter(metrics.values()), {}) if not name.endswith(_INTERVAL)]
+
+    def show(name: str, values: Mapping[str, Any]) -> str:
+        bounds = values.get(name + _INTERVAL, [])
+        interval = " to ".join(map(_MAIN[task][2].format, bounds))
+        return _MAIN[task][2].format(values[name]) + (interval and f" (95%: {interval})")
+
     headings = ["", *(name.replace("_", " ") for name in names)]
-    return headings, [[model, *(show(values[name]) for name in names)] for model, values in metrics.items()]
+    return headings, [[model, *(show(name, values) for name in names)] for model, values in metrics.items()]
 
 
 def write_task_report(folder: Path) -> str:
@@ -37,7 +44,7 @@ def write_task_report(folder: Path) -> str:
     manifest, settings = Manifest.read(folder), RunFolder.read_settings(folder)
     config = TASK_RUNS[settings["task"]].of(**settings)
     try:
-        metrics: dict[str, dict[str, float]] = read_json(folder / METRICS_FILE)
+        metrics: dict[str, dict[str, Any]] = read_json(folder / METRICS_FILE)
         verdict = _verdict(config.task, metrics)
         tables = [("Evaluation", *metrics_table(config.task, metrics))] if metrics else []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -55,7 +62,7 @@ def write_task_report(folder: Path) -> str:
     return verdict
 
 
-def _verdict(task: str, metrics: Mapping[str, Mapping[str, float]]) -> str:
+def _verdict(task: str, metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """Compare the student with the teacher and the baseline."""
     if not metrics:
         return "No results: the run has no evaluation set."

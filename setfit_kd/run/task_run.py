@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from setfit_kd.config.task_runs import TASK_RUNS, TaskRun
-from setfit_kd.errors import ConfigError
 from setfit_kd.memory.backoff import move_model, shared_backoff
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.models.bodies import content_hash, locate_model
@@ -23,17 +20,16 @@ from setfit_kd.run_folder.log import record_log
 from setfit_kd.run_folder.manifest import versions
 from setfit_kd.run_folder.names import BASELINE, EVALUATION, LOG_FILE, STUDENT, TEACHER
 from setfit_kd.student.kinds import create_token_body
-from setfit_kd.utils.atomic_io import atomic_folder, lock_folder
-from setfit_kd.utils.files import fingerprint, read_json
+from setfit_kd.utils.atomic_io import lock_folder
+from setfit_kd.utils.files import fingerprint
+from setfit_kd.utils.json_artifact import JsonArtifact
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from setfit_kd.models.token_model import TokenTask
 
-logger = logging.getLogger(__name__)
-Metrics = dict[str, float]
-_METRICS = "metrics.json"
+Metrics = dict[str, Any]  # values of metrics, and intervals
 
 
 class Task(Protocol):
@@ -81,6 +77,14 @@ class TaskRunResult:
     student: Any
     teacher: Any
     metrics: dict[str, Metrics] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Evaluation(JsonArtifact):
+    """Metrics of a model."""
+
+    file_name = "metrics.json"
+    metrics: Metrics
 
 
 def create_task(config: TaskRun) -> Task:
@@ -146,14 +150,14 @@ def _run_stages(config: TaskRun, task: Task, cache: StageCache, pretrained: Any,
     metrics: dict[str, Metrics] = {}
 
     def evaluate(path: str, key: str, model: Any) -> None:
-        def run() -> Metrics:
+        def run() -> _Evaluation:
             move_model(model.model_body, device, phase="Evaluating")
-            return task.evaluate(model)
+            return _Evaluation(task.evaluate(model))
 
         if task.evaluation_key is not None:
-            artifact = Artifact(_save_metrics, _load_metrics)
             key = fingerprint(key, task.evaluation_key)
-            metrics[path] = cache.run_or_load(f"{EVALUATION}/{path}", key, artifact, run)
+            artifact = Artifact(_Evaluation.save, _Evaluation.load)
+            metrics[path] = cache.run_or_load(f"{EVALUATION}/{path}", key, artifact, run).metrics
         model.model_body.to("cpu")
 
     checkpoints = cache.checkpoint_folder
@@ -175,15 +179,3 @@ def _run_stages(config: TaskRun, task: Task, cache: StageCache, pretrained: Any,
         evaluate(path, student_key, student)
     teacher.model_body.to("cpu")  # from where a student has used it
     return TaskRunResult(student, teacher, metrics)
-
-
-def _save_metrics(metrics: Metrics, folder: Path) -> None:
-    with atomic_folder(folder) as part:
-        (part / _METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-
-
-def _load_metrics(folder: Path) -> Metrics:
-    try:
-        return dict(read_json(folder / _METRICS))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"Cannot read {folder / _METRICS} ({error}).", hint="Run it again.") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,8 @@ if __package__:
 else:  # the copy in a bundle
     import classify  # type: ignore[import-not-found,no-redef]
 
+logger = logging.getLogger("setfit_kd.runtime")  # the same name in the copy inside a bundle
+
 QUESTION_ANSWERING, FORMAT = "question-answering", 1  # kind and format of the bundles
 INPUTS, OUTPUTS = ("input_ids", "attention_mask", "token_type_ids"), ("start_logits", "end_logits")
 _FIELDS: dict[str, Any] = {
@@ -38,11 +41,12 @@ Logits = npt.NDArray[np.floating]
 class Answer(NamedTuple):
     """Part of a context, from character ``start`` to before ``end``, with its probability.
 
-    An empty text without characters is no answer, with the probability that the context does not answer the question.
+    An empty text without characters is no answer, with the probability that the context does not answer the question;
+    without a score, the question is too long.
     """
 
     text: str
-    score: float
+    score: float | None
     start: int | None
     end: int | None
 
@@ -76,12 +80,14 @@ class Window(NamedTuple):
     in_context: npt.NDArray[np.bool_]
 
 
-class NoRoomError(ValueError):
-    """A question, the one with index ``row``, is too long for a window."""
+TOO_LONG = Candidates(Answer("", None, None, None), Answer("", None, None, None), 0.0)
+"""Candidates of a question that is too long for a window."""
 
-    def __init__(self, row: int, reason: str) -> None:
-        super().__init__(f"Question {row + 1} is too long: {reason}.")
-        self.row, self.reason = row, reason
+
+def warn_too_long(candidates: Sequence[Candidates]) -> None:
+    """Log a warning with the number of questions that are too long."""
+    if n := candidates.count(TOO_LONG):
+        logger.warning("%d of %d questions are too long for a window and get no answer.", n, len(candidates))
 
 
 class Windows:
@@ -101,21 +107,15 @@ class Windows:
         self._pairs.enable_truncation(max_length, stride=stride, strategy="only_second")
         self._room, self._stride = max_length - self._pairs.num_special_tokens_to_add(True), stride
 
-    def check_room(self, questions: Sequence[tuple[str, str]]) -> None:
-        """Raise a `NoRoomError` if a question is so long that windows would not advance in its context."""
-        texts = [question for question, _ in questions]
-        for row, encoding in enumerate(_encode(self._questions, texts, add_special_tokens=False)):
-            room = max(self._room - len(encoding.ids), 0)
-            if room <= self._stride:
-                expected = f"expected more than the stride of {self._stride}"
-                raise NoRoomError(
-                    row, f"it has {len(encoding.ids)} tokens and leaves {room} for the context, {expected}"
-                )
-
     def split(self, questions: Sequence[tuple[str, str]]) -> list[Window]:
-        """Tokenize pairs of question and context that have passed `check_room`, in one or more windows each."""
-        windows = []
-        for row, encoding in enumerate(_encode(self._pairs, questions)):
+        """Tokenize pairs of question and context, in one or more windows each.
+
+        A question that is so long that windows would not advance in its context has none.
+        """
+        windows, texts = [], [question for question, _ in questions]
+        lengths = [len(encoding.ids) for encoding in _encode(self._questions, texts, add_special_tokens=False)]
+        rows = [row for row, length in enumerate(lengths) if self._room - length > self._stride]
+        for row, encoding in zip(rows, _encode(self._pairs, [questions[row] for row in rows]), strict=True):
             for part in (encoding, *encoding.overflowing):
                 spans = np.array(part.offsets, np.int32).reshape(-1, 2)
                 in_context = np.array([number == 1 for number in part.sequence_ids]) & (spans[:, 0] < spans[:, 1])
@@ -148,7 +148,7 @@ def find_answers(
     pad_id: int,
     max_answer_tokens: int,
 ) -> list[Candidates]:
-    """Find the best answer to each question.
+    """Find the best answer to each question; those without windows get none.
 
     Args:
         questions: Pairs of question and context.
@@ -162,7 +162,10 @@ def find_answers(
         for window, starts, ends in zip(selected, *run(pad(selected, pad_id)), strict=True):
             n_tokens = len(window.ids)
             logits[window.row].append((window, starts[:n_tokens], ends[:n_tokens]))
-    return [decode(context, parts, max_answer_tokens) for (_, context), parts in zip(questions, logits, strict=True)]
+    return [
+        decode(context, parts, max_answer_tokens) if parts else TOO_LONG
+        for (_, context), parts in zip(questions, logits, strict=True)
+    ]
 
 
 def decode(context: str, windows: Sequence[tuple[Window, Logits, Logits]], max_answer_tokens: int) -> Candidates:
@@ -249,19 +252,15 @@ class Answerer:
         return self.answer([(question, context)])[0]
 
     def answer(self, questions: Sequence[tuple[str, str]]) -> list[Answer]:
-        """Find the answers to pairs of question and context.
+        """Find the answers to pairs of question and context; a question that is too long gets none, with a warning.
 
         Raises:
             BundleError: If the tokenizer or the model fails, or a logit is not finite.
-            NoRoomError: If a question is too long.
         """
-        self._windows.check_room(questions)
-        threshold, chunks = self.manifest.get("null_threshold"), range(0, len(questions), _CHUNK_SIZE)
-        return [
-            candidates.decide(threshold)
-            for start in chunks
-            for candidates in self._find_answers(questions[start : start + _CHUNK_SIZE])
-        ]
+        chunks = [questions[start : start + _CHUNK_SIZE] for start in range(0, len(questions), _CHUNK_SIZE)]
+        candidates = [found for chunk in chunks for found in self._find_answers(chunk)]
+        warn_too_long(candidates)
+        return [found.decide(self.manifest.get("null_threshold")) for found in candidates]
 
     def _find_answers(self, questions: Sequence[tuple[str, str]]) -> list[Candidates]:
         with classify.convert_errors("The bundle"):

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from accelerate.utils import extract_model_from_parallel
 from sentence_transformers import SentenceTransformer
+from torch.utils.data import Dataset
 from transformers import SchedulerType
 
 from setfit_kd.config.base import StageConfig
 from setfit_kd.errors import OutOfMemoryError, TrainingError, first_line, is_out_of_memory
+from setfit_kd.losses.base import BatchLoss
 from setfit_kd.memory.backoff import Attempt, OOMBackoff, clear_cache
 from setfit_kd.models.bodies import is_static, set_pairs
 from setfit_kd.models.layers import checkpointed_layers
@@ -47,10 +49,38 @@ class StageTrainer(Protocol):
 
 
 class BodyTrainer:
-    """Base class of `StageTrainer`s of a body without a head, or with one that is part of it."""
+    """`StageTrainer` of a body without a head, or with one that is part of it.
 
-    inner: LossTrainer
-    model: Any
+    Args:
+        model: The model that `train` returns.
+        body: The body to train.
+        dataset: The training data.
+        create_loss: Function that creates the loss from the config.
+        config, device, output_dir: Arguments of ``make_trainer``, see `train`.
+        batches: Rows of each batch; by default, they are drawn for the epochs in the config.
+        learning_rate: Learning rate if none is in the config and the body is not static.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        body: SentenceTransformer,
+        dataset: Dataset[Any],
+        create_loss: Callable[[Config], BatchLoss],
+        config: Config,
+        device: torch.device,
+        output_dir: str,
+        *,
+        batches: Sequence[list[int]] | None = None,
+        learning_rate: float = 5e-5,
+    ) -> None:
+        settings: Any = config
+        rate = resolve_learning_rate(settings.learning_rate, body, default=learning_rate)
+        epochs = settings.epochs if batches is None else 1
+        options: Any = {"batch_size": settings.batch_size, "learning_rate": rate, "epochs": epochs}
+        self.model, self.inner = model, LossTrainer(body, config, device, output_dir, **options)
+        self.inner.train_dataset, self.inner.batches = dataset, batches
+        self.inner.loss = create_loss(config).to(body.device)
 
     def train_body(self) -> None:
         """Train the body."""

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from setfit_kd.errors import OutputError
 from setfit_kd.utils.atomic_io import (
@@ -22,6 +22,13 @@ from setfit_kd.utils.atomic_io import (
 from setfit_kd.utils.files import read_json
 
 METRICS, _FILES = "metrics.json", "files"
+
+
+class Trained(NamedTuple):
+    """Model on the device of the run that trained it, and its metrics, as in ``metrics.json``."""
+
+    model: Any
+    metrics: dict[str, Any]
 
 
 class OutputFolder:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from setfit_kd.config.stages import DataConfig
 from setfit_kd.data.labeled_set import LabeledSet, check_classes, draw_shots, encode_labels
-from setfit_kd.data.sources import Source, read, stream_texts
+from setfit_kd.data.sources import Source, read, read_pairs, stream_texts
 from setfit_kd.data.splits import DataReport, normalize, split_data
 from setfit_kd.errors import ConfigError, DataError
 from setfit_kd.run.inputs import load_run_data
@@ -314,6 +314,19 @@ def test_errors_in_files_name_file_and_line(name: str, content: str | bytes | No
     assert error.value.hint
 
 
+def test_rows_with_label_minus_one_of_declared_labels_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    source = class_label_dataset(["a", "b", "c", "d"], [-1, 1, -1, 0], ["n", "p"])
+    rows = read(source, label_column="label")
+    assert (rows.texts, rows.labels) == (["b", "d"], ["p", "n"])
+    assert "left out 2 rows with the label -1" in caplog.text
+    assert read(source).texts == ["a", "b", "c", "d"]
+    pairs = read_pairs(source, "text", "text", "label")
+    assert (pairs.first, pairs.values) == (["b", "d"], ["p", "n"])
+    pair = {"text": ["a"], "label": [["x", "y"]]}
+    with pytest.raises(DataError, match="row 1: expected one label, got a list of labels"):
+        read_pairs(pair, "text", "text", "label")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -324,7 +337,7 @@ def test_errors_in_files_name_file_and_line(name: str, content: str | bytes | No
         ([("a", "x"), ("b\ud800", "y")], "row 2: character 2 is an unpaired surrogate"),
         ([("a", " ")], "row 1: no label"),
         ({"text": ["", None, "c", "d", "e"], "label": [NAN] * 5}, "row 3: no label and 2 more"),
-        (class_label_dataset(["a"], [-1], ["n", "p"]), "row 1: the label must be between 0 and 1, got -1"),
+        (class_label_dataset(["a"], [-1], ["n", "p"]), "the data set has no labels: all are -1"),
         (pd.DataFrame({"text": [None, NAN], "label": [1, 2]}), "row 1: no text (a missing value); row 2: no text"),
         (pd.DataFrame([["a", "b"]], columns=["text", "text"]), "data frame has two columns with the same name"),
         (pd.Series([None]), "row 1: expected a (text, label) pair"),

@@ -21,7 +21,7 @@ from setfit_kd.evaluation.measure import Cost, Evaluation, read_texts, write_tex
 from setfit_kd.evaluation.metrics import (
     N_BINS,
     Interval,
-    bootstrap_proportion,
+    bootstrap_mean,
     bootstrap_quality,
     coverage_curve,
     measure_calibration,
@@ -238,7 +238,7 @@ def test_intervals_match_scipy(metric: str, is_multi: bool) -> None:
 
 @pytest.mark.parametrize(("count", "low", "high"), [(0, 0, 0), (50, 0.40, 0.60), (100, 1, 1)])
 def test_interval_of_proportion(count: int, low: float, high: float) -> None:
-    interval = bootstrap_proportion(count, 100)
+    interval = bootstrap_mean(np.arange(100) < count)
     assert interval.value == count / 100
     assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.021)
 

@@ -236,6 +236,25 @@ def test_int8_bundle_is_smaller_and_has_a_head_in_single_precision(
     np.testing.assert_array_equal(matrix if len(matrix) == 4 else matrix.T, model.model_head.coef_.astype(np.float32))
 
 
+def test_narrowing_layers_stay_in_single_precision_if_8_bits_are_not_good_enough(
+    bodies: Bodies, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx
+
+    set_measured_seconds(monkeypatch, 2.0, 1.0)
+    results = iter([(1.0, 0.0), (0.9, 0.3), (0.99, 0.1)])  # single precision, 8 bits, mixed
+    monkeypatch.setattr(bundle_module.Draft, "compare", lambda self: next(results))
+    body: Any = bodies("BERT")
+    bundle = export(make_classifier(body), parent, format="onnx-int8")
+    assert (bundle.format, bundle.parity["agreement"]) == ("onnx-int8", 0.99)
+    config = body[0].auto_model.config
+    arrays = map(onnx.numpy_helper.to_array, onnx.load(str(bundle.path / "model.onnx")).graph.initializer)
+    matrices = [(array.shape, array.dtype) for array in arrays if array.ndim == 2]
+    wide, narrow = (config.hidden_size, config.intermediate_size), (config.intermediate_size, config.hidden_size)
+    assert matrices.count((narrow, np.dtype(np.float32))) == config.num_hidden_layers
+    assert matrices.count((wide, np.dtype(np.int8))) == config.num_hidden_layers
+
+
 @pytest.mark.parametrize(
     ("after", "min_agreement", "reason"),
     [
@@ -395,7 +414,7 @@ def test_invalid_arguments_of_the_function_are_rejected(bodies: Bodies, parent: 
 def test_failed_export_leaves_no_files(
     bodies: Bodies, parent: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Any, expected: Any
 ) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(bundle_module, step, fail)

@@ -24,7 +24,6 @@ from setfit_kd.losses.base import BatchLoss
 from setfit_kd.losses.contrastive import ContrastiveLoss, balanced_batches
 from setfit_kd.losses.cross_entropy import CrossEntropyLoss
 from setfit_kd.losses.embedding import EmbeddingLoss
-from setfit_kd.losses.pair_classification import PairClassificationLoss
 from setfit_kd.losses.pairs import PairSimilarityLoss, draw_pairs
 from setfit_kd.losses.ranking import RankingLoss, distinct_batches
 from setfit_kd.losses.similarity import SimilarityLoss
@@ -222,8 +221,8 @@ def test_pair_classification_loss_is_cross_entropy_on_both_embeddings_and_their_
     seed: int, n: int, d: int, k: int
 ) -> None:
     u, v, labels = gaussian(seed, n, d), gaussian(seed + 1, n, d), np.random.default_rng(seed).integers(k, size=n)
-    loss_fn = PairClassificationLoss(NO_BODY, dimension=d, n_classes=k).double()
-    coef, intercept = (parameter.detach().numpy() for parameter in loss_fn.classifier.parameters())
+    loss_fn = CrossEntropyLoss(NO_BODY, torch.nn.Linear(3 * d, k)).double()
+    coef, intercept = (parameter.detach().numpy() for parameter in loss_fn.head.parameters())
     probabilities = softmax(np.hstack([u, v, abs(u - v)]) @ coef.T + intercept, axis=1)
     loss = loss_fn.compute_loss([torch.tensor(u), torch.tensor(v)], torch.tensor(labels))
     assert loss.item() == pytest.approx(-np.log(probabilities[np.arange(n), labels]).mean(), rel=1e-6)
@@ -347,7 +346,7 @@ LOSSES = [
     pytest.param(PairSimilarityLoss, 2, id="pairs"),
     pytest.param(RankingLoss, 2, id="ranking"),
     pytest.param(RankingLoss, 3, id="ranking with negatives"),
-    pytest.param(lambda body, **k: PairClassificationLoss(body, dimension=32, n_classes=12, **k), 2, id="pair classes"),
+    pytest.param(lambda body, **k: CrossEntropyLoss(body, torch.nn.Linear(96, 12), **k), 2, id="pair classes"),
     pytest.param(weighted_sum, 1, id="weighted sum"),
 ]
 LABELS = torch.tensor([0, 1, 0, 1, 2, 2])
@@ -431,7 +430,7 @@ def test_weighted_sum_loss_is_the_weighted_sum_of_its_losses() -> None:
 
 
 def test_docstring_examples_run() -> None:
-    names = "contrastive cross_entropy embedding pair_classification pairs ranking similarity soft_labels weighted_sum"
+    names = "contrastive cross_entropy embedding pairs ranking similarity soft_labels weighted_sum"
     for name in names.split():
         results = doctest.testmod(import_module(f"setfit_kd.losses.{name}"))
         assert results.attempted > 0

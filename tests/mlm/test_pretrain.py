@@ -18,10 +18,11 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from setfit_kd.augment.fill_mask import FillMask
 from setfit_kd.config.mlm import PretrainConfig
 from setfit_kd.errors import ConfigError, DataError, ModelError, OutputError, SetFitKDError
-from setfit_kd.mlm.run import PretrainResult, pretrain
+from setfit_kd.mlm.run import pretrain
 from setfit_kd.mlm.train import evaluate_mlm
 from setfit_kd.models.token_model import load_token_model
 from setfit_kd.student.kinds import locate_student
+from setfit_kd.utils.output_folder import Trained
 
 QUICK: dict[str, Any] = {
     "device": "cpu",
@@ -52,7 +53,7 @@ def settings(files: dict[str, str], model: Path | str, folder: Path, **changes: 
     return {"model": str(model), **texts, "output_dir": str(folder), **QUICK, **changes}
 
 
-def run(*arguments: Any, **changes: Any) -> PretrainResult:
+def run(*arguments: Any, **changes: Any) -> Trained:
     return pretrain(PretrainConfig.of(**settings(*arguments, **changes)))
 
 
@@ -77,7 +78,7 @@ def pretrained(files: dict[str, str], masked_lm: Path, tmp_path_factory: pytest.
     folder = tmp_path_factory.mktemp("models") / "pretrained"
     result = invoke(*command(files, masked_lm, folder, add_vocab=3))
     assert result.exit_code == 0, result.output
-    return Finished(folder, result.stdout, json.loads((folder / "metrics.json").read_text()))
+    return Finished(folder, result.output, json.loads((folder / "metrics.json").read_text()))
 
 
 def test_folder_contains_model_and_metrics(pretrained: Finished, files: dict[str, str], masked_lm: Path) -> None:
@@ -121,7 +122,7 @@ def test_folder_is_a_teacher_a_student_and_a_mask_filler(pretrained: Finished) -
 
 def test_words_of_a_file_are_added(files: dict[str, str], masked_lm: Path, tmp_path: Path) -> None:
     result = run(files, masked_lm, tmp_path / "out", vocab_file=files["words"], steps=1)
-    assert result.words == ["qatarx", "zebrafish"]
+    assert result.metrics["added_words"] == 2
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.tokenize("zebrafish qatarx") == ["zebrafish", "qatarx"]
 
@@ -141,7 +142,7 @@ def test_students_are_distilled_from_a_teacher(
     name = {"layers": "layers:1", "blank": f"blank:{tmp_path / 'config'}", "model": str(masked_lm)}[kind]
     result = run(files, name, tmp_path / "out", teacher=str(masked_lm))
     assert seen[0] is not None
-    assert result.teacher == evaluate_mlm(
+    assert result.metrics["teacher"] == evaluate_mlm(
         load_token_model(masked_lm, "fill-mask"), HELD_OUT, config=PretrainConfig.of(**settings(files, name, tmp_path))
     )
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == (

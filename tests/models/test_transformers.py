@@ -618,6 +618,16 @@ def test_damaged_transformer_is_rejected_with_its_folder_in_the_message(damage: 
     assert error_info.value.hint
 
 
+def test_encoder_may_only_lack_a_pooler(masked_lm: Path) -> None:
+    assert load_body(masked_lm)
+    folder = Path(shutil.copytree(masked_lm, "damaged"))
+    remove_weights(folder, "layer.0.output")
+    with pytest.raises(
+        ModelError, match=r"damaged: The model lacks 4 weights of BertModel, including encoder\.layer\.0"
+    ):
+        load_body(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "error", "fragment"),
     [

@@ -142,13 +142,21 @@ def question(*answers: str) -> Question:
 def test_scores_are_means_of_the_best_gold_answer() -> None:
     questions = [question("x", "new york city"), question("y"), question(), question()]
     scores = score_answers(["New York", "z", "", "y"], questions)
+    intervals = {name: scores.pop(f"{name}_interval") for name in ("exact_match", "f1")}
     assert scores == pytest.approx({
         "exact_match": 0.25, "f1": 0.45, "hasans_exact_match": 0, "hasans_f1": 0.4, "noans_exact_match": 0.5,
         "noans_f1": 0.5,
     })  # fmt: skip
-    assert score_answers(["New York", "y"], questions[:2]) == pytest.approx({"exact_match": 0.5, "f1": 0.9})
+    assert intervals["exact_match"] == pytest.approx([0.0, 0.75])  # of 0, 1, ..., 4 of 4 questions
+    assert intervals["f1"][0] < 0.45 < intervals["f1"][1]
+    only_answerable = score_answers(["New York", "y"], questions[:2])
+    assert [only_answerable[name] for name in ("exact_match", "f1")] == pytest.approx([0.5, 0.9])
+    assert only_answerable["f1_interval"] == pytest.approx([0.8, 1.0])
     assert score_answers([""], [question("the", "x")])["exact_match"] == 0  # a gold answer without words does not count
-    assert set(score_answers(["x"], [question()])) == {"exact_match", "f1", "noans_exact_match", "noans_f1"}
+    assert {name for name in score_answers(["x"], [question()]) if name.startswith("noans_")} == {
+        "noans_exact_match",
+        "noans_f1",
+    }
     with pytest.raises(DataError, match="Question '1' has no gold answers"):
         score_answers(["x"], [replace(question(), answers=None)])
 
@@ -166,6 +174,7 @@ def test_null_threshold_has_the_best_f1(rows: list[tuple[int, tuple[str, ...]]])
     assert threshold is not None
 
     def f1(threshold: float) -> float:
-        return score_answers([candidate.decide(threshold).text for candidate in candidates], questions)["f1"]
+        scores = score_answers([candidate.decide(threshold).text for candidate in candidates], questions)
+        return float(scores["f1"])
 
     assert f1(threshold) == pytest.approx(max(f1(t / 2) for t in range(-9, 10)))

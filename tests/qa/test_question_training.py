@@ -17,6 +17,7 @@ from synthetic_questions import QUICK, config, load_body, make_questions
 from setfit_kd.errors import ConfigError, DataError, ModelError, OutOfMemoryError
 from setfit_kd.models.token_model import TokenModel, check_same_tokens
 from setfit_kd.qa.loss import AnswerLoss, answer_logits
+from setfit_kd.qa.model import QuestionAnswerer
 from setfit_kd.qa.train import _WindowDataset, evaluate_answers, predict_answers, train_questions
 from setfit_kd.qa.windows import BodyWindows
 from setfit_kd.student.kinds import create_token_body
@@ -122,14 +123,14 @@ def test_teacher_is_not_trained_but_follows_the_device_of_the_student(body: Any,
 
 def test_training_fits_the_gold_answers(tiny_student: Path) -> None:
     body = load_body(tiny_student)
-    before = evaluate_answers(body, QUESTIONS, config=config())
+    before = evaluate_answers(QuestionAnswerer(body, config()), QUESTIONS)
     model = train_questions(body, QUESTIONS, config=config(epochs=40, learning_rate=5e-3))
-    scores = evaluate_answers(body, QUESTIONS, config=model.config, null_threshold=0.0)
+    scores = evaluate_answers(QuestionAnswerer(body, model.config, 0.0), QUESTIONS)
     assert scores["f1"] > 0.95 > before["f1"]
     assert scores["noans_f1"] == 1
     assert model.model_body is body
     assert model.loss_curve_[-1] < 0.5 < model.loss_curve_[0]
-    answers = predict_answers(body, QUESTIONS, config=model.config, null_threshold=0.0)
+    answers = predict_answers(QuestionAnswerer(body, model.config, 0.0), QUESTIONS)
     for question, answer in zip(QUESTIONS[:5], answers, strict=False):
         assert question.context[answer.start : answer.end] == answer.text
     assert answers[5][::2] == ("", None)
@@ -143,7 +144,7 @@ def test_student_learns_the_answers_of_the_teacher(tiny_teacher: Path) -> None:
     pool = [replace(question, answers=(("wrong", 0),)) for question in QUESTIONS]  # the answers of a pool are not used
     options: Any = {"config": config(epochs=30, learning_rate=3e-3), "pool": pool, "teacher": teacher}
     train_questions(student, [], **options)
-    assert evaluate_answers(student, QUESTIONS, config=config(), null_threshold=0.0)["f1"] > 0.8
+    assert evaluate_answers(QuestionAnswerer(student, config(), 0.0), QUESTIONS)["f1"] > 0.8
     assert distance(weights(teacher), unchanged) == 0
 
 
@@ -190,17 +191,17 @@ def test_training_and_prediction_back_off_if_memory_runs_out(
 ) -> None:
     expected, body = load_body(tiny_student), load_body(tiny_student)
     curve = train_questions(expected, QUESTIONS, config=config()).loss_curve_
-    answers = predict_answers(expected, QUESTIONS, config=config())
+    answers = predict_answers(QuestionAnswerer(expected, config()), QUESTIONS)
     sizes = limit_memory(monkeypatch, 1)
     assert train_questions(body, QUESTIONS, config=config()).loss_curve_ == pytest.approx(curve, rel=1e-4)
     assert distance(weights(body), weights(expected)) < 5e-4  # Adam enlarges rounding errors of small gradients
-    backed_off = predict_answers(body, QUESTIONS, config=config(encode_batch_size=4))
+    backed_off = predict_answers(QuestionAnswerer(body, config(encode_batch_size=4)), QUESTIONS)
     assert [answer.text for answer in backed_off] == [answer.text for answer in answers]
     assert set(sizes) == {1}
     assert "out of memory" in caplog.text
     limit_memory(monkeypatch, 0)
     with pytest.raises(OutOfMemoryError):
-        predict_answers(body, QUESTIONS, config=config())
+        predict_answers(QuestionAnswerer(body, config()), QUESTIONS)
 
 
 def test_long_contexts_are_trained_and_answered_in_windows(tiny_student: Path) -> None:
@@ -216,10 +217,10 @@ def test_long_contexts_are_trained_and_answered_in_windows(tiny_student: Path) -
     assert len(windows) > 4 * len(questions)
     assert 0 < (windows.answer_tokens[:, 0] > 0).sum() < len(windows)
     train_questions(body, questions, config=config(epochs=30, learning_rate=5e-3, batch_size=8))
-    answers = predict_answers(body, questions, config=config())
+    answers = predict_answers(QuestionAnswerer(body, config()), questions)
     for question, answer in zip(questions, answers, strict=True):
         assert answer.text == question.context[answer.start : answer.end]
-    assert evaluate_answers(body, questions, config=config())["f1"] > 0.9
+    assert evaluate_answers(QuestionAnswerer(body, config()), questions)["f1"] > 0.9
 
 
 # Errors
