@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": set(),
     "config": {"errors", "utils"},
     "memory": {"errors"},
-    "distributed": {"errors"},
+    "distributed": {"errors", "utils"},
     "hub": {"errors", "utils", "config"},
     "losses": {"utils", "memory"},
     "data": BASE | {"hub", "runtime"},
@@ -90,7 +90,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"hub", "data", "models", "signals", "training", "evaluation", "augment", "teacher", "student", "run_folder"}
     | {"export", "report", "qa", "mlm"},
     "cli": BASE
-    | {"distributed", "hub", "data", "models", "signals", "evaluation", "finetune", "mlm", "encoder", "inference", "export", "qa"}
+    | {
+        "distributed",
+        "hub",
+        "data",
+        "models",
+        "signals",
+        "evaluation",
+        "finetune",
+        "mlm",
+        "encoder",
+        "inference",
+        "export",
+        "qa",
+    }
     | {"report", "run", "run_folder", "runtime"},
     "__main__": {"cli"},
 }

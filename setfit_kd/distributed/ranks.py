@@ -7,16 +7,16 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from io import BytesIO
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
 
 from setfit_kd.errors import SetFitKDError, first_line, is_out_of_memory
-
-if TYPE_CHECKING:
-    import torch
+from setfit_kd.utils.console import suppress_warnings
 
 _TIMEOUT = timedelta(days=30)  # the others wait while rank 0 reads data or fits a head
-_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_ENVIRONMENT = (*_LAUNCHED, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 _others: OtherRanks | None = None
 
 
@@ -29,17 +29,14 @@ def other_ranks() -> OtherRanks | None:
 def use_ranks() -> Iterator[None]:
     """Context manager in which training and encoding use all processes that torchrun or accelerate started.
 
-    Only rank 0 runs the block; the others embed texts for it, and end when it leaves the block. Without a launcher,
-    the block runs as usual.
+    Only rank 0 runs the block. The others embed texts for it, and end with the block. Without a launcher, the block
+    runs as usual. Example of a script for ``torchrun --nproc-per-node 2 script.py``::
 
-    Example:
-        A script for ``torchrun --nproc-per-node 2 script.py``::
-
-            with use_ranks():
-                setfit_kd.distill(teacher=..., student=..., output_dir="runs/mine")
+        with use_ranks():
+            setfit_kd.distill(labeled="few.csv", unlabeled="pool.txt", output_dir="runs/mine")
     """
     global _others
-    if not os.environ.keys() >= set(_LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     import torch
@@ -49,30 +46,46 @@ def use_ranks() -> Iterator[None]:
     distributed.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=_TIMEOUT)
     if distributed.get_rank() != 0:
         _serve()
-    for name in _ENVIRONMENT:  # accelerate would split the batches, too
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # accelerate would split the batches, too
         os.environ.pop(name, None)
     _others = OtherRanks(distributed.get_world_size() - 1)
     try:
-        yield
+        with suppress_warnings("transformers.training_args"):  # that its trainer does not use the other processes
+            yield
     finally:
         _others = None
         distributed.destroy_process_group()
 
 
 class OtherRanks:
-    """The processes besides rank 0, for ``count`` calls at once."""
+    """The ``count`` processes besides rank 0, which run functions at the same time."""
 
     def __init__(self, count: int) -> None:
-        self.count, self._pending = count, 0
+        self.count, self.is_busy, self._pending = count, False, 0
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Context manager for calls that belong together; after an error, it waits for calls that still run."""
+        self.is_busy = True
+        try:
+            yield
+        except Exception:
+            self._receive()
+            raise
+        finally:
+            self.is_busy = False
+
+    def deal(self, lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """Deal out texts of n lengths, longest first; return the rows of rank 0, and those of each other rank."""
+        order, n_parts = np.argsort(-lengths, kind="stable"), self.count + 1
+        return [order[start::n_parts] for start in range(min(n_parts, len(order)))]
 
     def submit(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> None:
         """Call a function of a module on ranks 1, 2, ... with one tuple of arguments each, after earlier calls."""
-        from torch import distributed
-
         self.collect()
         for rank, values in enumerate(arguments, start=1):
             with connection_errors():
-                distributed.send_object_list([(function, values)], dst=rank, device=_cpu())
+                _send((function, values), rank)
             self._pending = rank
 
     def collect(self) -> list[Any]:
@@ -85,24 +98,13 @@ class OtherRanks:
         replies = self._receive()
         for rank, (_, problem, is_oom) in enumerate(replies, start=1):
             if problem is not None:
-                raise MemoryError(f"rank {rank}: {problem}") if is_oom else SetFitKDError(f"Rank {rank}: {problem}")
+                raise MemoryError(f"rank {rank}: {problem}") if is_oom else SetFitKDError(f"Rank {rank}: {problem}.")
         return [result for result, _, _ in replies]
 
-    def discard(self) -> None:
-        """Wait for the submitted calls, without raising their errors."""
-        self._receive()
-
     def _receive(self) -> list[Any]:
-        from torch import distributed
-
-        pending, self._pending = self._pending, 0
-        replies: list[Any] = [None] * pending
-        for index in range(pending):
-            reply: list[Any] = [None]
-            with connection_errors():
-                distributed.recv_object_list(reply, src=index + 1, device=_cpu())
-            replies[index] = reply[0]
-        return replies
+        ranks, self._pending = range(1, self._pending + 1), 0
+        with connection_errors():
+            return [_receive(rank) for rank in ranks]
 
 
 @contextmanager
@@ -112,32 +114,23 @@ def connection_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         message = f"Another process has ended ({first_line(str(error))})."
-        raise SetFitKDError(message, hint="If its memory ran out, use fewer processes or --micro-batch-size.") from error
-
-
-def local_device(device: torch.device) -> torch.device:
-    """Return the device that this process uses if rank 0 uses ``device``."""
-    import torch
-
-    if device.type != "cuda":
-        return device
-    index = ((device.index or 0) + int(os.environ["LOCAL_RANK"])) % torch.cuda.device_count()
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+        raise SetFitKDError(
+            message, hint="If its memory ran out, use fewer processes or --micro-batch-size."
+        ) from error
 
 
 def _serve() -> NoReturn:
     """Run the functions that rank 0 submits, without any output, until it ends; then end this process."""
-    from torch import distributed
+    import torch
 
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl+C, rank 0 decides when to end
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     with suppress(RuntimeError):  # the connection is closed
         while True:
-            request: list[Any] = [None]
-            distributed.recv_object_list(request, src=0, device=_cpu())
-            distributed.send_object_list([_run(*request[0])], dst=0, device=_cpu())
+            _send(_run(*_receive(0)), 0)
     os._exit(0)
 
 
@@ -149,7 +142,22 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any,
         return None, f"{type(error).__name__}: {first_line(str(error))}", is_out_of_memory(error)
 
 
-def _cpu() -> torch.device:
+def _send(value: Any, rank: int) -> None:
     import torch
 
-    return torch.device("cpu")
+    buffer = BytesIO()
+    torch.save(value, buffer)
+    torch.distributed.send_object_list([buffer.getvalue()], dst=rank)
+
+
+def _receive(rank: int) -> Any:
+    """Receive a value of one of our own processes, with tensors on the same type of device as there."""
+    import torch
+
+    data = [b""]
+    torch.distributed.recv_object_list(data, src=rank)
+
+    def place(storage: Any, location: str) -> Any:
+        return storage.cuda() if location.startswith("cuda") else storage
+
+    return torch.load(BytesIO(data[0]), map_location=place, weights_only=False)

@@ -138,7 +138,7 @@ class LossTrainer(Trainer):
 
     def train(self, *_: Any, **__: Any) -> Any:
         """Train from the newest checkpoint, if any; if it cannot be loaded, remove all and raise a `DataError`."""
-        self.shared = share_batches(self.loss, self.args)
+        self.shared = share_batches(self.model, self.loss, self.args)
         latest = self.checkpoints.latest() if self.checkpoints else None
         if self.checkpoints is None or latest is None:
             return super().train()

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from synthetic import QUICK, few_labels, pool_signals, weights
 
 from setfit_kd import train_student, train_teacher
-from setfit_kd.distributed.ranks import other_ranks, use_ranks
+from setfit_kd.distributed.ranks import OtherRanks, other_ranks, use_ranks
 from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.models.bodies import load_body
 from setfit_kd.training import shared_batches
@@ -28,11 +29,18 @@ def run_trainings(body: Path) -> dict[str, Any]:
     def record(trainer: LossTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = training_step(trainer, *args, **kwargs)
         if not first_gradients:
-            first_gradients.extend(weight.grad.clone() for weight in trainer.model.parameters() if weight.grad is not None)
+            first_gradients.extend(
+                weight.grad.clone() for weight in trainer.model.parameters() if weight.grad is not None
+            )
         return loss
 
-    def train(kind: str, *, dtype: torch.dtype = torch.float64, fails: str = "", **settings: Any) -> dict[str, Any]:
+    deal_texts = OtherRanks.deal
+
+    def train(
+        kind: str, *, dtype: torch.dtype = torch.float64, fails: str = "", deal: Any = deal_texts, **settings: Any
+    ) -> dict[str, Any]:
         first_gradients.clear()
+        OtherRanks.deal = deal  # type: ignore[method-assign]
         model: Any = load_body(body).to(dtype)
         model.fails = fails
         with shared_backoff() as events:
@@ -42,7 +50,7 @@ def run_trainings(body: Path) -> dict[str, Any]:
                 trained = train_teacher(few_labels(), model, **{**TEACHER, **settings})
         return {"weights": weights(trained), "gradients": list(first_gradients), "events": list(events)}
 
-    LossTrainer.training_step = record  # type: ignore[method-assign]
+    LossTrainer.training_step = record  # type: ignore[assignment,method-assign]
     try:
         return {
             "student": train("student"),
@@ -50,11 +58,13 @@ def run_trainings(body: Path) -> dict[str, Any]:
             "teacher": train("teacher"),
             "teacher, micro-batches": train("teacher", micro_batch_size=3),
             "pairs": train("teacher", teacher_objective="pairs"),
+            "no texts": train("student", deal=lambda _, lengths: [np.argsort(-lengths)]),
             "float32": train("student", dtype=torch.float32),
             "forward": train("student", fails="forward"),
             "backward": train("student", fails="backward"),
         }
     finally:
+        OtherRanks.deal = deal_texts  # type: ignore[method-assign]
         LossTrainer.training_step = training_step  # type: ignore[method-assign]
 
 
