@@ -90,7 +90,7 @@ def embed(
     can_share = "forward" not in vars(body)  # it is replaced while a body is trained in mixed precision
     if ranks and not ranks.is_busy and can_share and len(texts) >= _MIN_SHARED.get(body.device.type, math.inf):
         options = {"batch_size": batch_size, "normalize": normalize, "cache_tokens": cache_tokens}
-        return _embed_on_ranks(ranks, forward, texts, description=description, **options)
+        return _embed_on_ranks(ranks, forward, texts, description=f"{description} on rank 0", **options)
     max_texts = batch_size or batch_limits(body)[0]
     embeddings: Floats | None = None
 

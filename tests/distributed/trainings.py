@@ -1,92 +1,105 @@
-"""Trainings to compare between one process and several; started with torchrun, it runs them on all processes."""
+"""Trainings that are the same with one process and with several; a script for torchrun."""
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from synthetic import QUICK, few_labels, pool_signals, weights
 
 from setfit_kd import train_student, train_teacher
-from setfit_kd.distributed.ranks import OtherRanks, other_ranks, use_ranks
+from setfit_kd.cli import main as cli
+from setfit_kd.distributed.ranks import OtherRanks, use_ranks
 from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.models.bodies import load_body
-from setfit_kd.training import shared_batches
 from setfit_kd.training.loss_trainer import LossTrainer
+from setfit_kd.training.shared_batches import _Part
 
-LIMIT = 4  # texts that fit in the memory of rank 1 if a body says that it runs out
-TEACHER: dict[str, Any] = {"device": "cpu", "precision": "fp32", "teacher_batch_size": 16, "teacher_steps": 4}
+LIMIT = 4  # texts that fit in the memory of the other rank if the body has the name of a pass
+TEACHER = {"device": "cpu", "precision": "fp32", "teacher_batch_size": 16, "teacher_steps": 4, "num_iterations": 1}
+PAIRS = {"kind": "teacher", "teacher_objective": "pairs"}
+TRAININGS: dict[str, dict[str, Any]] = {
+    "student": {"kind": "student"},
+    "teacher": {"kind": "teacher"},
+    "pairs": PAIRS,
+    "float32": {"kind": "student", "dtype": torch.float32},
+    "bf16": {"kind": "student", "dtype": torch.float32, "precision": "bf16"},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "student": {"kind": "student", "micro_batch_size": 3},
+    "teacher": {"kind": "teacher", "micro_batch_size": 3, "gradient_checkpointing": True},
+    "pairs": {**PAIRS, "shares": False},
+}
+OUT_OF_MEMORY: dict[str, dict[str, Any]] = {
+    "embed_column": {"kind": "student", "fails": "embed_column"},
+    "backward": {"kind": "student", "fails": "backward"},
+}
 
 
-def run_trainings(body: Path) -> dict[str, Any]:
-    """Return the trained weights, the first gradients and the OOM events of each training."""
-    first_gradients: list[torch.Tensor] = []
-    training_step = LossTrainer.training_step
+def train(
+    body: Path, *, kind: str, dtype: torch.dtype = torch.float64, fails: str = "", shares: bool = True, **settings: Any
+) -> dict[str, Any]:
+    """Return the weights, the gradients of the first step, and the numbers of texts after each OOM event.
 
-    def record(trainer: LossTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = training_step(trainer, *args, **kwargs)
-        if not first_gradients:
-            first_gradients.extend(
-                weight.grad.clone() for weight in trainer.model.parameters() if weight.grad is not None
-            )
+    Without ``shares``, the other processes are dealt no texts.
+    """
+    model: Any = load_body(body).to(dtype)
+    model.fails = fails
+    deal = OtherRanks.deal if shares else lambda _, lengths: [np.argsort(-lengths)]
+    with record_gradients() as gradients, shared_backoff() as events, patch.object(OtherRanks, "deal", deal):
+        if kind == "student":
+            trained = train_student(pool_signals(), model, **{**QUICK, **settings})
+        else:
+            trained = train_teacher(few_labels(), model, **{**TEACHER, **settings})
+    return {"weights": weights(trained), "gradients": gradients, "sizes": [event["to"]["texts"] for event in events]}
+
+
+@contextmanager
+def record_gradients() -> Iterator[list[torch.Tensor]]:
+    training_step, gradients = LossTrainer.training_step, list[torch.Tensor]()
+
+    def record(trainer: LossTrainer, *args: Any) -> torch.Tensor:
+        loss = training_step(trainer, *args)
+        if not gradients:
+            gradients.extend(weight.grad.clone() for weight in trainer.model.parameters() if weight.grad is not None)
         return loss
 
-    deal_texts = OtherRanks.deal
-
-    def train(
-        kind: str, *, dtype: torch.dtype = torch.float64, fails: str = "", deal: Any = deal_texts, **settings: Any
-    ) -> dict[str, Any]:
-        first_gradients.clear()
-        OtherRanks.deal = deal  # type: ignore[method-assign]
-        model: Any = load_body(body).to(dtype)
-        model.fails = fails
-        with shared_backoff() as events:
-            if kind == "student":
-                trained = train_student(pool_signals(), model, **{**QUICK, **settings})
-            else:
-                trained = train_teacher(few_labels(), model, **{**TEACHER, **settings})
-        return {"weights": weights(trained), "gradients": list(first_gradients), "events": list(events)}
-
-    LossTrainer.training_step = record  # type: ignore[assignment,method-assign]
-    try:
-        return {
-            "student": train("student"),
-            "student, micro-batches": train("student", micro_batch_size=3),
-            "teacher": train("teacher"),
-            "teacher, micro-batches": train("teacher", micro_batch_size=3),
-            "pairs": train("teacher", teacher_objective="pairs"),
-            "no texts": train("student", deal=lambda _, lengths: [np.argsort(-lengths)]),
-            "float32": train("student", dtype=torch.float32),
-            "forward": train("student", fails="forward"),
-            "backward": train("student", fails="backward"),
-        }
-    finally:
-        OtherRanks.deal = deal_texts  # type: ignore[method-assign]
-        LossTrainer.training_step = training_step  # type: ignore[method-assign]
+    with patch.object(LossTrainer, "training_step", record):
+        yield gradients
 
 
-def limit_memory() -> None:
-    """Let other ranks run out of memory in the pass that the body names, with more than `LIMIT` texts."""
+def limit_memory(name: str) -> None:
+    """Let a pass on other ranks run out of memory with more than `LIMIT` texts, if the body has its name."""
+    original = getattr(_Part, name)
 
-    def limited(name: str, original: Any) -> Any:
-        def call(part: Any, *args: Any) -> Any:
-            if part.model.fails == name and (part.micro_batch_size or LIMIT + 1) > LIMIT:
-                raise torch.OutOfMemoryError(f"CUDA out of memory in the {name} pass.")
-            return original(part, *args)
+    def limited(part: Any, *args: Any) -> Any:
+        if getattr(part.model, "fails", "") == name and (part.micro_batch_size or LIMIT + 1) > LIMIT:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(part, *args)
 
-        return call
+    setattr(_Part, name, limited)
 
-    part: Any = shared_batches._Part
-    part.embed_column, part.backward = limited("forward", part.embed_column), limited("backward", part.backward)
+
+def main(body: str, file: str, *command: str) -> None:
+    """Run all trainings and write the results to a file, then run a command of the command line."""
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # see `conftest.set_up_process`
+    for name in OUT_OF_MEMORY:
+        limit_memory(name)
+    groups = TRAININGS, VARIANTS, OUT_OF_MEMORY
+    with use_ranks():
+        results = [{name: train(Path(body), **settings) for name, settings in group.items()} for group in groups]
+        torch.save(results, file)
+        sys.exit(cli(list(command), standalone_mode=False))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    limit_memory()
-    with use_ranks():
-        ranks = other_ranks()
-        results = run_trainings(Path(sys.argv[1]))
-        torch.save({**results, "count": ranks.count if ranks else 0}, sys.argv[2])
+    main(*sys.argv[1:])
