@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from io import BytesIO
-from typing import Any, NoReturn
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from setfit_kd.errors import SetFitKDError, first_line, is_out_of_memory
 from setfit_kd.utils.console import suppress_warnings
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 _TIMEOUT = timedelta(days=30)  # the others wait while rank 0 reads data or fits a head
+_ENVIRONMENT = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}
 _others: OtherRanks | None = None
 
 
@@ -30,13 +32,14 @@ def use_ranks() -> Iterator[None]:
     """Context manager in which training and encoding use all processes that torchrun or accelerate started.
 
     Only rank 0 runs the block. The others embed texts for it, and end with the block. Without a launcher, the block
-    runs as usual. Example of a script for ``torchrun --nproc-per-node 2 script.py``::
+    runs as usual.
 
-        with use_ranks():
-            setfit_kd.distill(labeled="few.csv", unlabeled="pool.txt", output_dir="runs/mine")
+    Example:
+        >>> with use_ranks():  # in a script that is started by torchrun --nproc-per-node 2 script.py
+        ...     distill("few.csv", "pool.txt", output_dir="runs/mine")  # doctest: +SKIP
     """
     global _others
-    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+    if not os.environ.keys() >= _ENVIRONMENT:
         yield
         return
     import torch
@@ -46,9 +49,10 @@ def use_ranks() -> Iterator[None]:
     distributed.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=_TIMEOUT)
     if distributed.get_rank() != 0:
         _serve()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # accelerate would split the batches, too
-        os.environ.pop(name, None)
-    _others = OtherRanks(distributed.get_world_size() - 1)
+    for name in _ENVIRONMENT:  # accelerate would split the batches, too
+        del os.environ[name]
+    count = distributed.get_world_size() - 1
+    _others = OtherRanks(count) if count else None
     try:
         with suppress_warnings("transformers.training_args"):  # that its trainer does not use the other processes
             yield
@@ -77,7 +81,7 @@ class OtherRanks:
 
     def deal(self, lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
         """Deal out texts of n lengths, longest first; return the rows of rank 0, and those of each other rank."""
-        order, n_parts = np.argsort(-lengths, kind="stable"), self.count + 1
+        order, n_parts = (-lengths).argsort(kind="stable"), self.count + 1
         return [order[start::n_parts] for start in range(min(n_parts, len(order)))]
 
     def submit(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> None:
@@ -154,10 +158,9 @@ def _receive(rank: int) -> Any:
     """Receive a value of one of our own processes, with tensors on the same type of device as there."""
     import torch
 
-    data = [b""]
-    torch.distributed.recv_object_list(data, src=rank)
-
     def place(storage: Any, location: str) -> Any:
         return storage.cuda() if location.startswith("cuda") else storage
 
+    data = [b""]
+    torch.distributed.recv_object_list(data, src=rank)
     return torch.load(BytesIO(data[0]), map_location=place, weights_only=False)

@@ -110,7 +110,9 @@ def test_run_is_that_of_one_process(
     assert not trained_steps  # all stages are cached
     assert resumed.evaluations.keys() == alone.evaluations.keys() == {"teacher", "student"}
     for name, evaluation in alone.evaluations.items():
-        assert resumed.evaluations[name].as_dict() == pytest.approx(evaluation.as_dict())
+        expected, result = evaluation.as_dict(), resumed.evaluations[name].as_dict()
+        assert result["confusion"] == expected["confusion"]
+        assert result["ece"] == pytest.approx(expected["ece"], abs=1e-4)
 
 
 def test_error_is_printed_once(tmp_path: Path) -> None:
