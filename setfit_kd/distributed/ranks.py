@@ -65,19 +65,16 @@ class OtherRanks:
     """The ``count`` processes besides rank 0, which run functions at the same time."""
 
     def __init__(self, count: int) -> None:
-        self.count, self.is_busy, self._pending = count, False, 0
+        self.count, self._pending = count, 0
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """Context manager for calls that belong together; after an error, it waits for calls that still run."""
-        self.is_busy = True
         try:
             yield
         except Exception:
             self._receive()
             raise
-        finally:
-            self.is_busy = False
 
     def deal(self, lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
         """Deal out texts of n lengths, longest first; return the rows of rank 0, and those of each other rank."""

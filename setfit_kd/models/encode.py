@@ -74,6 +74,7 @@ def embed(
     description: str = "Encoding",
     forward: ForwardPass | None = None,
     cache_tokens: bool = True,
+    share: bool = True,
 ) -> Floats:
     """Embed n texts on the device of the body: (n, d) float32; float16 mapped from a temporary file if that is large.
 
@@ -85,10 +86,11 @@ def embed(
         description: Label of the progress bar.
         forward: Forward pass of the body. [default: in single precision]
         cache_tokens: Keep the tokens of the texts for other bodies with the same tokenizer.
+        share: Let the other processes of `use_ranks` embed some of the texts, if there are many.
     """
-    forward, ranks = forward or ForwardPass(body), other_ranks()
-    can_share = "forward" not in vars(body)  # it is replaced while a body is trained in mixed precision
-    if ranks and not ranks.is_busy and can_share and len(texts) >= _MIN_SHARED.get(body.device.type, math.inf):
+    forward, ranks = forward or ForwardPass(body), other_ranks() if share else None
+    can_send = "forward" not in vars(body)  # it is replaced while a body is trained in mixed precision
+    if ranks and can_send and len(texts) >= _MIN_SHARED.get(body.device.type, math.inf):
         options = {"batch_size": batch_size, "normalize": normalize, "cache_tokens": cache_tokens}
         return _embed_on_ranks(ranks, forward, texts, description=f"{description} on rank 0", **options)
     max_texts = batch_size or batch_limits(body)[0]
@@ -125,7 +127,7 @@ def _embed_on_ranks(ranks: OtherRanks, forward: ForwardPass, texts: Sequence[str
 
 
 def _embed_part(forward: ForwardPass, texts: list[str], options: dict[str, Any]) -> Floats:
-    return embed(forward.body, texts, forward=forward, **options)
+    return embed(forward.body, texts, forward=forward, share=False, **options)
 
 
 def batch_limits(body: SentenceTransformer) -> tuple[int, int]:

@@ -29,7 +29,7 @@ def share_batches(body: Any, loss: BatchLoss, arguments: Any) -> SharedBatches |
     if ranks is None:
         return None
     if isinstance(loss, TokenLoss) or is_static(body) or arguments.device.type == "mps":
-        logger.warning("Training in one of the %d processes: this model or loss cannot be shared.", ranks.count + 1)
+        logger.warning("Training in one of the %d processes: static models, QA and MLM are not split.", ranks.count + 1)
         return None
     return SharedBatches(ranks, loss, arguments)
 
@@ -92,7 +92,7 @@ class _Part(BatchLoss):
         """Begin a step, or begin it again, with the weights of rank 0."""
         self._columns: dict[int, tuple[Any, Tensor]] = {}
         self.micro_batch_size = micro_batch_size
-        self.zero_grad(set_to_none=True)
+        self.zero_grad(set_to_none=False)
         self.model.train(self.dropout)
         _exchange(distributed.broadcast, _state(self.model))
         torch.manual_seed(seed)
@@ -100,8 +100,7 @@ class _Part(BatchLoss):
     def embed_column(self, column: int, features: dict[str, Any], n_columns: int) -> Tensor:
         """Embed the texts of a column, and keep the graph."""
         device = features["attention_mask"].device.type
-        # As in `LossTrainer`.
-        keeps_weights = self.micro_batch_size is None
+        keeps_weights = self.micro_batch_size is None  # as in `LossTrainer.compute_loss`
         with self._attention(features), torch.autocast(device, enabled=False) if keeps_weights else nullcontext():
             embeddings = self.embed_rows(features, n_columns=n_columns)
         self._columns[column] = features, embeddings
@@ -114,11 +113,9 @@ class _Part(BatchLoss):
             torch.autograd.backward(embeddings, gradient)
 
     def sum_gradients(self, is_used: list[bool]) -> None:
-        """Add the gradients of the weights that are used to those of rank 0."""
-        used = [weight for weight, is_in_graph in zip(_weights(self.model), is_used, strict=True) if is_in_graph]
-        # There is no gradient if the batch had fewer texts than there are processes.
-        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in used]
-        _exchange(distributed.reduce, gradients)
+        """Add the gradients of the weights that the loss depends on to those of rank 0."""
+        gradients = [weight.grad for weight in _weights(self.model) if weight.grad is not None]
+        _exchange(distributed.reduce, [gradient for gradient, used in zip(gradients, is_used, strict=True) if used])
 
     def compute_loss(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """Not used: rank 0 computes the loss."""
@@ -153,6 +150,8 @@ _parts: list[_Part] = []  # that of the current training, on a rank other than 0
 
 def _start(part: _Part) -> None:
     _parts[:] = [part]
+    for weight in _weights(part.model):  # an exchange must not allocate memory: the others would wait if that failed
+        weight.grad = torch.zeros_like(weight)
 
 
 def _call(name: str, *arguments: Any) -> Any:

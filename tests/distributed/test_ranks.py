@@ -88,7 +88,7 @@ def test_first_gradients_are_those_of_one_process(
 
 
 @pytest.mark.parametrize("name", OUT_OF_MEMORY)
-def test_out_of_memory_on_another_rank_repeats_the_step(
+def test_out_of_memory_on_a_rank_repeats_the_step(
     shared: list[dict[str, Any]], alone: dict[str, Any], name: str
 ) -> None:
     result = shared[2][name]

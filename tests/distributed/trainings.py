@@ -17,12 +17,13 @@ from synthetic import QUICK, few_labels, pool_signals, weights
 from setfit_kd import train_student, train_teacher
 from setfit_kd.cli import main as cli
 from setfit_kd.distributed.ranks import OtherRanks, use_ranks
+from setfit_kd.losses.similarity import SimilarityLoss
 from setfit_kd.memory.backoff import shared_backoff
 from setfit_kd.models.bodies import load_body
 from setfit_kd.training.loss_trainer import LossTrainer
 from setfit_kd.training.shared_batches import _Part
 
-LIMIT = 4  # texts that fit in the memory of the other rank if the body has the name of a pass
+LIMIT = 4  # texts that fit in memory in the function whose name a body has
 TEACHER = {"device": "cpu", "precision": "fp32", "teacher_batch_size": 16, "teacher_steps": 4, "num_iterations": 1}
 PAIRS = {"kind": "teacher", "teacher_objective": "pairs"}
 TRAININGS: dict[str, dict[str, Any]] = {
@@ -40,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 OUT_OF_MEMORY: dict[str, dict[str, Any]] = {
     "embed_column": {"kind": "student", "fails": "embed_column"},
     "backward": {"kind": "student", "fails": "backward"},
+    "embed_rows": {"kind": "student", "fails": "embed_rows"},
 }
 
 
@@ -75,16 +77,16 @@ def record_gradients() -> Iterator[list[torch.Tensor]]:
         yield gradients
 
 
-def limit_memory(name: str) -> None:
-    """Let a pass on other ranks run out of memory with more than `LIMIT` texts, if the body has its name."""
-    original = getattr(_Part, name)
+def limit_memory(owner: type, name: str) -> None:
+    """Let a function of a loss run out of memory with more than `LIMIT` texts, if the body has its name."""
+    original = getattr(owner, name)
 
-    def limited(part: Any, *args: Any) -> Any:
-        if getattr(part.model, "fails", "") == name and (part.micro_batch_size or LIMIT + 1) > LIMIT:
+    def limited(loss: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(loss.model, "fails", "") == name and (loss.micro_batch_size or LIMIT + 1) > LIMIT:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return original(part, *args)
+        return original(loss, *args, **kwargs)
 
-    setattr(_Part, name, limited)
+    setattr(owner, name, limited)
 
 
 def main(body: str, file: str, *command: str) -> None:
@@ -93,7 +95,7 @@ def main(body: str, file: str, *command: str) -> None:
     gc.collect()
     gc.freeze()  # see `conftest.set_up_process`
     for name in OUT_OF_MEMORY:
-        limit_memory(name)
+        limit_memory(SimilarityLoss if name == "embed_rows" else _Part, name)  # on rank 0 or on the other
     groups = TRAININGS, VARIANTS, OUT_OF_MEMORY
     with use_ranks():
         results = [{name: train(Path(body), **settings) for name, settings in group.items()} for group in groups]
