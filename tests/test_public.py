@@ -67,12 +67,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": set(),
     "config": {"errors", "utils"},
     "memory": {"errors"},
+    "distributed": {"errors", "utils"},
     "hub": {"errors", "utils", "config"},
     "losses": {"utils", "memory"},
     "data": BASE | {"hub", "runtime"},
-    "models": BASE | {"hub", "runtime"},
+    "models": BASE | {"distributed", "hub", "runtime"},
     "signals": BASE | {"data", "models"},
-    "training": BASE | {"models", "losses"},
+    "training": BASE | {"distributed", "models", "losses"},
     "evaluation": BASE | {"data", "models", "runtime"},
     "augment": BASE | {"data", "models", "signals", "runtime"},
     "run_folder": {"errors", "utils", "config"},
@@ -89,7 +90,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"hub", "data", "models", "signals", "training", "evaluation", "augment", "teacher", "student", "run_folder"}
     | {"export", "report", "qa", "mlm"},
     "cli": BASE
-    | {"hub", "data", "models", "signals", "evaluation", "finetune", "mlm", "encoder", "inference", "export", "qa"}
+    | {
+        "distributed",
+        "hub",
+        "data",
+        "models",
+        "signals",
+        "evaluation",
+        "finetune",
+        "mlm",
+        "encoder",
+        "inference",
+        "export",
+        "qa",
+    }
     | {"report", "run", "run_folder", "runtime"},
     "__main__": {"cli"},
 }

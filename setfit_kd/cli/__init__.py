@@ -21,6 +21,7 @@ from setfit_kd.cli.pretrain import pretrain
 from setfit_kd.cli.push import push
 from setfit_kd.cli.report import report
 from setfit_kd.cli.run import run
+from setfit_kd.distributed.ranks import use_ranks
 from setfit_kd.errors import ModelError, OutOfMemoryError, SetFitKDError, first_line, is_out_of_memory
 from setfit_kd.utils.console import printable
 
@@ -32,7 +33,8 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with use_ranks():
+                return super().invoke(ctx)
         except SetFitKDError as raised:
             error = raised
         except click.ClickException as raised:

@@ -225,7 +225,7 @@ def evaluate(
     else:
         forward = ForwardPass(model.model_body) if exact else choose_forward(model, data.texts)
         options: Any = {"batch_size": encode_batch_size, "description": description, "forward": forward}
-        options["cache_tokens"] = False  # the speed includes tokenization
+        options |= {"cache_tokens": False, "share": False}  # the speed is that of one process, with tokenization
         predict, method = lambda texts: predict_proba(model, texts, **options), forward.method
     # Warm up first: the first texts also trigger allocations and lazy imports.
     with show_progress(False):

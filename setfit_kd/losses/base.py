@@ -41,6 +41,8 @@ class BatchLoss(nn.Module, ABC):
         labels: (B,) numbers on the CPU; their meaning depends on the loss.
     """
 
+    shared_embed: Callable[[dict[str, Tensor], int], Tensor] | None = None  # set if other processes embed texts, too
+
     def __init__(self, model: nn.Module, *, dropout: bool = False, micro_batch_size: int | None = None) -> None:
         super().__init__()
         self.model, self.dropout, self.micro_batch_size = model, dropout, micro_batch_size
@@ -53,7 +55,13 @@ class BatchLoss(nn.Module, ABC):
         return self.compute_loss([self.embed(features, n_columns=len(columns)) for features in columns], labels)
 
     def embed(self, features: dict[str, Tensor], *, n_columns: int = 1) -> Tensor:
-        """Embed one of ``n_columns`` text columns, with features of B texts padded to T tokens: (B, d).
+        """Embed one of ``n_columns`` text columns, with features of B texts padded to T tokens: (B, d)."""
+        if self.shared_embed is not None and "attention_mask" in features and torch.is_grad_enabled():
+            return self.shared_embed(features, n_columns)
+        return self.embed_rows(features, n_columns=n_columns)
+
+    def embed_rows(self, features: dict[str, Tensor], *, n_columns: int = 1) -> Tensor:
+        """Embed texts as in `embed`, in this process.
 
         Texts are sorted by length and embedded in micro-batches, or on a CPU in chunks of `CPU_TOKENS`, each cut to its
         longest text. Embeddings and gradients are the same as in one pass, except for the random draws of dropout.
@@ -84,11 +92,9 @@ class BatchLoss(nn.Module, ABC):
             max_tokens = CPU_TOKENS
         if len(mask) * (1 if self.micro_batch_size is None else n_columns) <= max_texts and mask.numel() <= max_tokens:
             return [np.arange(len(mask))], iter([features])
-        lengths = mask.sum(dim=1).numpy(force=True)
-        if not mask[:, 0].all():  # padded on the left, where chunks are not cut
-            lengths[:] = mask.shape[1]
+        lengths = text_lengths(mask)
         batches = list(iter_batches(lengths, max_texts, max_tokens))
-        return batches, (_take(features, mask, batch, int(lengths[batch[0]])) for batch in batches)
+        return batches, (take_texts(features, mask, batch, int(lengths[batch[0]])) for batch in batches)
 
     def _encode(self, features: dict[str, Tensor]) -> Tensor:
         # Pass a copy, because the body's modules write their outputs into it.
@@ -99,7 +105,17 @@ class BatchLoss(nn.Module, ABC):
         """Compute the loss, a scalar, from one (B, d) tensor of embeddings per text column and (B,) labels."""
 
 
-def _take(features: dict[str, Tensor], mask: Tensor, batch: npt.NDArray[np.int64], length: int) -> dict[str, Tensor]:
+def text_lengths(mask: Tensor) -> npt.NDArray[np.int64]:
+    """Return the number of tokens of each text in an attention mask (B, T) that must be kept if it is cut."""
+    lengths: npt.NDArray[np.int64] = mask.sum(dim=1).numpy(force=True)
+    if not mask[:, 0].all():  # padded on the left, where texts are not cut
+        lengths[:] = mask.shape[1]
+    return lengths
+
+
+def take_texts(
+    features: dict[str, Tensor], mask: Tensor, batch: npt.NDArray[np.int64], length: int
+) -> dict[str, Tensor]:
     """Take some rows of the features, cut to a length."""
     rows = torch.from_numpy(batch).to(mask.device)
     length = -(-length // 8) * 8  # torch caches compiled kernels for every shape

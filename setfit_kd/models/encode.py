@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from setfit_kd.distributed.ranks import OtherRanks, other_ranks
 from setfit_kd.memory.backoff import Attempt, OOMBackoff, move_model
 from setfit_kd.models.bodies import is_static
 from setfit_kd.models.forward import ForwardPass, OnnxForwardPass
@@ -34,6 +35,7 @@ _CHUNK = 256  # texts per progress-bar update, or the batch size if that is larg
 _LIMITS = {"cpu": (256, 2048), "cuda": (1024, 1 << 16), "mps": (256, 1 << 14)}  # texts and tokens of a batch
 _SAMPLE = {"cpu": 32, "cuda": 512, "mps": 128}  # texts on which forward passes are compared; a GPU needs many
 _FASTER = {"cpu": ("bf16", "onnx"), "cuda": ("fp16", "tf32"), "mps": ("fp16",)}
+_MIN_SHARED = {"cpu": 512, "cuda": 8192}  # texts for which it pays to send the body to other processes
 _MIN_SPEEDUP = 1.2
 _MIN_SECONDS = {"bf16": 3.0, "fp16": 3.0, "tf32": 3.0, "onnx": 15.0}  # that all texts take in single precision
 
@@ -72,6 +74,7 @@ def embed(
     description: str = "Encoding",
     forward: ForwardPass | None = None,
     cache_tokens: bool = True,
+    share: bool = True,
 ) -> Floats:
     """Embed n texts on the device of the body: (n, d) float32; float16 mapped from a temporary file if that is large.
 
@@ -83,8 +86,13 @@ def embed(
         description: Label of the progress bar.
         forward: Forward pass of the body. [default: in single precision]
         cache_tokens: Keep the tokens of the texts for other bodies with the same tokenizer.
+        share: Let the other processes of `use_ranks` embed some of the texts, if there are many.
     """
-    forward = forward or ForwardPass(body)
+    forward, ranks = forward or ForwardPass(body), other_ranks() if share else None
+    can_send = "forward" not in vars(body)  # it is replaced while a body is trained in mixed precision
+    if ranks and can_send and len(texts) >= _MIN_SHARED.get(body.device.type, math.inf):
+        options = {"batch_size": batch_size, "normalize": normalize, "cache_tokens": cache_tokens}
+        return _embed_on_ranks(ranks, forward, texts, description=f"{description} on rank 0", **options)
     max_texts = batch_size or batch_limits(body)[0]
     embeddings: Floats | None = None
 
@@ -103,6 +111,23 @@ def embed(
                 embeddings = allocate_array((len(texts), part.shape[1]))
             embeddings[rows] = part
     return np.empty((0, body.get_embedding_dimension() or 0), np.float32) if embeddings is None else embeddings
+
+
+def _embed_on_ranks(ranks: OtherRanks, forward: ForwardPass, texts: Sequence[str], **options: Any) -> Floats:
+    """Embed texts as in `embed`, some of them on each process."""
+    rows = ranks.deal(np.array([len(text) for text in texts]))
+    own, *others = ((forward, [texts[row] for row in part], options) for part in rows)
+    with ranks.session():
+        ranks.submit(_embed_part, others)
+        parts = [_embed_part(*own), *ranks.collect()]
+    embeddings = allocate_array((len(texts), parts[0].shape[1]))
+    for part, values in zip(rows, parts, strict=True):
+        embeddings[part] = values
+    return embeddings
+
+
+def _embed_part(forward: ForwardPass, texts: list[str], options: dict[str, Any]) -> Floats:
+    return embed(forward.body, texts, forward=forward, share=False, **options)
 
 
 def batch_limits(body: SentenceTransformer) -> tuple[int, int]:

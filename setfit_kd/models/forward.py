@@ -84,6 +84,9 @@ class OnnxForwardPass(ForwardPass):
             options.intra_op_num_threads = torch.get_num_threads()
             self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
+    def __reduce__(self) -> Any:  # pickled without the session
+        return OnnxForwardPass, (self.body,)
+
     def __call__(self, features: dict[str, Any]) -> Tensor:
         """Map the features of B texts to their (B, d) embeddings."""
         import torch

@@ -24,11 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from setfit_kd.config.base import StageConfig
-from setfit_kd.errors import DataError, OutputError, is_out_of_memory
+from setfit_kd.errors import DataError, OutputError, SetFitKDError, is_out_of_memory
 from setfit_kd.losses.base import BatchLoss
 from setfit_kd.memory.backoff import OOMBackoff
 from setfit_kd.models.tokens import tokenize
 from setfit_kd.training.precision import training_attention
+from setfit_kd.training.shared_batches import SharedBatches, share_batches
 from setfit_kd.utils.atomic_io import raise_output_errors
 from setfit_kd.utils.console import Advance
 from setfit_kd.utils.files import file_hash, read_json
@@ -82,6 +83,7 @@ class LossTrainer(Trainer):
     batches: Sequence[list[int]] | None = None
     backoff: OOMBackoff | None = None
     checkpoints: Checkpoints | None = None
+    shared: SharedBatches | None = None
     advance: Advance = staticmethod(lambda _: None)
 
     def __init__(
@@ -136,6 +138,7 @@ class LossTrainer(Trainer):
 
     def train(self, *_: Any, **__: Any) -> Any:
         """Train from the newest checkpoint, if any; if it cannot be loaded, remove all and raise a `DataError`."""
+        self.shared = share_batches(self.model, self.loss, self.args)
         latest = self.checkpoints.latest() if self.checkpoints else None
         if self.checkpoints is None or latest is None:
             return super().train()
@@ -145,7 +148,7 @@ class LossTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint=str(latest))
         except Exception as error:
-            if self.state.global_step > step or is_out_of_memory(error):
+            if self.state.global_step > step or is_out_of_memory(error) or isinstance(error, SetFitKDError):
                 raise
             self.checkpoints.clear()
             message = f"Cannot resume from the checkpoint {latest} ({type(error).__name__}: {error})."
@@ -177,6 +180,8 @@ class LossTrainer(Trainer):
         self.loss.zero_grad(set_to_none=True)  # the library only resets the gradients of the body
         run = partial(super().training_step, model, inputs, *args, **kwargs)
         step = self.state.global_step + 1
+        if self.shared is not None:
+            run = partial(self.shared.run_step, run, step)
         with training_attention(inputs["features"], bf16=self.args.bf16):
             loss = run() if self.backoff is None else retry_step(run, self.loss, step, self.backoff)
         self._new_losses.append(loss)

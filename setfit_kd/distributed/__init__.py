@@ -1,0 +1,1 @@
+"""Training and encoding on several processes, started by torchrun or accelerate."""
