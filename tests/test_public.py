@@ -83,13 +83,27 @@ MAY_IMPORT: dict[str, set[str]] = {
     "encoder": BASE | {"data", "models", "losses", "training", "signals", "student"},
     "qa": BASE | {"data", "models", "losses", "training", "runtime"},
     "inference": BASE | {"models", "runtime", "qa"},
+    "scale": BASE | {"data", "models", "runtime", "inference"},
     "export": BASE | {"hub", "models", "runtime", "qa"},
     "report": BASE | {"hub", "data", "evaluation", "run_folder"},
     "run": BASE
     | {"hub", "data", "models", "signals", "training", "evaluation", "augment", "teacher", "student", "run_folder"}
     | {"export", "report", "qa", "mlm"},
     "cli": BASE
-    | {"hub", "data", "models", "signals", "evaluation", "finetune", "mlm", "encoder", "inference", "export", "qa"}
+    | {
+        "hub",
+        "data",
+        "models",
+        "signals",
+        "evaluation",
+        "finetune",
+        "mlm",
+        "encoder",
+        "inference",
+        "scale",
+        "export",
+        "qa",
+    }
     | {"report", "run", "run_folder", "runtime"},
     "__main__": {"cli"},
 }
