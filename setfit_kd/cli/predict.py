@@ -127,8 +127,9 @@ def predict(
             raise ConfigError(message, hint="Pass --input, and an --output that ends with /.")
         columns = {"text_column": config.text_column, "pair_column": config.pair_column}
         with shared_backoff(cpu_fallback=config.cpu_fallback):
-            job = Job.of(model, **columns, **decision, options=options)
-            _predict_parts(list_parts(files, target), job, shard or (0, 1), engine, workers)
+            job = Job.of(model, columns, decision, options)
+            index, n_shards = shard or (0, 1)
+            _predict_parts(list_parts(files, target)[index::n_shards], job, engine, workers)
         return
     output = None if target is None else Path(target)
     if output is not None:
@@ -160,15 +161,13 @@ def predict(
             write_predictions(output, shown, classifier, types, embeddings=embeddings)
 
 
-def _predict_parts(
-    parts: list[Part], job: Job, shard: tuple[int, int], engine: str | None, workers: int | None
-) -> None:
-    """Classify the parts of a shard that are not finished, and print a summary."""
+def _predict_parts(parts: list[Part], job: Job, engine: str | None, workers: int | None) -> None:
+    """Classify the parts that are not finished, and print a summary."""
     from setfit_kd.scale.parts import read_manifest, run_parts
     from setfit_kd.scale.ray_engine import run_with_ray
     from setfit_kd.utils.console import track
 
-    start, parts = time.perf_counter(), parts[shard[0] :: shard[1]]
+    start = time.perf_counter()
     pending = {part.output: part for part in parts if read_manifest(part, job) is None}
     failed, n_pending, rows = [], len(pending), 0
     run = partial(run_with_ray, workers=workers) if engine else run_parts
@@ -186,9 +185,8 @@ def _predict_parts(
     counts = f"{n_pending - len(failed)} files done, {len(parts) - n_pending} skipped, {len(failed)} failed"
     click.echo(f"{counts}; {rows:,} rows in {seconds:.1f} s, {rows / seconds:,.0f} rows/s")
     if failed:
-        raise DataError(
-            f"Failed: {', '.join(failed)}.", hint="Fix them, and repeat the command: finished files are kept."
-        )
+        hint = "Fix them, and repeat the command: finished files are kept."
+        raise DataError(f"Failed: {', '.join(failed)}.", hint=hint)
 
 
 def _show_progress(chunks: Iterator[list[Prediction]]) -> Generator[list[Prediction], None, None]:

@@ -34,24 +34,18 @@ def record_unit(path: Path) -> str:
     return "row" if file_format(path) == ".parquet" else "line"
 
 
-def find_reader(path: Path) -> Callable[..., Iterator[Record]]:
-    """Return the reader of a file format; raise a `DataError` if there is none."""
+def read_records(path: Path, **parquet: Any) -> Iterator[Record]:
+    """Yield ``(line or row number, record)`` from a data file; raise a `DataError` if it is missing or damaged.
+
+    For ``parquet``, options of Parquet files, see `_read_parquet`.
+    """
     reader = READERS.get(file_format(path))
     if reader is None:
         extension = f"extension {path.suffix!r} is not supported" if path.suffix else "the file name has no extension"
         hint = f"Use one of {', '.join(READERS)}. All but .parquet may be compressed, as in .csv.gz."
         raise DataError(f"Cannot read {path}: {extension}.", hint=hint)
-    return reader
-
-
-def read_records(path: Path, **parquet: Any) -> Iterator[Record]:
-    """Yield ``(line or row number, record)`` from a data file; raise a `DataError` if it is missing or damaged.
-
-    ``parquet`` selects rows of a Parquet file, or its file system, see `_read_parquet`.
-    """
-    reader = find_reader(path)
     try:
-        if "filesystem" not in parquet and path.stat().st_size == 0:
+        if not parquet and path.stat().st_size == 0:
             raise _empty_file(path)
         yield from reader(path, **parquet)
     except (OSError, EOFError, zlib.error) as error:
@@ -128,7 +122,7 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
 def _read_parquet(
     path: Path, *, filesystem: Any = None, row_groups: Iterable[int] | None = None, first_row: int = 1
 ) -> Iterator[Record]:
-    """Yield the rows of a file, or of some of its row groups, numbered from ``first_row``."""
+    """Yield the rows of some or all row groups, numbered from ``first_row``, of a file in a file system of fsspec."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

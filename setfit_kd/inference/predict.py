@@ -6,6 +6,7 @@ import csv
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -231,41 +232,31 @@ def check_output(path: Path) -> None:
         raise ConfigError(f"Unknown file extension: {path}.", hint=f"Use one of {', '.join(_FORMATS)}.")
 
 
-def write_table(
-    file: IO[bytes],
-    extension: str,
-    chunks: Iterable[list[Prediction]],
-    classifier: TorchClassifier | Classifier,
-    columns: Columns | None = None,
-    *,
-    embeddings: bool = False,
-) -> None:
-    """Write predictions to a binary file in the format of an extension, as `write_predictions` does."""
-    if embeddings and extension.lower() == ".parquet":
-        import pyarrow as pa
-
-        columns = {**(columns or {}), "embedding": pa.list_(pa.float32())}
-    layout = Layout(classifier.labels, columns or {}, TASKS[classifier.task], 2 if classifier.takes_pairs else 1)
-    _FORMATS[extension.lower()](file, chunks, layout)
-
-
 def write_predictions(
     path: Path | None,
     chunks: Iterable[list[Prediction]],
     classifier: TorchClassifier | Classifier,
     columns: Columns | None = None,
-    **options: Any,
+    *,
+    file: IO[bytes] | None = None,
+    embeddings: bool = False,
 ) -> None:
     """Write predictions of a classifier to a file, whose extension selects the format, or as JSON lines to stdout.
 
-    A file appears only if everything was written. ``columns`` are the other columns of a table, which come first. The
-    extension must be one that `check_output` accepts. Pass ``embeddings=True`` if `classify` added them.
+    A file appears only if everything was written; with ``file``, they are written there instead. ``columns`` are the
+    other columns of a table, which come first. The extension must be one that `check_output` accepts. ``embeddings``
+    is as in `classify`.
 
     Raises:
         OutputError: If the file cannot be written.
     """
+    columns, extension = columns or {}, ".jsonl" if path is None else path.suffix.lower()
+    if embeddings and extension == ".parquet":
+        import pyarrow as pa
+
+        columns = {**columns, "embedding": pa.list_(pa.float32())}
+    layout = Layout(classifier.labels, columns, TASKS[classifier.task], 2 if classifier.takes_pairs else 1)
     if path is None:
-        write_table(sys.stdout.buffer, ".jsonl", chunks, classifier, columns, **options)
-        return
-    with atomic_file(path) as file:
-        write_table(file, path.suffix, chunks, classifier, columns, **options)
+        file = sys.stdout.buffer
+    with nullcontext(file) if path is None or file else atomic_file(path) as target:
+        _FORMATS[extension](target, chunks, layout)

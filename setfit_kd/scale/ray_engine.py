@@ -1,9 +1,8 @@
-"""Classify with Ray Data: parts of files on a cluster, or the batches of a data set of the user's own."""
+"""Classify with Ray Data: parts of files on a cluster, or the batches of any data set."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -17,30 +16,28 @@ from setfit_kd.inference.classifier import is_bundle, open_classifier
 from setfit_kd.inference.predict import classify
 from setfit_kd.runtime.classify import SINGLE_LABEL
 from setfit_kd.scale.parts import Job, Part, Result, run_part
-from setfit_kd.utils.console import show_progress
+from setfit_kd.utils.console import show_progress, suppress_warnings
 
 _RETRIES = 5  # of a part whose worker process died; a text that makes every process die must not block the others
 
 
 class BatchClassifier:
-    """Callable class for `ray.data.Dataset.map_batches`: adds predictions to batches of columns.
+    """Callable class for `ray.data.Dataset.map_batches` that adds the columns of predictions to batches.
 
-    The added columns are those of `setfit-kd predict` for Parquet files: ``label`` and ``probability``, or ``labels``
-    for a multi-label model, and one ``probability_NAME`` (n,) per label. A row without visible text has the label None
-    and probabilities NaN.
+    These are ``label`` and ``probability``, or ``labels`` for a multi-label model, and one ``probability_NAME`` (n,)
+    per label, as in files of `setfit-kd predict`. A row without visible text has label None and probabilities NaN.
 
     Args:
-        model: A bundle, run folder or model, as in `setfit-kd predict`. Each machine must find it at this path.
+        model: A bundle, run folder or model, which all machines find at this path.
         text_column: Column of the texts.
         pair_column: Column of the second texts, for a model of pairs.
         threshold: Minimum probability of a label. [default: 0; the thresholds of a multi-label model]
-        **options: ``device``, ``batch_size``, ``threads``, ``trust_pickle`` and ``exact``, see `setfit_kd.load`.
+        **options: ``device``, ``batch_size``, ``threads``, ``trust_pickle`` and ``exact`` of `open_classifier`.
 
     Raises:
         SetFitKDError: If the model cannot be loaded.
 
     Example:
-        >>> import ray  # doctest: +SKIP
         >>> rows = ray.data.read_parquet("s3://bucket/texts")  # doctest: +SKIP
         >>> options = {"fn_constructor_args": ["runs/mine/student/bundle"], "batch_size": 1024, "concurrency": 8}
         >>> rows.map_batches(BatchClassifier, **options).write_parquet("s3://bucket/labels")  # doctest: +SKIP
@@ -55,25 +52,23 @@ class BatchClassifier:
         threshold: float | None = None,
         **options: Any,
     ) -> None:
-        self.columns = [text_column] if pair_column is None else [text_column, pair_column]
-        self.threshold = threshold
+        self.columns, self.threshold = [text_column, *([pair_column] if pair_column else [])], threshold
         self.classifier = open_classifier(model, **options)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the columns of a batch of n rows and those of the predictions."""
+        """Return the columns of a batch of n rows, and those of the predictions."""
         first, *second = (np.asarray(batch[column]).tolist() for column in self.columns)
         items: Any = list(zip(first, *second, strict=True)) if second else first
         rows = check_texts(items, origin="the batch", unit="row", pairs=bool(second))
         predictions = [p for chunk in classify(self.classifier, rows, threshold=self.threshold) for p in chunk]
-        is_single_label = self.classifier.task == SINGLE_LABEL
-        labels = np.empty(len(predictions), object)
+        labels, names = np.empty(len(predictions), object), self.classifier.labels
         labels[:] = [prediction.label for prediction in predictions]
-        names = self.classifier.labels
         probabilities = np.array([p.probabilities for p in predictions], np.float32).reshape(-1, len(names))
-        result = {**batch, "label" if is_single_label else "labels": labels}
-        if is_single_label:
-            result["probability"] = probabilities.max(axis=1)
-        return result | {f"probability_{name}": column for name, column in zip(names, probabilities.T, strict=True)}
+        added: dict[str, Any] = {"labels": labels}
+        if self.classifier.task == SINGLE_LABEL:
+            added = {"label": labels, "probability": probabilities.max(axis=1)}
+        added |= {f"probability_{name}": column for name, column in zip(names, probabilities.T, strict=True)}
+        return {**batch, **added}
 
 
 class _PartWorker:
@@ -91,42 +86,33 @@ class _PartWorker:
 def run_with_ray(parts: Sequence[Part], job: Job, workers: int | None = None) -> Iterator[Result]:
     """Classify parts by Ray Data, on the cluster that ``ray.init()`` finds, or else on this machine; see `run_part`.
 
-    A part whose worker process dies is classified again by another; if that happens several times, it has no result.
-
-    Args:
-        parts: The parts. All machines of the cluster must see the inputs, the outputs and the model at the same paths.
-        job: The model and the settings.
-        workers: Number of worker processes. [default: one per GPU, or per CPU if there are none or for a bundle]
+    All machines must see the model and the files at the same paths. A part whose worker process dies is classified
+    again by another; if that happens several times, it has no result. ``workers`` is the number of worker processes.
+    [default: one per GPU; one per CPU without GPUs or for a bundle]
 
     Raises:
         UnavailableError: If Ray is not installed.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", **os.environ}
     try:
-        import ray
         import ray.data
     except ImportError as error:
-        raise UnavailableError(
-            f"--engine ray needs Ray ({error}).", hint="Install it: pip install 'ray[data]'"
-        ) from None
+        raise UnavailableError(f"Ray is not available ({error}).", hint="Install it: pip install 'ray[data]'") from None
     job.open_classifier(device="cpu")  # its errors are better shown before any process starts
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, logging_level=logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    threads = job.options.get("threads") or 1
-    resources = ray.cluster_resources()
-    use_gpu = resources.get("GPU", 0) and job.options.get("device") != "cpu" and not is_bundle(job.model)
-    available = resources["GPU"] if use_gpu else resources.get("CPU", 1) // threads
-    size = min(workers or max(1, int(available)), len(parts))
+        ray.init(include_dashboard=False, logging_level="error")
+    threads, resources = job.options["threads"] or 1, ray.cluster_resources()
+    use_gpu = "GPU" in resources and job.options["device"] != "cpu" and not is_bundle(job.model)
+    available = int(resources["GPU"] if use_gpu else resources.get("CPU", 1) // threads)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars, context.max_errored_blocks = False, -1
-    with ray.data.DataContext.current(context):
+    with suppress_warnings("ray.data"), ray.data.DataContext.current(context):
         items = [{"part": json.dumps(asdict(part))} for part in parts]
         results = ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
             _PartWorker,
             fn_constructor_args=[job],
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
+            compute=ray.data.ActorPoolStrategy(size=min(workers or max(available, 1), len(items))),
             num_cpus=0 if use_gpu else threads,
             num_gpus=1 if use_gpu else 0,
             ray_remote_args_fn=lambda: {"max_task_retries": _RETRIES},

@@ -153,11 +153,10 @@ def test_files_on_a_remote_file_system(bundle: Path, pool: Path) -> None:
     ("arguments", "message"),
     [
         (["--input", "no/*.csv", "--output", "out/"], "No such file: no/*.csv."),
-        (["--input", "nothing://x/*.csv", "--output", "out/"], "Cannot open nothing://x/*.csv: Protocol not known"),
+        (["--input", "nothing://x/*.csv", "--output", "out/"], "Cannot list nothing://x/*.csv for out/: Protocol not known"),
         (["--input", "pool/*.jsonl", "--output", "out.jsonl"], "need --input and an output folder"),
         (["--input", "pool/*.jsonl", "--output", "pool"], "is in the folder of the outputs"),
-        (["--input", "pool/a.*", "--output", "out/"], "have the same output"),
-        (["--input", "pool/a.xml", "--output", "out/"], "extension '.xml' is not supported"),
+        (["--input", "pool/[ab].*", "--output", "out/"], "have the same output"),
         (["--input", "pool/a.jsonl", "--output", "out/", "--shard", "2/2"], "expected I/N with 0 <= I < N"),
         (["--input", "pool/a.jsonl", "--output", "out/", "--pair-column", "b"], "classifies single texts"),
         (["--input", "pool/a.jsonl", "--output", "out/", "--embeddings"], "Only SetFit models have embeddings"),
@@ -165,10 +164,7 @@ def test_files_on_a_remote_file_system(bundle: Path, pool: Path) -> None:
     ],
 )
 def test_invalid_arguments_are_explained(arguments: list[str], message: str, bundle: Path, pool: Path) -> None:
-    for name in ("a.csv", "a.xml") if "a.*" in str(arguments) or "xml" in str(arguments) else ():
-        (pool / name).write_text("text\nx\n", encoding="utf-8")
-    if "a.*" in str(arguments):
-        (pool / "a.xml").unlink()
+    (pool / "a.csv").write_text("text\nx\n", encoding="utf-8")
     result = run_predict(bundle, *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
