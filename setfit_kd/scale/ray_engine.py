@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from setfit_kd.data.sources import check_texts
-from setfit_kd.errors import UnavailableError
+from setfit_kd.errors import UnavailableError, first_line
 from setfit_kd.inference.classifier import is_bundle, open_classifier
 from setfit_kd.inference.predict import classify
 from setfit_kd.runtime.classify import SINGLE_LABEL
 from setfit_kd.scale.parts import Job, Part, Result, run_part
 from setfit_kd.utils.console import show_progress, suppress_warnings
 
-_RETRIES = 5  # of a part whose worker process died; a text that makes every process die must not block the others
+_MAX_SECONDS = 24 * 3600  # without a finished part; Ray's default of 30 minutes is too short for a large file
 
 
 class BatchClassifier:
@@ -87,13 +87,12 @@ def run_with_ray(parts: Sequence[Part], job: Job, workers: int | None = None) ->
     """Classify parts by Ray Data, on the cluster that ``ray.init()`` finds, or else on this machine; see `run_part`.
 
     All machines must see the model and the files at the same paths. A part whose worker process dies is classified
-    again by another; if that happens several times, it has no result. ``workers`` is the number of worker processes.
-    [default: one per GPU; one per CPU without GPUs or for a bundle]
+    again by another. ``workers`` is their number. [default: one per GPU; one per CPU without GPUs or for a bundle]
 
     Raises:
-        UnavailableError: If Ray is not installed.
+        UnavailableError: If Ray is not installed or fails.
     """
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", **os.environ}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray.data
     except ImportError as error:
@@ -105,7 +104,7 @@ def run_with_ray(parts: Sequence[Part], job: Job, workers: int | None = None) ->
     use_gpu = "GPU" in resources and job.options["device"] != "cpu" and not is_bundle(job.model)
     available = int(resources["GPU"] if use_gpu else resources.get("CPU", 1) // threads)
     context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars, context.max_errored_blocks = False, -1
+    context.enable_progress_bars, context.execution_no_progress_timeout_s = False, _MAX_SECONDS
     with suppress_warnings("ray.data"), ray.data.DataContext.current(context):
         items = [{"part": json.dumps(asdict(part))} for part in parts]
         results = ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
@@ -115,7 +114,10 @@ def run_with_ray(parts: Sequence[Part], job: Job, workers: int | None = None) ->
             compute=ray.data.ActorPoolStrategy(size=min(workers or max(available, 1), len(items))),
             num_cpus=0 if use_gpu else threads,
             num_gpus=1 if use_gpu else 0,
-            ray_remote_args_fn=lambda: {"max_task_retries": _RETRIES},
         )
-        for row in results.iter_rows():
-            yield Result(Part(**json.loads(row["part"])), row["rows"], row["error"] or None)
+        try:
+            for row in results.iter_rows():
+                yield Result(Part(**json.loads(row["part"])), row["rows"], row["error"] or None)
+        except Exception as error:  # Ray has errors of many types, such as that of a worker that cannot load the model
+            message = f"Ray stopped ({type(error).__name__}: {first_line(str(error))})."
+            raise UnavailableError(message, hint="Repeat the command: finished files are kept.") from error

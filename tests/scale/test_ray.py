@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from setfit_kd.inference.classifier import open_classifier
 from setfit_kd.scale import BatchClassifier
 
 TEXTS = texts_and_labels(8)[0]
-N_FILES, N_ROWS = 40, 200
+N_FILES, N_ROWS = 30, 1000
 
 
 def test_batch_classifier_adds_the_columns_of_predict(models: dict[str, Path]) -> None:
@@ -43,8 +42,8 @@ def cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray", reason="the extra ray is not installed")
     patch = pytest.MonkeyPatch()
     path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "PYTHONPATH": path}.items():
-        patch.setenv(name, value)
+    patch.setenv("PYTHONPATH", path)
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield ray
     ray.shutdown()
@@ -56,12 +55,13 @@ def kill_a_worker(folder: Path, killed: list[int]) -> None:
     while not list(folder.glob("*.manifest.json")):
         time.sleep(0.02)
     for process in psutil.Process().children(recursive=True):
-        if "_PartWorker" in " ".join(process.cmdline()) and not killed:
-            os.kill(process.pid, signal.SIGKILL)
-            killed.append(process.pid)
+        with suppress(psutil.Error):
+            if "_PartWorker" in " ".join(process.cmdline()) and not killed:
+                process.kill()
+                killed.append(process.pid)
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of settings that Ray copies
 def test_killed_worker_loses_no_row(bundle: Path, cluster: Any, tmp_path: Path) -> None:
     Path("in").mkdir()
     for file in range(N_FILES):
@@ -73,12 +73,11 @@ def test_killed_worker_loses_no_row(bundle: Path, cluster: Any, tmp_path: Path) 
     killer.start()
     result = run_predict(bundle, "-i", "in/*.jsonl", "-o", "out/", "--engine", "ray", "--workers", "2")
     killer.join(10)
-    assert killed
+    assert killed, (result.output, result.exception)
     assert f"Failed: {tmp_path}/in/x.jsonl." in result.stderr
-    assert result.stdout.startswith(f"{N_FILES} files done, 0 skipped, 1 failed; {N_FILES * N_ROWS:,} rows")
+    assert f"\n{N_FILES} files done, 0 skipped, 1 failed; {N_FILES * N_ROWS:,} rows in" in f"\n{result.stdout}"
     rows = [json.loads(line) for path in Path("out").glob("*.jsonl") for line in path.open(encoding="utf-8")]
     assert sorted(row["id"] for row in rows) == list(range(N_FILES * N_ROWS))
-    shutil.rmtree("in/x.jsonl", ignore_errors=True)
     Path("in/x.jsonl").unlink()
     before = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
     again = predict_ok(bundle, "-i", "in/*.jsonl", "-o", "out/", "--engine", "ray")
