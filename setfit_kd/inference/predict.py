@@ -256,7 +256,5 @@ def write_predictions(
 
         columns = {**columns, "embedding": pa.list_(pa.float32())}
     layout = Layout(classifier.labels, columns, TASKS[classifier.task], 2 if classifier.takes_pairs else 1)
-    if path is None:
-        file = sys.stdout.buffer
-    with nullcontext(file) if path is None or file else atomic_file(path) as target:
+    with nullcontext(file or sys.stdout.buffer) if file or path is None else atomic_file(path) as target:
         _FORMATS[extension](target, chunks, layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import threading
 import time
 from collections.abc import Iterator
@@ -76,8 +77,8 @@ def test_killed_worker_loses_no_row(bundle: Path, cluster: Any, tmp_path: Path) 
     assert killed, (result.output, result.exception)
     assert f"Failed: {tmp_path}/in/x.jsonl." in result.stderr
     assert f"\n{N_FILES} files done, 0 skipped, 1 failed; {N_FILES * N_ROWS:,} rows in" in f"\n{result.stdout}"
-    rows = [json.loads(line) for path in Path("out").glob("*.jsonl") for line in path.open(encoding="utf-8")]
-    assert sorted(row["id"] for row in rows) == list(range(N_FILES * N_ROWS))
+    lines = [line for path in Path("out").glob("*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()]
+    assert sorted(json.loads(line)["id"] for line in lines) == list(range(N_FILES * N_ROWS))
     Path("in/x.jsonl").unlink()
     before = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
     again = predict_ok(bundle, "-i", "in/*.jsonl", "-o", "out/", "--engine", "ray")
@@ -87,3 +88,10 @@ def test_killed_worker_loses_no_row(bundle: Path, cluster: Any, tmp_path: Path) 
     assert [Path(f"out/{i}.jsonl").read_bytes() for i in range(N_FILES)] == [
         Path(f"here/{i}.jsonl").read_bytes() for i in range(N_FILES)
     ]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of settings that Ray copies
+def test_example(bundle: Path, cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "ray_data.py"))
+    example["main"](str(bundle), workers=1)
+    assert sum(line.startswith(LABELS) for line in capsys.readouterr().out.splitlines()) == 3
