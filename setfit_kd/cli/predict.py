@@ -119,7 +119,7 @@ def predict(
     decision: Any = {"threshold": threshold, "at_least_one": at_least_one, "embeddings": embeddings}
     options: Any = {"device": config.device, "batch_size": config.encode_batch_size, "exact": config.exact}
     options |= {"threads": threads, "trust_pickle": trust_pickle}
-    is_folder = target is not None and (target.endswith("/") or Path(target).is_dir())
+    is_folder = bool(files) and target is not None and (target.endswith("/") or Path(target).is_dir())
     has_patterns = any(re.search(r"[*?[]|://", file) and not Path(file).is_file() for file in files)
     if shard or engine or workers or is_folder or has_patterns:
         if texts or not files or target is None or (Path(target).suffix and not is_folder):

@@ -35,7 +35,7 @@ class Part:
     """One input file, or a range of row groups of a Parquet file."""
 
     input: str  # absolute path or URL, as is the output
-    size: int  # bytes
+    size: int | None  # bytes; None: unknown
     version: str  # ETag or modification time
     output: str  # its extension selects the format
     row_groups: list[int] | None = None  # None: all
@@ -122,7 +122,7 @@ def list_parts(inputs: Iterable[str], folder: str) -> list[Part]:
             if output in parts:
                 message = f"{parts[output].input} and {source} have the same output: {output}."
                 raise ConfigError(message, hint="Rename one of them, or use two commands with different --output.")
-            parts[output] = Part(source, info["size"] or 0, version, output, row_groups, first_row)
+            parts[output] = Part(source, info.get("size"), version, output, row_groups, first_row)
     return list(parts.values())
 
 
@@ -138,11 +138,11 @@ def _row_groups(fs: Any, path: str) -> list[tuple[str, list[int], int]]:
     ranges: list[tuple[list[int], int, int]] = []  # row groups, first row, number of rows
     for group in range(metadata.num_row_groups):
         size = metadata.row_group(group).num_rows
-        groups, first, rows = ranges[-1] if ranges else ([], 1, ROWS_PER_PART)
-        if rows + size <= ROWS_PER_PART:
+        groups, first, rows = ranges[-1] if ranges else ([], 1, 0)
+        if ranges and rows + size <= ROWS_PER_PART:
             ranges[-1] = ([*groups, group], first, rows + size)
         else:
-            ranges.append(([group], first + rows if ranges else 1, size))
+            ranges.append(([group], first + rows, size))
     width = len(str(metadata.num_rows))
     parts = [(f".rows-{first:0{width}}-{first + rows - 1:0{width}}", groups, first) for groups, first, rows in ranges]
     return parts if len(parts) > 1 else []
@@ -210,7 +210,7 @@ def _read(part: Part, fs: Any, path: str) -> Iterator[Record]:
     """Yield the records of a part. A remote Parquet file is read in place, other remote files are copied."""
     if part.output.endswith(".parquet"):
         yield from read_records(Path(path), filesystem=fs, row_groups=part.row_groups, first_row=part.first_row)
-    elif part.size:
+    elif part.size != 0:
         with TemporaryDirectory(prefix="setfit-kd-") as folder:
             copy = Path(folder) / Path(path).name
             if not isinstance(fs, LocalFileSystem):

@@ -107,22 +107,25 @@ def test_bad_part_does_not_stop_the_others(bundle: Path, pool: Path) -> None:
     pq.write_table(pa.table({"text": TEXTS}), pool / "e.parquet")
     (pool / "f.parquet").write_bytes((pool / "e.parquet").read_bytes()[:-9])
     (pool / "g.txt").write_bytes(b"")
+    with pq.ParquetWriter(pool / "h.parquet", (empty := pa.table({"text": pa.array([], pa.string())})).schema) as file:
+        file.write_table(empty)
     result = run_predict(bundle, "--input", f"{pool}/*", "--output", "out/")
     assert result.exit_code == 2
     assert f"{pool}/b.jsonl, line 2: not valid JSON" in result.stderr
     assert f"Failed: {pool}/b.jsonl, {pool}/f.parquet." in result.stderr
-    assert result.stdout.startswith("4 files done, 0 skipped, 2 failed; 120 rows")
-    assert [path.name for path in outputs()] == ["a.jsonl", "c.jsonl", "e.parquet", "g.jsonl"]
+    assert result.stdout.startswith("5 files done, 0 skipped, 2 failed; 120 rows")
+    assert [path.name for path in outputs()] == ["a.jsonl", "c.jsonl", "e.parquet", "g.jsonl", "h.parquet"]
+    assert pq.read_table("out/h.parquet").num_rows == 0
 
 
 def test_row_groups_are_parts(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts_module, "ROWS_PER_PART", 60)
-    table = pa.table({"id": range(100), "text": [*TEXTS[:36], None, *TEXTS[:3], *(f"game {i}" for i in range(60))]})
+    table = pa.table({"id": range(100), "text": [*TEXTS, *TEXTS[:29], None, *TEXTS[:30]]})
     Path("in").mkdir()
     pq.write_table(table, "in/t.parquet", row_group_size=30)
     predict_ok(bundle, "--input", "in/t.parquet", "--output", "all.parquet")
     result = predict_ok(bundle, "--input", "in/*.parquet", "--output", "out/")
-    assert f"{Path('in/t.parquet').absolute()}, row 37: no text" in result.stderr
+    assert f"{Path('in/t.parquet').absolute()}, row 70: no text" in result.stderr
     assert [path.name for path in outputs()] == ["t.rows-001-060.parquet", "t.rows-061-100.parquet"]
     assert pa.concat_tables(map(pq.read_table, outputs())).equals(pq.read_table("all.parquet"))
 
