@@ -31,6 +31,7 @@ SECTIONS = {
     "mlm.train.evaluate_mlm mlm.vocabulary.choose_words mlm.vocabulary.add_words",
     "Runs of these tasks": "run.task_run.run_task config.task_runs.QuestionRunConfig config.task_runs.MlmRunConfig",
     "Several processes": "distributed.ranks.use_ranks",
+    "Many files": "scale.ray_engine.BatchClassifier",
     "Data": "data.sources.read data.labeled_set.LabeledSet data.labeled_set.encode_labels",
     "Losses": "losses.base.BatchLoss losses.similarity.SimilarityLoss losses.soft_labels.SoftLabelLoss "
     "losses.embedding.EmbeddingLoss losses.pairs.PairSimilarityLoss losses.contrastive.ContrastiveLoss "

@@ -84,6 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "encoder": BASE | {"data", "models", "losses", "training", "signals", "student"},
     "qa": BASE | {"data", "models", "losses", "training", "evaluation", "runtime"},
     "inference": BASE | {"models", "runtime", "qa"},
+    "scale": BASE | {"data", "models", "runtime", "inference"},
     "export": BASE | {"hub", "models", "runtime", "qa"},
     "report": BASE | {"hub", "data", "evaluation", "run_folder"},
     "run": BASE
@@ -101,6 +102,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "mlm",
         "encoder",
         "inference",
+        "scale",
         "export",
         "qa",
     }

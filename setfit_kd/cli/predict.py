@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import logging
+import re
 import sys
+import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +23,37 @@ from setfit_kd.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from setfit_kd.inference.predict import Prediction, Row
     from setfit_kd.runtime.classify import Lines
+    from setfit_kd.scale.parts import Job, Part
+
+logger = logging.getLogger(__name__)
+
+
+def _parse_shard(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    match = re.fullmatch(r"(\d+)/(\d+)", value or "0/1", re.ASCII)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise click.BadParameter(f"expected I/N with 0 <= I < N, such as 0/8, got {value!r}.")
+    return None if value is None else (int(match[1]), int(match[2]))
 
 
 @click.command()
 @click.argument("model", metavar="MODEL")
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @click.option("--input", "-i", "files", multiple=True, metavar="FILE",
-              help="Read texts from a CSV, TSV, JSONL, Parquet or text file. May be repeated.")  # fmt: skip
-@click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE",
-              help="Write a JSONL, CSV, TSV or Parquet file, atomically. [default: JSON lines on stdout]")  # fmt: skip
+              help="Read texts from a CSV, TSV, JSONL, Parquet or text file; with an output folder, also from URLs and "
+                   "patterns such as 's3://bucket/*.parquet'. May be repeated.")  # fmt: skip
+@click.option("--output", "-o", "target", metavar="FILE|FOLDER/",
+              help="Write a JSONL, CSV, TSV or Parquet file, atomically; or one file per input into a folder or an URL "
+                   "that ends with /. [default: JSON lines on stdout]")  # fmt: skip
+@click.option("--embeddings", is_flag=True,
+              help="Add the embedding of each text as a list of numbers. Only for a SetFit model.")  # fmt: skip
+@click.option("--shard", metavar="I/N", callback=_parse_shard,
+              help="Classify only every Nth file, from the Ith one (0 to N-1), into an output folder.")  # fmt: skip
+@click.option("--engine", type=click.Choice(["ray"]),
+              help="Classify files by Ray Data, on the cluster of RAY_ADDRESS or this machine, into an output folder. "
+                   "Requires ray[data].")  # fmt: skip
+@click.option("--workers", type=click.IntRange(1), metavar="N",
+              help="Worker processes of --engine ray. [default: one per GPU; one per CPU without GPUs or for a "
+                   "bundle]")  # fmt: skip
 @click.option("--threshold", type=FRACTION, metavar="X",
               help="Minimum probability of a label; below it, the label is null. For a multi-label model, it replaces "
                    "the thresholds of all labels. [default: 0; the model's thresholds]")  # fmt: skip
@@ -42,7 +68,11 @@ def predict(
     model: str,
     texts: tuple[str, ...],
     files: tuple[str, ...],
-    output: Path | None,
+    target: str | None,
+    embeddings: bool,
+    shard: tuple[int, int] | None,
+    engine: str | None,
+    workers: int | None,
     threshold: float | None,
     at_least_one: bool,
     threads: int | None,
@@ -64,22 +94,44 @@ def predict(
     A multi-label model predicts "labels", a list of those whose probability reaches their threshold. In CSV and TSV
     files they are separated by "|", or a JSON list if a name contains "|".
 
+    With an output folder, each input file has an output file of its own, Parquet for Parquet and JSONL for all other
+    formats, and a manifest beside it; a large Parquet file has one for each range of row groups with about 100,000
+    rows. A repeated command classifies only what is not finished, or whose input, model or settings have changed.
+
     A transformer that answers questions, or its bundle, takes a question and a context as TEXTs, or files as for
     `setfit-kd finetune --task qa`: {"id": ..., "question": ..., "answer": ..., "score": ..., "start": ..., "end": ...}.
     """
     from setfit_kd.data.readers import column_types
     from setfit_kd.inference.answerer import answerer_folder
-    from setfit_kd.inference.classifier import open_classifier
+    from setfit_kd.inference.classifier import check_pair_column, open_classifier
     from setfit_kd.inference.predict import check_output, classify, write_predictions
     from setfit_kd.memory.backoff import shared_backoff
     from setfit_kd.runtime.classify import Lines
+    from setfit_kd.scale.parts import Job, list_parts
     from setfit_kd.utils.console import show_progress
 
+    scale = {"embeddings": embeddings or None, "shard": shard, "engine": engine, "workers": workers}
     if answerer := answerer_folder(model):
-        settings = passed({**flags, "threshold": threshold, "at_least_one": at_least_one or None})
-        questions.predict(answerer, texts, files, output, settings, threads=threads)
+        settings = passed({**flags, "threshold": threshold, "at_least_one": at_least_one or None, **scale})
+        questions.predict(answerer, texts, files, Path(target) if target else None, settings, threads=threads)
         return
     config = RunConfig.of(**passed(flags))
+    decision: Any = {"threshold": threshold, "at_least_one": at_least_one, "embeddings": embeddings}
+    options: Any = {"device": config.device, "batch_size": config.encode_batch_size, "exact": config.exact}
+    options |= {"threads": threads, "trust_pickle": trust_pickle}
+    is_folder = bool(files) and target is not None and (target.endswith("/") or Path(target).is_dir())
+    has_patterns = any(re.search(r"[*?[]|://", file) and not Path(file).is_file() for file in files)
+    if shard or engine or workers or is_folder or has_patterns:
+        if texts or not files or target is None or (Path(target).suffix and not is_folder):
+            message = "Patterns, URLs, --shard and --engine need --input and an output folder."
+            raise ConfigError(message, hint="Pass --input, and an --output that ends with /.")
+        columns = {"text_column": config.text_column, "pair_column": config.pair_column}
+        with shared_backoff(cpu_fallback=config.cpu_fallback):
+            job = Job.of(model, columns, decision, options)
+            index, n_shards = shard or (0, 1)
+            _predict_parts(list_parts(files, target)[index::n_shards], job, engine, workers)
+        return
+    output = None if target is None else Path(target)
     if output is not None:
         check_output(output)
         if any(Path(file).resolve() == output.resolve() for file in files):
@@ -95,22 +147,46 @@ def predict(
         if few:
             gc.disable()  # garbage collection makes the import of torch and transformers slower by a fifth
             stack.callback(gc.enable)
-        options: Any = {"device": config.device, "batch_size": config.encode_batch_size, "exact": config.exact}
-        classifier = open_classifier(model, threads=threads, trust_pickle=trust_pickle, use_bundle=few, **options)
-        columns = column_types(map(Path, files)) if output and "json" not in output.suffix.lower() else {}
+        classifier = open_classifier(model, use_bundle=few, **options)
+        types = column_types(map(Path, files)) if output and "json" not in output.suffix.lower() else {}
         if config.text_column == ("text",):
-            columns.pop("text", None)
-        if files and (config.pair_column is not None) != classifier.takes_pairs:
-            expected = "pairs of texts" if classifier.takes_pairs else "single texts"
-            hint = f"{'Pass' if classifier.takes_pairs else 'Remove'} --pair-column."
-            raise ConfigError(f"{model} classifies {expected}.", hint=hint)
+            types.pop("text", None)
+        if files:
+            check_pair_column(model, classifier, config.pair_column)
         rows = _rows(texts, files, lines, config, takes_pairs=classifier.takes_pairs)
-        decision: Any = {"threshold": threshold, "at_least_one": at_least_one, "is_waiting": lambda: lines.is_waiting}
-        chunks = classify(classifier, rows, **decision)
+        chunks = classify(classifier, rows, **decision, is_waiting=lambda: lines.is_waiting)
         # A progress bar would be mixed with the predictions on the terminal.
         quiet = show_progress(False) if output is None and sys.stdout.isatty() else nullcontext()
         with quiet, closing(_show_progress(chunks)) as shown:
-            write_predictions(output, shown, classifier, columns)
+            write_predictions(output, shown, classifier, types, embeddings=embeddings)
+
+
+def _predict_parts(parts: list[Part], job: Job, engine: str | None, workers: int | None) -> None:
+    """Classify the parts that are not finished, and print a summary."""
+    from setfit_kd.scale.parts import read_manifest, run_parts
+    from setfit_kd.scale.ray_engine import run_with_ray
+    from setfit_kd.utils.console import track
+
+    start = time.perf_counter()
+    pending = {part.output: part for part in parts if read_manifest(part, job) is None}
+    failed, n_pending, rows = [], len(pending), 0
+    run = partial(run_with_ray, workers=workers) if engine else run_parts
+    results = run(list(pending.values()), job) if pending else ()
+    with track("Classifying", n_pending, "files") as advance:
+        for result in results:
+            del pending[result.part.output]
+            rows += result.rows
+            if result.error:
+                logger.error("%s", result.error)
+                failed.append(result.part.input)
+            advance(1)
+    failed += [part.input for part in pending.values()]
+    seconds = time.perf_counter() - start
+    counts = f"{n_pending - len(failed)} files done, {len(parts) - n_pending} skipped, {len(failed)} failed"
+    click.echo(f"{counts}; {rows:,} rows in {seconds:.1f} s, {rows / seconds:,.0f} rows/s")
+    if failed:
+        hint = "Fix them, and repeat the command: finished files are kept."
+        raise DataError(f"Failed: {', '.join(failed)}.", hint=hint)
 
 
 def _show_progress(chunks: Iterator[list[Prediction]]) -> Generator[list[Prediction], None, None]:

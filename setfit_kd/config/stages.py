@@ -56,8 +56,8 @@ class DataConfig(ColumnsConfig):
     pool_size: int | None = Field(None, ge=2)
     """Number of pool texts, drawn at random. [default: all]"""
     signals: Name | None = None
-    """File of texts with label probabilities, from any source, that replaces teacher and pool (JSONL, Parquet, CSV or
-    TSV, as written by predict)."""
+    """File, folder or pattern of files of texts with label probabilities, from any source, that replaces teacher and
+    pool (JSONL, Parquet, CSV or TSV, as written by predict)."""
 
 
 class TeacherConfig(StageConfig):

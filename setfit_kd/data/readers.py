@@ -34,17 +34,20 @@ def record_unit(path: Path) -> str:
     return "row" if file_format(path) == ".parquet" else "line"
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """Yield ``(line or row number, record)`` from a data file; raise a `DataError` if it is missing or damaged."""
+def read_records(path: Path, **parquet: Any) -> Iterator[Record]:
+    """Yield ``(line or row number, record)`` from a data file; raise a `DataError` if it is missing or damaged.
+
+    For ``parquet``, options of Parquet files, see `_read_parquet`.
+    """
     reader = READERS.get(file_format(path))
     if reader is None:
         extension = f"extension {path.suffix!r} is not supported" if path.suffix else "the file name has no extension"
         hint = f"Use one of {', '.join(READERS)}. All but .parquet may be compressed, as in .csv.gz."
         raise DataError(f"Cannot read {path}: {extension}.", hint=hint)
     try:
-        if path.stat().st_size == 0:
+        if not parquet and path.stat().st_size == 0:
             raise _empty_file(path)
-        yield from reader(path)
+        yield from reader(path, **parquet)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"Cannot read {path}: {reason}.", hint="Check the path and the file.") from None
@@ -116,22 +119,26 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
         yield number, record
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(
+    path: Path, *, filesystem: Any = None, row_groups: Iterable[int] | None = None, first_row: int = 1
+) -> Iterator[Record]:
+    """Yield the rows of some or all row groups, numbered from ``first_row``, of a file in a file system of fsspec."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(str(path), filesystem=filesystem)
         if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
             raise DataError(f"{path} has two columns with the same name.", hint="Rename one of them.")
-        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in file.iter_batches()), 1)
+        batches = file.iter_batches(row_groups=row_groups)
+        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), first_row)
     except pa.ArrowException as error:
         raise DataError(f"{path} is not a valid Parquet file: {error}", hint="Write the file again.") from None
     except OverflowError as error:
         raise DataError(f"{path}: a date or time is out of range ({error}).", hint="Write the file again.") from None
 
 
-READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+READERS: dict[str, Callable[..., Iterator[Record]]] = {
     ".csv": partial(_read_delimited, delimiter=","),
     ".tsv": partial(_read_delimited, delimiter="\t"),
     ".jsonl": _read_json_lines,

@@ -179,6 +179,15 @@ def stream_rows(
         yield text or None, {name: value for name, value in record.items() if not (drop_text and name == "text")}
 
 
+def stream_file(
+    path: Path, records: Iterable[Record], origin: str, text_column: Sequence[str], pair_column: Sequence[str] | None
+) -> Iterator[TextRow]:
+    """Yield records of a file as `stream_rows` does; there may be none. ``origin`` names the file in messages."""
+    has_columns = file_format(path) != ".txt"
+    table = _Table(records, origin, unit=record_unit(path), has_columns=has_columns, may_be_empty=True)
+    return stream_rows(table, text_column=text_column, pair_column=pair_column)
+
+
 def check_texts(
     texts: Iterable[str] | Iterable[tuple[str, str]], *, origin: str, unit: str, pairs: bool = False
 ) -> Iterator[TextRow]:

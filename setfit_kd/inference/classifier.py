@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from setfit_kd.errors import ConfigError, ModelError, UnavailableError
-from setfit_kd.models.bodies import takes_pairs
+from setfit_kd.models.bodies import family_of, takes_pairs
 from setfit_kd.models.heads import head_task, head_thresholds
 from setfit_kd.models.io import BUNDLE, classifier_folder, load_classifier
 from setfit_kd.runtime.classify import MANIFEST, PAIR_SEPARATOR, BundleError, Classifier, Text
+from setfit_kd.utils.arrays import Floats
 from setfit_kd.utils.console import show_progress
 
 logger = logging.getLogger(__name__)
@@ -36,16 +37,25 @@ class TorchClassifier:
         self.batch_size, self.exact = batch_size, exact
         self._forward: Any = None
 
+    @property
+    def embed_and_predict(self) -> Callable[[Sequence[str]], tuple[Floats, npt.NDArray[np.float32]]] | None:
+        """Function that returns the embeddings (n, d) and class probabilities of n texts; None for a transformer."""
+        return None if family_of(self.model.model_body) == "transformer" else self._embed_and_predict
+
     def predict_proba(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Predict the class probabilities (n, n_classes) of n texts."""
-        from setfit_kd.models.encode import choose_forward, predict_proba
+        return self._embed_and_predict(texts)[1]
+
+    def _embed_and_predict(self, texts: Sequence[str]) -> tuple[Floats, npt.NDArray[np.float32]]:
+        from setfit_kd.models.encode import choose_forward, embed, head_proba
 
         if not self.exact and self._forward is None and len(texts) >= _MANY:
             n_texts = len(texts) * (10 if len(texts) >= CHUNK_SIZE else 1)  # a full chunk is usually followed by others
             self._forward = choose_forward(self.model, texts, n_texts=n_texts)
         options: Any = {"batch_size": self.batch_size, "forward": self._forward, "cache_tokens": False}
         with show_progress(False):
-            return predict_proba(self.model, texts, **options)
+            embeddings = embed(self.model.model_body, texts, normalize=self.model.normalize_embeddings, **options)
+            return embeddings, head_proba(self.model, embeddings)
 
 
 class _BundleClassifier(Classifier):
@@ -79,6 +89,14 @@ def check_pairs(name: object, texts: Sequence[str], *, takes_pairs: bool) -> Non
         message = f"{name} classifies {kinds[takes_pairs]}, got {kinds[not takes_pairs]}."
         how = "with --text-column and --pair-column" if takes_pairs else "without --pair-column"
         raise ConfigError(message, hint=f"Pass --unlabeled {how}.")
+
+
+def check_pair_column(name: object, classifier: TorchClassifier | Classifier, column: Sequence[str] | None) -> None:
+    """Raise a `ConfigError` if a model takes pairs and there is no column of second texts, or the other way round."""
+    if (column is not None) != classifier.takes_pairs:
+        expected = "pairs of texts" if classifier.takes_pairs else "single texts"
+        hint = f"{'Pass' if classifier.takes_pairs else 'Remove'} --pair-column."
+        raise ConfigError(f"{name} classifies {expected}.", hint=hint)
 
 
 def open_classifier(

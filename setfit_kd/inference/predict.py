@@ -6,6 +6,7 @@ import csv
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -65,6 +66,7 @@ def classify(
     *,
     threshold: float | None = None,
     at_least_one: bool = False,
+    embeddings: bool = False,
     is_waiting: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[Prediction]]:
     """Classify any number of texts in chunks of at most `CHUNK_SIZE`, as they arrive.
@@ -75,18 +77,30 @@ def classify(
         threshold: Minimum probability of a label. [default: 0; the thresholds of a multi-label classifier]
         at_least_one: Predict one label for a text whose labels are all below their thresholds: the one with the largest
             difference of probability and threshold.
+        embeddings: Add the embedding of each text, a list of floats, to the other columns as ``embedding``.
         is_waiting: Whether the next row has not arrived yet; the chunk is then classified without it.
 
     Raises:
-        ConfigError: If ``at_least_one`` is set for a single-label classifier.
+        ConfigError: If ``at_least_one`` is set for a single-label classifier, or ``embeddings`` for another classifier
+            than a SetFit model.
     """
     if at_least_one and classifier.task == SINGLE_LABEL.name:
         raise ConfigError("The model already predicts one label per text.", hint="Remove --at-least-one.")
+    embed = getattr(classifier, "embed_and_predict", None)
+    if embeddings and embed is None:
+        raise ConfigError("Only SetFit models have embeddings.", hint="Remove --embeddings, or choose a SetFit model.")
     for chunk in chunk_texts(rows, CHUNK_SIZE, get_text=itemgetter(0), is_waiting=is_waiting):
         has_text = [text is not None for text, _ in chunk]
         probabilities = np.full((len(chunk), len(classifier.labels)), np.nan, np.float32)
+        texts = [text for text, _ in chunk if text is not None]
         with suppress_warnings("setfit_kd.runtime"):  # `chunk_texts` logs one warning for all chunks
-            probabilities[has_text] = classifier.predict_proba([text for text, _ in chunk if text is not None])
+            if embeddings and embed is not None:
+                vectors, probabilities[has_text] = embed(texts)
+                rest = iter(np.round(vectors.astype(np.float64), 7).tolist())
+                vector_of = [next(rest) if has else None for has in has_text]
+                chunk = [(text, {**row, "embedding": v}) for (text, row), v in zip(chunk, vector_of, strict=True)]
+            else:
+                probabilities[has_text] = classifier.predict_proba(texts)
         labels = _decide(classifier, probabilities, threshold, at_least_one)
         yield [
             Prediction(text, None if text is None else label, row, columns)
@@ -223,18 +237,24 @@ def write_predictions(
     chunks: Iterable[list[Prediction]],
     classifier: TorchClassifier | Classifier,
     columns: Columns | None = None,
+    *,
+    file: IO[bytes] | None = None,
+    embeddings: bool = False,
 ) -> None:
     """Write predictions of a classifier to a file, whose extension selects the format, or as JSON lines to stdout.
 
-    A file appears only if everything was written. ``columns`` are the other columns of a table, which come first. The
-    extension must be one that `check_output` accepts.
+    A file appears only if everything was written; with ``file``, they are written there instead. ``columns`` are the
+    other columns of a table, which come first. The extension must be one that `check_output` accepts. ``embeddings``
+    is as in `classify`.
 
     Raises:
         OutputError: If the file cannot be written.
     """
-    layout = Layout(classifier.labels, columns or {}, TASKS[classifier.task], 2 if classifier.takes_pairs else 1)
-    if path is None:
-        _write_json_lines(sys.stdout.buffer, chunks, layout)
-        return
-    with atomic_file(path) as file:
-        _FORMATS[path.suffix.lower()](file, chunks, layout)
+    columns, extension = columns or {}, ".jsonl" if path is None else path.suffix.lower()
+    if embeddings and extension == ".parquet":
+        import pyarrow as pa
+
+        columns = {**columns, "embedding": pa.list_(pa.float32())}
+    layout = Layout(classifier.labels, columns, TASKS[classifier.task], 2 if classifier.takes_pairs else 1)
+    with nullcontext(file or sys.stdout.buffer) if file or path is None else atomic_file(path) as target:
+        _FORMATS[extension](target, chunks, layout)

@@ -1,4 +1,4 @@
-"""Read teacher signals from a file of class probabilities."""
+"""Read teacher signals from files of class probabilities."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 
-from setfit_kd.data.readers import read_records, record_unit
+from setfit_kd.data.readers import READERS, file_format, read_records, record_unit
 from setfit_kd.data.sources import RowErrors, get_pair
 from setfit_kd.errors import DataError
 from setfit_kd.signals.signals import TeacherSignals
@@ -23,7 +24,8 @@ _TOLERANCE = 0.01  # largest difference between 1 and the sum of a row's probabi
 def read_signals(path: str | Path) -> TeacherSignals:
     """Read signals of any teacher, such as a large language model, people or another program.
 
-    The file is JSONL, Parquet, CSV or TSV. Each row has a ``text`` and its probabilities: an object ``probabilities``
+    The file is JSONL, Parquet, CSV or TSV; several files, as of a folder or a pattern, are read in the order of their
+    paths. Each row has a ``text`` and its probabilities: an object ``probabilities``
     with the labels as keys, or one column ``probability_LABEL`` per label, both as written by ``setfit-kd predict``.
     Pairs have a ``text_pair``, too. Rows may also have an ``embedding``, a list of numbers. The first row determines
     the labels. If it has ``labels``, which predict writes for several labels per text, the probabilities are
@@ -37,16 +39,17 @@ def read_signals(path: str | Path) -> TeacherSignals:
         >>> train_student(read_signals("labels.jsonl"), "path/to/a/body", objective="soft-labels")  # doctest: +SKIP
     """
     path, texts, probabilities, embeddings = Path(path), list[str](), array("f"), array("f")
+    errors = {file: RowErrors(str(file), record_unit(file)) for file in _list_files(path)}
     names: tuple[str, ...] = ()
     task = SINGLE_LABEL
     dimension: int | None = None
-    errors, pair_column = RowErrors(str(path), record_unit(path)), tuple[str, ...]()
-    for number, record in read_records(path):
+    pair_column: tuple[str, ...] = ()
+    for file, (number, record) in ((path, row) for path in errors for row in read_records(path)):
         by_label = _probabilities(record)
         if not names:
             names = tuple(by_label)
             task = MULTI_LABEL if "labels" in record and "label" not in record else SINGLE_LABEL
-            dimension = _check_first_row(record, names, path)
+            dimension = _check_first_row(record, names, file)
             pair_column = ("text_pair",) if "text_pair" in record else ()
         text, problem = get_pair(record, ("text",), pair_column)
         try:
@@ -55,17 +58,25 @@ def read_signals(path: str | Path) -> TeacherSignals:
         except ValueError as error:
             problem = problem or str(error)
         if problem is not None:
-            errors.add(number, problem)
+            errors[file].add(number, problem)
         else:
             texts.append(text)
             probabilities.extend(distribution)
             embeddings.extend(embedding)
-    errors.check()
+    for file_errors in errors.values():
+        file_errors.check()
     if not texts:
         raise DataError(f"{path} has no rows.", hint="Add at least two rows.")
     distributions = np.array(probabilities, np.float32).reshape(len(texts), len(names))
     vectors = None if dimension is None else np.array(embeddings, np.float32).reshape(len(texts), dimension)
     return TeacherSignals(texts, distributions, names, vectors, str(path), task=task)
+
+
+def _list_files(path: Path) -> list[Path]:
+    """Return the files of a folder or a pattern in the order of their paths; other paths are returned as they are."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file_format(file) in READERS)
+    return [path] if path.exists() else sorted(map(Path, LocalFileSystem().glob(str(path)))) or [path]
 
 
 def _probabilities(record: Mapping[str, Any]) -> dict[str, Any]:
