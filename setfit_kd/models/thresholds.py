@@ -15,7 +15,6 @@ from setfit_kd.tasks.classification import MULTI_LABEL, SINGLE_LABEL
 from setfit_kd.utils.arrays import Floats
 
 logger = logging.getLogger(__name__)
-_COMMON_THRESHOLDS = MULTI_LABEL.to_probabilities(np.linspace(-5, 3, 33))
 
 
 def with_thresholds(head: Any, probabilities: Floats, objective: str, **options: Any) -> Any:
@@ -32,8 +31,8 @@ def fit_thresholds(
 
     Without labels, the metrics are those expected from the probabilities of typical texts, which must therefore be
     calibrated (Lipton et al., 2014, "Optimal Thresholding of Classifiers to Maximize F1 Measure"). Since the frequency
-    of a rare label is hardly known, thresholds for F1 are then moved half of the way, as logits, to the threshold that
-    has the best macro-F1 if it is the same for all labels.
+    of a rare label is hardly known, thresholds for F1 are then moved half of the way, as logits, to the threshold, the
+    same for all labels, above which there are as many labels as expected.
 
     Args:
         probabilities: (n, n_classes) of the model.
@@ -73,13 +72,8 @@ def fit_thresholds(
 
 
 def _to_common(probabilities: Floats, thresholds: Floats) -> Floats:
-    """Move thresholds half of the way, as logits, to the common one with the best expected macro-F1."""
-    n_positive = probabilities.sum(axis=0)
-
-    def expected_f1(threshold: float) -> float:
-        is_predicted = probabilities >= threshold
-        n_hits, n_predicted = (probabilities * is_predicted).sum(axis=0), is_predicted.sum(axis=0)
-        return float((2 * n_hits / np.maximum(n_predicted + n_positive, 1e-9)).mean())
-
-    common = max(_COMMON_THRESHOLDS, key=expected_f1)
+    """Move thresholds half of the way, as logits, to the common one above which there are as many labels as expected."""
+    scores = np.sort(probabilities, axis=None)
+    index = len(scores) - round(float(scores.sum()))
+    common = scores[max(index - 1, 0) : index + 1].mean()
     return MULTI_LABEL.to_probabilities((MULTI_LABEL.to_logits(thresholds) + MULTI_LABEL.to_logits(common)) / 2)
