@@ -72,7 +72,7 @@ def fit_thresholds(
 
 
 def _to_common(probabilities: Floats, thresholds: Floats) -> Floats:
-    """Move thresholds half of the way, as logits, to the common one above which there are as many labels as expected."""
+    """Move thresholds half of the way, as logits, to a common one that as many labels as expected reach."""
     scores = np.sort(probabilities, axis=None)
     index = len(scores) - round(float(scores.sum()))
     common = scores[max(index - 1, 0) : index + 1].mean()

@@ -86,8 +86,8 @@ def test_resumed_run_loads_all_stages(result: RunResult, trained_steps: list[int
         np.testing.assert_array_equal(resumed.evaluations[name].predicted, evaluation.predicted)
 
 
-@pytest.mark.parametrize("student", ["layers-1", "static-16"])
-def test_saved_students_predict_alike_everywhere(result: RunResult, student: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("student", "format_"), [("layers-1", "onnx"), ("static-16", "static")])
+def test_saved_students_predict_alike_everywhere(result: RunResult, student: str, format_: str, tmp_path: Path) -> None:
     assert result.output_dir is not None
     folder, texts = result.output_dir / "students" / student, [row["text"] for row in rows(60, 3)]
     model = load(folder, device="cpu")
@@ -100,7 +100,7 @@ def test_saved_students_predict_alike_everywhere(result: RunResult, student: str
     np.testing.assert_allclose(probabilities, expected.probabilities, atol=1e-5)
     np.testing.assert_array_equal(np.asarray(setfit.predict(texts)), probabilities > 0.5)
     bundle = tmp_path / "bundle"
-    export_bundle(model, bundle, texts=[row["text"] for row in rows(40, 2)])
+    export_bundle(model, bundle, texts=[row["text"] for row in rows(40, 2)], format=format_)
     labels = [[NAMES.index(name) for name in some] for some in Classifier(bundle).predict(texts)]
     assert labels == [np.flatnonzero(row).tolist() for row in expected.predicted]
 
