@@ -157,7 +157,7 @@ def test_files_on_a_remote_file_system(bundle: Path, pool: Path) -> None:
         (["--input", "no/*.csv", "--output", "out/"], "No such file: no/*.csv."),
         (
             ["--input", "nothing://x/*.csv", "--output", "out/"],
-            "Cannot list nothing://x/*.csv for out/: Protocol not known",
+            "Cannot list nothing://x/*.csv for out/ (Protocol not known",
         ),
         (["--input", "pool/*.jsonl", "--output", "out.jsonl"], "need --input and an output folder"),
         (["--input", "pool/*.jsonl", "--output", "pool"], "is in the folder of the outputs"),
