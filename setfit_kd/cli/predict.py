@@ -166,9 +166,9 @@ def _predict_files(
 
     start, (index, n_shards) = time.perf_counter(), shard or (0, 1)
     results = predict_parts(list_parts(files, folder)[index::n_shards], job, engine=engine, workers=workers)
-    seconds, rows = time.perf_counter() - start, sum(result.rows for result in results)
-    failed, done = [result.part.input for result in results if result.error], sum(result.is_new for result in results)
-    counts = f"{done} files done, {len(results) - done - len(failed)} skipped, {len(failed)} failed"
+    done, failed = [r.rows for r in results if r.rows is not None], [r.part.input for r in results if r.error]
+    counts = f"{len(done)} files done, {len(results) - len(done) - len(failed)} skipped, {len(failed)} failed"
+    rows, seconds = sum(done), time.perf_counter() - start
     click.echo(f"{counts}; {rows:,} rows in {seconds:.1f} s, {rows / seconds:,.0f} rows/s")
     if failed:
         more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from setfit_kd.inference.classifier import TorchClassifier, check_pair_column, i
 from setfit_kd.inference.predict import classify, write_predictions
 from setfit_kd.models.io import classifier_folder
 from setfit_kd.runtime.classify import Classifier
-from setfit_kd.utils.atomic_io import atomic_file, raise_output_errors
+from setfit_kd.utils.atomic_io import TEMPORARY_NAME, atomic_file, raise_output_errors
 from setfit_kd.utils.console import track
 from setfit_kd.utils.files import file_hash, fingerprint
 
@@ -79,11 +78,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """Result of a part: whether it was classified now, its number of rows then, and why it has no output."""
+    """Number of rows that were classified now, or why a part has no output; both None if it was complete before."""
 
     part: Part
-    is_new: bool = False
-    rows: int = 0
+    rows: int | None = None
     error: str | None = None
 
 
@@ -105,7 +103,7 @@ def list_parts(inputs: Iterable[str], folder: str) -> list[Part]:
             infos = {path: fs.info(path)} if fs.isfile(path) else fs.glob(path, detail=True)
         except Exception as error:  # each backend has errors of its own
             hint = "Check the URLs and your access to them. fsspec may need a package, such as s3fs for s3://."
-            message = f"Cannot list {name} for {folder} ({first_line(str(error)).rstrip('.')})."
+            message = f"Cannot list {name}, or write to {folder} ({first_line(str(error)).rstrip('.')})."
             raise DataError(message, hint=hint) from None
         infos = {path: info for path, info in infos.items() if info["type"] == "file"}
         if not infos:
@@ -164,16 +162,12 @@ def predict_parts(
 ) -> list[Result]:
     """Classify the parts whose output is not complete, in this process or with Ray, and log an error for each failure.
 
-    Args:
-        parts: The parts.
-        job: The classifier and settings.
-        engine: ``ray`` for Ray; None for this process.
-        workers: See `run_with_ray`.
+    ``engine`` is ``ray`` or None for this process; ``workers`` is as in `run_with_ray`.
 
     Raises:
         SetFitKDError: If the classifier cannot be opened or does not fit the settings, or if Ray fails.
     """
-    if engine:
+    if engine and parts:
         from setfit_kd.scale.ray_engine import run_with_ray
 
         results = run_with_ray(parts, job, workers)
@@ -187,6 +181,11 @@ def predict_parts(
             if result.error:
                 logger.error("%s", result.error)
             advance(1)
+    outputs = {part.output for part in parts}
+    for folder in {Path(output).parent for output in outputs}:  # a remote one has no temporary files
+        for path in folder.glob(".*"):  # also of processes that were killed before
+            if TEMPORARY_NAME.fullmatch(path.name) and str(folder / path.stem[1:]) in outputs:
+                path.unlink(missing_ok=True)
     return finished
 
 
@@ -205,7 +204,7 @@ def run_part(part: Part, job: Job, classifier: TorchClassifier | Classifier) -> 
     try:
         if is_complete(part, job):
             return Result(part)
-        return Result(part, is_new=True, rows=_write(part, job, classifier))
+        return Result(part, _write(part, job, classifier))
     except SetFitKDError as error:
         message = error.message
     except Exception as error:  # each backend has errors of its own
@@ -255,7 +254,5 @@ def _replace(fs: Any, path: str) -> Iterator[IO[bytes]]:
     target = Path(path)
     with raise_output_errors(target, alternative="choose another --output"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}"):  # of a killed process
-            stale.unlink(missing_ok=True)
     with atomic_file(target) as file:
         yield file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ class _PartWorker:
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         with show_progress(False):
-            return {"item": run_part(row["item"], self.job, self.classifier)}
+            return {"result": pickle.dumps(run_part(pickle.loads(row["item"]), self.job, self.classifier))}
 
 
 def run_with_ray(parts: Sequence[Part], job: Job, workers: int | None = None) -> Iterator[Result]:
@@ -88,7 +89,8 @@ def run_with_ray(parts: Sequence[Part], job: Job, workers: int | None = None) ->
     Raises:
         UnavailableError: If Ray is not installed or fails.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}.items():
+        os.environ.setdefault(name, value)
     try:
         import ray.data
     except ImportError as error:
@@ -106,7 +108,8 @@ def run_with_ray(parts: Sequence[Part], job: Job, workers: int | None = None) ->
         context.enable_progress_bars = False
         context.execution_no_progress_timeout_s = -1  # by default 30 minutes, too short for a large file
         with suppress_warnings("ray.data"), ray.data.DataContext.current(context):
-            results = ray.data.from_items(list(parts), override_num_blocks=min(len(parts), 1000)).map(
+            items = [pickle.dumps(part) for part in parts]
+            results = ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map(
                 _PartWorker,
                 fn_constructor_args=[job],
                 fn_constructor_kwargs={} if use_gpu else {"threads": threads},
@@ -115,7 +118,7 @@ def run_with_ray(parts: Sequence[Part], job: Job, workers: int | None = None) ->
                 num_gpus=1 if use_gpu else 0,
             )
             for row in results.iter_rows():
-                yield row["item"]
+                yield pickle.loads(row["result"])
     except Exception as error:  # Ray has errors of many types, such as that of a worker that cannot load the model
         message = f"Ray stopped ({type(error).__name__}: {first_line(str(error))})."
         raise UnavailableError(message, hint="Repeat the command: finished files are kept.") from error
