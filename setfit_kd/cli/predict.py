@@ -43,7 +43,7 @@ def _parse_shard(_ctx: click.Context, _param: click.Parameter, value: str | None
 @click.option("--embeddings", is_flag=True,
               help="Add the embedding of each text as a list of numbers. Only for a SetFit model.")  # fmt: skip
 @click.option("--shard", metavar="I/N", callback=_parse_shard,
-              help="Classify only every Nth file, from the Ith one (0 to N-1), into an output folder.")  # fmt: skip
+              help="Write only every Nth output file, from the Ith one (0 to N-1), into an output folder.")  # fmt: skip
 @click.option("--engine", type=click.Choice(["ray"]),
               help="Classify files by Ray Data, on the cluster of RAY_ADDRESS or this machine, into an output folder. "
                    "Requires ray[data].")  # fmt: skip
@@ -90,9 +90,9 @@ def predict(
     A multi-label model predicts "labels", a list of those whose probability reaches their threshold. In CSV and TSV
     files they are separated by "|", or a JSON list if a name contains "|".
 
-    With an output folder, each input file has an output file of its own, Parquet for Parquet and JSONL for all other
-    formats, and a manifest beside it; a large Parquet file has one for each range of row groups with about 100,000
-    rows. A repeated command classifies only what is not finished, or whose input, model or settings have changed.
+    With an output folder, each input file has its output file, Parquet for Parquet and JSONL for all other formats, and
+    a manifest beside it; a large Parquet file has one for each range of row groups with about 100,000 rows. A repeated
+    command classifies only files that are not finished, or whose input, model or settings have changed.
 
     A transformer that answers questions, or its bundle, takes a question and a context as TEXTs, or files as for
     `setfit-kd finetune --task qa`: {"id": ..., "question": ..., "answer": ..., "score": ..., "start": ..., "end": ...}.

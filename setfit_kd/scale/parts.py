@@ -1,4 +1,4 @@
-"""Divide files into parts, and classify each part into an output of its own, unless that is complete."""
+"""Divide files into parts, and write the predictions of each part to a separate output."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Job:
         return cls(model, columns, decision, options, fingerprint(files))
 
     def manifest(self, part: Part) -> Any:
-        """Return what the manifest of a part says about its input, the model and the settings."""
+        """Return the entries of the manifest of a part for its input, the model and the settings."""
         settings = {**self.columns, **self.decision, "exact": self.options["exact"]}
         fields = {name: value for name, value in asdict(part).items() if name != "output"}
         return json.loads(json.dumps({**fields, "model": self.fingerprint, "settings": settings}))
@@ -135,11 +135,11 @@ def list_parts(inputs: Iterable[str], folder: str) -> list[Part]:
 
 def _row_groups(fs: Any, path: str) -> list[tuple[str, list[int] | None, int]]:
     """Return the suffix of the name, the row groups (None: all) and the first row of each part of a file."""
+    if file_format(Path(path)) != ".parquet":
+        return [("", None, 1)]
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if file_format(Path(path)) != ".parquet":
-        return [("", None, 1)]
     try:
         metadata = pq.read_metadata(path, filesystem=fs)
     except (pa.ArrowException, OSError):
