@@ -89,8 +89,7 @@ def run_with_ray(parts: Sequence[Part], job: Job, workers: int | None = None) ->
     Raises:
         UnavailableError: If Ray is not installed or fails.
     """
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray.data
     except ImportError as error:
