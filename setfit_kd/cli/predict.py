@@ -165,10 +165,11 @@ def _predict_files(
     from setfit_kd.scale.parts import list_parts, predict_parts
 
     start, (index, n_shards) = time.perf_counter(), shard or (0, 1)
-    results = predict_parts(list_parts(files, folder)[index::n_shards], job, engine=engine, workers=workers)
-    done, failed = [r.rows for r in results if r.rows is not None], [r.part.input for r in results if r.error]
-    counts = f"{len(done)} files done, {len(results) - len(done) - len(failed)} skipped, {len(failed)} failed"
-    rows, seconds = sum(done), time.perf_counter() - start
+    parts = list_parts(files, folder)[index::n_shards]
+    results = predict_parts(parts, job, engine=engine, workers=workers)
+    failed = [result.part.input for result in results if result.error]
+    counts = f"{len(results) - len(failed)} files done, {len(parts) - len(results)} skipped, {len(failed)} failed"
+    rows, seconds = sum(result.rows for result in results), time.perf_counter() - start
     click.echo(f"{counts}; {rows:,} rows in {seconds:.1f} s, {rows / seconds:,.0f} rows/s")
     if failed:
         more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""

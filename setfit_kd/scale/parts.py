@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,11 +25,12 @@ from setfit_kd.inference.classifier import TorchClassifier, check_pair_column, i
 from setfit_kd.inference.predict import classify, write_predictions
 from setfit_kd.models.io import classifier_folder
 from setfit_kd.runtime.classify import Classifier
-from setfit_kd.utils.atomic_io import TEMPORARY_NAME, atomic_file, raise_output_errors
+from setfit_kd.utils.atomic_io import atomic_file, raise_output_errors
 from setfit_kd.utils.console import track
 from setfit_kd.utils.files import file_hash, fingerprint
 
 logger = logging.getLogger(__name__)
+_THREADS = 32  # that read metadata and manifests
 ROWS_PER_PART = 100_000  # of a Parquet file with several row groups
 _VERSIONS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")  # of a file, by fsspec's backends
 
@@ -78,10 +81,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """Number of rows that were classified now, or why a part has no output; both None if it was complete before."""
+    """Number of rows of the output of a part, or why it has none."""
 
     part: Part
-    rows: int | None = None
+    rows: int = 0
     error: str | None = None
 
 
@@ -113,7 +116,7 @@ def list_parts(inputs: Iterable[str], folder: str) -> list[Part]:
     common = os.path.commonpath([posixpath.dirname(url) for url in files]) or "."
     parts: dict[str, Part] = {}
     urls = sorted(files)
-    with ThreadPoolExecutor(32) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         ranges = pool.map(_row_groups, *zip(*(files[url][:2] for url in urls), strict=True))
     for url, groups in zip(urls, ranges, strict=True):
         fs, path, info = files[url]
@@ -144,67 +147,60 @@ def _row_groups(fs: Any, path: str) -> list[tuple[str, list[int] | None, int]]:
         metadata = pq.read_metadata(path, filesystem=fs)
     except (pa.ArrowException, OSError):
         return [("", None, 1)]  # reported when the part is read
-    ranges: list[tuple[list[int], int, int]] = []  # row groups, first row, number of rows
-    for group in range(metadata.num_row_groups):
-        size = metadata.row_group(group).num_rows
-        groups, first, rows = ranges[-1] if ranges else ([], 1, 0)
-        if ranges and rows + size <= ROWS_PER_PART:
-            ranges[-1] = ([*groups, group], first, rows + size)
-        else:
-            ranges.append(([group], first + rows, size))
-    width = len(str(metadata.num_rows))
-    parts = [(f".rows-{first:0{width}}-{first + rows - 1:0{width}}", groups, first) for groups, first, rows in ranges]
-    return [*parts] if len(parts) > 1 else [("", None, 1)]
+    ends = [0, *accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))]
+    ranges = [list(part) for _, part in groupby(range(len(ends) - 1), lambda group: ends[group] // ROWS_PER_PART)]
+    if len(ranges) < 2:
+        return [("", None, 1)]
+    bounds = [(ends[part[0]] + 1, ends[part[-1] + 1]) for part in ranges]
+    width = len(str(ends[-1]))
+    return [(f".rows-{a:0{width}}-{b:0{width}}", part, a) for part, (a, b) in zip(ranges, bounds, strict=True)]
 
 
 def predict_parts(
     parts: Sequence[Part], job: Job, *, engine: str | None = None, workers: int | None = None
 ) -> list[Result]:
-    """Classify the parts whose output is not complete, in this process or with Ray, and log an error for each failure.
+    """Classify the parts whose output is not complete, and return their results; each error is also logged.
 
     ``engine`` is ``ray`` or None for this process; ``workers`` is as in `run_with_ray`.
 
     Raises:
         SetFitKDError: If the classifier cannot be opened or does not fit the settings, or if Ray fails.
     """
-    if engine and parts:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        manifests = list(pool.map(partial(read_manifest, job=job), parts))
+    pending = [part for part, manifest in zip(parts, manifests, strict=True) if manifest is None]
+    results: Iterable[Result] = ()
+    if engine and pending:
         from setfit_kd.scale.ray_engine import run_with_ray
 
-        results = run_with_ray(parts, job, workers)
-    else:
-        classifier = job.open_classifier()
-        results = (run_part(part, job, classifier) for part in parts)
+        results = run_with_ray(pending, job, workers)
+    elif pending:
+        results = map(partial(run_part, job=job, classifier=job.open_classifier()), pending)
     finished = []
-    with track("Classifying", len(parts), "files") as advance:
+    with track("Classifying", len(pending), "files") as advance:
         for result in results:
             finished.append(result)
             if result.error:
                 logger.error("%s", result.error)
             advance(1)
-    outputs = {part.output for part in parts}
-    for folder in {Path(output).parent for output in outputs}:  # a remote one has no temporary files
-        for path in folder.glob(".*"):  # also of processes that were killed before
-            if TEMPORARY_NAME.fullmatch(path.name) and str(folder / path.stem[1:]) in outputs:
-                path.unlink(missing_ok=True)
     return finished
 
 
-def is_complete(part: Part, job: Job) -> bool:
-    """Whether the output of a part is complete and was written by the same job."""
+def read_manifest(part: Part, job: Job) -> dict[str, Any] | None:
+    """Return the manifest of a part if its output is complete and was written by the same job."""
     fs, path = url_to_fs(part.output)
     try:
         manifest: dict[str, Any] = json.loads(fs.cat_file(f"{path}.manifest.json"))
-        return manifest.items() >= job.manifest(part).items() and bool(fs.size(path) == manifest["output_size"])
+        is_complete = manifest.items() >= job.manifest(part).items() and fs.size(path) == manifest["output_size"]
     except (OSError, ValueError, KeyError, AttributeError):
-        return False
+        return None
+    return manifest if is_complete else None
 
 
 def run_part(part: Part, job: Job, classifier: TorchClassifier | Classifier) -> Result:
     """Classify a part, unless its output is complete: write the output atomically, and then its manifest."""
     try:
-        if is_complete(part, job):
-            return Result(part)
-        return Result(part, _write(part, job, classifier))
+        return Result(part, (read_manifest(part, job) or _write(part, job, classifier))["rows_out"])
     except SetFitKDError as error:
         message = error.message
     except Exception as error:  # each backend has errors of its own
@@ -212,8 +208,8 @@ def run_part(part: Part, job: Job, classifier: TorchClassifier | Classifier) -> 
     return Result(part, error=message if part.input in message else f"{part.input}: {message}")
 
 
-def _write(part: Part, job: Job, classifier: TorchClassifier | Classifier) -> int:
-    """Write the output and the manifest of a part; return the number of rows."""
+def _write(part: Part, job: Job, classifier: TorchClassifier | Classifier) -> dict[str, Any]:
+    """Write the output and the manifest of a part; return the manifest."""
     import pyarrow.parquet as pq
 
     fs, path = url_to_fs(part.output)
@@ -233,14 +229,15 @@ def _write(part: Part, job: Job, classifier: TorchClassifier | Classifier) -> in
         columns = {f.name: f.type for f in schema if (f.name, job.columns["text_column"]) != ("text", ("text",))}
         options: Any = {"row_groups": part.row_groups, "first_row": part.first_row} if schema else {}
         records: Iterable[Record] = read_records(name, source, **options) if part.size != 0 else ()
-        rows = stream_file(name, count(records, "rows_in", lambda record: 1), part.input, **job.columns)
+        records = count(records, "rows_in", lambda record: 1)
+        rows = stream_file(name, records, part.input, **job.columns)
         chunks = count(classify(classifier, rows, **job.decision), "rows_out", len)
         embeddings = job.decision["embeddings"]
         write_predictions(Path(path), chunks, classifier, columns, file=target, embeddings=embeddings)
     manifest = {**job.manifest(part), **counts, "output_size": fs.size(path)}
     with _replace(fs, f"{path}.manifest.json") as target:
         target.write(json.dumps(manifest, indent=2).encode() + b"\n")
-    return counts["rows_out"]
+    return manifest
 
 
 @contextmanager
@@ -254,5 +251,5 @@ def _replace(fs: Any, path: str) -> Iterator[IO[bytes]]:
     target = Path(path)
     with raise_output_errors(target, alternative="choose another --output"):
         target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target) as file:
+    with atomic_file(target, alternative="choose another --output") as file:
         yield file

@@ -85,9 +85,11 @@ def test_killed_worker_loses_no_row(bundle: Path, cluster: Any, tmp_path: Path) 
     assert f"\n{N_FILES} files done, 0 skipped, 1 failed; {N_FILES * N_ROWS:,} rows in" in f"\n{result.stdout}"
     lines = [line for path in Path("out").glob("*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()]
     assert sorted(json.loads(line)["id"] for line in lines) == list(range(N_FILES * N_ROWS))
+    Path("in/x.jsonl").write_text(json.dumps({"id": -1, "text": "x"}), encoding="utf-8")
+    predict_ok(bundle, "-i", "in/x.jsonl", "-o", "out/", "--engine", "ray", "--threads", "99")  # more than there are
     Path("in/x.jsonl").unlink()
     before = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
-    again = predict_ok(bundle, "-i", "in/*.jsonl", "-o", "out/", "--engine", "ray", "--threads", "99")
+    again = predict_ok(bundle, "-i", "in/*.jsonl", "-o", "out/", "--engine", "ray")
     assert again.stdout.startswith(f"0 files done, {N_FILES} skipped")
     assert {path: path.stat().st_mtime_ns for path in Path("out").iterdir()} == before
     predict_ok(bundle, "-i", "in/*.jsonl", "-o", "here/")
