@@ -25,7 +25,7 @@ from setfit_kd.inference.classifier import TorchClassifier, check_pair_column, i
 from setfit_kd.inference.predict import classify, write_predictions
 from setfit_kd.models.io import classifier_folder
 from setfit_kd.runtime.classify import Classifier
-from setfit_kd.utils.atomic_io import atomic_file, raise_output_errors
+from setfit_kd.utils.atomic_io import TEMPORARY_NAME, atomic_file, raise_output_errors
 from setfit_kd.utils.console import track
 from setfit_kd.utils.files import file_hash, fingerprint
 
@@ -169,6 +169,11 @@ def predict_parts(
     with ThreadPoolExecutor(_THREADS) as pool:
         manifests = list(pool.map(partial(read_manifest, job=job), parts))
     pending = [part for part, manifest in zip(parts, manifests, strict=True) if manifest is None]
+    outputs = {part.output for part in parts}
+    for folder in {Path(output).parent for output in outputs}:  # on a remote file system, there are no such files
+        for file in folder.glob(".*"):  # temporary files of killed processes
+            if TEMPORARY_NAME.fullmatch(file.name) and str(folder / file.stem[1:]) in outputs:
+                file.unlink(missing_ok=True)
     results: Iterable[Result] = ()
     if engine and pending:
         from setfit_kd.scale.ray_engine import run_with_ray

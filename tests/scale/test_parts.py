@@ -98,6 +98,7 @@ def test_interrupted_part_leaves_no_output(bundle: Path, pool: Path, monkeypatch
         patch.setattr(parts_module, "classify", interrupted)
         assert run_predict(bundle, "--input", f"{pool}/b.jsonl", "--output", "out/").exit_code == 130
     assert times() == {}
+    Path("out/.b.jsonl.0123abcd").write_text("of a killed process", encoding="utf-8")
     predict_ok(bundle, "--input", f"{pool}/b.jsonl", "--output", "out/")
     assert {path.name for path in times()} == {"b.jsonl", "b.jsonl.manifest.json"}
 
