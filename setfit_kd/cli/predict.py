@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import logging
 import re
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +21,7 @@ from setfit_kd.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from setfit_kd.inference.predict import Prediction, Row
     from setfit_kd.runtime.classify import Lines
-    from setfit_kd.scale.parts import Job, Part
-
-logger = logging.getLogger(__name__)
+    from setfit_kd.scale.parts import Job
 
 
 def _parse_shard(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -47,7 +43,7 @@ def _parse_shard(_ctx: click.Context, _param: click.Parameter, value: str | None
 @click.option("--embeddings", is_flag=True,
               help="Add the embedding of each text as a list of numbers. Only for a SetFit model.")  # fmt: skip
 @click.option("--shard", metavar="I/N", callback=_parse_shard,
-              help="Classify only every Nth file, from the Ith one (0 to N-1), into an output folder.")  # fmt: skip
+              help="Write only every Nth output file, from the Ith one (0 to N-1), into an output folder.")  # fmt: skip
 @click.option("--engine", type=click.Choice(["ray"]),
               help="Classify files by Ray Data, on the cluster of RAY_ADDRESS or this machine, into an output folder. "
                    "Requires ray[data].")  # fmt: skip
@@ -94,9 +90,9 @@ def predict(
     A multi-label model predicts "labels", a list of those whose probability reaches their threshold. In CSV and TSV
     files they are separated by "|", or a JSON list if a name contains "|".
 
-    With an output folder, each input file has an output file of its own, Parquet for Parquet and JSONL for all other
-    formats, and a manifest beside it; a large Parquet file has one for each range of row groups with about 100,000
-    rows. A repeated command classifies only what is not finished, or whose input, model or settings have changed.
+    With an output folder, each input file has its output file, Parquet for Parquet and JSONL for all other formats, and
+    a manifest beside it; a large Parquet file has one for each range of row groups with about 100,000 rows. A repeated
+    command classifies only files that are not finished, or whose input, model or settings have changed.
 
     A transformer that answers questions, or its bundle, takes a question and a context as TEXTs, or files as for
     `setfit-kd finetune --task qa`: {"id": ..., "question": ..., "answer": ..., "score": ..., "start": ..., "end": ...}.
@@ -107,7 +103,6 @@ def predict(
     from setfit_kd.inference.predict import check_output, classify, write_predictions
     from setfit_kd.memory.backoff import shared_backoff
     from setfit_kd.runtime.classify import Lines
-    from setfit_kd.scale.parts import Job, list_parts
     from setfit_kd.utils.console import show_progress
 
     scale = {"embeddings": embeddings or None, "shard": shard, "engine": engine, "workers": workers}
@@ -120,16 +115,18 @@ def predict(
     options: Any = {"device": config.device, "batch_size": config.encode_batch_size, "exact": config.exact}
     options |= {"threads": threads, "trust_pickle": trust_pickle}
     is_folder = bool(files) and target is not None and (target.endswith("/") or Path(target).is_dir())
-    has_patterns = any(re.search(r"[*?[]|://", file) and not Path(file).is_file() for file in files)
-    if shard or engine or workers or is_folder or has_patterns:
+    has_patterns = any(re.search(r"[*?[]|://", name) and not Path(name).is_file() for name in (*files, target or ""))
+    if workers and not engine:
+        raise ConfigError("--workers is for --engine ray.", hint="Add --engine ray, or remove --workers.")
+    if shard or engine or is_folder or has_patterns:
         if texts or not files or target is None or (Path(target).suffix and not is_folder):
             message = "Patterns, URLs, --shard and --engine need --input and an output folder."
             raise ConfigError(message, hint="Pass --input, and an --output that ends with /.")
+        from setfit_kd.scale.parts import Job  # imports fsspec
+
         columns = {"text_column": config.text_column, "pair_column": config.pair_column}
         with shared_backoff(cpu_fallback=config.cpu_fallback):
-            job = Job.of(model, columns, decision, options)
-            index, n_shards = shard or (0, 1)
-            _predict_parts(list_parts(files, target)[index::n_shards], job, engine, workers)
+            _predict_files(files, target, Job.of(model, columns, decision, options), shard, engine, workers)
         return
     output = None if target is None else Path(target)
     if output is not None:
@@ -161,32 +158,23 @@ def predict(
             write_predictions(output, shown, classifier, types, embeddings=embeddings)
 
 
-def _predict_parts(parts: list[Part], job: Job, engine: str | None, workers: int | None) -> None:
-    """Classify the parts that are not finished, and print a summary."""
-    from setfit_kd.scale.parts import read_manifest, run_parts
-    from setfit_kd.scale.ray_engine import run_with_ray
-    from setfit_kd.utils.console import track
+def _predict_files(
+    files: Sequence[str], folder: str, job: Job, shard: tuple[int, int] | None, engine: str | None, workers: int | None
+) -> None:
+    """Classify many files, and print a summary."""
+    from setfit_kd.scale.parts import list_parts, predict_parts
 
-    start = time.perf_counter()
-    pending = {part.output: part for part in parts if read_manifest(part, job) is None}
-    failed, n_pending, rows = [], len(pending), 0
-    run = partial(run_with_ray, workers=workers) if engine else run_parts
-    results = run(list(pending.values()), job) if pending else ()
-    with track("Classifying", n_pending, "files") as advance:
-        for result in results:
-            del pending[result.part.output]
-            rows += result.rows
-            if result.error:
-                logger.error("%s", result.error)
-                failed.append(result.part.input)
-            advance(1)
-    failed += [part.input for part in pending.values()]
-    seconds = time.perf_counter() - start
-    counts = f"{n_pending - len(failed)} files done, {len(parts) - n_pending} skipped, {len(failed)} failed"
+    start, (index, n_shards) = time.perf_counter(), shard or (0, 1)
+    parts = list_parts(files, folder)[index::n_shards]
+    results = predict_parts(parts, job, engine=engine, workers=workers)
+    failed = [result.part.input for result in results if result.error]
+    counts = f"{len(results) - len(failed)} files done, {len(parts) - len(results)} skipped, {len(failed)} failed"
+    rows, seconds = sum(result.rows for result in results), time.perf_counter() - start
     click.echo(f"{counts}; {rows:,} rows in {seconds:.1f} s, {rows / seconds:,.0f} rows/s")
     if failed:
-        hint = "Fix them, and repeat the command: finished files are kept."
-        raise DataError(f"Failed: {', '.join(failed)}.", hint=hint)
+        more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+        hint = "See the errors above. Repeat the command when they are fixed: finished files are kept."
+        raise DataError(f"Failed: {', '.join(failed[:3])}{more}.", hint=hint)
 
 
 def _show_progress(chunks: Iterator[list[Prediction]]) -> Generator[list[Prediction], None, None]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
+from io import TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from setfit_kd.errors import DataError
 
@@ -34,10 +37,10 @@ def record_unit(path: Path) -> str:
     return "row" if file_format(path) == ".parquet" else "line"
 
 
-def read_records(path: Path, **parquet: Any) -> Iterator[Record]:
+def read_records(path: Path, file: IO[bytes] | None = None, **parquet: Any) -> Iterator[Record]:
     """Yield ``(line or row number, record)`` from a data file; raise a `DataError` if it is missing or damaged.
 
-    For ``parquet``, options of Parquet files, see `_read_parquet`.
+    With ``file``, the content is read there, and ``path`` only names it. For ``parquet``, see `_read_parquet`.
     """
     reader = READERS.get(file_format(path))
     if reader is None:
@@ -45,9 +48,10 @@ def read_records(path: Path, **parquet: Any) -> Iterator[Record]:
         hint = f"Use one of {', '.join(READERS)}. All but .parquet may be compressed, as in .csv.gz."
         raise DataError(f"Cannot read {path}: {extension}.", hint=hint)
     try:
-        if not parquet and path.stat().st_size == 0:
-            raise _empty_file(path)
-        yield from reader(path, **parquet)
+        with nullcontext(file) if file else path.open("rb") as content:
+            if file is None and path.stat().st_size == 0:
+                raise _empty_file(path)
+            yield from reader(path, content, **parquet)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"Cannot read {path}: {reason}.", hint="Check the path and the file.") from None
@@ -57,15 +61,17 @@ def _empty_file(path: Path) -> DataError:
     return DataError(f"{path} is empty.", hint="Use a file with a header and at least two rows.")
 
 
-def _read_lines(path: Path, newline: str | None = None) -> Iterator[str]:
+def _read_lines(path: Path, file: IO[bytes], newline: str | None = None) -> Iterator[str]:
     """Yield the lines of a text file, with their line breaks; for ``newline`` see `open`."""
-    is_compressed = path.suffix.lower() == ".gz"
-    # A zip bomb must not fill the memory; text seldom shrinks to less than a tenth.
-    limit = max(64 << 20, 100 * path.stat().st_size) if is_compressed else sys.maxsize
-    open_text: Any = gzip.open if is_compressed else open
-    n_characters = 0
-    with open_text(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
-        for number, line in enumerate(iter(partial(file.readline, limit), ""), 1):
+    content: Any = file
+    n_characters, limit = 0, sys.maxsize
+    if path.suffix.lower() == ".gz":
+        content = gzip.GzipFile(fileobj=file)
+        # A zip bomb must not fill the memory; text seldom shrinks to less than a tenth.
+        limit = max(64 << 20, 100 * file.seek(0, os.SEEK_END))
+        file.seek(0)
+    with TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as text:
+        for number, line in enumerate(iter(partial(text.readline, limit), ""), 1):
             n_characters += len(line)
             if n_characters >= limit:
                 raise OSError(f"it expands to more than {limit:,} characters")
@@ -76,8 +82,8 @@ def _read_lines(path: Path, newline: str | None = None) -> Iterator[str]:
             yield line
 
 
-def _read_delimited(path: Path, *, delimiter: str) -> Iterator[Record]:
-    reader = csv.reader(_read_lines(path, newline=""), delimiter=delimiter, strict=True)
+def _read_delimited(path: Path, file: IO[bytes], *, delimiter: str) -> Iterator[Record]:
+    reader = csv.reader(_read_lines(path, file, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     line = 1  # first line of the row; texts may contain line breaks
     try:
@@ -103,8 +109,8 @@ def _read_delimited(path: Path, *, delimiter: str) -> Iterator[Record]:
         raise _empty_file(path)
 
 
-def _read_json_lines(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(_read_lines(path), 1):
+def _read_json_lines(path: Path, file: IO[bytes]) -> Iterator[Record]:
+    for number, line in enumerate(_read_lines(path, file), 1):
         if not line.strip():
             continue
         try:
@@ -120,17 +126,17 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
 
 
 def _read_parquet(
-    path: Path, *, filesystem: Any = None, row_groups: Iterable[int] | None = None, first_row: int = 1
+    path: Path, file: IO[bytes], *, row_groups: Iterable[int] | None = None, first_row: int = 1
 ) -> Iterator[Record]:
-    """Yield the rows of some or all row groups, numbered from ``first_row``, of a file in a file system of fsspec."""
+    """Yield the rows of some or all row groups, numbered from ``first_row``."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(str(path), filesystem=filesystem)
-        if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+        table = pq.ParquetFile(file)
+        if len(set(table.schema_arrow.names)) < len(table.schema_arrow.names):
             raise DataError(f"{path} has two columns with the same name.", hint="Rename one of them.")
-        batches = file.iter_batches(row_groups=row_groups)
+        batches = table.iter_batches(row_groups=row_groups)
         yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), first_row)
     except pa.ArrowException as error:
         raise DataError(f"{path} is not a valid Parquet file: {error}", hint="Write the file again.") from None
@@ -144,7 +150,7 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".parquet": _read_parquet,
-    ".txt": lambda path: ((i, {"text": line.rstrip("\r\n")}) for i, line in enumerate(_read_lines(path), 1)),
+    ".txt": lambda *file: ((i, {"text": line.rstrip("\r\n")}) for i, line in enumerate(_read_lines(*file), 1)),
 }
 
 

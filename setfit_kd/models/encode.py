@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -116,18 +117,15 @@ def embed(
 def _embed_on_ranks(ranks: OtherRanks, forward: ForwardPass, texts: Sequence[str], **options: Any) -> Floats:
     """Embed texts as in `embed`, some of them on each process."""
     rows = ranks.deal(np.array([len(text) for text in texts]))
-    own, *others = ((forward, [texts[row] for row in part], options) for part in rows)
+    own, *others = (([texts[row] for row in part],) for part in rows)
+    run: Any = partial(embed, forward.body, forward=forward, share=False, **options)
     with ranks.session():
-        ranks.submit(_embed_part, others)
-        parts = [_embed_part(*own), *ranks.collect()]
+        ranks.submit(run, others)
+        parts = [run(*own), *ranks.collect()]
     embeddings = allocate_array((len(texts), parts[0].shape[1]))
     for part, values in zip(rows, parts, strict=True):
         embeddings[part] = values
     return embeddings
-
-
-def _embed_part(forward: ForwardPass, texts: list[str], options: dict[str, Any]) -> Floats:
-    return embed(forward.body, texts, forward=forward, share=False, **options)
 
 
 def batch_limits(body: SentenceTransformer) -> tuple[int, int]:

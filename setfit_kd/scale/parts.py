@@ -1,17 +1,19 @@
-"""Divide files into parts, and classify each part into an output of its own, unless that is complete."""
+"""Divide files into parts, and write the predictions of each part to a separate output."""
 
 from __future__ import annotations
 
-import glob
 import json
+import logging
 import os
 import posixpath
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate, groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -23,9 +25,12 @@ from setfit_kd.inference.classifier import TorchClassifier, check_pair_column, i
 from setfit_kd.inference.predict import classify, write_predictions
 from setfit_kd.models.io import classifier_folder
 from setfit_kd.runtime.classify import Classifier
-from setfit_kd.utils.atomic_io import atomic_file, raise_output_errors
+from setfit_kd.utils.atomic_io import TEMPORARY_NAME, atomic_file, raise_output_errors
+from setfit_kd.utils.console import track
 from setfit_kd.utils.files import file_hash, fingerprint
 
+logger = logging.getLogger(__name__)
+_THREADS = 32  # that read metadata and manifests
 ROWS_PER_PART = 100_000  # of a Parquet file with several row groups
 _VERSIONS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")  # of a file, by fsspec's backends
 
@@ -61,7 +66,7 @@ class Job:
         return cls(model, columns, decision, options, fingerprint(files))
 
     def manifest(self, part: Part) -> Any:
-        """Return what the manifest of a part says about its input, the model and the settings."""
+        """Return the entries of the manifest of a part for its input, the model and the settings."""
         settings = {**self.columns, **self.decision, "exact": self.options["exact"]}
         fields = {name: value for name, value in asdict(part).items() if name != "output"}
         return json.loads(json.dumps({**fields, "model": self.fingerprint, "settings": settings}))
@@ -74,7 +79,8 @@ class Job:
         return classifier
 
 
-class Result(NamedTuple):
+@dataclass(frozen=True)
+class Result:
     """Number of rows of the output of a part, or why it has none."""
 
     part: Part
@@ -99,8 +105,9 @@ def list_parts(inputs: Iterable[str], folder: str) -> list[Part]:
             (fs, path), (output_fs, root) = url_to_fs(name), url_to_fs(folder)
             infos = {path: fs.info(path)} if fs.isfile(path) else fs.glob(path, detail=True)
         except Exception as error:  # each backend has errors of its own
-            hint = "Check the URL and your access to it. fsspec may need a package, such as s3fs for s3://."
-            raise DataError(f"Cannot list {name} for {folder}: {error}.", hint=hint) from None
+            hint = "Check the URLs and your access to them. fsspec may need a package, such as s3fs for s3://."
+            message = f"Cannot list {name}, or write to {folder} ({first_line(str(error)).rstrip('.')})."
+            raise DataError(message, hint=hint) from None
         infos = {path: info for path, info in infos.items() if info["type"] == "file"}
         if not infos:
             raise DataError(f"No such file: {name}.", hint="Check the path. For a folder, pass FOLDER/*.EXTENSION.")
@@ -108,7 +115,11 @@ def list_parts(inputs: Iterable[str], folder: str) -> list[Part]:
     root = root if isinstance(output_fs, LocalFileSystem) else output_fs.unstrip_protocol(root)
     common = os.path.commonpath([posixpath.dirname(url) for url in files]) or "."
     parts: dict[str, Part] = {}
-    for url, (fs, path, info) in sorted(files.items()):
+    urls = sorted(files)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        ranges = pool.map(_row_groups, *zip(*(files[url][:2] for url in urls), strict=True))
+    for url, groups in zip(urls, ranges, strict=True):
+        fs, path, info = files[url]
         source = path if isinstance(fs, LocalFileSystem) else url
         if source.startswith(root.rstrip("/") + "/"):
             raise ConfigError(f"{source} is in the folder of the outputs.", hint="Choose another --output.")
@@ -116,8 +127,7 @@ def list_parts(inputs: Iterable[str], folder: str) -> list[Part]:
         stem, _ = posixpath.splitext(name[:-3] if name.lower().endswith(".gz") else name)
         version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
         extension = ".parquet" if file_format(Path(path)) == ".parquet" else ".jsonl"
-        groups: Any = _row_groups(fs, path) if extension == ".parquet" else []
-        for suffix, row_groups, first_row in groups or [("", None, 1)]:
+        for suffix, row_groups, first_row in groups:
             output = posixpath.join(root, f"{stem}{suffix}{extension}")
             if output in parts:
                 message = f"{parts[output].input} and {source} have the same output: {output}."
@@ -126,26 +136,59 @@ def list_parts(inputs: Iterable[str], folder: str) -> list[Part]:
     return list(parts.values())
 
 
-def _row_groups(fs: Any, path: str) -> list[tuple[str, list[int], int]]:
-    """Return the suffix, the row groups and the first row of each part of a Parquet file; empty if it is one part."""
+def _row_groups(fs: Any, path: str) -> list[tuple[str, list[int] | None, int]]:
+    """Return the suffix of the name, the row groups (None: all) and the first row of each part of a file."""
+    if file_format(Path(path)) != ".parquet":
+        return [("", None, 1)]
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         metadata = pq.read_metadata(path, filesystem=fs)
     except (pa.ArrowException, OSError):
-        return []  # reported when the part is read
-    ranges: list[tuple[list[int], int, int]] = []  # row groups, first row, number of rows
-    for group in range(metadata.num_row_groups):
-        size = metadata.row_group(group).num_rows
-        groups, first, rows = ranges[-1] if ranges else ([], 1, 0)
-        if ranges and rows + size <= ROWS_PER_PART:
-            ranges[-1] = ([*groups, group], first, rows + size)
-        else:
-            ranges.append(([group], first + rows, size))
-    width = len(str(metadata.num_rows))
-    parts = [(f".rows-{first:0{width}}-{first + rows - 1:0{width}}", groups, first) for groups, first, rows in ranges]
-    return parts if len(parts) > 1 else []
+        return [("", None, 1)]  # reported when the part is read
+    ends = [0, *accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))]
+    ranges = [list(part) for _, part in groupby(range(len(ends) - 1), lambda group: ends[group] // ROWS_PER_PART)]
+    if len(ranges) < 2:
+        return [("", None, 1)]
+    bounds = [(ends[part[0]] + 1, ends[part[-1] + 1]) for part in ranges]
+    width = len(str(ends[-1]))
+    return [(f".rows-{a:0{width}}-{b:0{width}}", part, a) for part, (a, b) in zip(ranges, bounds, strict=True)]
+
+
+def predict_parts(
+    parts: Sequence[Part], job: Job, *, engine: str | None = None, workers: int | None = None
+) -> list[Result]:
+    """Classify the parts whose output is not complete, and return their results; each error is also logged.
+
+    ``engine`` is ``ray`` or None for this process; ``workers`` is as in `run_with_ray`.
+
+    Raises:
+        SetFitKDError: If the classifier cannot be opened or does not fit the settings, or if Ray fails.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        manifests = list(pool.map(partial(read_manifest, job=job), parts))
+    pending = [part for part, manifest in zip(parts, manifests, strict=True) if manifest is None]
+    outputs = {part.output for part in parts}
+    for folder in {Path(output).parent for output in outputs}:  # on a remote file system, there are no such files
+        for file in folder.glob(".*"):  # temporary files of killed processes
+            if TEMPORARY_NAME.fullmatch(file.name) and str(folder / file.stem[1:]) in outputs:
+                file.unlink(missing_ok=True)
+    results: Iterable[Result] = ()
+    if engine and pending:
+        from setfit_kd.scale.ray_engine import run_with_ray
+
+        results = run_with_ray(pending, job, workers)
+    elif pending:
+        results = map(partial(run_part, job=job, classifier=job.open_classifier()), pending)
+    finished = []
+    with track("Classifying", len(pending), "files") as advance:
+        for result in results:
+            finished.append(result)
+            if result.error:
+                logger.error("%s", result.error)
+            advance(1)
+    return finished
 
 
 def read_manifest(part: Part, job: Job) -> dict[str, Any] | None:
@@ -162,60 +205,44 @@ def read_manifest(part: Part, job: Job) -> dict[str, Any] | None:
 def run_part(part: Part, job: Job, classifier: TorchClassifier | Classifier) -> Result:
     """Classify a part, unless its output is complete: write the output atomically, and then its manifest."""
     try:
-        manifest = read_manifest(part, job) or _write(part, job, classifier)
+        return Result(part, (read_manifest(part, job) or _write(part, job, classifier))["rows_out"])
     except SetFitKDError as error:
         message = error.message
     except Exception as error:  # each backend has errors of its own
         message = f"{type(error).__name__}: {first_line(str(error))}"
-    else:
-        return Result(part, manifest["rows_out"])
     return Result(part, error=message if part.input in message else f"{part.input}: {message}")
-
-
-def run_parts(parts: Iterable[Part], job: Job) -> Iterator[Result]:
-    """Classify parts in this process, see `run_part`; raises as `Job.open_classifier`."""
-    classifier = job.open_classifier()
-    return (run_part(part, job, classifier) for part in parts)
 
 
 def _write(part: Part, job: Job, classifier: TorchClassifier | Classifier) -> dict[str, Any]:
     """Write the output and the manifest of a part; return the manifest."""
     import pyarrow.parquet as pq
 
-    (fs, path), (input_fs, input_path) = url_to_fs(part.output), url_to_fs(part.input)
+    fs, path = url_to_fs(part.output)
     if fs.exists(f"{path}.manifest.json"):
         fs.rm_file(f"{path}.manifest.json")  # it must never describe another output
-    is_parquet, counts = part.output.endswith(".parquet"), {"rows_in": 0, "rows_out": 0}
-    schema = pq.read_schema(input_path, filesystem=input_fs) if is_parquet else ()
-    columns = {f.name: f.type for f in schema if (f.name, job.columns["text_column"]) != ("text", ("text",))}
+    counts = {"rows_in": 0, "rows_out": 0}
 
     def count(items: Iterable[Any], name: str, size: Callable[[Any], int]) -> Iterator[Any]:
         for item in items:
             counts[name] += size(item)
             yield item
 
-    records = count(_read(part, input_fs, input_path), "rows_in", lambda record: 1)
-    rows = stream_file(Path(input_path), records, part.input, **job.columns)
-    chunks = count(classify(classifier, rows, **job.decision), "rows_out", len)
-    with _replace(fs, path) as file:
-        options: Any = {"file": file, "embeddings": job.decision["embeddings"]}
-        write_predictions(Path(path), chunks, classifier, columns, **options)
+    input_fs, input_path = url_to_fs(part.input)
+    name = Path(input_path if isinstance(input_fs, LocalFileSystem) else posixpath.basename(input_path))
+    with input_fs.open(input_path, "rb") as source, _replace(fs, path) as target:
+        schema = pq.read_schema(source) if part.output.endswith(".parquet") else ()
+        columns = {f.name: f.type for f in schema if (f.name, job.columns["text_column"]) != ("text", ("text",))}
+        options: Any = {"row_groups": part.row_groups, "first_row": part.first_row} if schema else {}
+        records: Iterable[Record] = read_records(name, source, **options) if part.size != 0 else ()
+        records = count(records, "rows_in", lambda record: 1)
+        rows = stream_file(name, records, part.input, **job.columns)
+        chunks = count(classify(classifier, rows, **job.decision), "rows_out", len)
+        embeddings = job.decision["embeddings"]
+        write_predictions(Path(path), chunks, classifier, columns, file=target, embeddings=embeddings)
     manifest = {**job.manifest(part), **counts, "output_size": fs.size(path)}
-    with _replace(fs, f"{path}.manifest.json") as file:
-        file.write(json.dumps(manifest, indent=2).encode() + b"\n")
+    with _replace(fs, f"{path}.manifest.json") as target:
+        target.write(json.dumps(manifest, indent=2).encode() + b"\n")
     return manifest
-
-
-def _read(part: Part, fs: Any, path: str) -> Iterator[Record]:
-    """Yield the records of a part. A remote Parquet file is read in place, other remote files are copied."""
-    if part.output.endswith(".parquet"):
-        yield from read_records(Path(path), filesystem=fs, row_groups=part.row_groups, first_row=part.first_row)
-    elif part.size != 0:
-        with TemporaryDirectory(prefix="setfit-kd-") as folder:
-            copy = Path(folder) / Path(path).name
-            if not isinstance(fs, LocalFileSystem):
-                fs.get_file(path, str(copy))
-            yield from read_records(Path(path) if isinstance(fs, LocalFileSystem) else copy)
 
 
 @contextmanager
@@ -229,7 +256,5 @@ def _replace(fs: Any, path: str) -> Iterator[IO[bytes]]:
     target = Path(path)
     with raise_output_errors(target, alternative="choose another --output"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}"):  # of a killed process
-            stale.unlink(missing_ok=True)
-    with atomic_file(target) as file:
+    with atomic_file(target, alternative="choose another --output") as file:
         yield file

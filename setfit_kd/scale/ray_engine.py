@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from setfit_kd.data.sources import check_texts
 from setfit_kd.errors import UnavailableError, first_line
-from setfit_kd.inference.classifier import is_bundle, open_classifier
+from setfit_kd.inference.classifier import check_pair_column, is_bundle, open_classifier
 from setfit_kd.inference.predict import classify
 from setfit_kd.runtime.classify import SINGLE_LABEL
 from setfit_kd.scale.parts import Job, Part, Result, run_part
 from setfit_kd.utils.console import show_progress, suppress_warnings
-
-_MAX_SECONDS = 24 * 3600  # without a finished part; Ray's default of 30 minutes is too short for a large file
 
 
 class BatchClassifier:
@@ -35,7 +32,7 @@ class BatchClassifier:
         **options: ``device``, ``batch_size``, ``threads``, ``trust_pickle`` and ``exact`` of `open_classifier`.
 
     Raises:
-        SetFitKDError: If the model cannot be loaded.
+        SetFitKDError: If the model cannot be loaded, or takes pairs and there is no ``pair_column``, or vice versa.
 
     Example:
         >>> rows = ray.data.read_parquet("s3://bucket/texts")  # doctest: +SKIP
@@ -54,6 +51,7 @@ class BatchClassifier:
     ) -> None:
         self.columns, self.threshold = [text_column, *([pair_column] if pair_column else [])], threshold
         self.classifier = open_classifier(model, **options)
+        check_pair_column(model, self.classifier, self.columns[1:] or None)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the columns of a batch of n rows, and those of the predictions."""
@@ -72,15 +70,14 @@ class BatchClassifier:
 
 
 class _PartWorker:
-    """Callable class for `map_batches` that loads the classifier once and classifies parts."""
+    """Callable class for `ray.data.Dataset.map` that loads the classifier once and classifies parts."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.classifier = job, job.open_classifier()
+    def __init__(self, job: Job, **options: Any) -> None:
+        self.job, self.classifier = job, job.open_classifier(**options)
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         with show_progress(False):
-            results = [run_part(Part(**json.loads(part)), self.job, self.classifier) for part in batch["part"]]
-        return {"part": batch["part"], "rows": [r.rows for r in results], "error": [r.error or "" for r in results]}
+            return {"result": pickle.dumps(run_part(pickle.loads(row["item"]), self.job, self.classifier))}
 
 
 def run_with_ray(parts: Sequence[Part], job: Job, workers: int | None = None) -> Iterator[Result]:
@@ -98,26 +95,29 @@ def run_with_ray(parts: Sequence[Part], job: Job, workers: int | None = None) ->
     except ImportError as error:
         raise UnavailableError(f"Ray is not available ({error}).", hint="Install it: pip install 'ray[data]'") from None
     job.open_classifier(device="cpu")  # its errors are better shown before any process starts
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, logging_level="error")
-    threads, resources = job.options["threads"] or 1, ray.cluster_resources()
-    use_gpu = "GPU" in resources and job.options["device"] != "cpu" and not is_bundle(job.model)
-    available = int(resources["GPU"] if use_gpu else resources.get("CPU", 1) // threads)
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars, context.execution_no_progress_timeout_s = False, _MAX_SECONDS
-    with suppress_warnings("ray.data"), ray.data.DataContext.current(context):
-        items = [{"part": json.dumps(asdict(part))} for part in parts]
-        results = ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
-            _PartWorker,
-            fn_constructor_args=[job],
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(workers or max(available, 1), len(items))),
-            num_cpus=0 if use_gpu else threads,
-            num_gpus=1 if use_gpu else 0,
-        )
-        try:
+    try:
+        if not ray.is_initialized():
+            ray.init(include_dashboard=False, logging_level="error")
+        resources = ray.cluster_resources()
+        use_gpu = "GPU" in resources and job.options["device"] != "cpu" and not is_bundle(job.model)
+        cpus = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes())  # a worker is on one machine
+        threads = min(job.options["threads"] or 1, cpus)
+        available = int(resources["GPU"] if use_gpu else resources.get("CPU", 1) // threads)
+        context = ray.data.DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.execution_no_progress_timeout_s = -1  # by default 30 minutes, too short for a large file
+        with suppress_warnings("ray.data"), ray.data.DataContext.current(context):
+            items = [pickle.dumps(part) for part in parts]
+            results = ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map(
+                _PartWorker,
+                fn_constructor_args=[job],
+                fn_constructor_kwargs={} if use_gpu else {"threads": threads},
+                compute=ray.data.ActorPoolStrategy(size=min(workers or max(available, 1), len(parts))),
+                num_cpus=0 if use_gpu else threads,
+                num_gpus=1 if use_gpu else 0,
+            )
             for row in results.iter_rows():
-                yield Result(Part(**json.loads(row["part"])), row["rows"], row["error"] or None)
-        except Exception as error:  # Ray has errors of many types, such as that of a worker that cannot load the model
-            message = f"Ray stopped ({type(error).__name__}: {first_line(str(error))})."
-            raise UnavailableError(message, hint="Repeat the command: finished files are kept.") from error
+                yield pickle.loads(row["result"])
+    except Exception as error:  # Ray has errors of many types, such as that of a worker that cannot load the model
+        message = f"Ray stopped ({type(error).__name__}: {first_line(str(error))})."
+        raise UnavailableError(message, hint="Repeat the command: finished files are kept.") from error

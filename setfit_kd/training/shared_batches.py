@@ -107,7 +107,7 @@ class _Part(BatchLoss):
         return embeddings.detach()
 
     def backward(self, column: int, gradient: Tensor) -> None:
-        """Add the gradients of the weights, given that of the embeddings of a column."""
+        """Compute the gradients of the weights from that of the embeddings of a column, and add them."""
         features, embeddings = self._columns.pop(column)
         with self._attention(features):
             torch.autograd.backward(embeddings, gradient)

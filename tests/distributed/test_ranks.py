@@ -13,10 +13,13 @@ import pytest
 import torch
 import trainings
 from conftest import FAST
+from synthetic import QUICK, pool_signals
 from trainings import LIMIT, OUT_OF_MEMORY, TRAININGS, train
 
-from setfit_kd import distill
+from setfit_kd import distill, train_student
 from setfit_kd.distributed.ranks import OtherRanks
+from setfit_kd.inference.classifier import TorchClassifier
+from setfit_kd.models import encode
 from setfit_kd.models.bodies import load_body
 from setfit_kd.models.static import static_body
 from setfit_kd.training import shared_batches
@@ -133,3 +136,9 @@ def test_static_body_is_trained_by_one_process(
     monkeypatch.setattr(shared_batches, "other_ranks", lambda: OtherRanks(1))
     assert shared_batches.share_batches(body, cast("Any", None), cast("Any", None)) is None
     assert "Training in one of the 2 processes" in caplog.text
+
+
+def test_predictions_are_those_of_one_process(tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = train_student(pool_signals(), tiny_student, **QUICK)
+    monkeypatch.setattr(encode, "other_ranks", pytest.fail)
+    assert len(TorchClassifier(model).predict_proba(["a text"] * 600)) == 600  # `embed` would send the model each time

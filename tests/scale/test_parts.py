@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Iterator
@@ -136,17 +137,20 @@ def test_files_on_a_remote_file_system(bundle: Path, pool: Path) -> None:
     try:
         memory.put(f"{pool}/", "/pool/", recursive=True)
         memory.put_file("t.parquet", "/pool/t.parquet")
-        memory.pipe_file("/pool/bad.csv", b'id\n"x"\n')
+        memory.pipe_file("/pool/bad.csv", b'text\n"x')
+        memory.pipe_file("/pool/z.csv.gz", gzip.compress(b"text\nfine\n"))
         arguments = ["--input", "memory://pool/*", "--output", "memory://out/"]
         result = run_predict(bundle, *arguments)
+        assert "Error: memory:///pool/bad.csv: bad.csv, line 2: unexpected end of data." in result.stderr
         assert "Failed: memory:///pool/bad.csv." in result.stderr
+        assert json.loads(memory.cat_file("/out/z.jsonl"))["text"] == "fine"
         predict_ok(bundle, "--input", "t.parquet", "--output", "all.parquet")
         assert pq.read_table("/out/t.parquet", filesystem=memory).equals(pq.read_table("all.parquet"))
         predict_ok(bundle, "--input", f"{pool}/a.jsonl", "--output", "a.jsonl")
         assert memory.cat_file("/out/a.jsonl") == Path("a.jsonl").read_bytes()
         assert not memory.exists("/out/bad.jsonl")
         memory.rm_file("/pool/bad.csv")
-        assert predict_ok(bundle, *arguments).stdout.startswith("0 files done, 4 skipped")
+        assert predict_ok(bundle, *arguments).stdout.startswith("0 files done, 5 skipped")
     finally:
         MemoryFileSystem.store.clear()
 
@@ -157,12 +161,14 @@ def test_files_on_a_remote_file_system(bundle: Path, pool: Path) -> None:
         (["--input", "no/*.csv", "--output", "out/"], "No such file: no/*.csv."),
         (
             ["--input", "nothing://x/*.csv", "--output", "out/"],
-            "Cannot list nothing://x/*.csv for out/: Protocol not known",
+            "Cannot list nothing://x/*.csv, or write to out/ (Protocol not known",
         ),
         (["--input", "pool/*.jsonl", "--output", "out.jsonl"], "need --input and an output folder"),
         (["--input", "pool/*.jsonl", "--output", "pool"], "is in the folder of the outputs"),
         (["--input", "pool/[ab].*", "--output", "out/"], "have the same output"),
         (["--input", "pool/a.jsonl", "--output", "out/", "--shard", "2/2"], "expected I/N with 0 <= I < N"),
+        (["--input", "pool/a.jsonl", "--output", "out/", "--workers", "2"], "--workers is for --engine ray"),
+        (["--input", "pool/a.jsonl", "--output", "memory://out/a.csv"], "need --input and an output folder"),
         (["--input", "pool/a.jsonl", "--output", "out/", "--pair-column", "b"], "classifies single texts"),
         (["--input", "pool/a.jsonl", "--output", "out/", "--embeddings"], "Only SetFit models have embeddings"),
         (["--shard", "0/2", "a text"], "need --input and an output folder"),

@@ -18,6 +18,7 @@ import pytest
 from predictions import LABELS, predict_ok, run_predict
 from synthetic import texts_and_labels
 
+from setfit_kd.errors import ConfigError
 from setfit_kd.inference.classifier import open_classifier
 from setfit_kd.scale import BatchClassifier
 
@@ -35,6 +36,11 @@ def test_batch_classifier_adds_the_columns_of_predict(models: dict[str, Path]) -
         np.testing.assert_allclose(probabilities[:8], expected, atol=1e-6)
         assert np.isnan(probabilities[8:]).all()
         assert batch["label"].tolist() == [*(LABELS[row.argmax()] for row in expected), None, None]
+
+
+def test_batch_classifier_refuses_pairs_for_a_model_of_single_texts(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="classifies single texts"):
+        BatchClassifier(str(bundle), pair_column="text_pair")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +85,8 @@ def test_killed_worker_loses_no_row(bundle: Path, cluster: Any, tmp_path: Path) 
     assert f"\n{N_FILES} files done, 0 skipped, 1 failed; {N_FILES * N_ROWS:,} rows in" in f"\n{result.stdout}"
     lines = [line for path in Path("out").glob("*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()]
     assert sorted(json.loads(line)["id"] for line in lines) == list(range(N_FILES * N_ROWS))
+    Path("in/x.jsonl").write_text(json.dumps({"id": -1, "text": "x"}), encoding="utf-8")
+    predict_ok(bundle, "-i", "in/x.jsonl", "-o", "out/", "--engine", "ray", "--threads", "99")  # more than there are
     Path("in/x.jsonl").unlink()
     before = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
     again = predict_ok(bundle, "-i", "in/*.jsonl", "-o", "out/", "--engine", "ray")
