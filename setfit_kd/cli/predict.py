@@ -132,6 +132,8 @@ def predict(
             _predict_parts(list_parts(files, target)[index::n_shards], job, engine, workers)
         return
     output = None if target is None else Path(target)
+    if target is not None and target.endswith("/"):
+        raise ConfigError("An output folder needs input files.", hint="Pass --input, or an --output such as out.csv.")
     if output is not None:
         check_output(output)
         if any(Path(file).resolve() == output.resolve() for file in files):
@@ -185,7 +187,7 @@ def _predict_parts(parts: list[Part], job: Job, engine: str | None, workers: int
     counts = f"{n_pending - len(failed)} files done, {len(parts) - n_pending} skipped, {len(failed)} failed"
     click.echo(f"{counts}; {rows:,} rows in {seconds:.1f} s, {rows / seconds:,.0f} rows/s")
     if failed:
-        hint = "Fix them, and repeat the command: finished files are kept."
+        hint = "Fix the cause, and repeat the command: finished files are kept."
         raise DataError(f"Failed: {', '.join(failed)}.", hint=hint)
 
 

@@ -182,6 +182,10 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
         reason = _REASONS.get(item["type"], item["msg"].removeprefix("Value error, "))
-        got = "" if item["type"] in _REASONS else f" (got {reprlib.repr(item['input'])})"
+        got = (
+            ""
+            if item["type"] in _REASONS or isinstance(item["input"], list | tuple)
+            else f" (got {reprlib.repr(item['input'])})"
+        )
         problems.append(f"{name}: {reason}{got}" if name else reason)
     return "Invalid settings: " + "; ".join(problems) + "."

@@ -242,7 +242,8 @@ def test_model_is_evaluated_on_both_sets(bundle: Path) -> None:
         *(("all", "all.jsonl", 16), ("half", "half.jsonl", 8))
     ]
     tables = invoke("evaluate", bundle, *sets).stdout
-    for each in values.values():
+    for name, each in values.items():
+        assert f"\n{bundle} ({name}) " in f"\n{tables}"
         assert f"{each['eval_texts']} evaluation texts: {each['eval']}." in tables
         assert f"{each['macro_f1']:.1%}" in tables
     other = write(Path("other.jsonl"), [{"text": "a", "label": "unheard of"}])
