@@ -50,7 +50,7 @@ def _parse_shard(_ctx: click.Context, _param: click.Parameter, value: str | None
               help="Classify only every Nth file, from the Ith one (0 to N-1), into an output folder.")  # fmt: skip
 @click.option("--engine", type=click.Choice(["ray"]),
               help="Classify files by Ray Data, on the cluster of RAY_ADDRESS or this machine, into an output folder. "
-                   "Requires ray[data].")  # fmt: skip
+                   "Requires the extra ray.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), metavar="N",
               help="Worker processes of --engine ray. [default: one per GPU; one per CPU without GPUs or for a "
                    "bundle]")  # fmt: skip
