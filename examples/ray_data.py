@@ -1,7 +1,7 @@
 """Classify the rows of a Ray data set, with the columns of the predictions added to its own.
 
 Run: python examples/ray_data.py runs/newswire/student/bundle
-Needs Ray: pip install 'ray[data]'
+Needs Ray: pip install '.[ray]' in the clone
 """
 
 import sys

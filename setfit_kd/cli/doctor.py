@@ -32,7 +32,7 @@ def doctor() -> None:
         click.echo(f"  cuda:{index:<17}{torch.cuda.get_device_name(index)}{_free(f'cuda:{index}')}")
     if torch.backends.mps.is_available():
         click.echo(f"  mps                   Apple GPU{_free('mps')}")
-    threads = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    threads = f"{os.cpu_count()} cores, threads of torch: {torch.get_num_threads()}"
     click.echo(f"  cpu                   {threads}{_free('cpu')}")
     reachable = False
     with suppress(Exception):

@@ -64,7 +64,10 @@ def evaluate(model: str, label_names: str | None, as_json: bool, trust_pickle: b
             evaluated = classifier.model
             evaluated.labels = classifier.labels
         measure = partial(evaluate_model, evaluated, encode_batch_size=batch_size, exact=config.exact)
-        evaluations = {name: measure(data) for name, data in sets.items()}
+        evaluations = {
+            name: measure(data, description=f"Evaluating on {name}" if name else "Evaluating")
+            for name, data in sets.items()
+        }
     if as_json:
         described = {name: {"eval": data.origin, "eval_texts": len(data)} for name, data in sets.items()}
         values = [described[k] | e.as_dict(target_accuracy=config.target_accuracy) for k, e in evaluations.items()]
@@ -73,7 +76,7 @@ def evaluate(model: str, label_names: str | None, as_json: bool, trust_pickle: b
     for name, evaluation in evaluations.items():
         if name != next(iter(sets)):
             echo("")
-        show_table(*evaluation_table({model: evaluation}))
+        show_table(*evaluation_table({f"{model} ({name})" if len(sets) > 1 else model: evaluation}))
         echo("")
         show_table(*class_table(evaluation))
         quality, calibration = evaluation.quality, evaluation.calibration

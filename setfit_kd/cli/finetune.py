@@ -73,7 +73,7 @@ def finetune(task: str, as_json: bool, **flags: Any) -> None:
         name = f"{config.output_dir}{f' ({set_name})' if len(evaluations) > 1 or result.validation else ''}"
         show_table(*evaluation_table({name: evaluation}))
         echo("")
-        show_table(("", ""), [(name, f"{value:.1%}") for name, value in evaluation.quality.scores.items()])
+        show_table(("metric", "value"), [(name, f"{value:.1%}") for name, value in evaluation.quality.scores.items()])
         echo("")
     texts = '"..." "..."' if config.pair_column else '"..."'
     echo(f"To use it: setfit-kd predict {shlex.quote(str(config.output_dir))} {texts}")

@@ -46,7 +46,7 @@ def _parse_shard(_ctx: click.Context, _param: click.Parameter, value: str | None
               help="Write only every Nth output file, from the Ith one (0 to N-1), into an output folder.")  # fmt: skip
 @click.option("--engine", type=click.Choice(["ray"]),
               help="Classify files by Ray Data, on the cluster of RAY_ADDRESS or this machine, into an output folder. "
-                   "Requires ray[data].")  # fmt: skip
+                   "Requires the extra ray.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), metavar="N",
               help="Worker processes of --engine ray. [default: one per GPU; one per CPU without GPUs or for a "
                    "bundle]")  # fmt: skip
@@ -129,6 +129,8 @@ def predict(
             _predict_files(files, target, Job.of(model, columns, decision, options), shard, engine, workers)
         return
     output = None if target is None else Path(target)
+    if target is not None and target.endswith("/"):
+        raise ConfigError("An output folder needs input files.", hint="Pass --input, or an --output such as out.csv.")
     if output is not None:
         check_output(output)
         if any(Path(file).resolve() == output.resolve() for file in files):
@@ -173,7 +175,7 @@ def _predict_files(
     click.echo(f"{counts}; {rows:,} rows in {seconds:.1f} s, {rows / seconds:,.0f} rows/s")
     if failed:
         more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
-        hint = "See the errors above. Repeat the command when they are fixed: finished files are kept."
+        hint = "Fix the errors above, and repeat the command: finished files are kept."
         raise DataError(f"Failed: {', '.join(failed[:3])}{more}.", hint=hint)
 
 

@@ -99,7 +99,8 @@ def run(
         raise ConfigError(f"{resume} is a run of the task {task or 'classification'}.", hint="Remove the task.")
     if task in TASK_RUNS:
         if preset_name is not None or dry_run:
-            raise ConfigError(f"A run of the task {task} has no --preset and no --dry-run.", hint="Remove the flag.")
+            flag = "--dry-run" if preset_name is None else "--preset"
+            raise ConfigError(f"A run of the task {task} has no {flag}.", hint=f"Remove {flag}.")
         _run_task(task, settings, resume)
         return
     if resume is None:

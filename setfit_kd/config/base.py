@@ -182,6 +182,7 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
         reason = _REASONS.get(item["type"], item["msg"].removeprefix("Value error, "))
-        got = "" if item["type"] in _REASONS else f" (got {reprlib.repr(item['input'])})"
+        has_got = item["type"] not in _REASONS and not isinstance(item["input"], list | tuple)
+        got = f" (got {reprlib.repr(item['input'])})" if has_got else ""
         problems.append(f"{name}: {reason}{got}" if name else reason)
     return "Invalid settings: " + "; ".join(problems) + "."

@@ -248,6 +248,9 @@ class Draft:
                 continue
             after = self.measure_seconds()
             if after < before:
+                if mixed:
+                    message = "Layers with fewer outputs than inputs are left in single precision (%s)."
+                    logger.info(message, reason)
                 backup.unlink()
                 return parity, None
             reason = f"not faster on this CPU ({after / before:.2f} times the time)"

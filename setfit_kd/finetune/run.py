@@ -113,7 +113,7 @@ def _finetune_run(config: FinetuneRunConfig, output: OutputFolder) -> FinetuneRe
     model = finetune(labeled, body, validation=validation, **options)
     move_model(model.model_body, device, phase="Evaluating")
     measure = partial(evaluate, model, encode_batch_size=config.encode_batch_size, exact=config.exact)
-    evaluations = {name: measure(data) for name, data in held_out.items()}
+    evaluations = {name: measure(data, description=f"Evaluating on {name}") for name, data in held_out.items()}
     validation_evaluation = None if held_out or validation is None else measure(validation)
     result = FinetuneResult(model, evaluations, validation_evaluation, history, leaks, output.path)
     content = {**result.metrics, "settings": config.model_dump(mode="json")}

@@ -208,7 +208,7 @@ def _download_error(error: Exception | None, name: str, kind: Kind) -> SetFitKDE
         message = f"{label} is not a local path and does not exist on {hub} (HTTP 404)."
         return InputError(message, hint="Check the name.")
     reason = _format_reason(error)
-    hint = f"Run this command, which works without the hub: {OFFLINE_COMMAND}"
+    hint = f"Check the name. An example that works without the hub: {OFFLINE_COMMAND}"
     if "was interrupted" in reason:
         hint = "Run the same command again. Downloaded files are kept."
     return UnavailableError(f"{label} is neither a local path nor in the local cache: {reason}.", hint=hint)

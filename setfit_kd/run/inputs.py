@@ -134,7 +134,7 @@ def load_run_data(config: DataConfig, **sources: Source | None) -> RunData:
     if config.signals is not None and unlabeled is not None:
         raise ConfigError("Signals contain their own pool texts.", hint="Remove --unlabeled or --signals.")
     if labeled is None and config.signals is None:
-        raise ConfigError("Labeled texts are required.", hint="Pass --labeled or choose a --preset.")
+        raise ConfigError("Labeled texts are required.", hint="Pass --labeled, or choose a --preset with data.")
     evaluations = evaluation_sources(evaluation)
     files = {source for source in evaluations.values() if isinstance(source, str)}
     if isinstance(labeled, str) and labeled in files and Path(labeled).is_file():

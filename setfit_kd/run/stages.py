@@ -499,18 +499,19 @@ class Stages:
             signals_key, key: Fingerprints of the inputs of the signals and of the model.
             teachers: Evaluations of the teacher by path; none if the model is a teacher or there is no teacher.
         """
-        config, evaluations, description = self.config, {}, f"Evaluating {path}"
+        config, evaluations = self.config, {}
         options: Any = {"encode_batch_size": config.encode_batch_size, "exact": config.exact}
         options["folder"] = None if self.cache.folder is None else self.cache.folder.path / path
 
-        def run(data: LabeledSet, teacher: Evaluation | None) -> Evaluation:
+        def run(data: LabeledSet, teacher: Evaluation | None, description: str) -> Evaluation:
             with _on_device(model, self.device, description):
                 return evaluate(model, data, teacher=teacher, **options, description=description)
 
         artifact = Artifact(Evaluation.save, Evaluation.load)
         for suffix, data in self._evaluation_sets.items():
             name, inputs = f"{path}{suffix}", fingerprint(signals_key, key, _labeled_key(data), *self._exact)
-            run_on_set = partial(run, data, teachers.get(f"{TEACHER}{suffix}"))
+            description = f"Evaluating {path}" + suffix.replace("@", " on ", 1)
+            run_on_set = partial(run, data, teachers.get(f"{TEACHER}{suffix}"), description)
             evaluations[name] = self.cache.run_or_load(f"{EVALUATION}/{name}", inputs, artifact, run_on_set)
         return evaluations
 

@@ -87,7 +87,7 @@ TOO_LONG = Candidates(Answer("", None, None, None), Answer("", None, None, None)
 def warn_too_long(candidates: Sequence[Candidates]) -> None:
     """Log a warning with the number of questions that are too long."""
     if n := candidates.count(TOO_LONG):
-        logger.warning("%d of %d questions are too long for a window and get no answer.", n, len(candidates))
+        logger.warning("Questions too long for a window, which get no answer: %d of %d.", n, len(candidates))
 
 
 class Windows:

@@ -93,7 +93,8 @@ def run_with_ray(parts: Sequence[Part], job: Job, workers: int | None = None) ->
     try:
         import ray.data
     except ImportError as error:
-        raise UnavailableError(f"Ray is not available ({error}).", hint="Install it: pip install 'ray[data]'") from None
+        hint = "Install the extra: pip install 'setfit-kd[ray]'"
+        raise UnavailableError(f"Ray is not available ({error}).", hint=hint) from None
     job.open_classifier(device="cpu")  # its errors are better shown before any process starts
     try:
         if not ray.is_initialized():

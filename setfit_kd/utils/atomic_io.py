@@ -47,7 +47,9 @@ def raise_output_errors(path: Path, *, alternative: str = _ANOTHER_FOLDER) -> It
         if code is None:
             raise
         hint = f"{_HINTS.get(code, '')}{alternative}."
-        message = f"Cannot write {path}: {error} [{errno.errorcode[code]}]"
+        text = str(error)
+        reason = text.removeprefix(f"[Errno {code}] ")
+        message = f"Cannot write {path}: {reason}" + f" [{errno.errorcode[code]}]" * (reason == text)
         raise OutputError(message, hint=hint[0].upper() + hint[1:]) from error
 
 

@@ -237,16 +237,18 @@ def test_int8_bundle_is_smaller_and_has_a_head_in_single_precision(
 
 
 def test_narrowing_layers_stay_in_single_precision_if_8_bits_are_not_good_enough(
-    bodies: Bodies, parent: Path, monkeypatch: pytest.MonkeyPatch
+    bodies: Bodies, parent: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import onnx
 
+    caplog.set_level("INFO", "setfit_kd")
     set_measured_seconds(monkeypatch, 2.0, 1.0)
     results = iter([(1.0, 0.0), (0.9, 0.3), (0.99, 0.1)])  # single precision, 8 bits, mixed
     monkeypatch.setattr(bundle_module.Draft, "compare", lambda self: next(results))
     body: Any = bodies("BERT")
     bundle = export(make_classifier(body), parent, format="onnx-int8")
     assert (bundle.format, bundle.parity["agreement"]) == ("onnx-int8", 0.99)
+    assert "left in single precision (agreement too low" in caplog.text
     config = body[0].auto_model.config
     arrays = map(onnx.numpy_helper.to_array, onnx.load(str(bundle.path / "model.onnx")).graph.initializer)
     matrices = [(array.shape, array.dtype) for array in arrays if array.ndim == 2]

@@ -449,7 +449,8 @@ REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
     (["-i", "twice.csv"], ("twice.csv", "Rename one of them")),
     (["-i", "twice.parquet"], ("twice.parquet", "Rename one of them")),
     (["-i", "days.parquet"], ("days.parquet", "out of range")),
-    (["-o", "nowhere/out.csv", "x"], ("Cannot write nowhere/out.csv", "No such file or directory")),
+    (["-o", "labels/", "x"], ("An output folder needs input files", "--input")),
+    (["-o", "nowhere/out.csv", "x"], ("Cannot write nowhere/out.csv: No such file or directory",)),
     (["-o", "folder/out.csv", "x"], ("Cannot write folder/out.csv", "Is a directory")),
 ]
 

@@ -272,7 +272,7 @@ def test_questions_that_are_too_long_get_no_answer(
     target, alone = tmp_path / "answers.parquet", write_questions(tmp_path / "alone.jsonl", SETS["eval"])
     result = invoke("predict", folder, "--input", source, "--output", target)
     assert result.exit_code == 0, result.output
-    assert caplog.text.count("2 of 7 questions are too long") == 1
+    assert caplog.text.count("too long for a window, which get no answer: 2 of 7.") == 1
     first, *rows, last = read_predictions(target)
     assert [first["answer"], last["answer"], last["score"], last["end"]] == ["", "", None, None]
     invoke("predict", folder, "--input", alone, "--output", target)
@@ -370,7 +370,7 @@ def test_bundle_runs_without_torch_and_the_package(exported: Path, model_folder:
     assert loaded.stdout.split() == ["False", "False"]
     long = subprocess.run([*command[:2], "who " * 99, "Ann"], capture_output=True, text=True, check=True)
     assert json.loads(long.stdout) == {"text": "", "score": None, "start": None, "end": None}
-    assert long.stderr.startswith("1 of 1 questions are too long")
+    assert long.stderr.startswith("Questions too long for a window, which get no answer: 1 of 1.")
 
 
 def test_commands_use_bundles(exported: Path, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def run_of_pairs(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("runs") / "run"
     result = invoke("run", *flags, "--output-dir", folder)
     assert result.exit_code == 0, result.output
+    assert "\nEvaluating student on test-2: " in result.stderr
     return folder, result.stdout
 
 
@@ -242,7 +243,8 @@ def test_model_is_evaluated_on_both_sets(bundle: Path) -> None:
         *(("all", "all.jsonl", 16), ("half", "half.jsonl", 8))
     ]
     tables = invoke("evaluate", bundle, *sets).stdout
-    for each in values.values():
+    for name, each in values.items():
+        assert f"\n{bundle} ({name}) " in f"\n{tables}"
         assert f"{each['eval_texts']} evaluation texts: {each['eval']}." in tables
         assert f"{each['macro_f1']:.1%}" in tables
     other = write(Path("other.jsonl"), [{"text": "a", "label": "unheard of"}])
@@ -253,4 +255,4 @@ def test_model_is_evaluated_on_both_sets(bundle: Path) -> None:
 def test_other_tasks_have_one_set(task: str) -> None:
     sources = ("--eval", "a.json", "--eval", "b.json", "--teacher", "model", "--output-dir", "run")
     data = ("--labeled", "c.json") if task == "qa" else ("--unlabeled", "c.txt")
-    assert_refused(invoke("run", "--task", task, *data, *sources), "eval: expected one for this task, got 2")
+    assert_refused(invoke("run", "--task", task, *data, *sources), "eval: expected one for this task, got 2.")
