@@ -174,12 +174,14 @@ def predict_parts(
         for file in folder.glob(".*"):  # temporary files of killed processes
             if TEMPORARY_NAME.fullmatch(file.name) and str(folder / file.stem[1:]) in outputs:
                 file.unlink(missing_ok=True)
-    results: Iterable[Result] = ()
-    if engine and pending:
+    if not pending:
+        return []
+    results: Iterable[Result]
+    if engine:
         from setfit_kd.scale.ray_engine import run_with_ray
 
         results = run_with_ray(pending, job, workers)
-    elif pending:
+    else:
         results = map(partial(run_part, job=job, classifier=job.open_classifier()), pending)
     finished = []
     with track("Classifying", len(pending), "files") as advance:
