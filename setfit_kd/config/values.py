@@ -24,10 +24,12 @@ def _check_not_blank(value: object) -> object:
     return value
 
 
-def _the_only(values: Sequence[object]) -> object:
-    if len(values) != 1:
-        raise ValueError(f"expected one for this task, got {len(values)}")
-    return values[0]
+def _the_only(value: object) -> object:
+    if not isinstance(value, list | tuple):
+        return value
+    if len(value) != 1:
+        raise ValueError(f"expected one for this task, got {len(value)}")
+    return value[0]
 
 
 Name = Annotated[str, AfterValidator(_check_not_blank)]
@@ -43,7 +45,7 @@ Names = Annotated[
     PlainSerializer(lambda names: names[0] if len(names) == 1 else list(names)),
     Field(min_length=1),
 ]
-One = Annotated[Name, BeforeValidator(lambda value: _the_only(value) if isinstance(value, list | tuple) else value)]
+One = Annotated[Name, BeforeValidator(_the_only)]
 OutputDir = Annotated[Path, BeforeValidator(_check_not_blank)]
 
 BUNDLE_FORMATS = ("onnx", "onnx-int8", "static")

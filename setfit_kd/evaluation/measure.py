@@ -122,7 +122,8 @@ class Evaluation:
         intervals = metrics.bootstrap_quality(self.gold, self.predicted, n_classes=self.probabilities.shape[1])
         if self.quality.agreement is not None:
             n = len(self.gold)
-            intervals["agreement"] = metrics.bootstrap_mean(np.arange(n) < round(self.quality.agreement * n))
+            agrees = np.arange(n) < round(self.quality.agreement * n)  # their order does not matter
+            intervals["agreement"] = metrics.bootstrap_mean(agrees)
         return intervals
 
     @cached_property

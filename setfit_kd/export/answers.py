@@ -48,9 +48,8 @@ class _AnswerDraft(Draft):
 
     def compare(self) -> tuple[float, float]:
         pairs = list(zip(answer.Answerer(self.folder).answer(self.texts), self.expected, strict=True))
-        return float(np.mean([a.text == b.text for a, b in pairs])), max(
-            abs((a.score or 0) - (b.score or 0)) for a, b in pairs
-        )
+        difference = max(abs((a.score or 0) - (b.score or 0)) for a, b in pairs)  # a question that is too long has none
+        return float(np.mean([a.text == b.text for a, b in pairs])), difference
 
     def measure_seconds(self) -> float:
         answerer = answer.Answerer(self.folder)

@@ -90,8 +90,10 @@ def train_student(
         student = locate_body(student).load(signals.label_names, seed=config.seed)
     family = family_of(student)
     config = config.with_family_defaults(family)
+    rows = [] if gold is None else rows_without_signals(signals, gold)
+    steps = student_steps(config, family, len(signals), len(rows), n_labeled=len(gold or ()))
     if gold is not None and _trains_on_labeled_texts(family, config):
-        signals = _append_labeled(signals, gold.take(rows_without_signals(signals, gold)))
+        signals = _append_labeled(signals, gold.take(rows))
 
     with quiet_libraries(), shared_backoff(cpu_fallback=config.cpu_fallback):
         from setfit_kd.student.trainer import StudentTrainer
@@ -104,7 +106,7 @@ def train_student(
             device=device,
             texts=signals.texts,
             batch_texts=config.batch_size * (2 if config.objective == "pairs" else 1),
-            steps=student_steps(config, family, len(signals), n_labeled=0 if gold is None else len(gold)),
+            steps=steps,
             description="Training student",
             checkpoints=checkpoints,
         )

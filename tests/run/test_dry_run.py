@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from synthetic import POOL_SIZE, QUICK, few_labels, pool_signals
 from setfit_kd import train_student, train_teacher
 from setfit_kd.config.run import RunConfig
 from setfit_kd.config.stages import FinetuneConfig, StudentConfig, TeacherConfig
+from setfit_kd.data.labeled_set import LabeledSet
 from setfit_kd.finetune.train import finetune, finetune_steps
 from setfit_kd.memory.devices import resolve_device
 from setfit_kd.run.dry_run import plan
@@ -92,3 +94,16 @@ def test_steps_without_a_pool_are_counted(
     assert planned["student"].steps == planned["baseline"].steps == 3 * 64 // config.batch_size
     run_pipeline(config)
     assert len(trained_steps) == sum(stage.steps for stage in planned.values())
+
+
+def test_announced_steps_are_taken_if_labels_are_not_in_the_pool(
+    tiny_student: Path, trained_steps: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pool texts are held out as usual, since none of them has a gold label."""
+    monkeypatch.setattr("setfit_kd.student.distil.MIN_HELD_OUT", 3)
+    few, config = few_labels(POOL_SIZE), StudentConfig.of(**{**QUICK, "learning_rate": 1e-4, "batch_size": 6})
+    other = LabeledSet([f"another text, {text}" for text in few.texts], few.labels, few.label_names)
+    with caplog.at_level(logging.DEBUG, logger="setfit_kd"):
+        train_student(pool_signals(), tiny_student, labeled=other, config=config)
+    assert f"Training student: starting {len(trained_steps)} steps." in caplog.messages
+    assert len(trained_steps) == 5 * config.epochs  # 30 of the 33 texts
