@@ -61,10 +61,8 @@ def accuracies(cells: list[Result], data: str, row: str) -> list[list[float]]:
 def format_table(cells: list[Result], settings: dict[str, Any]) -> str:
     """Format mean and standard deviation over the seeds as a Markdown table."""
     lines = ["# Distillation: accuracy in % by unlabeled texts per class", ""]
-    lines += [
-        f"Teacher {settings['teacher']}, student {settings['student']}, 16 labels per class, whole test files.",
-        "",
-    ]
+    models = f"Teacher {settings['teacher']}, student {settings['student']}, device {settings['device']}"
+    lines += [f"{models}; 16 labels per class, whole test files.", ""]
     lines += [f"| | {' | '.join(f'{size:,}' for size in SIZES)} |", "|---" * (len(SIZES) + 1) + "|"]
     for data in dict.fromkeys(cell["data"] for cell in cells):
         for row in SHOWN:
